@@ -1,0 +1,201 @@
+"""What a trial leaves behind: the schema of its record, written atomically and read strictly.
+
+A run folder holds ``plan.json`` (what should exist), ``trials/<trial_id>/record.json`` (what does; its presence with
+status ``finished`` is the done marker) and ``trials/<trial_id>/examples.parquet`` (per-example scores). Imports nothing
+of ours but the error type, so that results can be read without torch, Ray or a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+
+Status = Literal["finished", "failed", "out_of_memory", "pruned", "cancelled"]
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MetricInfo(_Schema):
+    """How a metric is named, shown and ordered."""
+
+    name: str
+    label: str
+    higher_is_better: bool
+
+
+class PlannedTrial(_Schema):
+    """One trial of the plan, as far as the report needs to know it."""
+
+    trial_id: str
+    label: str  # "LoRA r=4": the method and its options, without grouping, budget and seed
+    method: str  # registry name: "lora"
+    grouping: str  # "agnostic", "specific", "image=vision text=language"; "" where the method has no groups
+    setting: str  # what else was varied: "examples=1024 epochs=8"; rows of one table share it
+    seed: int
+
+
+class Plan(_Schema):
+    """``plan.json``: every trial the experiment asks for, in order, and how its metrics read."""
+
+    schema_version: Literal[1] = 1
+    experiment: str
+    experiment_file: str
+    primary_metric: str
+    metrics: tuple[MetricInfo, ...]
+    reference_method: str = "full"  # the method the others are compared with
+    mlflow_uri: str | None = None
+    trials: tuple[PlannedTrial, ...]
+
+
+class Epoch(_Schema):
+    """One pass over the training budget. Perplexity is exp(total NLL / total target tokens)."""
+
+    epoch: int  # from 1
+    step: int  # optimizer steps so far
+    train_loss: FiniteFloat
+    validation_perplexity: FiniteFloat
+    learning_rate: FiniteFloat
+
+
+class Parameters(_Schema):
+    """Parameter counts of the live model."""
+
+    trainable: int
+    adapter: int  # in adapter groups; 0 for none and full
+    projector: int
+    language_model: int
+    encoder: int
+    total: int
+    by_group: dict[str, int] = Field(default_factory=dict)
+
+
+class Memory(_Schema):
+    """Bytes. ``process_peak_bytes`` is resident memory on the CPU (interpreter included), allocated memory on a GPU."""
+
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int  # saved for backward, the most in the first steps (those the clock leaves out)
+    process_peak_bytes: int | None = None  # absent where the system cannot reset its high-water mark
+    process_before_bytes: int | None = None  # the same figure before the model was built
+
+
+class Throughput(_Schema):
+    """Steady-state training speed: warm-up steps, evaluation and checkpoints excluded."""
+
+    examples_per_s: FiniteFloat
+    tokens_per_s: FiniteFloat  # positions the language model processed, padding excluded
+    measured_steps: int
+
+
+class Data(_Schema):
+    """Proof of what was seen: two trials are comparable only when these agree (see results/matched.py)."""
+
+    examples: int
+    examples_fingerprint: str  # SHA-256 over the sorted ids and content of the training examples
+    order_fingerprint: str  # SHA-256 over (epoch, example, reference) in training order
+    evaluation_fingerprint: str  # SHA-256 over the validation and test examples
+    steps: int  # optimizer steps
+
+
+class TrialRecord(_Schema):
+    """Everything known about one trial. A metric that was not measured is absent, never 0."""
+
+    schema_version: Literal[1] = 1
+    trial_id: str
+    experiment: str
+    status: Status
+    reason: str | None = None  # one line, for every status but finished
+    spec: dict[str, Any]  # the TrialSpec as resolved, defaults included
+    seed: int
+    metrics: dict[str, dict[str, FiniteFloat]] = Field(default_factory=dict)  # split → metric → value
+    history: tuple[Epoch, ...] = ()
+    best_epoch: int | None = None  # the epoch whose weights were tested: lowest validation perplexity
+    parameters: Parameters | None = None
+    memory: Memory | None = None
+    throughput: Throughput | None = None
+    data: Data | None = None
+    wall_time_s: FiniteFloat
+    phases_s: dict[str, FiniteFloat] = Field(default_factory=dict)  # "build", "train", "validate", "test"
+    started_at: str  # ISO 8601, UTC
+    versions: dict[str, str] = Field(default_factory=dict)
+    git_revision: str | None = None
+    device: str = ""
+    warnings: tuple[str, ...] = ()
+    mlflow_run_id: str | None = None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write so that a reader, or a crash, sees the whole old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def record_path(run: Path, trial_id: str) -> Path:
+    """Where the record of a trial lies in its run folder."""
+    return run / "trials" / trial_id / "record.json"
+
+
+def write_record(run: Path, record: TrialRecord) -> None:
+    """Write the record atomically: the last act of a trial."""
+    write_atomically(record_path(run, record.trial_id), record.model_dump_json(indent=1) + "\n")
+
+
+def read_record(path: Path) -> TrialRecord:
+    """Read one record.
+
+    Raises:
+        ValueError: the file is not a record of this schema; the message names the file.
+    """
+    try:
+        return TrialRecord.model_validate_json(path.read_bytes())
+    except (ValidationError, OSError) as error:
+        detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise ValueError(f"{path}: not a trial record: {detail}") from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder as read: its plan, the records that belong to it, and the files that could not be read."""
+
+    folder: Path
+    plan: Plan
+    records: dict[str, TrialRecord]  # by trial id; only those the plan names
+    broken: tuple[str, ...]  # one message per unreadable record file
+    foreign: tuple[str, ...]  # trial ids on disk that the plan does not name (an earlier version of the experiment)
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder; broken files are named in the result, never skipped silently.
+
+    Raises:
+        FileNotFoundError: there is no plan in the folder.
+    """
+    plan = Plan.model_validate(json.loads((folder / "plan.json").read_text(encoding="utf-8")))
+    planned = {trial.trial_id for trial in plan.trials}
+    records: dict[str, TrialRecord] = {}
+    broken: list[str] = []
+    foreign: list[str] = []
+    for path in sorted(folder.glob("trials/*/record.json")):
+        try:
+            record = read_record(path)
+        except ValueError as error:
+            broken.append(str(error))
+            continue
+        if record.trial_id in planned:
+            records[record.trial_id] = record
+        else:
+            foreign.append(record.trial_id)
+    return Run(folder, plan, records, tuple(broken), tuple(foreign))
