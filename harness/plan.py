@@ -1,0 +1,159 @@
+"""Experiment → trials: a pure expansion of the axes. Needs neither torch nor Ray.
+
+A trial's id is a hash of everything that affects its result (task, backbone, adapter, budget, seed, optimizer,
+evaluation) and of nothing else, so that the same trial is recognised in any order, on any cluster, in a grown grid.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from harness.errors import UserError, did_you_mean
+from harness.experiment import AdapterChoice, Backbone, Budget, Evaluation, Experiment, Optimizer, TaskChoice
+from harness.record import MetricInfo, Plan, PlannedTrial
+
+
+class TrialSpec(BaseModel):
+    """Everything that affects one trial's result, defaults filled in."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: TaskChoice
+    backbone: Backbone
+    adapter: AdapterChoice
+    budget: Budget
+    optimizer: Optimizer
+    eval: Evaluation
+    seed: int
+
+    @property
+    def trial_id(self) -> str:
+        """Twelve hexadecimal digits of the SHA-256 of the canonical JSON; names for people are left out of it."""
+        content = self.model_dump(
+            mode="json", exclude={"adapter": {"label", "grouping_name"}, "eval": {"primary_metric"}}
+        )
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def expand(experiment: Experiment) -> list[TrialSpec]:
+    """All trials of an experiment, in the file's order, seeds varying fastest.
+
+    Raises:
+        UserError: two entries of the file describe the same trial.
+    """
+    specs = []
+    for task, choices in zip(experiment.tasks, experiment.adapters, strict=True):
+        axes = (experiment.backbones, experiment.budgets, experiment.optimizers, choices, experiment.seeds)
+        for backbone, budget, optimizer, adapter, seed in itertools.product(*axes):
+            rate = adapter.learning_rate or optimizer.learning_rate
+            specs.append(
+                TrialSpec(
+                    task=task,
+                    backbone=backbone,
+                    adapter=adapter,
+                    budget=budget,
+                    optimizer=optimizer.model_copy(update={"learning_rate": rate}),
+                    eval=experiment.evaluation,
+                    seed=seed,
+                )
+            )
+    repeated = [spec for trial_id, spec in {s.trial_id: s for s in specs}.items() if _count(specs)[trial_id] > 1]
+    if repeated:
+        adapter = repeated[0].adapter
+        raise UserError(
+            f"{experiment.source.where(('adapters',))}: the same trial is asked for twice: "
+            f"{adapter.label} {adapter.grouping_name}".rstrip()
+        )
+    return specs
+
+
+def _count(specs: list[TrialSpec]) -> Counter[str]:
+    return Counter(spec.trial_id for spec in specs)
+
+
+def describe(experiment: Experiment, specs: list[TrialSpec], metrics: tuple[MetricInfo, ...], mlflow_uri: str) -> Plan:
+    """The plan as the run folder keeps it and the report reads it.
+
+    Raises:
+        UserError: ``eval.primary_metric`` is not among the metrics.
+    """
+    names = [metric.name for metric in metrics]
+    primary = experiment.evaluation.primary_metric
+    if primary not in names:
+        where = experiment.source.where(("eval", "primary_metric"))
+        raise UserError(f"{where}: unknown metric {primary!r}; {did_you_mean(primary, names)}")
+    labels, settings = _labels(specs), _settings(specs)
+    trials = tuple(
+        PlannedTrial(
+            trial_id=spec.trial_id,
+            label=labels[spec.trial_id],
+            method=spec.adapter.method,
+            grouping=spec.adapter.grouping_name,
+            setting=settings[spec.trial_id],
+            seed=spec.seed,
+        )
+        for spec in specs
+    )
+    return Plan(
+        experiment=experiment.name,
+        experiment_file=str(experiment.source.path),
+        primary_metric=primary,
+        metrics=metrics,
+        mlflow_uri=mlflow_uri,
+        trials=trials,
+    )
+
+
+def _labels(specs: list[TrialSpec]) -> dict[str, str]:
+    """The method's own label, plus whatever option still tells two entries of one label and grouping apart."""
+    families: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for spec in specs:
+        options = _adapter_options(spec)
+        known = families.setdefault((spec.adapter.label, spec.adapter.grouping_name), [])
+        if options not in known:
+            known.append(options)
+    labels = {}
+    for spec in specs:
+        options = _adapter_options(spec)
+        known = families[(spec.adapter.label, spec.adapter.grouping_name)]
+        differing = [key for key in options if any(other.get(key) != options[key] for other in known)]
+        extra = " ".join(f"{key}={options[key]}" for key in differing)
+        labels[spec.trial_id] = f"{spec.adapter.label} {extra}".rstrip()
+    return labels
+
+
+def _adapter_options(spec: TrialSpec) -> dict[str, Any]:
+    rate = spec.adapter.learning_rate
+    return {**spec.adapter.config, **({} if rate is None else {"learning_rate": rate})}
+
+
+def _settings(specs: list[TrialSpec]) -> dict[str, str]:
+    """For each trial what varies over the plan beside adapter and seed: ``examples=512 epochs=8``."""
+    flat = {}
+    for spec in specs:
+        content = spec.model_dump(
+            mode="json", exclude={"adapter": True, "seed": True, "task": {"target"}, "eval": {"primary_metric"}}
+        )
+        if spec.adapter.learning_rate is not None:
+            content["optimizer"].pop("learning_rate")
+        flat[spec.trial_id] = dict(_flatten(content))
+    keys = dict.fromkeys(key for values in flat.values() for key in values)
+    varying = [key for key in keys if len({repr(values.get(key)) for values in flat.values() if key in values}) > 1]
+    return {
+        trial_id: " ".join(f"{key.rpartition('.')[2]}={values[key]}" for key in varying if key in values)
+        for trial_id, values in flat.items()
+    }
+
+
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in content.items():
+        pairs += _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return pairs
