@@ -1,0 +1,202 @@
+"""Language models and encoders by name: built in (``builtin/tiny-llama``), a local folder, or a Hugging Face hub id.
+
+Every one of them comes through the same functions; ``check_backbone`` tells before any compute whether it can be had.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.errors import UserError, did_you_mean
+from harness.experiment import Backbone
+from harness.tiny_vision import TinyVision
+
+PRETRAINED = Path(__file__).parent / "pretrained"
+TINY_LLAMA, TINY_VISION = "builtin/tiny-llama", "builtin/tiny-vision"
+# Configurations of hub models that `harness plan` must be able to count offline, as published on the hub.
+KNOWN_CONFIGS = Path(__file__).parent / "known_configs.json"
+
+
+def _builtin(name: str) -> Path:
+    return PRETRAINED / name.removeprefix("builtin/")
+
+
+def _is_builtin(name: str) -> bool:
+    return name.startswith("builtin/")
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal LM with its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def bos_id(self) -> int:
+        """Token that opens a sequence; models without one (Qwen2) open with their end-of-text token."""
+        tokenizer = self.tokenizer
+        return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
+
+    @property
+    def eos_id(self) -> int:
+        """Token that ends a target."""
+        return int(self.tokenizer.eos_token_id)
+
+
+class Encoder(nn.Module):
+    """A frozen encoder with its own preprocessing: decoded items → input tensor → features (B, N, width)."""
+
+    def __init__(self, model: nn.Module, width: int, processor: Any = None) -> None:
+        super().__init__()
+        self.model, self.width, self.processor = model, width, processor
+
+    def preprocess(self, images: Sequence[Any]) -> Tensor:
+        """PIL images → pixel values (B, C, H, W), fp32."""
+        if self.processor is None:
+            assert isinstance(self.model, TinyVision)  # noqa: S101 - the only encoder without a processor
+            return self.model.preprocess(images)
+        pixels: Tensor = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
+        return pixels
+
+    def forward(self, pixel_values_BCHW: Tensor) -> Tensor:
+        """Features of every token, class tokens included: (B, N, width)."""
+        pixels = pixel_values_BCHW.to(next(self.model.parameters()).dtype)
+        if self.processor is None:
+            features: Tensor = self.model(pixels)
+        else:
+            features = self.model(pixel_values=pixels).last_hidden_state
+        return features.flatten(2).transpose(1, 2) if features.dim() == 4 else features
+
+
+def load_language_model(backbone: Backbone) -> LanguageModel:
+    """Load weights and tokenizer, in fp32, evaluation mode.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = backbone.language_model
+    trust = backbone.trust_remote_code
+    try:
+        model = AutoModelForCausalLM.from_pretrained(_place(name), dtype=torch.float32, trust_remote_code=trust).eval()
+        tokenizer = AutoTokenizer.from_pretrained(_place(name), trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise UserError(_cannot(name, error)) from error
+    return LanguageModel(model, tokenizer)
+
+
+def load_encoder(modality: str, backbone: Backbone) -> Encoder:
+    """Load a frozen encoder with its preprocessing, in fp32, evaluation mode.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    name = backbone.encoders[modality]
+    if name == TINY_VISION:
+        tiny = TinyVision.load(_builtin(name))
+        return Encoder(tiny, tiny.width).eval()
+    from transformers import AutoImageProcessor, AutoModel
+
+    trust = backbone.trust_remote_code
+    try:
+        model = AutoModel.from_pretrained(_place(name), dtype=torch.float32, trust_remote_code=trust)
+        processor = AutoImageProcessor.from_pretrained(_place(name), use_fast=False, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise UserError(_cannot(name, error)) from error
+    tower = vision_tower(model)
+    return Encoder(tower, int(tower.config.hidden_size), processor).eval()
+
+
+def vision_tower(model: Any) -> Any:
+    """The image half of a two-tower model (CLIP, SigLIP); any other model as it is."""
+    return getattr(model, "vision_model", model)
+
+
+def _place(name: str) -> str:
+    return str(_builtin(name)) if _is_builtin(name) else name
+
+
+def _cannot(name: str, error: Exception) -> str:
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return f"backbone {name!r} cannot be loaded, neither as a folder nor from the hub: {reason}"
+
+
+def builtin_names() -> list[str]:
+    """Names of the built-in backbones."""
+    return sorted(f"builtin/{path.name}" for path in PRETRAINED.iterdir() if path.is_dir())
+
+
+def load_config(name: str, trust_remote_code: bool = False) -> Any:
+    """The ``transformers`` configuration behind a folder or hub id, without weights; from the known ones when offline.
+
+    Raises:
+        UserError: no such built-in, folder, or reachable hub id.
+    """
+    from transformers import AutoConfig
+
+    known = json.loads(KNOWN_CONFIGS.read_text(encoding="utf-8"))
+    if _is_builtin(name):
+        if name not in builtin_names():
+            raise UserError(f"unknown built-in backbone {name!r}; {did_you_mean(name, builtin_names())}")
+        if name == TINY_VISION:
+            return json.loads((_builtin(name) / "config.json").read_text(encoding="utf-8"))
+    if _looks_like_folder(name) and not Path(name).is_dir():
+        raise UserError(f"{name!r}: no such folder; backbones are folders, hub ids, or {', '.join(builtin_names())}")
+    try:
+        return AutoConfig.from_pretrained(_place(name), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        if name in known:
+            return AutoConfig.for_model(**copy.deepcopy(known[name]))
+        hint = did_you_mean(name, [*builtin_names(), *known])
+        raise UserError(f"backbone {name!r}: not a folder here, and not to be had from the hub; {hint}") from error
+
+
+def _looks_like_folder(name: str) -> bool:
+    return name.startswith(("/", "./", "../", "~")) or Path(name).is_dir()
+
+
+def check_backbone(backbone: Backbone) -> None:
+    """Fail now rather than in every trial: each model's configuration must be here or within reach.
+
+    Raises:
+        UserError: a model is neither built in, nor a folder, nor on the hub or in its local cache.
+    """
+    from transformers.utils import cached_file
+
+    for name in (backbone.language_model, *backbone.encoders.values()):
+        load_config(name, backbone.trust_remote_code)
+        if not _is_builtin(name) and not _looks_like_folder(name):
+            try:
+                cached_file(name, "config.json")
+            except OSError as error:
+                raise UserError(_cannot(name, error)) from error
+
+
+def build_empty(backbone: Backbone) -> tuple[Any, dict[str, tuple[nn.Module, int]]]:
+    """The language model and the encoders (modality → module, width) on the ``meta`` device: shapes without weights."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        language_model = AutoModelForCausalLM.from_config(
+            load_config(backbone.language_model, backbone.trust_remote_code)
+        )
+        encoders: dict[str, tuple[nn.Module, int]] = {}
+        for modality, name in backbone.encoders.items():
+            if name == TINY_VISION:
+                options = load_config(name)
+                tiny = TinyVision(options["width"], options["layers"], options["heads"])
+                encoders[modality] = (tiny, tiny.width)
+            else:
+                tower = vision_tower(AutoModel.from_config(load_config(name, backbone.trust_remote_code)))
+                encoders[modality] = (tower, int(tower.config.hidden_size))
+    return language_model, encoders

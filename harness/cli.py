@@ -1,0 +1,278 @@
+"""Trains and judges adapters by experiment files. Exit codes: 0 all trials finished, 1 not all did, 2 wrong input."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from harness.errors import UserError
+from harness.experiment import Experiment, load_experiment
+from harness.plan import TrialSpec, describe, expand
+from harness.record import Parameters, Plan, Run, read_run, record_path, write_atomically
+from harness.registry import ADAPTERS, TASKS, Registry
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
+backbones_app = typer.Typer(no_args_is_help=True, help="The built-in backbones.")
+app.add_typer(backbones_app, name="backbones")
+console = Console()
+errors = Console(stderr=True)
+
+ExperimentFile = Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml", help="The experiment.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run folders.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew, in a new run folder beside the old one.")]
+
+
+def main() -> None:
+    """Entry point: runs the command and turns a UserError into exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        errors.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """An experiment made ready to run in its run folder."""
+
+    experiment: Experiment
+    specs: list[TrialSpec]
+    plan: Plan
+    folder: Path
+
+    def finished(self) -> set[str]:
+        """Trial ids with a finished record."""
+        return {i for i, r in self.read().records.items() if r.status == "finished"} if self.folder.exists() else set()
+
+    def read(self) -> Run:
+        """The run folder as it stands."""
+        return read_run(self.folder)
+
+
+def _prepare(path: Path, output: Path, fresh: bool) -> _Planned:
+    from harness.preflight import metrics_of
+    from harness.tracking import default_uri
+
+    experiment = load_experiment(path)
+    specs = expand(experiment)
+    plan = describe(experiment, specs, metrics_of(specs), experiment.tracking.mlflow_uri or default_uri(output))
+    return _Planned(experiment, specs, plan, _run_folder(output, experiment.name, fresh))
+
+
+def _run_folder(output: Path, name: str, fresh: bool) -> Path:
+    """The latest of ``name``, ``name-2``, ``name-3`` …, or with ``fresh`` the next one."""
+    number = 1
+
+    def folder(n: int) -> Path:
+        return output / (name if n == 1 else f"{name}-{n}")
+
+    while folder(number + 1).exists():
+        number += 1
+    return folder(number + 1) if fresh and folder(number).exists() else folder(number)
+
+
+@app.command()
+def run(file: ExperimentFile, output: Output = Path("runs"), fresh: Fresh = False) -> None:
+    """Run an experiment's trials and write the report. Run again, it does only what is missing."""
+    from harness import preflight
+    from harness.tracking import close_grid, open_grid
+
+    began = time.monotonic()
+    planned = _prepare(file, output, fresh)
+    preflight.check_folder(planned.folder)
+    with _only_one(planned.folder):
+        grid = open_grid(planned.plan.mlflow_uri or "", planned.experiment.name, planned.folder)
+        preflight.check_backbones(planned.specs)
+        preflight.check_data(planned.specs, planned.folder, console)
+        write_atomically(planned.folder / "plan.json", planned.plan.model_dump_json(indent=1) + "\n")
+        write_atomically(planned.folder / "experiment.yaml", file.read_text(encoding="utf-8"))
+        try:
+            _run_missing(planned, grid)
+        except KeyboardInterrupt:
+            errors.print("interrupted: what is finished is kept; run the same command again for the rest")
+        report = _write_report(planned.folder)
+        complete = len(planned.finished()) == len(planned.specs)
+        close_grid(grid, complete, list(report))
+    _last_screen(planned, report[0], time.monotonic() - began)
+    if not complete:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Keep two sweeps out of one run folder.
+
+    Raises:
+        UserError: another one is in it.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{folder}: another harness is running in this folder; wait for it, or use --fresh") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _run_missing(planned: _Planned, grid: object) -> None:
+    from harness.sweep import sweep
+    from harness.terminal import LiveTable
+    from harness.tracking import Grid
+
+    assert isinstance(grid, Grid)  # noqa: S101
+    finished = planned.finished()
+    todo = [
+        (spec, trial)
+        for spec, trial in zip(planned.specs, planned.plan.trials, strict=True)
+        if trial.trial_id not in finished
+    ]
+    if not todo:
+        console.print(f"all {len(planned.specs)} trials were finished before; nothing to compute")
+        return
+    for _, trial in todo:
+        _set_aside(record_path(planned.folder, trial.trial_id))
+    specs, trials = [spec for spec, _ in todo], [trial for _, trial in todo]
+    with LiveTable(console, trials, len(finished)) as display:
+        sweep(specs, trials, planned.experiment.name, planned.folder, planned.experiment.resources, grid, display)
+
+
+def _set_aside(record: Path) -> None:
+    """Keep the record of a trial that failed and is tried again."""
+    if record.exists():
+        number = len(list(record.parent.glob("attempt-*.json"))) + 1
+        record.rename(record.with_name(f"attempt-{number}.json"))
+
+
+def _write_report(folder: Path) -> tuple[Path, ...]:
+    from results.report import write_report
+
+    paths = write_report(folder)
+    return paths.html, paths.markdown, paths.csv
+
+
+def _last_screen(planned: _Planned, report: Path, seconds: float) -> None:
+    from harness.terminal import leaderboard_table, trial_name
+    from results.format import duration
+    from results.table import build_leaderboard
+
+    board = build_leaderboard(planned.read())
+    console.print(leaderboard_table(board))
+    for item in (*board.failed, *board.missing):
+        console.print(
+            f"[red]{item.status}[/] {trial_name(item.trial)}: {_escape(item.reason or 'run again to finish it')}"
+        )
+    done = len(planned.finished())
+    console.print(
+        f"{done} of {len(planned.specs)} trials finished; this call took {duration(seconds)}", highlight=False
+    )
+    console.print(f"report:  {report}", highlight=False, soft_wrap=True)
+    console.print(f"MLflow:  {_mlflow_command(planned.plan.mlflow_uri or '')}", highlight=False, soft_wrap=True)
+
+
+def _mlflow_command(uri: str) -> str:
+    if uri.startswith(("http://", "https://")):
+        return uri
+    program = Path(sys.executable).with_name("mlflow")
+    return shlex.join([str(program), "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", "5000"])
+
+
+@app.command("plan")
+def plan_command(file: ExperimentFile, output: Output = Path("runs"), fresh: Fresh = False) -> None:
+    """Show the trials and the parameters each trains; nothing is trained, downloaded or written."""
+    from harness.build import count_parameters
+    from harness.terminal import plan_table
+
+    planned = _prepare(file, output, fresh)
+    parameters: dict[str, Parameters | None] = {}
+    known: dict[str, Parameters | None] = {}
+    notes: dict[str, None] = {}
+    for spec in planned.specs:
+        key = spec.model_dump_json(include={"task", "backbone", "adapter"})
+        if key not in known:
+            try:
+                known[key] = count_parameters(spec)
+            except UserError as error:
+                known[key] = None
+                notes[str(error)] = None
+        parameters[spec.trial_id] = known[key]
+    records = planned.read().records if (planned.folder / "plan.json").exists() else {}
+    states = {
+        spec.trial_id: records[spec.trial_id].status if spec.trial_id in records else "to run" for spec in planned.specs
+    }
+    console.print(plan_table(planned.plan, parameters, states))
+    for note in notes:
+        console.print(f"[yellow]parameters unknown:[/] {_escape(note)}", soft_wrap=True)
+    console.print(f"run folder: {planned.folder}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart.")]) -> None:
+    """Write the report of a run folder again."""
+    for path in _write_report(folder):
+        console.print(str(path), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def tasks() -> None:
+    """List the tasks and their options."""
+    _list(TASKS, ("contexts",))
+
+
+@app.command()
+def adapters() -> None:
+    """List the adapter methods and their options."""
+    _list(ADAPTERS, ())
+
+
+def _list(registry: Registry, attributes: Sequence[str]) -> None:
+    """A paragraph per plugin: tables cut such texts to pieces in a narrow terminal."""
+    for entry in registry.entries().values():
+        plugin = registry.load(entry.target)
+        summary = getattr(plugin, "summary", (plugin.__doc__ or "").strip().splitlines()[0])
+        console.print(f"[bold]{entry.name}[/]  {_escape(summary)}", highlight=False)
+        for name in attributes:
+            console.print(f"    {name}: {', '.join(getattr(plugin, name))}", highlight=False)
+        fields = plugin.Config.model_fields
+        options = [
+            f"{name} ({'required' if f.is_required() else f'default {f.default}'})" for name, f in fields.items()
+        ]
+        console.print(f"    options: {_escape(', '.join(options)) or 'none'}", highlight=False)
+        console.print(f"    from: {entry.origin}, {entry.target}", style="dim", highlight=False)
+
+
+@backbones_app.command("list")
+def backbones_list() -> None:
+    """List the built-in backbones."""
+    from harness.backbones import builtin_names
+
+    for name in builtin_names():
+        console.print(name, highlight=False)
+
+
+@backbones_app.command("build")
+def backbones_build(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the weights.")],
+    seed: Annotated[int, typer.Option(help="Of the text, the pictures and the initialisation.")] = 0,
+) -> None:
+    """Train the built-in backbones from nothing (docs/backbones.md has the recipe and its log)."""
+    from harness.pretrain import build
+
+    build(output, seed=seed)

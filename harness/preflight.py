@@ -1,0 +1,108 @@
+"""Everything that can be known to fail before a trial is started: backbones, data, budgets, inputs, folders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from harness.backbones import check_backbone
+from harness.build import choose_splits, make_task
+from harness.errors import UserError
+from harness.plan import TrialSpec
+from harness.record import MetricInfo, write_atomically
+from harness.registry import METRICS, MODALITIES, TASKS
+from tasks.base import Modality
+
+
+def metrics_of(specs: Sequence[TrialSpec]) -> tuple[MetricInfo, ...]:
+    """What trials are scored by: perplexity, with the right and with the wrong input, and the task's own metrics."""
+    infos = [
+        MetricInfo(name="perplexity", label="Perplexity", higher_is_better=False),
+        MetricInfo(name="perplexity_wrong_input", label="Perplexity, wrong input", higher_is_better=False),
+    ]
+    for target in dict.fromkeys(spec.task.metric for spec in specs):
+        labels = METRICS.load(target).labels
+        infos += [MetricInfo(name=name, label=label, higher_is_better=True) for name, label in labels.items()]
+    return tuple({info.name: info for info in infos}.values())
+
+
+def check_folder(folder: Path) -> None:
+    """Create the folder and write in it.
+
+    Raises:
+        UserError: that is not allowed.
+    """
+    probe = folder / f".write-test.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot write there: {error.strerror or error}; choose another folder with --output"
+        ) from error
+
+
+def check_backbones(specs: Sequence[TrialSpec]) -> None:
+    """See that every backbone can be had.
+
+    Raises:
+        UserError: one cannot.
+    """
+    for backbone in {spec.backbone.model_dump_json(): spec.backbone for spec in specs}.values():
+        check_backbone(backbone)
+
+
+def check_data(specs: Sequence[TrialSpec], run: Path, console: Console) -> None:
+    """Prepare every task, see that the budgets can be met, and decode every input that will be used.
+
+    What was decoded once is remembered in the run folder by path, size and time, and not decoded again.
+
+    Raises:
+        UserError: data is missing or broken, or too little; the message names the file or the key.
+    """
+    inputs: dict[tuple[str, Path], None] = {}
+    # Trials that differ in the adapter alone use the same data.
+    for spec in {_data_key(spec): spec for spec in specs}.values():
+        task = make_task(spec)
+        task.prepare()
+        splits = choose_splits(spec, task)
+        modalities = TASKS.load(spec.task.target).modalities
+        for example in (*splits.train, *splits.validation, *splits.test):
+            for context, path in example.inputs.items():
+                inputs[spec.task.modalities[modalities[context]], path] = None
+    _decode_all(inputs, run / "inputs_decoded.json", console)
+
+
+def _data_key(spec: TrialSpec) -> str:
+    return json.dumps([spec.task.model_dump(mode="json"), spec.budget.examples, spec.eval.model_dump(), spec.seed])
+
+
+def _decode_all(inputs: Iterable[tuple[str, Path]], remembered: Path, console: Console) -> None:
+    known = set(json.loads(remembered.read_text(encoding="utf-8"))) if remembered.exists() else set()
+    stamps = {_stamp(path): (target, path) for target, path in inputs}
+    new = {stamp: place for stamp, place in stamps.items() if stamp not in known}
+    if not new:
+        return
+    modalities: dict[str, Modality] = {target: MODALITIES.load(target)() for target, _ in new.values()}
+
+    def decode(place: tuple[str, Path]) -> None:
+        modalities[place[0]].load(place[1])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        decoded = pool.map(decode, new.values())
+        for _ in track(decoded, "Reading every input once", len(new), console=console, transient=True):
+            pass
+    write_atomically(remembered, json.dumps(sorted(known | set(new))))
+
+
+def _stamp(path: Path) -> str:
+    stat = path.stat()
+    return hashlib.sha256(f"{path}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]

@@ -1,0 +1,317 @@
+"""One trial: build, train, validate every epoch, test the best one, write the record. The only training loop.
+
+A trial knows nothing of Ray, methods or tasks: what differs between them is a hook on the adapter or the task.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness import budget, measure
+from harness.build import build
+from harness.engine import Engine
+from harness.evaluate import exchanged, generate, likelihood
+from harness.experiment import Resources
+from harness.plan import TrialSpec
+from harness.record import Data, Epoch, Memory, TrialRecord, write_atomically, write_record
+from harness.registry import METRICS
+from harness.scores import write_examples
+from harness.tracking import Tracker
+from tasks.base import Example, Metric
+
+REPORT_INTERVAL_S = 1.0
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a trial stands, for the terminal."""
+
+    fraction: float  # of its optimizer steps, 0 to 1
+    phase: str  # "build", "train", "validate", "test"
+    epoch: int = 0
+    train_loss: float | None = None
+    validation_perplexity: float | None = None
+
+
+Report = Callable[[Progress], None]
+
+
+def run_trial(
+    spec: TrialSpec, experiment: str, run: Path, resources: Resources, tracker: Tracker, report: Report
+) -> TrialRecord:
+    """Run one trial and write its record, whatever happens to it short of the process dying.
+
+    Args:
+        spec: what to run.
+        experiment: its name, for the record.
+        run: the run folder.
+        resources: threads, ZeRO stage, checkpoint interval.
+        tracker: where params and metrics go beside the record.
+        report: called with progress at most about once a second, and after every epoch.
+
+    Returns:
+        The record as written: finished, failed or out_of_memory, with the reason.
+    """
+    folder = run / "trials" / spec.trial_id
+    started, clock = datetime.now(UTC), time.monotonic()
+    with _log_to(folder / "log.txt"):
+        status, reason, measured = "finished", None, dict[str, Any]()
+        try:
+            measured = Trial(spec, folder, resources, tracker, report).run()
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            status, reason = "out_of_memory", _one_line(error)
+            logger.exception("out of memory")
+        except Exception as error:  # a trial that fails leaves the others running
+            status, reason = "failed", _one_line(error)
+            logger.exception("the trial failed")
+        record = TrialRecord(
+            trial_id=spec.trial_id,
+            experiment=experiment,
+            status=status,  # type: ignore[arg-type]
+            reason=reason,
+            spec=spec.model_dump(mode="json"),
+            seed=spec.seed,
+            wall_time_s=time.monotonic() - clock,
+            started_at=started.isoformat(timespec="seconds"),
+            versions=measure.versions(),
+            git_revision=measure.git_revision(),
+            mlflow_run_id=tracker.run_id,
+            **measured,
+        )
+        write_record(run, record)
+        tracker.finish(record, folder)
+    return record
+
+
+@dataclass
+class _State:
+    """What grows during a trial and survives a restart."""
+
+    history: list[Epoch] = field(default_factory=list)
+    best_epoch: int | None = None
+    step: int = 0
+    phases_s: dict[str, float] = field(default_factory=dict)
+    activations_bytes: int = 0
+
+
+class Trial:
+    """One trial in this process; see ``run_trial`` for the arguments."""
+
+    def __init__(self, spec: TrialSpec, folder: Path, resources: Resources, tracker: Tracker, report: Report) -> None:
+        self.spec, self.folder, self.resources, self.tracker, self.report = spec, folder, resources, tracker, report
+        self.state = _State()
+        self.memory: Memory | None = None
+        self._reported = 0.0
+        self._checkpointed = time.monotonic()
+
+    def run(self) -> dict[str, Any]:
+        """Build, train, test; returns the measured fields of the record."""
+        spec = self.spec
+        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        torch.set_num_threads(self.resources.cpus_per_trial)
+        self._tell("build", force=True)
+        with self._phase("build"):
+            self.peak = measure.PeakMemory(self.device)
+            self.built = build(spec, self.device)
+            self.train_examples = self.built.splits.train
+            steps_per_epoch = math.ceil(len(self.train_examples) / spec.optimizer.per_device_train_batch_size)
+            self.total_steps = steps_per_epoch * spec.budget.epochs
+            self.engine = Engine(self.built.model, spec.optimizer, self.total_steps, self.resources.zero_stage)
+            self._resume()
+        with self._phase("encode"):
+            self._encode()
+        self.clock = measure.StepClock(self.device)
+        try:
+            for epoch in range(len(self.state.history) + 1, spec.budget.epochs + 1):
+                self._epoch(epoch)
+            with self._phase("test"):
+                metrics = self._test()
+        finally:
+            self.engine.close()
+        shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
+        return {
+            "metrics": metrics,
+            "history": tuple(self.state.history),
+            "best_epoch": self.state.best_epoch,
+            "parameters": self.built.parameters,
+            "memory": self.memory,
+            "throughput": self.clock.throughput(),
+            "data": self._data(),
+            "phases_s": self.state.phases_s,
+            "device": measure.device_name(self.device),
+            "warnings": self._warnings(),
+        }
+
+    def _encode(self) -> None:
+        """Run the frozen encoders ahead of training, so that training speed is the language model's alone."""
+        splits = self.built.splits
+        examples = [*splits.train, *splits.validation, *splits.test]
+        self.built.batches.features.keep(examples, lambda: self._tell("encode"))
+
+    def _epoch(self, epoch: int) -> None:
+        with self._phase("train"):
+            train_loss = self._train_epoch(epoch)
+        with self._phase("validate"):
+            self._tell("validate", epoch)
+            perplexity = self._likelihood(self.built.splits.validation).perplexity
+        result = Epoch(
+            epoch=epoch,
+            step=self.state.step,
+            train_loss=train_loss,
+            validation_perplexity=perplexity,
+            learning_rate=self.engine.learning_rate,
+        )
+        if perplexity < min((e.validation_perplexity for e in self.state.history), default=math.inf):
+            self.state.best_epoch = epoch
+            self.engine.save_weights(self.folder / "best.safetensors")
+        self.state.history.append(result)
+        self.tracker.metrics(result.model_dump(exclude={"epoch", "step"}), step=result.step)
+        self._tell("validate", epoch, train_loss, force=True)
+        due = time.monotonic() - self._checkpointed >= self.resources.checkpoint_interval_s
+        if due and epoch < self.spec.budget.epochs:
+            self._checkpoint(epoch)
+
+    def _train_epoch(self, epoch: int) -> float:
+        """One pass over the budget; the mean training loss, each step weighing the same."""
+        spec, model = self.spec, self.built.model
+        # Dropout draws from the global generator: seeded per epoch, a resumed trial repeats exactly what was lost.
+        torch.manual_seed(spec.seed * 100_003 + epoch)
+        model.train()
+        draws = budget.epoch_order(self.train_examples, spec.seed, epoch)
+        size = spec.optimizer.per_device_train_batch_size
+        losses = []
+        for start in range(0, len(draws), size):
+            part = draws[start : start + size]
+            examples = [self.train_examples[draw.example] for draw in part]
+            texts = [e.references[draw.reference] for e, draw in zip(examples, part, strict=True)]
+            batch = self.built.batches.make(examples, texts).to(self.device)
+            # What is kept for backward is measured in the steps that the clock leaves out: it costs time.
+            measuring = self.clock.warming_up
+            with measure.saved_for_backward(model) if measuring else nullcontext([0]) as saved, self.clock:
+                losses.append(self.engine.train_step(batch))
+            self.clock.count(batch.size, model.positions(batch))
+            self.state.activations_bytes = max(self.state.activations_bytes, saved[0])
+            self.state.step += 1
+            self._tell("train", epoch, losses[-1])
+        self.memory = self.engine.memory(self.state.activations_bytes, self.peak)
+        return sum(losses) / len(losses)
+
+    def _likelihood(self, examples: list[Example], shown: list[Example] | None = None) -> Any:
+        self.built.model.eval()
+        size = self.spec.eval.per_device_eval_batch_size
+        return likelihood(self.built.model, self.built.batches, examples, size, self.device, self._tick, shown)
+
+    def _test(self) -> dict[str, dict[str, float]]:
+        """Score the epoch that validated best; metrics by split. Writes the per-example scores too."""
+        self._tell("test", force=True)
+        spec, splits = self.spec, self.built.splits
+        self.engine.load_weights(self.folder / "best.safetensors")
+        validation, test = self._likelihood(splits.validation), self._likelihood(splits.test)
+        others = exchanged(splits.test, seed=0)
+        wrong = self._likelihood(splits.test, others) if others else None
+        predictions = generate(
+            self.built.model, self.built.batches, splits.test, spec.eval.per_device_eval_batch_size,
+            spec.eval.max_new_tokens, self.device, self._tick,
+        )  # fmt: skip
+        metric: Metric = METRICS.load(spec.task.metric)()
+        scores = metric.score(predictions, {example.id: example.references for example in splits.test})
+        write_examples(self.folder / "examples.parquet", splits, validation, test, wrong, predictions, scores)
+        wrong_input = {"perplexity_wrong_input": wrong.perplexity} if wrong else {}
+        return {
+            "validation": {"perplexity": validation.perplexity},
+            "test": {"perplexity": test.perplexity, **wrong_input, **scores.corpus},
+        }
+
+    def _data(self) -> Data:
+        splits, spec = self.built.splits, self.spec
+        return Data(
+            examples=len(splits.train),
+            examples_fingerprint=budget.content_fingerprint(splits.train),
+            order_fingerprint=budget.order_fingerprint(
+                splits.train, spec.seed, spec.budget.epochs, spec.optimizer.per_device_train_batch_size
+            ),
+            evaluation_fingerprint=budget.content_fingerprint([*splits.validation, *splits.test]),
+            steps=self.state.step,
+        )
+
+    def _warnings(self) -> tuple[str, ...]:
+        cut = len(self.built.batches.cut_targets)
+        limit = self.spec.budget.max_target_length
+        texts = [f"{cut} target texts were longer than max_target_length={limit} tokens and were cut"] if cut else []
+        return (*texts, *self.tracker.warnings)
+
+    def _checkpoint(self, epoch: int) -> None:
+        """Save so that a crash at any moment leaves a whole checkpoint: the state file names the one that counts."""
+        folder = self.folder / "checkpoint"
+        self.engine.save(folder, f"epoch-{epoch}")
+        content = {**vars(self.state), "history": [e.model_dump() for e in self.state.history], "tag": f"epoch-{epoch}"}
+        write_atomically(folder / "state.json", json.dumps(content))
+        for old in folder.glob("epoch-*"):
+            if old.name != f"epoch-{epoch}":
+                shutil.rmtree(old)
+        self._checkpointed = time.monotonic()
+
+    def _resume(self) -> None:
+        state = self.folder / "checkpoint" / "state.json"
+        if not state.exists():
+            return
+        content = json.loads(state.read_text(encoding="utf-8"))
+        self.engine.load(state.parent, content.pop("tag"))
+        history = [Epoch.model_validate(epoch) for epoch in content.pop("history")]
+        self.state = _State(history=history, **content)
+        logger.info("resumed after epoch %d", len(history))
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.state.phases_s[name] = self.state.phases_s.get(name, 0.0) + time.monotonic() - started
+
+    def _tick(self) -> None:
+        """Evaluation goes on: nothing new to say, but say that the trial is alive."""
+        self._tell("validate" if self.state.step < self.total_steps else "test", len(self.state.history))
+
+    def _tell(self, phase: str, epoch: int = 0, train_loss: float | None = None, force: bool = False) -> None:
+        now = time.monotonic()
+        if not force and now - self._reported < REPORT_INTERVAL_S:
+            return
+        self._reported = now
+        history = self.state.history
+        fraction = self.state.step / self.total_steps if hasattr(self, "total_steps") else 0.0
+        latest = history[-1].validation_perplexity if history else None
+        self.report(Progress(fraction, phase, epoch or len(history), train_loss, latest))
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:500]
+
+
+@contextmanager
+def _log_to(path: Path) -> Iterator[None]:
+    """Send this process's log to the trial's own file while the trial runs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(name)s %(levelname)s %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
