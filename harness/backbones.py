@@ -5,10 +5,10 @@ Every one of them comes through the same functions; ``check_backbone`` tells bef
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from harness.experiment import Backbone
 from harness.tiny_vision import TinyVision
 
 PRETRAINED = Path(__file__).parent / "pretrained"
-TINY_LLAMA, TINY_VISION = "builtin/tiny-llama", "builtin/tiny-vision"
+TINY_VISION = "builtin/tiny-vision"
+HUB_TIMEOUT_S = 10.0
 # Configurations of hub models that `harness plan` must be able to count offline, as published on the hub.
 KNOWN_CONFIGS = Path(__file__).parent / "known_configs.json"
 
@@ -128,7 +129,8 @@ def _place(name: str) -> str:
 
 def _cannot(name: str, error: Exception) -> str:
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return f"backbone {name!r} cannot be loaded, neither as a folder nor from the hub: {reason}"
+    hint = did_you_mean(name, builtin_names())
+    return f"backbone {name!r} cannot be had, neither as a folder nor from the hub ({reason}); {hint}"
 
 
 def builtin_names() -> list[str]:
@@ -136,29 +138,48 @@ def builtin_names() -> list[str]:
     return sorted(f"builtin/{path.name}" for path in PRETRAINED.iterdir() if path.is_dir())
 
 
+@cache
 def load_config(name: str, trust_remote_code: bool = False) -> Any:
-    """The ``transformers`` configuration behind a folder or hub id, without weights; from the known ones when offline.
+    """The configuration behind a name, without weights: the hub's local cache and the known ones go before the network.
+
+    Returns:
+        A ``transformers`` configuration; for the built-in vision encoder its options.
 
     Raises:
         UserError: no such built-in, folder, or reachable hub id.
     """
     from transformers import AutoConfig
 
-    known = json.loads(KNOWN_CONFIGS.read_text(encoding="utf-8"))
-    if _is_builtin(name):
-        if name not in builtin_names():
-            raise UserError(f"unknown built-in backbone {name!r}; {did_you_mean(name, builtin_names())}")
-        if name == TINY_VISION:
-            return json.loads((_builtin(name) / "config.json").read_text(encoding="utf-8"))
+    if name == TINY_VISION:
+        return json.loads((_builtin(name) / "config.json").read_text(encoding="utf-8"))
+    if _is_builtin(name) and name not in builtin_names():
+        raise UserError(f"unknown built-in backbone {name!r}; {did_you_mean(name, builtin_names())}")
     if _looks_like_folder(name) and not Path(name).is_dir():
-        raise UserError(f"{name!r}: no such folder; backbones are folders, hub ids, or {', '.join(builtin_names())}")
+        raise UserError(f"{name!r}: no such folder; a backbone is a folder, a hub id, or {', '.join(builtin_names())}")
+    known = json.loads(KNOWN_CONFIGS.read_text(encoding="utf-8"))
     try:
-        return AutoConfig.from_pretrained(_place(name), trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(_place(name), trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError) as error:
         if name in known:
-            return AutoConfig.for_model(**copy.deepcopy(known[name]))
-        hint = did_you_mean(name, [*builtin_names(), *known])
-        raise UserError(f"backbone {name!r}: not a folder here, and not to be had from the hub; {hint}") from error
+            return AutoConfig.for_model(**known[name])
+        _ask_hub(name, error)
+    return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def _ask_hub(name: str, reason: Exception) -> None:
+    """See in one short call whether the hub has the model: a download would retry for half a minute.
+
+    Raises:
+        UserError: it has not, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    if _looks_like_folder(name):
+        raise UserError(_cannot(name, reason)) from reason
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
+    except Exception as error:  # of the HTTP library underneath, which has changed before
+        raise UserError(_cannot(name, error)) from error
 
 
 def _looks_like_folder(name: str) -> bool:
@@ -166,10 +187,10 @@ def _looks_like_folder(name: str) -> bool:
 
 
 def check_backbone(backbone: Backbone) -> None:
-    """Fail now rather than in every trial: each model's configuration must be here or within reach.
+    """Fail now rather than in every trial: each model must be here or within reach.
 
     Raises:
-        UserError: a model is neither built in, nor a folder, nor on the hub or in its local cache.
+        UserError: a model is neither built in, nor a folder, nor in the hub's local cache, nor on the hub.
     """
     from transformers.utils import cached_file
 
@@ -177,9 +198,9 @@ def check_backbone(backbone: Backbone) -> None:
         load_config(name, backbone.trust_remote_code)
         if not _is_builtin(name) and not _looks_like_folder(name):
             try:
-                cached_file(name, "config.json")
+                cached_file(name, "config.json", local_files_only=True)
             except OSError as error:
-                raise UserError(_cannot(name, error)) from error
+                _ask_hub(name, error)
 
 
 def build_empty(backbone: Backbone) -> tuple[Any, dict[str, tuple[nn.Module, int]]]:

@@ -151,7 +151,7 @@ def plan_table(plan: Plan, parameters: Mapping[str, Parameters | None], states: 
     for heading in ("method", "setting", "seeds") if with_setting else ("method", "seeds"):
         table.add_column(heading)
     for heading in ("trainable", "adapter", "projector", "total"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("state")
     for (name, setting), trials in rows.items():
         counts = parameters[trials[0].trial_id]

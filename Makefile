@@ -1,0 +1,35 @@
+# The project's commands. `make quickstart` and `make test` need Python 3.11-3.13 and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: venv quickstart test test-slow test-real-data lint clean
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Python 3.11 to 3.13 is needed; {sys.executable} is {v.major}.{v.minor}. Try: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+quickstart: venv  ## a real grid on this machine, then its leaderboard
+	$(BIN)/harness run experiments/quickstart.yaml
+
+test: venv  ## the fast tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slow: venv  ## minutes each: rebuilds the built-in backbones and more
+	$(BIN)/python -m pytest -m slow
+
+test-real-data: venv  ## needs COCO_ROOT and COCO_CAPTIONS
+	$(BIN)/python -m pytest -m real_data
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,202 @@
+"""The main job through the real Ray Tune, DeepSpeed, MLflow and pycocoevalcap, as a person would call it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+from harness.record import Run, TrialRecord, read_run
+
+ROOT = Path(__file__).resolve().parents[2]
+HARNESS = [sys.executable, "-m", "harness"]
+EXPERIMENT = """
+name: small
+task: {{name: scenes, train_examples: 32, validation_examples: 8, test_examples: 8}}
+adapters:
+  - {{method: none, learning_rate: 3e-3}}
+  - {{method: lora, rank: 4, grouping: [agnostic, specific], learning_rate: 6e-3}}
+  - {{method: full, learning_rate: {full_learning_rate}}}
+budget: {{examples: 24, epochs: 2}}
+optimizer: {{per_device_train_batch_size: 8}}
+eval: {{max_new_tokens: 8}}
+resources: {{{resources}}}
+"""
+
+
+def harness(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Call the command line in a folder of its own."""
+    return subprocess.run(
+        [*HARNESS, *arguments], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=280
+    )
+
+
+def write_experiment(folder: Path, full_learning_rate: str = "6e-3", resources: str = "") -> None:
+    text = EXPERIMENT.format(full_learning_rate=full_learning_rate, resources=resources)
+    (folder / "small.yaml").write_text(text, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A grid of four trials, one of which diverges at once."""
+    folder = tmp_path_factory.mktemp("grid")
+    write_experiment(folder, full_learning_rate="1e30")
+    return folder, harness("run", "small.yaml", cwd=folder)
+
+
+def records(folder: Path) -> dict[str, TrialRecord]:
+    """The records of the run by method and grouping."""
+    run: Run = read_run(folder / "runs" / "small")
+    assert not run.broken
+    found = {trial.trial_id: f"{trial.method} {trial.grouping}".strip() for trial in run.plan.trials}
+    return {found[trial_id]: record for trial_id, record in run.records.items()}
+
+
+def test_a_failing_trial_leaves_the_others_running_and_is_told(
+    grid: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, result = grid
+    assert result.returncode == 1, result.stderr
+    found = records(folder)
+    status = {name: record.status for name, record in found.items()}
+    assert status == {"none": "finished", "lora agnostic": "finished", "lora specific": "finished", "full": "failed"}
+    assert "FloatingPointError" in (found["full"].reason or "")
+    assert "FloatingPointError" in result.stdout
+    assert "3 of 4 trials finished" in result.stdout
+    page = (folder / "runs/small/report/index.html").read_text(encoding="utf-8")
+    assert "FloatingPointError" in page
+
+
+def test_every_finished_trial_is_measured_in_full(grid: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = grid
+    for name, record in records(folder).items():
+        if record.status != "finished":
+            continue
+        expected = {"perplexity", "perplexity_wrong_input", "bleu_4", "meteor", "rouge_l", "cider"}
+        assert expected <= set(record.metrics["test"]), name
+        assert record.metrics["validation"]["perplexity"] == min(e.validation_perplexity for e in record.history)
+        assert record.parameters is not None
+        assert record.parameters.trainable == record.parameters.adapter + record.parameters.projector
+        assert record.memory is not None
+        assert record.throughput is not None
+        assert record.throughput.examples_per_s > 0
+        examples = pd.read_parquet(folder / "runs/small/trials" / record.trial_id / "examples.parquet")
+        assert len(examples) == 16
+    data = {record.data.order_fingerprint for record in records(folder).values() if record.data}
+    assert len(data) == 1, "every method saw the same examples in the same order"
+
+
+def test_the_terminal_is_quiet_and_ends_with_what_to_do_next(
+    grid: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    _, result = grid
+    assert "report:  runs/small/report/index.html" in result.stdout
+    assert "mlflow ui --backend-store-uri sqlite:///" in result.stdout
+    noise = [line for line in result.stderr.splitlines() if line.strip()]
+    assert noise == []
+
+
+def test_mlflow_has_a_parent_run_and_a_child_for_every_trial(
+    grid: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = grid
+    client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("small")
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [run for run in runs if run.data.tags["harness.kind"] == "grid"]
+    children = [run for run in runs if run.data.tags["harness.kind"] == "trial"]
+    assert len(parents) == 1
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parents[0].info.run_id}
+    by_id = {run.data.tags["harness.trial_id"]: run for run in children}
+    for record in records(folder).values():
+        run = by_id[record.trial_id]
+        assert run.info.status == ("FINISHED" if record.status == "finished" else "FAILED")
+        for name, value in record.metrics.get("test", {}).items():
+            assert run.data.metrics[f"test/{name}"] == pytest.approx(value)
+    assert {artifact.path for artifact in client.list_artifacts(parents[0].info.run_id)} >= {"index.html"}
+
+
+def test_run_again_repeats_only_what_failed(grid: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = grid
+    before = records(folder)
+    result = harness("run", "small.yaml", cwd=folder)
+    assert result.returncode == 1
+    after = records(folder)
+    for name, record in before.items():
+        assert (after[name] == record) == (record.status == "finished"), name
+    assert list((folder / "runs/small/trials" / before["full"].trial_id).glob("attempt-1.json"))
+
+
+def test_killed_half_way_and_run_again_runs_only_the_missing_trials(tmp_path: Path) -> None:
+    write_experiment(tmp_path, resources="max_concurrent_trials: 1")
+    driver = subprocess.Popen(
+        [*HARNESS, "run", "small.yaml"], cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    first = _wait_for_a_record(tmp_path / "runs/small/trials", driver)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    kept = {path: path.read_bytes() for path in first}
+    result = harness("run", "small.yaml", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "4 of 4 trials finished" in result.stdout
+    for path, content in kept.items():
+        assert path.read_bytes() == content
+    again = harness("run", "small.yaml", cwd=tmp_path)
+    assert again.returncode == 0
+    assert "nothing to compute" in again.stdout
+    fresh = harness("plan", "small.yaml", "--fresh", cwd=tmp_path)
+    assert "run folder: runs/small-2" in fresh.stdout
+    assert fresh.stdout.count("1 to run") == 4
+
+
+@pytest.mark.slow
+def test_a_trial_whose_process_is_killed_is_started_again(tmp_path: Path) -> None:
+    write_experiment(tmp_path, resources="max_concurrent_trials: 1")
+    driver = subprocess.Popen([*HARNESS, "run", "small.yaml"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    _wait_for_a_record(tmp_path / "runs/small/trials", driver)
+    for worker in _workers(driver.pid):
+        worker.kill()
+    assert driver.wait(timeout=280) == 0
+    assert {record.status for record in records(tmp_path).values()} == {"finished"}
+
+
+def _wait_for_a_record(trials: Path, driver: subprocess.Popen[bytes]) -> list[Path]:
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        found = list(trials.glob("*/record.json"))
+        if found:
+            return found
+        assert driver.poll() is None, "the sweep ended before its first trial"
+        time.sleep(0.1)
+    raise AssertionError("no record in 200 s")
+
+
+def _workers(driver: int) -> Iterator[psutil.Process]:
+    for process in psutil.Process(driver).children(recursive=True):
+        if "ray::ImplicitFunc" in " ".join(process.cmdline()):
+            yield process
+
+
+@pytest.mark.real_data
+def test_real_coco_images_run_end_to_end(tmp_path: Path) -> None:
+    """Only that it runs right is claimed: models this small do not caption photographs."""
+    if not os.environ.get("COCO_ROOT"):
+        pytest.skip("COCO_ROOT is not set: it names a folder in COCO's own layout")
+    result = harness("run", str(ROOT / "experiments/coco_mini.yaml"), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    run = read_run(tmp_path / "runs/coco_mini")
+    assert {record.status for record in run.records.values()} == {"finished"}
+    assert len(run.records) == 3
+    for record in run.records.values():
+        assert {"bleu_4", "meteor", "rouge_l", "cider"} <= set(record.metrics["test"])
+        # 837 pieces in the vocabulary: a model that knows nothing has this perplexity.
+        assert 1 < record.metrics["test"]["perplexity"] < 837
