@@ -18,12 +18,13 @@ from adapters.roles import ATTENTION, FEED_FORWARD, find_targets
 from harness.contexts import Router
 
 Where = Literal["A", "F", "AF"]
+_PREFIX = "group_"
 
 
 class Config(BaseModel):
     """Base of every method's options: typed, frozen, unknown keys refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Delta(nn.Module, ABC):
@@ -82,8 +83,13 @@ class AdaptedLinear(nn.Module):
 
     def __init__(self, deltas: Mapping[str, Delta], router: Router) -> None:
         super().__init__()
-        self.deltas = nn.ModuleDict(deltas)
+        # The prefix keeps a group from having the name of one of ModuleDict's methods.
+        self.deltas = nn.ModuleDict({f"{_PREFIX}{group}": delta for group, delta in deltas.items()})
         self.router = router
+
+    def by_group(self) -> dict[str, nn.Module]:
+        """Group → delta."""
+        return {name.removeprefix(_PREFIX): delta for name, delta in self.deltas.items()}
 
     def attach(self, linear: nn.Module) -> list[RemovableHandle]:
         """Hook onto the layer; only the kinds of hook that some group needs."""
@@ -103,7 +109,10 @@ class AdaptedLinear(nn.Module):
 
     def _change(self, acts_on: str, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
         """Let every group change the value at its own positions; only the owning group computes."""
-        deltas: dict[str | None, nn.Module] = {g: d for g, d in self.deltas.items() if d.acts_on == acts_on}
+        if x_BTI.dim() == 2:  # OPT joins rows and positions before its feed-forward layers
+            rows = (x.view(-1, self.router.length, x.shape[-1]) for x in (x_BTI, value_BTD))
+            return self._change(acts_on, *rows).flatten(0, 1)
+        deltas: dict[str | None, nn.Module] = {g: d for g, d in self.by_group().items() if d.acts_on == acts_on}
         spans = self.router.spans(x_BTI.shape[1])
         if len(spans) == 1 and list(deltas) == [spans[0].group]:  # agnostic: nothing to cut or join
             changed_BTD: Tensor = deltas[spans[0].group](x_BTI, value_BTD)
@@ -122,7 +131,7 @@ class AdaptedLinear(nn.Module):
 
 
 class Adapters(nn.Module):
-    """All adapter parameters of one language model, outside of it: ``layers.<path>.deltas.<group>.<parameter>``.
+    """All adapter parameters of one language model, outside of it: ``layers.<path>.deltas.group_<name>.<parameter>``.
 
     Args:
         language_model: a Hugging Face causal LM; its own parameters are left as they are.
@@ -164,6 +173,6 @@ class Adapters(nn.Module):
         counts = dict.fromkeys(self.router.groups, 0)
         for layer in self.layers.values():
             assert isinstance(layer, AdaptedLinear)  # noqa: S101
-            for group, delta in layer.deltas.items():
+            for group, delta in layer.by_group().items():
                 counts[group] += sum(p.numel() for p in delta.parameters())
         return counts

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from harness.errors import UserError
 
@@ -60,7 +61,7 @@ def find_targets(language_model: nn.Module, roles: frozenset[str]) -> list[Targe
     """
     config = getattr(language_model, "config", None)
     model_type = getattr(config, "model_type", type(language_model).__name__)
-    linears = {name: m for name, m in language_model.named_modules() if isinstance(m, nn.Linear)}
+    linears = {name: m for name, m in language_model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     if model_type not in FAMILIES:
         shapes = dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name in linears)
         raise UserError(
@@ -73,7 +74,7 @@ def find_targets(language_model: nn.Module, roles: frozenset[str]) -> list[Targe
     for name, module in linears.items():
         match = pattern.fullmatch(name)
         role = table.get(match.group(1)) if match else None
-        if role in roles:
+        if role in roles and isinstance(module, nn.Linear):
             targets.append(Target(name, role, module.in_features, module.out_features))
     if not targets:
         raise UserError(

@@ -21,7 +21,14 @@ from harness.tiny_vision import TinyVision
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 TINY_VISION = "builtin/tiny-vision"
+BUILTIN = {"language model": ("builtin/tiny-llama",), "encoder": (TINY_VISION,)}
 HUB_TIMEOUT_S = 10.0
+
+
+class HubUnreachableError(UserError):
+    """A model that is not here and that the hub, which cannot be asked now, may have."""
+
+
 # Configurations of hub models that `harness plan` must be able to count offline, as published on the hub.
 KNOWN_CONFIGS = Path(__file__).parent / "known_configs.json"
 
@@ -124,7 +131,7 @@ def vision_tower(model: Any) -> Any:
 
 
 def _place(name: str) -> str:
-    return str(_builtin(name)) if _is_builtin(name) else name
+    return str(_builtin(name) if _is_builtin(name) else Path(name).expanduser()) if _looks_like_folder(name) else name
 
 
 def _cannot(name: str, error: Exception) -> str:
@@ -135,7 +142,7 @@ def _cannot(name: str, error: Exception) -> str:
 
 def builtin_names() -> list[str]:
     """Names of the built-in backbones."""
-    return sorted(f"builtin/{path.name}" for path in PRETRAINED.iterdir() if path.is_dir())
+    return [name for names in BUILTIN.values() for name in names]
 
 
 @cache
@@ -152,9 +159,7 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
 
     if name == TINY_VISION:
         return json.loads((_builtin(name) / "config.json").read_text(encoding="utf-8"))
-    if _is_builtin(name) and name not in builtin_names():
-        raise UserError(f"unknown built-in backbone {name!r}; {did_you_mean(name, builtin_names())}")
-    if _looks_like_folder(name) and not Path(name).is_dir():
+    if _looks_like_folder(name) and not Path(_place(name)).is_dir():
         raise UserError(f"{name!r}: no such folder; a backbone is a folder, a hub id, or {', '.join(builtin_names())}")
     known = json.loads(KNOWN_CONFIGS.read_text(encoding="utf-8"))
     try:
@@ -170,20 +175,24 @@ def _ask_hub(name: str, reason: Exception) -> None:
     """See in one short call whether the hub has the model: a download would retry for half a minute.
 
     Raises:
-        UserError: it has not, or cannot be reached.
+        UserError: it has not.
+        HubUnreachableError: it does not answer.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     if _looks_like_folder(name):
         raise UserError(_cannot(name, reason)) from reason
     try:
         HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
-    except Exception as error:  # of the HTTP library underneath, which has changed before
+    except RepositoryNotFoundError as error:
         raise UserError(_cannot(name, error)) from error
+    except Exception as error:  # of the HTTP library underneath, which has changed before
+        raise HubUnreachableError(_cannot(name, error)) from error
 
 
 def _looks_like_folder(name: str) -> bool:
-    return name.startswith(("/", "./", "../", "~")) or Path(name).is_dir()
+    return name.startswith(("/", "./", "../", "~", "builtin/")) or Path(name).is_dir()
 
 
 def check_backbone(backbone: Backbone) -> None:
@@ -194,9 +203,12 @@ def check_backbone(backbone: Backbone) -> None:
     """
     from transformers.utils import cached_file
 
-    for name in (backbone.language_model, *backbone.encoders.values()):
-        load_config(name, backbone.trust_remote_code)
-        if not _is_builtin(name) and not _looks_like_folder(name):
+    kinds = [(backbone.language_model, "language model"), *((name, "encoder") for name in backbone.encoders.values())]
+    for name, kind in kinds:
+        _check_kind(name, kind)
+        if _looks_like_folder(name):
+            load_config(name, backbone.trust_remote_code)
+        else:
             try:
                 cached_file(name, "config.json", local_files_only=True)
             except OSError as error:
@@ -204,20 +216,37 @@ def check_backbone(backbone: Backbone) -> None:
 
 
 def build_empty(backbone: Backbone) -> tuple[Any, dict[str, tuple[nn.Module, int]]]:
-    """The language model and the encoders (modality → module, width) on the ``meta`` device: shapes without weights."""
-    from transformers import AutoModel, AutoModelForCausalLM
+    """The language model and the encoders (modality → module, width) on the ``meta`` device: shapes without weights.
 
+    Raises:
+        UserError: a model is not to be had, or is of the wrong kind.
+    """
+    from transformers import AutoModelForCausalLM
+
+    trust = backbone.trust_remote_code
     with torch.device("meta"):
-        language_model = AutoModelForCausalLM.from_config(
-            load_config(backbone.language_model, backbone.trust_remote_code)
-        )
-        encoders: dict[str, tuple[nn.Module, int]] = {}
-        for modality, name in backbone.encoders.items():
-            if name == TINY_VISION:
-                options = load_config(name)
-                tiny = TinyVision(options["width"], options["layers"], options["heads"])
-                encoders[modality] = (tiny, tiny.width)
-            else:
-                tower = vision_tower(AutoModel.from_config(load_config(name, backbone.trust_remote_code)))
-                encoders[modality] = (tower, int(tower.config.hidden_size))
+        name = backbone.language_model
+        _check_kind(name, "language model")
+        try:
+            language_model = AutoModelForCausalLM.from_config(load_config(name, trust), trust_remote_code=trust)
+        except ValueError as error:
+            raise UserError(f"backbone.language_model: {name!r} is not a causal language model") from error
+        encoders = {modality: _empty_encoder(name, trust) for modality, name in backbone.encoders.items()}
     return language_model, encoders
+
+
+def _empty_encoder(name: str, trust_remote_code: bool) -> tuple[nn.Module, int]:
+    from transformers import AutoModel
+
+    _check_kind(name, "encoder")
+    config = load_config(name, trust_remote_code)
+    if name == TINY_VISION:
+        tiny = TinyVision(config["width"], config["layers"], config["heads"])
+        return tiny, tiny.width
+    tower = vision_tower(AutoModel.from_config(config, trust_remote_code=trust_remote_code))
+    return tower, int(tower.config.hidden_size)
+
+
+def _check_kind(name: str, kind: str) -> None:
+    if _is_builtin(name) and name not in BUILTIN[kind]:
+        raise UserError(f"backbone: {name!r} is not a built-in {kind}; {did_you_mean(name, BUILTIN[kind])}")

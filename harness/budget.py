@@ -7,7 +7,7 @@ method the same examples in the same order with the same reference text, and the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -59,19 +59,20 @@ def epoch_order(examples: Sequence[Example], seed: int, epoch: int) -> list[Draw
     return [Draw(int(i), int(picks[i] * len(examples[i].references))) for i in order]
 
 
-def content_fingerprint(examples: Sequence[Example]) -> str:
-    """SHA-256 over ids, input file names and sizes, and references, whatever their order."""
+def content_fingerprint(examples: Sequence[Example], digest_of: Callable[[Path], str]) -> str:
+    """SHA-256 over ids, the inputs' digests, and references, whatever the examples' order.
+
+    Args:
+        examples: of a split, or a budget.
+        digest_of: input file → digest of its content.
+    """
     digest = hashlib.sha256()
     for example in sorted(examples, key=lambda e: e.id):
-        files = [f"{context}={path.name}:{_size(path)}" for context, path in sorted(example.inputs.items())]
+        files = [f"{context}={digest_of(path)}" for context, path in sorted(example.inputs.items())]
         for part in (example.id, *files, *example.references):
             digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
         digest.update(b"\n")
     return digest.hexdigest()
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size
 
 
 def order_fingerprint(examples: Sequence[Example], seed: int, epochs: int, batch_size: int) -> str:

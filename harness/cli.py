@@ -18,7 +18,7 @@ from rich.console import Console
 from harness.errors import UserError
 from harness.experiment import Experiment, load_experiment
 from harness.plan import TrialSpec, describe, expand
-from harness.record import Parameters, Plan, Run, read_run, record_path, write_atomically
+from harness.record import Parameters, Plan, TrialRecord, read_record, read_run, record_path, write_atomically
 from harness.registry import ADAPTERS, TASKS, Registry
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
@@ -56,13 +56,14 @@ class _Planned:
     plan: Plan
     folder: Path
 
+    def records(self) -> dict[str, TrialRecord]:
+        """The records that are there, of this experiment's trials, by trial id."""
+        paths = {spec.trial_id: record_path(self.folder, spec.trial_id) for spec in self.specs}
+        return {trial_id: read_record(path) for trial_id, path in paths.items() if path.exists()}
+
     def finished(self) -> set[str]:
         """Trial ids with a finished record."""
-        return {i for i, r in self.read().records.items() if r.status == "finished"} if self.folder.exists() else set()
-
-    def read(self) -> Run:
-        """The run folder as it stands."""
-        return read_run(self.folder)
+        return {trial_id for trial_id, record in self.records().items() if record.status == "finished"}
 
 
 def _prepare(path: Path, output: Path, fresh: bool) -> _Planned:
@@ -76,11 +77,11 @@ def _prepare(path: Path, output: Path, fresh: bool) -> _Planned:
 
 
 def _run_folder(output: Path, name: str, fresh: bool) -> Path:
-    """The latest of ``name``, ``name-2``, ``name-3`` …, or with ``fresh`` the next one."""
+    """The latest of ``name``, ``name@2``, ``name@3`` …, or with ``fresh`` the next one; a name itself has no ``@``."""
     number = 1
 
     def folder(n: int) -> Path:
-        return output / (name if n == 1 else f"{name}-{n}")
+        return output / (name if n == 1 else f"{name}@{n}")
 
     while folder(number + 1).exists():
         number += 1
@@ -91,15 +92,17 @@ def _run_folder(output: Path, name: str, fresh: bool) -> Path:
 def run(file: ExperimentFile, output: Output = Path("runs"), fresh: Fresh = False) -> None:
     """Run an experiment's trials and write the report. Run again, it does only what is missing."""
     from harness import preflight
-    from harness.tracking import close_grid, open_grid
+    from harness.tracking import check_uri, close_grid, open_grid
 
     began = time.monotonic()
     planned = _prepare(file, output, fresh)
     preflight.check_folder(planned.folder)
     with _only_one(planned.folder):
-        grid = open_grid(planned.plan.mlflow_uri or "", planned.experiment.name, planned.folder)
-        preflight.check_backbones(planned.specs)
+        uri = planned.plan.mlflow_uri or ""
+        check_uri(uri)
+        preflight.check_models(planned.specs)
         preflight.check_data(planned.specs, planned.folder, console)
+        grid = open_grid(uri, planned.experiment.name, planned.folder)
         write_atomically(planned.folder / "plan.json", planned.plan.model_dump_json(indent=1) + "\n")
         write_atomically(planned.folder / "experiment.yaml", file.read_text(encoding="utf-8"))
         try:
@@ -108,7 +111,8 @@ def run(file: ExperimentFile, output: Output = Path("runs"), fresh: Fresh = Fals
             errors.print("interrupted: what is finished is kept; run the same command again for the rest")
         report = _write_report(planned.folder)
         complete = len(planned.finished()) == len(planned.specs)
-        close_grid(grid, complete, list(report))
+        if lost := close_grid(grid, complete, list(report)):
+            errors.print(f"[yellow]MLflow was not told of the end:[/] {_escape(lost)}", soft_wrap=True)
     _last_screen(planned, report[0], time.monotonic() - began)
     if not complete:
         raise typer.Exit(1)
@@ -173,7 +177,7 @@ def _last_screen(planned: _Planned, report: Path, seconds: float) -> None:
     from results.format import duration
     from results.table import build_leaderboard
 
-    board = build_leaderboard(planned.read())
+    board = build_leaderboard(read_run(planned.folder))
     console.print(leaderboard_table(board))
     for item in (*board.failed, *board.missing):
         console.print(
@@ -197,6 +201,7 @@ def _mlflow_command(uri: str) -> str:
 @app.command("plan")
 def plan_command(file: ExperimentFile, output: Output = Path("runs"), fresh: Fresh = False) -> None:
     """Show the trials and the parameters each trains; nothing is trained, downloaded or written."""
+    from harness.backbones import HubUnreachableError
     from harness.build import count_parameters
     from harness.terminal import plan_table
 
@@ -209,11 +214,11 @@ def plan_command(file: ExperimentFile, output: Output = Path("runs"), fresh: Fre
         if key not in known:
             try:
                 known[key] = count_parameters(spec)
-            except UserError as error:
+            except HubUnreachableError as error:
                 known[key] = None
                 notes[str(error)] = None
         parameters[spec.trial_id] = known[key]
-    records = planned.read().records if (planned.folder / "plan.json").exists() else {}
+    records = planned.records()
     states = {
         spec.trial_id: records[spec.trial_id].status if spec.trial_id in records else "to run" for spec in planned.specs
     }

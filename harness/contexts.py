@@ -56,6 +56,8 @@ def resolve_grouping(grouping: Any, contexts: Sequence[str]) -> tuple[dict[str, 
             raise UserError(
                 f"group of context {context!r} must be a name (letters, digits, _) or null; found {group!r}"
             )
+    if all(group is None for group in grouping.values()):
+        raise UserError("no context has a group; for no adapter at all use the method 'none'")
     resolved = {context: grouping[context] for context in contexts}
     return resolved, " ".join(f"{context}={group or '-'}" for context, group in resolved.items())
 
@@ -98,6 +100,17 @@ class Router:
             else:
                 spans.append(Span(segment.start, segment.stop, group))
         self._spans = tuple(spans)
+
+    @property
+    def length(self) -> int:
+        """Positions of the batch in flight.
+
+        Raises:
+            RuntimeError: no layout was set.
+        """
+        if not self._spans:
+            raise RuntimeError("no layout was set: set_layout comes before forward")
+        return self._spans[-1].stop
 
     def spans(self, length: int) -> tuple[Span, ...]:
         """Which group acts where in a batch of this sequence length.

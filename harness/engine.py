@@ -26,6 +26,7 @@ from harness.record import Memory
 
 PRESETS = Path(__file__).parent.parent / "clusters" / "deepspeed"
 _PARTITIONED_STAGE = 3
+_NAMES_FILE = "trainable.json"
 
 
 def _import_deepspeed() -> Any:
@@ -56,7 +57,7 @@ class Engine:
     Args:
         model: returns (nll_B, tokens_B) when called with a batch; its trainable parameters have ``requires_grad``.
         options: optimizer and schedule.
-        total_steps: of the whole trial, for the schedule.
+        total_steps: optimizer steps of the whole trial, for the schedule.
         zero_stage: preset ``clusters/deepspeed/zero<stage>.json``.
     """
 
@@ -76,8 +77,8 @@ class Engine:
             eps=options.adam_epsilon,
             weight_decay=options.weight_decay,
         )
-        steps = math.ceil(total_steps / options.gradient_accumulation_steps)
-        scheduler = get_scheduler(options.lr_scheduler_type, optimizer, round(options.warmup_ratio * steps), steps)
+        warmup_steps = round(options.warmup_ratio * total_steps)
+        scheduler = get_scheduler(options.lr_scheduler_type, optimizer, warmup_steps, total_steps)
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -106,6 +107,11 @@ class Engine:
         self._engine.backward(loss)
         self._engine.step()
         return value
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken, those before a resume included."""
+        return int(self._engine.global_steps)
 
     @property
     def learning_rate(self) -> float:
@@ -147,8 +153,8 @@ class Engine:
         masters = [x for group in self._optimizer.param_groups for x in group["params"]]
         owned = {p.data_ptr() for p in self.model.parameters()}
         return Memory(
-            weights_bytes=sum(p.numel() * p.element_size() for p in self.model.parameters()),
-            gradients_bytes=sum(p.numel() * p.element_size() for p in self._trainable.values()),
+            weights_bytes=sum(_numel(p) * p.element_size() for p in self.model.parameters()),
+            gradients_bytes=sum(_numel(p) * p.element_size() for p in self._trainable.values()),
             optimizer_bytes=sum(x.numel() * x.element_size() for x in state)
             + sum(x.numel() * x.element_size() for x in masters if x.data_ptr() not in owned),
             activations_bytes=activations_bytes,
@@ -158,9 +164,8 @@ class Engine:
 
     def save(self, folder: Path, tag: str) -> None:
         """Save what is needed to resume: trainable weights, optimizer and schedule."""
-        self._engine.save_checkpoint(
-            str(folder), tag=tag, exclude_frozen_parameters=True, client_state={"trainable": sorted(self._trainable)}
-        )
+        self._engine.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=True)
+        (folder / tag / _NAMES_FILE).write_text(json.dumps(sorted(self._trainable)), encoding="utf-8")
 
     def load(self, folder: Path, tag: str) -> None:
         """Resume from ``save``.
@@ -169,14 +174,20 @@ class Engine:
             FileNotFoundError: there is no such checkpoint (DeepSpeed itself would only warn).
             KeyError: it is of other trainable parameters (DeepSpeed itself would not tell).
         """
-        path, client_state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
-        if path is None:
+        names = folder / tag / _NAMES_FILE
+        if not names.exists():
             raise FileNotFoundError(f"no checkpoint {tag!r} in {folder}")
-        _check_names(folder, client_state["trainable"], self._trainable)
+        _check_names(folder, json.loads(names.read_text(encoding="utf-8")), self._trainable)
+        self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
 
     def close(self) -> None:
         """Free what the engine holds; the process group stays for the next trial."""
         self._engine.destroy()
+
+
+def _numel(p: nn.Parameter) -> int:
+    """Of the whole parameter: one that ZeRO-3 has partitioned looks empty."""
+    return int(getattr(p, "ds_numel", p.numel()))
 
 
 def _check_names(place: Path, found: Iterable[str], expected: Iterable[str]) -> None:

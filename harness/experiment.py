@@ -7,6 +7,7 @@ unknown plugins, each with the file, the line and the key path.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from harness.yaml_source import KeyPath, Source, read_yaml
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Backbone(_Section):
@@ -131,7 +132,9 @@ class _File(_Section):
     adapters: Annotated[list[dict[str, Any]], Field(min_length=1)]
     backbone: dict[str, Any] = Field(default_factory=dict)
     budget: dict[str, Any] = Field(default_factory=dict)
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(default_factory=lambda: [0])
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = Field(
+        default_factory=lambda: [0]
+    )
     optimizer: dict[str, Any] = Field(default_factory=dict)
     eval: dict[str, Any] = Field(default_factory=dict)
     resources: dict[str, Any] = Field(default_factory=dict)
@@ -160,6 +163,7 @@ def load_experiment(path: Path) -> Experiment:
         check(Optimizer, v, ("optimizer",), source) for v in _axes(file.optimizer, ("optimizer",), source)
     )
     _check_learning_rates(adapters, optimizers, source)
+    _check_encoders(tasks, backbones, source)
     return Experiment(
         name=file.name or path.stem,
         source=source,
@@ -178,7 +182,8 @@ def load_experiment(path: Path) -> Experiment:
 def check(model: type[M], data: Mapping[str, Any], key_path: KeyPath, source: Source) -> M:
     """Validate one section; turn the first error into a UserError with file, line, key path and nearest name."""
     try:
-        return model.model_validate(dict(data))
+        # By way of JSON, whose strict mode takes a string for a path and a list for a tuple, but not "4" for 4.
+        return model.model_validate_json(json.dumps(dict(data), default=str), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         # Alternatives of a union are named in pydantic's location ("int", "literal['all']"): keep what is in the file.
@@ -190,7 +195,12 @@ def check(model: type[M], data: Mapping[str, Any], key_path: KeyPath, source: So
             raise UserError(f"{where}: unknown key {key!r}; {did_you_mean(key, model.model_fields)}") from None
         if missing:
             raise UserError(f"{where}: this key is required") from None
-        raise UserError(f"{where}: {_messages(error, first['loc'])}; found {first['input']!r}") from None
+        hint = (
+            "; only task, backbone, adapters, budget and optimizer have axes"
+            if isinstance(first["input"], list)
+            else ""
+        )
+        raise UserError(f"{where}: {_messages(error, first['loc'])}; found {first['input']!r}{hint}") from None
 
 
 def _stands_in(data: Any, key: str) -> bool:
@@ -269,7 +279,7 @@ def _adapter(variant: dict[str, Any], path: KeyPath, contexts: tuple[str, ...], 
     if grouping is not None and not method_class.grouped:
         raise UserError(f"{source.where((*path, 'grouping'))}: {name} has no adapter groups; leave 'grouping' out")
     try:
-        resolved, grouping_name = resolve_grouping(grouping or "agnostic", contexts)
+        resolved, grouping_name = resolve_grouping("agnostic" if grouping is None else grouping, contexts)
     except UserError as error:
         raise UserError(f"{source.where((*path, 'grouping'))}: {error}") from None
     config = _method_config(method_class, options, path, source)
@@ -293,6 +303,15 @@ def _method_config(method_class: Any, options: dict[str, Any], path: KeyPath, so
             raise UserError(f"{source.where((*path, key))}: unknown key {key!r}; {allowed}")
     config: BaseModel = check(method_class.Config, options, path, source)
     return config
+
+
+def _check_encoders(tasks: tuple[TaskChoice, ...], backbones: tuple[Backbone, ...], source: Source) -> None:
+    for task, backbone in itertools.product(tasks, backbones):
+        for modality in task.modalities:
+            if modality not in backbone.encoders:
+                near = did_you_mean(modality, backbone.encoders)
+                where = source.where(("backbone", "encoders"))
+                raise UserError(f"{where}: task {task.name} needs an encoder for {modality!r}; found {near}")
 
 
 def _check_learning_rates(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib.metadata
 import platform
 import re
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -55,6 +57,7 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
+            _give_back_free_memory()
             try:
                 _CLEAR_REFERENCES.write_text("5", encoding="ascii")  # man 5 proc: reset VmHWM
             except OSError:
@@ -69,6 +72,13 @@ class PeakMemory:
             return None
         match = re.search(r"VmHWM:\s+(\d+) kB", _PROCESS_STATUS.read_text(encoding="ascii"))
         return int(match.group(1)) * 1024 if match else None
+
+
+def _give_back_free_memory() -> None:
+    """Return what an earlier trial of this process freed to the system, or it would hide this trial's growth."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @contextmanager

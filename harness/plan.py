@@ -37,7 +37,7 @@ class TrialSpec(BaseModel):
     def trial_id(self) -> str:
         """Twelve hexadecimal digits of the SHA-256 of the canonical JSON; names for people are left out of it."""
         content = self.model_dump(
-            mode="json", exclude={"adapter": {"label", "grouping_name"}, "eval": {"primary_metric"}}
+            mode="json", exclude={"adapter": {"label", "grouping_name", "learning_rate"}, "eval": {"primary_metric"}}
         )
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -64,18 +64,15 @@ def expand(experiment: Experiment) -> list[TrialSpec]:
                     seed=seed,
                 )
             )
-    repeated = [spec for trial_id, spec in {s.trial_id: s for s in specs}.items() if _count(specs)[trial_id] > 1]
+    counts = Counter(spec.trial_id for spec in specs)
+    repeated = next((spec for spec in specs if counts[spec.trial_id] > 1), None)
     if repeated:
-        adapter = repeated[0].adapter
+        adapter = repeated.adapter
         raise UserError(
             f"{experiment.source.where(('adapters',))}: the same trial is asked for twice: "
             f"{adapter.label} {adapter.grouping_name}".rstrip()
         )
     return specs
-
-
-def _count(specs: list[TrialSpec]) -> Counter[str]:
-    return Counter(spec.trial_id for spec in specs)
 
 
 def describe(experiment: Experiment, specs: list[TrialSpec], metrics: tuple[MetricInfo, ...], mlflow_uri: str) -> Plan:

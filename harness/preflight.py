@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,10 +12,11 @@ from rich.console import Console
 from rich.progress import track
 
 from harness.backbones import check_backbone
-from harness.build import choose_splits, make_task
+from harness.build import choose_splits, count_parameters, make_task
 from harness.errors import UserError
+from harness.inputs import Inputs
 from harness.plan import TrialSpec
-from harness.record import MetricInfo, write_atomically
+from harness.record import MetricInfo
 from harness.registry import METRICS, MODALITIES, TASKS
 from tasks.base import Modality
 
@@ -50,25 +50,27 @@ def check_folder(folder: Path) -> None:
         ) from error
 
 
-def check_backbones(specs: Sequence[TrialSpec]) -> None:
-    """See that every backbone can be had.
+def check_models(specs: Sequence[TrialSpec]) -> None:
+    """See that every backbone can be had and that every adapter fits its language model.
 
     Raises:
-        UserError: one cannot.
+        UserError: one cannot, or does not.
     """
     for backbone in {spec.backbone.model_dump_json(): spec.backbone for spec in specs}.values():
         check_backbone(backbone)
+    for spec in {spec.model_dump_json(include={"task", "backbone", "adapter"}): spec for spec in specs}.values():
+        count_parameters(spec)
 
 
 def check_data(specs: Sequence[TrialSpec], run: Path, console: Console) -> None:
     """Prepare every task, see that the budgets can be met, and decode every input that will be used.
 
-    What was decoded once is remembered in the run folder by path, size and time, and not decoded again.
+    What was read once is remembered in the run folder and not read again until it changes.
 
     Raises:
         UserError: data is missing or broken, or too little; the message names the file or the key.
     """
-    inputs: dict[tuple[str, Path], None] = {}
+    decoders: dict[Path, str] = {}
     # Trials that differ in the adapter alone use the same data.
     for spec in {_data_key(spec): spec for spec in specs}.values():
         task = make_task(spec)
@@ -77,32 +79,24 @@ def check_data(specs: Sequence[TrialSpec], run: Path, console: Console) -> None:
         modalities = TASKS.load(spec.task.target).modalities
         for example in (*splits.train, *splits.validation, *splits.test):
             for context, path in example.inputs.items():
-                inputs[spec.task.modalities[modalities[context]], path] = None
-    _decode_all(inputs, run / "inputs_decoded.json", console)
+                decoders[path] = spec.task.modalities[modalities[context]]
+    _read_all(decoders, Inputs(run), console)
 
 
 def _data_key(spec: TrialSpec) -> str:
     return json.dumps([spec.task.model_dump(mode="json"), spec.budget.examples, spec.eval.model_dump(), spec.seed])
 
 
-def _decode_all(inputs: Iterable[tuple[str, Path]], remembered: Path, console: Console) -> None:
-    known = set(json.loads(remembered.read_text(encoding="utf-8"))) if remembered.exists() else set()
-    stamps = {_stamp(path): (target, path) for target, path in inputs}
-    new = {stamp: place for stamp, place in stamps.items() if stamp not in known}
+def _read_all(decoders: Mapping[Path, str], inputs: Inputs, console: Console) -> None:
+    new = inputs.unread(decoders)
     if not new:
         return
-    modalities: dict[str, Modality] = {target: MODALITIES.load(target)() for target, _ in new.values()}
+    modalities: dict[str, Modality] = {target: MODALITIES.load(target)() for target in set(decoders.values())}
 
-    def decode(place: tuple[str, Path]) -> None:
-        modalities[place[0]].load(place[1])
+    def read(path: Path) -> None:
+        inputs.read(path, modalities[decoders[path]].load)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        decoded = pool.map(decode, new.values())
-        for _ in track(decoded, "Reading every input once", len(new), console=console, transient=True):
+        for _ in track(pool.map(read, new), "Reading every input once", len(new), console=console, transient=True):
             pass
-    write_atomically(remembered, json.dumps(sorted(known | set(new))))
-
-
-def _stamp(path: Path) -> str:
-    stat = path.stat()
-    return hashlib.sha256(f"{path}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    inputs.save()

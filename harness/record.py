@@ -7,11 +7,10 @@ of ours but the error type, so that results can be read without torch, Ray or a 
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
@@ -20,6 +19,9 @@ Status = Literal["finished", "failed", "out_of_memory", "pruned", "cancelled"]
 
 class _Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+S = TypeVar("S", bound=_Schema)
 
 
 class MetricInfo(_Schema):
@@ -77,7 +79,11 @@ class Parameters(_Schema):
 
 
 class Memory(_Schema):
-    """Bytes. ``process_peak_bytes`` is resident memory on the CPU (interpreter included), allocated memory on a GPU."""
+    """Bytes by kind, of the model being trained; the frozen encoders, which run beforehand, are not in them.
+
+    The process figures are resident memory on a CPU (interpreter, and what earlier trials of the process left),
+    allocated memory on a GPU: their difference is this trial's.
+    """
 
     weights_bytes: int
     gradients_bytes: int
@@ -122,7 +128,7 @@ class TrialRecord(_Schema):
     memory: Memory | None = None
     throughput: Throughput | None = None
     data: Data | None = None
-    wall_time_s: FiniteFloat
+    wall_time_s: FiniteFloat  # of all phases, those before a restart included
     phases_s: dict[str, FiniteFloat] = Field(default_factory=dict)  # "build", "train", "validate", "test"
     started_at: str  # ISO 8601, UTC
     versions: dict[str, str] = Field(default_factory=dict)
@@ -160,10 +166,18 @@ def read_record(path: Path) -> TrialRecord:
         ValueError: the file is not a record of this schema; the message names the file.
     """
     try:
-        return TrialRecord.model_validate_json(path.read_bytes())
-    except (ValidationError, OSError) as error:
-        detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise ValueError(f"{path}: not a trial record: {detail}") from error
+        return _strictly(TrialRecord, path, "a trial record")
+    except OSError as error:
+        raise ValueError(f"{path}: not a trial record: {error}") from error
+
+
+def _strictly(schema: type[S], path: Path, what: str) -> S:
+    try:
+        return schema.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{path}: not {what}: {place}{': ' if place else ''}{first['msg']}") from error
 
 
 @dataclass(frozen=True)
@@ -182,8 +196,9 @@ def read_run(folder: Path) -> Run:
 
     Raises:
         FileNotFoundError: there is no plan in the folder.
+        ValueError: it is broken.
     """
-    plan = Plan.model_validate(json.loads((folder / "plan.json").read_text(encoding="utf-8")))
+    plan = _strictly(Plan, folder / "plan.json", "the plan of a run")
     planned = {trial.trial_id for trial in plan.trials}
     records: dict[str, TrialRecord] = {}
     broken: list[str] = []
@@ -194,7 +209,9 @@ def read_run(folder: Path) -> Run:
         except ValueError as error:
             broken.append(str(error))
             continue
-        if record.trial_id in planned:
+        if path.parent.name != record.trial_id:
+            broken.append(f"{path}: the record of trial {record.trial_id}, in another trial's folder")
+        elif record.trial_id in planned:
             records[record.trial_id] = record
         else:
             foreign.append(record.trial_id)

@@ -83,8 +83,8 @@ def _import(target: str, kind: str) -> Any:
     module_name, _, attribute = target.partition(":")
     try:
         return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{kind} {target}: cannot be imported: {error}") from error
+    except Exception as error:  # whatever the plugin's module does when it is imported
+        raise UserError(f"{kind} {target}: cannot be imported: {type(error).__name__}: {error}") from error
 
 
 TASKS = Registry("task", "harness.tasks", "tasks.base:Task")

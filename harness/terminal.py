@@ -77,9 +77,8 @@ class LiveTable:
         row.ended, row.fraction, row.phase = record, 1.0, record.status
         if not self.console.is_terminal:
             done = sum(r.ended is not None for r in self._rows.values())
-            self.console.print(
-                f"[{done}/{len(self._rows)}] {trial_name(row.trial)}: {_outcome(record)}", highlight=False
-            )
+            line = f"[{done}/{len(self._rows)}] {trial_name(row.trial)}: {_outcome(record)}"
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         rows = list(self._rows.values())
@@ -104,17 +103,19 @@ class LiveTable:
         table = Table(box=None, pad_edge=False, header_style="dim")
         for heading in ("trial", "seed", "phase", "epoch", "train loss", "val. perplexity", "progress"):
             table.add_column(heading, justify="left" if heading in ("trial", "phase", "progress") else "right")
-        recent = done[-max(0, SHOWN_TRIALS - len(running)) :]
+        recent = done[max(0, len(done) - max(0, SHOWN_TRIALS - len(running))) :]
         for row in [*recent, *running[:SHOWN_TRIALS]]:
             style = "" if row.ended is None else ("dim" if row.ended.status == "finished" else "red")
             cells: list[Any] = [
-                _name(row.trial),
+                Text(_name(row.trial)),
                 str(row.trial.seed),
                 row.phase,
                 str(row.epoch or ""),
                 "" if row.train_loss is None else f"{row.train_loss:.3f}",
                 "" if row.validation_perplexity is None else f"{row.validation_perplexity:.3f}",
-                ProgressBar(total=1.0, completed=row.fraction, width=20) if row.ended is None else _outcome(row.ended),
+                ProgressBar(total=1.0, completed=row.fraction, width=20)
+                if row.ended is None
+                else Text(_outcome(row.ended)),
             ]
             table.add_row(*cells, style=style)
         return table

@@ -24,8 +24,9 @@ from harness.build import build
 from harness.engine import Engine
 from harness.evaluate import exchanged, generate, likelihood
 from harness.experiment import Resources
+from harness.inputs import Inputs
 from harness.plan import TrialSpec
-from harness.record import Data, Epoch, Memory, TrialRecord, write_atomically, write_record
+from harness.record import Data, Epoch, TrialRecord, write_atomically, write_record
 from harness.registry import METRICS
 from harness.scores import write_examples
 from harness.tracking import Tracker
@@ -68,9 +69,10 @@ def run_trial(
     folder = run / "trials" / spec.trial_id
     started, clock = datetime.now(UTC), time.monotonic()
     with _log_to(folder / "log.txt"):
-        status, reason, measured = "finished", None, dict[str, Any]()
+        status, reason = "finished", None
+        trial = Trial(spec, folder, resources, tracker, report)
         try:
-            measured = Trial(spec, folder, resources, tracker, report).run()
+            trial.run()
         except (torch.OutOfMemoryError, MemoryError) as error:
             status, reason = "out_of_memory", _one_line(error)
             logger.exception("out of memory")
@@ -84,12 +86,16 @@ def run_trial(
             reason=reason,
             spec=spec.model_dump(mode="json"),
             seed=spec.seed,
-            wall_time_s=time.monotonic() - clock,
+            wall_time_s=sum(trial.state.phases_s.values()) or time.monotonic() - clock,
+            phases_s=trial.state.phases_s,
+            history=tuple(trial.state.history),
+            best_epoch=trial.state.best_epoch,
             started_at=started.isoformat(timespec="seconds"),
             versions=measure.versions(),
             git_revision=measure.git_revision(),
             mlflow_run_id=tracker.run_id,
-            **measured,
+            warnings=(*trial.warnings, *tracker.warnings),
+            **trial.measured,
         )
         write_record(run, record)
         tracker.finish(record, folder)
@@ -113,47 +119,39 @@ class Trial:
     def __init__(self, spec: TrialSpec, folder: Path, resources: Resources, tracker: Tracker, report: Report) -> None:
         self.spec, self.folder, self.resources, self.tracker, self.report = spec, folder, resources, tracker, report
         self.state = _State()
-        self.memory: Memory | None = None
+        self.measured: dict[str, Any] = {}  # fields of the record
         self._reported = 0.0
         self._checkpointed = time.monotonic()
 
-    def run(self) -> dict[str, Any]:
-        """Build, train, test; returns the measured fields of the record."""
+    def run(self) -> None:
+        """Build, train, test. What was measured by then is in ``state`` and ``measured``, also after an exception."""
         spec = self.spec
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        self.measured["device"] = measure.device_name(self.device)
         torch.set_num_threads(self.resources.cpus_per_trial)
         self._tell("build", force=True)
         with self._phase("build"):
             self.peak = measure.PeakMemory(self.device)
             self.built = build(spec, self.device)
+            self.measured["parameters"] = self.built.parameters
             self.train_examples = self.built.splits.train
-            steps_per_epoch = math.ceil(len(self.train_examples) / spec.optimizer.per_device_train_batch_size)
-            self.total_steps = steps_per_epoch * spec.budget.epochs
+            batches = math.ceil(len(self.train_examples) / spec.optimizer.per_device_train_batch_size)
+            # Accumulation runs on over the end of an epoch; what is left over at the very end is not applied.
+            self.total_steps = batches * spec.budget.epochs // spec.optimizer.gradient_accumulation_steps
             self.engine = Engine(self.built.model, spec.optimizer, self.total_steps, self.resources.zero_stage)
-            self._resume()
-        with self._phase("encode"):
-            self._encode()
         self.clock = measure.StepClock(self.device)
         try:
+            self._resume()
+            with self._phase("encode"):
+                self._encode()
             for epoch in range(len(self.state.history) + 1, spec.budget.epochs + 1):
                 self._epoch(epoch)
+            self.measured["data"] = self._data()
             with self._phase("test"):
-                metrics = self._test()
+                self.measured["metrics"] = self._test()
         finally:
             self.engine.close()
         shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
-        return {
-            "metrics": metrics,
-            "history": tuple(self.state.history),
-            "best_epoch": self.state.best_epoch,
-            "parameters": self.built.parameters,
-            "memory": self.memory,
-            "throughput": self.clock.throughput(),
-            "data": self._data(),
-            "phases_s": self.state.phases_s,
-            "device": measure.device_name(self.device),
-            "warnings": self._warnings(),
-        }
 
     def _encode(self) -> None:
         """Run the frozen encoders ahead of training, so that training speed is the language model's alone."""
@@ -204,9 +202,10 @@ class Trial:
                 losses.append(self.engine.train_step(batch))
             self.clock.count(batch.size, model.positions(batch))
             self.state.activations_bytes = max(self.state.activations_bytes, saved[0])
-            self.state.step += 1
+            self.state.step = self.engine.steps
             self._tell("train", epoch, losses[-1])
-        self.memory = self.engine.memory(self.state.activations_bytes, self.peak)
+        self.measured["memory"] = self.engine.memory(self.state.activations_bytes, self.peak)
+        self.measured["throughput"] = self.clock.throughput()
         return sum(losses) / len(losses)
 
     def _likelihood(self, examples: list[Example], shown: list[Example] | None = None) -> Any:
@@ -237,21 +236,23 @@ class Trial:
 
     def _data(self) -> Data:
         splits, spec = self.built.splits, self.spec
+        digest = Inputs(self.folder.parent.parent).digest
         return Data(
             examples=len(splits.train),
-            examples_fingerprint=budget.content_fingerprint(splits.train),
+            examples_fingerprint=budget.content_fingerprint(splits.train, digest),
             order_fingerprint=budget.order_fingerprint(
                 splits.train, spec.seed, spec.budget.epochs, spec.optimizer.per_device_train_batch_size
             ),
-            evaluation_fingerprint=budget.content_fingerprint([*splits.validation, *splits.test]),
+            evaluation_fingerprint=budget.content_fingerprint([*splits.validation, *splits.test], digest),
             steps=self.state.step,
         )
 
-    def _warnings(self) -> tuple[str, ...]:
-        cut = len(self.built.batches.cut_targets)
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a reader of the record should know beside its numbers."""
+        cut = len(self.built.batches.cut_targets) if hasattr(self, "built") else 0
         limit = self.spec.budget.max_target_length
-        texts = [f"{cut} target texts were longer than max_target_length={limit} tokens and were cut"] if cut else []
-        return (*texts, *self.tracker.warnings)
+        return (f"{cut} target texts were longer than max_target_length={limit} tokens and were cut",) if cut else ()
 
     def _checkpoint(self, epoch: int) -> None:
         """Save so that a crash at any moment leaves a whole checkpoint: the state file names the one that counts."""

@@ -70,14 +70,17 @@ def read_yaml(path: Path) -> Source:
         raise UserError(f"{path}: cannot be read: {error}") from error
     try:
         node = yaml.compose(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+        data = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader subclass
+    except (yaml.YAMLError, ValueError) as error:  # a date like 2020-13-45 is a ValueError
         raise UserError(f"{path}: not valid YAML: {error}") from error
     lines: dict[KeyPath, int] = {}
     if node is None:
         return Source(path, None, lines)
     source = Source(path, None, lines)
-    _walk(node, (), source)
-    data = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader subclass
+    try:
+        _walk(node, (), source)
+    except RecursionError:
+        raise UserError(f"{path}: an alias (*name) stands inside the value it names") from None
     return Source(path, _expand(data, (), source), lines)
 
 

@@ -6,7 +6,7 @@ import io
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 from markupsafe import Markup
@@ -22,6 +22,7 @@ _INK, _RULE, _CARD = "#010203", "#040506", "#070809"
 _THEMED = {_INK: "currentColor", _RULE: "var(--rule)", _CARD: "var(--card)"}
 # Okabe and Ito's palette, told apart with any colour vision, without its yellow and black.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+_FAR_APART = 5.0  # largest mean over smallest, from which on a scale is logarithmic
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: smaller, selectable, in the page's font
@@ -129,6 +130,23 @@ def _within(estimates: Sequence[Estimate]) -> tuple[float, float]:
     )
 
 
+def _log_if_far_apart(axes: Axes, which: Literal["x", "y"], means: Sequence[float]) -> None:
+    """A logarithmic scale where one mean is many times another: on a linear one the rest would lie on a heap."""
+    low, high = min(means), max(means)
+    if low <= 0 or high / low < _FAR_APART:
+        return
+    if which == "x":
+        axes.set_xscale("log")
+        axes.set_xlim(low / 1.25, high * 1.25)
+    else:
+        axes.set_yscale("log")
+        axes.set_ylim(low / 1.25, high * 1.25)
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_locator(NullLocator())
+
+
 def _contexts(board: Leaderboard, setting: str, looks: dict[str, _Look]) -> Figure | None:
     metric = board.primary.name
     deltas = [
@@ -181,7 +199,9 @@ def _parameters(board: Leaderboard, rows: Sequence[Row], looks: dict[str, _Look]
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_ylim(*_within([row.metrics[metric] for row in shown]))
+    estimates = [row.metrics[metric] for row in shown]
+    axes.set_ylim(*_within(estimates))
+    _log_if_far_apart(axes, "y", [estimate.mean for estimate in estimates])
     axes.set_xlabel("trainable parameters (log scale)")
     axes.set_ylabel(f"test {board.primary.label}")
     figure.legend(loc="outside lower center", ncols=3, fontsize=9, handletextpad=0.2)
@@ -246,5 +266,6 @@ def _input_test(rows: Sequence[Row], looks: dict[str, _Look]) -> Figure | None:
         axes.plot(right, position, "o", ms=7, mfc=look.colour, mec=look.colour, mew=1.5)
         axes.plot(wrong, position, "o", ms=7, mfc=_CARD, mec=look.colour, mew=1.5)
     _names_on_y(axes, [row.name for row in shown])
+    _log_if_far_apart(axes, "x", [row.metrics[metric].mean for row in shown for metric in (RIGHT, WRONG)])
     axes.set_xlabel("test perplexity   (filled: right input, hollow: wrong input)")
     return figure

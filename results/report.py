@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from pydantic import ValidationError
 
 from harness.errors import UserError
 from harness.record import MetricInfo, Run, read_run, write_atomically
@@ -53,9 +51,8 @@ def _read(run_folder: Path) -> Run:
         return read_run(run_folder)
     except FileNotFoundError as error:
         raise UserError(f"{run_folder}: no plan.json here; a run folder is what `harness run` wrote") from error
-    except (ValidationError, json.JSONDecodeError) as error:
-        detail = str(error).splitlines()[0]
-        raise UserError(f"{run_folder / 'plan.json'}: not the plan of a run: {detail}") from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def ranking_metrics(board: Leaderboard) -> list[MetricInfo]:
@@ -170,7 +167,7 @@ def _csv_row(row: Row, board: Leaderboard) -> dict[str, str | int | float | None
     cells |= _columns("wrong_to_right_input_perplexity", row.input_use)
     for count in ("trainable", "adapter", "projector", "language_model", "encoder", "total"):
         cells[f"{count}_parameters"] = getattr(row.parameters, count) if row.parameters else None
-    cells |= _columns("process_peak_bytes", row.peak_bytes)
+    cells |= _columns("peak_growth_bytes", row.peak_bytes)
     cells |= _columns("examples_per_s", row.examples_per_s)
     cells |= _columns("tokens_per_s", row.tokens_per_s)
     cells |= _columns("wall_time_s", row.wall_time_s)

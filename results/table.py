@@ -28,7 +28,7 @@ class Row:
     metrics: dict[str, Estimate]  # test split, by metric name
     input_use: Estimate | None  # perplexity with the wrong input / with the right one; 1 = the input is not used
     parameters: Parameters | None
-    peak_bytes: Estimate | None
+    peak_bytes: Estimate | None  # growth from before the model was built to the highest point in training
     examples_per_s: Estimate | None
     tokens_per_s: Estimate | None
     wall_time_s: Estimate | None
@@ -179,11 +179,19 @@ def _row(trials: Sequence[PlannedTrial], run: Run) -> Row:
         metrics={name: estimate for name, estimate in metrics.items() if estimate is not None},
         input_use=over_seeds([wrong[seed] / right[seed] for seed in right if seed in wrong]),
         parameters=next((record.parameters for record in finished if record.parameters), None),
-        peak_bytes=mean(lambda record: record.memory.process_peak_bytes if record.memory else None),
+        peak_bytes=mean(_peak_growth_bytes),
         examples_per_s=mean(lambda record: record.throughput.examples_per_s if record.throughput else None),
         tokens_per_s=mean(lambda record: record.throughput.tokens_per_s if record.throughput else None),
         wall_time_s=mean(lambda record: record.wall_time_s),
     )
+
+
+def _peak_growth_bytes(record: TrialRecord) -> float | None:
+    """A worker runs many trials: what it held before this one is not this one's."""
+    memory = record.memory
+    if memory is None or memory.process_peak_bytes is None or memory.process_before_bytes is None:
+        return None
+    return memory.process_peak_bytes - memory.process_before_bytes
 
 
 def _paired(row: Row, other: Row, plan: Plan) -> tuple[dict[str, Estimate], tuple[str, ...]]:

@@ -87,7 +87,9 @@ class Scores:
 class Metric(ABC):
     """Scores generated texts against references."""
 
-    labels: ClassVar[Mapping[str, str]]  # metric name → how it is shown: {"bleu_4": "BLEU-4"}; higher is better
+    # What the leaderboard shows: metric name → label, as in {"bleu_4": "BLEU-4"}; higher is better. Other scores are
+    # kept in the records only.
+    labels: ClassVar[Mapping[str, str]]
 
     @abstractmethod
     def score(self, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Scores:

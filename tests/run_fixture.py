@@ -133,6 +133,7 @@ def fake_record(trial: PlannedTrial, trainable: int, quality: float) -> TrialRec
             optimizer_bytes=8 * trainable,
             activations_bytes=41_000_000,
             process_peak_bytes=812_000_000 + 12 * trainable,
+            process_before_bytes=500_000_000,
         ),
         throughput=Throughput(examples_per_s=speed, tokens_per_s=32 * speed, measured_steps=240),
         data=fake_data(trial.seed),

@@ -30,9 +30,6 @@ class CaptionMetrics(Metric):
     """
 
     labels: ClassVar[Mapping[str, str]] = {
-        "bleu_1": "BLEU-1",
-        "bleu_2": "BLEU-2",
-        "bleu_3": "BLEU-3",
         "bleu_4": "BLEU-4",
         "meteor": "METEOR",
         "rouge_l": "ROUGE-L",

@@ -1,0 +1,34 @@
+"""What all tests share: caches in a temporary folder, no network, and a way to write experiment files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+# Read once, when huggingface_hub is imported: a test that asks the hub would pass or fail by the weather.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def harness_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One cache for the whole test session, the workers of pytest-xdist included, instead of ``~/.cache/harness``."""
+    base = tmp_path_factory.getbasetemp()
+    cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "harness-cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HARNESS_CACHE", str(cache))
+        yield cache
+
+
+@pytest.fixture
+def experiment_file(tmp_path: Path) -> Callable[[str], Path]:
+    """Writes the text as ``tmp_path/experiment.yaml``."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "experiment.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write

@@ -1,0 +1,174 @@
+"""What every registered adapter method promises: a new plugin gets these checks by registering."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from adapters.base import AdapterMethod, Adapters
+from adapters.roles import find_targets
+from harness.build import assemble
+from harness.contexts import Router, Segment, resolve_grouping
+from harness.experiment import AdapterChoice, Backbone, Budget, Evaluation, Optimizer, TaskChoice
+from harness.plan import TrialSpec
+from harness.registry import ADAPTERS, Entry
+
+CONTEXTS = ("image", "text")
+LAYOUT = (Segment(0, 1, "text"), Segment(1, 5, "image"), Segment(5, 9, "text"))
+LENGTH = 9
+
+every_method = pytest.mark.parametrize("entry", ADAPTERS.entries().values(), ids=ADAPTERS.entries())
+every_grouping = pytest.mark.parametrize(
+    "grouping", ["agnostic", "specific", {"image": None, "text": "language"}], ids=str
+)
+
+
+def tiny_llama() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def method_of(entry: Entry) -> AdapterMethod:
+    method_class = ADAPTERS.load(entry.target)
+    method: AdapterMethod = method_class(method_class.Config())
+    return method
+
+
+def adapters_of(entry: Entry, model: Any, grouping: Any, seed: int = 0) -> Adapters:
+    router = Router(resolve_grouping(grouping, CONTEXTS)[0])
+    router.set_layout(LAYOUT)
+    return Adapters(model, dict.fromkeys(router.groups, method_of(entry)), router, seed)
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    embeds_BTD = torch.randn(3, LENGTH, 32, generator=torch.Generator().manual_seed(1))
+    logits_BTV: Tensor = model(inputs_embeds=embeds_BTD, use_cache=False).logits
+    return logits_BTV
+
+
+def disturb(adapters: Adapters) -> None:
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in adapters.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+
+
+@every_method
+def test_it_says_what_it_is(entry: Entry) -> None:
+    method = method_of(entry)
+    assert method.label().strip()
+    assert "\n" not in method.label()
+    assert method.summary.strip()
+    assert "\n" not in method.summary
+    # With groups it acts on layers; without, on none: nothing else would tell the two apart.
+    assert bool(method.roles()) == method.grouped
+
+
+@every_method
+def test_its_options_refuse_unknown_keys_and_cannot_be_changed(entry: Entry) -> None:
+    config_class = ADAPTERS.load(entry.target).Config
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        config_class(no_such_option=1)
+    with pytest.raises(ValidationError, match="frozen"):
+        config_class().anything = 1
+
+
+@every_method
+@every_grouping
+def test_at_initialisation_it_is_the_identity_bit_for_bit(entry: Entry, grouping: Any) -> None:
+    model = tiny_llama()
+    bare = logits(model)
+    adapters_of(entry, model, grouping).attach(model)
+    assert torch.equal(logits(model), bare)
+
+
+@every_method
+@every_grouping
+def test_it_counts_its_parameters_without_building_them(entry: Entry, grouping: Any) -> None:
+    model, method = tiny_llama(), method_of(entry)
+    for role in method.roles():
+        delta = method.delta(role, 24, 40, torch.Generator())
+        assert method.num_parameters(role, 24, 40) == sum(p.numel() for p in delta.parameters()) > 0, role
+    targets = find_targets(model, method.roles()) if method.roles() else []
+    per_group = sum(method.num_parameters(t.role, t.in_features, t.out_features) for t in targets)
+    adapters = adapters_of(entry, model, grouping)
+    assert adapters.parameters_by_group() == dict.fromkeys(adapters.router.groups, per_group)
+    assert sum(p.numel() for p in adapters.parameters()) == per_group * len(adapters.router.groups)
+
+
+@every_method
+def test_its_initialisation_depends_on_the_seed_alone(entry: Entry) -> None:
+    model = tiny_llama()
+    first = adapters_of(entry, model, "specific", seed=5).state_dict()
+    torch.manual_seed(99)
+    again = adapters_of(entry, model, "specific", seed=5).state_dict()
+    assert list(first) == list(again)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@every_method
+@every_grouping
+def test_attached_it_changes_the_output_and_detached_it_leaves_no_trace(entry: Entry, grouping: Any) -> None:
+    model = tiny_llama()
+    bare, weights = logits(model), {name: x.clone() for name, x in model.state_dict().items()}
+    adapters = adapters_of(entry, model, grouping)
+    adapters.attach(model)
+    disturb(adapters)
+    assert torch.equal(logits(model), bare) is not method_of(entry).grouped
+    adapters.detach()
+    assert torch.equal(logits(model), bare)
+    assert not [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert list(model.state_dict()) == list(weights)
+    assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
+
+
+def spec_of(entry: Entry) -> TrialSpec:
+    method = method_of(entry)
+    grouping, name = resolve_grouping("specific", CONTEXTS)
+    return TrialSpec(
+        task=TaskChoice(name="any", target="any:Any", modalities={}, metric="any:Any", config={}),
+        backbone=Backbone(),
+        adapter=AdapterChoice(
+            method=entry.name, target=entry.target, grouping=grouping if method.grouped else dict.fromkeys(CONTEXTS),
+            grouping_name=name, config=method.config.model_dump(), label=method.label(),
+        ),
+        budget=Budget(), optimizer=Optimizer(learning_rate=1e-3), eval=Evaluation(), seed=3,
+    )  # fmt: skip
+
+
+@every_method
+def test_what_is_trained_in_a_trial(entry: Entry) -> None:
+    """The projector always; adapter parameters by layer and group; the base only where the method says so."""
+    model = assemble(spec_of(entry), tiny_llama(), {"image": 20}, bos_id=1)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    method = method_of(entry)
+    layers = [t.path.replace(".", "/") for t in find_targets(tiny_llama(), method.roles())] if method.roles() else []
+    prefixes = {f"adapters.layers.{path}.deltas.group_{context}." for path in layers for context in CONTEXTS}
+    adapters = {name for name in trained if name.startswith("adapters.")}
+    base = {name for name in trained if name.startswith("language_model.")}
+    assert {name[: name.rindex(".") + 1] for name in adapters} == prefixes
+    assert base == (
+        {n for n, _ in model.named_parameters() if n.startswith("language_model.")}
+        if method.trains_language_model
+        else set()
+    )
+    assert trained - adapters - base == {"projectors.image.1.weight", "projectors.image.1.bias"}
+
+
+def test_the_projector_starts_the_same_for_every_method_of_a_seed() -> None:
+    starts = [
+        assemble(spec_of(entry), tiny_llama(), {"image": 20}, bos_id=1).projectors.state_dict()
+        for entry in ADAPTERS.entries().values()
+    ]
+    assert len(starts) > 1
+    assert all(torch.equal(start[name], starts[0][name]) for start in starts[1:] for name in starts[0])
