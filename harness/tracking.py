@@ -161,24 +161,23 @@ class MlflowTracker:
 
         self._client = _client(grid.uri)
         folder.mkdir(parents=True, exist_ok=True)
-        remembered = _remembered(self._client, folder / "mlflow_run_id")
-        if remembered is None:
-            name = " ".join(filter(None, (planned.label, planned.grouping, planned.setting, f"seed={planned.seed}")))
-            tags = {
-                PARENT_TAG: grid.parent_run_id,
-                "harness.kind": "trial",
-                "harness.trial_id": planned.trial_id,
-                "harness.method": planned.method,
-                "harness.grouping": planned.grouping,
-            }
-            run = self._client.create_run(grid.experiment_id, run_name=name, tags=tags)
-            remembered = str(run.info.run_id)
-            (folder / "mlflow_run_id").write_text(remembered, encoding="utf-8")
-            params = [Param(key, str(value)) for key, value in _flatten(spec.model_dump(mode="json"))]
-            self._client.log_batch(remembered, params=params)
-        else:
-            self._client.update_run(remembered, status="RUNNING")
-        self.run_id = remembered
+        self.run_id = _remembered(self._client, folder / "mlflow_run_id")
+        if self.run_id is not None:
+            self._client.update_run(self.run_id, status="RUNNING")
+            return
+        name = " ".join(filter(None, (planned.label, planned.grouping, planned.setting, f"seed={planned.seed}")))
+        tags = {
+            PARENT_TAG: grid.parent_run_id,
+            "harness.kind": "trial",
+            "harness.trial_id": planned.trial_id,
+            "harness.method": planned.method,
+            "harness.grouping": planned.grouping,
+        }
+        run = self._client.create_run(grid.experiment_id, run_name=name, tags=tags)
+        self.run_id = str(run.info.run_id)
+        (folder / "mlflow_run_id").write_text(self.run_id, encoding="utf-8")
+        params = [Param(key, str(value)) for key, value in _flatten(spec.model_dump(mode="json"))]
+        self._client.log_batch(self.run_id, params=params)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log by optimizer step."""
