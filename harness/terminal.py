@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -94,15 +94,17 @@ class LiveTable:
         )
         before = f", {self.already} from before" if self.already else ""
         summary = f"{len(done)} of {total} trials{before}, {failed} failed · {duration(elapsed)} · {left}"
-        yield Group(
-            Text(summary, style="bold"), ProgressBar(total=1.0, completed=fraction, width=min(80, options.max_width))
-        )
+        head = Table.grid()
+        head.add_row(Text(summary, style="bold"))
+        head.add_row(ProgressBar(total=1.0, completed=fraction, width=min(80, options.max_width)))
+        yield head
         yield self._table([row for row in rows if row.started and not row.ended], done)
 
     def _table(self, running: list[_Row], done: list[_Row]) -> Table:
         table = Table(box=None, pad_edge=False, header_style="dim")
-        for heading in ("trial", "seed", "phase", "epoch", "train loss", "val. perplexity", "progress"):
-            table.add_column(heading, justify="left" if heading in ("trial", "phase", "progress") else "right")
+        words = ("trial", "phase", "progress")
+        for heading in ("trial", "seed", "phase", "epoch", "train loss", "val. ppl", "progress"):
+            table.add_column(heading, justify="left" if heading in words else "right", no_wrap=heading in words)
         recent = done[max(0, len(done) - max(0, SHOWN_TRIALS - len(running))) :]
         for row in [*recent, *running[:SHOWN_TRIALS]]:
             style = "" if row.ended is None else ("dim" if row.ended.status == "finished" else "red")
@@ -115,7 +117,7 @@ class LiveTable:
                 "" if row.validation_perplexity is None else f"{row.validation_perplexity:.3f}",
                 ProgressBar(total=1.0, completed=row.fraction, width=20)
                 if row.ended is None
-                else Text(_outcome(row.ended)),
+                else Text(_outcome(row.ended).replace("test perplexity", "test")),
             ]
             table.add_row(*cells, style=style)
         return table

@@ -66,7 +66,7 @@ def test_the_live_table_counts_and_estimates() -> None:
     assert "2 of 4 trials, 12 from before, 1 failed" in text
     assert re.search(r"about [\d.]+ s left", text)
     assert re.search(r"LoRA r=0 specific +0 +train +2 +1\.250 +5\.500", text)
-    assert "test perplexity 4.250 in 3.0 s" in text
+    assert "test 4.250 in 3.0 s" in text
     assert "out_of_memory: too large" in text
     assert "LoRA r=3" not in text  # it waits
 
