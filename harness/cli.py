@@ -55,6 +55,7 @@ class _Planned:
     specs: list[TrialSpec]
     plan: Plan
     folder: Path
+    mlflow_uri: str  # may hold a password: never stored or shown
 
     def records(self) -> dict[str, TrialRecord]:
         """The records that are there, of this experiment's trials, by trial id."""
@@ -68,12 +69,13 @@ class _Planned:
 
 def _prepare(path: Path, output: Path, fresh: bool) -> _Planned:
     from harness.preflight import metrics_of
-    from harness.tracking import default_uri
+    from harness.tracking import default_uri, redacted
 
     experiment = load_experiment(path)
     specs = expand(experiment)
-    plan = describe(experiment, specs, metrics_of(specs), experiment.tracking.mlflow_uri or default_uri(output))
-    return _Planned(experiment, specs, plan, _run_folder(output, experiment.name, fresh))
+    uri = experiment.tracking.mlflow_uri or default_uri(output)
+    plan = describe(experiment, specs, metrics_of(specs), redacted(uri))
+    return _Planned(experiment, specs, plan, _run_folder(output, experiment.name, fresh), uri)
 
 
 def _run_folder(output: Path, name: str, fresh: bool) -> Path:
@@ -98,11 +100,10 @@ def run(file: ExperimentFile, output: Output = Path("runs"), fresh: Fresh = Fals
     planned = _prepare(file, output, fresh)
     preflight.check_folder(planned.folder)
     with _only_one(planned.folder):
-        uri = planned.plan.mlflow_uri or ""
-        check_uri(uri)
+        check_uri(planned.mlflow_uri)
         preflight.check_models(planned.specs)
         preflight.check_data(planned.specs, planned.folder, console)
-        grid = open_grid(uri, planned.experiment.name, planned.folder)
+        grid = open_grid(planned.mlflow_uri, planned.experiment.name, planned.folder)
         write_atomically(planned.folder / "plan.json", planned.plan.model_dump_json(indent=1) + "\n")
         write_atomically(planned.folder / "experiment.yaml", file.read_text(encoding="utf-8"))
         try:

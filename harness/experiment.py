@@ -82,7 +82,7 @@ class Resources(_Section):
 class Tracking(_Section):
     """Where MLflow keeps its runs."""
 
-    mlflow_uri: str | None = None  # default: SQLite beside the runs
+    mlflow_uri: str | None = None  # default: MLFLOW_TRACKING_URI, else SQLite beside the runs
 
 
 class AdapterChoice(_Section):

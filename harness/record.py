@@ -52,7 +52,7 @@ class Plan(_Schema):
     primary_metric: str
     metrics: tuple[MetricInfo, ...]
     reference_method: str = "full"  # the method the others are compared with
-    mlflow_uri: str | None = None
+    mlflow_uri: str | None = None  # without its password
     trials: tuple[PlannedTrial, ...]
 
 

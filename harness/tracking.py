@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from harness.errors import UserError
 from harness.plan import TrialSpec
@@ -45,8 +46,14 @@ class Grid:
 
 
 def default_uri(runs: Path) -> str:
-    """SQLite beside the run folders."""
-    return f"sqlite:///{runs.resolve() / 'mlflow.db'}"
+    """MLflow's own ``MLFLOW_TRACKING_URI``, else SQLite beside the run folders."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs.resolve() / 'mlflow.db'}"
+
+
+def redacted(uri: str) -> str:
+    """The URI as it may be shown and stored: without the password of a database or server."""
+    parts = urlsplit(uri)
+    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
 
 
 def _client(uri: str) -> Any:
@@ -125,8 +132,8 @@ def check_uri(uri: str) -> None:
 
 
 def _unusable(uri: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:300]
-    return UserError(f"tracking.mlflow_uri: {uri!r} cannot be used: {reason}")
+    reason = " ".join(str(error).replace(uri, redacted(uri)).split())[:300]
+    return UserError(f"tracking.mlflow_uri: {redacted(uri)!r} cannot be used: {reason}")
 
 
 def close_grid(grid: Grid, complete: bool, artifacts: list[Path]) -> str | None:

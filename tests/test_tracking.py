@@ -15,7 +15,7 @@ from harness.errors import UserError
 from harness.experiment import load_experiment
 from harness.plan import TrialSpec, describe, expand
 from harness.record import Memory, MetricInfo, Parameters, PlannedTrial, Throughput, TrialRecord, write_record
-from harness.tracking import PARENT_TAG, Grid, MlflowTracker, close_grid, default_uri, open_grid
+from harness.tracking import PARENT_TAG, Grid, MlflowTracker, check_uri, close_grid, default_uri, open_grid, redacted
 
 DEAD_SERVER = "http://127.0.0.1:9"  # the discard port: refused at once
 EXPERIMENT = """\
@@ -247,3 +247,12 @@ def test_a_tracking_uri_that_cannot_be_used_is_the_users_error_within_seconds(ur
         open_grid(uri, "grid", tmp_path)
     assert time.monotonic() - began < 20
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_password_is_not_shown() -> None:
+    uri = "postgresql://user:s3cret@127.0.0.1:9/mlflow"
+    assert redacted(uri) == "postgresql://user:***@127.0.0.1:9/mlflow"
+    assert redacted("sqlite:////tmp/mlflow.db") == "sqlite:////tmp/mlflow.db"
+    with pytest.raises(UserError, match=r"user:\*\*\*@127\.0\.0\.1") as caught:
+        check_uri(uri)
+    assert "s3cret" not in str(caught.value)
