@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -33,6 +33,7 @@ from harness.tracking import Tracker
 from tasks.base import Example, Metric
 
 REPORT_INTERVAL_S = 1.0
+BEST = "best.safetensors"  # trained parameters of the epoch that validated best
 logger = logging.getLogger(__name__)
 
 
@@ -120,6 +121,8 @@ class Trial:
         self.spec, self.folder, self.resources, self.tracker, self.report = spec, folder, resources, tracker, report
         self.state = _State()
         self.measured: dict[str, Any] = {}  # fields of the record
+        self.total_steps = 0
+        self.cut_targets: Collection[str] = ()
         self._reported = 0.0
         self._checkpointed = time.monotonic()
 
@@ -134,6 +137,7 @@ class Trial:
             self.peak = measure.PeakMemory(self.device)
             self.built = build(spec, self.device)
             self.measured["parameters"] = self.built.parameters
+            self.cut_targets = self.built.batches.cut_targets
             self.train_examples = self.built.splits.train
             batches = math.ceil(len(self.train_examples) / spec.optimizer.per_device_train_batch_size)
             # Accumulation runs on over the end of an epoch; what is left over at the very end is not applied.
@@ -174,7 +178,7 @@ class Trial:
         )
         if perplexity < min((e.validation_perplexity for e in self.state.history), default=math.inf):
             self.state.best_epoch = epoch
-            self.engine.save_weights(self.folder / "best.safetensors")
+            self.engine.save_weights(self.folder / BEST)
         self.state.history.append(result)
         self.tracker.metrics(result.model_dump(exclude={"epoch", "step"}), step=result.step)
         self._tell("validate", epoch, train_loss, force=True)
@@ -217,7 +221,7 @@ class Trial:
         """Score the epoch that validated best; metrics by split. Writes the per-example scores too."""
         self._tell("test", force=True)
         spec, splits = self.spec, self.built.splits
-        self.engine.load_weights(self.folder / "best.safetensors")
+        self.engine.load_weights(self.folder / BEST)
         validation, test = self._likelihood(splits.validation), self._likelihood(splits.test)
         others = exchanged(splits.test, seed=0)
         wrong = self._likelihood(splits.test, others) if others else None
@@ -250,7 +254,7 @@ class Trial:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What a reader of the record should know beside its numbers."""
-        cut = len(self.built.batches.cut_targets) if hasattr(self, "built") else 0
+        cut = len(self.cut_targets)
         limit = self.spec.budget.max_target_length
         return (f"{cut} target texts were longer than max_target_length={limit} tokens and were cut",) if cut else ()
 
@@ -258,6 +262,8 @@ class Trial:
         """Save so that a crash at any moment leaves a whole checkpoint: the state file names the one that counts."""
         folder = self.folder / "checkpoint"
         self.engine.save(folder, f"epoch-{epoch}")
+        # A later epoch may put other weights in its place before the crash.
+        shutil.copy2(self.folder / BEST, folder / f"epoch-{epoch}" / BEST)
         content = {**vars(self.state), "history": [e.model_dump() for e in self.state.history], "tag": f"epoch-{epoch}"}
         write_atomically(folder / "state.json", json.dumps(content))
         for old in folder.glob("epoch-*"):
@@ -270,7 +276,9 @@ class Trial:
         if not state.exists():
             return
         content = json.loads(state.read_text(encoding="utf-8"))
-        self.engine.load(state.parent, content.pop("tag"))
+        tag = content.pop("tag")
+        self.engine.load(state.parent, tag)
+        shutil.copy2(state.parent / tag / BEST, self.folder / BEST)
         history = [Epoch.model_validate(epoch) for epoch in content.pop("history")]
         self.state = _State(history=history, **content)
         logger.info("resumed after epoch %d", len(history))
@@ -293,7 +301,7 @@ class Trial:
             return
         self._reported = now
         history = self.state.history
-        fraction = self.state.step / self.total_steps if hasattr(self, "total_steps") else 0.0
+        fraction = self.state.step / self.total_steps if self.total_steps else 0.0
         latest = history[-1].validation_perplexity if history else None
         self.report(Progress(fraction, phase, epoch or len(history), train_loss, latest))
 

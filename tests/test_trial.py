@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
-from trial_fixture import FULL, OTHERS, Recorder, examples_of, run, spec_of
+from trial_fixture import FULL, OTHERS, Recorder, examples_of, finished_trial, run, spec_of
 
-from harness import build
+from harness import build, trial
 from harness.engine import Engine
 from harness.plan import TrialSpec
 from harness.record import TrialRecord, read_record, record_path
@@ -23,11 +24,7 @@ from harness.trial import Progress
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrialRecord, Path, Recorder, list[Progress]]:
-    """One trial, looked at by several tests."""
-    folder = tmp_path_factory.mktemp("finished")
-    tracker, progress = Recorder(), list[Progress]()
-    record = run(spec_of(folder), folder, progress.append, tracker)
-    return record, folder, tracker, progress
+    return finished_trial(tmp_path_factory.mktemp("finished"))
 
 
 # ── What a trial leaves behind
@@ -202,3 +199,28 @@ def test_the_best_epochs_weights_are_the_ones_tested(tmp_path: Path, monkeypatch
     assert record.metrics["validation"]["perplexity"] == pytest.approx(first, rel=1e-6)
     weights = safetensors.torch.load_file(tmp_path / "trials" / record.trial_id / "best.safetensors")
     assert sum(x.numel() for x in weights.values()) == record.parameters.trainable
+
+
+def test_a_resumed_trial_tests_the_weights_its_checkpoint_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that a lost epoch put in the place of the best ones are not those of the history."""
+    Spoiler(monkeypatch, steps_before=4)
+    monkeypatch.setattr(trial, "REPORT_INTERVAL_S", 0.0)
+    spec = spec_of(tmp_path, budget={"examples": 32, "epochs": 2})
+    with pytest.raises(KeyboardInterrupt):
+        run(spec, tmp_path, killed_in_epoch(2), checkpoint_interval_s=0.0)
+    (tmp_path / "trials" / spec.trial_id / "best.safetensors").write_bytes(b"of the epoch that was lost")
+    record = run(spec, tmp_path, checkpoint_interval_s=0.0)
+    assert record.status == "finished", record.reason
+    assert record.best_epoch == 1
+    best = record.history[0].validation_perplexity
+    assert record.metrics["validation"]["perplexity"] == pytest.approx(best, rel=1e-6)
+
+
+def killed_in_epoch(number: int) -> Callable[[Progress], None]:
+    def report(progress: Progress) -> None:
+        if progress.phase == "train" and progress.epoch == number:
+            raise KeyboardInterrupt
+
+    return report

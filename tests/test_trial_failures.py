@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from trial_fixture import FULL, LORA, Recorder, examples_of, run, spec_of
+from trial_fixture import FULL, LORA, Recorder, examples_of, finished_trial, run, spec_of
 
 from harness import build, tracking, trial
 from harness.engine import Engine
@@ -20,11 +20,7 @@ from harness.trial import Progress
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrialRecord, Path, Recorder, list[Progress]]:
-    """One trial, looked at by several tests."""
-    folder = tmp_path_factory.mktemp("finished")
-    tracker, progress = Recorder(), list[Progress]()
-    record = run(spec_of(folder), folder, progress.append, tracker)
-    return record, folder, tracker, progress
+    return finished_trial(tmp_path_factory.mktemp("finished"))
 
 
 # ── Crash and resume
