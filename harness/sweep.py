@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from harness.errors import UserError
 from harness.experiment import Resources
 from harness.plan import TrialSpec
 from harness.record import PlannedTrial, TrialRecord, read_record, record_path, write_record
@@ -71,17 +72,50 @@ def sweep(
         resources: what each trial gets.
         grid: where trials log.
         display: told of progress.
+
+    Raises:
+        UserError: a trial asks for more processors or GPUs than there are.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
     started = not ray.is_initialized()
     if started:
         ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    gpus = (
-        min(1.0, ray.cluster_resources().get("GPU", 0.0))
-        if resources.gpus_per_trial == "auto"
-        else resources.gpus_per_trial
-    )
+    try:
+        request = per_trial(resources, ray.cluster_resources())
+        tuner = _tuner(specs, planned, experiment, run, resources, request, grid, display)
+        tuner.fit()
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def per_trial(resources: Resources, available: Mapping[str, float]) -> dict[str, float]:
+    """What Ray reserves for one trial: ``{"cpu": …, "gpu": …}``.
+
+    Raises:
+        UserError: the cluster has not that much; Ray would wait for it for ever.
+    """
+    gpus = available.get("GPU", 0.0)
+    wanted = min(1.0, gpus) if resources.gpus_per_trial == "auto" else resources.gpus_per_trial
+    for key, asked, there in (
+        ("cpus_per_trial", resources.cpus_per_trial, available.get("CPU", 0.0)),
+        ("gpus_per_trial", wanted, gpus),
+    ):
+        if asked > there:
+            raise UserError(f"resources.{key}: asks for {asked:g}, this machine or Ray cluster has {there:g}")
+    return {"cpu": resources.cpus_per_trial, "gpu": wanted}
+
+
+def _tuner(
+    specs: Sequence[TrialSpec],
+    planned: Sequence[PlannedTrial],
+    experiment: str,
+    run: Path,
+    resources: Resources,
+    request: dict[str, float],
+    grid: Grid,
+    display: Display,
+) -> Any:
     packed = [
         {"spec": spec.model_dump_json(), "planned": trial.model_dump_json()}
         for spec, trial in zip(specs, planned, strict=True)
@@ -89,8 +123,8 @@ def sweep(
     trainable = tune.with_parameters(
         _run_one, experiment=experiment, run=str(run.resolve()), resources=resources.model_dump_json(), grid=grid
     )
-    tuner = tune.Tuner(
-        tune.with_resources(trainable, {"cpu": resources.cpus_per_trial, "gpu": gpus}),
+    return tune.Tuner(
+        tune.with_resources(trainable, request),
         param_space={"trial": tune.grid_search(packed)},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=resources.max_concurrent_trials,
@@ -105,11 +139,6 @@ def sweep(
             callbacks=[_Events(run, experiment, display)],
         ),
     )
-    try:
-        tuner.fit()
-    finally:
-        if started:
-            ray.shutdown()
 
 
 def _run_one(config: dict[str, Any], experiment: str, run: str, resources: str, grid: Grid) -> None:
