@@ -154,7 +154,8 @@ class StepClock:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of what a result depends on."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **found, "torch": str(torch.__version__)}  # with its build: 2.13.0+cpu
 
 
 def device_name(device: torch.device) -> str:
