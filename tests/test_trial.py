@@ -208,7 +208,7 @@ def test_a_resumed_trial_tests_the_weights_its_checkpoint_knows(
     Spoiler(monkeypatch, steps_before=4)
     monkeypatch.setattr(trial, "REPORT_INTERVAL_S", 0.0)
     spec = spec_of(tmp_path, budget={"examples": 32, "epochs": 2})
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="killed in epoch 2"):
         run(spec, tmp_path, killed_in_epoch(2), checkpoint_interval_s=0.0)
     (tmp_path / "trials" / spec.trial_id / "best.safetensors").write_bytes(b"of the epoch that was lost")
     record = run(spec, tmp_path, checkpoint_interval_s=0.0)
@@ -221,6 +221,6 @@ def test_a_resumed_trial_tests_the_weights_its_checkpoint_knows(
 def killed_in_epoch(number: int) -> Callable[[Progress], None]:
     def report(progress: Progress) -> None:
         if progress.phase == "train" and progress.epoch == number:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(f"killed in epoch {number}")
 
     return report

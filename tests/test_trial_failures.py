@@ -33,7 +33,7 @@ class Killed(BaseException):
 def killed_in_epoch(number: int) -> Callable[[Progress], None]:
     def report(progress: Progress) -> None:
         if progress.phase == "train" and progress.epoch == number:
-            raise Killed
+            raise Killed(f"killed in epoch {number}")
 
     return report
 
@@ -50,7 +50,7 @@ def test_a_trial_that_died_resumes_to_the_same_end(
     spec = spec_of(tmp_path, adapter, optimizer=optimizer)
     expected = run(spec, tmp_path / "whole")
     assert expected.status == "finished", expected.reason
-    with pytest.raises(Killed):
+    with pytest.raises(Killed, match="killed in epoch"):
         run(spec, tmp_path / "died", killed_in_epoch(2), checkpoint_interval_s=0.0)
     folder = tmp_path / "died" / "trials" / spec.trial_id
     assert not (folder / "record.json").exists()
@@ -74,7 +74,7 @@ def test_without_a_checkpoint_a_trial_that_died_starts_anew(
     finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trial, "REPORT_INTERVAL_S", 0.0)
-    with pytest.raises(Killed):
+    with pytest.raises(Killed, match="killed in epoch"):
         run(spec_of(tmp_path), tmp_path, killed_in_epoch(2), checkpoint_interval_s=3600.0)
     assert run(spec_of(tmp_path), tmp_path).metrics == finished[0].metrics
 
