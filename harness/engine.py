@@ -51,6 +51,14 @@ def join_process_group() -> None:
         torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
 
+def prepare_process() -> None:
+    """Load the libraries a trial needs, so that the first trial of a process is not charged with their memory."""
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM, get_scheduler  # noqa: F401
+
+    _import_deepspeed()
+    join_process_group()
+
+
 class Engine:
     """Forward, backward and optimizer step of one model, and its checkpoints.
 

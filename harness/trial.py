@@ -21,7 +21,7 @@ import torch
 
 from harness import budget, measure
 from harness.build import build
-from harness.engine import Engine
+from harness.engine import Engine, prepare_process
 from harness.evaluate import exchanged, generate, likelihood
 from harness.experiment import Resources
 from harness.inputs import Inputs
@@ -134,6 +134,7 @@ class Trial:
         torch.set_num_threads(self.resources.cpus_per_trial)
         self._tell("build", force=True)
         with self._phase("build"):
+            prepare_process()
             self.peak = measure.PeakMemory(self.device)
             self.built = build(spec, self.device)
             self.measured["parameters"] = self.built.parameters
