@@ -132,8 +132,12 @@ def check_uri(uri: str) -> None:
 
 
 def _unusable(uri: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).replace(uri, redacted(uri)).split())[:300]
-    return UserError(f"tracking.mlflow_uri: {redacted(uri)!r} cannot be used: {reason}")
+    return UserError(f"tracking.mlflow_uri: {redacted(uri)!r} cannot be used: {_reason(uri, error)}")
+
+
+def _reason(uri: str, error: Exception) -> str:
+    """The error on one line, without the password of the URI."""
+    return " ".join(str(error).replace(uri, redacted(uri)).split())[:300]
 
 
 def close_grid(grid: Grid, complete: bool, artifacts: list[Path]) -> str | None:
@@ -144,7 +148,7 @@ def close_grid(grid: Grid, complete: bool, artifacts: list[Path]) -> str | None:
             client.log_artifact(grid.parent_run_id, str(path))
         client.set_terminated(grid.parent_run_id, "FINISHED" if complete else "FAILED")
     except Exception as error:  # whatever a database driver or an HTTP client may raise; the results are on disk
-        return " ".join(str(error).split())[:300]
+        return _reason(grid.uri, error)
     return None
 
 

@@ -234,8 +234,10 @@ def test_a_trial_survives_a_tracking_uri_that_is_gone(
     assert tracker.warnings[0].startswith("MLflow logging stopped: ")
 
 
-def test_a_server_lost_at_the_end_does_not_take_the_last_screen_with_it() -> None:
-    close_grid(Grid(DEAD_SERVER, "1", "0" * 32), complete=True, artifacts=[])
+def test_a_server_lost_at_the_end_is_told_and_does_not_take_the_last_screen_with_it() -> None:
+    reason = close_grid(Grid(DEAD_SERVER, "1", "0" * 32), complete=True, artifacts=[])
+    assert reason is not None
+    assert reason.startswith("API request to http://127.0.0.1:9/")
 
 
 @pytest.mark.parametrize(
