@@ -1,23 +1,26 @@
-"""The adapter contract, and how adapters attach to a language model: by hooks, so that detaching leaves it as it was.
+"""The adapter contract: what a method is, and what it adds to one layer.
 
-Shapes: B rows, T positions, I input features, O output features of a linear layer.
+Shapes: B rows, T positions, I input features, O output features of a layer, D whichever of them is changed, G groups,
+X 1 or B rows (see adapters/router.py).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from adapters.roles import ATTENTION, FEED_FORWARD, find_targets
-from harness.contexts import Router
+from adapters.roles import ATTENTION, FEED_FORWARD, Target
+from adapters.router import Layout, Router
+from harness.errors import UserError
 
-Where = Literal["A", "F", "AF"]
+Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
+Where = Literal["A", "F", "AF"] | Annotated[tuple[Role, ...], Field(min_length=1)]
 _PREFIX = "group_"
 
 
@@ -28,7 +31,7 @@ class Config(BaseModel):
 
 
 class Delta(nn.Module, ABC):
-    """One group's change to one linear layer. At initialisation it changes nothing.
+    """One group's change to one layer. At initialisation it changes nothing.
 
     ``acts_on`` says what it changes: the layer's output, or its input before the layer sees it.
     """
@@ -37,20 +40,112 @@ class Delta(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
-        """The changed value.
+        """The changed value. The leading dimensions may also be tokens of several rows in one list: (N, I) and (N, D).
 
         Args:
             x_BTI: the layer's input.
             value_BTD: what ``acts_on`` names: the layer's output (B, T, O), or its input again.
         """
 
+    def merge(self, weight_OI: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a linear layer that computes what layer and delta compute together.
+
+        Raises:
+            UserError: no linear layer does.
+        """
+        raise UserError(f"{type(self).__name__} cannot be merged into the layer's weights")
+
+
+class Change(nn.Module):
+    """What one method does to one layer, for all the groups that use it with the same options.
+
+    This one cuts the tokens by group, lets only the owning group's delta compute, and joins the pieces. A method that
+    knows a faster form, or whose groups act on one another, subclasses it (``AdapterMethod.change``).
+    """
+
+    def __init__(self, deltas: Mapping[str, Delta]) -> None:
+        super().__init__()
+        # The prefix keeps a group from having the name of one of ModuleDict's methods.
+        self.deltas = nn.ModuleDict({f"{_PREFIX}{group}": delta for group, delta in deltas.items()})
+        self.groups = tuple(deltas)
+        self.acts_on = next(iter(deltas.values())).acts_on
+
+    def delta(self, group: str) -> Any:
+        """The group's delta."""
+        return self.deltas[_PREFIX + group]
+
+    def forward(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
+        """The value with every group's change at its own positions."""
+        if layout.owned_by(self.groups):  # agnostic: nothing to cut or join
+            changed_BTD: Tensor = self.delta(self.groups[0])(x_BTI, value_BTD)
+            return changed_BTD
+        if layout.spans is not None:
+            return self._by_span(x_BTI, value_BTD, layout)
+        return self._by_token(x_BTI, value_BTD, layout)
+
+    def _by_span(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
+        assert layout.spans is not None  # noqa: S101 - for the type checker
+        # One split, whose backward is one concatenation, rather than a slice for every span.
+        sizes = [span.stop - span.start for span in layout.spans]
+        parts = zip(layout.spans, torch.split(x_BTI, sizes, dim=1), torch.split(value_BTD, sizes, dim=1), strict=True)
+        pieces = [self.delta(span.group)(x, value) if span.group in self.groups else value for span, x, value in parts]
+        if torch.is_grad_enabled():
+            # A group without a token in this batch still takes part in the graph: ZeRO needs every rank and step to
+            # produce a gradient for the same parameters, be it zero.
+            present = {span.group for span in layout.spans}
+            pieces += [self.delta(g)(x_BTI[:, :0], value_BTD[:, :0]) for g in self.groups if g not in present]
+        return torch.cat(pieces, dim=1)
+
+    def _by_token(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
+        """Rows differ: gather each group's tokens, change them, put them back. Gathering none keeps the graph whole."""
+        x_NI, value_ND = x_BTI.flatten(0, 1), value_BTD.flatten(0, 1)
+        for group in self.groups:
+            where_M = layout.positions[group]
+            changed_MD = self.delta(group)(x_NI[where_M], value_ND[where_M])
+            value_ND = value_ND.index_copy(0, where_M, changed_MD)
+        return value_ND.view_as(value_BTD)
+
+    def table(self, name: str, layout: Layout, absent: float) -> Tensor:
+        """A vector parameter of each token's own group, (X, T, D); ``absent`` where none of these groups acts."""
+        rows = [getattr(self.delta(group), name) for group in self.groups]
+        table_GD = torch.stack([*rows, torch.full_like(rows[0], absent)])
+        return table_GD[layout.lookup(self.groups).index_XT]
+
+
+class ModelChange(nn.Module):
+    """What a method adds to the model as a whole rather than to its layers. Its parameters are its own.
+
+    ``by_group`` tells which parameters belong to which group; the others are shared by all groups.
+    """
+
+    def attach(self, language_model: nn.Module) -> Callable[[], None]:
+        """Take effect on the model; what is returned undoes it and leaves the model as it was."""
+        raise NotImplementedError
+
+    def by_group(self) -> Mapping[str, nn.Module]:
+        """Group → the module that holds its parameters."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training with its own optimizer and schedule (the LLaVA recipe has two)."""
+
+    epochs: int
+    trains_language_model: bool
+    learning_rate: float | None = None  # None: the trial's own
+
 
 class AdapterMethod(ABC):
-    """A way to adapt a frozen language model. Subclass it and register the class under ``harness.adapters``."""
+    """A way to adapt a frozen language model. Subclass it and register the class under ``harness.adapters``.
+
+    A method that changes layers names their ``roles`` and builds a ``delta`` for one group and one layer; that is all
+    most methods need. The other hooks are for methods that are more than that.
+    """
 
     summary: ClassVar[str]  # one line for `harness adapters`
     grouped: ClassVar[bool] = True  # has a group of parameters per context group
-    trains_language_model: ClassVar[bool] = False  # the base's own weights are trained
+    identity_at_start: ClassVar[bool] = True  # before training the model computes what the base does
     Config: ClassVar[type[Config]] = Config
 
     def __init__(self, config: Any) -> None:
@@ -60,119 +155,58 @@ class AdapterMethod(ABC):
     def label(self) -> str:
         """How the leaderboard calls it: ``LoRA r=4``."""
 
+    @property
+    def name(self) -> str:
+        """Short name in the paths of parameters: ``lora``."""
+        return type(self).__name__.lower()
+
+    @property
+    def parts(self) -> tuple[AdapterMethod, ...]:
+        """The methods it is made of, in the order in which they act; a single method is its own only part."""
+        return (self,)
+
     def roles(self) -> frozenset[str]:
         """Roles of the layers it acts on (see adapters/roles.py)."""
         return frozenset()
 
-    def delta(self, role: str, in_features: int, out_features: int, generator: torch.Generator) -> Delta:
+    def delta(self, target: Target, generator: torch.Generator) -> Delta:
         """One group's parameters for one layer, drawn from ``generator``."""
         raise NotImplementedError(f"{type(self).__name__} names roles but builds no delta")
 
-    def num_parameters(self, role: str, in_features: int, out_features: int) -> int:
-        """How many parameters ``delta`` would have, without building it."""
-        raise NotImplementedError(f"{type(self).__name__} names roles but counts no parameters")
+    def shared(self, targets: Sequence[Target], generator: torch.Generator) -> nn.Module | None:
+        """What all layers and groups share (VeRA's frozen projections)."""
+        return None
+
+    def change(
+        self, target: Target, deltas: Mapping[str, Delta], shared: nn.Module | None, generator: torch.Generator
+    ) -> Change:
+        """The deltas of one layer's groups, brought together."""
+        return Change(deltas)
+
+    def model_change(
+        self, language_model: nn.Module, groups: Sequence[str], router: Router, generator: torch.Generator
+    ) -> ModelChange | None:
+        """What it adds to the model as a whole (soft prompts, another attention)."""
+        return None
+
+    def trained(self, language_model: nn.Module) -> Iterable[nn.Parameter]:
+        """The base's own parameters that it trains (full fine-tuning)."""
+        return ()
+
+    def stages(self, epochs: int) -> tuple[Stage, ...]:
+        """How a trial's epochs are divided; one stage unless the recipe has several."""
+        return (Stage(epochs, trains_language_model=True),)
 
 
 def roles_of(where: Where) -> frozenset[str]:
-    """A: attention, F: feed-forward, AF: both (the paper's Table 1)."""
+    """A: attention, F: feed-forward, AF: both (the paper's Table 1); or the roles themselves."""
+    if isinstance(where, tuple):
+        return frozenset(where)
     return {"A": ATTENTION, "F": FEED_FORWARD, "AF": ATTENTION | FEED_FORWARD}[where]
 
 
-class AdaptedLinear(nn.Module):
-    """The deltas of one linear layer, one per group, and the hooks that apply them."""
-
-    def __init__(self, deltas: Mapping[str, Delta], router: Router) -> None:
-        super().__init__()
-        # The prefix keeps a group from having the name of one of ModuleDict's methods.
-        self.deltas = nn.ModuleDict({f"{_PREFIX}{group}": delta for group, delta in deltas.items()})
-        self.router = router
-
-    def by_group(self) -> dict[str, nn.Module]:
-        """Group → delta."""
-        return {name.removeprefix(_PREFIX): delta for name, delta in self.deltas.items()}
-
-    def attach(self, linear: nn.Module) -> list[RemovableHandle]:
-        """Hook onto the layer; only the kinds of hook that some group needs."""
-        acts_on = {delta.acts_on for delta in self.deltas.values()}
-        handles: list[RemovableHandle] = []
-        if "input" in acts_on:
-            handles.append(linear.register_forward_pre_hook(self._before))
-        if "output" in acts_on:
-            handles.append(linear.register_forward_hook(self._after))
-        return handles
-
-    def _before(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (self._change("input", args[0], args[0]), *args[1:])
-
-    def _after(self, _module: nn.Module, args: tuple[Tensor, ...], y_BTO: Tensor) -> Tensor:
-        return self._change("output", args[0], y_BTO)
-
-    def _change(self, acts_on: str, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
-        """Let every group change the value at its own positions; only the owning group computes."""
-        if x_BTI.dim() == 2:  # OPT joins rows and positions before its feed-forward layers
-            rows = (x.view(-1, self.router.length, x.shape[-1]) for x in (x_BTI, value_BTD))
-            return self._change(acts_on, *rows).flatten(0, 1)
-        deltas: dict[str | None, nn.Module] = {g: d for g, d in self.by_group().items() if d.acts_on == acts_on}
-        spans = self.router.spans(x_BTI.shape[1])
-        if len(spans) == 1 and list(deltas) == [spans[0].group]:  # agnostic: nothing to cut or join
-            changed_BTD: Tensor = deltas[spans[0].group](x_BTI, value_BTD)
-            return changed_BTD
-        # One split, whose backward is one concatenation, rather than a slice for every span.
-        sizes = [span.stop - span.start for span in spans]
-        parts = zip(spans, torch.split(x_BTI, sizes, dim=1), torch.split(value_BTD, sizes, dim=1), strict=True)
-        pieces = [deltas[span.group](x, value) if span.group in deltas else value for span, x, value in parts]
-        if torch.is_grad_enabled():
-            # A group without a token in this batch still takes part in the graph: ZeRO needs every rank and step to
-            # produce a gradient for the same parameters, be it zero.
-            present = {span.group for span in spans}
-            absent = [delta for group, delta in deltas.items() if group not in present]
-            pieces += [delta(x_BTI[:, :0], value_BTD[:, :0]) for delta in absent]
-        return torch.cat(pieces, dim=1)
-
-
-class Adapters(nn.Module):
-    """All adapter parameters of one language model, outside of it: ``layers.<path>.deltas.group_<name>.<parameter>``.
-
-    Args:
-        language_model: a Hugging Face causal LM; its own parameters are left as they are.
-        methods: group → method.
-        router: knows the groups, and each batch's layout.
-        seed: of the initialisation; groups and layers draw in a fixed order.
-    """
-
-    def __init__(
-        self, language_model: nn.Module, methods: Mapping[str, AdapterMethod], router: Router, seed: int
-    ) -> None:
-        super().__init__()
-        self.router = router
-        generator = torch.Generator().manual_seed(seed)
-        layers: dict[str, dict[str, Delta]] = {}
-        for group, method in methods.items():
-            for target in find_targets(language_model, method.roles()) if method.roles() else []:
-                delta = method.delta(target.role, target.in_features, target.out_features, generator)
-                layers.setdefault(target.path, {})[group] = delta
-        # A dot is not allowed in the name of a submodule.
-        self.layers = nn.ModuleDict(
-            {path.replace(".", "/"): AdaptedLinear(deltas, router) for path, deltas in layers.items()}
-        )
-        self._handles: list[RemovableHandle] = []
-
-    def attach(self, language_model: nn.Module) -> None:
-        """Put the hooks onto the model."""
-        for path, layer in self.layers.items():
-            assert isinstance(layer, AdaptedLinear)  # noqa: S101 - for the type checker
-            self._handles += layer.attach(language_model.get_submodule(path.replace("/", ".")))
-
-    def detach(self) -> None:
-        """Take the hooks off: the model computes what it did before."""
-        while self._handles:
-            self._handles.pop().remove()
-
-    def parameters_by_group(self) -> dict[str, int]:
-        """Number of parameters of each group."""
-        counts = dict.fromkeys(self.router.groups, 0)
-        for layer in self.layers.values():
-            assert isinstance(layer, AdaptedLinear)  # noqa: S101
-            for group, delta in layer.by_group().items():
-                counts[group] += sum(p.numel() for p in delta.parameters())
-        return counts
+def place_label(where: Where) -> str:
+    """For a label: nothing for everywhere, `` A``, `` q,v``."""
+    if isinstance(where, tuple):
+        return " " + ",".join(where)
+    return "" if where == "AF" else f" {where}"

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
 from adapters import base
 
 
@@ -16,13 +21,28 @@ class NoAdapter(base.AdapterMethod):
         return "none"
 
 
+class FullConfig(base.Config):
+    """Options."""
+
+    embeddings: bool = True  # train the token embeddings and the output layer too
+
+
 class Full(base.AdapterMethod):
-    """Trains every weight of the language model, embeddings included, and the projector."""
+    """Trains the weights of the language model itself, and the projector."""
 
     summary = "full fine-tuning: the language model's own weights are trained"
     grouped = False
-    trains_language_model = True
+    Config = FullConfig
+    config: FullConfig
 
     def label(self) -> str:
-        """``full fine-tuning``."""
-        return "full fine-tuning"
+        """``full fine-tuning``, and whether the embeddings stay frozen."""
+        return "full fine-tuning" if self.config.embeddings else "full fine-tuning, embeddings frozen"
+
+    def trained(self, language_model: Any) -> Iterable[nn.Parameter]:
+        """All parameters, or all but those of the input embeddings and the output layer (often the same tensor)."""
+        if self.config.embeddings:
+            return list(language_model.parameters())
+        ends = (language_model.get_input_embeddings(), language_model.get_output_embeddings())
+        frozen = {id(p) for module in ends if module is not None for p in module.parameters()}
+        return [p for p in language_model.parameters() if id(p) not in frozen]

@@ -5,10 +5,14 @@ Ben Zaken et al. 2021, arXiv 2106.10199; Context-PEFT's Context-BitFit adds a se
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from adapters import base
+from adapters.roles import Target
+from adapters.router import Layout
 
 
 class BitFitConfig(base.Config):
@@ -26,7 +30,21 @@ class BitFitDelta(base.Delta):
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
         """``y + b``."""
-        return value_BTD + self.bias
+        return value_BTD + self.bias.to(value_BTD.dtype)
+
+    def merge(self, weight_OI: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor]:
+        """``b`` joins the layer's bias."""
+        return weight_OI, bias_O + self.bias
+
+
+class BitFitChange(base.Change):
+    """Every token's bias looked up, then one addition: the cost does not grow with the number of groups."""
+
+    def forward(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
+        """``y + b_c``."""
+        if layout.owned_by(self.groups):
+            return super().forward(x_BTI, value_BTD, layout)
+        return value_BTD + self.table("bias", layout, 0.0).to(value_BTD.dtype)
 
 
 class BitFit(base.AdapterMethod):
@@ -38,16 +56,18 @@ class BitFit(base.AdapterMethod):
 
     def label(self) -> str:
         """``BitFit``, with the place where it is not everywhere."""
-        return "BitFit" if self.config.where == "AF" else f"BitFit {self.config.where}"
+        return "BitFit" + base.place_label(self.config.where)
 
     def roles(self) -> frozenset[str]:
         """Attention, feed-forward or both."""
         return base.roles_of(self.config.where)
 
-    def delta(self, role: str, in_features: int, out_features: int, generator: torch.Generator) -> base.Delta:
+    def delta(self, target: Target, generator: torch.Generator) -> base.Delta:
         """One bias."""
-        return BitFitDelta(out_features)
+        return BitFitDelta(target.out_features)
 
-    def num_parameters(self, role: str, in_features: int, out_features: int) -> int:
-        """``out``."""
-        return out_features
+    def change(
+        self, target: Target, deltas: Mapping[str, base.Delta], shared: nn.Module | None, generator: torch.Generator
+    ) -> base.Change:
+        """All groups in one addition."""
+        return BitFitChange(deltas)

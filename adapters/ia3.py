@@ -6,12 +6,15 @@ between up and down), as in the paper and in Hugging Face PEFT. All vectors are 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from adapters import base
+from adapters.roles import Target
+from adapters.router import Layout
 
 
 class IA3Config(base.Config):
@@ -30,7 +33,23 @@ class Scale(base.Delta):
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
         """``l ⊙ value``."""
-        return value_BTD * self.ia3_l
+        return value_BTD * self.ia3_l.to(value_BTD.dtype)
+
+    def merge(self, weight_OI: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales rows of the weight and the bias, or columns of the weight."""
+        if self.acts_on == "input":
+            return weight_OI * self.ia3_l, bias_O
+        return weight_OI * self.ia3_l[:, None], bias_O * self.ia3_l
+
+
+class ScaleChange(base.Change):
+    """Every token's scale looked up, then one multiplication: the cost does not grow with the number of groups."""
+
+    def forward(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
+        """``l_c ⊙ value``."""
+        if layout.owned_by(self.groups):
+            return super().forward(x_BTI, value_BTD, layout)
+        return value_BTD * self.table("ia3_l", layout, 1.0).to(value_BTD.dtype)
 
 
 class IA3(base.AdapterMethod):
@@ -42,16 +61,18 @@ class IA3(base.AdapterMethod):
 
     def label(self) -> str:
         """``IA3``, with the place where it is not everywhere."""
-        return "IA3" if self.config.where == "AF" else f"IA3 {self.config.where}"
+        return "IA3" + base.place_label(self.config.where)
 
     def roles(self) -> frozenset[str]:
         """Keys and values in attention, the input of down in the feed-forward part."""
         return frozenset({"k", "v", "down"}) & base.roles_of(self.config.where)
 
-    def delta(self, role: str, in_features: int, out_features: int, generator: torch.Generator) -> base.Delta:
+    def delta(self, target: Target, generator: torch.Generator) -> base.Delta:
         """A vector over the output of k and v, over the input of down."""
-        return Scale(in_features, "input") if role == "down" else Scale(out_features, "output")
+        return Scale(target.in_features, "input") if target.role == "down" else Scale(target.out_features, "output")
 
-    def num_parameters(self, role: str, in_features: int, out_features: int) -> int:
-        """``in`` for down, ``out`` for k and v."""
-        return in_features if role == "down" else out_features
+    def change(
+        self, target: Target, deltas: Mapping[str, base.Delta], shared: nn.Module | None, generator: torch.Generator
+    ) -> base.Change:
+        """All groups in one multiplication."""
+        return ScaleChange(deltas)

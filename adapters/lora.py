@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapters import base
+from adapters.roles import Target
 
 
 class LoRAConfig(base.Config):
@@ -44,6 +45,10 @@ class LoRADelta(base.Delta):
         update_BTD = F.linear(F.linear(x_BTI, self.lora_A), self.lora_B)
         return torch.add(value_BTD, update_BTD, alpha=self.scale)
 
+    def merge(self, weight_OI: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor]:
+        """``W + scale · B A``."""
+        return weight_OI + self.scale * self.lora_B @ self.lora_A, bias_O
+
 
 class LoRA(base.AdapterMethod):
     """Low-rank adaptation of every linear layer in the chosen roles."""
@@ -54,17 +59,12 @@ class LoRA(base.AdapterMethod):
 
     def label(self) -> str:
         """``LoRA r=4``, with the place where it is not everywhere."""
-        place = "" if self.config.where == "AF" else f" {self.config.where}"
-        return f"LoRA r={self.config.rank}{place}"
+        return f"LoRA r={self.config.rank}" + base.place_label(self.config.where)
 
     def roles(self) -> frozenset[str]:
         """Attention, feed-forward or both."""
         return base.roles_of(self.config.where)
 
-    def delta(self, role: str, in_features: int, out_features: int, generator: torch.Generator) -> base.Delta:
+    def delta(self, target: Target, generator: torch.Generator) -> base.Delta:
         """One low-rank pair."""
-        return LoRADelta(in_features, out_features, self.config, generator)
-
-    def num_parameters(self, role: str, in_features: int, out_features: int) -> int:
-        """``r · (in + out)``."""
-        return self.config.rank * (in_features + out_features)
+        return LoRADelta(target.in_features, target.out_features, self.config, generator)

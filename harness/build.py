@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from adapters.base import AdapterMethod, Adapters
+from adapters.attach import Adapters
+from adapters.base import AdapterMethod
+from adapters.router import Router
 from harness import backbones, measure
 from harness.batches import BatchMaker
 from harness.budget import choose
-from harness.contexts import Router
 from harness.experiment import AdapterChoice
 from harness.features import Features
 from harness.model import ContextModel
@@ -65,7 +67,8 @@ def choose_splits(spec: TrialSpec, task: Task) -> Splits:
 def method_of(choice: AdapterChoice) -> AdapterMethod:
     """The adapter method with its options."""
     method_class = ADAPTERS.load(choice.target)
-    method: AdapterMethod = method_class(method_class.Config.model_validate(choice.config))
+    # By way of JSON, as the options were read: a list there is a tuple here.
+    method: AdapterMethod = method_class(method_class.Config.model_validate_json(json.dumps(choice.config)))
     return method
 
 
@@ -103,12 +106,15 @@ def assemble(spec: TrialSpec, language_model: Any, feature_widths: Mapping[str, 
         bos_id: token that opens the sequence.
     """
     method = method_of(spec.adapter)
-    language_model.requires_grad_(method.trains_language_model)
+    language_model.requires_grad_(False)
+    for parameter in method.trained(language_model):
+        parameter.requires_grad_(True)
     router = Router(spec.adapter.grouping)
     target_context = list(spec.adapter.grouping)[-1]
     # The global generator draws the projectors: the same for every method of a seed. Adapters have their own.
     torch.manual_seed(spec.seed)
-    adapters = Adapters(language_model, dict.fromkeys(router.groups, method), router, spec.seed)
+    ungrouped = None if method.grouped else method
+    adapters = Adapters(language_model, dict.fromkeys(router.groups, method), router, spec.seed, ungrouped)
     adapters.attach(language_model)
     dropout = spec.backbone.projector_dropout
     return ContextModel(language_model, feature_widths, adapters, router, target_context, bos_id, dropout)

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapters.base import Adapters
-from harness.contexts import Router, Segment
+from adapters.attach import Adapters
+from adapters.generation import layouts_while_generating
+from adapters.router import Router
+from harness.contexts import Segment
 
 IGNORED = -100  # label of padding, as in torch's cross_entropy
 
@@ -102,7 +104,8 @@ class ContextModel(nn.Module):
         # The last target is predicted but never read.
         read_BS = targets_BT[:, :-1].clamp(min=0)
         embeds = torch.cat([prefix_BPD, self.language_model.get_input_embeddings()(read_BS)], dim=1)
-        self.router.set_layout([*self._segments, Segment(prefix_BPD.shape[1], embeds.shape[1], self.target_context)])
+        last = Segment(prefix_BPD.shape[1], embeds.shape[1], self.target_context)
+        self.router.set_layout([*self._segments, last], embeds.device)
         # Padding stands on the right of a causal model, so no real token sees it and no attention mask is needed. Only
         # the positions that predict targets reach the vocabulary projection.
         logits_BTV = self.language_model(
@@ -119,19 +122,8 @@ class ContextModel(nn.Module):
             Token ids (B, at most max_new_tokens); after EOS a row holds EOS.
         """
         prefix_BPD = self.prefix(features)
-        segments = self._segments
-
-        def set_layout(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            """With a cache the model is given the new tokens only; so is the router."""
-            cache = kwargs.get("past_key_values")
-            if cache is None or cache.get_seq_length() == 0:
-                self.router.set_layout(segments)
-            else:
-                new = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-                self.router.set_layout([Segment(0, new.shape[1], self.target_context)])
-
-        handle = self.language_model.register_forward_pre_hook(set_layout, with_kwargs=True)
-        try:
+        self.router.set_layout(self._segments, prefix_BPD.device)
+        with layouts_while_generating(self.language_model, self.router, self.target_context):
             ids_BT: Tensor = self.language_model.generate(
                 inputs_embeds=prefix_BPD,
                 attention_mask=torch.ones(prefix_BPD.shape[:2], dtype=torch.long, device=prefix_BPD.device),
@@ -140,8 +132,6 @@ class ContextModel(nn.Module):
                 eos_token_id=eos_id,
                 pad_token_id=eos_id,
             )
-        finally:
-            handle.remove()
         return ids_BT
 
     def positions(self, batch: Batch) -> int:

@@ -30,10 +30,11 @@ class Registry:
         kind: what they are, for messages ("adapter").
         group: entry point group ("harness.adapters").
         contract: the class that every entry subclasses, as "package.module:Class" so that listing imports nothing.
+        combine: function that makes one class of several, whose names are then joined by "+"; None: there is none.
     """
 
-    def __init__(self, kind: str, group: str, contract: str) -> None:
-        self.kind, self.group, self.contract = kind, group, contract
+    def __init__(self, kind: str, group: str, contract: str, combine: str | None = None) -> None:
+        self.kind, self.group, self.contract, self.combine = kind, group, contract, combine
 
     def entries(self) -> dict[str, Entry]:
         """All entries by name.
@@ -61,6 +62,10 @@ class Registry:
             UserError: there is none; the message starts with ``where`` and offers the nearest name.
         """
         entries = self.entries()
+        if self.combine and "+" in name:
+            parts = [self.find(part, where) for part in name.split("+")]
+            origin = ", ".join(dict.fromkeys(part.origin for part in parts))
+            return Entry(name, "+".join(part.target for part in parts), origin)
         if name not in entries:
             prefix = f"{where}: " if where else ""
             raise UserError(f"{prefix}unknown {self.kind} {name!r}; {did_you_mean(name, entries)}")
@@ -72,11 +77,18 @@ class Registry:
         Raises:
             UserError: it cannot be imported, or does not follow the contract.
         """
-        plugin = _import(target, self.kind)
         contract = _import(self.contract, "contract")
+        if "+" in target:
+            return self._combine(target)
+        plugin = _import(target, self.kind)
         if not (isinstance(plugin, type) and issubclass(plugin, contract)):
             raise UserError(f"{self.kind} {target}: must be a subclass of {self.contract.replace(':', '.')}")
         return plugin
+
+    def _combine(self, target: str) -> Any:
+        if self.combine is None:
+            raise UserError(f"{self.kind} {target}: cannot be combined")
+        return _import(self.combine, "combination")(tuple(self.load(part) for part in target.split("+")))
 
 
 def _import(target: str, kind: str) -> Any:
@@ -90,4 +102,4 @@ def _import(target: str, kind: str) -> Any:
 TASKS = Registry("task", "harness.tasks", "tasks.base:Task")
 MODALITIES = Registry("modality", "harness.modalities", "tasks.base:Modality")
 METRICS = Registry("metric", "harness.metrics", "tasks.base:Metric")
-ADAPTERS = Registry("adapter", "harness.adapters", "adapters.base:AdapterMethod")
+ADAPTERS = Registry("adapter", "harness.adapters", "adapters.base:AdapterMethod", "adapters.combination:combine")

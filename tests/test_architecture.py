@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "harness.plan": ("harness.errors", "harness.experiment", "harness.record"),
     "harness.tracking": ("harness.errors", "harness.plan", "harness.record"),
     "tasks.": ("harness.errors", "tasks."),
-    "adapters.": ("harness.errors", "harness.contexts", "adapters."),
+    "adapters.": ("harness.errors", "harness.contexts", "harness.registry", "adapters."),
     "results.": ("harness.errors", "harness.record", "results."),
 }
 # Third party → the one place that imports it.

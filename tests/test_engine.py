@@ -17,10 +17,11 @@ from test_adapters import tiny_llama
 from torch import Tensor
 from transformers import get_scheduler
 
-from adapters.base import Adapters
+from adapters.attach import Adapters
 from adapters.lora import LoRA, LoRAConfig
+from adapters.router import Router
 from harness import engine as engine_module
-from harness.contexts import Router, resolve_grouping
+from harness.contexts import resolve_grouping
 from harness.engine import Engine
 from harness.experiment import Optimizer
 from harness.measure import PeakMemory

@@ -14,11 +14,13 @@ from test_adapters import adapt, disturb, each_model, embeds, tiny_llama
 from torch import Tensor
 from torch.nn import functional as F
 
-from adapters.base import AdapterMethod, Adapters
+from adapters.attach import Adapters
+from adapters.base import AdapterMethod
 from adapters.bitfit import BitFit, BitFitConfig
 from adapters.ia3 import IA3, IA3Config
 from adapters.lora import LoRA, LoRAConfig
-from harness.contexts import Router, Segment, resolve_grouping
+from adapters.router import Router
+from harness.contexts import Segment, resolve_grouping
 from harness.model import IGNORED, Batch, ContextModel
 
 BOS, EOS, N = 1, 2, 4
@@ -184,7 +186,7 @@ def test_features_of_several_contexts_stand_in_order_and_have_their_own_adapters
     projected = [model.projectors[context](features[context]) for context in ("image", "audio")]
     torch.testing.assert_close(prefix_BPD[:, 1:], torch.cat(projected, dim=1))
     model(Batch(features, torch.tensor([[5, EOS], [6, EOS]])))
-    spans = [tuple(span) for span in router.spans(9)]
+    spans = [tuple(span) for span in router.layout_of(9).spans or ()]
     assert spans == [(0, 1, "language"), (1, 5, "vision"), (5, 8, "sound"), (8, 9, "language")]
 
 
@@ -225,7 +227,7 @@ def test_a_forward_pass_without_a_layout_or_with_another_ones_is_refused(
     model = make_model()
     router = Router(resolve_grouping("specific", ("image", "text"))[0])
     Adapters(model, dict.fromkeys(router.groups, method), router, seed=0).attach(model)
-    with pytest.raises(RuntimeError, match="covers 0 positions but the batch has 11: set_layout comes before forward"):
+    with pytest.raises(RuntimeError, match="no layout was set: it comes before forward"):
         model(inputs_embeds=embeds(), use_cache=False)
     router.set_layout([Segment(0, 10, "text")])
     with pytest.raises(RuntimeError, match="covers 10 positions but the batch has 11"):

@@ -10,10 +10,11 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adapters.base import AdapterMethod, Adapters
-from adapters.roles import find_targets
+from adapters.attach import Adapters, count_trainable
+from adapters.base import AdapterMethod
+from adapters.router import Router
 from harness.build import assemble
-from harness.contexts import Router, Segment, resolve_grouping
+from harness.contexts import Segment, resolve_grouping
 from harness.experiment import AdapterChoice, Backbone, Budget, Evaluation, Optimizer, TaskChoice
 from harness.plan import TrialSpec
 from harness.registry import ADAPTERS, Entry
@@ -46,7 +47,8 @@ def method_of(entry: Entry) -> AdapterMethod:
 def adapters_of(entry: Entry, model: Any, grouping: Any, seed: int = 0) -> Adapters:
     router = Router(resolve_grouping(grouping, CONTEXTS)[0])
     router.set_layout(LAYOUT)
-    return Adapters(model, dict.fromkeys(router.groups, method_of(entry)), router, seed)
+    method = method_of(entry)
+    return Adapters(model, dict.fromkeys(router.groups, method), router, seed, None if method.grouped else method)
 
 
 @torch.no_grad()
@@ -70,8 +72,6 @@ def test_it_says_what_it_is(entry: Entry) -> None:
     assert "\n" not in method.label()
     assert method.summary.strip()
     assert "\n" not in method.summary
-    # With groups it acts on layers; without, on none: nothing else would tell the two apart.
-    assert bool(method.roles()) == method.grouped
 
 
 @every_method
@@ -86,24 +86,26 @@ def test_its_options_refuse_unknown_keys_and_cannot_be_changed(entry: Entry) -> 
 @every_method
 @every_grouping
 def test_at_initialisation_it_is_the_identity_bit_for_bit(entry: Entry, grouping: Any) -> None:
+    """Or says that it is not (soft prompts, another attention)."""
     model = tiny_llama()
     bare = logits(model)
     adapters_of(entry, model, grouping).attach(model)
-    assert torch.equal(logits(model), bare)
+    assert torch.equal(logits(model), bare) is method_of(entry).identity_at_start
 
 
 @every_method
 @every_grouping
 def test_it_counts_its_parameters_without_building_them(entry: Entry, grouping: Any) -> None:
-    model, method = tiny_llama(), method_of(entry)
-    for role in method.roles():
-        delta = method.delta(role, 24, 40, torch.Generator())
-        assert method.num_parameters(role, 24, 40) == sum(p.numel() for p in delta.parameters()) > 0, role
-    targets = find_targets(model, method.roles()) if method.roles() else []
-    per_group = sum(method.num_parameters(t.role, t.in_features, t.out_features) for t in targets)
-    adapters = adapters_of(entry, model, grouping)
-    assert adapters.parameters_by_group() == dict.fromkeys(adapters.router.groups, per_group)
-    assert sum(p.numel() for p in adapters.parameters()) == per_group * len(adapters.router.groups)
+    with torch.device("meta"):
+        empty = adapters_of(entry, tiny_llama(), grouping)
+    adapters = adapters_of(entry, tiny_llama(), grouping)
+    assert adapters.parameters_by_group() == empty.parameters_by_group()
+    total = count_trainable(adapters)
+    assert total == count_trainable(empty) == sum(adapters.parameters_by_role().values())
+    # Groups are equal, and what they share is counted once.
+    assert len(set(adapters.parameters_by_group().values())) <= 1
+    assert sum(adapters.parameters_by_group().values()) <= total
+    assert total > 0 or not method_of(entry).grouped
 
 
 @every_method
@@ -124,7 +126,8 @@ def test_attached_it_changes_the_output_and_detached_it_leaves_no_trace(entry: E
     adapters = adapters_of(entry, model, grouping)
     adapters.attach(model)
     disturb(adapters)
-    assert torch.equal(logits(model), bare) is not method_of(entry).grouped
+    if method_of(entry).grouped:
+        assert not torch.equal(logits(model), bare)
     adapters.detach()
     assert torch.equal(logits(model), bare)
     assert not [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
@@ -148,21 +151,18 @@ def spec_of(entry: Entry) -> TrialSpec:
 
 @every_method
 def test_what_is_trained_in_a_trial(entry: Entry) -> None:
-    """The projector always; adapter parameters by layer and group; the base only where the method says so."""
+    """The projector always, the adapters' parameters, and of the base what the method says."""
     model = assemble(spec_of(entry), tiny_llama(), {"image": 20}, bos_id=1)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    method = method_of(entry)
-    layers = [t.path.replace(".", "/") for t in find_targets(tiny_llama(), method.roles())] if method.roles() else []
-    prefixes = {f"adapters.layers.{path}.deltas.group_{context}." for path in layers for context in CONTEXTS}
-    adapters = {name for name in trained if name.startswith("adapters.")}
-    base = {name for name in trained if name.startswith("language_model.")}
-    assert {name[: name.rindex(".") + 1] for name in adapters} == prefixes
-    assert base == (
-        {n for n, _ in model.named_parameters() if n.startswith("language_model.")}
-        if method.trains_language_model
-        else set()
-    )
-    assert trained - adapters - base == {"projectors.image.1.weight", "projectors.image.1.bias"}
+    wanted = {id(p) for p in method_of(entry).trained(model.language_model)}
+    base = {name for name, p in model.language_model.named_parameters() if id(p) in wanted}
+    assert {name for name in trained if name.startswith("language_model.")} == {f"language_model.{n}" for n in base}
+    assert {name for name in trained if name.startswith("projectors.")} == {
+        "projectors.image.1.weight",
+        "projectors.image.1.bias",
+    }
+    if method_of(entry).grouped:
+        assert all(any(f"group_{context}." in name for name in trained) for context in CONTEXTS)
 
 
 def test_the_projector_starts_the_same_for_every_method_of_a_seed() -> None:

@@ -1,0 +1,190 @@
+"""How adapters attach to a language model: by hooks, so that detaching leaves it as it was.
+
+Parameters live outside the model: ``layers.<path>.changes.<method>.deltas.group_<name>.<parameter>``.
+Shapes: B rows, T positions, I input features, D the features changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from adapters.base import AdapterMethod, Change, Delta, ModelChange
+from adapters.roles import Target, find_targets
+from adapters.router import Router
+
+
+class AdaptedLayer(nn.Module):
+    """The changes of one layer (or of one part of a fused layer) and the hooks that apply them."""
+
+    def __init__(self, target: Target, changes: Mapping[str, Change], router: Router) -> None:
+        super().__init__()
+        self.changes = nn.ModuleDict(changes)
+        self.router = router
+        self.target = target
+        for change in changes.values():
+            router.prepare_lookup(change.groups)
+
+    def attach(self, layer: nn.Module) -> list[RemovableHandle]:
+        """Hook onto the layer; only the kinds of hook that some change needs."""
+        acts_on = {change.acts_on for change in self.changes.values()}
+        handles: list[RemovableHandle] = []
+        if "input" in acts_on:
+            handles.append(layer.register_forward_pre_hook(self._before))
+        if "output" in acts_on:
+            handles.append(layer.register_forward_hook(self._after))
+        return handles
+
+    def _before(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (self._change("input", args[0], args[0]), *args[1:])
+
+    def _after(self, _module: nn.Module, args: tuple[Tensor, ...], y_BTO: Tensor) -> Tensor:
+        return self._change("output", args[0], y_BTO)
+
+    def _change(self, acts_on: str, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
+        if x_BTI.dim() == 2:  # OPT joins rows and positions before its feed-forward layers
+            rows = (x.view(-1, self.router.layout.length, x.shape[-1]) for x in (x_BTI, value_BTD))
+            return self._change(acts_on, *rows).flatten(0, 1)
+        layout = self.router.layout_of(x_BTI.shape[1])
+        part = self.target.rows if acts_on == "output" else None
+        whole_BTD = value_BTD
+        if part is not None:  # q, k or v of a fused layer
+            index_D = torch.as_tensor(part, device=value_BTD.device)
+            value_BTD = value_BTD.index_select(-1, index_D)
+        for change in self.changes.values():
+            if change.acts_on == acts_on:
+                value_BTD = change(x_BTI, value_BTD, layout)
+        return value_BTD if part is None else whole_BTD.index_copy(-1, index_D, value_BTD)
+
+
+@dataclass
+class _Use:
+    """A method with one set of options, and the groups that use it."""
+
+    method: AdapterMethod
+    groups: list[str] = field(default_factory=list)
+
+
+class Adapters(nn.Module):
+    """All adapter parameters of one language model, outside of it.
+
+    Args:
+        language_model: a Hugging Face causal LM; its own parameters are left as they are.
+        methods: group → method.
+        router: knows the groups, and each batch's layout.
+        seed: of the initialisation; groups and layers draw in a fixed order.
+        ungrouped: a method without groups (full fine-tuning, another attention), in the place of ``methods``.
+        roles: path pattern → role, for a language model that adapters/roles.py does not know.
+    """
+
+    def __init__(
+        self,
+        language_model: nn.Module,
+        methods: Mapping[str, AdapterMethod],
+        router: Router,
+        seed: int,
+        ungrouped: AdapterMethod | None = None,
+        roles: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.router = router
+        generator = torch.Generator().manual_seed(seed)
+        uses = _uses(methods, ungrouped)
+        targets: dict[str, Target] = {}
+        deltas: dict[tuple[str, str], dict[str, Delta]] = {}  # (layer, method) → group → delta
+        of_method: dict[str, list[Target]] = {}
+        for name, group in [(name, group) for name, use in uses.items() for group in use.groups]:
+            method = uses[name].method
+            of_method[name] = find_targets(language_model, method.roles(), roles) if method.roles() else []
+            for target in of_method[name]:
+                targets[target.key] = target
+                deltas.setdefault((target.key, name), {})[group] = method.delta(target, generator)
+        shared = {name: uses[name].method.shared(found, generator) for name, found in of_method.items() if found}
+        self.shared = nn.ModuleDict({name: module for name, module in shared.items() if module is not None})
+        self.layers = nn.ModuleDict()
+        for key, target in targets.items():
+            changes = {
+                name: use.method.change(target, deltas[key, name], shared.get(name), generator)
+                for name, use in uses.items()
+                if (key, name) in deltas
+            }
+            self.layers[key] = AdaptedLayer(target, changes, router)
+        built = {
+            name: use.method.model_change(language_model, tuple(use.groups), router, generator)
+            for name, use in uses.items()
+        }
+        self.model_changes = nn.ModuleDict({name: change for name, change in built.items() if change is not None})
+        self._undo: list[Callable[[], None]] = []
+
+    def attach(self, language_model: nn.Module) -> None:
+        """Put the hooks onto the model."""
+        for layer in self.layers.values():
+            assert isinstance(layer, AdaptedLayer)  # noqa: S101 - for the type checker
+            self._undo += [handle.remove for handle in layer.attach(language_model.get_submodule(layer.target.path))]
+        for change in self.model_changes.values():
+            assert isinstance(change, ModelChange)  # noqa: S101
+            self._undo.append(change.attach(language_model))
+
+    def detach(self) -> None:
+        """Take the hooks off: the model computes what it did before."""
+        while self._undo:
+            self._undo.pop()()
+
+    def changes(self) -> Iterator[Change]:
+        """Every method's change of every layer."""
+        for layer in self.layers.values():
+            assert isinstance(layer, AdaptedLayer)  # noqa: S101
+            for change in layer.changes.values():
+                assert isinstance(change, Change)  # noqa: S101
+                yield change
+
+    def parameters_by_group(self) -> dict[str, int]:
+        """Number of trainable parameters of each group; what groups share is not in it."""
+        counts = dict.fromkeys(self.router.groups, 0)
+        for change in self.changes():
+            for group in change.groups:
+                counts[group] += count_trainable(change.delta(group))
+        for model_change in self.model_changes.values():
+            assert isinstance(model_change, ModelChange)  # noqa: S101
+            for group, module in model_change.by_group().items():
+                counts[group] += count_trainable(module)
+        return counts
+
+    def parameters_by_role(self) -> dict[str, int]:
+        """Number of trainable parameters on the layers of each role; ``model`` for what is not in a layer."""
+        counts: dict[str, int] = {}
+        for layer in self.layers.values():
+            assert isinstance(layer, AdaptedLayer)  # noqa: S101
+            role = layer.target.role
+            counts[role] = counts.get(role, 0) + count_trainable(layer)
+        elsewhere = count_trainable(self.shared) + count_trainable(self.model_changes)
+        return {**counts, "model": elsewhere} if elsewhere else counts
+
+
+def count_trainable(module: nn.Module) -> int:
+    """Trainable parameters, each once."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def _uses(methods: Mapping[str, AdapterMethod], ungrouped: AdapterMethod | None) -> dict[str, _Use]:
+    """Name → method and its groups; a method that several groups use with the same options is one."""
+    uses: dict[str, _Use] = {}
+    wanted: Sequence[tuple[str | None, AdapterMethod]] = [
+        *((group, part) for group, method in methods.items() for part in method.parts),
+        *((None, part) for part in (ungrouped.parts if ungrouped else ())),
+    ]
+    for group, part in wanted:
+        same = [u for u in uses.values() if type(u.method) is type(part) and u.method.config == part.config]
+        if same:
+            use = same[0]
+        else:
+            taken = sum(name.partition("_")[0] == part.name for name in uses)
+            use = uses.setdefault(part.name if not taken else f"{part.name}_{taken + 1}", _Use(part))
+        if group is not None and part.grouped:
+            use.groups.append(group)
+    return uses

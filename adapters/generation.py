@@ -1,0 +1,46 @@
+"""Layouts while a language model generates: the prompt first, then the new tokens alone, as the KV cache has the rest.
+
+Shapes: B rows (beams included), T positions of the prompt or of the new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapters.router import Router
+
+
+@contextmanager
+def layouts_while_generating(language_model: nn.Module, router: Router, new_token_context: str) -> Iterator[None]:
+    """Keep the router's layout true inside ``language_model.generate``; the prompt's layout is set before.
+
+    Beams of a row have the row's layout; reordering beams never crosses rows.
+    """
+    prompt_XT = router.layout.context_ids_XK
+    new_id = router.contexts.index(new_token_context)
+
+    def set_layout(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = kwargs.get("inputs_embeds")
+        new = given if given is not None else kwargs.get("input_ids", args[0] if args else None)
+        assert new is not None  # noqa: S101 - generate gives one of the two
+        cache = kwargs.get("past_key_values")
+        cached = 0 if cache is None else int(cache.get_seq_length())
+        rows, length = new.shape[0], new.shape[1]
+        first_XT = prompt_XT if prompt_XT.shape[0] == 1 else prompt_XT.repeat_interleave(rows // prompt_XT.shape[0], 0)
+        if cached:
+            router.extend(torch.full((1, length), new_id, device=new.device))
+        else:  # without a cache every pass is over everything so far
+            new_tokens = length - first_XT.shape[1]
+            tail_XT = torch.full((first_XT.shape[0], new_tokens), new_id, device=new.device)
+            router.set_context_ids(torch.cat([first_XT, tail_XT], dim=1))
+
+    handle = language_model.register_forward_pre_hook(set_layout, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
