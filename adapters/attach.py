@@ -17,16 +17,21 @@ from torch.utils.hooks import RemovableHandle
 from adapters.base import AdapterMethod, Change, Delta, ModelChange
 from adapters.roles import Target, find_targets
 from adapters.router import Router
+from harness.errors import UserError
 
 
 class AdaptedLayer(nn.Module):
     """The changes of one layer (or of one part of a fused layer) and the hooks that apply them."""
+
+    rows_D: Tensor | None
 
     def __init__(self, target: Target, changes: Mapping[str, Change], router: Router) -> None:
         super().__init__()
         self.changes = nn.ModuleDict(changes)
         self.router = router
         self.target = target
+        rows = None if target.rows is None else torch.tensor(target.rows)
+        self.register_buffer("rows_D", rows, persistent=False)  # of a fused layer's outputs, those that are this role's
         for change in changes.values():
             router.prepare_lookup(change.groups)
 
@@ -51,15 +56,14 @@ class AdaptedLayer(nn.Module):
             rows = (x.view(-1, self.router.layout.length, x.shape[-1]) for x in (x_BTI, value_BTD))
             return self._change(acts_on, *rows).flatten(0, 1)
         layout = self.router.layout_of(x_BTI.shape[1])
-        part = self.target.rows if acts_on == "output" else None
+        rows_D = self.rows_D if acts_on == "output" else None
         whole_BTD = value_BTD
-        if part is not None:  # q, k or v of a fused layer
-            index_D = torch.as_tensor(part, device=value_BTD.device)
-            value_BTD = value_BTD.index_select(-1, index_D)
+        if rows_D is not None:
+            value_BTD = value_BTD.index_select(-1, rows_D)
         for change in self.changes.values():
             if change.acts_on == acts_on:
                 value_BTD = change(x_BTI, value_BTD, layout)
-        return value_BTD if part is None else whole_BTD.index_copy(-1, index_D, value_BTD)
+        return value_BTD if rows_D is None else whole_BTD.index_copy(-1, rows_D, value_BTD)
 
 
 @dataclass
@@ -100,7 +104,8 @@ class Adapters(nn.Module):
         of_method: dict[str, list[Target]] = {}
         for name, group in [(name, group) for name, use in uses.items() for group in use.groups]:
             method = uses[name].method
-            of_method[name] = find_targets(language_model, method.roles(), roles) if method.roles() else []
+            found = find_targets(language_model, method.roles(), roles, method.named_roles()) if method.roles() else []
+            of_method[name] = found
             for target in of_method[name]:
                 targets[target.key] = target
                 deltas.setdefault((target.key, name), {})[group] = method.delta(target, generator)
@@ -115,10 +120,16 @@ class Adapters(nn.Module):
             }
             self.layers[key] = AdaptedLayer(target, changes, router)
         built = {
-            name: use.method.model_change(language_model, tuple(use.groups), router, generator)
+            name: use.method.model_change(language_model, tuple(use.groups), router, shared.get(name), generator)
             for name, use in uses.items()
         }
         self.model_changes = nn.ModuleDict({name: change for name, change in built.items() if change is not None})
+        for name, use in uses.items():
+            if use.groups and not use.method.roles() and name not in self.model_changes:
+                raise UserError(
+                    f"{use.method.label()} acts on no layer with these options: {use.method.config!r}; "
+                    "'where' must name a role that the method acts on"
+                )
         self._undo: list[Callable[[], None]] = []
 
     def attach(self, language_model: nn.Module) -> None:
@@ -183,7 +194,7 @@ def _uses(methods: Mapping[str, AdapterMethod], ungrouped: AdapterMethod | None)
         if same:
             use = same[0]
         else:
-            taken = sum(name.partition("_")[0] == part.name for name in uses)
+            taken = sum(use.method.name == part.name for use in uses.values())
             use = uses.setdefault(part.name if not taken else f"{part.name}_{taken + 1}", _Use(part))
         if group is not None and part.grouped:
             use.groups.append(group)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from adapters.roles import ATTENTION, FEED_FORWARD, Target
 from adapters.router import Layout, Router
@@ -109,7 +110,7 @@ class Change(nn.Module):
         """A vector parameter of each token's own group, (X, T, D); ``absent`` where none of these groups acts."""
         rows = [getattr(self.delta(group), name) for group in self.groups]
         table_GD = torch.stack([*rows, torch.full_like(rows[0], absent)])
-        return table_GD[layout.lookup(self.groups).index_XT]
+        return F.embedding(layout.lookup(self.groups).index_XT, table_GD)
 
 
 class ModelChange(nn.Module):
@@ -146,6 +147,7 @@ class AdapterMethod(ABC):
     summary: ClassVar[str]  # one line for `harness adapters`
     grouped: ClassVar[bool] = True  # has a group of parameters per context group
     identity_at_start: ClassVar[bool] = True  # before training the model computes what the base does
+    joins_groups: ClassVar[bool] = False  # a token's change depends on tokens of other groups too (MokA)
     Config: ClassVar[type[Config]] = Config
 
     def __init__(self, config: Any) -> None:
@@ -169,6 +171,11 @@ class AdapterMethod(ABC):
         """Roles of the layers it acts on (see adapters/roles.py)."""
         return frozenset()
 
+    def named_roles(self) -> frozenset[str]:
+        """Those of its roles that the user named one by one: the model must have each of them."""
+        where = getattr(self.config, "where", None)
+        return frozenset(where) & self.roles() if isinstance(where, tuple) else frozenset()
+
     def delta(self, target: Target, generator: torch.Generator) -> Delta:
         """One group's parameters for one layer, drawn from ``generator``."""
         raise NotImplementedError(f"{type(self).__name__} names roles but builds no delta")
@@ -184,7 +191,12 @@ class AdapterMethod(ABC):
         return Change(deltas)
 
     def model_change(
-        self, language_model: nn.Module, groups: Sequence[str], router: Router, generator: torch.Generator
+        self,
+        language_model: nn.Module,
+        groups: Sequence[str],
+        router: Router,
+        shared: nn.Module | None,
+        generator: torch.Generator,
     ) -> ModelChange | None:
         """What it adds to the model as a whole (soft prompts, another attention)."""
         return None
@@ -196,6 +208,20 @@ class AdapterMethod(ABC):
     def stages(self, epochs: int) -> tuple[Stage, ...]:
         """How a trial's epochs are divided; one stage unless the recipe has several."""
         return (Stage(epochs, trains_language_model=True),)
+
+
+def check_rank(rank: int, target: Target) -> None:
+    """A rank that a layer cannot have.
+
+    Raises:
+        UserError: it is larger than the layer.
+    """
+    largest = min(target.in_features, target.out_features)
+    if rank > largest:
+        raise UserError(
+            f"rank {rank} is larger than layer {target.path} ({target.role}), which has "
+            f"{target.in_features} inputs and {target.out_features} outputs; allowed: 1 to {largest}"
+        )
 
 
 def roles_of(where: Where) -> frozenset[str]:

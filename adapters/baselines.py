@@ -24,11 +24,15 @@ class NoAdapter(base.AdapterMethod):
 class FullConfig(base.Config):
     """Options."""
 
-    embeddings: bool = True  # train the token embeddings and the output layer too
+    embeddings: bool = True  # train the token embeddings and the output layer too; learned positions always are
 
 
 class Full(base.AdapterMethod):
-    """Trains the weights of the language model itself, and the projector."""
+    """Trains the weights of the language model itself, and the projector.
+
+    Embeddings are what Hugging Face calls the input and output embeddings: the table of tokens and the layer that
+    scores the vocabulary, often one tensor. Learned positions (OPT, GPT-2) are none of them: trained in either case.
+    """
 
     summary = "full fine-tuning: the language model's own weights are trained"
     grouped = False

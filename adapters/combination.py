@@ -67,6 +67,7 @@ def combine(classes: tuple[type[base.AdapterMethod], ...]) -> type[Combination]:
             "classes": classes,
             "summary": " and ".join(cls.summary for cls in classes),
             "grouped": any(cls.grouped for cls in classes),
+            "joins_groups": any(cls.joins_groups for cls in classes),
             "identity_at_start": all(cls.identity_at_start for cls in classes),
             "Config": create_model("CombinationConfig", __base__=base.Config, **fields),
             "__doc__": f"{_names(classes)}, each acting on what the one before it left.",

@@ -32,12 +32,11 @@ def layouts_while_generating(language_model: nn.Module, router: Router, new_toke
         cached = 0 if cache is None else int(cache.get_seq_length())
         rows, length = new.shape[0], new.shape[1]
         first_XT = prompt_XT if prompt_XT.shape[0] == 1 else prompt_XT.repeat_interleave(rows // prompt_XT.shape[0], 0)
-        if cached:
-            router.extend(torch.full((1, length), new_id, device=new.device))
-        else:  # without a cache every pass is over everything so far
-            new_tokens = length - first_XT.shape[1]
-            tail_XT = torch.full((first_XT.shape[0], new_tokens), new_id, device=new.device)
-            router.set_context_ids(torch.cat([first_XT, tail_XT], dim=1))
+        # The prompt, perhaps in chunks, then new tokens. Without a cache each pass is over all of it.
+        new_tokens = max(cached + length - first_XT.shape[1], 0)
+        tail_XT = torch.full((first_XT.shape[0], new_tokens), new_id, device=new.device)
+        all_XT = torch.cat([first_XT, tail_XT], dim=1)
+        router.set_context_ids(all_XT[:, cached : cached + length], all_XT[:, :cached] if cached else None)
 
     handle = language_model.register_forward_pre_hook(set_layout, with_kwargs=True)
     try:

@@ -1,53 +1,147 @@
-"""LoRA per context group: ``h = W x + (alpha / r) B A x``.
+"""LoRA per context group: ``h = W x + s B A x``, with ``s = alpha / r``, or ``alpha / sqrt(r)`` in rsLoRA.
 
-Hu et al. 2021, arXiv 2106.09685; Context-LoRA in Context-PEFT, arXiv 2312.08900. The product ``B A`` is never formed.
-``A`` is drawn as ``nn.Linear`` draws its weights and ``B`` is zero, so at start nothing changes.
+Hu et al. 2021, arXiv 2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732; PiSSA: Meng et al. 2024, arXiv
+2404.02948; OLoRA: Büyükakyüz 2024, arXiv 2406.01775; Context-LoRA in Context-PEFT, arXiv 2312.08900. The product
+``B A`` is never formed; adapters/lora_forms.py has the ways to compute it for all groups.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapters import base
+from adapters.lora_forms import low_rank
 from adapters.roles import Target
+from adapters.router import Layout
+from harness.errors import UserError
 
 
 class LoRAConfig(base.Config):
-    """Options, named as in Hugging Face PEFT where it has them."""
+    """Options, named as in Hugging Face PEFT where it has them.
+
+    ``init_lora_weights``: ``true`` draws A as ``nn.Linear`` draws its weights, ``gaussian`` from a normal distribution
+    with standard deviation 1 / rank; B is zero in both. ``pissa`` starts from the ``rank`` largest singular values of
+    W and their vectors, ``olora`` from the first columns of W's QR decomposition. Their start (A₀, B₀) is taken off
+    again so that nothing changes at first: not from W, which stays as it is, but from what is added,
+    ``s (B A - B₀ A₀) x``, which trains alike and costs as much as twice the rank.
+    """
 
     rank: PositiveInt = 8
-    alpha: Annotated[float, Field(gt=0)] | None = None  # the product is scaled by alpha / rank; default: alpha = rank
+    alpha: Annotated[float, Field(gt=0)] | None = None  # None: equal to rank
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    use_rslora: bool = False  # s = alpha / sqrt(rank) instead of alpha / rank
+    init_lora_weights: Literal[True, "gaussian", "pissa", "olora"] = True
     where: base.Where = "AF"
+
+    @property
+    def scale(self) -> float:
+        """``s``."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    @property
+    def starts_from_weight(self) -> bool:
+        """Whether A and B start from the layer's own weight."""
+        return self.init_lora_weights in {"pissa", "olora"}
+
+    @model_validator(mode="after")
+    def _no_dropout_of_what_the_base_computes(self) -> LoRAConfig:
+        if self.starts_from_weight and self.dropout:
+            raise ValueError(
+                f"dropout must be 0 with init_lora_weights: {self.init_lora_weights}, whose pair starts as part of W; "
+                f"found {self.dropout}"
+            )
+        return self
 
 
 class LoRADelta(base.Delta):
-    """One low-rank pair. Shapes: R rank."""
+    """One low-rank pair. Shapes: R rank, S the rank of what is added: R, or 2 R where a start is taken off.
 
-    def __init__(self, in_features: int, out_features: int, config: LoRAConfig, generator: torch.Generator) -> None:
+    Args:
+        in_features: of the layer.
+        out_features: of the layer.
+        config: options.
+        generator: A is drawn from it.
+        weight_OI: the layer's own; needed where the pair starts from it.
+    """
+
+    start_A: Tensor
+    start_B: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, config: LoRAConfig, generator: torch.Generator,
+        weight_OI: Tensor | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.lora_A = nn.Parameter(torch.empty(config.rank, in_features))
         self.lora_B = nn.Parameter(torch.zeros(out_features, config.rank))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)
-        self.scale = (config.alpha or config.rank) / config.rank
+        self.scale = config.scale
         self.dropout = config.dropout
+        self.has_start = config.starts_from_weight
+        if self.has_start:
+            assert weight_OI is not None  # noqa: S101 - for the type checker
+            start_A, start_B = _from_weight(weight_OI.detach().float(), config)
+            # Kept with the adapter: to decompose W again elsewhere could give other signs and roundings.
+            self.register_buffer("start_A", start_A)
+            self.register_buffer("start_B", start_B)
+            with torch.no_grad():
+                self.lora_A.copy_(start_A)
+                self.lora_B.copy_(start_B)
+        elif config.init_lora_weights == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / config.rank, generator=generator)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (S, I) and B (O, S) of what is added, ``scale · B A x``.
+
+        With a start it is ``B A - B₀ A₀ = (B - B₀) A + B₀ (A - A₀)``, in which both terms are exactly zero at first.
+        """
+        if not self.has_start:
+            return self.lora_A, self.lora_B
+        A_SI = torch.cat([self.lora_A, self.lora_A - self.start_A])
+        B_OS = torch.cat([self.lora_B - self.start_B, self.start_B], dim=1)
+        return A_SI, B_OS
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
         """``y + scale · B A dropout(x)``."""
-        if self.dropout:
-            x_BTI = F.dropout(x_BTI, self.dropout, self.training)
-        update_BTD = F.linear(F.linear(x_BTI, self.lora_A), self.lora_B)
-        return torch.add(value_BTD, update_BTD, alpha=self.scale)
+        A_SI, B_OS = (factor.to(value_BTD.dtype) for factor in self.factors())
+        x_BTI = F.dropout(x_BTI.to(value_BTD.dtype), self.dropout, self.training)
+        return torch.add(value_BTD, F.linear(F.linear(x_BTI, A_SI), B_OS), alpha=self.scale)
 
     def merge(self, weight_OI: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor]:
         """``W + scale · B A``."""
-        return weight_OI + self.scale * self.lora_B @ self.lora_A, bias_O
+        A_SI, B_OS = self.factors()
+        return weight_OI + self.scale * B_OS @ A_SI, bias_O
+
+
+def _from_weight(weight_OI: Tensor, config: LoRAConfig) -> tuple[Tensor, Tensor]:
+    """A₀ (R, I) and B₀ (O, R) as Hugging Face PEFT starts them (peft/tuners/lora/layer.py, pissa_init, olora_init)."""
+    rank = config.rank
+    if config.init_lora_weights == "olora":
+        Q_OK, R_KI = torch.linalg.qr(weight_OI)
+        return R_KI[:rank].clone(), Q_OK[:, :rank].clone()
+    U_OK, S_K, V_KI = torch.linalg.svd(weight_OI, full_matrices=False)
+    root_R = (S_K[:rank] / config.scale).sqrt()
+    return root_R[:, None] * V_KI[:rank], U_OK[:, :rank] * root_R
+
+
+class LoRAChange(base.Change):
+    """All groups' pairs in the form that is quickest for the layout (adapters/lora_forms.py)."""
+
+    def forward(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
+        """``y + scale · B_c A_c dropout(x)``."""
+        deltas: list[LoRADelta] = [self.delta(group) for group in self.groups]
+        # The groups have the same options, so one dropout over all tokens is what each would do to its own.
+        x_BTI = F.dropout(x_BTI, deltas[0].dropout, deltas[0].training)
+        return low_rank(x_BTI, value_BTD, layout, self.groups, [d.factors() for d in deltas], deltas[0].scale)
 
 
 class LoRA(base.AdapterMethod):
@@ -58,13 +152,32 @@ class LoRA(base.AdapterMethod):
     config: LoRAConfig
 
     def label(self) -> str:
-        """``LoRA r=4``, with the place where it is not everywhere."""
-        return f"LoRA r={self.config.rank}" + base.place_label(self.config.where)
+        """``LoRA r=4``, ``rsLoRA r=4 pissa``, with the place where it is not everywhere."""
+        start = "" if self.config.init_lora_weights is True else f" {self.config.init_lora_weights}"
+        name = "rsLoRA" if self.config.use_rslora else "LoRA"
+        return f"{name} r={self.config.rank}{start}" + base.place_label(self.config.where)
 
     def roles(self) -> frozenset[str]:
         """Attention, feed-forward or both."""
         return base.roles_of(self.config.where)
 
     def delta(self, target: Target, generator: torch.Generator) -> base.Delta:
-        """One low-rank pair."""
-        return LoRADelta(target.in_features, target.out_features, self.config, generator)
+        """One low-rank pair.
+
+        Raises:
+            UserError: the rank is larger than the layer, or the pair starts from a weight that cannot be read.
+        """
+        if self.config.rank > min(target.in_features, target.out_features):
+            raise UserError(
+                f"rank {self.config.rank} is larger than layer {target.path} ({target.role}), which has "
+                f"{target.in_features} inputs and {target.out_features} outputs; "
+                f"allowed: 1 to {min(target.in_features, target.out_features)}"
+            )
+        weight_OI = target.weight() if self.config.starts_from_weight else None
+        return LoRADelta(target.in_features, target.out_features, self.config, generator, weight_OI)
+
+    def change(
+        self, target: Target, deltas: Mapping[str, base.Delta], shared: nn.Module | None, generator: torch.Generator
+    ) -> base.Change:
+        """All groups in one form."""
+        return LoRAChange(deltas)

@@ -1,15 +1,18 @@
 """Which layer plays which role in a language model.
 
-Roles: q, k, v, o (attention), gate, up, down (feed-forward), ``mlp`` (the whole feed-forward block), ``norm``. They are
-read from a table by exact layer path, never by matching parts of names. A fused layer plays several roles at once:
-a method that wants all of them gets the layer as one (``qkv``, as the paper counts its fused gate and up), a method
-that wants some of them gets each as a layer of its own that owns some of the fused layer's outputs.
+Roles are read from a table by exact layer path (adapters/families.py, or one by hand), never by parts of names.
+A fused layer plays several roles at once: a method that wants all of them gets the layer as one (``qkv``, as the paper
+counts its fused gate and up), a method that wants some of them gets each as a layer of its own that owns some of the
+fused layer's outputs.
+
+Shapes: I input features, O output features.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,69 +20,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from adapters.families import ATTENTION, FAMILIES, FEED_FORWARD, ROLES, Fused, Table
 from harness.errors import UserError, did_you_mean
 
-ATTENTION = frozenset({"q", "k", "v", "o"})
-FEED_FORWARD = frozenset({"gate", "up", "down"})
-ROLES = ATTENTION | FEED_FORWARD | {"mlp", "norm"}
-
-
-@dataclass(frozen=True)
-class Fused:
-    """Several roles in one layer, its outputs in their order: a block for each, or one block per head and role."""
-
-    roles: tuple[str, ...]
-    per_head: bool = False
-
-    @property
-    def name(self) -> str:
-        """Of the layer as a whole: ``qkv``, ``gate_up``."""
-        return "".join(self.roles) if max(map(len, self.roles)) == 1 else "_".join(self.roles)
-
-    def rows(self, out_features: int, config: Any) -> dict[str, tuple[int, ...]]:
-        """Role → which of the layer's outputs are its own. Keys and values may have fewer heads than queries."""
-        if self.per_head:
-            size = out_features // (config.num_attention_heads * len(self.roles))
-            return {
-                role: tuple(row for row in range(out_features) if row // size % len(self.roles) == index)
-                for index, role in enumerate(self.roles)
-            }
-        sizes = [out_features // len(self.roles)] * len(self.roles)
-        key_heads = getattr(config, "num_key_value_heads", None)
-        if self.roles == ("q", "k", "v") and key_heads:
-            size = out_features // (config.num_attention_heads + 2 * key_heads)
-            sizes = [size * config.num_attention_heads, size * key_heads, size * key_heads]
-        starts = [sum(sizes[:index]) for index in range(len(sizes))]
-        return {r: tuple(range(a, a + n)) for r, a, n in zip(self.roles, starts, sizes, strict=True)}
-
-
-def _gated(attention: Mapping[str, Any], feed_forward: Mapping[str, Any], *norms: str) -> dict[str, Any]:
-    inside = {**attention, **feed_forward, "mlp": "mlp", **dict.fromkeys(norms, "norm")}
-    return {**{f"model.layers.*.{path}": role for path, role in inside.items()}, "model.norm": "norm"}
-
-
-_QKVO = {"self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "v", "self_attn.o_proj": "o"}
-_GATE_UP_DOWN = {"mlp.gate_proj": "gate", "mlp.up_proj": "up", "mlp.down_proj": "down"}
-_LLAMA = _gated(_QKVO, _GATE_UP_DOWN, "input_layernorm", "post_attention_layernorm")
-_OPT = {
-    "model.decoder.layers.*.self_attn.q_proj": "q",
-    "model.decoder.layers.*.self_attn.k_proj": "k",
-    "model.decoder.layers.*.self_attn.v_proj": "v",
-    "model.decoder.layers.*.self_attn.out_proj": "o",
-    "model.decoder.layers.*.fc1": "up",
-    "model.decoder.layers.*.fc2": "down",
-    "model.decoder.layers.*.self_attn_layer_norm": "norm",
-    "model.decoder.layers.*.final_layer_norm": "norm",
-    "model.decoder.final_layer_norm": "norm",
-}
-# transformers' model_type → path pattern (a * stands for a layer's number) → role, or several in a fused layer
-FAMILIES: dict[str, Mapping[str, str | Fused]] = {
-    "llama": _LLAMA,  # SmolLM and SmolLM2 too
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "opt": _OPT,
-}
+__all__ = ["ATTENTION", "FAMILIES", "FEED_FORWARD", "ROLES", "Fused", "Target", "find_targets", "parse_roles"]
+_FUSABLE = (frozenset({"q", "k", "v"}), frozenset({"gate", "up"}))
+_PLACEHOLDER = "ROLE"  # in the line an error proposes, for what it cannot know
 
 
 @dataclass(frozen=True)
@@ -88,7 +34,7 @@ class Target:
 
     path: str  # in the language model: "model.layers.0.self_attn.q_proj"
     role: str
-    in_features: int
+    in_features: int  # of a norm and of a whole feed-forward block: its width
     out_features: int
     rows: tuple[int, ...] | None = None  # the fused layer's outputs that are this role's; None: all
     layer: nn.Module | None = field(default=None, repr=False, compare=False)
@@ -106,78 +52,226 @@ class Target:
         """
         layer = self.layer
         weight = getattr(layer, "weight", None)
-        if not isinstance(layer, nn.Linear | Conv1D) or weight is None or not weight.is_floating_point():
-            raise UserError(f"layer {self.path} ({type(layer).__name__}) has no weight matrix that can be read")
-        weight_OI: Tensor = weight.T if isinstance(layer, Conv1D) else weight
-        return weight_OI if self.rows is None else weight_OI[torch.as_tensor(self.rows, device=weight.device)]
+        # Numbers of one byte (8-bit integers and floats) mean nothing without their scales.
+        readable = isinstance(weight, Tensor) and weight.is_floating_point() and weight.element_size() > 1
+        if not isinstance(layer, nn.Linear | Conv1D) or not readable:
+            raise UserError(
+                f"layer {self.path} ({type(layer).__name__}) has no weight matrix that can be read: "
+                "it is not linear, or it is quantised"
+            )
+        weight_OI: Tensor = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+        return weight_OI if self.rows is None else weight_OI[torch.as_tensor(self.rows, device=weight_OI.device)]
 
 
 def find_targets(
-    language_model: nn.Module, roles: frozenset[str], by_hand: Mapping[str, Any] | None = None
+    language_model: nn.Module,
+    roles: frozenset[str],
+    by_hand: Mapping[str, Any] | None = None,
+    named: frozenset[str] = frozenset(),
 ) -> list[Target]:
     """The layers that play one of ``roles``, in the model's order.
 
     Args:
         language_model: a Hugging Face causal LM.
-        roles: wanted.
-        by_hand: path pattern → role (or list of roles in a fused layer), before the table of known families.
+        roles: wanted; the model need not have all of them (OPT has no gate).
+        by_hand: as in ``parse_roles``; in the place of the table of known families.
+        named: those of them that the user asked for one by one, which the model must have.
 
     Raises:
-        UserError: the architecture is unknown (its linear layers are printed), or lacks all of the roles.
+        UserError: the architecture is unknown (its linear layers are printed), it lacks all of ``roles`` or one of
+            ``named``, or ``by_hand`` does not fit it.
     """
-    table = _by_hand(by_hand) if by_hand else _family(language_model)
-    patterns = [(re.compile(re.escape(path).replace(r"\*", r"\d+")), role) for path, role in table.items()]
-    targets: list[Target] = []
-    for name, module in language_model.named_modules():
-        for pattern, role in patterns:
-            if pattern.fullmatch(name):
-                targets += _targets(name, module, role, roles, getattr(language_model, "config", None))
-    if not targets:
-        has = sorted({r for role in table.values() for r in (role.roles if isinstance(role, Fused) else (role,))})
+    table = _family(language_model) if by_hand is None else parse_roles(by_hand)
+    found = _matches(language_model, table)
+    if by_hand is not None:
+        _check_fit(language_model, table, found)
+    elif not found:
+        raise UserError(_unknown(language_model, f"no layer is where {next(iter(table))} should be"))
+    has = {role for _, _, role in found if isinstance(role, str)}
+    has |= {role for _, _, fused in found if isinstance(fused, Fused) for role in fused.roles}
+    missing = named - has or (frozenset() if roles & has else roles)
+    if missing:
         raise UserError(
-            f"a {_model_type(language_model)} model has no layer in any of the roles {sorted(roles)}; it has {has}"
+            f"a {_model_type(language_model)} model has no layer in the role {', '.join(sorted(missing))}; "
+            f"it has {', '.join(sorted(has))}"
         )
-    return targets
+    config = getattr(language_model, "config", None)
+    return [target for path, layer, role in found for target in _targets(path, layer, role, roles, config)]
 
 
-def _targets(name: str, layer: nn.Module, role: str | Fused, wanted: frozenset[str], config: Any) -> list[Target]:
-    inside, outside = _features(layer)
+def _matches(language_model: nn.Module, table: Table) -> list[tuple[str, nn.Module, str | Fused]]:
+    """Path, layer and role of every layer that is in the table, in the model's order."""
+    patterns = [(re.compile(re.escape(path).replace(r"\*", "[0-9]+")), role) for path, role in table.items()]
+    return [
+        (path, layer, role)
+        for path, layer in language_model.named_modules()
+        for pattern, role in patterns
+        if pattern.fullmatch(path)
+    ]
+
+
+def _targets(path: str, layer: nn.Module, role: str | Fused, wanted: frozenset[str], config: Any) -> list[Target]:
+    inside, outside = _features(path, layer, role)
     if isinstance(role, str):
-        return [Target(name, role, inside, outside, layer=layer)] if role in wanted else []
+        return [Target(path, role, inside, outside, layer=layer)] if role in wanted else []
+    rows = role.rows(path, outside, config)
     if set(role.roles) <= wanted:
-        return [Target(name, role.name, inside, outside, layer=layer)]
-    rows = role.rows(outside, config)
-    return [Target(name, r, inside, len(rows[r]), rows[r], layer) for r in role.roles if r in wanted]
+        return [Target(path, role.name, inside, outside, layer=layer)]
+    return [Target(path, r, inside, len(rows[r]), rows[r], layer) for r in role.roles if r in wanted]
 
 
-def _features(layer: nn.Module) -> tuple[int, int]:
-    """Input and output features; of a norm its width, of a whole block zero (nobody asks)."""
-    if isinstance(layer, Conv1D):
-        return int(layer.weight.shape[0]), int(layer.weight.shape[1])
-    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):  # nn.Linear and the quantised ones
-        return int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
-    weight = getattr(layer, "weight", None)
-    return (int(weight.shape[-1]), int(weight.shape[-1])) if isinstance(weight, Tensor) else (0, 0)
+def _features(path: str, layer: nn.Module, role: str | Fused) -> tuple[int, int]:
+    """Input and output features.
+
+    Raises:
+        UserError: the layer cannot play that role.
+    """
+    if role == "mlp":  # it adds to the residual stream, so it is as wide behind as in front
+        first = next((module for module in layer.modules() if _is_linear(module)), None)
+        width = 0 if first is None else _linear_features(first)[0]
+    elif role == "norm":
+        shape: Any = getattr(layer, "normalized_shape", getattr(getattr(layer, "weight", None), "shape", ()))
+        width = int(shape[0]) if len(shape) == 1 else 0
+    elif _is_linear(layer):
+        return _linear_features(layer)
+    else:
+        width = 0
+    if not width:
+        kind = {"mlp": "a block with linear layers", "norm": "a normalisation"}.get(str(role), "a linear layer")
+        raise UserError(f"layer {path} is {type(layer).__name__}, not {kind}: it cannot play the role {_text(role)}")
+    return width, width
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    """Also the quantised ones, which have their numbers of features as ``nn.Linear`` has."""
+    return isinstance(layer, Conv1D) or (hasattr(layer, "in_features") and hasattr(layer, "out_features"))
+
+
+def _linear_features(layer: Any) -> tuple[int, int]:
+    return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (int(layer.in_features), int(layer.out_features))
 
 
 def _model_type(language_model: nn.Module) -> str:
     return str(getattr(getattr(language_model, "config", None), "model_type", type(language_model).__name__))
 
 
-def _family(language_model: nn.Module) -> Mapping[str, str | Fused]:
+def _text(role: str | Fused) -> str:
+    return role if isinstance(role, str) else ", ".join(role.roles)
+
+
+# ── A model that is not in the table
+
+
+def _family(language_model: nn.Module) -> Table:
     model_type = _model_type(language_model)
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
-    linears = [name for name, m in language_model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
-    shapes = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in linears)
-    raise UserError(
-        f"language model of type {model_type!r}: the roles of its layers are not known; "
-        f"known types: {', '.join(sorted(FAMILIES))}; its linear layers: {', '.join(shapes)}"
+    if model_type not in FAMILIES:
+        raise UserError(_unknown(language_model, f"known types: {', '.join(sorted(FAMILIES))}"))
+    return FAMILIES[model_type]
+
+
+def _unknown(language_model: nn.Module, reason: str) -> str:
+    """What is to be known of the model to give its roles by hand, and how."""
+    linear: dict[str, str] = {}
+    for path, module in language_model.named_modules():
+        if _is_linear(module):
+            linear.setdefault(_with_stars(path), "{} → {}".format(*_linear_features(module)))
+    output = getattr(language_model, "get_output_embeddings", lambda: None)()
+    proposed = {
+        _with_stars(path): _propose(path)
+        for path, module in language_model.named_modules()
+        if _is_linear(module) and module is not output
+    }
+    experts = {_with_stars(path) for path, _ in language_model.named_modules() if path.endswith(".experts")}
+    moe = f"\nadapters inside of experts ({', '.join(sorted(experts))}) are not supported" if experts else ""
+    in_yaml = ", ".join(f"{path}: {role}" for path, role in proposed.items())
+    return (
+        f"language model of type {_model_type(language_model)!r}: the roles of its layers are not known; {reason}\n"
+        f"its linear layers: {', '.join(f'{path} ({shape})' for path, shape in linear.items())}{moe}\n"
+        "give the roles by hand: q, k, v, o, gate, up, down; [q, k, v] or [gate, up] for a layer that is several, one "
+        "after the other; {roles: [q, k, v], per_head: true} where every head has its own; mlp for the whole block, "
+        "norm; leave out what adapters shall not change\n"
+        f"in Python: roles={json.dumps(proposed)}\n"
+        f"in an experiment: backbone: {{roles: {{{in_yaml}}}}}"
     )
 
 
-def _by_hand(table: Mapping[str, Any]) -> dict[str, str | Fused]:
-    for role in (r for value in table.values() for r in ([value] if isinstance(value, str) else value)):
-        if role not in ROLES:
-            raise UserError(f"unknown role {role!r}; {did_you_mean(str(role), ROLES)}")
-    return {path: role if isinstance(role, str) else Fused(tuple(role)) for path, role in table.items()}
+def _with_stars(path: str) -> str:
+    return re.sub(r"(?<=\.)[0-9]+(?=\.|$)", "*", path)
+
+
+def _propose(path: str) -> str:
+    """The role of a linear layer of this name in the known families, if they agree; a proposal, never used unseen."""
+    names = path.split(".")
+    for end in (".".join(["", *names[-2:]]), f".{names[-1]}"):
+        known = {role for table in FAMILIES.values() for name, role in table.items() if name.endswith(end)}
+        role = known.pop() if len(known) == 1 else _PLACEHOLDER
+        if isinstance(role, str) and role != _PLACEHOLDER:
+            return role
+    return _PLACEHOLDER
+
+
+# ── Roles by hand
+
+
+def parse_roles(by_hand: Mapping[str, Any]) -> dict[str, str | Fused]:
+    """Roles by hand, checked as far as they can be without a model.
+
+    Args:
+        by_hand: path pattern, in which * stands for a number → role; or a list of roles that one layer plays, in the
+            order of its outputs; or ``{"roles": [...], "per_head": True}`` where each head has its own q, k and v.
+
+    Raises:
+        UserError: it is not of that form, or a role is unknown.
+    """
+    if not isinstance(by_hand, Mapping) or not by_hand:
+        raise UserError(f"roles by hand: a mapping, path pattern → role; found {by_hand!r}")
+    for pattern in by_hand:
+        if not isinstance(pattern, str):
+            raise UserError(f"roles by hand: a path pattern is a string like 'layers.*.fc1'; found {pattern!r}")
+    return {pattern: _parse_role(pattern, value) for pattern, value in by_hand.items()}
+
+
+def _parse_role(pattern: str, value: Any) -> str | Fused:
+    where = f"roles by hand: {pattern}"
+    per_head = False
+    if isinstance(value, Mapping):
+        if set(value) != {"roles", "per_head"} or not isinstance(value["per_head"], bool):
+            raise UserError(f"{where}: the keys are roles (a list) and per_head (true or false); found {dict(value)}")
+        value, per_head = value["roles"], value["per_head"]
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    for role in value if several else [value]:
+        if not isinstance(role, str) or role not in ROLES:
+            raise UserError(f"{where}: unknown role {role!r}; {did_you_mean(str(role), ROLES)}")
+    if not several and not per_head:
+        return str(value)
+    allowed = _FUSABLE[:1] if per_head else _FUSABLE
+    if not several or len(value) < 2 or len(set(value)) < len(value) or not any(set(value) <= a for a in allowed):
+        raise UserError(
+            f"{where}: one layer may be several of q, k and v, or gate and up (these not per head); found {value!r}"
+        )
+    return Fused(tuple(value), per_head)
+
+
+def _check_fit(language_model: nn.Module, table: Table, found: Sequence[tuple[str, nn.Module, str | Fused]]) -> None:
+    """Every pattern has a layer, no layer has two patterns, every layer can play its role.
+
+    Raises:
+        UserError: not so.
+    """
+    patterns_of: dict[str, list[str]] = {}
+    for pattern in table:
+        paths = [path for path, _, _ in _matches(language_model, {pattern: table[pattern]})]
+        if not paths:
+            known = {_with_stars(path) for path, _ in language_model.named_modules() if path}
+            raise UserError(
+                f"roles by hand: {pattern} is no layer of this {_model_type(language_model)} model (* stands for a "
+                f"number); {did_you_mean(pattern, known)}"
+            )
+        for path in paths:
+            patterns_of.setdefault(path, []).append(pattern)
+    twice = next((f"{path} is in {' and in '.join(p)}" for path, p in patterns_of.items() if len(p) > 1), None)
+    if twice:
+        raise UserError(f"roles by hand: {twice}; a layer has one entry")
+    config = getattr(language_model, "config", None)
+    for path, layer, role in found:
+        _targets(path, layer, role, ROLES, config)

@@ -1,5 +1,8 @@
 """harness: which parameter-efficient fine-tuning method for this modality, with this much data?
 
+``harness.adapt(model, {"method": "lora", "rank": 8}, grouping="specific")`` attaches context-grouped adapters to any
+Hugging Face causal LM, without the rest of the harness.
+
 Plugin authors import the contracts from here: ``from harness import Task, Modality, Metric, AdapterMethod, Delta``.
 """
 
@@ -10,17 +13,23 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-_CONTRACTS = {
-    "AdapterMethod": "adapters.base",
-    "Delta": "adapters.base",
-    "Example": "tasks.base",
-    "Metric": "tasks.base",
-    "Modality": "tasks.base",
-    "Scores": "tasks.base",
-    "Task": "tasks.base",
-    "UserError": "harness.errors",
+_PUBLIC = {
+    "AdaptedModel": "adapters.adapted:AdaptedModel",
+    "AdapterConfig": "adapters.base:Config",
+    "AdapterMethod": "adapters.base:AdapterMethod",
+    "Delta": "adapters.base:Delta",
+    "Example": "tasks.base:Example",
+    "Metric": "tasks.base:Metric",
+    "Modality": "tasks.base:Modality",
+    "Scores": "tasks.base:Scores",
+    "Target": "adapters.roles:Target",
+    "Task": "tasks.base:Task",
+    "UserError": "harness.errors:UserError",
+    "adapt": "adapters.adapted:adapt",
+    "import_peft": "adapters.peft_io:import_peft",
+    "load_adapter": "adapters.adapted:load_adapter",
 }
-__all__ = list(_CONTRACTS)
+__all__ = list(_PUBLIC)
 
 
 def _check_siblings() -> None:
@@ -37,10 +46,11 @@ def _check_siblings() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """Contracts are imported on first use: they need torch, which `import harness` should not."""
-    if name not in _CONTRACTS:
+    """Imported on first use: most of it needs torch, which `import harness` should not."""
+    if name not in _PUBLIC:
         raise AttributeError(f"module 'harness' has no attribute {name!r}")
-    return getattr(importlib.import_module(_CONTRACTS[name]), name)
+    module, _, attribute = _PUBLIC[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 _check_siblings()

@@ -114,7 +114,8 @@ def assemble(spec: TrialSpec, language_model: Any, feature_widths: Mapping[str, 
     # The global generator draws the projectors: the same for every method of a seed. Adapters have their own.
     torch.manual_seed(spec.seed)
     ungrouped = None if method.grouped else method
-    adapters = Adapters(language_model, dict.fromkeys(router.groups, method), router, spec.seed, ungrouped)
+    methods = dict.fromkeys(router.groups, method)
+    adapters = Adapters(language_model, methods, router, spec.seed, ungrouped, spec.backbone.roles)
     adapters.attach(language_model)
     dropout = spec.backbone.projector_dropout
     return ContextModel(language_model, feature_widths, adapters, router, target_context, bos_id, dropout)

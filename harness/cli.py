@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from harness.errors import UserError
 from harness.experiment import Experiment, load_experiment
 from harness.plan import TrialSpec, describe, expand
 from harness.record import Parameters, Plan, TrialRecord, read_record, read_run, record_path, write_atomically
-from harness.registry import ADAPTERS, TASKS, Registry
+from harness.registry import ADAPTERS, TASKS
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
 backbones_app = typer.Typer(no_args_is_help=True, help="The built-in backbones.")
@@ -68,11 +68,12 @@ class _Planned:
 
 
 def _prepare(path: Path, output: Path, fresh: bool) -> _Planned:
-    from harness.preflight import metrics_of
+    from harness.preflight import check_stages, metrics_of
     from harness.tracking import default_uri, redacted
 
     experiment = load_experiment(path)
     specs = expand(experiment)
+    check_stages(specs, experiment.source.where(("adapters",)))
     uri = experiment.tracking.mlflow_uri or default_uri(output)
     plan = describe(experiment, specs, metrics_of(specs), redacted(uri))
     return _Planned(experiment, specs, plan, _run_folder(output, experiment.name, fresh), uri)
@@ -98,6 +99,7 @@ def run(file: ExperimentFile, output: Output = Path("runs"), fresh: Fresh = Fals
 
     began = time.monotonic()
     planned = _prepare(file, output, fresh)
+    preflight.check_shell()
     preflight.check_folder(planned.folder)
     with _only_one(planned.folder):
         check_uri(planned.mlflow_uri)
@@ -239,29 +241,35 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder, such as ru
 @app.command()
 def tasks() -> None:
     """List the tasks and their options."""
-    _list(TASKS, ("contexts",))
+    from harness.listing import list_plugins
+
+    list_plugins(TASKS, console, ("contexts",))
 
 
 @app.command()
-def adapters() -> None:
-    """List the adapter methods and their options."""
-    _list(ADAPTERS, ())
+def adapters(
+    method: Annotated[str | None, typer.Argument(help="Show this one in detail: lora, or lora+bitfit.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Count trainable parameters in this language model: built in, folder or hub id.")
+    ] = None,
+    contexts: Annotated[str, typer.Option(help="Their number counts where every context has a group.")] = "image,text",
+    options: Annotated[list[str] | None, typer.Option("--set", help="Count with OPTION=VALUE: rank=64.")] = None,
+) -> None:
+    """List the adapter methods and their options, or the trainable parameters they add to a language model."""
+    from harness import listing
 
-
-def _list(registry: Registry, attributes: Sequence[str]) -> None:
-    """A paragraph per plugin: tables cut such texts to pieces in a narrow terminal."""
-    for entry in registry.entries().values():
-        plugin = registry.load(entry.target)
-        summary = getattr(plugin, "summary", (plugin.__doc__ or "").strip().splitlines()[0])
-        console.print(f"[bold]{entry.name}[/]  {_escape(summary)}", highlight=False)
-        for name in attributes:
-            console.print(f"    {name}: {', '.join(getattr(plugin, name))}", highlight=False)
-        fields = plugin.Config.model_fields
-        options = [
-            f"{name} ({'required' if f.is_required() else f'default {f.default}'})" for name, f in fields.items()
-        ]
-        console.print(f"    options: {_escape(', '.join(options)) or 'none'}", highlight=False)
-        console.print(f"    from: {entry.origin}, {entry.target}", style="dim", highlight=False)
+    if options and model is None:
+        raise UserError(
+            f"--set {options[0]}: it changes what is counted, which needs --model, such as builtin/tiny-llama"
+        )
+    counted = listing.parse_contexts(contexts), listing.parse_options(options or ())
+    count_for = None if model is None else listing.CountFor(model, *counted)
+    if method is not None:
+        listing.show_adapter(method, console, count_for)
+    elif count_for is not None:
+        listing.count_adapters(console, count_for)
+    else:
+        listing.list_plugins(ADAPTERS, console)
 
 
 @backbones_app.command("list")

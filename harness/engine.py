@@ -1,7 +1,7 @@
 """The DeepSpeed engine of one trial: the only place that imports deepspeed.
 
 Works in one process without a port or a launcher. DeepSpeed's just-in-time builds are avoided: nothing here needs a
-compiler. Several processes per trial change only ``join_process_group``.
+compiler. Several processes per trial differ in how they call ``join_process_group`` alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store
 
 from harness.experiment import Optimizer
 from harness.measure import PeakMemory
@@ -27,6 +27,7 @@ from harness.record import Memory
 PRESETS = Path(__file__).parent.parent / "clusters" / "deepspeed"
 _PARTITIONED_STAGE = 3
 _NAMES_FILE = "trainable.json"
+_FROZEN_FILE = "frozen.safetensors"  # what another stage of the trial trains and this one does not
 
 
 def _import_deepspeed() -> Any:
@@ -44,11 +45,17 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def join_process_group() -> None:
-    """Make this process a group of its own, once for its life: DeepSpeed cannot leave and join again."""
+def join_process_group(store: Store | None = None, rank: int = 0, world_size: int = 1) -> None:
+    """Join the other processes of the trial, once for this process's life: DeepSpeed cannot leave and join again.
+
+    Args:
+        store: where the processes meet (a ``FileStore`` needs no port); None: this process is a group of its own.
+        rank: of this process.
+        world_size: how many there are.
+    """
     if not torch.distributed.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        torch.distributed.init_process_group(backend, store=store or HashStore(), rank=rank, world_size=world_size)
 
 
 def prepare_process() -> None:
@@ -59,17 +66,46 @@ def prepare_process() -> None:
     join_process_group()
 
 
+class _Together(torch.autograd.Function):
+    """A zero whose backward is the last to reach the parameters it was made of, as it was made before the model ran.
+
+    Then all of them have a gradient, be it zero, and they are handed to DeepSpeed in one order. ZeRO-2 adds up over the
+    processes whatever comes in the same place, so that another order gives wrong gradients without a word.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(p) for p in ctx.saved_tensors)
+
+
 class Engine:
     """Forward, backward and optimizer step of one model, and its checkpoints.
 
     Args:
         model: returns (nll_B, tokens_B) when called with a batch; its trainable parameters have ``requires_grad``.
         options: optimizer and schedule.
-        total_steps: optimizer steps of the whole trial, for the schedule.
+        total_steps: optimizer steps that this engine is going to take, for the schedule.
         zero_stage: preset ``clusters/deepspeed/zero<stage>.json``.
+        keeps: names of the parameters that ``save_weights`` writes and ``load_weights`` reads; None: the trainable
+            ones. A trial of several stages keeps what any of them trains.
+        units: modules inside of which a process may go other ways than another, by what its batch holds: adapters.
+            ZeRO-3 gathers and reduces each as one, because all processes must do that in one order.
     """
 
-    def __init__(self, model: nn.Module, options: Optimizer, total_steps: int, zero_stage: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        options: Optimizer,
+        total_steps: int,
+        zero_stage: int,
+        keeps: Collection[str] | None = None,
+        units: Iterable[nn.Module] = (),
+    ) -> None:
         from transformers import get_scheduler
 
         assert options.learning_rate is not None  # noqa: S101 - the plan resolves it
@@ -77,6 +113,8 @@ class Engine:
         join_process_group()
         self.model, self.options = model, options
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        kept = self._trainable if keeps is None else keeps
+        self._kept = {name: p for name, p in model.named_parameters() if name in kept}
         # A torch optimizer: DeepSpeed's own would be compiled on first use.
         optimizer = torch.optim.AdamW(
             self._trainable.values(),
@@ -87,6 +125,11 @@ class Engine:
         )
         warmup_steps = round(options.warmup_ratio * total_steps)
         scheduler = get_scheduler(options.lr_scheduler_type, optimizer, warmup_steps, total_steps)
+        units = list(units)
+        for module in units:
+            deepspeed.utils.set_z3_leaf_module(module, True)
+        several = bool(units) and torch.distributed.get_world_size() > 1 and zero_stage < _PARTITIONED_STAGE
+        self._together = list(self._trainable.values()) if several else []
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -107,12 +150,13 @@ class Engine:
         Raises:
             FloatingPointError: the loss is not finite; the weights were not changed by it.
         """
+        together = _Together.apply(*self._together) if self._together else None  # type: ignore[no-untyped-call]
         nll_B, tokens_B = self._engine(batch)
         loss: Tensor = nll_B.sum() / tokens_B.sum()
         value = loss.item()
         if not math.isfinite(value):
             raise FloatingPointError(f"the training loss became {value}; a lower learning_rate may help")
-        self._engine.backward(loss)
+        self._engine.backward(loss if together is None else loss + together)
         self._engine.step()
         return value
 
@@ -122,38 +166,45 @@ class Engine:
         return int(self._engine.global_steps)
 
     @property
+    def accumulating(self) -> bool:
+        """Whether gradients of earlier batches wait for the next step; a checkpoint would lose them."""
+        return bool(self._engine.micro_steps % self.options.gradient_accumulation_steps)
+
+    @property
     def learning_rate(self) -> float:
         """Of the next step."""
         return float(self._engine.get_lr()[0])
 
-    def _whole(self, write: bool) -> AbstractContextManager[Any]:
-        if self._gather is None:
+    def _whole(self, parameters: Mapping[str, nn.Parameter], write: bool = False) -> AbstractContextManager[Any]:
+        if self._gather is None or not parameters:
             return nullcontext()
         context: AbstractContextManager[Any] = self._gather(
-            list(self._trainable.values()), modifier_rank=0 if write else None
+            list(parameters.values()), modifier_rank=0 if write else None
         )
         return context
 
     def save_weights(self, path: Path) -> None:
-        """Write the trainable parameters alone, atomically, as safetensors in the dtype they are trained in."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        with self._whole(write=False):
-            tensors = {name: p.detach().cpu().contiguous() for name, p in self._trainable.items()}
-            safetensors.torch.save_file(tensors, partial)
-        partial.replace(path)
+        """Write the parameters it keeps, atomically, as safetensors in the dtype they are trained in."""
+        self._save(path, self._kept)
 
     def load_weights(self, path: Path) -> None:
         """Put saved weights into the model, for testing it; the optimizer's own copies stay as they are.
 
         Raises:
-            KeyError: the file's names are not exactly those of the trainable parameters.
+            KeyError: the file's names are not exactly those of the parameters it keeps.
         """
-        tensors = safetensors.torch.load_file(path)
-        _check_names(path, tensors, self._trainable)
-        with self._whole(write=True), torch.no_grad():
-            for name, p in self._trainable.items():
-                p.copy_(tensors[name])
+        with self._whole(self._kept, write=True):
+            load_weights(path, self._kept)
+
+    def _save(self, path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+        with self._whole(parameters):
+            tensors = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
+        if torch.distributed.get_rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.partial")
+            safetensors.torch.save_file(tensors, partial)
+            partial.replace(path)
+        torch.distributed.barrier()  # the others may read it next
 
     def memory(self, activations_bytes: int, peak: PeakMemory) -> Memory:
         """Memory by kind, from the tensors that exist; gradients and optimizer state only of what is trained."""
@@ -171,9 +222,14 @@ class Engine:
         )
 
     def save(self, folder: Path, tag: str) -> None:
-        """Save what is needed to resume: trainable weights, optimizer and schedule."""
+        """Save what is needed to resume: the weights it keeps, optimizer and schedule."""
         self._engine.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=True)
-        (folder / tag / _NAMES_FILE).write_text(json.dumps(sorted(self._trainable)), encoding="utf-8")
+        if torch.distributed.get_rank() == 0:
+            (folder / tag / _NAMES_FILE).write_text(json.dumps(sorted(self._trainable)), encoding="utf-8")
+        self._save(folder / tag / _FROZEN_FILE, self._frozen())
+
+    def _frozen(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self._kept.items() if name not in self._trainable}
 
     def load(self, folder: Path, tag: str) -> None:
         """Resume from ``save``.
@@ -186,11 +242,26 @@ class Engine:
         if not names.exists():
             raise FileNotFoundError(f"no checkpoint {tag!r} in {folder}")
         _check_names(folder, json.loads(names.read_text(encoding="utf-8")), self._trainable)
+        with self._whole(self._frozen(), write=True):
+            load_weights(folder / tag / _FROZEN_FILE, self._frozen())
         self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
 
     def close(self) -> None:
         """Free what the engine holds; the process group stays for the next trial."""
         self._engine.destroy()
+
+
+def load_weights(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Read what ``Engine.save_weights`` wrote into parameters, by name.
+
+    Raises:
+        KeyError: the file's names are not exactly theirs.
+    """
+    tensors = safetensors.torch.load_file(path)
+    _check_names(path, tensors, parameters)
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(tensors[name])
 
 
 def _numel(p: nn.Parameter) -> int:

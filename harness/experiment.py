@@ -32,6 +32,8 @@ class Backbone(_Section):
     encoders: dict[str, str] = Field(default_factory=lambda: {"image": "builtin/tiny-vision"})  # by modality
     projector_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # before the projector, as in the paper
     trust_remote_code: bool = False
+    # Path pattern → role of the language model's layers, where adapters/families.py does not know them.
+    roles: dict[str, Any] | None = None
 
 
 class Budget(_Section):
@@ -157,7 +159,7 @@ def load_experiment(path: Path) -> Experiment:
     if len(set(file.seeds)) != len(file.seeds):
         raise UserError(f"{source.where(('seeds',))}: a seed is given twice: {file.seeds}")
     tasks = tuple(_task(variant, source) for variant in _axes(_named(file.task), ("task",), source))
-    backbones = tuple(check(Backbone, v, ("backbone",), source) for v in _axes(file.backbone, ("backbone",), source))
+    backbones = tuple(_backbones(file.backbone, source))
     adapters = tuple(tuple(_adapters(file.adapters, task, source)) for task in tasks)
     optimizers = tuple(
         check(Optimizer, v, ("optimizer",), source) for v in _axes(file.optimizer, ("optimizer",), source)
@@ -257,14 +259,37 @@ def _task(variant: dict[str, Any], source: Source) -> TaskChoice:
     )
 
 
+def _backbones(section: Mapping[str, Any], source: Source) -> Iterator[Backbone]:
+    # A mapping under `roles` is one table of roles, not a section with axes of its own.
+    fixed = {"roles": [section["roles"]]} if isinstance(section.get("roles"), dict) else {}
+    for variant in _axes({**section, **fixed}, ("backbone",), source):
+        backbone = check(Backbone, variant, ("backbone",), source)
+        if backbone.roles is not None:
+            from adapters.roles import parse_roles
+
+            try:
+                parse_roles(backbone.roles)
+            except UserError as error:
+                raise UserError(f"{source.where(('backbone', 'roles'))}: {error}") from None
+        yield backbone
+
+
 def _adapters(entries: list[dict[str, Any]], task: TaskChoice, source: Source) -> Iterator[AdapterChoice]:
     contexts = TASKS.load(task.target).contexts
     for index, section in enumerate(entries):
         path: KeyPath = ("adapters", index)
         # A mapping under `grouping` is one grouping, not a section with axes of its own.
         fixed = {"grouping": [section["grouping"]]} if isinstance(section.get("grouping"), dict) else {}
+        if _names_roles(section.get("where")):  # [q, v] is one place; [A, F] is an axis of two
+            fixed["where"] = [section["where"]]
         for variant in _axes({**section, **fixed}, path, source):
             yield _adapter(variant, path, contexts, source)
+
+
+def _names_roles(where: Any) -> bool:
+    from adapters.roles import ROLES
+
+    return isinstance(where, list) and bool(where) and all(isinstance(role, str) and role in ROLES for role in where)
 
 
 def _adapter(variant: dict[str, Any], path: KeyPath, contexts: tuple[str, ...], source: Source) -> AdapterChoice:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from harness.backbones import check_backbone
-from harness.build import choose_splits, count_parameters, make_task
+from harness.build import choose_splits, count_parameters, make_task, method_of
 from harness.errors import UserError
 from harness.inputs import Inputs
 from harness.plan import TrialSpec
@@ -31,6 +32,29 @@ def metrics_of(specs: Sequence[TrialSpec]) -> tuple[MetricInfo, ...]:
         labels = METRICS.load(target).labels
         infos += [MetricInfo(name=name, label=label, higher_is_better=True) for name, label in labels.items()]
     return tuple({info.name: info for info in infos}.values())
+
+
+def check_shell() -> None:
+    """Ray starts its workers through bash, and without one it waits for ever.
+
+    Raises:
+        UserError: there is none.
+    """
+    if shutil.which("bash") is None:
+        raise UserError(f"PATH={os.environ.get('PATH', '')}: no bash there; Ray starts its workers with it")
+
+
+def check_stages(specs: Sequence[TrialSpec], where: str) -> None:
+    """See that every method's stages of training fit into the budget's epochs.
+
+    Raises:
+        UserError: they do not.
+    """
+    for spec in {spec.model_dump_json(include={"adapter", "budget"}): spec for spec in specs}.values():
+        try:
+            method_of(spec.adapter).stages(spec.budget.epochs)
+        except UserError as error:
+            raise UserError(f"{where}: {spec.adapter.label}: {error}") from None
 
 
 def check_folder(folder: Path) -> None:

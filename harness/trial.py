@@ -20,8 +20,7 @@ from typing import Any
 import torch
 
 from harness import budget, measure
-from harness.build import build
-from harness.engine import Engine, prepare_process
+from harness.engine import prepare_process
 from harness.evaluate import exchanged, generate, likelihood
 from harness.experiment import Resources
 from harness.inputs import Inputs
@@ -29,6 +28,7 @@ from harness.plan import TrialSpec
 from harness.record import Data, Epoch, TrialRecord, write_atomically, write_record
 from harness.registry import METRICS
 from harness.scores import write_examples
+from harness.stages import Stages
 from harness.tracking import Tracker
 from tasks.base import Example, Metric
 
@@ -136,17 +136,13 @@ class Trial:
         with self._phase("build"):
             prepare_process()
             self.peak = measure.PeakMemory(self.device)
-            self.built = build(spec, self.device)
-            self.measured["parameters"] = self.built.parameters
-            self.cut_targets = self.built.batches.cut_targets
-            self.train_examples = self.built.splits.train
-            batches = math.ceil(len(self.train_examples) / spec.optimizer.per_device_train_batch_size)
-            # Accumulation runs on over the end of an epoch; what is left over at the very end is not applied.
-            self.total_steps = batches * spec.budget.epochs // spec.optimizer.gradient_accumulation_steps
-            self.engine = Engine(self.built.model, spec.optimizer, self.total_steps, self.resources.zero_stage)
-        self.clock = measure.StepClock(self.device)
+            self.stages = Stages(spec, self.device, self.resources.zero_stage, self.folder)
+            self.measured["parameters"] = self.stages.built.parameters  # trainable: those that any stage trains
+            self.splits, self.cut_targets = self.stages.built.splits, self.stages.built.batches.cut_targets
+            self.total_steps = self.stages.total_steps
         try:
-            self._resume()
+            with self._phase("build"):
+                self._resume()
             with self._phase("encode"):
                 self._encode()
             for epoch in range(len(self.state.history) + 1, spec.budget.epochs + 1):
@@ -155,80 +151,92 @@ class Trial:
             with self._phase("test"):
                 self.measured["metrics"] = self._test()
         finally:
-            self.engine.close()
+            self.stages.close()
         shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
+
+    def _begin_measuring(self) -> None:
+        """What is recorded of speed and activations is the last stage's: those of several would not make one figure."""
+        self.clock = measure.StepClock(self.device)
+        self.state.activations_bytes = 0
 
     def _encode(self) -> None:
         """Run the frozen encoders ahead of training, so that training speed is the language model's alone."""
-        splits = self.built.splits
-        examples = [*splits.train, *splits.validation, *splits.test]
-        self.built.batches.features.keep(examples, lambda: self._tell("encode"))
+        examples = [*self.splits.train, *self.splits.validation, *self.splits.test]
+        self.stages.built.batches.features.keep(examples, lambda: self._tell("encode"))
 
     def _epoch(self, epoch: int) -> None:
-        with self._phase("train"):
-            train_loss = self._train_epoch(epoch)
+        train_loss = self._train_epoch(epoch)
         with self._phase("validate"):
             self._tell("validate", epoch)
-            perplexity = self._likelihood(self.built.splits.validation).perplexity
+            perplexity = self._likelihood(self.splits.validation).perplexity
         result = Epoch(
             epoch=epoch,
             step=self.state.step,
             train_loss=train_loss,
             validation_perplexity=perplexity,
-            learning_rate=self.engine.learning_rate,
+            learning_rate=self.stages.engine.learning_rate,
         )
         if perplexity < min((e.validation_perplexity for e in self.state.history), default=math.inf):
             self.state.best_epoch = epoch
-            self.engine.save_weights(self.folder / BEST)
+            self.stages.engine.save_weights(self.folder / BEST)
         self.state.history.append(result)
         self.tracker.metrics(result.model_dump(exclude={"epoch", "step"}), step=result.step)
         self._tell("validate", epoch, train_loss, force=True)
         due = time.monotonic() - self._checkpointed >= self.resources.checkpoint_interval_s
-        if due and epoch < self.spec.budget.epochs:
+        if due and epoch < self.spec.budget.epochs and not self.stages.engine.accumulating:
             self._checkpoint(epoch)
 
     def _train_epoch(self, epoch: int) -> float:
         """One pass over the budget; the mean training loss, each step weighing the same."""
-        spec, model = self.spec, self.built.model
         # Dropout draws from the global generator: seeded per epoch, a resumed trial repeats exactly what was lost.
-        torch.manual_seed(spec.seed * 100_003 + epoch)
-        model.train()
-        draws = budget.epoch_order(self.train_examples, spec.seed, epoch)
-        size = spec.optimizer.per_device_train_batch_size
-        losses = []
+        torch.manual_seed(self.spec.seed * 100_003 + epoch)
+        self.stages.built.model.train()
+        draws = budget.epoch_order(self.splits.train, self.spec.seed, epoch)
+        size = self.spec.optimizer.per_device_train_batch_size
+        losses: list[float] = []
         for start in range(0, len(draws), size):
-            part = draws[start : start + size]
-            examples = [self.train_examples[draw.example] for draw in part]
-            texts = [e.references[draw.reference] for e, draw in zip(examples, part, strict=True)]
-            batch = self.built.batches.make(examples, texts).to(self.device)
-            # What is kept for backward is measured in the steps that the clock leaves out: it costs time.
-            measuring = self.clock.warming_up
-            with measure.saved_for_backward(model) if measuring else nullcontext([0]) as saved, self.clock:
-                losses.append(self.engine.train_step(batch))
-            self.clock.count(batch.size, model.positions(batch))
-            self.state.activations_bytes = max(self.state.activations_bytes, saved[0])
-            self.state.step = self.engine.steps
+            if self.stages.over:
+                with self._phase("build"):
+                    self.stages.advance()
+                self._begin_measuring()
+                self.stages.built.model.train()
+            with self._phase("train"):
+                losses.append(self._train_step(draws[start : start + size]))
             self._tell("train", epoch, losses[-1])
-        self.measured["memory"] = self.engine.memory(self.state.activations_bytes, self.peak)
+        self.measured["memory"] = self.stages.engine.memory(self.state.activations_bytes, self.peak)
         self.measured["throughput"] = self.clock.throughput()
         return sum(losses) / len(losses)
 
+    def _train_step(self, draws: list[budget.Draw]) -> float:
+        model, batches = self.stages.built.model, self.stages.built.batches
+        examples = [self.splits.train[draw.example] for draw in draws]
+        texts = [e.references[draw.reference] for e, draw in zip(examples, draws, strict=True)]
+        batch = batches.make(examples, texts).to(self.device)
+        # What is kept for backward is measured in the steps that the clock leaves out: it costs time.
+        measuring = self.clock.warming_up
+        with measure.saved_for_backward(model) if measuring else nullcontext([0]) as saved, self.clock:
+            loss = self.stages.engine.train_step(batch)
+        self.clock.count(batch.size, model.positions(batch))
+        self.state.activations_bytes = max(self.state.activations_bytes, saved[0])
+        self.state.step = self.stages.step
+        return loss
+
     def _likelihood(self, examples: list[Example], shown: list[Example] | None = None) -> Any:
-        self.built.model.eval()
-        size = self.spec.eval.per_device_eval_batch_size
-        return likelihood(self.built.model, self.built.batches, examples, size, self.device, self._tick, shown)
+        built, size = self.stages.built, self.spec.eval.per_device_eval_batch_size
+        built.model.eval()
+        return likelihood(built.model, built.batches, examples, size, self.device, self._tick, shown)
 
     def _test(self) -> dict[str, dict[str, float]]:
         """Score the epoch that validated best; metrics by split. Writes the per-example scores too."""
         self._tell("test", force=True)
-        spec, splits = self.spec, self.built.splits
-        self.engine.load_weights(self.folder / BEST)
+        spec, splits, built = self.spec, self.splits, self.stages.built
+        self.stages.engine.load_weights(self.folder / BEST)
         validation, test = self._likelihood(splits.validation), self._likelihood(splits.test)
         others = exchanged(splits.test, seed=0)
         wrong = self._likelihood(splits.test, others) if others else None
         predictions = generate(
-            self.built.model, self.built.batches, splits.test, spec.eval.per_device_eval_batch_size,
-            spec.eval.max_new_tokens, self.device, self._tick,
+            built.model, built.batches, splits.test, spec.eval.per_device_eval_batch_size, spec.eval.max_new_tokens,
+            self.device, self._tick,
         )  # fmt: skip
         metric: Metric = METRICS.load(spec.task.metric)()
         scores = metric.score(predictions, {example.id: example.references for example in splits.test})
@@ -240,7 +248,7 @@ class Trial:
         }
 
     def _data(self) -> Data:
-        splits, spec = self.built.splits, self.spec
+        splits, spec = self.splits, self.spec
         digest = Inputs(self.folder.parent.parent).digest
         return Data(
             examples=len(splits.train),
@@ -262,7 +270,7 @@ class Trial:
     def _checkpoint(self, epoch: int) -> None:
         """Save so that a crash at any moment leaves a whole checkpoint: the state file names the one that counts."""
         folder = self.folder / "checkpoint"
-        self.engine.save(folder, f"epoch-{epoch}")
+        self.stages.engine.save(folder, f"epoch-{epoch}")
         # A later epoch may put other weights in its place before the crash.
         shutil.copy2(self.folder / BEST, folder / f"epoch-{epoch}" / BEST)
         content = {**vars(self.state), "history": [e.model_dump() for e in self.state.history], "tag": f"epoch-{epoch}"}
@@ -274,14 +282,17 @@ class Trial:
 
     def _resume(self) -> None:
         state = self.folder / "checkpoint" / "state.json"
+        self._begin_measuring()
         if not state.exists():
+            self.stages.start()
             return
         content = json.loads(state.read_text(encoding="utf-8"))
         tag = content.pop("tag")
-        self.engine.load(state.parent, tag)
-        shutil.copy2(state.parent / tag / BEST, self.folder / BEST)
         history = [Epoch.model_validate(epoch) for epoch in content.pop("history")]
         self.state = _State(history=history, **content)
+        self.stages.start(self.state.step)
+        self.stages.engine.load(state.parent, tag)
+        shutil.copy2(state.parent / tag / BEST, self.folder / BEST)
         logger.info("resumed after epoch %d", len(history))
 
     @contextmanager

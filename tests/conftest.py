@@ -10,6 +10,9 @@ import pytest
 
 # Read once, when huggingface_hub is imported: a test that asks the hub would pass or fail by the weather.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One thread for each worker: with more, workers wait for one another's threads. Read when torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

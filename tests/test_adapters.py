@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from adapters import roles
 from adapters.attach import AdaptedLayer, Adapters
@@ -191,12 +191,13 @@ def test_a_groups_parameters_do_not_reach_the_positions_of_another(make_model: A
 @each_method
 @each_model
 def test_specific_with_equal_weights_is_agnostic(make_model: Any, method: AdapterMethod) -> None:
-    model, x_BTD = make_model(), embeds()
-    agnostic = adapt(model, method, "agnostic")
+    """In float64 to rounding; tests/contracts has fp32 (1e-6) and bf16, of a model that amplifies rounding less."""
+    model, x_BTD = make_model().double(), embeds().double()
+    agnostic = adapt(model, method, "agnostic").double()
     with torch.no_grad():
         expected_BTV = model(inputs_embeds=x_BTD, use_cache=False).logits
     agnostic.detach()
-    specific = adapt(model, method, "specific")
+    specific = adapt(model, method, "specific").double()
     weights = agnostic.state_dict()
     specific.load_state_dict(
         {
@@ -206,7 +207,8 @@ def test_specific_with_equal_weights_is_agnostic(make_model: Any, method: Adapte
     )
     with torch.no_grad():
         found_BTV = model(inputs_embeds=x_BTD, use_cache=False).logits
-    assert ((found_BTV - expected_BTV).abs().max() / expected_BTV.abs().max()).item() < 1e-6
+    # Llama's norms compute in fp32 whatever the model is in.
+    assert ((found_BTV - expected_BTV).abs().max() / expected_BTV.abs().max()).item() < 1e-7
 
 
 @each_method
@@ -301,23 +303,6 @@ def test_opts_flattened_feed_forward_is_adapted_by_position(method: AdapterMetho
     torch.testing.assert_close(together_BTV, alone_BTV, rtol=1e-5, atol=1e-5)
 
 
-def test_an_unknown_architecture_is_an_error_that_prints_its_linear_layers() -> None:
-    config = GPTNeoXConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64,
-    )  # fmt: skip
-    model = GPTNeoXForCausalLM(config)
-    with pytest.raises(UserError, match=r"'gpt_neox'.*known types: llama, mistral, opt.*linear layers: ") as caught:
-        roles.find_targets(model, frozenset({"q"}))
-    for name in ("layers.*.attention.query_key_value", "layers.*.mlp.dense_h_to_4h", "lm_head"):
-        assert name in str(caught.value)
-
-
-def test_a_role_that_the_architecture_lacks_is_an_error_that_says_what_it_has() -> None:
-    with pytest.raises(UserError, match=r"opt model has no layer in any of the roles \['gate'\].*'down', 'k', 'norm'"):
-        roles.find_targets(tiny_opt(), frozenset({"gate"}))
-
-
 # ── Options
 
 
@@ -335,3 +320,13 @@ def test_a_role_that_the_architecture_lacks_is_an_error_that_says_what_it_has() 
 def test_options_out_of_range_are_refused(config: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         config(**options)
+
+
+def test_a_place_where_the_method_does_nothing_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"IA3 q acts on no layer with these options: .*where=\('q',\)"):
+        adapt(tiny_llama(), IA3(IA3Config(where=("q",))))
+
+
+def test_a_role_named_by_hand_that_the_model_lacks_is_an_error() -> None:
+    with pytest.raises(UserError, match="in the role gate; it has down, k, norm, o, q, up, v"):
+        adapt(tiny_opt(), LoRA(LoRAConfig(where=("q", "gate"))))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from test_adapters import tiny_llama
+from test_adapters import disturb, tiny_llama
 from torch import Tensor
 from transformers import get_scheduler
 
@@ -277,6 +277,40 @@ def test_a_checkpoint_of_other_trainable_parameters_is_an_error_that_names_them(
     with pytest.raises(KeyError, match=r"missing: \['language_model.*not expected: \['adapters\.layers"):
         other.load(tmp_path, "one")
     other.close()
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_what_another_stage_of_the_trial_trains_is_kept_and_resumed(stage: int, tmp_path: Path) -> None:
+    """The language model is frozen here, but was trained before: it belongs to the weights and to the checkpoint."""
+    model = model_of("lora")
+    before = {f"language_model.{name}": p for name, p in model.language_model.named_parameters()}
+    disturb(before.values())
+    expected = {name: p.detach().clone() for name, p in before.items()}
+    keeps = [*expected, *(name for name, p in model.named_parameters() if p.requires_grad)]
+    first = Engine(model, OPTIONS, STEPS, stage, keeps)
+    first.train_step(batches()[0])
+    first.save(tmp_path, "one")
+    first.save_weights(tmp_path / "weights.safetensors")
+    first.close()
+    saved = safetensors.torch.load_file(tmp_path / "weights.safetensors")
+    assert set(saved) == set(keeps)
+    resumed = Engine(model_of("lora"), OPTIONS, STEPS, stage, keeps)
+    resumed.load(tmp_path, "one")
+    resumed.save_weights(tmp_path / "again.safetensors")
+    again = safetensors.torch.load_file(tmp_path / "again.safetensors")
+    assert all(torch.equal(again[name], saved[name]) for name in keeps)
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+    resumed.close()
+
+
+def test_it_says_when_gradients_wait_for_a_step() -> None:
+    engine = engine_of("lora", 0, OPTIONS.model_copy(update={"gradient_accumulation_steps": 2}))
+    waiting = []
+    for batch in batches(4):
+        engine.train_step(batch)
+        waiting.append(engine.accumulating)
+    assert waiting == [True, False, True, False]
+    engine.close()
 
 
 # ── Memory

@@ -58,11 +58,11 @@ def logits(model: Any) -> Tensor:
     return logits_BTV
 
 
-def disturb(adapters: Adapters) -> None:
+def disturb(adapters: Adapters, scale: float = 1.0) -> None:
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in adapters.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator))
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=scale)
 
 
 @every_method

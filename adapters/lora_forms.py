@@ -1,0 +1,288 @@
+"""How ``y + s · B_g A_g x``, with a pair (A_g, B_g) for each group of tokens, is computed: four forms, one result.
+
+- *whole*: one group owns every token. Two matrix products over all of them.
+- *spans*: groups own long runs of positions, alike in all rows. Products over slices, into slices of one result.
+- *masked*: groups × rank is small. All groups' products at once; a token's products with the groups that are not its
+  own are set to zero.
+- *sorted*: anything else. The tokens are brought into the order of their groups, and back.
+
+Every form keeps for backward the layer's input itself and R numbers per token, however many groups there are: slices,
+masks and casts are made again rather than kept. The forms differ by rounding only. They have no second derivative
+(PyTorch says so where it is asked for).
+
+Shapes: B rows, T positions, N = B · T tokens, M tokens of one group, I and O input and output features, R rank,
+G groups, K = G · R.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from adapters.router import Layout
+
+# Measured on a CPU with 2,048 tokens of width 768; the masked form's columns are groups × rank. The mask is quickest
+# up to so few columns. Slices win down to runs of about so many positions. Where there are no such runs, the mask
+# wins over sorting until its products with zeros cost more than moving the tokens.
+FEW_COLUMNS = 16
+SHORTEST_MEAN_SPAN = 16
+MOST_MASKED_COLUMNS = 32
+
+Form = Literal["whole", "spans", "masked", "sorted"]
+
+
+class Piece(NamedTuple):
+    """A run of positions (or of sorted tokens) and the index of the group that owns it; None: none of the groups."""
+
+    group: int | None
+    start: int
+    stop: int
+
+
+class Order(NamedTuple):
+    """The tokens in the order of their groups, those without a group last."""
+
+    sorted_N: Tensor  # int64: which token of the rows laid end to end comes at each place
+    back_N: Tensor  # int64: its inverse
+    pieces: tuple[Piece, ...]
+
+
+def low_rank(
+    x_BTI: Tensor,
+    value_BTO: Tensor,
+    layout: Layout,
+    groups: tuple[str, ...],
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    scale: float,
+    form: Form | None = None,
+) -> Tensor:
+    """``value + scale · B_g A_g x`` for the group g that owns each token; ``value`` where none of ``groups`` does.
+
+    Computed in the value's dtype; gradients have the dtype of what they belong to. A group without a token has zero
+    gradients, not None: ZeRO needs every rank and step to produce a gradient for the same parameters.
+
+    Args:
+        x_BTI: the layer's input.
+        value_BTO: what is added to: the layer's output.
+        layout: who owns each position.
+        groups: of ``pairs``, in the same order.
+        pairs: A (R, I) and B (O, R) of each group; one rank for all.
+        scale: of all products.
+        form: None: the quickest one for these shapes.
+    """
+    factors = [*(A_RI for A_RI, _ in pairs), *(B_OR for _, B_OR in pairs)]
+    pieces = pieces_of(layout, groups)
+    form = form or form_of(layout, pieces, len(groups) * pairs[0][0].shape[0])
+    changed: Tensor
+    if form in {"whole", "masked"}:
+        owner_TG = layout.lookup(groups).owner_XTG.flatten(0, 1) if form == "masked" else None
+        alone = pieces[0].group if form == "whole" and pieces else None
+        tokens = (x_BTI.flatten(0, 1), value_BTO.flatten(0, 1))
+        changed = _Joint.apply(*tokens, owner_TG, alone, scale, *factors)  # type: ignore[no-untyped-call]
+        return changed.view_as(value_BTO)
+    order = order_of(layout, groups, x_BTI.shape[0]) if form == "sorted" else None
+    changed = _Pieces.apply(x_BTI, value_BTO, pieces, order, scale, *factors)  # type: ignore[no-untyped-call]
+    return changed
+
+
+def form_of(layout: Layout, pieces: Sequence[Piece], columns: int) -> Form:
+    """The quickest form for a layout, its pieces (none where rows differ) and groups × rank."""
+    if layout.length == 0:
+        return "spans"  # of which there are none
+    if len(pieces) == 1:
+        return "spans" if pieces[0].group is None else "whole"
+    long = layout.spans is not None and layout.length >= SHORTEST_MEAN_SPAN * len(pieces)
+    everyone = all(piece.group is not None for piece in pieces)  # slices save what the mask computes for nobody
+    if long and (columns > FEW_COLUMNS or not everyone):
+        return "spans"
+    return "masked" if columns <= MOST_MASKED_COLUMNS else "sorted"
+
+
+def pieces_of(layout: Layout, groups: tuple[str, ...]) -> tuple[Piece, ...]:
+    """The layout's spans as pieces; empty where rows differ."""
+    spans = layout.spans or ()
+    return tuple(Piece(groups.index(s.group) if s.group in groups else None, s.start, s.stop) for s in spans)
+
+
+@lru_cache(maxsize=8)
+def order_of(layout: Layout, groups: tuple[str, ...], rows: int) -> Order:
+    """Of the layout's tokens by group. All layers ask for the same one, so the last few are kept."""
+    index_XT = layout.lookup(groups).index_XT
+    sorted_N = index_XT.expand(rows, -1).flatten().argsort(stable=True)
+    if layout.spans is None:
+        counts = [layout.positions[group].shape[0] for group in groups]
+    else:
+        counts = [rows * sum(s.stop - s.start for s in layout.spans if s.group == group) for group in groups]
+    stops = [sum(counts[: index + 1]) for index in range(len(counts))]
+    pieces = [Piece(index, stop - counts[index], stop) for index, stop in enumerate(stops)]
+    return Order(sorted_N, sorted_N.argsort(), (*pieces, Piece(None, stops[-1], sorted_N.shape[0])))
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """The dtypes are set here by hand; autocast would change those of single products."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _scaled(product: Tensor, scale: float) -> Tensor:
+    return product if scale == 1 else product.mul_(scale)
+
+
+def _joined(factors: Sequence[Tensor], alone: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A (K, I) and B (O, K) of all groups side by side, or of the one that is alone."""
+    groups = len(factors) // 2
+    if alone is not None:
+        return factors[alone].to(dtype), factors[groups + alone].to(dtype)
+    return torch.cat([*factors[:groups]]).to(dtype), torch.cat([*factors[groups:]], dim=1).to(dtype)
+
+
+class _Joint(torch.autograd.Function):
+    """One pass over all tokens. Whole: ``alone`` is the group that acts. Masked: ``owner_TG`` says where each acts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_NI: Tensor, y_NO: Tensor, owner_TG: Tensor | None, alone: int | None, scale: float, *factors: Tensor
+    ) -> Tensor:
+        with _no_autocast(y_NO.device):
+            A_KI, B_OK = _joined(factors, alone, y_NO.dtype)
+            h_NK = kept_NR = x_NI.to(y_NO.dtype) @ A_KI.T
+            if owner_TG is not None:
+                h_NK = _masked(h_NK, owner_TG)
+                # All but the owning group's numbers are zero: the sum over the groups keeps the others.
+                kept_NR = h_NK.view(h_NK.shape[0], owner_TG.shape[1], -1).sum(dim=1)
+            ctx.owner_TG, ctx.alone, ctx.scale = owner_TG, alone, scale
+            ctx.save_for_backward(x_NI, kept_NR, *factors)
+            return torch.addmm(y_NO, h_NK, B_OK.T, alpha=scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_NO: Tensor) -> tuple[Tensor | None, ...]:
+        x_NI, h_NK, *factors = ctx.saved_tensors
+        groups, alone = len(factors) // 2, ctx.alone
+        with _no_autocast(g_NO.device):
+            A_KI, B_OK = _joined(factors, alone, g_NO.dtype)
+            gh_NK = _scaled(g_NO @ B_OK, ctx.scale)
+            if ctx.owner_TG is not None:
+                h_NK = _masked(h_NK.repeat(1, groups), ctx.owner_TG)
+                gh_NK = _masked(gh_NK, ctx.owner_TG)
+            gx_NI = (gh_NK @ A_KI).to(x_NI.dtype) if ctx.needs_input_grad[0] else None
+            gA_KI = gh_NK.T @ x_NI.to(g_NO.dtype)
+            gB_KO = _scaled(_outer(h_NK, g_NO), ctx.scale)
+        if alone is None:
+            grads = [*gA_KI.chunk(groups), *(g_RO.T for g_RO in gB_KO.chunk(groups))]
+        else:
+            grads = [torch.zeros_like(factor) for factor in factors]
+            grads[alone], grads[groups + alone] = gA_KI, gB_KO.T
+        return gx_NI, g_NO, None, None, None, *_in_dtype(grads, factors)
+
+
+def _masked(h_NK: Tensor, owner_TG: Tensor) -> Tensor:
+    """In place: zero where another group owns the token. ``owner_TG`` is of one row, or of all rows end to end."""
+    positions, groups = owner_TG.shape
+    h_NK.view(-1, positions, groups, h_NK.shape[1] // groups).mul_(owner_TG[..., None])
+    return h_NK
+
+
+def _outer(h_MR: Tensor, g_MO: Tensor) -> Tensor:
+    """``hᵀ g``, (R, O): B's gradient, transposed.
+
+    The product the other way round is what autograd takes; oneMKL needs up to nine times as long for it (rank 8).
+    """
+    return h_MR.T @ g_MO
+
+
+def _in_dtype(grads: Sequence[Tensor], of: Sequence[Tensor]) -> list[Tensor]:
+    return [grad.to(tensor.dtype) for grad, tensor in zip(grads, of, strict=True)]
+
+
+class _Pieces(torch.autograd.Function):
+    """Piece by piece: slices of every row, or, where an ``Order`` is given, of the sorted tokens as one row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_BTI: Tensor, y_BTO: Tensor, pieces: tuple[Piece, ...], order: Order | None, scale: float,
+        *factors: Tensor,
+    ) -> Tensor:  # fmt: skip
+        groups, rank = len(factors) // 2, factors[0].shape[0]
+        ctx.pieces, ctx.order, ctx.scale = order.pieces if order else pieces, order, scale
+        with _no_autocast(y_BTO.device):
+            x_LMI = _sort(x_BTI.to(y_BTO.dtype), order)
+            out_LMO = y_BTO.clone(memory_format=torch.contiguous_format) if order is None else _sort(y_BTO, order)
+            h_LMR = x_LMI.new_empty(*x_LMI.shape[:2], rank)
+            for group, start, stop in ctx.pieces:
+                if group is not None:
+                    A_RI, B_OR = factors[group].to(y_BTO.dtype), factors[groups + group].to(y_BTO.dtype)
+                    _add_product(h_LMR[:, start:stop], x_LMI[:, start:stop], A_RI.T, beta=0)
+                    _add_product(out_LMO[:, start:stop], h_LMR[:, start:stop], B_OR.T, alpha=scale)
+        ctx.save_for_backward(x_BTI, h_LMR, *factors)
+        return _unsort(out_LMO, order).view_as(y_BTO)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_BTO: Tensor) -> tuple[Tensor | None, ...]:
+        x_BTI, h_LMR, *factors = ctx.saved_tensors
+        groups = len(factors) // 2
+        grads = [torch.zeros_like(factor, dtype=g_BTO.dtype) for factor in factors]
+        with _no_autocast(g_BTO.device):
+            x_LMI, g_LMO = _sort(x_BTI.to(g_BTO.dtype), ctx.order), _sort(g_BTO, ctx.order)
+            gh_LMR = torch.empty_like(h_LMR)
+            for group, start, stop in ctx.pieces:
+                if group is not None:
+                    x, g, h, gh = (value[:, start:stop] for value in (x_LMI, g_LMO, h_LMR, gh_LMR))
+                    B_OR = factors[groups + group].to(g_BTO.dtype)
+                    _add_grads(x, g, h, B_OR, gh, grads[group], grads[groups + group], ctx.scale, x_LMI.numel())
+            gx_BTI = None
+            if ctx.needs_input_grad[0]:
+                gx_LMI = torch.empty_like(x_LMI, memory_format=torch.contiguous_format)
+                for group, start, stop in ctx.pieces:
+                    if group is None:
+                        gx_LMI[:, start:stop].zero_()
+                    else:
+                        A_RI = factors[group].to(g_BTO.dtype)
+                        _add_product(gx_LMI[:, start:stop], gh_LMR[:, start:stop], A_RI, beta=0)
+                gx_BTI = _unsort(gx_LMI, ctx.order).view_as(x_BTI).to(x_BTI.dtype)
+        return gx_BTI, g_BTO, None, None, None, *_in_dtype(grads, factors)
+
+
+def _add_grads(
+    x_LMI: Tensor, g_LMO: Tensor, h_LMR: Tensor, B_OR: Tensor, gh_LMR: Tensor, gA_RI: Tensor, gB_OR: Tensor,
+    scale: float, most_copied: int,
+) -> None:  # fmt: skip
+    """One piece's part of the gradients of A and B, and the gradient of its projection, written into ``gh_LMR``.
+
+    The rows' slices are copied end to end, as one product over all of them is quicker than a sum of one for each row;
+    as many rows at a time as keep the copies below the input's gradient, which comes into being afterwards.
+    """
+    numbers_per_row = x_LMI.shape[1] * max(x_LMI.shape[2], g_LMO.shape[2])
+    at_once = max(1, most_copied // max(1, numbers_per_row))
+    for x, g, h, gh in zip(*(torch.split(v, at_once) for v in (x_LMI, g_LMO, h_LMR, gh_LMR)), strict=True):
+        g_NO = g.flatten(0, 1)
+        gh_NR = _scaled(g_NO @ B_OR, scale)
+        gh.copy_(gh_NR.view_as(gh))
+        gB_OR.T.add_(_outer(h.flatten(0, 1), g_NO), alpha=scale)
+        del g_NO
+        gA_RI.addmm_(gh_NR.T, x.flatten(0, 1))
+
+
+def _add_product(out_LMO: Tensor, x_LMI: Tensor, W_IO: Tensor, beta: float = 1, alpha: float = 1) -> None:
+    """``out = beta · out + alpha · x W`` in place; ``out`` may be a slice of every row."""
+    if out_LMO.shape[0] == 1:
+        out_LMO[0].addmm_(x_LMI[0], W_IO, beta=beta, alpha=alpha)
+    else:
+        out_LMO.baddbmm_(x_LMI, W_IO.expand(x_LMI.shape[0], -1, -1), beta=beta, alpha=alpha)
+
+
+def _sort(value_BTD: Tensor, order: Order | None) -> Tensor:
+    """One row of all tokens, (1, N, D), in the order of their groups."""
+    return value_BTD if order is None else value_BTD.flatten(0, 1).index_select(0, order.sorted_N)[None]
+
+
+def _unsort(value_LMD: Tensor, order: Order | None) -> Tensor:
+    return value_LMD if order is None else value_LMD[0].index_select(0, order.back_N)

@@ -1,0 +1,111 @@
+"""Adapters computed into the base model's own weights, so that it needs no hooks any more.
+
+Only where one group acts on every token: a weight cannot depend on the token. Shapes: O and I output and input features
+of a linear layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from adapters.attach import AdaptedLayer, Adapters
+from adapters.base import Delta
+from adapters.roles import Target
+from harness.errors import UserError
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One delta of one layer, and the method it belongs to."""
+
+    method: str
+    target: Target
+    delta: Delta
+
+
+def merge_into(language_model: nn.Module, adapters: Adapters) -> None:
+    """Write what the adapters compute into the layers' weights. Nothing is written unless everything can be.
+
+    The arithmetic is float64; the result has the weight's dtype, so on a bf16 base it is rounded to bf16.
+
+    Args:
+        language_model: the one that the adapters were made for.
+        adapters: with one group, which owns every token.
+
+    Raises:
+        UserError: what a method does is not in the reach of the layers' weights (method and layer are named).
+    """
+    for name in adapters.model_changes:
+        raise UserError(f"{name} cannot be merged: it changes the model as a whole and not its layers' weights")
+    steps: dict[str, list[_Step]] = {}
+    for layer in adapters.layers.values():
+        assert isinstance(layer, AdaptedLayer)  # noqa: S101 - for the type checker
+        for name, change in layer.changes.items():
+            (delta,) = change.deltas.values()  # type: ignore[operator]
+            steps.setdefault(layer.target.path, []).append(_Step(name, layer.target, delta))
+    merged = {path: _merged(language_model.get_submodule(path), _in_order(found)) for path, found in steps.items()}
+    for path, (weight, bias) in merged.items():
+        _write(language_model.get_submodule(path), weight, bias)
+
+
+def _in_order(steps: Sequence[_Step]) -> list[_Step]:
+    """``y = D₂ D₁ (W P₂ P₁ x)``: changes of the output join W as they act, those of the input in the reverse order."""
+    outputs = [step for step in steps if step.delta.acts_on == "output"]
+    inputs = [step for step in steps if step.delta.acts_on == "input"]
+    return outputs + inputs[::-1]
+
+
+@torch.no_grad()
+def _merged(layer: Any, steps: Sequence[_Step]) -> tuple[Tensor, Tensor]:
+    """Weight (O, I), of a norm (O,), and bias (O,) with all steps in them."""
+    weight_OI = _weight(layer, steps[0])
+    has_bias = getattr(layer, "bias", None) is not None
+    bias_O = layer.bias.detach() if has_bias else weight_OI.new_zeros(weight_OI.shape[0])
+    dtype, weight_OI, bias_O = weight_OI.dtype, weight_OI.double().clone(), bias_O.double().clone()
+    for step in steps:
+        # The copy is of the delta alone: a delta that knows its layer goes on knowing the layer itself.
+        delta = copy.deepcopy(step.delta, {id(layer): layer}).double()
+        whole = step.target.rows is None or delta.acts_on == "input"
+        rows = slice(None) if whole else list(step.target.rows or ())
+        try:
+            weight_OI[rows], bias_O[rows] = delta.merge(weight_OI[rows], bias_O[rows])
+        except UserError as error:
+            raise UserError(f"{step.method} cannot be merged at layer {step.target.path}: {error}") from None
+    if bias_O.any() and not has_bias and not isinstance(layer, nn.Linear):
+        raise UserError(
+            f"{steps[-1].method} cannot be merged at layer {steps[0].target.path}: "
+            f"a {type(layer).__name__} has no bias that could hold its offset"
+        )
+    return weight_OI.to(dtype), bias_O.to(dtype)
+
+
+def _weight(layer: Any, step: _Step) -> Tensor:
+    """Of the whole layer, also where the step's target is a part of it.
+
+    Raises:
+        UserError: it has none that can be read.
+    """
+    target = step.target
+    if target.role == "norm" and isinstance(getattr(layer, "weight", None), nn.Parameter):
+        weight_O: Tensor = layer.weight.detach()
+        return weight_O
+    try:
+        return Target(target.path, target.role, target.in_features, target.out_features, layer=layer).weight().detach()
+    except UserError as error:
+        raise UserError(f"{step.method} cannot be merged: {error}") from None
+
+
+@torch.no_grad()
+def _write(layer: Any, weight_OI: Tensor, bias_O: Tensor) -> None:
+    layer.weight.copy_(weight_OI.T if isinstance(layer, Conv1D) else weight_OI)
+    if getattr(layer, "bias", None) is not None:
+        layer.bias.copy_(bias_O)
+    elif bias_O.any():
+        layer.bias = nn.Parameter(bias_O, requires_grad=layer.weight.requires_grad)

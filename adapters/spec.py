@@ -1,0 +1,151 @@
+"""What a caller asks ``harness.adapt`` for, checked: contexts, grouping, and each group's method with its options."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from adapters.base import AdapterMethod
+from harness.contexts import resolve_grouping
+from harness.errors import UserError, did_you_mean
+from harness.registry import ADAPTERS, Entry
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method and the name it is registered under."""
+
+    entry: Entry
+    method: AdapterMethod
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A checked request."""
+
+    grouping: Mapping[str, str | None]  # context → group, None: no adapter there; context ids index its keys
+    by_group: Mapping[str, Choice]
+    ungrouped: Choice | None  # a method without groups, in the place of by_group
+    roles: Mapping[str, Any] | None  # path pattern → role, given by hand
+    seed: int
+
+    @property
+    def choices(self) -> list[Choice]:
+        """Every group's, or the one without groups."""
+        return [self.ungrouped] if self.ungrouped else list(self.by_group.values())
+
+
+def resolve(spec: Any, contexts: Any, grouping: Any, seed: int, roles: Mapping[str, Any] | None) -> Spec:
+    """Check a request; the arguments are those of ``harness.adapt``.
+
+    Raises:
+        UserError: an unknown method, option, group or context, or an option out of range.
+    """
+    names = _contexts(contexts)
+    _require(spec, Mapping, "spec", "a mapping such as {'method': 'lora', 'rank': 8}, or group → such a mapping")
+    _require(seed, int, "seed", "an integer")
+    if roles is not None:
+        _require(roles, Mapping, "roles", "path pattern → role, such as {'model.layers.*.attn.query': 'q'}")
+    if "method" in spec:
+        choice = choose(spec, "spec")
+        if not choice.method.grouped:
+            if grouping != "agnostic":
+                raise UserError(f"grouping: {choice.entry.name} has no adapter groups; leave 'grouping' out")
+            return Spec(dict.fromkeys(names), {}, choice, roles, seed)
+        resolved = _grouping(grouping, names)
+        return Spec(resolved, {g: choice for g in resolved.values() if g is not None}, None, roles, seed)
+    resolved = _grouping(grouping, names)
+    by_group = _by_group(spec, list(dict.fromkeys(group for group in resolved.values() if group is not None)))
+    bare = {context: group if group in by_group else None for context, group in resolved.items()}
+    return Spec(bare, by_group, None, roles, seed)
+
+
+def choose(options: Mapping[str, Any], where: str) -> Choice:
+    """The method that ``{"method": name, **options}`` asks for.
+
+    Args:
+        options: as the caller wrote them.
+        where: key path for messages.
+
+    Raises:
+        UserError: an unknown method, an unknown option, or an option out of range.
+    """
+    own = dict(options)
+    name = own.pop("method", None)
+    if not isinstance(name, str):
+        raise UserError(f"{where}.method: found {name!r}; {did_you_mean(str(name), ADAPTERS.entries())}")
+    entry = ADAPTERS.find(name, f"{where}.method")
+    method_class = ADAPTERS.load(entry.target)
+    fields = method_class.Config.model_fields
+    for key in own:
+        if key not in fields:
+            raise UserError(f"{where}: method {name} has no option {key!r}; {did_you_mean(str(key), fields)}")
+    try:
+        # By way of JSON, whose strict mode takes a list for a tuple, but not "4" for 4.
+        config = method_class.Config.model_validate_json(json.dumps(own), strict=True)
+    except TypeError as error:
+        raise UserError(f"{where}: options are numbers, strings, lists and mappings; {error}") from None
+    except ValidationError as error:
+        raise UserError(f"{where}.{_first_error(error, own)}") from None
+    return Choice(entry, method_class(config))
+
+
+def _first_error(error: ValidationError, options: Mapping[str, Any]) -> str:
+    """``rank: input should be greater than 0; found 0``. The alternatives of a union are one message."""
+    found = [e for e in error.errors() if e["loc"][:1] == error.errors()[0]["loc"][:1]]
+    messages = dict.fromkeys(e["msg"][:1].lower() + e["msg"][1:] for e in found)
+    key = found[0]["loc"][0] if found[0]["loc"] else ""
+    value = options.get(str(key), dict(options))
+    return f"{key}: {' or '.join(messages).replace('value error, ', '')}; found {value!r}"
+
+
+def _by_group(spec: Mapping[str, Any], groups: Sequence[str]) -> dict[str, Choice]:
+    """Group → its method; a group whose spec is None is left out."""
+    for group in spec:
+        if group not in groups:
+            raise UserError(
+                f"spec: found {group!r}, which is no group of this grouping ({did_you_mean(str(group), groups)}), "
+                "and without 'method' a spec maps groups to methods"
+            )
+    missing = [group for group in groups if group not in spec]
+    if missing:
+        raise UserError(f"spec: group {missing[0]!r} is missing; give it a method, or None for no adapter")
+    by_group: dict[str, Choice] = {}
+    for group in groups:
+        if spec[group] is None:
+            continue
+        _require(spec[group], Mapping, f"spec.{group}", "a mapping with 'method', or None for no adapter")
+        by_group[group] = choose(spec[group], f"spec.{group}")
+        if not by_group[group].method.grouped:
+            raise UserError(
+                f"spec.{group}.method: {by_group[group].entry.name} has no adapter groups, so it is a spec alone; "
+                "None means no adapter"
+            )
+    if not by_group:
+        raise UserError("spec: no group has a method; for no adapter at all use {'method': 'none'}")
+    return by_group
+
+
+def _contexts(contexts: Any) -> tuple[str, ...]:
+    named = isinstance(contexts, Sequence) and not isinstance(contexts, str)
+    if not named or not contexts or not all(isinstance(c, str) and c.isidentifier() for c in contexts):
+        raise UserError(f"contexts: found {contexts!r}; allowed: names (letters, digits, _), as ('image', 'text')")
+    if len(set(contexts)) < len(contexts):
+        raise UserError(f"contexts: found {tuple(contexts)}; each is named once")
+    return tuple(contexts)
+
+
+def _grouping(grouping: Any, contexts: Sequence[str]) -> dict[str, str | None]:
+    try:
+        return resolve_grouping(grouping, contexts)[0]
+    except UserError as error:
+        raise UserError(f"grouping: {error}") from None
+
+
+def _require(value: Any, kind: type, where: str, allowed: str) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UserError(f"{where}: found {value!r}; allowed: {allowed}")

@@ -1,0 +1,253 @@
+"""However a model is run, every registered adapter method computes the same: a new plugin gets these checks too.
+
+Shapes: B rows, T positions, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_adapter_contract import CONTEXTS, adapters_of, disturb, every_method, method_of, tiny_llama
+from torch import Tensor
+
+from adapters.attach import Adapters
+from adapters.generation import layouts_while_generating
+from harness.registry import Entry
+
+IMAGE, TEXT = 0, 1
+# One row per kind of layout: two long segments, interleaved, image last, and text alone.
+ROWS = torch.tensor(
+    [
+        [1, 0, 0, 0, 0, 1, 1, 1, 1, 1],
+        [1, 0, 1, 0, 0, 1, 1, 0, 1, 1],
+        [1, 1, 1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+    ]
+)
+LENGTH = ROWS.shape[1]
+
+
+def adapted(entry: Entry, grouping: Any = "specific", layers: int = 2) -> tuple[Any, Adapters]:
+    """A tiny model with a disturbed adapter."""
+    model = tiny_llama()
+    model.model.layers = model.model.layers[:layers]
+    adapters = adapters_of(entry, model, grouping)
+    disturb(adapters, 0.2)
+    adapters.attach(model)
+    adapters.eval()
+    return model, adapters
+
+
+def embeds(rows: int = len(ROWS), length: int = LENGTH) -> Tensor:
+    return torch.randn(rows, length, 32, generator=torch.Generator().manual_seed(1))
+
+
+def logits(model: Any, adapters: Adapters, x_BTD: Tensor, ids_XT: Tensor, **options: Any) -> Tensor:
+    adapters.router.set_context_ids(ids_XT)
+    logits_BTV: Tensor = model(inputs_embeds=x_BTD, use_cache=False, **options).logits
+    return logits_BTV
+
+
+def gradients(adapters: Adapters, loss: Tensor) -> dict[str, Tensor]:
+    adapters.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in adapters.named_parameters() if p.grad is not None}
+
+
+def weighted(logits_BTV: Tensor) -> Tensor:
+    """A loss in which every position counts differently."""
+    weight = torch.randn(logits_BTV.shape, generator=torch.Generator().manual_seed(5))
+    return (logits_BTV.float() * weight).sum()
+
+
+@every_method
+def test_rows_with_different_layouts_equal_each_row_alone(entry: Entry) -> None:
+    """The per-token path against the segment path, forward and gradients."""
+    model, adapters = adapted(entry)
+    x_BTD = embeds()
+    together_BTV = logits(model, adapters, x_BTD, ROWS)
+    found = gradients(adapters, weighted(together_BTV)) if adapters_train(adapters) else {}
+    weight = torch.randn(together_BTV.shape, generator=torch.Generator().manual_seed(5))
+    expected: dict[str, Tensor] = {}
+    for index in range(len(ROWS)):
+        alone_1TV = logits(model, adapters, x_BTD[index : index + 1], ROWS[index : index + 1])
+        torch.testing.assert_close(together_BTV[index : index + 1], alone_1TV, rtol=1e-4, atol=1e-4)
+        if found:
+            grads = gradients(adapters, (alone_1TV * weight[index]).sum())
+            expected = {name: expected.get(name, 0) + grad for name, grad in grads.items()}
+    assert list(found) == list(expected)
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-3 * grad.abs().max().item() + 1e-6)
+
+
+def adapters_train(adapters: Adapters) -> bool:
+    return any(p.requires_grad for p in adapters.parameters())
+
+
+@every_method
+def test_every_parameter_has_a_gradient_whatever_the_layout(entry: Entry) -> None:
+    """Zero and not None where a group has no token: ZeRO reduces wrong gradients where ranks differ in that."""
+    model, adapters = adapted(entry)
+    names = {name for name, p in adapters.named_parameters() if p.requires_grad}
+    if not names:
+        pytest.skip("it has no parameters of its own")
+    for ids_XT in (ROWS[3:], ROWS[3:] * 0, ROWS, ROWS[2:]):
+        grads = gradients(adapters, weighted(logits(model, adapters, embeds(len(ids_XT)), ids_XT)))
+        assert set(grads) == names
+        assert all(grad.isfinite().all() for grad in grads.values())
+    text_only = gradients(adapters, weighted(logits(model, adapters, embeds(1), ROWS[3:])))
+    assert not any(grad.any() for name, grad in text_only.items() if "group_image" in name)
+
+
+@every_method
+def test_a_groups_parameters_do_not_reach_other_groups_in_the_first_layer(entry: Entry) -> None:
+    if method_of(entry).joins_groups or not method_of(entry).grouped:
+        pytest.skip("its groups act on one another, or it has none")
+    model, adapters = adapted(entry)
+    seen: list[Tensor] = []
+    first = model.model.layers[0]
+    for module in (first.input_layernorm, first.self_attn.q_proj, first.self_attn.v_proj):
+        module.register_forward_hook(lambda _m, _a, y: seen.append(y[:, -LENGTH:].clone()))
+    with torch.no_grad():
+        logits(model, adapters, embeds(), ROWS)
+        for name, p in adapters.named_parameters():
+            if "group_image" in name:
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(7)))
+        logits(model, adapters, embeds(), ROWS)
+    for before_BTO, after_BTO in zip(seen[:3], seen[3:], strict=True):
+        assert torch.equal(before_BTO[ROWS == TEXT], after_BTO[ROWS == TEXT])
+
+
+@every_method
+@torch.no_grad()
+def test_specific_with_equal_weights_is_agnostic(entry: Entry) -> None:
+    """fp32: 1e-6 of the largest logit. bf16: 2e-2, as the two may join their products in another order."""
+    if method_of(entry).joins_groups or not method_of(entry).grouped:
+        pytest.skip("its groups act on one another, or it has none")
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
+        model, one = adapted(entry, "agnostic")
+        model.to(dtype), one.to(dtype)
+        expected_BTV = logits(model, one, embeds().to(dtype), ROWS).float()
+        one.detach()
+        two = adapters_of(entry, model, "specific").to(dtype)
+        weights = one.state_dict()
+        two.load_state_dict(
+            {
+                n: weights[n.replace("group_image", "group_all").replace("group_text", "group_all")]
+                for n in two.state_dict()
+            }
+        )
+        two.attach(model)
+        found_BTV = logits(model, two, embeds().to(dtype), ROWS).float()
+        assert ((found_BTV - expected_BTV).abs().max() / expected_BTV.abs().max()).item() < tolerance
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@every_method
+def test_activation_checkpointing_gives_the_same_gradients(entry: Entry, use_reentrant: bool) -> None:
+    model, adapters = adapted(entry)
+    model.train()
+    calls: list[None] = []
+    model.model.layers[0].self_attn.k_proj.register_forward_hook(lambda *_: calls.append(None))
+
+    def run() -> tuple[dict[str, Tensor], Tensor]:
+        x_BTD = embeds().requires_grad_()  # as the projector's output does
+        grads = gradients(adapters, weighted(logits(model, adapters, x_BTD, ROWS)))
+        assert x_BTD.grad is not None
+        return grads, x_BTD.grad
+
+    plain, plain_x_BTD = run()
+    assert len(calls) == 1
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    found, found_x_BTD = run()
+    assert len(calls) == 3, "nothing was recomputed"
+    torch.testing.assert_close(found_x_BTD, plain_x_BTD, rtol=1e-5, atol=1e-5)
+    assert list(found) == list(plain)
+    for name, grad in plain.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-5, atol=1e-5 * grad.abs().max().item() + 1e-7)
+
+
+@every_method
+@torch.no_grad()
+def test_sdpa_and_eager_attention_agree(entry: Entry) -> None:
+    model, adapters = adapted(entry)
+    found_BTV = logits(model, adapters, embeds(), ROWS)
+    adapters.detach()
+    model.set_attn_implementation("eager")
+    adapters.attach(model)
+    torch.testing.assert_close(logits(model, adapters, embeds(), ROWS), found_BTV, rtol=1e-4, atol=1e-4)
+
+
+@every_method
+def test_a_compiled_model_computes_the_same(entry: Entry) -> None:
+    """Captured by dynamo and AOT autograd, run by their eager backend: what needs no compiler on the machine."""
+    torch._dynamo.reset()
+    model, adapters = adapted(entry, layers=1)
+    expected_BTV = logits(model, adapters, embeds(), ROWS)
+    expected = gradients(adapters, weighted(expected_BTV)) if adapters_train(adapters) else {}
+    compiled: Callable[..., Any] = torch.compile(model, backend="aot_eager", dynamic=False)
+    found_BTV = logits(compiled, adapters, embeds(), ROWS)
+    torch.testing.assert_close(found_BTV, expected_BTV, rtol=1e-4, atol=1e-4)
+    found = gradients(adapters, weighted(found_BTV)) if expected else {}
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-3 * grad.abs().max().item() + 1e-6)
+    # Another layout of the same shape is not served by what was compiled for the first.
+    other_BTV = logits(compiled, adapters, embeds(), ROWS.flip(0))
+    torch.testing.assert_close(other_BTV, logits(model, adapters, embeds(), ROWS.flip(0)), rtol=1e-4, atol=1e-4)
+
+
+@every_method
+@torch.no_grad()
+def test_autocast_is_close_to_full_precision(entry: Entry) -> None:
+    """bf16 has 8 bits: 5 % of the largest logit over two layers."""
+    model, adapters = adapted(entry)
+    expected_BTV = logits(model, adapters, embeds(), ROWS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found_BTV = logits(model, adapters, embeds(), ROWS).float()
+    assert not torch.equal(found_BTV, expected_BTV)
+    assert ((found_BTV - expected_BTV).abs().max() / expected_BTV.abs().max()).item() < 5e-2
+
+
+@every_method
+@torch.no_grad()
+def test_padding_on_either_side_equals_one_row_at_a_time(entry: Entry) -> None:
+    model, adapters = adapted(entry)
+    x_BTD = embeds(2)
+    alone_1TV = logits(model, adapters, x_BTD[:1, :7], ROWS[:1, :7])
+    for left in (False, True):
+        row_TD, ids_T, real_T = x_BTD[1].clone(), ROWS[3].clone(), torch.zeros(LENGTH, dtype=torch.long)
+        place = slice(LENGTH - 7, LENGTH) if left else slice(0, 7)
+        row_TD[place], ids_T[place], real_T[place] = x_BTD[0, :7], ROWS[0, :7], 1
+        mask_BT = torch.stack([real_T, torch.ones_like(real_T)])
+        positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
+        found_BTV = logits(
+            model, adapters, torch.stack([row_TD, x_BTD[1]]), torch.stack([ids_T, ROWS[1]]),
+            attention_mask=mask_BT, position_ids=positions_BT,
+        )  # fmt: skip
+        torch.testing.assert_close(found_BTV[:1, place], alone_1TV, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@every_method
+@torch.no_grad()
+def test_generation_with_a_cache_equals_full_recomputation(entry: Entry, num_beams: int) -> None:
+    """Rows of different layouts; greedy and beams."""
+    model, adapters = adapted(entry)
+    x_BTD = embeds()
+    found = []
+    for use_cache in (True, False):
+        adapters.router.set_context_ids(ROWS)
+        with layouts_while_generating(model, adapters.router, CONTEXTS[TEXT]):
+            found.append(
+                model.generate(
+                    inputs_embeds=x_BTD, attention_mask=torch.ones(ROWS.shape, dtype=torch.long), max_new_tokens=6,
+                    do_sample=False, num_beams=num_beams, use_cache=use_cache, eos_token_id=None, pad_token_id=0,
+                    output_scores=True, return_dict_in_generate=True,
+                )
+            )  # fmt: skip
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    for cached_BV, plain_BV in zip(found[0].scores, found[1].scores, strict=True):
+        torch.testing.assert_close(cached_BV, plain_BV, rtol=1e-3, atol=1e-3)
