@@ -78,7 +78,11 @@ def _time_s(bench: Bench, case: Case) -> float:
 def _memory(bench: Bench, case: Case) -> Measured:
     """Of a step, and of what its forward pass keeps; both also make what the first step of a case has to make."""
     with case.attached() as model, saved_for_backward(nn.ModuleList([model, case.trained])) as saved:
-        bench.forward(model)
+        loss = bench.forward(model)
+    # Hooks on saved tensors leave a cycle where an operation saves its own output; only backward frees it.
+    loss.backward()
+    del loss
+    bench.clear(case)
     peak_bytes = _peak_bytes(bench, case)
     bench.clear(case)
     return Measured(saved[0], peak_bytes)
