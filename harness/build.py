@@ -15,6 +15,7 @@ from adapters.router import Router
 from harness import backbones, measure
 from harness.batches import BatchMaker
 from harness.budget import choose
+from harness.errors import UserError
 from harness.experiment import AdapterChoice
 from harness.features import Features
 from harness.model import ContextModel
@@ -125,11 +126,14 @@ def count_parameters(spec: TrialSpec) -> Parameters:
     """The parameters the trial will have, from configurations alone: nothing is loaded or downloaded if it is known.
 
     Raises:
-        UserError: the configuration of a backbone cannot be had.
+        UserError: the configuration of a backbone cannot be had, or the adapter does not fit the language model.
     """
     task = TASKS.load(spec.task.target)
     language_model, encoders = backbones.build_empty(spec.backbone)
     widths = {context: encoders[modality][1] for context, modality in task.modalities.items()}
-    with torch.device("meta"):
-        model = assemble(spec, language_model, widths, bos_id=0)
+    try:
+        with torch.device("meta"):
+            model = assemble(spec, language_model, widths, bos_id=0)
+    except UserError as error:
+        raise UserError(f"adapters: {spec.adapter.label} on {spec.backbone.language_model}: {error}") from None
     return measure.count_parameters(model, [encoder for encoder, _ in encoders.values()])

@@ -123,6 +123,7 @@ WRONG = {
     "more examples than there are": (ONE + "budget: {examples: 5}\n", "budget.examples: task scenes: asks for 5 examples, there are 4; ask for at most 4"),
     "more test examples than there are": (ONE + "eval: {test_examples: 3}\n", "eval.test_examples: task scenes: asks for 3 examples, there are 2"),
     "unknown metric": (ONE + "eval: {primary_metric: cidre}\n", "line 3, eval.primary_metric: unknown metric 'cidre'; allowed: bleu_"),
+    "rank larger than a layer": ("task: scenes\nadapters: [{method: lora, rank: 4000}]\noptimizer: {learning_rate: 1e-3}\n", "adapters: LoRA r=4000 on builtin/tiny-llama: rank 4000 is larger than layer model.layers.0.self_attn.q_proj"),
     "more projector epochs than epochs": ("task: scenes\nadapters: [{method: llava, projector_epochs: 2}]\nbudget: {epochs: 2}\noptimizer: {learning_rate: 1e-3}\n", "line 2, adapters: LLaVA"),
     "not yaml": ("task: [\n", "not valid YAML"),
 }  # fmt: skip
