@@ -20,7 +20,6 @@ from adapters import base
 from adapters.lora_forms import low_rank
 from adapters.roles import Target
 from adapters.router import Layout
-from harness.errors import UserError
 
 
 class LoRAConfig(base.Config):
@@ -167,12 +166,7 @@ class LoRA(base.AdapterMethod):
         Raises:
             UserError: the rank is larger than the layer, or the pair starts from a weight that cannot be read.
         """
-        if self.config.rank > min(target.in_features, target.out_features):
-            raise UserError(
-                f"rank {self.config.rank} is larger than layer {target.path} ({target.role}), which has "
-                f"{target.in_features} inputs and {target.out_features} outputs; "
-                f"allowed: 1 to {min(target.in_features, target.out_features)}"
-            )
+        base.check_rank(self.config.rank, target)
         weight_OI = target.weight() if self.config.starts_from_weight else None
         return LoRADelta(target.in_features, target.out_features, self.config, generator, weight_OI)
 

@@ -121,10 +121,6 @@ class Router:
         for asked in self._asked:
             self._layout.lookup(asked)
 
-    def extend(self, context_ids_XT: Tensor) -> None:
-        """Set the layout of a pass over new tokens that follow what the KV cache holds."""
-        self.set_context_ids(context_ids_XT, self.layout.context_ids_XK)
-
     def _positions(self, groups_XT: Tensor) -> dict[str, Tensor]:
         flat_N = groups_XT.flatten()
         return {group: (flat_N == index).nonzero()[:, 0] for index, group in enumerate(self.groups)}

@@ -120,8 +120,8 @@ def test_equal_rows_are_one_row_of_spans() -> None:
 def test_new_tokens_follow_what_the_cache_holds() -> None:
     two = router(image="v", text="l")
     two.set_context_ids(torch.tensor([[1, 0, 0], [0, 0, 1]]))
-    two.extend(torch.tensor([[1]]))
-    two.extend(torch.tensor([[1]]))
+    two.set_context_ids(torch.tensor([[1]]), two.layout.context_ids_XK)
+    two.set_context_ids(torch.tensor([[1]]), two.layout.context_ids_XK)
     assert two.layout_of(1).spans == (Span(0, 1, "l"),)
     assert two.layout.past == 4
     assert two.layout.context_ids_XK.tolist() == [[1, 0, 0, 1, 1], [0, 0, 1, 1, 1]]
