@@ -113,15 +113,15 @@ class Change(nn.Module):
         return F.embedding(layout.lookup(self.groups).index_XT, table_GD)
 
 
-class ModelChange(nn.Module):
+class ModelChange(nn.Module, ABC):
     """What a method adds to the model as a whole rather than to its layers. Its parameters are its own.
 
     ``by_group`` tells which parameters belong to which group; the others are shared by all groups.
     """
 
+    @abstractmethod
     def attach(self, language_model: nn.Module) -> Callable[[], None]:
         """Take effect on the model; what is returned undoes it and leaves the model as it was."""
-        raise NotImplementedError
 
     def by_group(self) -> Mapping[str, nn.Module]:
         """Group → the module that holds its parameters."""

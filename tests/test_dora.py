@@ -35,6 +35,19 @@ def delta_of(layer: Any, rows: tuple[int, ...] | None = None, **options: Any) ->
     return DoRA(DoRAConfig(rank=3, **options)).delta(target, torch.Generator().manual_seed(0))
 
 
+def check_equal(model: Any, peft_model: Any, theirs: Any, pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """PEFT trains the same parameters, and logits and their gradients are equal."""
+    assert {id(p) for _, p in pairs} == {id(p) for p in peft_model.parameters() if p.requires_grad}
+    logits = [m(inputs_embeds=embeds().double(), use_cache=False).logits for m in (model, theirs)]
+    for each in logits:
+        each.square().sum().backward()
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-10, atol=1e-10)
+    for ours, peft in pairs:
+        assert ours.grad is not None
+        torch.testing.assert_close(ours.grad, peft.grad, rtol=1e-8, atol=1e-8)
+        assert ours.grad.any()
+
+
 @pytest.mark.parametrize("make_model", MODULES, ids=lambda f: f.__name__)
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 def test_agnostic_equals_pefts_layers_in_forward_and_gradients(make_model: Any) -> None:
@@ -50,15 +63,7 @@ def test_agnostic_equals_pefts_layers_in_forward_and_gradients(make_model: Any) 
         kind = kind if inside == "default.weight" else f"{kind}.default"
         pairs.append((parameter, theirs.get_parameter(f"{path.replace('/', '.')}.{kind}.{inside}")))
         pairs[-1][1].data.copy_(parameter.data)
-    assert {id(p) for _, p in pairs} == {id(p) for p in peft_model.parameters() if p.requires_grad}
-    logits = [m(inputs_embeds=embeds().double(), use_cache=False).logits for m in (model, theirs)]
-    for each in logits:
-        each.square().sum().backward()
-    torch.testing.assert_close(logits[0], logits[1], rtol=1e-10, atol=1e-10)
-    for ours, peft in pairs:
-        assert ours.grad is not None
-        torch.testing.assert_close(ours.grad, peft.grad, rtol=1e-8, atol=1e-8)
-        assert ours.grad.any()
+    check_equal(model, peft_model, theirs, pairs)
 
 
 def test_it_starts_with_the_norm_of_every_row_of_the_weight() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
@@ -16,11 +15,11 @@ import torch
 from test_adapters import disturb, tiny_llama
 from torch import Tensor
 from transformers import get_scheduler
+from trial_fixture import partition_everything
 
 from adapters.attach import Adapters
 from adapters.lora import LoRA, LoRAConfig
 from adapters.router import Router
-from harness import engine as engine_module
 from harness.contexts import resolve_grouping
 from harness.engine import Engine
 from harness.experiment import Optimizer
@@ -38,17 +37,8 @@ each_kind = pytest.mark.parametrize("kind", ["lora", "full"])
 
 
 @pytest.fixture(autouse=True)
-def _partition_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ZeRO-3 leaves parameters below 100,000 elements whole, which here are all of them: partition them too."""
-    plain = engine_module.deepspeed_config
-
-    def config(options: Optimizer, zero_stage: int) -> dict[str, Any]:
-        made = plain(options, zero_stage)
-        if zero_stage == 3:
-            made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        return made
-
-    monkeypatch.setattr(engine_module, "deepspeed_config", config)
+def _partitioned(monkeypatch: pytest.MonkeyPatch) -> None:
+    partition_everything(monkeypatch)
 
 
 def model_of(kind: str) -> ContextModel:

@@ -5,6 +5,7 @@ Shapes: B rows, T positions, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -138,12 +139,17 @@ class Offsets(base.AdapterMethod):
         return Offset(target.out_features or 32)
 
 
+class Nothing(base.ModelChange):
+    def attach(self, language_model: nn.Module) -> Callable[[], None]:
+        return lambda: None
+
+
 class WholeModel(Offsets):
     def roles(self) -> frozenset[str]:
         return frozenset()
 
     def model_change(self, *args: object) -> base.ModelChange:
-        return base.ModelChange()
+        return Nothing()
 
 
 class OnBlocks(Offsets):

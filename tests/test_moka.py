@@ -12,6 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from test_adapters import disturb, tiny_llama, tiny_opt
+from test_mmca import embeds, logits
 from torch import Tensor, nn
 
 from adapters import roles
@@ -47,17 +48,6 @@ def adapt(model: Any, config: MokAConfig, grouping: Any = "specific", method: Ad
     disturb(adapters.parameters(), scale=0.2)
     adapters.attach(model)
     return adapters
-
-
-def embeds(rows: int = 2, length: int = 8) -> Tensor:
-    return torch.randn(rows, length, 32, generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def logits(model: Any, adapters: Adapters, x_BTD: Tensor, ids_XT: Tensor, **options: Any) -> Tensor:
-    adapters.router.set_context_ids(ids_XT)
-    logits_BTV: Tensor = model(inputs_embeds=x_BTD, use_cache=False, **options).logits
-    return logits_BTV
 
 
 def by_loops(x_BTI: Tensor, change: Any, groups: list[list[str | None]], config: MokAConfig, real: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from peft import VeraConfig, get_peft_model
 from pydantic import ValidationError
 from test_adapters import adapt, embeds, tiny_llama, tiny_opt
-from test_dora import MODULES
+from test_dora import MODULES, check_equal
 from test_layer_methods import with_biases
 from torch import nn
 
@@ -38,15 +38,7 @@ def test_agnostic_equals_pefts_layers_in_forward_and_gradients(make_model: Any) 
         _, path, _, _, _, _, kind = name.split(".")
         pairs.append((parameter, theirs.get_parameter(f"{path.replace('/', '.')}.{kind}.default")))
         pairs[-1][1].data = parameter.data.clone()
-    assert {id(p) for _, p in pairs} == {id(p) for p in peft_model.parameters() if p.requires_grad}
-    logits = [m(inputs_embeds=embeds().double(), use_cache=False).logits for m in (model, theirs)]
-    for each in logits:
-        each.square().sum().backward()
-    torch.testing.assert_close(logits[0], logits[1], rtol=1e-10, atol=1e-10)
-    for ours, peft in pairs:
-        assert ours.grad is not None
-        torch.testing.assert_close(ours.grad, peft.grad, rtol=1e-8, atol=1e-8)
-        assert ours.grad.any()
+    check_equal(model, peft_model, theirs, pairs)
 
 
 def test_the_projections_are_drawn_once_saved_once_and_never_trained() -> None:

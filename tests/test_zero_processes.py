@@ -22,6 +22,7 @@ from test_adapters import tiny_llama
 from torch import Tensor, nn
 from torch.distributed import FileStore
 from transformers import get_scheduler
+from trial_fixture import partition_everything
 
 from adapters import base
 from adapters.attach import Adapters
@@ -30,7 +31,6 @@ from adapters.combination import combine
 from adapters.ia3 import IA3
 from adapters.lora import LoRA
 from adapters.router import Layout, Router
-from harness import engine as engine_module
 from harness.contexts import Segment, resolve_grouping
 from harness.engine import Engine, join_process_group
 from harness.experiment import Optimizer
@@ -121,19 +121,6 @@ def process(rank: int, folder: Path, jobs: Sequence[Job]) -> None:
         engine.save_weights(folder / job.folder / "weights.safetensors")
         (folder / job.folder / f"losses-{rank}.json").write_text(json.dumps(losses), encoding="utf-8")
         engine.close()
-
-
-def partition_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ZeRO-3 leaves parameters below 100,000 elements whole, which here are all of them: partition them too."""
-    plain = engine_module.deepspeed_config
-
-    def config(options: Optimizer, zero_stage: int) -> dict[str, Any]:
-        made = plain(options, zero_stage)
-        if zero_stage == 3:
-            made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        return made
-
-    monkeypatch.setattr(engine_module, "deepspeed_config", config)
 
 
 # ── In this process

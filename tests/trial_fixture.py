@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pandas as pd
+import pytest
 import yaml
 
-from harness.experiment import Resources, load_experiment
+from harness import engine as engine_module
+from harness.experiment import Optimizer, Resources, load_experiment
 from harness.plan import TrialSpec, expand
 from harness.record import TrialRecord
 from harness.trial import Progress, run_trial
@@ -92,3 +94,16 @@ def finished_trial(folder: Path) -> tuple[TrialRecord, Path, Recorder, list[Prog
     """One trial, to be looked at by several tests."""
     tracker, progress = Recorder(), list[Progress]()
     return run(spec_of(folder), folder, progress.append, tracker), folder, tracker, progress
+
+
+def partition_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-3 leaves parameters below 100,000 elements whole, which here are all of them: partition them too."""
+    plain = engine_module.deepspeed_config
+
+    def config(options: Optimizer, zero_stage: int) -> dict[str, Any]:
+        made = plain(options, zero_stage)
+        if zero_stage == 3:
+            made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return made
+
+    monkeypatch.setattr(engine_module, "deepspeed_config", config)
