@@ -204,8 +204,8 @@ def _mlflow_command(uri: str) -> str:
 @app.command("plan")
 def plan_command(file: ExperimentFile, output: Output = Path("runs"), fresh: Fresh = False) -> None:
     """Show the trials and the parameters each trains; nothing is trained, downloaded or written."""
-    from harness.backbones import HubUnreachableError
     from harness.build import count_parameters
+    from harness.hub import HubUnreachableError
     from harness.terminal import plan_table
 
     planned = _prepare(file, output, fresh)
@@ -243,7 +243,7 @@ def tasks() -> None:
     """List the tasks and their options."""
     from harness.listing import list_plugins
 
-    list_plugins(TASKS, console, ("contexts",))
+    list_plugins(TASKS, console, ("contexts", "metrics"))
 
 
 @app.command()
@@ -272,10 +272,46 @@ def adapters(
         listing.list_plugins(ADAPTERS, console)
 
 
+@app.command()
+def prepare(
+    target: Annotated[str, typer.Argument(metavar="TASK", help="A task's name, or an experiment file.")],
+    options: Annotated[list[str] | None, typer.Option("--set", help="The task's OPTION=VALUE: root=data/coco.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Read everything, and report all problems at once.")] = False,
+) -> None:
+    """Bring a task's data to this machine; with --check, read all of it."""
+    from harness.prepare import prepare as prepare_task
+
+    prepare_task(target, options or (), check, console)
+
+
+@app.command()
+def check(
+    target: Annotated[str, typer.Argument(metavar="PACKAGE", help="An installed package, or a Python file.")],
+) -> None:
+    """Try a package's tasks, modalities and metrics on what our own must pass. Exit code 1: something failed."""
+    from harness.contract import check_plugins
+
+    if not check_plugins(target, console):
+        raise typer.Exit(1)
+
+
+@app.command()
+def score(
+    metric: Annotated[str, typer.Argument(help="A metric's name, such as captions.")],
+    references: Annotated[Path, typer.Option(help="A caption file in COCO's format.")],
+    predictions: Annotated[Path, typer.Option(help="A results file in COCO's format.")],
+    output: Annotated[Path | None, typer.Option("--json", help="Write the scores there, those by example too.")] = None,
+) -> None:
+    """Score predictions against references, both in COCO's own file formats; nothing is trained."""
+    from harness.scoring import score as score_files
+
+    score_files(metric, references, predictions, output, console)
+
+
 @backbones_app.command("list")
 def backbones_list() -> None:
     """List the built-in backbones."""
-    from harness.backbones import builtin_names
+    from harness.hub import builtin_names
 
     for name in builtin_names():
         console.print(name, highlight=False)

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore, Store
 
-from harness.experiment import Optimizer
 from harness.measure import PeakMemory
 from harness.record import Memory
+from harness.sections import Optimizer
 
 PRESETS = Path(__file__).parent.parent / "clusters" / "deepspeed"
 _PARTITIONED_STAGE = 3

@@ -19,8 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.errors import UserError, did_you_mean
-from harness.experiment import Backbone
 from harness.registry import ADAPTERS, Entry, Registry
+from harness.sections import Backbone
 from results.format import ABSENT
 
 
@@ -33,8 +33,12 @@ class Option:
     default: str  # "required" where there is none
 
 
-def options_of(config: type[BaseModel]) -> list[Option]:
+def options_of(config: type[BaseModel], check_defaults: bool = True) -> list[Option]:
     """The options of a plugin's ``Config`` class, read from its JSON schema.
+
+    Args:
+        config: the class.
+        check_defaults: see that the defaults alone are accepted; a task may need one of several options.
 
     Raises:
         UserError: the defaults are refused (they need a library that is not installed).
@@ -46,8 +50,9 @@ def options_of(config: type[BaseModel]) -> list[Option]:
         if not field.is_required():
             value = to_jsonable_python(field.get_default(call_default_factory=True))
         allowed = _allowed(schema["properties"][name], schema.get("$defs", {}))
-        options.append(Option(name, allowed, value if isinstance(value, str) else json.dumps(value)))
-    if not any(field.is_required() for field in config.model_fields.values()):
+        plain = isinstance(value, str) and value.isprintable()
+        options.append(Option(name, allowed, value if plain else json.dumps(value)))
+    if check_defaults and not any(field.is_required() for field in config.model_fields.values()):
         try:
             config.model_validate_json(config().model_dump_json())  # pydantic itself takes defaults unseen
         except ValidationError as error:
@@ -81,8 +86,8 @@ def list_plugins(registry: Registry, console: Console, attributes: Sequence[str]
     for entry in registry.entries().values():
         try:
             plugin = registry.load(entry.target)
-            lines = [f"{name}: {', '.join(getattr(plugin, name))}" for name in attributes]
-            options = options_of(plugin.Config)
+            lines = [f"{name}: {', '.join(values)}" for name in attributes if (values := getattr(plugin, name))]
+            options = options_of(plugin.Config, check_defaults=registry is ADAPTERS)
             summary = _summary(plugin)
         except Exception as error:  # a plugin's code is anybody's
             _print_broken(entry.name, _reason(entry, error), console)
@@ -253,7 +258,7 @@ def _language_model(name: str) -> Any:
     """The language model on the ``meta`` device: shapes without weights."""
     from harness.backbones import build_empty
 
-    return build_empty(Backbone(language_model=name, encoders={}))[0]
+    return build_empty(Backbone(language_model=name))
 
 
 def _count(name: str, language_model: Any, count_for: CountFor) -> _Counts:

@@ -9,15 +9,21 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from harness.errors import UserError, did_you_mean
-from harness.experiment import AdapterChoice, Backbone, Budget, Evaluation, Experiment, Optimizer, TaskChoice
+from harness.experiment import Experiment
 from harness.record import MetricInfo, Plan, PlannedTrial
+from harness.registry import MODALITIES, canonical
+from harness.sections import AdapterChoice, Backbone, Budget, Evaluation, Optimizer, TaskChoice
+
+_FILE_TARGET = re.compile(r"/.*\.py:\w+$")
 
 
 class TrialSpec(BaseModel):
@@ -37,9 +43,28 @@ class TrialSpec(BaseModel):
     def trial_id(self) -> str:
         """Twelve hexadecimal digits of the SHA-256 of the canonical JSON; names for people are left out of it."""
         content = self.model_dump(
-            mode="json", exclude={"adapter": {"label", "grouping_name", "learning_rate"}, "eval": {"primary_metric"}}
+            mode="json",
+            exclude={
+                "adapter": {
+                    "label": True,
+                    "grouping_name": True,
+                    "learning_rate": True,
+                    "init_from": {"__all__": {"trial"}},
+                },
+                "eval": {"primary_metric"},
+            },
         )
+        content = _with_canonical_targets(content)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _with_canonical_targets(content: Any) -> Any:
+    """Plugins from files go by their content: the same experiment in another folder is the same trial."""
+    if isinstance(content, dict):
+        return {key: _with_canonical_targets(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_with_canonical_targets(value) for value in content]
+    return canonical(content) if isinstance(content, str) and _FILE_TARGET.match(content) else content
 
 
 def expand(experiment: Experiment) -> list[TrialSpec]:
@@ -56,7 +81,7 @@ def expand(experiment: Experiment) -> list[TrialSpec]:
             specs.append(
                 TrialSpec(
                     task=task,
-                    backbone=backbone,
+                    backbone=_with_encoders(backbone, task),
                     adapter=adapter,
                     budget=budget,
                     optimizer=optimizer.model_copy(update={"learning_rate": rate}),
@@ -73,6 +98,15 @@ def expand(experiment: Experiment) -> list[TrialSpec]:
             f"{adapter.label} {adapter.grouping_name}".rstrip()
         )
     return specs
+
+
+def _with_encoders(backbone: Backbone, task: TaskChoice) -> Backbone:
+    """The encoders that the task's modalities need, those named in the file before the defaults."""
+    encoders = {
+        modality: backbone.encoders.get(modality) or MODALITIES.load(target).default_encoder
+        for modality, target in task.modalities.items()
+    }
+    return backbone.model_copy(update={"encoders": encoders})
 
 
 def describe(experiment: Experiment, specs: list[TrialSpec], metrics: tuple[MetricInfo, ...], mlflow_uri: str) -> Plan:
@@ -128,7 +162,9 @@ def _labels(specs: list[TrialSpec]) -> dict[str, str]:
 
 def _adapter_options(spec: TrialSpec) -> dict[str, Any]:
     rate = spec.adapter.learning_rate
-    return {**spec.adapter.config, **({} if rate is None else {"learning_rate": rate})}
+    origins = {group: f"{Path(o.trial).name}:{o.group}" for group, o in spec.adapter.init_from.items()}
+    own = {"learning_rate": rate, "init_from": ", ".join(f"{group}={origin}" for group, origin in origins.items())}
+    return {**spec.adapter.config, **{key: value for key, value in own.items() if value}}
 
 
 def _settings(specs: list[TrialSpec]) -> dict[str, str]:

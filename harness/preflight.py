@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
 
+from harness import assembly
 from harness.backbones import check_backbone
-from harness.build import choose_splits, count_parameters, make_task, method_of
-from harness.errors import UserError
-from harness.inputs import Inputs
+from harness.build import choose_splits, count_parameters, empty_model
+from harness.errors import ProblemList, UserError
+from harness.inputs import Inputs, Reader
+from harness.parts import empty_encoders, make_modalities, make_task, method_of
 from harness.plan import TrialSpec
 from harness.record import MetricInfo
-from harness.registry import METRICS, MODALITIES, TASKS
-from tasks.base import Modality
+from harness.registry import METRICS
+from harness.scores import metric_name
 
 
 def metrics_of(specs: Sequence[TrialSpec]) -> tuple[MetricInfo, ...]:
@@ -28,9 +30,21 @@ def metrics_of(specs: Sequence[TrialSpec]) -> tuple[MetricInfo, ...]:
         MetricInfo(name="perplexity", label="Perplexity", higher_is_better=False),
         MetricInfo(name="perplexity_wrong_input", label="Perplexity, wrong input", higher_is_better=False),
     ]
-    for target in dict.fromkeys(spec.task.metric for spec in specs):
-        labels = METRICS.load(target).labels
-        infos += [MetricInfo(name=name, label=label, higher_is_better=True) for name, label in labels.items()]
+    for task in {spec.task.model_dump_json(): spec.task for spec in specs}.values():
+        for member, metrics in task.metrics.items():
+            prefix = f"{member}: " if member else ""
+            if member:
+                name, label = metric_name(member, "perplexity"), f"{prefix}Perplexity"
+                infos.append(MetricInfo(name=name, label=label, higher_is_better=False))
+            for metric in map(METRICS.load, metrics.values()):
+                infos += [
+                    MetricInfo(
+                        name=metric_name(member, name),
+                        label=f"{prefix}{label}",
+                        higher_is_better=name not in metric.lower_is_better,
+                    )
+                    for name, label in metric.labels.items()
+                ]
     return tuple({info.name: info for info in infos}.values())
 
 
@@ -75,7 +89,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_models(specs: Sequence[TrialSpec]) -> None:
-    """See that every backbone can be had and that every adapter fits its language model.
+    """See that every backbone can be had, and that every adapter fits its language model and what it starts from.
 
     Raises:
         UserError: one cannot, or does not.
@@ -84,6 +98,9 @@ def check_models(specs: Sequence[TrialSpec]) -> None:
         check_backbone(backbone)
     for spec in {spec.model_dump_json(include={"task", "backbone", "adapter"}): spec for spec in specs}.values():
         count_parameters(spec)
+    for spec in specs:
+        if spec.adapter.init_from:
+            assembly.check(spec, empty_model(spec, empty_encoders(spec)))
 
 
 def check_data(specs: Sequence[TrialSpec], run: Path, console: Console) -> None:
@@ -94,33 +111,43 @@ def check_data(specs: Sequence[TrialSpec], run: Path, console: Console) -> None:
     Raises:
         UserError: data is missing or broken, or too little; the message names the file or the key.
     """
-    decoders: dict[Path, str] = {}
+    wanted: dict[tuple[Path, str], Reader] = {}
     # Trials that differ in the adapter alone use the same data.
     for spec in {_data_key(spec): spec for spec in specs}.values():
         task = make_task(spec)
         task.prepare()
         splits = choose_splits(spec, task)
-        modalities = TASKS.load(spec.task.target).modalities
+        encoders = empty_encoders(spec)
+        readers = {
+            name: Reader(f"{name} {spec.task.modalities[name]} {spec.backbone.encoders[name]}", m, (encoders[name],))
+            for name, m in make_modalities(spec).items()
+        }
         for example in (*splits.train, *splits.validation, *splits.test):
-            for context, path in example.inputs.items():
-                decoders[path] = spec.task.modalities[modalities[context]]
-    _read_all(decoders, Inputs(run), console)
+            for context, path in example.files:
+                reader = readers[task.modalities[context]]
+                wanted[path, reader.name] = reader
+    _read_all([(path, reader) for (path, _), reader in wanted.items()], Inputs(run), console)
 
 
 def _data_key(spec: TrialSpec) -> str:
-    return json.dumps([spec.task.model_dump(mode="json"), spec.budget.examples, spec.eval.model_dump(), spec.seed])
+    parts = [spec.task.model_dump(mode="json"), spec.budget.examples, spec.eval.model_dump(), spec.seed]
+    return json.dumps([*parts, spec.backbone.encoders])
 
 
-def _read_all(decoders: Mapping[Path, str], inputs: Inputs, console: Console) -> None:
-    new = inputs.unread(decoders)
+def _read_all(wanted: Sequence[tuple[Path, Reader]], inputs: Inputs, console: Console) -> None:
+    new = [(path, reader) for path, reader in wanted if not inputs.is_read(path, reader)]
     if not new:
         return
-    modalities: dict[str, Modality] = {target: MODALITIES.load(target)() for target in set(decoders.values())}
+    problems = ProblemList()
 
-    def read(path: Path) -> None:
-        inputs.read(path, modalities[decoders[path]].load)
+    def read(item: tuple[Path, Reader]) -> None:
+        try:
+            inputs.read(*item)
+        except UserError as error:
+            problems.add(error)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in track(pool.map(read, new), "Reading every input once", len(new), console=console, transient=True):
             pass
     inputs.save()
+    problems.raise_any()

@@ -9,30 +9,26 @@ Shapes: B documents or pictures, T text tokens, N image tokens, D features, K cl
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import platform
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import tokenizers
 import torch
 import torch.nn.functional as F
-import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from harness import pretrain_loop
 from harness.errors import UserError
+from harness.pretrain_audio import AUDIO_ENCODER, AUDIO_ENCODER_RECIPE, build_audio_encoder
+from harness.pretrain_loop import Recipe, write_training
 from harness.pretrain_text import documents
-from harness.tiny_vision import TinyVision
 from tasks.base import Split
+from tasks.modalities.tiny_vision import TinyVision
 from tasks.scene_drawing import (
     BACKGROUNDS,
     COLOURS,
@@ -52,20 +48,6 @@ ENCODER = "tiny-vision"
 
 _GRID = 4  # the encoder's tokens are a grid of 4 × 4
 _IGNORED = -100  # cross_entropy's own marker of a target that does not count
-LOG_EVERY_STEPS = 100
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How long and on how much one backbone is trained."""
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    training_items: int  # documents or pictures
-    held_out_items: int
-    warmup_steps: int = 100
-    weight_decay: float = 0.05
 
 
 LANGUAGE_MODEL_RECIPE = Recipe(3500, 16, 3e-3, training_items=60_000, held_out_items=1_000)
@@ -81,9 +63,10 @@ def build(
     seed: int = 0,
     language_model_recipe: Recipe = LANGUAGE_MODEL_RECIPE,
     encoder_recipe: Recipe = ENCODER_RECIPE,
+    audio_recipe: Recipe = AUDIO_ENCODER_RECIPE,
     console: Console | None = None,
 ) -> None:
-    """Train both built-in backbones into ``output/tiny-llama`` and ``output/tiny-vision``, one after the other.
+    """Train the built-in backbones into ``output/tiny-llama``, ``output/tiny-vision`` and ``output/tiny-audio``.
 
     How long that takes and how good they get is in docs/backbones.md.
 
@@ -96,6 +79,7 @@ def build(
         raise UserError(f"{output}: cannot write the backbones there: {error}") from error
     build_language_model(output / LANGUAGE_MODEL, seed, language_model_recipe, console)
     build_encoder(output / ENCODER, seed, encoder_recipe, console)
+    build_audio_encoder(output / AUDIO_ENCODER, seed, audio_recipe, console)
 
 
 def build_language_model(folder: Path, seed: int, recipe: Recipe, console: Console | None = None) -> dict[str, float]:
@@ -128,14 +112,14 @@ def build_language_model(folder: Path, seed: int, recipe: Recipe, console: Conso
         starts_B1 = torch.randint(len(stream_T) - _CONTEXT_TOKENS, (recipe.batch_size, 1), generator=draws)
         return _next_token_loss(model, stream_T[starts_B1 + torch.arange(_CONTEXT_TOKENS + 1)])
 
-    log = _train(model, loss, recipe, "language model", console)
+    log = pretrain_loop.train(model, loss, recipe, "language model", console)
     quality = {
         "held_out_perplexity": perplexity(model, held_out_T),
         "held_out_unigram_perplexity": _unigram_perplexity(stream_T, held_out_T, len(tokenizer)),
     }
     model.save_pretrained(folder)
     seconds = time.perf_counter() - started
-    _write_training(folder, model, seed=seed, recipe=recipe, quality=quality, log=log, seconds=seconds)
+    write_training(folder, model, seed=seed, recipe=recipe, quality=quality, log=log, seconds=seconds)
     return quality
 
 
@@ -251,11 +235,11 @@ def build_encoder(folder: Path, seed: int, recipe: Recipe, console: Console | No
         ]
         return torch.stack(losses).sum()
 
-    log = _train(model, loss, recipe, "vision encoder", console)
+    log = pretrain_loop.train(model, loss, recipe, "vision encoder", console)
     quality = _attribute_accuracy(model, train, held_out)
     model.encoder.save(folder)
     seconds = time.perf_counter() - started
-    _write_training(folder, model.encoder, seed=seed, recipe=recipe, quality=quality, log=log, seconds=seconds)
+    write_training(folder, model.encoder, seed=seed, recipe=recipe, quality=quality, log=log, seconds=seconds)
     return quality
 
 
@@ -274,66 +258,3 @@ def _attribute_accuracy(model: AttributeHeads, train: Pictures, held_out: Pictur
         quality[f"{name}_accuracy"] = (predicted == targets)[counts].double().mean().item()
         quality[f"{name}_majority_accuracy"] = (targets[counts] == commonest).double().mean().item()
     return quality
-
-
-def _train(
-    model: nn.Module, loss: Callable[[], Tensor], recipe: Recipe, label: str, console: Console | None
-) -> list[dict[str, float]]:
-    """Minimise ``loss`` with AdamW, linear warm-up and cosine decay; return the mean loss of every hundred steps."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1, (step + 1) / recipe.warmup_steps) * 0.5 * (1 + math.cos(math.pi * step / recipe.steps)),
-    )
-    model.train()
-    log: list[dict[str, float]] = []
-    recent: list[float] = []
-    for step in _progress(recipe.steps, label, console):
-        value = loss()
-        optimizer.zero_grad()
-        value.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        recent.append(value.item())
-        if step % LOG_EVERY_STEPS == 0 or step == recipe.steps:
-            log.append({"step": step, "loss": round(sum(recent) / len(recent), 4)})
-            recent.clear()
-    model.eval()
-    return log
-
-
-def _progress(steps: int, label: str, console: Console | None) -> Iterator[int]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        yield from progress.track(range(1, steps + 1), description=f"pre-training the {label}")
-
-
-def _write_training(
-    folder: Path,
-    model: nn.Module,
-    *,
-    seed: int,
-    recipe: Recipe,
-    quality: dict[str, float],
-    log: list[dict[str, float]],
-    seconds: float,
-) -> None:
-    training: dict[str, Any] = {
-        "recipe": asdict(recipe),
-        "seed": seed,
-        "seconds": round(seconds, 1),
-        "threads": torch.get_num_threads(),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "quality": {name: round(value, 4) for name, value in quality.items()},
-        "log": log,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
-        },
-    }
-    (folder / "training.json").write_text(json.dumps(training, indent=1) + "\n", encoding="utf-8")

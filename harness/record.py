@@ -109,6 +109,7 @@ class Data(_Schema):
     order_fingerprint: str  # SHA-256 over (epoch, example, reference) in training order
     evaluation_fingerprint: str  # SHA-256 over the validation and test examples
     steps: int  # optimizer steps
+    started_from: tuple[str, ...] = ()  # SHA-256 of the trained weights that adapter groups were taken from: more data
 
 
 class TrialRecord(_Schema):

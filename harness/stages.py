@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from adapters.base import Stage
-from harness.build import build, method_of
+from harness.build import build
 from harness.engine import Engine, load_weights
 from harness.errors import UserError
+from harness.parts import method_of
 from harness.plan import TrialSpec
 
 
@@ -59,7 +60,7 @@ class Stages:
         self.spec, self.device, self.zero_stage, self.folder = spec, device, zero_stage, folder
         self.stages = method_of(spec.adapter).stages(spec.budget.epochs)
         self.built = build(spec, device)
-        batches = math.ceil(len(self.built.splits.train) / spec.optimizer.per_device_train_batch_size)
+        batches = math.ceil(self.built.order.draws / spec.optimizer.per_device_train_batch_size)
         self.ends = stage_ends(self.stages, batches, spec.optimizer.gradient_accumulation_steps)
         self.total_steps = self.ends[-1]
         self._open = False
@@ -98,12 +99,13 @@ class Stages:
         path, batches = self.folder / "stage.safetensors", self.built.batches
         self.engine.save_weights(path)
         self.close()
-        kept = batches.features, batches.cut_targets
+        kept = batches.features, batches.cut_targets, batches.cut_inputs
         del self.engine, self.built, batches
         gc.collect()  # DeepSpeed's engine refers to itself: without this two models would stand in memory
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # building seeds it
             self.built = build(self.spec, self.device)
-        self.built.batches.features, self.built.batches.cut_targets = kept
+        batches = self.built.batches
+        batches.features, batches.cut_targets, batches.cut_inputs = kept
         load_weights(path, {name: p for name, p in self.built.model.named_parameters() if p.requires_grad})
         path.unlink()
         self._start(self.number + 1)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from harness.errors import UserError
-from harness.experiment import Resources
 from harness.plan import TrialSpec
 from harness.record import PlannedTrial, TrialRecord, read_record, record_path, write_record
+from harness.sections import Resources
 from harness.tracking import Grid, MlflowTracker
 from harness.trial import Progress, run_trial
 
@@ -28,6 +28,7 @@ _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a relative path in an experiment means the same in a worker
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "60",  # Tune's own snapshots are never read
     "TOKENIZERS_PARALLELISM": "false",

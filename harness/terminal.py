@@ -180,7 +180,8 @@ def leaderboard_table(board: Leaderboard) -> Table:
     table = _table(f"{board.run.plan.experiment}: scores on the test split, mean [95 % interval] over seeds")
     with_setting = any(row.setting for row in board.rows)
     shown = [info for info in board.run.plan.metrics if any(info.name in row.metrics for row in board.rows)]
-    second = shown[-1] if shown and shown[-1] != board.primary else None
+    # The first score of a generated text that the task's metrics name, of a mixture its first task's.
+    second = next((i for i in shown if "perplexity" not in i.name and i != board.primary), None)
     table.add_column("rank", justify="right", no_wrap=True)
     table.add_column("method")
     if with_setting:

@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,15 +22,14 @@ import torch
 from harness import budget, measure
 from harness.engine import prepare_process
 from harness.evaluate import exchanged, generate, likelihood
-from harness.experiment import Resources
 from harness.inputs import Inputs
 from harness.plan import TrialSpec
 from harness.record import Data, Epoch, TrialRecord, write_atomically, write_record
-from harness.registry import METRICS
-from harness.scores import write_examples
+from harness.scores import perplexities, score_members, write_examples
+from harness.sections import Resources
 from harness.stages import Stages
 from harness.tracking import Tracker
-from tasks.base import Example, Metric
+from tasks.base import Example
 
 REPORT_INTERVAL_S = 1.0
 BEST = "best.safetensors"  # trained parameters of the epoch that validated best
@@ -122,7 +121,8 @@ class Trial:
         self.state = _State()
         self.measured: dict[str, Any] = {}  # fields of the record
         self.total_steps = 0
-        self.cut_targets: Collection[str] = ()
+        self.cut: dict[str, set[str]] = {}
+        self.notes: tuple[str, ...] = ()
         self._reported = 0.0
         self._checkpointed = time.monotonic()
 
@@ -138,7 +138,11 @@ class Trial:
             self.peak = measure.PeakMemory(self.device)
             self.stages = Stages(spec, self.device, self.resources.zero_stage, self.folder)
             self.measured["parameters"] = self.stages.built.parameters  # trainable: those that any stage trains
-            self.splits, self.cut_targets = self.stages.built.splits, self.stages.built.batches.cut_targets
+            batches = self.stages.built.batches
+            self.splits, self.cut = (
+                self.stages.built.splits,
+                {"target": batches.cut_targets, "input": batches.cut_inputs},
+            )
             self.total_steps = self.stages.total_steps
         try:
             with self._phase("build"):
@@ -161,8 +165,8 @@ class Trial:
 
     def _encode(self) -> None:
         """Run the frozen encoders ahead of training, so that training speed is the language model's alone."""
-        examples = [*self.splits.train, *self.splits.validation, *self.splits.test]
-        self.stages.built.batches.features.keep(examples, lambda: self._tell("encode"))
+        evaluation = [*self.splits.validation, *self.splits.test]
+        self.stages.built.batches.features.keep(self.splits.train, evaluation, lambda: self._tell("encode"))
 
     def _epoch(self, epoch: int) -> None:
         train_loss = self._train_epoch(epoch)
@@ -191,7 +195,7 @@ class Trial:
         # Dropout draws from the global generator: seeded per epoch, a resumed trial repeats exactly what was lost.
         torch.manual_seed(self.spec.seed * 100_003 + epoch)
         self.stages.built.model.train()
-        draws = budget.epoch_order(self.splits.train, self.spec.seed, epoch)
+        draws = self.stages.built.order.epoch(epoch)
         size = self.spec.optimizer.per_device_train_batch_size
         losses: list[float] = []
         for start in range(0, len(draws), size):
@@ -211,12 +215,12 @@ class Trial:
         model, batches = self.stages.built.model, self.stages.built.batches
         examples = [self.splits.train[draw.example] for draw in draws]
         texts = [e.references[draw.reference] for e, draw in zip(examples, draws, strict=True)]
-        batch = batches.make(examples, texts).to(self.device)
+        batch = batches.make(examples, texts, [draw.view for draw in draws]).to(self.device)
         # What is kept for backward is measured in the steps that the clock leaves out: it costs time.
         measuring = self.clock.warming_up
         with measure.saved_for_backward(model) if measuring else nullcontext([0]) as saved, self.clock:
             loss = self.stages.engine.train_step(batch)
-        self.clock.count(batch.size, model.positions(batch))
+        self.clock.count(batch.size, batch.positions)
         self.state.activations_bytes = max(self.state.activations_bytes, saved[0])
         self.state.step = self.stages.step
         return loss
@@ -236,15 +240,15 @@ class Trial:
         wrong = self._likelihood(splits.test, others) if others else None
         predictions = generate(
             built.model, built.batches, splits.test, spec.eval.per_device_eval_batch_size, spec.eval.max_new_tokens,
-            self.device, self._tick,
+            spec.eval.num_beams, self.device, self._tick,
         )  # fmt: skip
-        metric: Metric = METRICS.load(spec.task.metric)()
-        scores = metric.score(predictions, {example.id: example.references for example in splits.test})
+        scores = score_members(spec.task.metrics, splits.test, predictions)
+        self.notes = scores.notes
         write_examples(self.folder / "examples.parquet", splits, validation, test, wrong, predictions, scores)
         wrong_input = {"perplexity_wrong_input": wrong.perplexity} if wrong else {}
         return {
-            "validation": {"perplexity": validation.perplexity},
-            "test": {"perplexity": test.perplexity, **wrong_input, **scores.corpus},
+            "validation": perplexities(splits.validation, validation),
+            "test": {**perplexities(splits.test, test), **wrong_input, **scores.corpus},
         }
 
     def _data(self) -> Data:
@@ -253,19 +257,25 @@ class Trial:
         return Data(
             examples=len(splits.train),
             examples_fingerprint=budget.content_fingerprint(splits.train, digest),
-            order_fingerprint=budget.order_fingerprint(
-                splits.train, spec.seed, spec.budget.epochs, spec.optimizer.per_device_train_batch_size
+            order_fingerprint=self.stages.built.order.fingerprint(
+                spec.budget.epochs, spec.optimizer.per_device_train_batch_size
             ),
             evaluation_fingerprint=budget.content_fingerprint([*splits.validation, *splits.test], digest),
             steps=self.state.step,
+            started_from=tuple(sorted({origin.weights_sha256 for origin in spec.adapter.init_from.values()})),
         )
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What a reader of the record should know beside its numbers."""
-        cut = len(self.cut_targets)
-        limit = self.spec.budget.max_target_length
-        return (f"{cut} target texts were longer than max_target_length={limit} tokens and were cut",) if cut else ()
+        limits = self.spec.budget.model_dump()
+        cut = [
+            f"{len(texts)} {kind} texts were longer than max_{kind}_length={limits[f'max_{kind}_length']} tokens "
+            "and were cut"
+            for kind, texts in self.cut.items()
+            if texts
+        ]
+        return (*cut, *self.notes)
 
     def _checkpoint(self, epoch: int) -> None:
         """Save so that a crash at any moment leaves a whole checkpoint: the state file names the one that counts."""

@@ -1,4 +1,7 @@
-"""Sample outputs beside their inputs: the same few test examples for every method, drawn blind to the scores."""
+"""Sample outputs beside their inputs: the same few test examples for every method, drawn blind to the scores.
+
+Inputs are whatever a task has: pictures, recordings and texts are shown, of other files the name.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,23 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from pyarrow import ArrowException
 
 from harness.record import MetricInfo
+from results.format import size_text
 from results.table import Leaderboard, Row
 
 _SHOWN = 8
 _THUMBNAIL_PIXELS = 240  # longer side; smaller pictures are embedded as they are and enlarged by the page
+_SHOWN_CHARACTERS = 280  # of a text; more are unfolded by a click
+_MOST_SOUND_BYTES = 1 << 20  # of one recording: the page holds it whole
+# What browsers play, https://developer.mozilla.org/en-US/docs/Web/Media/Guides/Formats/Containers.
+_SOUNDS = {".wav": "audio/wav", ".flac": "audio/flac", ".mp3": "audio/mpeg", ".ogg": "audio/ogg"}
 
 
 @dataclass(frozen=True)
@@ -33,13 +42,19 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An input: a data URI, or None and the reason why it is not shown."""
+class Input:
+    """One input of an example: a picture or a sound with its data URI, a text, or a note why a file is not shown."""
 
     context: str
-    uri: str | None
-    pixelated: bool
-    note: str
+    kind: Literal["picture", "sound", "text", "note"]
+    text: str  # of a text or a note; the file's name of the others
+    uri: str = ""
+    pixelated: bool = False
+
+    @property
+    def start(self) -> str:
+        """What of a text is shown at once; all of it if it is short."""
+        return self.text if len(self.text) <= _SHOWN_CHARACTERS else f"{self.text[: _SHOWN_CHARACTERS - 20].rstrip()} …"
 
 
 @dataclass(frozen=True)
@@ -47,9 +62,20 @@ class Sample:
     """One test example with the outputs of all methods."""
 
     example_id: str
-    pictures: tuple[Picture, ...]
+    inputs: tuple[Input, ...]  # in the order of the sequence
     references: tuple[str, ...]
+    score: MetricInfo | None  # that of the outputs; None: no metric has a value for this example
     outputs: tuple[Output, ...]
+
+    @property
+    def texts(self) -> list[Input]:
+        """The inputs that are text."""
+        return [part for part in self.inputs if part.kind == "text"]
+
+    @property
+    def files(self) -> list[Input]:
+        """The inputs that are files, shown or not."""
+        return [part for part in self.inputs if part.kind != "text"]
 
 
 @dataclass(frozen=True)
@@ -57,9 +83,13 @@ class Gallery:
     """Samples of one setting; ``unreadable`` names the score files that could not be read."""
 
     setting: str
-    score: MetricInfo | None
     samples: tuple[Sample, ...]
     unreadable: tuple[str, ...]
+
+    @property
+    def scores(self) -> list[MetricInfo]:
+        """The metrics shown: one, or in a mixture those of its tasks."""
+        return list({sample.score.name: sample.score for sample in self.samples if sample.score}.values())
 
 
 def build_gallery(board: Leaderboard) -> Gallery:
@@ -77,10 +107,10 @@ def build_gallery(board: Leaderboard) -> Gallery:
                 unreadable.append(f"{row.finished[0].trial_id}: {str(error).splitlines()[0]}")
         tables = [table for table in tables if table[2]]
         if tables:
-            score = _score(board, [examples for *_, examples in tables])
-            samples = tuple(_sample(example_id, tables, score) for example_id in _drawn(tables))
-            return Gallery(setting, score, samples, tuple(unreadable))
-    return Gallery("", None, (), tuple(unreadable))
+            metrics = _by_preference(board)
+            samples = tuple(_sample(example_id, tables, metrics) for example_id in _drawn(tables))
+            return Gallery(setting, samples, tuple(unreadable))
+    return Gallery("", (), tuple(unreadable))
 
 
 def _predictions(path: Path) -> dict[str, dict[str, Any]]:
@@ -98,23 +128,29 @@ def _drawn(tables: Sequence[tuple[Row, int, dict[str, dict[str, Any]]]]) -> list
     return sorted(ids, key=lambda example_id: hashlib.sha256(example_id.encode()).digest())[:_SHOWN]
 
 
-def _score(board: Leaderboard, tables: Sequence[dict[str, dict[str, Any]]]) -> MetricInfo | None:
-    """The metric shown per example: CIDEr, else the primary one, else the first that has values by example."""
-    columns = {column for examples in tables for column in next(iter(examples.values()))}
-    preferred = sorted(board.run.plan.metrics, key=lambda info: (info.name != "cider", info is not board.primary))
-    return next((info for info in preferred if info.name in columns), None)
+def _by_preference(board: Leaderboard) -> list[MetricInfo]:
+    """The metrics in the order in which one is chosen for an example: CIDEr, the primary one, the others.
+
+    A mixture has ``coco_captions/cider``, with values for that task's examples alone.
+    """
+
+    def key(info: MetricInfo) -> tuple[bool, bool]:
+        return (info.name.rpartition("/")[2] != "cider", info is not board.primary)
+
+    return sorted(board.run.plan.metrics, key=key)
 
 
 def _sample(
-    example_id: str, tables: Sequence[tuple[Row, int, dict[str, dict[str, Any]]]], score: MetricInfo | None
+    example_id: str, tables: Sequence[tuple[Row, int, dict[str, dict[str, Any]]]], metrics: Sequence[MetricInfo]
 ) -> Sample:
     rows = [(row, seed, examples[example_id]) for row, seed, examples in tables if example_id in examples]
     first = rows[0][2]
-    inputs: dict[str, str] = json.loads(first.get("inputs") or "{}")
+    score = next((info for info in metrics if any(example.get(info.name) is not None for *_, example in rows)), None)
     return Sample(
         example_id=example_id,
-        pictures=tuple(_picture(context, Path(path)) for context, path in inputs.items()),
+        inputs=_inputs(first.get("inputs") or "[]"),
         references=tuple(first.get("references") or ()),
+        score=score,
         outputs=tuple(
             Output(row, seed, example["prediction"], example.get(score.name) if score else None)
             for row, seed, example in rows
@@ -122,17 +158,53 @@ def _sample(
     )
 
 
-def _picture(context: str, path: Path) -> Picture:
+def _inputs(column: str) -> tuple[Input, ...]:
+    parts: Any = json.loads(column)
+    if isinstance(parts, dict):  # of run folders from before inputs could be text
+        parts = [(context, "file", path) for context, path in parts.items()]
+    return tuple(
+        Input(context, "text", value) if kind == "text" else _file(context, Path(value))
+        for context, kind, value in parts
+    )
+
+
+def _file(context: str, path: Path) -> Input:
+    suffix = path.suffix.lower()
+    if suffix in _SOUNDS:
+        return _sound(context, path, _SOUNDS[suffix])
     try:
-        with Image.open(path) as opened:
-            picture = opened.convert("RGB")
-    except (OSError, UnidentifiedImageError):
-        return Picture(context, None, False, f"{path.name}: no picture that can be read")
+        return _picture(context, path)
+    except Exception:  # each of Pillow's decoders fails with exceptions of its own
+        known = suffix in Image.registered_extensions()
+        reason = "no picture that can be read" if known else "neither a picture nor a sound, not shown"
+        return Input(context, "note", f"{path.name}: {reason}")
+
+
+def _sound(context: str, path: Path, media_type: str) -> Input:
+    try:
+        size = path.stat().st_size
+        if size > _MOST_SOUND_BYTES:
+            reason = f"{size_text(size)}, more than {size_text(_MOST_SOUND_BYTES)}: not put into this page"
+            return Input(context, "note", f"{path.name}: {reason}")
+        content = path.read_bytes()
+    except OSError as error:
+        return Input(context, "note", f"{path.name}: cannot be read: {error.strerror}")
+    return Input(context, "sound", path.name, _data_uri(media_type, content))
+
+
+def _picture(context: str, path: Path) -> Input:
+    with Image.open(path) as opened:
+        upright = ImageOps.exif_transpose(opened)
+    if upright.mode.startswith("I;16"):  # Pillow's own conversion would turn nearly all of it white
+        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+    picture = upright.convert("RGB")
     pixelated = max(picture.size) < _THUMBNAIL_PIXELS / 2
     picture.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
     buffer = io.BytesIO()
     kind = "png" if pixelated else "jpeg"  # a photograph as PNG is ten times as large
     picture.save(buffer, kind, quality=85)
-    return Picture(
-        context, f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", pixelated, path.name
-    )
+    return Input(context, "picture", path.name, _data_uri(f"image/{kind}", buffer.getvalue()), pixelated)
+
+
+def _data_uri(media_type: str, content: bytes) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"

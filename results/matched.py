@@ -12,6 +12,7 @@ _REASONS = {
     "order_fingerprint": "order of the examples differs",
     "evaluation_fingerprint": "evaluation examples differ",
     "steps": "number of optimizer steps differs",
+    "started_from": "adapter groups trained before, on other data",
 }
 
 

@@ -1,7 +1,8 @@
 """The contracts of the plugins that bring data: Task, Modality, Metric.
 
 A plugin subclasses one of these and registers the class under an entry point (``harness.tasks``,
-``harness.modalities``, ``harness.metrics``). The engine knows nothing else about it.
+``harness.modalities``, ``harness.metrics``), or an experiment names its file under ``plugins:``. The engine knows
+nothing else about it. Imports no torch: an experiment is planned without it.
 """
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from tasks.encoder import Encoder
 
 Split = Literal["train", "validation", "test"]
 
@@ -23,29 +28,62 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Part(NamedTuple):
+    """One stretch of an example's input: a file, which a modality reads, or text."""
+
+    context: str
+    value: Path | str
+
+
 @dataclass(frozen=True)
 class Example:
-    """One item of a split: a file for every context that is not text, and one or more reference texts."""
+    """One item of a split: what stands before the answer, and one or more reference answers.
+
+    ``inputs`` are in sequence order; a context may come again (the turns of a conversation). A mapping context → value
+    is taken too.
+    """
 
     id: str  # stable: budgets, fingerprints and per-example scores go by it
-    inputs: Mapping[str, Path]  # context → file, read by that context's modality
+    inputs: tuple[Part, ...]
     references: tuple[str, ...]
+    target: str | None = None  # context of the answer; None: the last one of the task
+    member: str = ""  # of a mixture: which of its tasks this example is of
+
+    def __post_init__(self) -> None:
+        pairs = self.inputs.items() if isinstance(self.inputs, Mapping) else self.inputs
+        object.__setattr__(self, "inputs", tuple(Part(*pair) for pair in pairs))
+
+    @property
+    def files(self) -> tuple[tuple[str, Path], ...]:
+        """The inputs that are files, each with its context."""
+        return tuple((part.context, part.value) for part in self.inputs if isinstance(part.value, Path))
 
 
 class Task(ABC):
     """Where examples come from and how answers to them are scored.
 
-    ``contexts`` are the token domains in sequence order; the last one is the target text, the others are read by the
-    modality that ``modalities`` names for them.
+    ``contexts`` are the token domains; the last one is the answer's. A context that ``modalities`` names is read from
+    files by that modality, any other one is text. Tasks that learn these from their options set them in ``__init__``.
     """
 
-    contexts: ClassVar[tuple[str, ...]]
-    modalities: ClassVar[Mapping[str, str]]  # context → modality's registry name
-    metric: ClassVar[str]  # registry name of the metric that scores generated text
+    contexts: tuple[str, ...]
+    modalities: Mapping[str, str]  # context → modality's registry name
+    metrics: tuple[str, ...]  # registry names of what scores generated text
     Config: ClassVar[type[Config]]
+    # Contexts whose items `augment` changes: they are encoded anew for every training draw.
+    augmented: frozenset[str] = frozenset()
 
     def __init__(self, config: Any) -> None:
         self.config = config
+
+    @classmethod
+    @abstractmethod
+    def sample(cls, folder: Path) -> dict[str, Any]:
+        """Write a tiny data set of the real format into an empty folder, without a download.
+
+        Returns:
+            Options with which the task reads it. The contract tests run on it, and ``harness check``.
+        """
 
     @abstractmethod
     def prepare(self) -> None:
@@ -60,12 +98,31 @@ class Task(ABC):
         """All examples of a split in a fixed order; ids are unique over the task.
 
         Raises:
-            UserError: an annotation is broken, or its input is missing.
+            UserError: annotations are broken, or their inputs are missing; all problems at once.
         """
+
+    def augment(self, context: str, item: Any, rng: np.random.Generator) -> Any:
+        """Change a decoded item for one training draw; never called for evaluation. By default as it is."""
+        return item
+
+    def members(self) -> Mapping[str, Task]:
+        """The tasks this one is made of, by the ``member`` of their examples; a plain task is its only member."""
+        return {"": self}
+
+    def shares(self, sizes: Mapping[str, int]) -> Mapping[str, float]:
+        """The share of training draws by member, adding up to 1; by default as its training examples are many.
+
+        Args:
+            sizes: member → training examples.
+        """
+        total = sum(sizes.values())
+        return {member: size / total for member, size in sizes.items()}
 
 
 class Modality(ABC):
-    """How one kind of input file is read. What it becomes afterwards is the encoder's business."""
+    """One kind of input file: how it is read, and which frozen encoders turn it into tokens."""
+
+    default_encoder: ClassVar[str]  # where an experiment names none
 
     @abstractmethod
     def load(self, path: Path) -> Any:
@@ -75,21 +132,43 @@ class Modality(ABC):
             UserError: it cannot be decoded; the message names it.
         """
 
+    @abstractmethod
+    def encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
+        """Load a frozen encoder (one of the modality's own, a local folder, or a hub id), in fp32, evaluation mode.
+
+        Raises:
+            UserError: it cannot be had, or is no encoder of this modality.
+        """
+
+    @abstractmethod
+    def empty_encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
+        """The same without weights, by its configuration alone: to count parameters and to ``check`` items.
+
+        Raises:
+            UserError: as ``encoder`` does.
+        """
+
+    def remark(self, item: Any) -> str | None:
+        """What ``load`` had to convert, in words that many files share ("grey-scale, read as RGB"); None: nothing."""
+        return None
+
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of one split: over the corpus, and per example id."""
+    """Scores of one split: over the corpus, per example id, and what a reader must know beside them."""
 
     corpus: dict[str, float]
     per_example: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # "SPICE was not computed: …"
 
 
 class Metric(ABC):
     """Scores generated texts against references."""
 
-    # What the leaderboard shows: metric name → label, as in {"bleu_4": "BLEU-4"}; higher is better. Other scores are
-    # kept in the records only.
+    # What the leaderboard shows: metric name → label, as in {"bleu_4": "BLEU-4"}; the first one where there is room for
+    # one. Other scores are kept in the records only. Higher is better, but for those in lower_is_better.
     labels: ClassVar[Mapping[str, str]]
+    lower_is_better: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def score(self, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Scores:

@@ -1,4 +1,4 @@
-"""Image captioning in the layout of COCO, https://cocodataset.org/#download (2017 train and val images, annotations):
+"""Image captioning as on COCO, https://cocodataset.org/#download: several people's captions of each picture.
 
     root/train2017/000000358083.jpg
     root/annotations/captions_train2017.json:
@@ -6,168 +6,174 @@
          "annotations": [{"id": 770337, "image_id": 391895,
                           "caption": "A man with a red helmet on a small moped on a dirt road."}, ...]}
 
-Anything written in this format is read the same way; the built-in task ``scenes`` is.
+Anything written in this format is read the same way (``tasks/coco_format.py``): COCO of 2014 and 2017, NoCaps, the
+built-in task ``scenes``. Karpathy's splits of COCO and Flickr are read by ``tasks/karpathy.py``, data sets of the hub
+and shards by ``tasks/coco_sources.py``.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
-from typing import ClassVar
+from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+import numpy as np
+from PIL import Image
+from pydantic import Field, model_validator
 
-from harness.errors import UserError, did_you_mean
+from harness.errors import ProblemList, UserError, did_you_mean
 from tasks.base import Config, Example, Split, Task
+from tasks.coco_format import read_captioned, read_captions, write_annotations
+from tasks.coco_sources import DatasetSource, materialise
+from tasks.karpathy import read_karpathy
+from tasks.modalities.augmentation import Augmentation
+
+Splits = Mapping[Split, tuple[Example, ...]]
 
 
 class CocoCaptionsConfig(Config):
-    """Where the pictures and captions lie."""
+    """Where the pictures and captions lie (``root`` or ``dataset``), the splits, and what is changed while training."""
 
-    root: Path  # the folder that holds annotations/ and the image folders
+    root: Path | None = None  # the folder that holds annotations/ and the image folders
+    dataset: DatasetSource | None = None  # instead: a hub data set or shards
+    karpathy: Path | None = None  # Karpathy's JSON: his splits of the images below root
     train: str = "train2017"  # the image folder; its captions are annotations/captions_<train>.json
     validation: str = "val2017"
     test: str | None = None  # none: half of the validation images, chosen by a hash of their ids
+    test_root: Path | None = None  # none: root; another data set to test on, such as NoCaps
+    test_domain: str | None = None  # of the test images only these, as in NoCaps: in-domain, near-domain, out-domain
+    augmentation: Augmentation = Field(default_factory=Augmentation)  # of training pictures; none by default
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> CocoCaptionsConfig:
+        if (self.root is None) == (self.dataset is None):
+            raise ValueError("exactly one of root (a folder) and dataset (a hub id or shards) is needed")
+        if self.karpathy is not None and self.root is None:
+            raise ValueError("karpathy: needs root, the folder of the images")
+        for option in ("train", "validation"):
+            changed = getattr(self, option) != type(self).model_fields[option].default
+            if changed and (self.dataset is not None or self.karpathy is not None):
+                instead = "dataset has names of its own" if self.dataset is not None else "karpathy has all splits"
+                raise ValueError(f"{option}: not together with this source; {instead}")
+        if self.test is not None and self.test_root is None and (self.dataset is not None or self.karpathy is not None):
+            raise ValueError("test: with dataset or karpathy it needs test_root, the folder it lies in")
+        for option in ("test_root", "test_domain"):
+            if getattr(self, option) is not None and self.test is None:
+                raise ValueError(f"{option}: needs test, the name of the image folder")
+        return self
 
 
 class CocoCaptions(Task):
     """Caption a picture; several people's captions are the references."""
 
-    contexts: ClassVar = ("image", "text")
-    modalities: ClassVar = {"image": "image"}
-    metric: ClassVar = "captions"
-    Config: ClassVar = CocoCaptionsConfig
+    contexts = ("image", "text")
+    modalities: Mapping[str, str] = {"image": "image"}
+    metrics = ("captions",)
+    Config = CocoCaptionsConfig
     config: CocoCaptionsConfig
 
+    def __init__(self, config: CocoCaptionsConfig) -> None:
+        super().__init__(config)
+        if config.augmentation.active:
+            self.augmented = frozenset({"image"})
+
+    @classmethod
+    def sample(cls, folder: Path) -> dict[str, Any]:
+        """Sixteen small pictures: eight to train on, four each to validate and test."""
+        for name, ids in (("train2017", range(8)), ("val2017", range(15, 23))):
+            (folder / name).mkdir()
+            images = [{"id": i, "file_name": f"{i:012d}.jpg", "height": 12, "width": 16} for i in ids]
+            for i, image in zip(ids, images, strict=True):
+                Image.new("RGB", (16, 12), (9 * i, 90, 160)).save(folder / name / str(image["file_name"]))
+            captions = {i: (f"A plain picture of {i} .", "One colour,\n nothing else") for i in ids}
+            write_annotations(folder, name, images, captions)
+        return {"root": str(folder)}
+
     def prepare(self) -> None:
-        """Read and check every split. COCO is not downloaded: its images are 19 GB and under licences of their own."""
+        """Read and check every split. COCO is not downloaded: its images are 19 GB and under licences of their own.
+
+        Raises:
+            UserError: something is missing or broken; all problems of a file at once.
+        """
         _ = self._splits
 
     def examples(self, split: Split) -> Sequence[Example]:
         """The images of a split in the order of its annotation file."""
         return self._splits[split]
 
+    def augment(self, context: str, item: Image.Image, rng: np.random.Generator) -> Image.Image:
+        """Change a picture as ``augmentation`` says."""
+        return self.config.augmentation.apply(item, rng)
+
     @cached_property
-    def _splits(self) -> dict[Split, tuple[Example, ...]]:
-        root = self.config.root.expanduser()
-        train = read_captions(root, self.config.train)
-        validation = read_captions(root, self.config.validation)
-        if self.config.test is None:
-            test = tuple(example for example in validation if _in_test_half(example.id))
-            validation = tuple(example for example in validation if not _in_test_half(example.id))
-        else:
-            test = read_captions(root, self.config.test)
-        splits: dict[Split, tuple[Example, ...]] = {"train": train, "validation": validation, "test": test}
-        _check_disjoint(root, splits)
+    def _splits(self) -> Splits:
+        config = self.config
+        splits = dict(self._read())
+        if config.test is not None:
+            splits["test"] = self._read_test(config.test)
+        elif "test" not in splits:
+            whole = splits["validation"]
+            splits["validation"] = tuple(example for example in whole if not _in_test_half(example.id))
+            splits["test"] = tuple(example for example in whole if _in_test_half(example.id))
+        _check(self._root, splits)
         return splits
+
+    @cached_property
+    def _root(self) -> Path:
+        """The folder that is read: the one that is given, or the one that the data set is written to."""
+        if self.config.dataset is not None:
+            return materialise(self.config.dataset)
+        return Path(str(self.config.root)).expanduser()
+
+    def _read(self) -> Splits:
+        """All splits of the source, without a test split that is named or cut from the validation images."""
+        config = self.config
+        if config.karpathy is not None:
+            return read_karpathy(config.karpathy.expanduser(), self._root)
+        if config.dataset is not None:
+            return _read_folder(self._root, {split: split for split in config.dataset.splits})
+        return _read_folder(self._root, {"train": config.train, "validation": config.validation})
+
+    def _read_test(self, name: str) -> tuple[Example, ...]:
+        domain = self.config.test_domain
+        root = self.config.test_root.expanduser() if self.config.test_root is not None else self._root
+        captioned = read_captioned(root, name)
+        domains = {image.domain for image in captioned if image.domain is not None}
+        if domain is not None and domain not in domains:
+            raise UserError(f"test_domain: no image of {root}/{name} is {domain!r}; {did_you_mean(domain, domains)}")
+        examples = (image.example for image in captioned if domain in (None, image.domain))
+        # NoCaps counts from 0, and so its ids are COCO's as well.
+        return tuple(replace(e, id=f"{name}-{e.id}") if self.config.test_root else e for e in examples)
+
+
+def _read_folder(root: Path, names: Mapping[Split, str]) -> Splits:
+    problems = ProblemList()
+    splits: dict[Split, tuple[Example, ...]] = {}
+    for split, name in names.items():
+        try:
+            splits[split] = read_captions(root, name)
+        except UserError as error:
+            problems.add(error)
+    problems.messages = list(dict.fromkeys(problems.messages))  # a folder that is missing is so for every split
+    problems.raise_any()
+    return splits
 
 
 def _in_test_half(example_id: str) -> bool:
     return hashlib.sha256(example_id.encode()).digest()[0] % 2 == 1
 
 
-def _check_disjoint(root: Path, splits: dict[Split, tuple[Example, ...]]) -> None:
+def _check(place: object, splits: Splits) -> None:
+    problems = ProblemList()
     seen: dict[str, Split] = {}
     for split, examples in splits.items():
+        if not examples:
+            problems.add(f"{place}: the {split} split has no images; at least one is needed")
         for example in examples:
             if seen.setdefault(example.id, split) != split:
-                raise UserError(
-                    f"{root}: image {example.id} is in {seen[example.id]} and in {split}; splits may not overlap"
-                )
-
-
-class _Image(BaseModel):
-    id: int
-    file_name: str
-
-
-class _Annotation(BaseModel):
-    image_id: int
-    caption: str
-
-
-class _CaptionFile(BaseModel):
-    images: list[_Image]
-    annotations: list[_Annotation]
-
-
-def read_captions(root: Path, name: str) -> tuple[Example, ...]:
-    """Read ``root/annotations/captions_<name>.json`` and find its pictures in ``root/<name>``.
-
-    Returns:
-        One example for each image in the order of the file, its id the image's, its references the captions with
-        white space collapsed (COCO's own hold stray line breaks).
-
-    Raises:
-        UserError: a file or folder is missing, the JSON is broken or of another format, an id is twice there, an
-            image has no caption or no file, a caption is empty or of an image that is not listed.
-    """
-    path = root / "annotations" / f"captions_{name}.json"
-    images_folder = root / name
-    captions = _parse(path)
-    _require_folder(images_folder, "images")
-    if not captions.images:
-        raise UserError(f"{path}: images: the list is empty; at least one image is needed")
-    references: dict[int, list[str]] = {}
-    for number, image in enumerate(captions.images):
-        if image.id in references:
-            raise UserError(f"{path}: images[{number}].id: {image.id} is there twice; ids are unique")
-        references[image.id] = []
-    for number, annotation in enumerate(captions.annotations):
-        if annotation.image_id not in references:
-            raise UserError(f"{path}: annotations[{number}].image_id: {annotation.image_id} is not among the images")
-        caption = " ".join(annotation.caption.split())
-        if not caption:
-            raise UserError(f"{path}: annotations[{number}].caption of image {annotation.image_id} is empty")
-        references[annotation.image_id].append(caption)
-    examples = []
-    for number, image in enumerate(captions.images):
-        if not references[image.id]:
-            raise UserError(f"{path}: images[{number}]: image {image.id} has no caption; every image needs one or more")
-        picture = _picture(path, images_folder, number, image)
-        examples.append(Example(str(image.id), {"image": picture}, tuple(references[image.id])))
-    return tuple(examples)
-
-
-def _picture(path: Path, folder: Path, number: int, image: _Image) -> Path:
-    where = f"{path}: images[{number}].file_name: {image.file_name!r}"
-    relative = PurePosixPath(image.file_name)
-    if relative.is_absolute() or ".." in relative.parts:
-        raise UserError(f"{where} leads out of {folder}; allowed: names inside it")
-    picture = folder / relative
-    if not picture.is_file():
-        raise UserError(f"{where} is not in {folder}")
-    return picture
-
-
-def _require_folder(folder: Path, what: str) -> None:
-    if folder.is_dir():
-        return
-    parent = next(parent for parent in folder.parents if parent.is_dir())
-    present = (entry.name for entry in parent.iterdir() if entry.is_dir())
-    missing = folder.relative_to(parent).parts[0]
-    raise UserError(f"{folder}: the folder of {what} does not exist; in {parent} {did_you_mean(missing, present)}")
-
-
-def _parse(path: Path) -> _CaptionFile:
-    _require_folder(path.parent, "annotations")
-    if not path.is_file():
-        present = (entry.name for entry in path.parent.glob("*.json"))
-        raise UserError(f"{path}: the annotation file does not exist; {did_you_mean(path.name, present)}")
-    try:
-        return _CaptionFile.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except json.JSONDecodeError as error:
-        line = error.doc.split("\n")[error.lineno - 1]
-        shown = line[max(0, error.colno - 60) : error.colno + 60]  # COCO's files are one line of megabytes
-        raise UserError(
-            f"{path}: line {error.lineno}, column {error.colno}: broken JSON, {error.msg}: {shown!r}"
-        ) from error
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"])) or "the whole file"
-        raise UserError(f"{path}: {key}: {problem['msg']}; found {str(problem['input'])[:80]!r}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
+                where = f"{seen[example.id]} and in {split}"
+                problems.add(f"{place}: image {example.id} is in {where}; splits may not overlap")
+    problems.raise_any()

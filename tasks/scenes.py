@@ -1,10 +1,10 @@
 """The built-in task: caption pictures drawn by code, as many as one likes, without a download.
 
-They are written in COCO's own layout (see ``tasks/captioning.py``) below ``$HARNESS_CACHE``, by default
+They are written in COCO's own layout (see ``tasks/coco_format.py``) below ``$HARNESS_CACHE``, by default
 ``~/.cache/harness``, and read by the same reader:
 
     scenes/<key>/train/000010000000.png
-    scenes/<key>/annotations/captions_train.json: ..., {"id": 50000000, "image_id": 10000000,
+    scenes/<key>/annotations/captions_train.json: ..., {"id": 0, "image_id": 10000000,
         "caption": "a pair of large red stars are to the left of a small blue circle."}, ...
 
 Picture ``i`` of a split depends on (data_seed, split, i) alone, so a larger set begins with the smaller one.
@@ -13,21 +13,18 @@ Picture ``i`` of a split depends on (data_seed, split, i) alone, so a larger set
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from filelock import FileLock
 from pydantic import Field
 
 from harness.errors import UserError
 from tasks import scene_drawing, scene_grammar
 from tasks.base import Config, Example, Split, Task
-from tasks.captioning import read_captions
+from tasks.cache_folder import cache_folder, write_once
+from tasks.coco_format import read_captions, write_annotations
 
 CAPTIONS_PER_PICTURE = 5
 # Image ids start here, so that they are unique over the task however many pictures a split has.
@@ -47,20 +44,24 @@ class ScenesConfig(Config):
 class Scenes(Task):
     """Caption a drawn picture of shapes whose colours, sizes, counts and relations matter."""
 
-    contexts: ClassVar = ("image", "text")
-    modalities: ClassVar = {"image": "image"}
-    metric: ClassVar = "captions"
-    Config: ClassVar = ScenesConfig
+    contexts = ("image", "text")
+    modalities: Mapping[str, str] = {"image": "image"}
+    metrics = ("captions",)
+    Config = ScenesConfig
     config: ScenesConfig
+
+    @classmethod
+    def sample(cls, folder: Path) -> dict[str, Any]:
+        """A few pictures; they are drawn below ``$HARNESS_CACHE``, as always."""
+        return {"train_examples": 8, "validation_examples": 4, "test_examples": 4}
 
     @cached_property
     def folder(self) -> Path:
         """Where this configuration's pictures lie; another one as soon as the drawing or the grammar changes."""
-        cache = Path(os.environ.get("HARNESS_CACHE") or "~/.cache/harness").expanduser()
         key = hashlib.sha256(self.config.model_dump_json().encode())
         for module in (scene_drawing, scene_grammar):
             key.update(Path(str(module.__file__)).read_bytes())
-        return cache / "scenes" / key.hexdigest()[:16]
+        return cache_folder("scenes", key.hexdigest()[:16])
 
     def prepare(self) -> None:
         """Draw the pictures, once for all processes of this machine.
@@ -68,16 +69,8 @@ class Scenes(Task):
         Raises:
             UserError: the cache folder cannot be written to.
         """
-        partial = self.folder.with_name(f".{self.folder.name}.partial")
         try:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.folder.with_name(f".{self.folder.name}.lock")):
-                if self.folder.is_dir():
-                    return
-                shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
-                for split in _FIRST_ID:
-                    self._write(partial, split)
-                partial.rename(self.folder)
+            write_once(self.folder, self._write)
         except OSError as error:
             raise UserError(f"{self.folder}: cannot write the pictures of the task scenes: {error}") from error
 
@@ -85,11 +78,15 @@ class Scenes(Task):
         """The pictures of a split in the order of their numbers."""
         return read_captions(self.folder, split)
 
-    def _write(self, folder: Path, split: Split) -> None:
+    def _write(self, folder: Path) -> None:
+        for split in _FIRST_ID:
+            self._write_split(folder, split)
+
+    def _write_split(self, folder: Path, split: Split) -> None:
         count: int = getattr(self.config, f"{split}_examples")
         images: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
-        (folder / split).mkdir(parents=True)
+        captions: dict[int, Sequence[str]] = {}
+        (folder / split).mkdir()
         for index in range(count):
             rng = scene_drawing.generator(self.config.data_seed, split, index)
             scene = scene_drawing.draw_scene(rng, split)
@@ -98,9 +95,5 @@ class Scenes(Task):
             name = f"{image_id:012d}.png"
             picture.save(folder / split / name)
             images.append({"id": image_id, "file_name": name, "height": picture.height, "width": picture.width})
-            for number, caption in enumerate(scene_grammar.captions(scene, rng, CAPTIONS_PER_PICTURE)):
-                annotation_id = image_id * CAPTIONS_PER_PICTURE + number
-                annotations.append({"id": annotation_id, "image_id": image_id, "caption": caption})
-        path = folder / "annotations" / f"captions_{split}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"images": images, "annotations": annotations}, indent=1) + "\n", encoding="utf-8")
+            captions[image_id] = scene_grammar.captions(scene, rng, CAPTIONS_PER_PICTURE)
+        write_annotations(folder, split, images, captions)

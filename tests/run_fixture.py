@@ -29,9 +29,9 @@ from harness.record import (
 
 METRICS = (
     MetricInfo(name="perplexity", label="Perplexity", higher_is_better=False),
-    MetricInfo(name="perplexity_wrong_input", label="Perplexity, wrong picture", higher_is_better=True),
-    MetricInfo(name="bleu_4", label="BLEU-4", higher_is_better=True),
+    MetricInfo(name="perplexity_wrong_input", label="Perplexity, wrong input", higher_is_better=False),
     MetricInfo(name="cider", label="CIDEr", higher_is_better=True),
+    MetricInfo(name="bleu_4", label="BLEU-4", higher_is_better=True),
 )
 # label, method, grouping, trainable parameters, made-up quality (higher = better)
 METHODS: tuple[tuple[str, str, str, int, float], ...] = (
@@ -160,7 +160,7 @@ def write_run(folder: Path, plan: Plan, change: Change = lambda _, record: recor
 def write_examples(folder: Path, trial_id: str, captions: Sequence[str], pictures: Path, **columns: Any) -> None:
     """Per-example scores of one trial: one validation and ``len(captions)`` test examples with drawn pictures."""
     count = len(captions)
-    inputs = [json.dumps({"image": str(pictures / f"{index}.png")}) for index in range(count)]
+    inputs = [json.dumps([["image", "file", str(pictures / f"{index}.png")]]) for index in range(count)]
     table: dict[str, Any] = {
         "split": ["validation", *["test"] * count],
         "example_id": ["validation-0", *(f"test-{index}" for index in range(count))],

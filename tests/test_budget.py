@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness.budget import choose, content_fingerprint, epoch_order, order_fingerprint
+from harness.budget import Order, choose, content_fingerprint
 from harness.errors import UserError
 from harness.inputs import Inputs
 from tasks.base import Example
@@ -71,7 +71,7 @@ def test_exactly_as_many_as_there_are_is_allowed_and_one_more_is_not() -> None:
 
 @pytest.mark.parametrize("epoch", [1, 2, 8])
 def test_an_epoch_has_every_example_once_with_one_of_its_references(epoch: int) -> None:
-    draws = epoch_order(EXAMPLES, 0, epoch)
+    draws = Order(EXAMPLES, 0).epoch(epoch)
     assert sorted(draw.example for draw in draws) == list(range(3000))
     counts = np.bincount([draw.reference for draw in draws], minlength=5)
     assert len(counts) == 5
@@ -81,16 +81,16 @@ def test_an_epoch_has_every_example_once_with_one_of_its_references(epoch: int) 
 
 def test_an_example_with_fewer_references_draws_among_its_own() -> None:
     examples = [replace(example, references=example.references[: 1 + n % 3]) for n, example in enumerate(EXAMPLES)]
-    for draw in epoch_order(examples, 0, 1):
+    for draw in Order(examples, 0).epoch(1):
         assert 0 <= draw.reference < len(examples[draw.example].references)
 
 
 def test_orders_differ_by_seed_and_epoch_and_repeat_otherwise() -> None:
     orders = {
-        (seed, epoch): tuple(epoch_order(EXAMPLES[:64], seed, epoch)) for seed in (0, 1, 2) for epoch in (1, 2, 3)
+        (seed, epoch): tuple(Order(EXAMPLES[:64], seed).epoch(epoch)) for seed in (0, 1, 2) for epoch in (1, 2, 3)
     }
     assert len(set(orders.values())) == len(orders)
-    assert tuple(epoch_order(EXAMPLES[:64], 2, 3)) == orders[2, 3]
+    assert tuple(Order(EXAMPLES[:64], 2).epoch(3)) == orders[2, 3]
 
 
 def pictures(folder: Path, count: int = 8) -> list[Example]:
@@ -113,7 +113,7 @@ CHANGES: dict[str, Change] = {
     "one example less": lambda e: e[1:],
     "an example twice": lambda e: [*e, e[0]],
     "pictures exchanged": lambda e: [replace(e[0], inputs=e[1].inputs), replace(e[1], inputs=e[0].inputs), *e[2:]],
-    "a picture for another context": lambda e: [replace(e[0], inputs={"audio": e[0].inputs["image"]}), *e[1:]],
+    "a picture for another context": lambda e: [replace(e[0], inputs={"audio": e[0].inputs[0].value}), *e[1:]],
 }
 
 
@@ -127,7 +127,7 @@ def test_the_content_fingerprint_notices_every_change(tmp_path: Path) -> None:
 def test_the_content_fingerprint_notices_a_file_of_another_size(tmp_path: Path) -> None:
     examples = pictures(tmp_path)
     before = content_fingerprint(examples, digest)
-    examples[3].inputs["image"].write_bytes(b"x" * 99)
+    examples[3].files[0][1].write_bytes(b"x" * 99)
     assert content_fingerprint(examples, digest) != before
 
 
@@ -142,33 +142,33 @@ def test_one_example_swapped_changes_both_fingerprints() -> None:
     chosen = choose(EXAMPLES, 16, 0, WHAT)
     other = [*chosen[:-1], choose(EXAMPLES, 17, 0, WHAT)[-1]]
     assert content_fingerprint(chosen, digest) != content_fingerprint(other, digest)
-    assert order_fingerprint(chosen, 0, 2, 4) != order_fingerprint(other, 0, 2, 4)
+    assert Order(chosen, 0).fingerprint(2, 4) != Order(other, 0).fingerprint(2, 4)
 
 
 def test_the_order_fingerprint_notices_seed_epochs_batch_and_order() -> None:
     chosen = choose(EXAMPLES, 64, 0, WHAT)
     prints = {
-        "as it is": order_fingerprint(chosen, 0, 2, 32),
-        "seed": order_fingerprint(chosen, 1, 2, 32),
-        "epochs": order_fingerprint(chosen, 0, 3, 32),
-        "batch": order_fingerprint(chosen, 0, 2, 16),
-        "order given": order_fingerprint(chosen[::-1], 0, 2, 32),
-        "fewer references": order_fingerprint([replace(e, references=e.references[:2]) for e in chosen], 0, 2, 32),
+        "as it is": Order(chosen, 0).fingerprint(2, 32),
+        "seed": Order(chosen, 1).fingerprint(2, 32),
+        "epochs": Order(chosen, 0).fingerprint(3, 32),
+        "batch": Order(chosen, 0).fingerprint(2, 16),
+        "order given": Order(chosen[::-1], 0).fingerprint(2, 32),
+        "fewer references": Order([replace(e, references=e.references[:2]) for e in chosen], 0).fingerprint(2, 32),
     }
     assert len(set(prints.values())) == len(prints)
-    assert order_fingerprint(choose(EXAMPLES[::-1], 64, 0, WHAT), 0, 2, 32) == prints["as it is"]
+    assert Order(choose(EXAMPLES[::-1], 64, 0, WHAT), 0).fingerprint(2, 32) == prints["as it is"]
 
 
 def test_fingerprints_are_equal_across_processes() -> None:
     code = """
-from harness.budget import choose, content_fingerprint, order_fingerprint
+from harness.budget import Order, choose, content_fingerprint
 from tasks.base import Example
 examples = [Example(f"{n:05d}", {}, tuple(f"caption {k} of {n}" for k in range(5))) for n in range(3000)]
 chosen = choose(examples, 64, 7, "")
-print(content_fingerprint(chosen, str), order_fingerprint(chosen, 7, 2, 32))
+print(content_fingerprint(chosen, str), Order(chosen, 7).fingerprint(2, 32))
 """
     chosen = choose(EXAMPLES, 64, 7, WHAT)
-    here = f"{content_fingerprint(chosen, digest)} {order_fingerprint(chosen, 7, 2, 32)}"
+    here = f"{content_fingerprint(chosen, digest)} {Order(chosen, 7).fingerprint(2, 32)}"
     for hash_seed in ("1", "2"):
         environment = {"PYTHONHASHSEED": hash_seed}
         command = [sys.executable, "-c", code]

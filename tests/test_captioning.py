@@ -1,18 +1,22 @@
-"""The COCO reader: a small folder in COCO's layout, broken in every way people break it, and real COCO."""
+"""The task coco_captions: a small folder in COCO's layout, broken in every way people break it, and real COCO."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image as PilImage
+from pydantic import ValidationError
 
-from harness.errors import UserError
-from tasks.captioning import CocoCaptions, read_captions
+from harness.errors import Problems, UserError
+from tasks.captioning import CocoCaptions
+from tasks.coco_format import read_captions
 from tasks.modalities.image import Image
 
 
@@ -43,7 +47,7 @@ def test_images_keep_their_order_and_their_captions(tmp_path: Path) -> None:
     write_coco(tmp_path, "train2017", [7, 3])
     first, second = read_captions(tmp_path, "train2017")
     assert (first.id, second.id) == ("7", "3")
-    assert first.inputs == {"image": tmp_path / "train2017" / "000000000007.jpg"}
+    assert first.inputs == (("image", tmp_path / "train2017" / "000000000007.jpg"),)
     assert first.references == ("Picture 7, told 0.", "Picture 7, told 1.")
 
 
@@ -92,6 +96,8 @@ def _edit(**changes: Any) -> Callable[[dict[str, Any]], None]:
         (_edit(images_file_name="gone.jpg"), r"images\[1\]\.file_name: 'gone.jpg' is not in .*train2017"),
         (_edit(images_file_name="../secret.jpg"), r"'\.\./secret\.jpg' leads out of .*train2017"),
         (_edit(images_file_name="/etc/passwd"), r"'/etc/passwd' leads out of"),
+        (_edit(images_file_name="a\0.jpg"), r"images\[1\]\.file_name: 'a\\x00\.jpg' leads out of"),
+        (_edit(images_file_name=""), r"images\[1\]\.file_name: '' is not in"),
         (
             lambda content: content["images"].append({"id": 9, "file_name": "9.jpg"}),
             r"images\[2\]: image 9 has no caption",
@@ -109,6 +115,180 @@ def test_a_wrong_annotation_file_is_refused_with_the_place(
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
         read_captions(tmp_path, "train2017")
+
+
+def test_all_problems_of_all_files_are_told_at_once(tmp_path: Path) -> None:
+    for name, ids in (("train2017", [4, 5, 6]), ("val2017", [7, 8])):
+        path = write_coco(tmp_path, name, ids, captions=1)
+        content = json.loads(path.read_text())
+        content["annotations"][0] |= {"caption": " ", "image_id": content["images"][0]["id"]}
+        content["annotations"].append({"id": 1, "image_id": 99, "caption": "of nothing"})
+        content["images"][1]["file_name"] = "gone.jpg"
+        path.write_text(json.dumps(content))
+    with pytest.raises(Problems, match=r"^6 problems:") as raised:
+        coco(tmp_path).prepare()
+    found = [re.sub(r".*/(captions_\w+\.json: [\w.\[\]]+).*", r"\1", text) for text in raised.value.messages]
+    assert found == [
+        *("captions_train2017.json: annotations[0].caption", "captions_train2017.json: annotations[3].image_id"),
+        "captions_train2017.json: images[1].file_name",
+        *("captions_val2017.json: annotations[0].caption", "captions_val2017.json: annotations[2].image_id"),
+        "captions_val2017.json: images[1].file_name",
+    ]
+
+
+def test_every_entry_of_another_format_is_told(tmp_path: Path) -> None:
+    path = write_coco(tmp_path, "train2017", [4, 5], captions=1)
+    content = json.loads(path.read_text())
+    del content["images"][0]["file_name"]
+    content["annotations"][1]["caption"] = 5
+    path.write_text(json.dumps(content))
+    with pytest.raises(
+        Problems, match=r"images\.0\.file_name: Field required[^\n]*\n.*annotations\.1\.caption: Input sh"
+    ):
+        read_captions(tmp_path, "train2017")
+    path.write_text("[1, 2]")
+    with pytest.raises(UserError, match=r"captions_train2017\.json: the whole file: Input should be a valid dict"):
+        read_captions(tmp_path, "train2017")
+
+
+def test_links_may_stay_in_the_data_set_but_not_leave_it(tmp_path: Path) -> None:
+    root = tmp_path / "coco"
+    write_coco(root, "train2017", [4, 5])
+    picture = root / "train2017" / "000000000004.jpg"
+    picture.rename(root / "elsewhere.jpg")
+    picture.symlink_to(root / "elsewhere.jpg")
+    assert len(read_captions(root, "train2017")) == 2
+    (root / "elsewhere.jpg").rename(tmp_path / "outside.jpg")
+    picture.unlink()
+    picture.symlink_to(tmp_path / "outside.jpg")
+    with pytest.raises(
+        UserError, match=r"'000000000004\.jpg' is a link that leads out of .*train2017 to .*/outside\.jpg"
+    ):
+        read_captions(root, "train2017")
+    picture.unlink()
+    (tmp_path / "outside.jpg").rename(picture)
+    (root / "train2017").rename(tmp_path / "disk")
+    (root / "train2017").symlink_to(tmp_path / "disk")  # the user's own: images on another disk
+    assert len(read_captions(root, "train2017")) == 2
+    (tmp_path / "private").mkdir()
+    picture.rename(tmp_path / "private" / "4.jpg")
+    (tmp_path / "disk" / "sub").symlink_to(tmp_path / "private")
+    path = root / "annotations" / "captions_train2017.json"
+    path.write_text(path.read_text().replace("000000000004.jpg", "sub/4.jpg"))
+    with pytest.raises(UserError, match=r"'sub/4\.jpg' is a link that leads out"):
+        read_captions(root, "train2017")
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_coco(tmp_path, "train2017", [4])
+    is_file = Path.is_file
+
+    def denied(path: Path) -> bool:  # tests may run as root, whom no permission stops
+        if path.suffix == ".jpg":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    with pytest.raises(UserError, match=r"train2017/000000000004\.jpg: cannot be read: Permission denied"):
+        read_captions(tmp_path, "train2017")
+
+
+def test_captions_of_any_length_and_script_are_kept(tmp_path: Path) -> None:
+    path = write_coco(tmp_path, "train2017", [4], captions=3)
+    texts = ["une élève à vélo", "一个人骑着自行车 🚲", "long " * 2000]
+    content = json.loads(path.read_text())
+    for annotation, text in zip(content["annotations"], texts, strict=True):
+        annotation["caption"] = text
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    assert read_captions(tmp_path, "train2017")[0].references == (*texts[:2], texts[2].strip())
+
+
+def test_the_layout_of_2014(tmp_path: Path) -> None:
+    for name, ids in (("train2014", [4, 5]), ("val2014", list(range(40, 50)))):
+        path = write_coco(tmp_path, name, ids)
+        for image_id in ids:
+            file = tmp_path / name / f"{image_id:012d}.jpg"
+            file.rename(file.with_name(f"COCO_{name}_{file.name}"))
+        path.write_text(re.sub(r'"(\d{12}\.jpg)"', rf'"COCO_{name}_\1"', path.read_text()))
+    task = coco(tmp_path, train="train2014", validation="val2014")
+    assert [file.name for e in task.examples("train") for _, file in e.files] == [
+        "COCO_train2014_000000000004.jpg",
+        "COCO_train2014_000000000005.jpg",
+    ]
+    assert len(task.examples("validation")) + len(task.examples("test")) == 10
+
+
+def write_nocaps(root: Path) -> None:
+    """Two images of each domain, with the fields of https://nocaps.org/download."""
+    path = write_coco(root, "val", [0, 1, 2, 3, 4, 5])
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        domain = ("in-domain", "near-domain", "out-domain")[image["id"] % 3]
+        image |= {"license": 0, "domain": domain, "open_images_id": f"00{image['id']}", "date_captured": "2018-11-06"}
+    path.write_text(json.dumps(content))
+
+
+def test_nocaps_is_tested_on_after_training_on_coco(tmp_path: Path) -> None:
+    write_coco(tmp_path / "coco", "train2017", [0, 1])  # ids that NoCaps has as well
+    write_coco(tmp_path / "coco", "val2017", [2, 3])
+    write_nocaps(tmp_path / "nocaps")
+    options = {"test_root": tmp_path / "nocaps", "test": "val"}
+    task = coco(tmp_path / "coco", **options)
+    assert [len(task.examples(split)) for split in ("train", "validation", "test")] == [2, 2, 6]
+    assert [example.id for example in task.examples("test")] == [f"val-{number}" for number in range(6)]
+    far = coco(tmp_path / "coco", **options, test_domain="out-domain")
+    assert [example.id for example in far.examples("test")] == ["val-2", "val-5"]
+    with pytest.raises(
+        UserError, match=r"test_domain: no image of .*nocaps/val is 'outdomain'; .*did you mean 'out-domain'"
+    ):
+        coco(tmp_path / "coco", **options, test_domain="outdomain").prepare()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "exactly one of root .* and dataset"),
+        ({"root": "a", "dataset": {"path": "owner/name"}}, "exactly one of root .* and dataset"),
+        ({"dataset": {"path": "owner/name"}, "karpathy": "k.json"}, "karpathy: needs root"),
+        ({"root": "a", "karpathy": "k.json", "train": "train2014"}, "train: not together .*karpathy has all splits"),
+        ({"dataset": {"path": "owner/name"}, "validation": "v"}, "validation: not together .*names of its own"),
+        ({"root": "a", "karpathy": "k.json", "test": "val"}, "test: with dataset or karpathy it needs test_root"),
+        ({"root": "a", "test_root": "b"}, "test_root: needs test"),
+        ({"root": "a", "test_domain": "in-domain"}, "test_domain: needs test"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        CocoCaptions.Config.model_validate_json(json.dumps(options))
+
+
+@pytest.mark.parametrize("source", [{"root": "a"}, {"root": "a", "karpathy": "k.json"}, {"dataset": {"path": "a/b"}}])
+def test_options_with_all_defaults_written_out_are_the_same(source: dict[str, Any]) -> None:
+    """As trials get them."""
+    config = CocoCaptions.Config.model_validate_json(json.dumps(source | {"augmentation": {"crop_scale": [0.5, 1]}}))
+    assert CocoCaptions.Config.model_validate_json(config.model_dump_json()) == config
+
+
+def test_a_split_without_images_is_refused(tmp_path: Path) -> None:
+    write_coco(tmp_path, "train2017", [1])
+    write_coco(tmp_path, "val2017", [15])  # one image has no two halves
+    with pytest.raises(UserError, match=r"the test split has no images"):
+        coco(tmp_path).prepare()
+
+
+def test_only_with_augmentation_are_training_pictures_changed(tmp_path: Path) -> None:
+    plain, changed = coco(tmp_path), coco(tmp_path, augmentation={"horizontal_flip": 1.0})
+    assert (plain.augmented, changed.augmented) == (frozenset(), frozenset({"image"}))
+    picture = PilImage.effect_noise((8, 6), 90).convert("RGB")
+    rng = np.random.default_rng(0)
+    assert plain.augment("image", picture, rng).tobytes() == picture.tobytes()
+    assert np.array_equal(np.asarray(changed.augment("image", picture, rng)), np.asarray(picture)[:, ::-1])
+
+
+def test_the_sample_has_three_splits(tmp_path: Path) -> None:
+    task = CocoCaptions(CocoCaptions.Config.model_validate_json(json.dumps(CocoCaptions.sample(tmp_path))))
+    assert [len(task.examples(split)) for split in ("train", "validation", "test")] == [8, 4, 4]
+    assert task.examples("train")[3].references == ("A plain picture of 3 .", "One colour, nothing else")
 
 
 def test_broken_json_shows_the_line(tmp_path: Path) -> None:
@@ -150,6 +330,6 @@ def test_real_coco_images_and_captions() -> None:
         assert len(examples) >= 20
         assert all(len(example.references) >= 5 for example in examples)
         for example in examples[:10]:
-            picture = Image().load(example.inputs["image"])
+            picture = Image().load(example.files[0][1])
             assert picture.mode == "RGB"
             assert min(picture.size) > 100

@@ -88,7 +88,7 @@ def assert_refused(outcome: Outcome, says: str) -> None:
 
 def coco_folder(root: Path) -> Path:
     """Two training and four validation pictures with their captions, in COCO's layout."""
-    for split, ids in (("train2017", (1, 2)), ("val2017", (11, 12, 13, 14))):
+    for split, ids in (("train2017", (1, 2)), ("val2017", (13, 14, 15, 18))):
         (root / split).mkdir(parents=True)
         for number in ids:
             Image.effect_noise((32, 32), 40).convert("RGB").save(root / split / f"{number:012d}.png")
@@ -110,7 +110,7 @@ def coco(root: Path) -> str:
 WRONG = {
     "unknown key": (ONE + "bugdet: {examples: 3}\n", "experiment.yaml, line 3, bugdet: unknown key 'bugdet'; allowed: adapters, backbone, budget"),
     "unknown adapter": (ONE.replace("lora", "loar"), "line 2, adapters[0].method: unknown adapter 'loar'; allowed: bitfit, "),
-    "unknown task": (ONE.replace("scenes", "scens"), "line 1, task.name: unknown task 'scens'; allowed: coco_captions, scenes; did you mean 'scenes'?"),
+    "unknown task": (ONE.replace("scenes", "scens"), "line 1, task.name: unknown task 'scens'; allowed: audio_captions, coco_captions, mixture, scenes, speech, text, trends, vqa; did you mean 'scenes'?"),
     "unknown built-in language model": (ONE + "backbone: {language_model: builtin/tiny-lama}\n", "'builtin/tiny-lama' is not a built-in language model; allowed: builtin/tiny-llama; did you mean 'builtin/tiny-llama'?"),
     "unknown built-in encoder": (ONE + "backbone: {encoders: {image: builtin/tiny-vison}}\n", "did you mean 'builtin/tiny-vision'?"),
     "backbone folder missing": (ONE + "backbone: {language_model: /no/such/folder}\n", "'/no/such/folder': no such folder"),
@@ -311,11 +311,15 @@ def test_tasks_are_listed(harness: Harness) -> None:
         assert re.search(rf"^{name}  \S", outcome.out, re.MULTILINE)
         assert re.search(rf"from: context-peft-harness \S+, {target}", outcome.out)
     assert outcome.out.count("contexts: image, text") >= 2
-    assert "    root: text (required)\n    train: text (default train2017)\n" in outcome.out
+    assert "    train_examples: integer ≥ 1, ≤ 10,000,000 (default 2048)\n" in outcome.out
 
 
 def test_built_in_backbones_are_listed(harness: Harness) -> None:
-    assert harness("backbones", "list").out.split() == ["builtin/tiny-llama", "builtin/tiny-vision"]
+    assert harness("backbones", "list").out.split() == [
+        "builtin/tiny-audio",
+        "builtin/tiny-llama",
+        "builtin/tiny-vision",
+    ]
 
 
 def test_a_command_that_does_not_exist(harness: Harness) -> None:

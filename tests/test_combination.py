@@ -18,10 +18,11 @@ from adapters.bitfit import BitFit, BitFitConfig
 from adapters.combination import combine
 from adapters.lora import LoRA, LoRAConfig
 from adapters.router import Router
-from harness.build import count_parameters, method_of
+from harness.build import count_parameters
 from harness.contexts import Segment, resolve_grouping
 from harness.errors import UserError
 from harness.experiment import load_experiment
+from harness.parts import method_of
 from harness.plan import describe, expand
 from harness.record import MetricInfo
 
@@ -66,7 +67,7 @@ def test_it_counts_what_its_parts_do_together(experiment_file: Write) -> None:
         (
             "{method: bitfit+ia3, rank: 4}",
             "rank",
-            "unknown key 'rank'; allowed: grouping, learning_rate, method, where",
+            "unknown key 'rank'; allowed: grouping, init_from, learning_rate, method, where",
         ),
         ("{method: lora+nope}", "method", "unknown adapter 'nope'; allowed: bitfit, .*; did you mean 'none'?"),
         ("{method: lora+}", "method", "unknown adapter ''; allowed: bitfit, "),

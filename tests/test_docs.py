@@ -14,14 +14,14 @@ from transformers import LlamaForCausalLM
 import harness
 from adapters.families import FAMILIES
 from harness.listing import options_of
-from harness.registry import ADAPTERS
+from harness.registry import ADAPTERS, METRICS, TASKS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "adapters.md"
 TEXT = DOCUMENT.read_text(encoding="utf-8")
 # Method → its section.
 SECTIONS = dict(re.findall(r"^### `(\w+)`\n(.*?)(?=^#{2,3} )", TEXT, re.MULTILINE | re.DOTALL))
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
 OURS = {n: e for n, e in ADAPTERS.entries().items() if e.origin.startswith("context-peft-harness ")}
 
 
@@ -92,3 +92,17 @@ def test_links_lead_somewhere(page: Path) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in headings}, target
+
+
+@pytest.mark.parametrize("name", TASKS.entries())
+def test_every_task_has_a_page_that_names_its_options(name: str) -> None:
+    page = (ROOT / "docs" / "tasks" / f"{name}.md").read_text(encoding="utf-8")
+    options = options_of(TASKS.load(TASKS.find(name).target).Config, check_defaults=False)
+    assert [option.name for option in options if not re.search(rf"`{option.name}[`.]|{option.name}:", page)] == []
+    assert f"docs/tasks/{name}.md" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_score_on_the_leaderboard_is_explained() -> None:
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    names = [name for entry in METRICS.entries().values() for name in METRICS.load(entry.target).labels]
+    assert [name for name in names if f"`{name}`" not in page] == []

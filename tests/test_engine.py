@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from batch_fixture import batch_of
+from batch_fixture import model_of as context_model_of
 from test_adapters import disturb, tiny_llama
 from torch import Tensor
 from transformers import get_scheduler
@@ -22,9 +24,9 @@ from adapters.lora import LoRA, LoRAConfig
 from adapters.router import Router
 from harness.contexts import resolve_grouping
 from harness.engine import Engine
-from harness.experiment import Optimizer
 from harness.measure import PeakMemory
 from harness.model import IGNORED, Batch, ContextModel
+from harness.sections import Optimizer
 
 STEPS = 5
 # Clipping is active at 0.2 (checked below) and every step has another learning rate.
@@ -49,7 +51,7 @@ def model_of(kind: str) -> ContextModel:
     adapters = Adapters(language_model, dict.fromkeys(router.groups, LoRA(LoRAConfig(rank=3))), router, seed=0)
     adapters.attach(language_model)
     torch.manual_seed(3)
-    return ContextModel(language_model, {"image": 20}, adapters, router, "text", 1, 0.0).train()
+    return context_model_of(language_model, {"image": 20}, adapters, router).train()
 
 
 def batches(count: int = STEPS) -> list[Batch]:
@@ -60,7 +62,7 @@ def batches(count: int = STEPS) -> list[Batch]:
         targets_BT = torch.randint(3, 20, (4, 9), generator=generator)
         for row, length in enumerate((9, 3, 6, 1)):
             targets_BT[row, length:] = IGNORED
-        made.append(Batch({"image": torch.randn(4, 4, 20, generator=generator)}, targets_BT))
+        made.append(batch_of({"image": torch.randn(4, 4, 20, generator=generator)}, targets_BT))
     return made
 
 
@@ -162,7 +164,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_changes_no_weight(stage: int,
     engine.train_step(batches()[0])
     engine.save_weights(tmp_path / "before.safetensors")
     broken = copy.deepcopy(batches()[1])
-    broken.features["image"][2, 1, 5] = math.nan
+    broken.items["image"].features_MD[9, 5] = math.nan
     with pytest.raises(FloatingPointError, match="training loss became nan; a lower learning_rate may help"):
         engine.train_step(broken)
     engine.save_weights(tmp_path / "after.safetensors")
@@ -202,9 +204,9 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     engine.save_weights(path)
     tensors = safetensors.torch.load_file(path)
-    tensors["stranger"] = tensors.pop("projectors.image.1.bias")
+    tensors["stranger"] = tensors.pop("projectors.image.layers.1.bias")
     safetensors.torch.save_file(tensors, path)
-    with pytest.raises(KeyError, match=r"missing: \['projectors.image.1.bias'\], not expected: \['stranger'\]"):
+    with pytest.raises(KeyError, match=r"missing: \['projectors.image.layers.1.bias'\], not expected: \['stranger'\]"):
         engine.load_weights(path)
     engine.close()
 

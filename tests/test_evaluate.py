@@ -14,7 +14,6 @@ from trial_fixture import spec_of
 
 from harness.build import Built, build
 from harness.evaluate import Likelihood, exchanged, generate, likelihood
-from harness.model import Batch
 from tasks.base import Example
 
 CPU = torch.device("cpu")
@@ -42,7 +41,7 @@ def one_at_a_time(built: Built, examples: list[Example], shown: list[Example]) -
         total, count = 0.0, 0
         for text in example.references:
             ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], eos]
-            batch = Batch(built.batches.features.of([other]), torch.tensor([ids]))
+            batch = built.batches.make([other], [text])
             logits: list[Any] = []
             handle = built.model.language_model.register_forward_hook(lambda _m, _a, y, kept=logits: kept.append(y))
             built.model(batch)
@@ -80,10 +79,10 @@ def test_with_wrong_inputs_the_references_stay_and_the_pictures_change(built: Bu
 
 def test_generation_does_not_depend_on_the_batches(built: Built) -> None:
     examples = built.splits.test
-    found = generate(built.model, built.batches, examples, 5, 8, CPU, nothing)
+    found = generate(built.model, built.batches, examples, 5, 8, 1, CPU, nothing)
     assert list(found) == [example.id for example in examples]
     for example in examples[:4]:
-        alone = generate(built.model, built.batches, [example], 1, 8, CPU, nothing)
+        alone = generate(built.model, built.batches, [example], 1, 8, 1, CPU, nothing)
         assert alone == {example.id: found[example.id]}
     special = set(built.batches.language_model.tokenizer.all_special_tokens)
     assert not any(token in text for text in found.values() for token in special)
@@ -112,11 +111,11 @@ def test_a_single_example_has_none_to_exchange_with() -> None:
 
 
 def test_perplexity_weighs_tokens_not_examples() -> None:
-    found = Likelihood(np.array([10.0, 1.0]), np.array([2, 8])).perplexity
+    found = Likelihood(np.array([10.0, 1.0]), np.array([2, 8]), np.zeros(2), np.ones(2)).perplexity
     assert found == pytest.approx(math.exp(1.1))
 
 
 @pytest.mark.parametrize("nll", [math.nan, math.inf, 1e6])
 def test_a_perplexity_that_is_no_finite_number_is_an_error(nll: float) -> None:
     with pytest.raises(FloatingPointError, match=r"perplexity is not finite .*a lower learning_rate may help"):
-        _ = Likelihood(np.array([nll, 1.0]), np.array([2, 8])).perplexity
+        _ = Likelihood(np.array([nll, 1.0]), np.array([2, 8]), np.zeros(2), np.ones(2)).perplexity

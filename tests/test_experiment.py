@@ -118,21 +118,22 @@ def test_an_unset_variable_is_named(experiment_file: Write, monkeypatch: pytest.
 
 # For each: the file, the line and key path the message must name, and what else it must say.
 METHODS_LINE = "bitfit, bottleneck, dora, full, ia3, llava, ln_tuning, lora, mmca, moka, none, peft, soft_prompt, vera"
+TASKS_LINE = "audio_captions, coco_captions, mixture, scenes, speech, text, trends, vqa"
 WRONG = {
-    "unknown key at top level": (ONE + "budgte: {examples: 3}\n", 4, "budgte", "unknown key 'budgte'; allowed: adapters, backbone, budget, eval, name, optimizer, resources, seeds, task, tracking; did you mean 'budget'?"),
-    "unknown key in a section": (ONE + "budget:\n  epochs: 1\n  exampels: 3\n", 6, "budget.exampels", "unknown key 'exampels'; allowed: epochs, examples, max_target_length; did you mean 'examples'?"),
-    "unknown key in an adapter": ("task: scenes\nadapters:\n  - {method: none}\n  - method: lora\n    rnak: 4\n" + RATE, 5, "adapters[1].rnak", "unknown key 'rnak'; allowed: alpha, dropout, grouping, init_lora_weights, learning_rate, method, rank, use_rslora, where; did you mean 'rank'?"),
+    "unknown key at top level": (ONE + "budgte: {examples: 3}\n", 4, "budgte", "unknown key 'budgte'; allowed: adapters, backbone, budget, eval, name, optimizer, plugins, resources, seeds, task, tracking; did you mean 'budget'?"),
+    "unknown key in a section": (ONE + "budget:\n  epochs: 1\n  exampels: 3\n", 6, "budget.exampels", "unknown key 'exampels'; allowed: epochs, examples, max_input_length, max_target_length, references; did you mean 'examples'?"),
+    "unknown key in an adapter": ("task: scenes\nadapters:\n  - {method: none}\n  - method: lora\n    rnak: 4\n" + RATE, 5, "adapters[1].rnak", "unknown key 'rnak'; allowed: alpha, dropout, grouping, init_from, init_lora_weights, learning_rate, method, rank, use_rslora, where; did you mean 'rank'?"),
     "unknown key in the task": ("task:\n  name: scenes\n  data_sed: 1\nadapters: [{method: none}]\n", 3, "task.data_sed", "unknown key 'data_sed'; allowed: data_seed, test_examples, train_examples, validation_examples; did you mean 'data_seed'?"),
-    "option of another method": (adapters("{method: bitfit, rank: 4}"), 2, "adapters[0].rank", "unknown key 'rank'; allowed: grouping, learning_rate, method, where"),
+    "option of another method": (adapters("{method: bitfit, rank: 4}"), 2, "adapters[0].rank", "unknown key 'rank'; allowed: grouping, init_from, learning_rate, method, where"),
     "key given twice": (ONE + "seeds: [0]\nseeds: [1]\n", 5, "seeds", "key given twice"),
     "key given twice in an adapter": (adapters("{method: lora, rank: 4, rank: 8}"), 2, "adapters[0].rank", "key given twice"),
     "unknown adapter": (adapters("{method: none}, {method: lroa}"), 2, "adapters[1].method", "unknown adapter 'lroa'; allowed: " + METHODS_LINE + "; did you mean 'lora'?"),
-    "unknown task": ("task: scens\nadapters: [{method: none}]\n", 1, "task", "unknown task 'scens'; allowed: coco_captions, scenes; did you mean 'scenes'?"),
-    "unknown task by name": ("adapters: [{method: none}]\ntask:\n  name: cocoa_captions\n", 3, "task.name", "unknown task 'cocoa_captions'; allowed: coco_captions, scenes; did you mean 'coco_captions'?"),
+    "unknown task": ("task: scens\nadapters: [{method: none}]\n", 1, "task", "unknown task 'scens'; allowed: " + TASKS_LINE + "; did you mean 'scenes'?"),
+    "unknown task by name": ("adapters: [{method: none}]\ntask:\n  name: cocoa_captions\n", 3, "task.name", "unknown task 'cocoa_captions'; allowed: " + TASKS_LINE + "; did you mean 'coco_captions'?"),
     "no task": ("adapters: [{method: none}]\n", 1, "task", "this key is required"),
-    "no task name": ("task: {data_seed: 0}\nadapters: [{method: none}]\n", 1, "task", "'name' is required; allowed: coco_captions, scenes"),
+    "no task name": ("task: {data_seed: 0}\nadapters: [{method: none}]\n", 1, "task", "'name' is required; allowed: " + TASKS_LINE),
     "no method": (adapters("{rank: 4}"), 2, "adapters[0]", "'method' is required; allowed: " + METHODS_LINE),
-    "missing task option": ("task: coco_captions\nadapters: [{method: none}]\n", 1, "task.root", "this key is required"),
+    "missing task option": ("task: coco_captions\nadapters: [{method: none}]\n", 1, "task", "exactly one of root (a folder) and dataset (a hub id or shards) is needed"),
     "wrong type": (ONE + "budget: {examples: many}\n", 4, "budget.examples", "input should be a valid integer or input should be 'all'; found 'many'"),
     "a fraction for an integer": (ONE + "budget: {epochs: 1.5}\n", 4, "budget.epochs", "input should be a valid integer; found 1.5"),
     "true for an integer": (ONE + "budget: {epochs: true}\n", 4, "budget.epochs", "valid integer; found True"),

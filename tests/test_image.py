@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image as PilImage
+from PIL.PngImagePlugin import PngInfo
 
 from harness.errors import UserError
 from tasks.modalities import image as image_module
@@ -80,8 +83,80 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "notes.jpg").write_text("not a picture")
     with pytest.raises(UserError, match=r"notes\.jpg: cannot be decoded"):
         Image().load(tmp_path / "notes.jpg")
+    (tmp_path / "empty.jpg").touch()
+    with pytest.raises(UserError, match=r"empty\.jpg: cannot be decoded.*cannot identify"):
+        Image().load(tmp_path / "empty.jpg")
+    with pytest.raises(UserError, match=r": cannot be decoded.*Is a directory"):
+        Image().load(tmp_path)
     with pytest.raises(UserError, match=r"absent\.jpg: cannot be decoded.*No such file"):
         Image().load(tmp_path / "absent.jpg")
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "suffix", "remark"),
+    [
+        ("RGB", RED, "png", None),
+        ("RGB", RED, "jpg", None),
+        ("L", 100, "jpg", "grey-scale, read as RGB"),
+        ("1", 1, "png", "black and white, read as RGB"),
+        ("P", 3, "png", "palette of colours, read as RGB"),
+        ("CMYK", (0, 255, 255, 0), "jpg", "CMYK, read as RGB"),
+        ("YCbCr", (10, 20, 30), "tiff", "YCbCr, read as RGB"),
+        ("LAB", (10, 20, 30), "tiff", "LAB, read as RGB"),
+        ("RGBA", (255, 0, 0, 9), "png", "transparent, laid on white"),
+        ("I;16", 4000, "png", "16-bit grey-scale, read as 8-bit RGB"),
+        ("I;16B", 4000, "tiff", "16-bit grey-scale, read as 8-bit RGB"),
+    ],
+)
+def test_what_was_converted_is_remarked(
+    tmp_path: Path, mode: str, colour: int | tuple[int, ...], suffix: str, remark: str | None
+) -> None:
+    path = tmp_path / f"picture.{suffix}"
+    PilImage.new(mode, (5, 3), colour).save(path)
+    assert Image().remark(_load(path)) == remark
+
+
+def test_frames_and_orientation_are_remarked_together(tmp_path: Path) -> None:
+    first, second = PilImage.new("RGB", (40, 20), "red"), PilImage.new("RGB", (40, 20), "blue")
+    first.save(tmp_path / "moving.gif", save_all=True, append_images=[second])
+    picture = _load(tmp_path / "moving.gif")
+    assert picture.getpixel((3, 3)) == RED
+    assert Image().remark(picture) == "several frames, the first is taken; palette of colours, read as RGB"
+    exif = first.getexif()
+    exif[0x0112] = 3  # upside down: the size stays
+    first.convert("L").save(tmp_path / "turned.jpg", exif=exif)
+    assert Image().remark(_load(tmp_path / "turned.jpg")) == (
+        "turned as its EXIF orientation says; grey-scale, read as RGB"
+    )
+
+
+def test_a_file_cannot_set_its_remark(tmp_path: Path) -> None:
+    said = PngInfo()
+    said.add_text("harness_remark", "all is well")
+    PilImage.new("RGB", (4, 4)).save(tmp_path / "said.png", pnginfo=said)
+    assert Image().remark(_load(tmp_path / "said.png")) is None
+
+
+def test_a_photograph_with_broken_exif_is_read(tmp_path: Path) -> None:
+    PilImage.new("RGB", (20, 10), RED).save(tmp_path / "odd.jpg", exif=b"Exif\0\0garbage and no more")
+    assert _load(tmp_path / "odd.jpg").size == (20, 10)
+
+
+def test_a_png_header_that_claims_ten_billion_pixels_is_refused(tmp_path: Path) -> None:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    for side in (100_000, 10_000):
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+        path = tmp_path / f"{side}.png"
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    with pytest.raises(UserError, match=r"100000\.png: cannot be decoded .*10000000000 pixels"):
+        Image().load(tmp_path / "100000.png")
+    with (
+        pytest.warns(PilImage.DecompressionBombWarning),
+        pytest.raises(UserError, match=r"10000\.png: 10000 × 10000 pixels; allowed: 89478485"),
+    ):
+        Image().load(tmp_path / "10000.png")
 
 
 def test_decompression_bomb_is_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,8 @@ from harness import backbones, measure
 from harness.build import assemble, count_parameters
 from harness.contexts import resolve_grouping
 from harness.experiment import load_experiment
+from harness.parts import make_modalities
 from harness.plan import TrialSpec, expand
-from harness.registry import TASKS
 
 CPU = torch.device("cpu")
 QUICKSTART = Path(__file__).parent.parent / "experiments" / "quickstart.yaml"
@@ -131,10 +131,8 @@ def test_a_clock_that_measured_no_step_has_no_figure() -> None:
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.adapter.label} {s.adapter.grouping_name}".strip())
 def test_parameters_counted_without_weights_are_those_of_the_live_model(spec: TrialSpec) -> None:
     language_model = backbones.load_language_model(spec.backbone)
-    encoder = backbones.load_encoder("image", spec.backbone)
-    task = TASKS.load(spec.task.target)
-    assert list(task.modalities) == ["image"]
-    model = assemble(spec, language_model.model, {"image": encoder.width}, language_model.bos_id)
+    encoder = make_modalities(spec)["image"].encoder(spec.backbone.encoders["image"])
+    model = assemble(spec, language_model.model, {"image": encoder.width})
     live = measure.count_parameters(model, [encoder])
     assert count_parameters(spec) == live
     base = sum(p.numel() for p in language_model.model.parameters())

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from batch_fixture import batch_of, model_of, prompt_of, ungroup
 from test_adapters import adapt, disturb, each_model, embeds, tiny_llama
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,7 +24,7 @@ from adapters.router import Router
 from harness.contexts import Segment, resolve_grouping
 from harness.model import IGNORED, Batch, ContextModel
 
-BOS, EOS, N = 1, 2, 4
+EOS, N = 2, 4
 METHODS: dict[str, AdapterMethod] = {
     "lora": LoRA(LoRAConfig(rank=3)),
     "bitfit": BitFit(BitFitConfig()),
@@ -39,26 +40,31 @@ def context_model(language_model: Any, method: AdapterMethod = METHODS["lora"], 
     disturb(adapters.parameters())
     adapters.attach(language_model)
     torch.manual_seed(3)
-    model = ContextModel(language_model, {"image": 20}, adapters, router, "text", BOS, dropout)
+    model = model_of(language_model, {"image": 20}, adapters, router, dropout)
     with torch.no_grad():  # so that attention has something to tell apart
-        model.projectors["image"][1].weight *= 8  # type: ignore[index, operator]
+        model.projectors["image"].layers[1].weight *= 8  # type: ignore[operator, union-attr, index]
     return model.eval()
 
 
-def batch_of(*targets: list[int]) -> Batch:
+def features_of(rows: int) -> Tensor:
+    return torch.randn(rows, N, 20, generator=torch.Generator().manual_seed(4))
+
+
+def targets_of(*targets: list[int]) -> Tensor:
     rows = [torch.tensor(target) for target in targets]
-    features_BND = torch.randn(len(rows), N, 20, generator=torch.Generator().manual_seed(4))
-    targets_BT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
-    return Batch({"image": features_BND}, targets_BT)
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
 
 
-def row(batch: Batch, index: int) -> Batch:
+def row(features_BND: Tensor, targets_BT: Tensor, index: int) -> Batch:
     """One row without its padding."""
-    target_T = batch.target_ids_BT[index]
-    return Batch({"image": batch.features["image"][index : index + 1]}, target_T[target_T != IGNORED][None])
+    target_T = targets_BT[index]
+    return batch_of({"image": features_BND[index : index + 1]}, target_T[target_T != IGNORED][None])
 
 
-TARGETS = ([5, 9, 33, EOS], [7, EOS], [11, 60, 41, 3, 3, 8, EOS])
+TARGETS = targets_of([5, 9, 33, EOS], [7, EOS], [11, 60, 41, 3, 3, 8, EOS])
+FEATURES = features_of(len(TARGETS))
+BATCH = batch_of({"image": FEATURES}, TARGETS)
+PROMPT = prompt_of({"image": FEATURES})
 
 
 @each_model
@@ -69,13 +75,11 @@ def test_likelihood_equals_hugging_faces_own_loss_over_the_whole_sequence(
 ) -> None:
     """No padding, no dropped positions: every row alone, with all its targets read, labels on targets only."""
     model = context_model(make_model(), method)
-    batch = batch_of(*TARGETS)
-    nll_B, tokens_B = model(batch)
+    nll_B, tokens_B = model(BATCH)
     assert tokens_B.tolist() == [4, 2, 7]
     for index, nll in enumerate(nll_B):
-        alone = row(batch, index)
-        target_1T = alone.target_ids_BT
-        prefix_1PD = model.prefix(alone.features)
+        target_1T = TARGETS[index][TARGETS[index] != IGNORED][None]
+        prefix_1PD = model.embed(prompt_of({"image": FEATURES[index : index + 1]}))
         embeds_1SD = torch.cat([prefix_1PD, model.language_model.get_input_embeddings()(target_1T)], dim=1)
         labels_1S = torch.cat([torch.full((1, 1 + N), IGNORED), target_1T], dim=1)
         length = embeds_1SD.shape[1]
@@ -89,28 +93,28 @@ def test_likelihood_equals_hugging_faces_own_loss_over_the_whole_sequence(
 @each_model
 @torch.no_grad()
 def test_padding_on_the_right_does_not_change_a_row(make_model: Any) -> None:
-    model, batch = context_model(make_model()), batch_of(*TARGETS)
-    nll_B, _ = model(batch)
-    alone_B = torch.cat([model(row(batch, index))[0] for index in range(batch.size)])
+    model = context_model(make_model())
+    nll_B, _ = model(BATCH)
+    alone_B = torch.cat([model(row(FEATURES, TARGETS, index))[0] for index in range(BATCH.size)])
     torch.testing.assert_close(nll_B, alone_B, rtol=1e-5, atol=1e-5)
     assert nll_B.std() > 0.1
 
 
 @torch.no_grad()
 def test_the_likelihood_depends_on_the_image_and_on_its_adapters() -> None:
-    model, batch = context_model(tiny_llama()), batch_of(*TARGETS)
-    nll_B, _ = model(batch)
-    other_B, _ = model(Batch({"image": batch.features["image"].flip(0)}, batch.target_ids_BT))
+    model = context_model(tiny_llama())
+    nll_B, _ = model(BATCH)
+    other_B, _ = model(batch_of({"image": FEATURES.flip(0)}, TARGETS))
     assert ((nll_B - other_B)[[0, 2]].abs() > 1e-3).all()
     disturb([p for name, p in model.adapters.named_parameters() if ".deltas.group_image." in name], seed=9)
-    assert ((nll_B - model(batch)[0]).abs() > 1e-3).all()
+    assert ((nll_B - model(BATCH)[0]).abs() > 1e-3).all()
 
 
 @torch.no_grad()
-def greedy_by_recomputation(model: ContextModel, batch: Batch, steps: int) -> Tensor:
+def greedy_by_recomputation(model: ContextModel, steps: int) -> Tensor:
     """Without a cache: the whole sequence again for every token."""
-    prefix_BPD = model.prefix(batch.features)
-    ids_BT = torch.zeros(batch.size, 0, dtype=torch.long)
+    prefix_BPD = model.embed(PROMPT)
+    ids_BT = torch.zeros(PROMPT.size, 0, dtype=torch.long)
     for _ in range(steps):
         embeds_BSD = torch.cat([prefix_BPD, model.language_model.get_input_embeddings()(ids_BT)], dim=1)
         length = embeds_BSD.shape[1]
@@ -123,18 +127,18 @@ def greedy_by_recomputation(model: ContextModel, batch: Batch, steps: int) -> Te
 @each_model
 @each_method
 def test_generation_with_a_cache_equals_full_recomputation(make_model: Any, method: AdapterMethod) -> None:
-    model, batch = context_model(make_model(), method), batch_of(*TARGETS)
-    expected_BT = greedy_by_recomputation(model, batch, 12)
+    model = context_model(make_model(), method)
+    expected_BT = greedy_by_recomputation(model, 12)
     assert expected_BT.unique(dim=0).shape[0] > 1  # rows differ, so that the rows' order counts
     never = next(token for token in range(64) if token not in expected_BT)
-    assert torch.equal(model.generate(batch.features, 12, eos_id=never), expected_BT)
+    assert torch.equal(model.generate(PROMPT, "text", 12, eos_id=never), expected_BT)
 
 
 def test_after_eos_a_row_holds_eos_while_others_go_on() -> None:
-    model, batch = context_model(tiny_llama()), batch_of(*TARGETS)
-    free_BT = greedy_by_recomputation(model, batch, 12)
+    model = context_model(tiny_llama())
+    free_BT = greedy_by_recomputation(model, 12)
     eos = next(token for token in free_BT[0].tolist() if not (free_BT == token).any(dim=1).all())
-    found_BT = model.generate(batch.features, 12, eos_id=eos)
+    found_BT = model.generate(PROMPT, "text", 12, eos_id=eos)
     for free_T, found_T in zip(free_BT.tolist(), found_BT.tolist(), strict=True):
         end = free_T.index(eos) if eos in free_T else len(free_T)
         assert found_T == free_T[:end] + [eos] * (len(found_T) - end)
@@ -142,36 +146,33 @@ def test_after_eos_a_row_holds_eos_while_others_go_on() -> None:
 
 @torch.no_grad()
 def test_generation_leaves_nothing_behind() -> None:
-    model, batch = context_model(tiny_llama()), batch_of(*TARGETS)
-    before_B, _ = model(batch)
+    model = context_model(tiny_llama())
+    before_B, _ = model(BATCH)
     hooks = len(model.language_model._forward_pre_hooks)
-    model.generate(batch.features, 5, EOS)
+    model.generate(PROMPT, "text", 5, EOS)
     assert len(model.language_model._forward_pre_hooks) == hooks
-    assert torch.equal(model(batch)[0], before_B)
+    assert torch.equal(model(BATCH)[0], before_B)
 
 
 @torch.no_grad()
 def test_projector_dropout_acts_before_the_projector_and_in_training_only() -> None:
-    model, batch = context_model(tiny_llama(), dropout=0.5), batch_of(*TARGETS)
-    linear = model.projectors["image"][1]  # type: ignore[index]
-    features_BND = batch.features["image"]
-    evaluated_BPD = model.prefix(batch.features)
-    torch.testing.assert_close(evaluated_BPD[:, 1:], F.linear(features_BND, linear.weight, linear.bias))
+    model = context_model(tiny_llama(), dropout=0.5)
+    linear = model.projectors["image"].layers[1]  # type: ignore[union-attr, index]
+    evaluated_BPD = model.embed(PROMPT)
+    torch.testing.assert_close(evaluated_BPD[:, 1:], F.linear(FEATURES, linear.weight, linear.bias))
     seen: list[Tensor] = []
     linear.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
     model.train()
-    trained_BPD = model.prefix(batch.features)
+    trained_BPD = model.embed(PROMPT)
     assert torch.equal(trained_BPD[:, 0], evaluated_BPD[:, 0])  # BOS is no feature
-    kept = seen[0] != 0
-    torch.testing.assert_close(seen[0][kept], 2 * features_BND[kept])
-    assert 0.3 < kept.float().mean() < 0.7
+    kept_MD = seen[0] != 0
+    torch.testing.assert_close(seen[0][kept_MD], 2 * FEATURES.flatten(0, 1)[kept_MD])
+    assert 0.3 < kept_MD.float().mean() < 0.7
 
 
 def test_positions_are_those_that_the_language_model_read_without_padding() -> None:
     """BOS + 4 image tokens + the targets but the last of each row: 5 + 3, 5 + 1, 5 + 6."""
-    model, batch = context_model(tiny_llama()), batch_of(*TARGETS)
-    model(batch)
-    assert model.positions(batch) == 8 + 6 + 11
+    assert BATCH.positions == 8 + 6 + 11
 
 
 def test_features_of_several_contexts_stand_in_order_and_have_their_own_adapters() -> None:
@@ -179,15 +180,23 @@ def test_features_of_several_contexts_stand_in_order_and_have_their_own_adapters
     router, language_model = Router(grouping), tiny_llama()
     adapters = Adapters(language_model, dict.fromkeys(router.groups, METHODS["bitfit"]), router, seed=0)
     adapters.attach(language_model)
-    model = ContextModel(language_model, {"image": 20, "audio": 6}, adapters, router, "text", BOS, 0.0)
-    features = {"audio": torch.ones(2, 3, 6), "image": torch.ones(2, 4, 20)}
-    prefix_BPD = model.prefix(features)
-    assert prefix_BPD.shape == (2, 1 + 4 + 3, 32)
-    projected = [model.projectors[context](features[context]) for context in ("image", "audio")]
-    torch.testing.assert_close(prefix_BPD[:, 1:], torch.cat(projected, dim=1))
-    model(Batch(features, torch.tensor([[5, EOS], [6, EOS]])))
+    model = model_of(language_model, {"image": 20, "audio": 6}, adapters, router)
+    features = {"image": torch.ones(2, 4, 20), "audio": torch.ones(2, 3, 6)}
+    batch = batch_of(features, torch.tensor([[5, EOS], [6, EOS]]), tuple(grouping))
+    embeds_BTD = model.embed(batch)
+    assert embeds_BTD.shape == (2, 1 + 4 + 3 + 2, 32)
+    projected = [model.projectors[c](features[c].flatten(0, 1), ()).view(2, -1, 32) for c in ("image", "audio")]
+    torch.testing.assert_close(embeds_BTD[:, 1:8], torch.cat(projected, dim=1))
+    model(batch)
     spans = [tuple(span) for span in router.layout_of(9).spans or ()]
     assert spans == [(0, 1, "language"), (1, 5, "vision"), (5, 8, "sound"), (8, 9, "language")]
+
+
+@each_method
+@torch.no_grad()
+def test_rows_laid_out_one_by_one_give_what_segments_give(method: AdapterMethod) -> None:
+    model = context_model(tiny_llama(), method)
+    torch.testing.assert_close(model(ungroup(BATCH))[0], model(BATCH)[0], rtol=1e-5, atol=1e-5)
 
 
 # ── Adapters on the bare language model

@@ -17,14 +17,16 @@ import torch
 from PIL import Image as PilImage
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness import pretrain
+from harness import pretrain, pretrain_loop
 from harness.errors import UserError
 from harness.pretrain import BUILT_IN, ENCODER, ENCODER_RECIPE, LANGUAGE_MODEL, LANGUAGE_MODEL_RECIPE
+from harness.pretrain_audio import AUDIO_ENCODER_RECIPE
 from harness.pretrain_text import documents
-from harness.tiny_vision import TinyVision
+from tasks.modalities.tiny_vision import TinyVision
 from tasks.scene_drawing import COLOURS, SHAPES, draw_scene, generator
 from tasks.scene_grammar import captions
 
+SHORT_SPEECH = replace(AUDIO_ENCODER_RECIPE, steps=2, batch_size=4, training_items=8, held_out_items=4, warmup_steps=1)
 SHORT_TEXT = replace(
     LANGUAGE_MODEL_RECIPE, steps=20, batch_size=4, training_items=400, held_out_items=20, warmup_steps=2
 )
@@ -40,8 +42,8 @@ def training(folder: Path) -> dict[str, Any]:
 def short_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("backbones")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "LOG_EVERY_STEPS", 1)
-        pretrain.build(folder, 3, SHORT_TEXT, SHORT_PICTURES)
+        patch.setattr(pretrain_loop, "LOG_EVERY_STEPS", 1)
+        pretrain.build(folder, 3, SHORT_TEXT, SHORT_PICTURES, SHORT_SPEECH)
     return folder
 
 
@@ -54,7 +56,7 @@ def test_twenty_steps_reduce_the_loss(short_build: Path, name: str) -> None:
 
 
 def test_the_same_seed_trains_the_same_weights(short_build: Path, tmp_path: Path) -> None:
-    pretrain.build(tmp_path, 3, SHORT_TEXT, SHORT_PICTURES)
+    pretrain.build(tmp_path, 3, SHORT_TEXT, SHORT_PICTURES, SHORT_SPEECH)
     for name in (LANGUAGE_MODEL, ENCODER):
         weights = [(folder / name / "model.safetensors").read_bytes() for folder in (short_build, tmp_path)]
         assert weights[0] == weights[1]

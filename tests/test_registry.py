@@ -34,7 +34,19 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> list[EntryPoint]:
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        (TASKS, {"coco_captions": "tasks.captioning:CocoCaptions", "scenes": "tasks.scenes:Scenes"}),
+        (
+            TASKS,
+            {
+                "audio_captions": "tasks.audio_captions:AudioCaptions",
+                "coco_captions": "tasks.captioning:CocoCaptions",
+                "mixture": "tasks.mixture:Mixture",
+                "scenes": "tasks.scenes:Scenes",
+                "speech": "tasks.speech:Speech",
+                "text": "tasks.text:Text",
+                "trends": "tasks.trends:Trends",
+                "vqa": "tasks.vqa:VQA",
+            },
+        ),
         (
             ADAPTERS,
             {
@@ -54,8 +66,25 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> list[EntryPoint]:
                 "vera": "adapters.vera:VeRA",
             },
         ),
-        (MODALITIES, {"image": "tasks.modalities.image:Image"}),
-        (METRICS, {"captions": "tasks.metrics.captions:CaptionMetrics"}),
+        (
+            MODALITIES,
+            {
+                "audio": "tasks.modalities.audio:Audio",
+                "image": "tasks.modalities.image:Image",
+                "series": "tasks.modalities.series:Series",
+            },
+        ),
+        (
+            METRICS,
+            {
+                "captions": "tasks.metrics.captions:CaptionMetrics",
+                "diversity": "tasks.metrics.diversity:Diversity",
+                "error_rate": "tasks.metrics.error_rate:ErrorRate",
+                "exact_match": "tasks.metrics.exact_match:ExactMatch",
+                "rouge": "tasks.metrics.rouge:Rouge",
+                "vqa_accuracy": "tasks.metrics.vqa_accuracy:VQAAccuracy",
+            },
+        ),
     ],
     ids=["tasks", "adapters", "modalities", "metrics"],
 )
@@ -77,7 +106,7 @@ def test_an_unknown_name_offers_the_nearest() -> None:
     message = r"^grid\.yaml, line 3: unknown adapter 'loar'; allowed: bitfit, .*, vera; did you mean 'lora'\?$"
     with pytest.raises(UserError, match=message):
         ADAPTERS.find("loar", "grid.yaml, line 3")
-    with pytest.raises(UserError, match=r"^unknown task 'zzz'; allowed: coco_captions, scenes$"):
+    with pytest.raises(UserError, match=r"^unknown task 'zzz'; allowed: audio_captions, .*, vqa$"):
         TASKS.find("zzz")
 
 

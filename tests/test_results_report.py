@@ -155,7 +155,7 @@ def test_gallery_is_the_same_examples_for_all_and_blind_to_scores(run: Path) -> 
     gallery = build_gallery(build_leaderboard(read_run(run)))
     assert len(gallery.samples) == 8
     assert {len(sample.outputs) for sample in gallery.samples} == {8}
-    assert all(picture.uri and picture.pixelated for sample in gallery.samples for picture in sample.pictures)
+    assert all(part.kind == "picture" and part.pixelated for sample in gallery.samples for part in sample.inputs)
     first = gallery.samples[0]
     index = int(first.example_id.removeprefix("test-"))
     assert {output.score for output in first.outputs} == {0.1 * index}

@@ -18,6 +18,7 @@ MISMATCHES = {
     "examples_fingerprint": ("x", "training examples differ"),
     "order_fingerprint": ("x", "order of the examples differs"),
     "evaluation_fingerprint": ("x", "evaluation examples differ"),
+    "started_from": (("x",), "adapter groups trained before, on other data"),
     "steps": (512, r"number of optimizer steps differs (512, 256)"),
 }
 

@@ -34,7 +34,7 @@ def scenes(train: int = 8, **options: Any) -> Scenes:
 
 
 def content(task: Scenes, split: Split) -> list[tuple[str, bytes, tuple[str, ...]]]:
-    return [(e.id, e.inputs["image"].read_bytes(), e.references) for e in task.examples(split)]
+    return [(e.id, e.files[0][1].read_bytes(), e.references) for e in task.examples(split)]
 
 
 def test_examples_go_through_coco_files(cache: Path) -> None:
@@ -45,7 +45,7 @@ def test_examples_go_through_coco_files(cache: Path) -> None:
     assert len(set(ids)) == 16
     for example in task.examples("train"):
         assert len(set(example.references)) == 5
-        assert Image().load(example.inputs["image"]).size == (IMAGE_SIZE, IMAGE_SIZE)
+        assert Image().load(example.files[0][1]).size == (IMAGE_SIZE, IMAGE_SIZE)
 
 
 def test_more_examples_extend_a_smaller_set_and_seeds_differ() -> None:

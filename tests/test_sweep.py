@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from harness.errors import UserError
-from harness.experiment import Resources
+from harness.sections import Resources
 from harness.sweep import per_trial
 
 

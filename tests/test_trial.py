@@ -21,6 +21,8 @@ from harness.plan import TrialSpec
 from harness.record import TrialRecord, read_record, record_path
 from harness.trial import Progress
 
+PERPLEXITIES = {"perplexity", "perplexity_one_reference", "perplexity_wrong_input"}
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrialRecord, Path, Recorder, list[Progress]]:
@@ -37,8 +39,8 @@ def test_the_record_is_complete_and_is_what_lies_on_disk(finished: Any) -> None:
     assert [(e.epoch, e.step) for e in record.history] == [(1, 4), (2, 8), (3, 12)]
     assert record.data.examples == 32
     assert record.data.steps == 12
-    assert set(record.metrics["validation"]) == {"perplexity"}
-    assert set(record.metrics["test"]) == {"perplexity", "perplexity_wrong_input", "first_word"}
+    assert set(record.metrics["validation"]) == {"perplexity", "perplexity_one_reference"}
+    assert set(record.metrics["test"]) == {*PERPLEXITIES, "first_word"}
     best = min(record.history, key=lambda e: e.validation_perplexity)
     assert record.best_epoch == best.epoch
     assert record.metrics["validation"]["perplexity"] == pytest.approx(best.validation_perplexity, rel=1e-6)
@@ -57,7 +59,7 @@ def test_the_record_is_complete_and_is_what_lies_on_disk(finished: Any) -> None:
 def test_parameters_and_memory_are_those_of_the_live_model(finished: Any) -> None:
     record, _, _, _ = finished
     counts, memory = record.parameters, record.memory
-    assert counts == build.count_parameters(TrialSpec.model_validate(record.spec))
+    assert counts == build.count_parameters(TrialSpec.model_validate_json(json.dumps(record.spec)))
     assert counts.trainable == counts.adapter + counts.projector
     assert counts.by_group == {"image": counts.adapter // 2, "text": counts.adapter // 2}
     assert memory.weights_bytes == 4 * (counts.total - counts.encoder)
@@ -98,7 +100,12 @@ def test_per_example_scores_add_up_to_the_corpus_metrics(finished: Any) -> None:
     assert test["first_word"].mean() == pytest.approx(record.metrics["test"]["first_word"])
     assert table[table["split"] == "validation"]["prediction"].isna().all()
     assert all(len(references) == 5 for references in test["references"])
-    assert all(Path(json.loads(inputs)["image"]).is_file() for inputs in test["inputs"])
+    for ((context, kind, path),) in map(json.loads, test["inputs"]):
+        assert (context, kind) == ("image", "file")
+        assert Path(path).is_file()
+    first = math.exp(test["nll_first"].sum() / test["tokens_first"].sum())
+    assert first == pytest.approx(record.metrics["test"]["perplexity_one_reference"], rel=1e-12)
+    assert (test["tokens_first"] < test["tokens"]).all()
     assert test["prediction"].str.len().gt(0).any()
 
 
@@ -107,8 +114,9 @@ def test_the_real_metrics_and_real_progress_of_a_whole_trial(tmp_path: Path) -> 
     spec = spec_of(tmp_path, FULL, metric="", budget={"examples": 64, "epochs": 2})
     record = run(spec, tmp_path)
     assert record.status == "finished", record.reason
-    expected = {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider"}
-    assert set(record.metrics["test"]) == {"perplexity", "perplexity_wrong_input"} | expected
+    expected = {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider", "cider_d"}
+    assert set(record.metrics["test"]) - {"spice"} == PERPLEXITIES | expected
+    assert "spice" in record.metrics["test"] or any("SPICE was not computed" in line for line in record.warnings)
     assert record.metrics["test"]["bleu_1"] > 0
     assert expected <= set(examples_of(tmp_path, record).columns)
     assert record.history[1].train_loss < record.history[0].train_loss

@@ -12,7 +12,7 @@ import pytest
 import torch
 from trial_fixture import FULL, LORA, Recorder, examples_of, finished_trial, run, spec_of
 
-from harness import build, tracking, trial
+from harness import build, parts, tracking, trial
 from harness.engine import Engine
 from harness.record import PlannedTrial, TrialRecord, read_record, record_path
 from harness.trial import Progress
@@ -117,9 +117,9 @@ def test_a_picture_that_cannot_be_decoded_stops_the_trial_with_its_path(
 ) -> None:
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
     spec = spec_of(tmp_path)
-    task = build.make_task(spec)
+    task = parts.make_task(spec)
     task.prepare()
-    picture = build.choose_splits(spec, task).test[0].inputs["image"]
+    picture = build.choose_splits(spec, task).test[0].files[0][1]
     picture.write_bytes(b"not a picture")
     record = run(spec, tmp_path)
     assert record.status == "failed"

@@ -126,7 +126,7 @@ def test_the_best_epoch_may_lie_in_the_first_stage(tmp_path: Path, monkeypatch: 
     weights = weights_of(tmp_path, record)
     assert set(weights) == set(base)
     changed = {name for name, x in weights.items() if not torch.equal(x, base[name])}
-    assert changed == {"projectors.image.1.weight", "projectors.image.1.bias"}
+    assert changed == {"projectors.image.layers.1.weight", "projectors.image.layers.1.bias"}
 
 
 @pytest.mark.parametrize(

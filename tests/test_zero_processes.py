@@ -12,12 +12,15 @@ import json
 import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import safetensors.torch
 import torch
+from batch_fixture import batch_of
+from batch_fixture import model_of as context_model_of
 from test_adapters import tiny_llama
 from torch import Tensor, nn
 from torch.distributed import FileStore
@@ -33,9 +36,9 @@ from adapters.lora import LoRA
 from adapters.router import Layout, Router
 from harness.contexts import Segment, resolve_grouping
 from harness.engine import Engine, join_process_group
-from harness.experiment import Optimizer
 from harness.model import IGNORED, Batch, ContextModel
 from harness.registry import ADAPTERS
+from harness.sections import Optimizer
 
 STEPS, RANKS, TIMEOUT_S = 3, 2, 250
 OPTIONS = Optimizer(
@@ -65,14 +68,21 @@ class SlicedLoRA(LoRA):
         return base.Change(deltas)
 
 
-class ImageFirst(ContextModel):
+def image_first(batch: Batch) -> Batch:
     """The image before BOS, so that a group that is absent in one process is the first to act in the other."""
+    (_, (_, stop, image), (_, end, text)) = batch.segments or ()
 
-    def prefix(self, features: Mapping[str, Tensor]) -> Tensor:
-        embeds_BPD = super().prefix(features)
-        (_, (_, stop, image)) = self._segments
-        self._segments = (Segment(0, stop - 1, image), Segment(stop - 1, stop, self.target_context))
-        return embeds_BPD.roll(-1, dims=1)
+    def turned(x_BT: Tensor) -> Tensor:
+        return torch.cat([x_BT[:, :stop].roll(-1, dims=1), x_BT[:, stop:]], dim=1)
+
+    items = batch.items["image"]
+    return replace(
+        batch,
+        token_ids_BT=turned(batch.token_ids_BT),
+        context_ids_BT=turned(batch.context_ids_BT),
+        items={"image": replace(items, places_P=items.places_P - 1)},
+        segments=(Segment(0, stop - 1, image), Segment(stop - 1, end, text)),
+    )
 
 
 def model_of(name: str) -> ContextModel:
@@ -86,7 +96,7 @@ def model_of(name: str) -> ContextModel:
     adapters = Adapters(language_model, dict.fromkeys(router.groups, method), router, seed=0)
     adapters.attach(language_model)
     torch.manual_seed(3)
-    return ImageFirst(language_model, {"image": 20}, adapters, router, "text", 1, 0.0).train()
+    return context_model_of(language_model, {"image": 20}, adapters, router).train()
 
 
 def batches(rank: int, image_on_rank_1: bool) -> list[Batch]:
@@ -100,7 +110,7 @@ def batches(rank: int, image_on_rank_1: bool) -> list[Batch]:
         rows = slice(2 * rank, 2 * rank + 2)
         tokens = 4 if rank == 0 or image_on_rank_1 else 0
         features = torch.randn(4, 4, 20, generator=generator)[rows, :tokens]
-        made.append(Batch({"image": features}, targets_BT[rows]))
+        made.append(image_first(batch_of({"image": features}, targets_BT[rows])))
     return made
 
 

@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from harness import engine as engine_module
-from harness.experiment import Optimizer, Resources, load_experiment
+from harness.experiment import load_experiment
 from harness.plan import TrialSpec, expand
 from harness.record import TrialRecord
+from harness.sections import Optimizer, Resources
 from harness.trial import Progress, run_trial
 from tasks.base import Metric, Scores
 
@@ -73,7 +74,9 @@ def spec_of(
     path = folder / "experiment.yaml"
     path.write_text(yaml.safe_dump(content | sections), encoding="utf-8")
     (spec,) = expand(load_experiment(path))
-    return spec.model_copy(update={"task": spec.task.model_copy(update={"metric": metric})} if metric else {})
+    if not metric:
+        return spec
+    return spec.model_copy(update={"task": spec.task.model_copy(update={"metrics": {"": {"stand_in": metric}}})})
 
 
 def run(

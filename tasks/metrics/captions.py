@@ -1,23 +1,27 @@
-"""BLEU, METEOR, ROUGE-L and CIDEr of captions, as COCO computes them (pycocoevalcap 1.2)."""
+"""BLEU, METEOR, ROUGE-L, CIDEr and SPICE of captions, as COCO computes them (pycocoevalcap 1.2)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
-from itertools import islice
-from typing import ClassVar
-
-from pycocoevalcap.bleu.bleu import Bleu
-from pycocoevalcap.cider.cider import Cider
-from pycocoevalcap.rouge.rouge import Rouge
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar, TypeAlias
 
 from tasks.base import Metric, Scores
+from tasks.metrics import spice
+from tasks.metrics.alignment import check_aligned, name_ids
+from tasks.metrics.bleu import bleu
+from tasks.metrics.cider import cider
 from tasks.metrics.meteor_process import meteor
 from tasks.metrics.ptb import tokenise
+from tasks.metrics.references import References, prepare
+from tasks.metrics.rouge_l import rouge_l
+
+# metric → corpus score, score per example
+Columns: TypeAlias = dict[str, tuple[float, Sequence[float]]]
 
 
 class CaptionMetrics(Metric):
-    """COCO's caption metrics, equal to calling pycocoevalcap by hand; METEOR, BLEU and ROUGE-L in 0–1, CIDEr in 0–10.
+    """COCO's caption metrics, equal to calling pycocoevalcap by hand; all in 0–1, but for CIDEr in 0–10.
 
     Where the library is silently wrong, this is not:
 
@@ -26,15 +30,22 @@ class CaptionMetrics(Metric):
     - CIDEr weighs words by how few images use them, so it depends on the evaluated set and means nothing where all
       images have the same references, one image above all: ``cider`` is then absent, where the library says 0.
 
-    Safe to call from several threads. References are tokenised once for every distinct set of them.
+    ``cider_d`` is the same number as ``cider``: see docs/metrics.md. ``spice`` is there where its models are, and a
+    note says so where they are not. Safe to call from several threads; references are prepared once.
+
+    Args:
+        with_meteor: whether to compute METEOR, which needs a Java process of half a gigabyte.
     """
 
     labels: ClassVar[Mapping[str, str]] = {
+        "cider": "CIDEr",
         "bleu_4": "BLEU-4",
         "meteor": "METEOR",
         "rouge_l": "ROUGE-L",
-        "cider": "CIDEr",
     }
+
+    def __init__(self, with_meteor: bool = True) -> None:
+        self.with_meteor = with_meteor
 
     def score(self, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Scores:
         """Score predictions by example id; ``per_example`` is in the order of ``references``.
@@ -44,52 +55,47 @@ class CaptionMetrics(Metric):
                 reference with a word in it.
             RuntimeError: Java failed.
         """
-        _check(predictions, references)
-        tokenised = _tokenised_references(tuple(tuple(captions) for captions in references.values()))
-        gts = {key: list(captions) for key, captions in zip(references, tokenised, strict=True)}
-        if wordless := [key for key, captions in gts.items() if not captions]:
-            raise ValueError(f"no word in any reference of {_names(wordless)}")
-        answers = dict(zip(gts, tokenise([predictions[key] for key in gts]), strict=True))
-        res = {key: [answer] for key, answer in answers.items()}
-
-        columns: dict[str, tuple[float, Sequence[float]]] = {}  # metric → corpus score, score per example
-        bleu, bleus = Bleu(4).compute_score(gts, res, verbose=0)
-        for n in range(4):
-            columns[f"bleu_{n + 1}"] = (bleu[n], bleus[n])
-        columns["meteor"] = meteor(gts, answers)
-        columns["rouge_l"] = Rouge().compute_score(gts, res)
-        if len({frozenset(captions) for captions in gts.values()}) > 1:
-            columns["cider"] = Cider().compute_score(gts, res)
+        check_aligned(predictions, references)
+        notes = []
+        with ThreadPoolExecutor(1) as pool:  # so that Python counts while Java tokenises and aligns
+            tokenised = pool.submit(tokenise, [predictions[key] for key in references])
+            known = prepare(tuple(tuple(captions) for captions in references.values()))
+            if wordless := [key for key, captions in zip(references, known.tokenised, strict=True) if not captions]:
+                raise ValueError(f"no word in any reference of {name_ids(wordless)}")
+            _ = known.ngrams
+            answers = tokenised.result()
+            overlaps = pool.submit(_overlaps, known, answers)
+            columns: Columns = {}
+            if self.with_meteor:
+                columns["meteor"] = meteor(known.tokenised, answers, known.normalised)
+            columns |= overlaps.result()
+        if known.all_alike:
+            notes.append(
+                "CIDEr was not computed: it weighs words by how few examples use them, and here all examples "
+                f"({len(answers)}) have the same references"
+            )
+        if missing := spice.missing():
+            notes.append(missing)
+        else:
+            columns["spice"] = spice.spice(known.tokenised, answers)
         return Scores(
             corpus={name: float(corpus) for name, (corpus, _) in columns.items()},
             per_example={
-                key: {name: float(values[i]) for name, (_, values) in columns.items()} for i, key in enumerate(gts)
+                key: {name: float(values[i]) for name, (_, values) in columns.items()}
+                for i, key in enumerate(references)
             },
+            notes=tuple(notes),
         )
 
 
-@lru_cache(maxsize=4)  # a trial's validation and test set, and those of another task; 5,000 images are a few MB
-def _tokenised_references(references: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
-    """Tokenise the references of every example, without those that have no words."""
-    tokenised = iter(tokenise([caption for captions in references for caption in captions]))
-    return tuple(tuple(filter(None, islice(tokenised, len(captions)))) for captions in references)
-
-
-def _check(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
-    if not references and not predictions:
-        raise ValueError("no examples to score")
-    if unanswered := references.keys() - predictions.keys():
-        raise ValueError(f"no prediction for {_names(unanswered)}")
-    if unknown := predictions.keys() - references.keys():
-        raise ValueError(f"no references for the prediction of {_names(unknown)}")
-    if bare := [key for key, captions in references.items() if not captions]:
-        raise ValueError(f"no references for {_names(bare)}")
-    if single := [key for key, captions in references.items() if isinstance(captions, str)]:
-        raise ValueError(f"the references of {_names(single)} are one string; a sequence of strings is needed")
-
-
-def _names(ids: Iterable[str]) -> str:
-    """Name the first five ids and count the rest."""
-    ordered = sorted(ids)
-    rest = f" and {len(ordered) - 5} more" if len(ordered) > 5 else ""
-    return ", ".join(repr(key) for key in ordered[:5]) + rest
+def _overlaps(known: References, answers: Sequence[str]) -> Columns:
+    """The metrics that compare words, which Python computes."""
+    columns: Columns = {}
+    words, counts = known.ngrams.count(answers)
+    corpus, per_example = bleu(known.ngrams, words, counts)
+    for n, (score, scores) in enumerate(zip(corpus, per_example, strict=True), 1):
+        columns[f"bleu_{n}"] = (score, scores)
+    columns["rouge_l"] = rouge_l(known.tokenised, answers)
+    if not known.all_alike:
+        columns["cider"] = columns["cider_d"] = cider(known.ngrams, words, counts)
+    return columns

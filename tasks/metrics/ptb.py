@@ -8,13 +8,12 @@ next, and takes a failed Java for an empty caption.
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from pycocoevalcap.tokenizer import ptbtokenizer
 
-from tasks.metrics.java import java_command
+from tasks.metrics.java import map_lines
 
 JAR = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
 PUNCTUATION = frozenset(ptbtokenizer.PUNCTUATIONS)
@@ -41,18 +40,6 @@ def tokenise(captions: Sequence[str]) -> list[str]:
         RuntimeError: Java failed, or did not give one line per caption.
     """
     lines = [_NOT_TEXT.sub(" ", caption) for caption in captions]
-    options = ("-cp", JAR.name, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase")
-    text = "".join(f"{line}\n" for line in lines)
-    try:
-        done = subprocess.run(
-            java_command(*options), cwd=JAR.parent, input=text.encode(), capture_output=True, check=False
-        )
-    except OSError as error:
-        raise RuntimeError(f"Java for the PTB tokenizer could not be started: {error}") from error
-    if done.returncode != 0:
-        detail = done.stderr.decode(errors="replace")[-1000:].strip() or "no message"
-        raise RuntimeError(f"the PTB tokenizer failed with exit code {done.returncode}: {detail}")
-    tokenised = done.stdout.decode().split("\n")[:-1]
-    if len(tokenised) != len(lines):
-        raise RuntimeError(f"the PTB tokenizer was given {len(lines)} captions and returned {len(tokenised)}")
+    arguments = ("-cp", JAR.name, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase")
+    tokenised = map_lines("PTB tokenizer", arguments, JAR.parent, lines)
     return [" ".join(word for word in line.split(" ") if word and word not in PUNCTUATION) for line in tokenised]

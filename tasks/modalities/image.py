@@ -1,21 +1,35 @@
-"""Pictures: any file Pillow reads, as upright 8-bit RGB."""
+"""Pictures: any file Pillow reads, as upright 8-bit RGB; the vision encoders of ``transformers``, and a tiny one.
+
+Shapes: B pictures, C channels, H × W pixels, N tokens, D features.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+from PIL import ExifTags, ImageOps
 from PIL import Image as PilImage
-from PIL import ImageOps
 
-from harness.errors import UserError
+from harness import hub
+from harness.errors import UserError, did_you_mean
 from tasks.base import Modality
 
+if TYPE_CHECKING:
+    from tasks.encoder import Encoder
+
+TINY = "builtin/tiny-vision"
 MAX_PIXELS = 89_478_485  # Pillow's own limit, where it only warns: 256 MiB of RGB
+_REMARK = "harness_remark"  # key of what was converted in a picture's info
+_MODES = {"1": "black and white", "L": "grey-scale", "P": "palette of colours"}  # Pillow's modes in words
 
 
 class Image(Modality):
     """A picture, turned as its EXIF orientation says, transparency laid on white, colours as 8-bit RGB."""
+
+    default_encoder: ClassVar = TINY
 
     def load(self, path: Path) -> PilImage.Image:
         """Decode the whole picture.
@@ -34,20 +48,77 @@ class Image(Modality):
                         f"{path}: pixel mode {picture.mode} (32 bits) has no fixed range; save it with 8 or 16"
                     )
                 picture.load()
-                return _rgb(ImageOps.exif_transpose(picture))
+                return _rgb(picture)
         except UserError:
             raise
         except Exception as error:  # each of Pillow's decoders fails with exceptions of its own
             raise UserError(f"{path}: cannot be decoded as a picture: {error}") from error
 
+    def remark(self, item: PilImage.Image) -> str | None:
+        """What ``load`` converted: another orientation, colours or depth than upright 8-bit RGB."""
+        remark: str | None = item.info.get(_REMARK)
+        return remark
+
+    def encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
+        """Swin V2, ViT, CLIP, SigLIP, DINOv2 and whatever else ``AutoModel`` and ``AutoImageProcessor`` load.
+
+        Raises:
+            UserError: it cannot be had, or is no vision encoder.
+        """
+        _check_builtin(name)
+        if name == TINY:
+            from tasks.modalities.tiny_vision import TinyVision
+
+            return TinyVision.load(Path(hub.place(name)))
+        from tasks.modalities.pretrained_vision import load
+
+        return load(name, trust_remote_code)
+
+    def empty_encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
+        """The same without weights.
+
+        Raises:
+            UserError: its configuration cannot be had, or is no vision encoder's.
+        """
+        _check_builtin(name)
+        if name == TINY:
+            import torch
+
+            from tasks.modalities.tiny_vision import TinyVision
+
+            config = json.loads((Path(hub.place(name)) / "config.json").read_text(encoding="utf-8"))
+            with torch.device("meta"):
+                return TinyVision(config["width"], config["layers"], config["heads"])
+        from tasks.modalities.pretrained_vision import empty
+
+        return empty(name, trust_remote_code)
+
+
+def _check_builtin(name: str) -> None:
+    if hub.is_builtin(name) and name != TINY:
+        raise UserError(f"backbone.encoders: {name!r} is not a built-in image encoder; {did_you_mean(name, [TINY])}")
+
 
 def _rgb(picture: PilImage.Image) -> PilImage.Image:
-    if picture.mode.startswith("I;16"):
+    """The upright RGB picture; what had to be converted stands in its ``info``."""
+    upright = ImageOps.exif_transpose(picture)
+    turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    remarks = ["turned as its EXIF orientation says"] if turned else []
+    if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # MPO: a JPEG with previews of itself
+        remarks.append("several frames, the first is taken")
+    if upright.mode.startswith("I;16"):
         # Pillow's own conversion clips at 255: nearly every 16-bit picture would turn white.
-        return PilImage.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
+        found = PilImage.fromarray((np.asarray(upright) >> 8).astype(np.uint8)).convert("RGB")
+        remarks.append("16-bit grey-scale, read as 8-bit RGB")
+    elif upright.has_transparency_data:
         # The colour stored under a transparent pixel is arbitrary; what people see is what lies behind it.
-        layer = picture.convert("RGBA")
+        layer = upright.convert("RGBA")
         white = PilImage.new("RGBA", layer.size, "white")
-        return PilImage.alpha_composite(white, layer).convert("RGB")
-    return picture.convert("RGB")
+        found = PilImage.alpha_composite(white, layer).convert("RGB")
+        remarks.append("transparent, laid on white")
+    else:
+        found = upright.convert("RGB")
+        if upright.mode != "RGB":
+            remarks.append(f"{_MODES.get(upright.mode, upright.mode)}, read as RGB")
+    found.info = {_REMARK: "; ".join(remarks)} if remarks else {}
+    return found

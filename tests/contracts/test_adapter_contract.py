@@ -15,9 +15,9 @@ from adapters.base import AdapterMethod
 from adapters.router import Router
 from harness.build import assemble
 from harness.contexts import Segment, resolve_grouping
-from harness.experiment import AdapterChoice, Backbone, Budget, Evaluation, Optimizer, TaskChoice
 from harness.plan import TrialSpec
 from harness.registry import ADAPTERS, Entry
+from harness.sections import AdapterChoice, Backbone, Budget, Evaluation, Optimizer, TaskChoice
 
 CONTEXTS = ("image", "text")
 LAYOUT = (Segment(0, 1, "text"), Segment(1, 5, "image"), Segment(5, 9, "text"))
@@ -139,7 +139,7 @@ def spec_of(entry: Entry) -> TrialSpec:
     method = method_of(entry)
     grouping, name = resolve_grouping("specific", CONTEXTS)
     return TrialSpec(
-        task=TaskChoice(name="any", target="any:Any", modalities={}, metric="any:Any", config={}),
+        task=TaskChoice(name="any", target="any:Any", contexts=CONTEXTS, modalities={}, metrics={}, config={}),
         backbone=Backbone(),
         adapter=AdapterChoice(
             method=entry.name, target=entry.target, grouping=grouping if method.grouped else dict.fromkeys(CONTEXTS),
@@ -152,14 +152,14 @@ def spec_of(entry: Entry) -> TrialSpec:
 @every_method
 def test_what_is_trained_in_a_trial(entry: Entry) -> None:
     """The projector always, the adapters' parameters, and of the base what the method says."""
-    model = assemble(spec_of(entry), tiny_llama(), {"image": 20}, bos_id=1)
+    model = assemble(spec_of(entry), tiny_llama(), {"image": 20})
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     wanted = {id(p) for p in method_of(entry).trained(model.language_model)}
     base = {name for name, p in model.language_model.named_parameters() if id(p) in wanted}
     assert {name for name in trained if name.startswith("language_model.")} == {f"language_model.{n}" for n in base}
     assert {name for name in trained if name.startswith("projectors.")} == {
-        "projectors.image.1.weight",
-        "projectors.image.1.bias",
+        "projectors.image.layers.1.weight",
+        "projectors.image.layers.1.bias",
     }
     if method_of(entry).grouped:
         assert all(any(f"group_{context}." in name for name in trained) for context in CONTEXTS)
@@ -167,7 +167,7 @@ def test_what_is_trained_in_a_trial(entry: Entry) -> None:
 
 def test_the_projector_starts_the_same_for_every_method_of_a_seed() -> None:
     starts = [
-        assemble(spec_of(entry), tiny_llama(), {"image": 20}, bos_id=1).projectors.state_dict()
+        assemble(spec_of(entry), tiny_llama(), {"image": 20}).projectors.state_dict()
         for entry in ADAPTERS.entries().values()
     ]
     assert len(starts) > 1

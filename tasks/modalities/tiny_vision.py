@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from harness.errors import UserError
+from tasks.encoder import Encoder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,7 +25,7 @@ _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 
 
-class TinyVision(nn.Module):
+class TinyVision(Encoder):
     """A convolutional stem to a grid of 4 × 4 tokens, then pre-norm transformer layers.
 
     The stem is what makes it learn in minutes: cutting the picture into patches did not (see docs/backbones.md).
@@ -59,6 +60,11 @@ class TinyVision(nn.Module):
             x_BND = layer(x_BND)
         features_BND: Tensor = self.norm(x_BND)
         return features_BND
+
+    @torch.no_grad()
+    def encode(self, items: Sequence[Image]) -> list[Tensor]:
+        """Features (16, width) of each picture."""
+        return list(self(self.preprocess(items).to(self.position_1ND)))  # device and precision
 
     @classmethod
     def preprocess(cls, pictures: Sequence[Image]) -> Tensor:

@@ -1,0 +1,211 @@
+"""Audio files as data sets list them: tables (CSV, JSON lines) with the place of every row, and the files they name.
+
+Nothing is decoded here; that is the modality ``audio``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from harness.errors import ProblemList, UserError, did_you_mean
+from tasks.base import Example, Split
+
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+class Row(NamedTuple):
+    """One row of a table, with its place in words ("/data/metadata.csv: line 3")."""
+
+    where: str
+    values: Mapping[str, Any]
+
+    def text(self, column: str) -> str:
+        """The text of a column, white space collapsed and otherwise as it is.
+
+        Raises:
+            UserError: it is no text, or has no letter or digit (nothing that could be scored).
+        """
+        found = self.values[column]
+        if not isinstance(found, str):
+            raise UserError(f"{self.where}: {column}: found {found!r}; a text is needed")
+        return spoken_text(found, f"{self.where}: {column}")
+
+    def name(self, column: str) -> str:
+        """A name or number, as text.
+
+        Raises:
+            UserError: there is none.
+        """
+        found = self.values[column]
+        if found is None or not str(found).strip():
+            raise UserError(f"{self.where}: {column}: found {found!r}; a name is needed")
+        return str(found).strip()
+
+
+def spoken_text(text: str, where: str) -> str:
+    """Collapse white space.
+
+    Raises:
+        UserError: there is no letter or digit in it.
+    """
+    if not any(character.isalnum() for character in text):
+        raise UserError(f"{where}: found {text[:80]!r}; a text with a letter or digit is needed")
+    return " ".join(text.split())
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file, with or without byte-order mark.
+
+    Raises:
+        UserError: it cannot be read; for bytes that are not UTF-8 with their line.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}: line {line}: not UTF-8 (byte 0x{content[error.start]:02x}); save the file as UTF-8"
+        ) from error
+
+
+def read_table(path: Path, columns: Sequence[str], problems: ProblemList) -> list[Row]:
+    """Read the rows of a ``.csv`` or ``.jsonl`` file that have these columns; what is wrong goes to ``problems``."""
+    try:
+        text = read_text(path)
+    except UserError as error:
+        problems.add(error)
+        return []
+    return (_jsonl if path.suffix == ".jsonl" else _csv)(path, text, columns, problems)
+
+
+def _csv(path: Path, text: str, columns: Sequence[str], problems: ProblemList) -> list[Row]:
+    # strict: without it an unclosed quotation mark silently swallows the rows after it.
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows = []
+    try:
+        header = list(reader.fieldnames or ())
+        if missing := [column for column in columns if column not in header]:
+            for column in missing:
+                problems.add(f"{path}: line 1: no column {column!r}; {did_you_mean(column, header)}")
+            return []
+        for values in reader:
+            row = Row(f"{path}: line {reader.line_num}", values)
+            if None in values:  # where DictReader keeps what is too much
+                problems.add(f"{row.where}: more fields than the {len(header)} of the header; quote commas")
+            elif absent := [column for column in columns if values[column] is None]:
+                problems.add(f"{row.where}: the row ends before {', '.join(absent)}")
+            else:
+                rows.append(row)
+    except csv.Error as error:
+        problems.add(f"{path}: the row that begins in line {reader.line_num + 1}: broken CSV: {error}")
+    return rows
+
+
+def _jsonl(path: Path, text: str, columns: Sequence[str], problems: ProblemList) -> list[Row]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problems.add(f"{where}: broken JSON: {error}; found {line[:80]!r}")
+            continue
+        if not isinstance(values, dict):
+            problems.add(f"{where}: found {line[:80]!r}; an object is needed: {{{columns[0]!r}: …}}")
+        elif missing := [column for column in columns if column not in values]:
+            problems.add(f"{where}: no key {missing[0]!r}; {did_you_mean(missing[0], values)}")
+        else:
+            rows.append(Row(where, values))
+    return rows
+
+
+class MissingFileError(UserError):
+    """A table names a file that does not exist."""
+
+
+class AudioFiles:
+    """The files below a root. None is outside it, and none is taken twice, in one split or in two."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._real_root = root.resolve()
+        self._real_folders: dict[Path, Path] = {}
+        self._taken: dict[Path, str] = {}
+
+    def find(self, folder: Path, name: str, where: str) -> Path:
+        """The file ``name`` in a folder of the root; ``where`` is the place that names it.
+
+        Raises:
+            MissingFileError: it does not exist.
+            UserError: it leads out of the root, cannot be reached, or was taken before.
+        """
+        relative = PurePosixPath(name)
+        path = folder / relative
+        try:
+            inside = not relative.is_absolute() and ".." not in relative.parts
+            real = self._resolved(path) if inside else path
+            if not inside or not real.is_relative_to(self._real_root):
+                raise UserError(f"{where}: {name!r} leads out of {self.root}; allowed: files inside it")
+            if not path.is_file():
+                raise MissingFileError(f"{where}: {name!r} is not in {folder}")
+        except (OSError, ValueError, RuntimeError) as error:  # too long a name; a loop of links
+            raise UserError(f"{where}: {name[:80]!r} cannot be read: {error}") from error
+        if real in self._taken:
+            raise UserError(f"{where}: {name!r} is there already: {self._taken[real]}; a file may be there once")
+        self._taken[real] = where
+        return path
+
+    def _resolved(self, path: Path) -> Path:
+        """Resolve links; each folder once, because resolving costs ten times as much as looking for a file."""
+        if path.is_symlink():
+            return path.resolve()
+        parent = path.parent
+        if parent not in self._real_folders:
+            self._real_folders[parent] = parent.resolve()
+        return self._real_folders[parent] / path.name
+
+
+def require_folder(folder: Path, what: str) -> None:
+    """Check that a folder is there.
+
+    Raises:
+        UserError: it is not; the message names its nearest neighbour.
+    """
+    if folder.is_dir():
+        return
+    parent = next(parent for parent in folder.absolute().parents if parent.is_dir())
+    present = [entry.name for entry in parent.iterdir() if entry.is_dir()]
+    missing = folder.absolute().relative_to(parent).parts[0]
+    raise UserError(f"{folder}: the folder of {what} does not exist; in {parent} {did_you_mean(missing, present)}")
+
+
+def check_splits(root: Path, splits: Mapping[Split, Sequence[Example]], problems: ProblemList) -> None:
+    """Add a problem for every split without examples and for every id that is there twice, in one split or two."""
+    seen: dict[str, Split] = {}
+    for split, examples in splits.items():
+        if not examples:
+            problems.add(f"{root}: no examples for {split}; every split needs one or more")
+        for example in examples:
+            if example.id in seen:
+                problems.add(f"{root}: {example.id!r} is in {seen[example.id]} and again in {split}; ids are unique")
+            seen[example.id] = split
+
+
+def write_tone(path: Path, frequency_hz: float, seconds: float = 0.2, sampling_rate_hz: int = 8000) -> None:
+    """Write a sine as 16-bit mono audio; the suffix of the path says the format."""
+    import numpy as np
+    import soundfile
+
+    time_s = np.arange(round(seconds * sampling_rate_hz)) / sampling_rate_hz
+    soundfile.write(path, 0.5 * np.sin(2 * np.pi * frequency_hz * time_s), sampling_rate_hz, subtype="PCM_16")

@@ -1,0 +1,41 @@
+"""Folders below ``$HARNESS_CACHE`` (by default ``~/.cache/harness``) that are written once for all processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+
+def cache_folder(*parts: str) -> Path:
+    """A path in the cache; nothing is created."""
+    return Path(os.environ.get("HARNESS_CACHE") or "~/.cache/harness").expanduser().joinpath(*parts)
+
+
+def write_once(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a folder that appears whole or not at all; nothing is done where it exists.
+
+    Args:
+        folder: the finished folder.
+        write: is given an empty folder beside it, which is removed when it fails.
+
+    Raises:
+        OSError: the place cannot be written to.
+        Exception: whatever ``write`` raises.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if folder.is_dir():
+            return
+        shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+        partial.mkdir()
+        try:
+            write(partial)
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise

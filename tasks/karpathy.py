@@ -1,0 +1,111 @@
+"""Karpathy's splits of COCO, Flickr8k and Flickr30k, https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip:
+
+    dataset_coco.json:
+        {"images": [{"filepath": "val2014", "filename": "COCO_val2014_000000391895.jpg", "cocoid": 391895, "imgid": 0,
+                     "split": "test", "sentids": [770337, ...],
+                     "sentences": [{"raw": "A man with a red helmet on a small moped on a dirt road. ", "tokens": [...],
+                                    "imgid": 0, "sentid": 770337}, ...]}, ...],
+         "dataset": "coco"}
+
+``restval`` is the rest of COCO's validation images and is trained on, as everybody does: 113,287 images to train,
+5,000 to validate, 5,000 to test. Flickr's files have neither ``filepath`` nor ``cocoid``; their images lie in one
+folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from harness.errors import ProblemList, UserError, did_you_mean
+from tasks.base import Example, Part, Split
+from tasks.coco_format import Pictures, parse_json, require_folder
+
+SPLITS: dict[str, Split] = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
+
+
+class _Sentence(BaseModel):
+    raw: str
+
+
+class _Image(BaseModel):
+    filename: str
+    split: str
+    sentences: list[_Sentence]
+    imgid: int | None = None
+    cocoid: int | None = None
+    filepath: str = ""
+
+    @property
+    def id(self) -> int | None:
+        return self.imgid if self.cocoid is None else self.cocoid
+
+    @property
+    def places(self) -> list[str]:
+        """Where the picture may lie below the root: COCO's releases of 2014 and 2017 name the same ones differently."""
+        name = f"{self.filepath}/{self.filename}" if self.filepath else self.filename
+        if self.cocoid is None:
+            return [name]
+        return [name, f"train2017/{self.cocoid:012d}.jpg", f"val2017/{self.cocoid:012d}.jpg"]
+
+
+class _KarpathyFile(BaseModel):
+    images: list[_Image]
+
+
+def read_karpathy(path: Path, root: Path) -> dict[Split, tuple[Example, ...]]:
+    """Read Karpathy's JSON and find its pictures below ``root``.
+
+    Args:
+        path: ``dataset_coco.json``, ``dataset_flickr8k.json`` or ``dataset_flickr30k.json``.
+        root: COCO's folder (of 2014, or of 2017, whose pictures are the same), or Flickr's folder of images.
+
+    Returns:
+        The examples of each split in the order of the file; ids are COCO's, or else the file's ``imgid``; references
+        are the raw sentences with white space collapsed.
+
+    Raises:
+        UserError: the file or folder is missing, has another format, an unknown split, an id twice, a picture that is
+            not there, or an empty caption; all problems at once.
+    """
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: Karpathy's JSON does not exist; see docs/tasks/coco_captions.md for its address")
+        require_folder(root, "images")
+        return _combine(path, parse_json(path, _KarpathyFile), Pictures(root, root))
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from error
+
+
+def _combine(path: Path, content: _KarpathyFile, pictures: Pictures) -> dict[Split, tuple[Example, ...]]:
+    problems = ProblemList()
+    splits: dict[Split, list[Example]] = {"train": [], "validation": [], "test": []}
+    seen: set[int | None] = set()
+    for number, image in enumerate(content.images):
+        where = f"{path}: images[{number}]"
+        if image.id is None:
+            problems.add(f"{where}: neither cocoid nor imgid is there; one of them is the image's id")
+        elif image.id in seen:
+            problems.add(f"{where}: image {image.id} is there twice; ids are unique")
+        seen.add(image.id)
+        captions = tuple(" ".join(sentence.raw.split()) for sentence in image.sentences)
+        if not captions:
+            problems.add(f"{where}.sentences: image {image.id} has no caption; every image needs one or more")
+        problems.messages += [f"{where}.sentences[{n}].raw is empty" for n, text in enumerate(captions) if not text]
+        if image.split not in SPLITS:
+            problems.add(f"{where}.split: unknown split {image.split!r}; {did_you_mean(image.split, SPLITS)}")
+        try:
+            picture = _find(image, pictures, where)
+        except UserError as error:
+            problems.add(error)
+        else:
+            example = Example(str(image.id), (Part("image", picture),), captions)
+            splits[SPLITS.get(image.split, "train")].append(example)
+    problems.raise_any()
+    return {split: tuple(examples) for split, examples in splits.items()}
+
+
+def _find(image: _Image, pictures: Pictures, where: str) -> Path:
+    places = [place for place in image.places if (pictures.folder / place).is_file()] or image.places
+    return pictures.find(places[0], f"{where}.filename")

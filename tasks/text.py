@@ -1,0 +1,161 @@
+"""Conversations and instructions as JSON Lines, one example a line, in the three forms Hugging Face's tools train on
+(https://huggingface.co/docs/trl/dataset_formats):
+
+    {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What color is the sky?"},
+                  {"role": "assistant", "content": "It is blue."}]}
+    {"instruction": "Translate into French.", "input": "The sky is blue.", "output": "Le ciel est bleu."}
+    {"prompt": "The sky is", "completion": " blue."}
+
+The last answer is the target. The second form is Alpaca's, https://github.com/tatsu-lab/stanford_alpaca.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import field_validator
+
+from harness.errors import ProblemList, did_you_mean
+from tasks.base import Config, Example, Part, Split, Task
+from tasks.text_lines import Conversation, read_lines
+
+
+class TextConfig(Config):
+    """Where the lines are, and what stands around a turn."""
+
+    root: Path  # the folder of the files
+    train: str = "train.jsonl"  # a file below the root, or several by a pattern: "train-*.jsonl", "**/train.jsonl"
+    validation: str | None = None  # none: a tenth of the training lines, by a hash of what stands before the answer
+    test: str | None = None  # none: half of the validation lines, by the same hash
+    # What the model reads of a turn before the answer. The answer itself is trained as it is.
+    system_template: str = "{content}\n"
+    user_template: str = "{content}\n"
+    assistant_template: str = "{content}\n"  # of earlier answers
+
+    @field_validator("train", "validation", "test")
+    @classmethod
+    def _stays_in_root(cls, value: str | None) -> str | None:
+        if value is not None and (
+            not value or PurePosixPath(value).is_absolute() or ".." in PurePosixPath(value).parts
+        ):
+            raise ValueError(f"must be the name or the pattern of files inside the root; found {value!r}")
+        return value
+
+    @field_validator("system_template", "user_template", "assistant_template")
+    @classmethod
+    def _has_the_content_once(cls, value: str) -> str:
+        if value.count("{content}") != 1:
+            raise ValueError(f"must have {{content}} in it once; found {value!r}")
+        return value
+
+
+class Text(Task):
+    """Follow an instruction, or answer in a conversation. A context is a role; it comes again with every turn."""
+
+    contexts = ("system", "user", "assistant")
+    modalities: Mapping[str, str] = {}
+    metrics = ("exact_match", "rouge")
+    Config = TextConfig
+    config: TextConfig
+
+    @classmethod
+    def sample(cls, folder: Path) -> dict[str, Any]:
+        """Sums, in each of the three forms; one split a file."""
+        for name, numbers in (("train", range(9)), ("validation", range(9, 13)), ("test", range(13, 17))):
+            lines = [json.dumps(_sum(number)) for number in numbers]
+            (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return {"root": str(folder), "validation": "validation.jsonl", "test": "test.jsonl"}
+
+    def prepare(self) -> None:
+        """Read and check every split; nothing is downloaded."""
+        _ = self._splits
+
+    def examples(self, split: Split) -> Sequence[Example]:
+        """The lines of a split, in the order of the file names and of the lines."""
+        return self._splits[split]
+
+    @cached_property
+    def _splits(self) -> dict[Split, tuple[Example, ...]]:
+        root = self.config.root.expanduser()
+        problems = ProblemList()
+        names: dict[Split, str | None] = {
+            "train": self.config.train,
+            "validation": self.config.validation,
+            "test": self.config.test,
+        }
+        files = {split: _find(root, name, problems) for split, name in names.items() if name is not None}
+        _check_disjoint(files, problems)
+        lines: dict[Split, list[Conversation]] = {
+            split: [line for path in paths for line in read_lines(path, path.relative_to(root).as_posix(), problems)]
+            for split, paths in files.items()
+        }
+        problems.raise_any()
+        if "validation" not in lines:
+            lines["validation"] = [line for line in lines["train"] if _hash(line)[0] % 10 == 0]
+            lines["train"] = [line for line in lines["train"] if _hash(line)[0] % 10 != 0]
+        if "test" not in lines:
+            lines["test"] = [line for line in lines["validation"] if _hash(line)[1] % 2 == 1]
+            lines["validation"] = [line for line in lines["validation"] if _hash(line)[1] % 2 == 0]
+        for split in names:
+            if not lines[split]:
+                problems.add(f"{root}: no line is in the split {split}; name files for train, validation and test")
+        problems.raise_any()
+        return {split: tuple(map(self._example, lines[split])) for split in names}
+
+    def _example(self, line: Conversation) -> Example:
+        templates = {
+            "system": self.config.system_template,
+            "user": self.config.user_template,
+            "assistant": self.config.assistant_template,
+        }
+        parts = (
+            Part(role, text if line.verbatim else templates[role].replace("{content}", text))
+            for role, text in line.turns
+        )
+        return Example(line.id, tuple(parts), line.references)
+
+
+def _hash(line: Conversation) -> bytes:
+    """Of what stands before the answer: a question that is asked twice is not in two splits."""
+    return hashlib.sha256(json.dumps(line.turns).encode()).digest()
+
+
+def _find(root: Path, name: str, problems: ProblemList) -> list[Path]:
+    """The files of a split in the order of their names."""
+    try:
+        found = sorted(path for path in root.glob(name) if path.is_file())
+    except (OSError, ValueError) as error:
+        problems.add(f"{root}: {name!r} cannot be looked for: {error}")
+        return []
+    if not found:
+        present = [path.relative_to(root).as_posix() for path in root.rglob("*.json*")] if root.is_dir() else []
+        what = "no file has this name or pattern" if root.is_dir() else "the folder does not exist"
+        near = get_close_matches(name, present, n=10, cutoff=0)
+        problems.add(f"{root}: {name!r}: {what}; {did_you_mean(name, near)}")
+    return found
+
+
+def _check_disjoint(files: Mapping[Split, list[Path]], problems: ProblemList) -> None:
+    seen: dict[Path, Split] = {}
+    for split, paths in files.items():
+        for path in paths:
+            if seen.setdefault(path, split) != split:
+                problems.add(f"{path} is in {seen[path]} and in {split}; splits may not overlap")
+
+
+def _sum(number: int) -> dict[str, Any]:
+    a, b = divmod(number, 7)
+    answer = str(a + b)
+    if number % 3 == 0:
+        return {"instruction": "Add the numbers.", "input": f"{a} {b}", "output": answer}
+    if number % 3 == 1:
+        return {"prompt": f"{a} + {b} =", "completion": f" {answer}"}
+    turns = [("system", "You can add."), ("user", "1 + 1?"), ("assistant", "2"), ("user", f"{a} + {b}?")]
+    messages = [{"role": role, "content": text} for role, text in (*turns, ("assistant", answer))]
+    return {"messages": messages[number % 2 :]}  # without the system message every other time

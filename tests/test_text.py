@@ -1,0 +1,248 @@
+"""The reader of conversations: three forms, how they are put to the model, splits, and everything that can be wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from harness.errors import Problems, UserError
+from tasks.base import Example, Part
+from tasks.text import Text
+
+GOOD = {"prompt": "The sky is", "completion": " blue."}
+
+
+def text(root: Path, **options: Any) -> Text:
+    return Text(Text.Config(root=root, **options))
+
+
+def write(path: Path, *records: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def read(root: Path, *records: Any, **options: Any) -> list[Example]:
+    """The training examples made of these lines."""
+    write(root / "train.jsonl", *records)
+    write(root / "val.jsonl", GOOD)
+    write(root / "test.jsonl", GOOD)
+    return list(text(root, validation="val.jsonl", test="test.jsonl", **options).examples("train"))
+
+
+def chat(*turns: str) -> dict[str, Any]:
+    """Messages from "user: hello"."""
+    return {"messages": [dict(zip(("role", "content"), turn.split(": ", 1), strict=True)) for turn in turns]}
+
+
+def test_a_conversation_ends_in_its_target(tmp_path: Path) -> None:
+    line = chat("system: Be brief.", "user: 1 + 1?", "assistant: 2", "user: Why?", "assistant: Because.")
+    (example,) = read(tmp_path, line | {"source": "forum", "id": 7})
+    assert example.id == "train.jsonl:1"
+    assert example.inputs == (
+        Part("system", "Be brief.\n"),
+        Part("user", "1 + 1?\n"),
+        Part("assistant", "2\n"),
+        Part("user", "Why?\n"),
+    )
+    assert example.references == ("Because.",)
+    assert example.target is None  # the last context: the assistant's
+    (without,) = read(tmp_path, chat("user: Why?", "assistant: Because."))
+    assert without.inputs == (Part("user", "Why?\n"),)
+
+
+def test_the_other_forms(tmp_path: Path) -> None:
+    translate, plain, sky, talk = read(
+        tmp_path,
+        {"instruction": "Translate.", "input": "The sky.", "output": "Le ciel."},
+        {"instruction": "Greet.", "input": "", "output": "Hello."},
+        GOOD,
+        {"prompt": chat("user: Why?")["messages"], "completion": chat("assistant: Because.")["messages"]},
+    )
+    assert translate.inputs == (Part("user", "Translate.\nThe sky.\n"),)
+    assert translate.references == ("Le ciel.",)
+    assert plain.inputs == (Part("user", "Greet.\n"),)
+    assert (sky.inputs, sky.references) == ((Part("user", "The sky is"),), (" blue.",))  # no template: TRL has none
+    assert (talk.inputs, talk.references) == ((Part("user", "Why?\n"),), ("Because.",))
+
+
+def test_templates_stand_around_each_turn(tmp_path: Path) -> None:
+    (example,) = read(
+        tmp_path,
+        chat("system: S{}", "user: {content}", "assistant: A", "user: U", "assistant: {B}"),
+        system_template="<s>{content}",
+        user_template="Q: {content}\n",
+        assistant_template="A: {content}</s>",
+    )
+    assert "".join(str(part.value) for part in example.inputs) == "<s>S{}Q: {content}\nA: A</s>Q: U\n"
+    assert example.references == ("{B}",)
+    with pytest.raises(ValidationError, match=r"must have \{content\} in it once; found 'Q:'"):
+        text(tmp_path, user_template="Q:")
+
+
+def test_text_is_kept_to_the_letter(tmp_path: Path) -> None:
+    content = "  2024-01-31\r\n\tÜber 猫 👍 a\u2028b\u0085c " + "x" * 10_000
+    for example in read(tmp_path, {"prompt": content, "completion": content}):
+        assert example.inputs[0].value == content
+        assert example.references == (content,)
+
+
+def test_several_references_are_kept_once_each(tmp_path: Path) -> None:
+    (example,) = read(tmp_path, {**GOOD, "references": [" azure.", " blue.", " azure."]})
+    assert example.references == (" blue.", " azure.")
+
+
+def test_bom_crlf_and_blank_lines_are_taken(tmp_path: Path) -> None:
+    read(tmp_path, GOOD)
+    line = json.dumps(GOOD).encode()
+    (tmp_path / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n  \n" + line)
+    examples = text(tmp_path, validation="val.jsonl", test="test.jsonl").examples("train")
+    assert [example.id for example in examples] == ["train.jsonl:1", "train.jsonl:4"]
+
+
+def test_a_pattern_reads_several_files_in_order(tmp_path: Path) -> None:
+    for name in ("b/part.jsonl", "a/part.jsonl"):
+        write(tmp_path / "shards" / name, GOOD, GOOD)
+    write(tmp_path / "val.jsonl", GOOD)
+    write(tmp_path / "[1].jsonl", GOOD)
+    task = text(tmp_path, train="shards/**/*.jsonl", validation="val.jsonl", test="[[]1].jsonl")
+    assert [e.id for e in task.examples("train")] == [f"shards/{s}/part.jsonl:{n}" for s in "ab" for n in (1, 2)]
+    assert task.examples("test")[0].id == "[1].jsonl:1"
+
+
+def test_splits_without_files_are_made_by_a_hash_of_the_question(tmp_path: Path) -> None:
+    lines = [{"prompt": f"{number // 2} + 1 =", "completion": f" {number}"} for number in range(800)]
+    write(tmp_path / "train.jsonl", *lines)
+    task = text(tmp_path)
+    parts = {split: {e.inputs[0].value for e in task.examples(split)} for split in ("train", "validation", "test")}
+    sizes = [len(task.examples(split)) for split in ("train", "validation", "test")]
+    assert sum(sizes) == 800
+    assert 40 < sizes[1] + sizes[2] < 120  # a tenth of the training lines
+    assert min(sizes[1:]) > 15
+    assert sum(map(len, parts.values())) == 400  # the same question is never in two splits
+    write(tmp_path / "val.jsonl", *lines[:100])
+    given = text(tmp_path, validation="val.jsonl")
+    assert len(given.examples("train")) == 800
+    assert len(given.examples("validation")) + len(given.examples("test")) == 100
+    assert text(tmp_path, user_template="Q: {content}", test="val.jsonl").examples(
+        "validation"
+    )  # templates move nothing
+    assert [e.id for e in text(tmp_path, user_template="Q: {content}").examples("test")] == [
+        e.id for e in task.examples("test")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (chat("user: a", "asistant: b"), r"messages\[1\]\.role: unknown role 'asistant'; .*did you mean 'assistant'\?"),
+        (
+            chat("human: a", "assistant: b"),
+            r"messages\[0\]\.role: unknown role 'human'; allowed: assistant, system, user",
+        ),
+        (chat("user: a", "assistant: b", "user: c"), r"the last message is the user's; an answer of the assistant"),
+        (chat("system: a"), r"the last message is the system's; an answer"),
+        (chat("assistant: a"), r"message 0 is the assistant's where the user's is due"),
+        (chat("user: a", "user: b", "assistant: c"), r"message 1 is the user's where the assistant's is due"),
+        (
+            chat("system: a", "user: b", "assistant: c", "assistant: d"),
+            r"message 3 is the assistant's where the user's",
+        ),
+        (chat("user: a", "system: b", "assistant: c"), r"message 1 is the system's where the assistant's is due"),
+        (chat("user:  ", "assistant: b"), r"messages\[0\]\.content is empty"),
+        ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\]\.content: a text is needed; found nothing"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            r"content: a text is needed; found \[\{'type'",
+        ),
+        ({"messages": [{"content": "a"}]}, r"messages\[0\]\.role: unknown role nothing"),
+        ({"messages": ["a"]}, r"messages\[0\]: an object with role and content is needed; found 'a'"),
+        ({"messages": []}, r"messages: a list of messages is needed; found \[\]"),
+        ({"messages": "a"}, r"messages: a list of messages is needed; found 'a'"),
+        ({"instruction": "a", "output": ""}, r"output is empty"),
+        ({"instruction": "a"}, r"output: a text is needed; found nothing"),
+        ({"instruction": "a", "input": 5, "output": "b"}, r"input: a text is needed; found 5"),
+        ({"prompt": "a", "completion": 5}, r"completion: a text is needed; found 5"),
+        (
+            {"prompt": [{"role": "user", "content": "a"}], "completion": "b"},
+            r"completion: a list of messages is needed",
+        ),
+        ({**GOOD, "references": "b"}, r"references: a list of texts is needed; found 'b'"),
+        ({**GOOD, "references": ["b", " "]}, r"references\[1\] is empty"),
+        ({"prompt": "a", "completion": "\ud800"}, r"completion: half of a surrogate pair"),
+        ({"mesages": []}, r"found 'mesages'; allowed: .*\"instruction\".*; did you mean 'messages'\?"),
+        ({**GOOD, "messages": []}, r"found 'prompt', 'completion', 'messages'; allowed: "),
+        ({}, r"found no keys; allowed: "),
+        ([1], r"train\.jsonl: is one JSON array; one object a line is needed"),
+        (5, r"an object is needed; found 5"),
+    ],
+)
+def test_a_wrong_line_is_refused_with_the_place(tmp_path: Path, record: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, record)
+
+
+def test_all_problems_of_all_files_come_at_once_with_their_lines(tmp_path: Path) -> None:
+    read(tmp_path, GOOD)
+    (tmp_path / "train.jsonl").write_bytes(b'{"prompt": "a" "completion"}\n\n{"prompt": "\xfc"}\n' + b"[" * 200_000)
+    write(tmp_path / "val.jsonl", chat("user:  ", "bot: "))
+    with pytest.raises(Problems) as caught:
+        text(tmp_path, validation="val.jsonl", test="test.jsonl").prepare()
+    train, val = tmp_path / "train.jsonl", tmp_path / "val.jsonl"
+    json_error, encoding, depth, *roles = caught.value.messages
+    assert json_error.startswith(f"{train}: line 1: column 16: broken JSON, Expecting ',' delimiter: '")
+    assert encoding == f"{train}: line 3: byte 13 is not UTF-8: b'\\xfc'"
+    assert depth.startswith(f"{train}: line 4: cannot be read: ")
+    assert roles == [
+        f"{val}: line 1: messages[0].content is empty",
+        f"{val}: line 1: messages[1].role: unknown role 'bot'; allowed: assistant, system, user",
+        f"{val}: line 1: messages[1].content is empty",
+    ]
+
+
+def test_files_that_are_missing_empty_or_in_two_splits(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", GOOD)
+    with pytest.raises(
+        UserError, match=r"'trian.jsonl': no file has this name or pattern; .*did you mean 'train.jsonl'"
+    ):
+        text(tmp_path, train="trian.jsonl").prepare()
+    with pytest.raises(UserError, match=r"nowhere: 'train.jsonl': the folder does not exist"):
+        text(tmp_path / "nowhere").prepare()
+    with pytest.raises(UserError, match=r"train\.jsonl: 'train.jsonl': the folder does not exist"):
+        text(tmp_path / "train.jsonl").prepare()
+    with pytest.raises(UserError, match=r"train\.jsonl is in train and in validation; splits may not overlap"):
+        text(tmp_path, validation="*.jsonl").prepare()
+    with pytest.raises(UserError, match=r"no line is in the split (train|validation); name files"):
+        text(tmp_path).prepare()
+    write(tmp_path / "val.jsonl")
+    with pytest.raises(UserError, match=r"val\.jsonl: the file has no lines"):
+        text(tmp_path, validation="val.jsonl").prepare()
+    with pytest.raises(UserError, match=r"'a\*\*': no file has this name|'a\*\*' cannot be looked for"):
+        text(tmp_path, train="a**").prepare()
+
+
+@pytest.mark.parametrize("name", ["../train.jsonl", "/etc/passwd", "a/../../b", ""])
+def test_names_cannot_lead_out_of_the_root(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValidationError, match="must be the name or the pattern of files inside the root"):
+        text(tmp_path, train=name)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    write(tmp_path / "train.jsonl", GOOD)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(UserError, match=r"train\.jsonl: cannot be read: Permission denied"):
+        text(tmp_path).prepare()
+
+
+def test_the_sample_has_every_form_and_varying_turns(tmp_path: Path) -> None:
+    options = Text.sample(tmp_path)
+    task = Text(Text.Config.model_validate_json(json.dumps(options)))
+    turns = {tuple(part.context for part in example.inputs) for example in task.examples("train")}
+    assert turns == {("user",), ("system", "user", "assistant", "user"), ("user", "assistant", "user")}
