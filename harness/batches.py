@@ -17,7 +17,7 @@ from harness.backbones import LanguageModel
 from harness.contexts import Segment
 from harness.features import Features
 from harness.model import IGNORED, Batch, Items
-from harness.sections import Budget
+from harness.sections import Backbone, Budget
 from tasks.base import Example
 
 
@@ -40,14 +40,14 @@ class BatchMaker:
         language_model: for its tokenizer.
         budget: for ``max_target_length`` and ``max_input_length``. Longer texts are cut, and counted in
             ``cut_targets`` and ``cut_inputs``.
-        boundary_tokens: whether the projectors put a token before and after each item.
+        backbone: whether projectors put a token before and after each item, and targets begin with a space.
     """
 
     def __init__(
-        self, features: Features, language_model: LanguageModel, budget: Budget, boundary_tokens: bool = False
+        self, features: Features, language_model: LanguageModel, budget: Budget, backbone: Backbone | None = None
     ) -> None:
         self.features, self.language_model, self.budget = features, language_model, budget
-        self.boundary_tokens = boundary_tokens
+        self.backbone = backbone or Backbone()
         self.contexts = features.task.contexts
         self.cut_targets: set[str] = set()
         self.cut_inputs: set[str] = set()
@@ -93,7 +93,8 @@ class BatchMaker:
         return ids[:limit]
 
     def _target(self, text: str) -> list[int]:
-        ids = self._encode(text, self.budget.max_target_length, self.cut_targets)
+        spaced = f" {text}" if self.backbone.add_prefix_space and not text[:1].isspace() else text
+        ids = self._encode(spaced, self.budget.max_target_length, self.cut_targets)
         return [*ids, self.language_model.eos_id]
 
     def _inputs(self, examples: Sequence[Example], views: Sequence[int] | None) -> list[list[_Stretch]]:
@@ -108,7 +109,7 @@ class BatchMaker:
                     row.append(_Stretch(context, len(ids), ids))
                 else:
                     features_ND = next(encoded)
-                    length = len(features_ND) + 2 * self.boundary_tokens
+                    length = len(features_ND) + 2 * self.backbone.projector_boundary_tokens
                     row.append(_Stretch(context, length, features_ND=features_ND))
             rows.append(row)
         return rows

@@ -99,7 +99,7 @@ def build(spec: TrialSpec, device: torch.device) -> Built:
     return Built(
         task=task,
         model=model,
-        batches=BatchMaker(features, language_model, spec.budget, spec.backbone.projector_boundary_tokens),
+        batches=BatchMaker(features, language_model, spec.budget, spec.backbone),
         splits=splits,
         order=order_of(spec, task, splits.train),
         parameters=measure.count_parameters(model, encoders.values()),

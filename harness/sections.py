@@ -22,6 +22,7 @@ class Backbone(Section):
     projector_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # before the projector, as in the paper
     projector_boundary_tokens: bool = False  # a learnt token before and after every item
     projector_positions: PositiveInt | None = None  # learnt positions after the projector; tokens of the longest item
+    add_prefix_space: bool = False  # a space before every target: BPE models know most words with one only
     trust_remote_code: bool = False
     # Path pattern → role of the language model's layers, where adapters/families.py does not know them.
     roles: dict[str, Any] | None = None

@@ -249,6 +249,13 @@ def test_pretrained_encoders(
     assert "takes at most" in str(empty.check(_noise(longest + 0.01)))
 
 
+def test_ast_needs_one_frame(ast: Path) -> None:
+    encoder = Audio().encoder(str(ast))
+    assert encoder.check(_noise(0.02)) == "20.0 ms long; audio-spectrogram-transformer takes at least 25 ms"
+    assert encoder.check(_noise(0.025)) is None
+    assert encoder.encode([_noise(0.025)])[0].isfinite().all()
+
+
 def test_whisper_is_the_encoder_alone_on_its_own_features(whisper: Path) -> None:
     model = WhisperForConditionalGeneration.from_pretrained(whisper).eval()
     features = WhisperFeatureExtractor.from_pretrained(whisper)(

@@ -101,7 +101,7 @@ def made(method: AdapterMethod, **options: Any) -> tuple[ContextModel, BatchMake
     encoder = ImageModality().encoder("builtin/tiny-vision")
     model = ContextModel(base.model, {"image": Projector(encoder.width, 96, backbone)}, adapters, router)
     features = Features(Questions(Config()), {"image": ImageModality()}, {"image": encoder}, CPU)
-    return model.eval(), BatchMaker(features, base, Budget(), backbone.projector_boundary_tokens)
+    return model.eval(), BatchMaker(features, base, Budget(), backbone)
 
 
 OPTIONS = {
@@ -224,3 +224,14 @@ def test_texts_that_are_too_long_are_cut_and_counted() -> None:
     assert batch.token_ids_BT.shape == (1, 1 + 5 + 4 + 1)
     assert (batches.cut_inputs, batches.cut_targets) == ({example.inputs[0].value}, {example.references[0]})
     model(batch)
+
+
+def test_a_target_may_begin_with_a_space_which_no_prediction_does(examples: list[Example]) -> None:
+    """The built-in language model has never seen "ix" and "ven", which "six" and "seven" end with without a space."""
+    _, plain = made(METHODS["lora"])
+    _, spaced = made(METHODS["lora"], add_prefix_space=True)
+    ids = plain.make(examples[4:], [" six"]).token_ids_BT.tolist()
+    assert spaced.make(examples[4:], ["six"]).token_ids_BT.tolist() == ids
+    assert spaced.make(examples[4:], [" six"]).token_ids_BT.tolist() == ids
+    assert plain.make(examples[4:], ["six"]).token_ids_BT.tolist() != ids
+    assert spaced.decode(torch.tensor(ids)[:, 1:]) == ["six"]

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from harness.errors import UserError
 from harness.hub import PRETRAINED
-from tasks.modalities.audio import Audio, Recording
+from tasks.modalities.audio import Audio
+from tasks.modalities.recording import Recording
 from tasks.modalities.tiny_audio import TinyAudio
 
 SHIPPED = PRETRAINED / "tiny-audio"
@@ -50,7 +51,8 @@ def _reference_log_mel(samples: np.ndarray) -> np.ndarray:
         dft = np.exp(-2j * np.pi * np.outer(np.arange(257), np.arange(400)) / 512) @ windowed
         rows.append(np.log10(np.maximum(np.array(triangles) @ np.abs(dft) ** 2, 1e-10)))
     mel = np.array(rows)
-    return np.maximum(mel - mel.max(), -6) / 3 + 1
+    relative: np.ndarray = np.maximum(mel - mel.max(), -6) / 3 + 1
+    return relative
 
 
 def test_log_mel_is_that_of_the_definition_in_double_precision() -> None:

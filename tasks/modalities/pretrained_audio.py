@@ -71,6 +71,12 @@ class WhisperEncoder(PretrainedAudio):
 class SpectrogramTransformer(PretrainedAudio):
     """AST: patches of a padded spectrogram of fixed length, after a class and a distillation token."""
 
+    def check(self, item: Recording) -> str | None:
+        """Refuse also what is shorter than one frame of 25 ms, of which there is no spectrogram."""
+        if len(item.samples) < 400:
+            return f"{item.seconds * 1000:.1f} ms long; {self.model.config.model_type} takes at least 25 ms"
+        return super().check(item)
+
     @property
     def max_seconds(self) -> float:
         """``max_length`` frames of 25 ms, one every 10 ms, none of them padding."""

@@ -215,8 +215,8 @@ def test_real_spoken_digits_are_learnt_and_heard_in_a_voice_never_heard(tmp_path
     assert result.returncode == 0, result.stderr
     (record,) = read_run(tmp_path / "runs/fsdd").records.values()
     assert record.status == "finished"
-    assert record.metrics["test"]["exact_match"] > 0.3
-    assert 0 < record.metrics["test"]["wer"] < 0.7
+    assert record.metrics["test"]["exact_match"] > 0.5
+    assert record.metrics["test"]["wer"] < 0.5
     assert record.metrics["test"]["perplexity_wrong_input"] > 1.5 * record.metrics["test"]["perplexity"]
     examples = pd.read_parquet(next((tmp_path / "runs/fsdd/trials").glob("*/examples.parquet")))
     speakers = {split: set(rows["example_id"].str.split("_").str[1]) for split, rows in examples.groupby("split")}
