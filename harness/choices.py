@@ -23,17 +23,30 @@ def task_axes(section: Mapping[str, Any], source: Source) -> Iterator[dict[str, 
     """The variants of the section ``task``. A list that an option takes is one value; a list of such lists an axis."""
     name = section.get("name")
     known = TASKS.entries()
-    fields = TASKS.load(known[name].target).Config.model_json_schema()["properties"] if name in known else {}
-    whole = {
-        key: [value]
-        for key, value in section.items()
-        if isinstance(value, list) and _takes_list(fields.get(key, {})) and not all(isinstance(v, list) for v in value)
-    }
-    yield from axes({**section, **whole}, ("task",), source)
+    schema = TASKS.load(known[name].target).Config.model_json_schema() if name in known else {}
+    yield from axes(_with_whole_lists(section, schema, schema.get("$defs", {})), ("task",), source)
 
 
-def _takes_list(schema: Mapping[str, Any]) -> bool:
-    return schema.get("type") == "array" or any(map(_takes_list, schema.get("anyOf", ())))
+def _with_whole_lists(
+    section: Mapping[str, Any], schema: Mapping[str, Any], known: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The section with every list that is one value as an axis of that one value, sections within it too."""
+    fields = schema.get("properties", {})
+    whole: dict[str, Any] = {}
+    for key, value in section.items():
+        allowed = [known.get(s.get("$ref", "").rpartition("/")[2], s) for s in _alternatives(fields.get(key, {}))]
+        inner = next((one for one in allowed if "properties" in one), None)
+        if isinstance(value, dict) and inner:
+            whole[key] = _with_whole_lists(value, inner, known)
+        elif isinstance(value, list) and any(one.get("type") == "array" for one in allowed):
+            whole[key] = value if value and all(isinstance(v, list) for v in value) else [value]
+        else:
+            whole[key] = value
+    return whole
+
+
+def _alternatives(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [s for one in schema.get("anyOf", ()) for s in _alternatives(one)] or [schema]
 
 
 def choose_task(variant: dict[str, Any], more_metrics: tuple[str, ...], source: Source) -> TaskChoice:

@@ -228,3 +228,19 @@ def test_a_context_of_the_paper_setting_needs_no_file(monkeypatch: pytest.Monkey
     coco = load_experiment(Path(__file__).parent.parent / "experiments" / "coco.yaml")
     assert len(coco.adapters[0]) * len(coco.seeds) == 36
     assert coco.budgets[0].examples == "all"
+
+
+def test_a_list_that_an_option_takes_is_one_value_and_a_list_of_lists_an_axis(experiment_file: Write) -> None:
+    def scales(text: str) -> list[object]:
+        tasks = load_experiment(experiment_file(text)).tasks
+        return [
+            (task.config["augmentation"]["crop_scale"], task.config["augmentation"]["brightness"]) for task in tasks
+        ]
+
+    head = "adapters: [{method: none}]\noptimizer: {learning_rate: 1}\ntask:\n  name: coco_captions\n  root: /x\n"
+    one = "  augmentation: {crop_scale: [0.5, 1.0], brightness: [0.1, 0.2]}\n"
+    assert scales(head + one) == [([0.5, 1.0], 0.1), ([0.5, 1.0], 0.2)]
+    several = "  augmentation: {crop_scale: [[0.5, 1.0], [0.8, 1.0]]}\n"
+    assert scales(head + several) == [([0.5, 1.0], 0.0), ([0.8, 1.0], 0.0)]
+    text = "adapters: [{method: none}]\noptimizer: {learning_rate: 1}\ntask: {name: speech, root: /x, train: [a, b]}\n"
+    assert [task.config["train"] for task in load_experiment(experiment_file(text)).tasks] == [["a", "b"]]
