@@ -17,8 +17,9 @@ from safetensors import safe_open
 from adapters.attach import Adapters
 from adapters.router import Router
 from harness.errors import UserError
+from harness.inputs import digest_of
 from harness.model import ContextModel
-from harness.origins import WEIGHTS, Shapes, compare, finished, read_section, sha256, shapes_of
+from harness.origins import WEIGHTS, Shapes, compare, finished, read_section, shapes_of
 from harness.parts import make_task, method_of
 from harness.plan import TrialSpec
 from harness.sections import AdapterChoice, Backbone, Origin
@@ -125,7 +126,7 @@ def load(spec: TrialSpec, model: ContextModel) -> None:
     """
     for group, origin in spec.adapter.init_from.items():
         path = Path(origin.trial) / WEIGHTS
-        if not path.is_file() or sha256(path) != origin.weights_sha256:
+        if not path.is_file() or digest_of(path) != origin.weights_sha256:
             raise UserError(f"{path}: not the weights that this trial was planned with; start the experiment again")
         pairs = _pairs(model, group, origin)
         parameters = dict(model.named_parameters())

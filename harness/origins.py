@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from harness.axes import check
 from harness.errors import UserError, did_you_mean
+from harness.inputs import digest_of
 from harness.record import TrialRecord, read_record
 from harness.sections import AdapterChoice, Origin, Section
 from harness.yaml_source import KeyPath, Source
@@ -79,7 +79,7 @@ def _origin(folder: Path, group: str, choice: AdapterChoice, contexts: list[str]
     return Origin(
         trial=str(folder),
         group=group,
-        weights_sha256=sha256(weights),
+        weights_sha256=digest_of(weights),
         projectors=tuple(context for context in contexts if context in projected),
     )
 
@@ -127,12 +127,6 @@ def compare(folder: Path, here: Mapping[str, Any], there: Mapping[str, Any]) -> 
     if differing:
         found = ", ".join(f"{key} is {here.get(key)!r} here, {there.get(key)!r} there" for key in differing)
         raise UserError(f"{folder}: trained with other options: {found}; they must be the same")
-
-
-def sha256(path: Path) -> str:
-    """Of the file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shapes_of(path: Path) -> Shapes:

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import csv
 import logging
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,7 +32,7 @@ from tasks.audio_files import (
     require_folder,
     write_tone,
 )
-from tasks.base import Config, Example, Part, Split, Task
+from tasks.base import Config, Example, FileTask, Part, Split
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ class AudioCaptionsConfig(Config):
     missing: Literal["error", "skip"] = "error"  # clips without a file: many of AudioCaps' are gone from YouTube
 
 
-class AudioCaptions(Task):
+class AudioCaptions(FileTask):
     """Say what is heard in a recording; several people's captions are the references."""
 
     contexts = ("audio", "text")
@@ -88,16 +87,8 @@ class AudioCaptions(Task):
                 csv.writer(file).writerows(rows)
         return {"root": str(folder)}
 
-    def prepare(self) -> None:
-        """Check every split; nothing is downloaded."""
-        _ = self._splits
-
-    def examples(self, split: Split) -> Sequence[Example]:
+    def read_splits(self) -> Mapping[Split, tuple[Example, ...]]:
         """The clips of a split in the order of their first captions."""
-        return self._splits[split]
-
-    @cached_property
-    def _splits(self) -> Mapping[Split, tuple[Example, ...]]:
         root = self.config.root.expanduser()
         problems = ProblemList()
         splits: dict[Split, list[Example]] = {}

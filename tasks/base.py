@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -117,6 +118,30 @@ class Task(ABC):
         """
         total = sum(sizes.values())
         return {member: size / total for member, size in sizes.items()}
+
+
+class FileTask(Task):
+    """A task whose data lie in files: all splits are read and checked in one go, when they are first asked for."""
+
+    @abstractmethod
+    def read_splits(self) -> Mapping[Split, Sequence[Example]]:
+        """All splits, each in a fixed order.
+
+        Raises:
+            UserError: something is missing or broken; all problems at once.
+        """
+
+    @cached_property
+    def _splits(self) -> Mapping[Split, Sequence[Example]]:
+        return self.read_splits()
+
+    def prepare(self) -> None:
+        """Read and check every split; nothing is downloaded."""
+        _ = self._splits
+
+    def examples(self, split: Split) -> Sequence[Example]:
+        """The examples of a split, in the order of its files."""
+        return self._splits[split]
 
 
 class Modality(ABC):

@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
@@ -37,7 +36,7 @@ from tasks.audio_files import (
     spoken_text,
     write_tone,
 )
-from tasks.base import Config, Example, Part, Split, Task
+from tasks.base import Config, Example, FileTask, Part, Split
 
 # The names that Hugging Face's audiofolder knows for a split (datasets.data_files.SPLIT_KEYWORDS).
 SPLIT_NAMES: Mapping[str, Split] = {
@@ -82,7 +81,7 @@ _OPTIONS_OF: Mapping[Layout, frozenset[str]] = {
 }
 
 
-class Speech(Task):
+class Speech(FileTask):
     """Write down what is said in a recording."""
 
     contexts = ("audio", "text")
@@ -100,16 +99,8 @@ class Speech(Task):
                 write_tone(folder / "recordings" / f"{digit}_{speaker}_0.wav", 300 + 200 * digit + 20 * number)
         return {"root": str(folder)}
 
-    def prepare(self) -> None:
-        """Check every split; nothing is downloaded."""
-        _ = self._splits
-
-    def examples(self, split: Split) -> Sequence[Example]:
+    def read_splits(self) -> Mapping[Split, tuple[Example, ...]]:
         """The recordings of a split in the order of their table, or of their names."""
-        return self._splits[split]
-
-    @cached_property
-    def _splits(self) -> Mapping[Split, tuple[Example, ...]]:
         root = self.config.root.expanduser()
         problems = ProblemList()
         try:

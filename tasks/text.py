@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from difflib import get_close_matches
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import field_validator
 
 from harness.errors import ProblemList, did_you_mean
-from tasks.base import Config, Example, Part, Split, Task
+from tasks.base import Config, Example, FileTask, Part, Split
 from tasks.text_lines import Conversation, read_lines
 
 
@@ -55,7 +54,7 @@ class TextConfig(Config):
         return value
 
 
-class Text(Task):
+class Text(FileTask):
     """Follow an instruction, or answer in a conversation. A context is a role; it comes again with every turn."""
 
     contexts = ("system", "user", "assistant")
@@ -72,16 +71,8 @@ class Text(Task):
             (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         return {"root": str(folder), "validation": "validation.jsonl", "test": "test.jsonl"}
 
-    def prepare(self) -> None:
-        """Read and check every split; nothing is downloaded."""
-        _ = self._splits
-
-    def examples(self, split: Split) -> Sequence[Example]:
+    def read_splits(self) -> dict[Split, tuple[Example, ...]]:
         """The lines of a split, in the order of the file names and of the lines."""
-        return self._splits[split]
-
-    @cached_property
-    def _splits(self) -> dict[Split, tuple[Example, ...]]:
         root = self.config.root.expanduser()
         problems = ProblemList()
         names: dict[Split, str | None] = {

@@ -20,14 +20,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from harness.errors import ProblemList
-from tasks.base import Config, Example, Part, Split, Task
+from tasks.base import Config, Example, FileTask, Part, Split
 from tasks.vqa_formats import FORMATS, Question, detect
 
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # part of file names: it cannot lead out of the root
@@ -51,7 +50,7 @@ class VQAConfig(Config):
         return value
 
 
-class VQA(Task):
+class VQA(FileTask):
     """Answer a question on a picture. All people's answers are references: the metric needs to know how many agree."""
 
     contexts = ("image", "question", "answer")
@@ -67,16 +66,8 @@ class VQA(Task):
         _write_vqav2(folder, "val2014", range(15, 23), questions=1)
         return {"root": str(folder)}
 
-    def prepare(self) -> None:
-        """Read and check every split. Nothing is downloaded: the images are 19 GB and under licences of their own."""
-        _ = self._splits
-
-    def examples(self, split: Split) -> Sequence[Example]:
+    def read_splits(self) -> dict[Split, tuple[Example, ...]]:
         """The questions of a split in the order of its file."""
-        return self._splits[split]
-
-    @cached_property
-    def _splits(self) -> dict[Split, tuple[Example, ...]]:
         root = self.config.root.expanduser()
         form = FORMATS[self.config.format or detect(root)]
         problems = ProblemList()

@@ -22,7 +22,14 @@ MAY_IMPORT = {
     "harness.hub": ("harness.errors",),
     "harness.sections": (),
     "harness.axes": ("harness.errors", "harness.yaml_source"),
-    "harness.origins": ("harness.errors", "harness.axes", "harness.record", "harness.sections", "harness.yaml_source"),
+    "harness.origins": (
+        "harness.errors",
+        "harness.axes",
+        "harness.inputs",
+        "harness.record",
+        "harness.sections",
+        "harness.yaml_source",
+    ),
     "harness.choices": (
         "harness.errors",
         "harness.axes",

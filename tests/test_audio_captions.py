@@ -27,7 +27,7 @@ def task_of(root: Path, **options: Any) -> AudioCaptions:
 
 
 def problems(task: AudioCaptions) -> list[str]:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r".") as caught:
         task.prepare()
     return list(caught.value.messages) if isinstance(caught.value, Problems) else [str(caught.value)]
 

@@ -30,7 +30,7 @@ def ids(task: Speech) -> dict[str, list[str]]:
 
 def problems(task: Speech) -> str:
     """Everything that is wrong with a data set, one message a line."""
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r".") as caught:
         task.prepare()
     return "\n".join(caught.value.messages) if isinstance(caught.value, Problems) else str(caught.value)
 

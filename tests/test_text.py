@@ -190,7 +190,7 @@ def test_all_problems_of_all_files_come_at_once_with_their_lines(tmp_path: Path)
     read(tmp_path, GOOD)
     (tmp_path / "train.jsonl").write_bytes(b'{"prompt": "a" "completion"}\n\n{"prompt": "\xfc"}\n' + b"[" * 200_000)
     write(tmp_path / "val.jsonl", chat("user:  ", "bot: "))
-    with pytest.raises(Problems) as caught:
+    with pytest.raises(Problems, match="problems:") as caught:
         text(tmp_path, validation="val.jsonl", test="test.jsonl").prepare()
     train, val = tmp_path / "train.jsonl", tmp_path / "val.jsonl"
     json_error, encoding, depth, *roles = caught.value.messages

@@ -170,7 +170,7 @@ def test_wrong_vqav2_files_are_refused_with_the_place(
 def test_all_problems_of_all_splits_come_at_once(root: Path) -> None:
     (root / "train2014" / "COCO_train2014_000000000003.jpg").unlink()
     edit(root / ANNOTATIONS.format("val2014"), lambda content: content["annotations"].pop(0))
-    with pytest.raises(Problems) as caught:
+    with pytest.raises(Problems, match="2 problems:") as caught:
         vqa(root).prepare()
     missing, lonely = caught.value.messages
     assert missing.endswith(f"question 3000: its image COCO_train2014_000000000003.jpg is not in {root / 'train2014'}")

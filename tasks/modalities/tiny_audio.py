@@ -5,23 +5,16 @@ Shapes: B recordings, S samples, F frames of 10 ms, M mel bands, N tokens of 80 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.audio_utils import mel_filter_bank
 
-from harness.errors import UserError
-from tasks.encoder import Encoder
 from tasks.modalities.recording import SAMPLING_RATE, Recording
-
-_CONFIG = "config.json"
-_WEIGHTS = "model.safetensors"
+from tasks.modalities.tiny_encoder import TinyEncoder
 
 _WINDOW = 400  # samples: 25 ms
 _HOP = 160  # samples: 10 ms
@@ -33,18 +26,17 @@ _FRAMES_PER_TOKEN = 8
 _NEIGHBOURS = 8  # tokens to either side that attention sees
 
 
-class TinyAudio(Encoder):
+class TinyAudio(TinyEncoder):
     """Log-mel frames, three strided convolutions to a token every 80 ms, pre-norm transformer layers.
 
     Attention sees 0.64 s to either side and knows no position, so that a long recording is a row of short ones.
     """
 
+    model_type = "tiny_audio"
     max_seconds = 30.0
 
     def __init__(self, width: int = 96, layers: int = 2, heads: int = 4) -> None:
-        super().__init__()
-        self.width = width
-        self.config = {"model_type": "tiny_audio", "width": width, "layers": layers, "heads": heads}
+        super().__init__(width, layers, heads)
         self.heads = heads
         self.stem = nn.ModuleList(
             nn.Conv1d(inputs, width, kernel_size=5, stride=2, padding=2) for inputs in (_MEL_BANDS, width, width)
@@ -118,36 +110,6 @@ class TinyAudio(Encoder):
         # Nothing but zeros is silence, not the loudest of sounds.
         loudest = log_FM.max().clamp(min=_SILENCE)
         return (log_FM - loudest).clamp(min=-_RANGE) / (_RANGE / 2) + 1
-
-    def save(self, folder: Path) -> None:
-        """Write ``config.json`` and ``model.safetensors``."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _CONFIG).write_text(json.dumps(self.config, indent=1) + "\n", encoding="utf-8")
-        weights = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, folder / _WEIGHTS)
-
-    @classmethod
-    def load(cls, folder: Path) -> TinyAudio:
-        """Load what ``save`` wrote, in evaluation mode.
-
-        Raises:
-            UserError: a file is missing, is of another model, or its weights do not fit its configuration.
-        """
-        try:
-            config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-            kind = config.pop("model_type")
-            if kind != "tiny_audio":
-                raise UserError(f"{folder / _CONFIG}: model_type is {kind!r}; allowed: tiny_audio")
-            encoder = cls(**config)
-            encoder.load_state_dict(load_file(folder / _WEIGHTS), strict=True)
-        except UserError:
-            raise
-        except Exception as error:  # each library below fails with exceptions of its own on a broken file
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"{folder}: not a TinyAudio encoder as `harness backbones build` makes it: {reason}"
-            ) from error
-        return encoder.eval()
 
 
 def _valid(frames_B: Tensor, length: int) -> Tensor:

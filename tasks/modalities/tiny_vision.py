@@ -5,39 +5,31 @@ Shapes: B pictures, C channels, H × W pixels, N tokens (a 4 × 4 grid, row by r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harness.errors import UserError
-from tasks.encoder import Encoder
+from tasks.modalities.tiny_encoder import TinyEncoder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_CONFIG = "config.json"
-_WEIGHTS = "model.safetensors"
 
-
-class TinyVision(Encoder):
+class TinyVision(TinyEncoder):
     """A convolutional stem to a grid of 4 × 4 tokens, then pre-norm transformer layers.
 
     The stem is what makes it learn in minutes: cutting the picture into patches did not (see docs/backbones.md).
     """
 
+    model_type = "tiny_vision"
     image_size = 48  # pixels, both sides
     tokens = 16
 
     def __init__(self, width: int = 96, layers: int = 2, heads: int = 4) -> None:
-        super().__init__()
-        self.width = width
-        self.config = {"model_type": "tiny_vision", "width": width, "layers": layers, "heads": heads}
+        super().__init__(width, layers, heads)
         self.stem = nn.Sequential(
             *_convolution(3, 32, stride=2),  # 24 × 24
             *_convolution(32, 64, stride=2),  # 12 × 12
@@ -76,36 +68,6 @@ class TinyVision(Encoder):
         side = (cls.image_size, cls.image_size)
         pixels_BHWC = np.stack([np.asarray(picture.resize(side)) for picture in pictures])
         return torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-    def save(self, folder: Path) -> None:
-        """Write ``config.json`` and ``model.safetensors``."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _CONFIG).write_text(json.dumps(self.config, indent=1) + "\n", encoding="utf-8")
-        weights = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, folder / _WEIGHTS)
-
-    @classmethod
-    def load(cls, folder: Path) -> TinyVision:
-        """Load what ``save`` wrote, in evaluation mode.
-
-        Raises:
-            UserError: a file is missing, is of another model, or its weights do not fit its configuration.
-        """
-        try:
-            config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-            kind = config.pop("model_type")
-            if kind != "tiny_vision":
-                raise UserError(f"{folder / _CONFIG}: model_type is {kind!r}; allowed: tiny_vision")
-            encoder = cls(**config)
-            encoder.load_state_dict(load_file(folder / _WEIGHTS), strict=True)
-        except UserError:
-            raise
-        except Exception as error:  # each library below fails with exceptions of its own on a broken file
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"{folder}: not a TinyVision encoder as `harness backbones build` makes it: {reason}"
-            ) from error
-        return encoder.eval()
 
 
 def _convolution(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adapters.attach import Adapters
 from adapters.generation import layouts_while_generating
-from harness.registry import Entry
+from harness.registry import ADAPTERS, Entry
 
 IMAGE, TEXT = 0, 1
 # One row per kind of layout: two long segments, interleaved, image last, and text alone.
@@ -181,7 +181,14 @@ def test_sdpa_and_eager_attention_agree(entry: Entry) -> None:
     torch.testing.assert_close(logits(model, adapters, embeds(), ROWS), found_BTV, rtol=1e-4, atol=1e-4)
 
 
-@every_method
+# The paper's methods each time; the others, up to 24 s each, with the slow tests.
+@pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(entry, id=name, marks=[] if name in {"lora", "bitfit", "ia3"} else pytest.mark.slow)
+        for name, entry in ADAPTERS.entries().items()
+    ],
+)
 def test_a_compiled_model_computes_the_same(entry: Entry) -> None:
     """Captured by dynamo and AOT autograd, run by their eager backend: what needs no compiler on the machine."""
     torch._dynamo.reset()
