@@ -279,6 +279,8 @@ def test_the_encoder_and_projector_do_not_matter_to_a_group_of_text(copy: Path, 
     content["spec"]["backbone"] |= {"projector": "mlp", "encoders": {"image": "another"}}
     (copy / "record.json").write_text(json.dumps(content))
     check_models([assembled(tmp_path, {"text": str(copy)}, SCENES)])
+    with pytest.raises(UserError, match=r"other options: encoders\.image is"):
+        check_models([assembled(tmp_path, {"image": str(copy)}, SCENES)])
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_several_at_once_prepare_one_set(cache: Path) -> None:
 
 def test_a_cache_that_is_a_file_is_named(cache: Path) -> None:
     cache.write_text("in the way")
-    with pytest.raises(UserError, match=r"cache/scenes/\w+: cannot write the pictures"):
+    with pytest.raises(UserError, match=r"cache/scenes/\w+: cannot write the data of the task scenes"):
         scenes()
 
 

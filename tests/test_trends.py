@@ -91,7 +91,7 @@ def test_a_cache_that_is_in_the_way_or_broken_is_named(cache: Path) -> None:
         task.examples("test")
     cache.rename(cache.with_name("moved"))
     cache.write_text("in the way")
-    with pytest.raises(UserError, match=r"cache/trends/\w+: cannot write the series"):
+    with pytest.raises(UserError, match=r"cache/trends/\w+: cannot write the data of the task trends"):
         trends()
 
 
