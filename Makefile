@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv quickstart test test-slow test-real-data lint clean
+.PHONY: venv quickstart test test-browser test-slow test-real-data lint clean
 
 venv: $(STAMP)
 
@@ -19,6 +19,9 @@ quickstart: venv  ## a real grid on this machine, then its leaderboard
 
 test: venv  ## the fast tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-browser: venv  ## the report in a real Chromium; skipped where there is none
+	$(BIN)/python -m pytest -m browser tests/browser
 
 test-slow: venv  ## minutes each: rebuilds the built-in backbones and more
 	$(BIN)/python -m pytest -m slow

@@ -92,9 +92,12 @@ class BatchMaker:
             cut.add(text)
         return ids[:limit]
 
+    def spaced(self, text: str) -> str:
+        """A target as it is tokenised, after a space where the backbone asks for one."""
+        return f" {text}" if self.backbone.add_prefix_space and not text[:1].isspace() else text
+
     def _target(self, text: str) -> list[int]:
-        spaced = f" {text}" if self.backbone.add_prefix_space and not text[:1].isspace() else text
-        ids = self._encode(spaced, self.budget.max_target_length, self.cut_targets)
+        ids = self._encode(self.spaced(text), self.budget.max_target_length, self.cut_targets)
         return [*ids, self.language_model.eos_id]
 
     def _inputs(self, examples: Sequence[Example], views: Sequence[int] | None) -> list[list[_Stretch]]:

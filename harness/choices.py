@@ -12,7 +12,7 @@ from harness.contexts import resolve_grouping
 from harness.errors import UserError, did_you_mean
 from harness.origins import find_origins
 from harness.registry import ADAPTERS, METRICS, MODALITIES, TASKS, Entry
-from harness.sections import AdapterChoice, Optimizer, TaskChoice
+from harness.sections import AdapterChoice, RateSearch, TaskChoice
 from harness.yaml_source import KeyPath, Source
 
 if TYPE_CHECKING:
@@ -98,6 +98,8 @@ def choose_adapters(entries: list[dict[str, Any]], task: TaskChoice, source: Sou
         fixed = {"grouping": [section["grouping"]]} if isinstance(section.get("grouping"), dict) else {}
         if _names_roles(section.get("where")):  # [q, v] is one place; [A, F] is an axis of two
             fixed["where"] = [section["where"]]
+        if "tried_learning_rates" in section:  # all of them are of every variant
+            fixed["tried_learning_rates"] = [section["tried_learning_rates"]]
         for variant in axes({**section, **fixed}, path, source):
             yield _adapter(variant, path, task.contexts, source)
 
@@ -115,7 +117,8 @@ def _adapter(variant: dict[str, Any], path: KeyPath, contexts: tuple[str, ...], 
         raise UserError(f"{source.where(path)}: 'method' is required; {did_you_mean('', ADAPTERS.entries())}")
     entry: Entry = ADAPTERS.find(name, source.where((*path, "method")))
     method_class = ADAPTERS.load(entry.target)
-    rate = check(Optimizer, {"learning_rate": options.pop("learning_rate", None)}, path, source).learning_rate
+    rates = {key: options.pop(key) for key in RateSearch.model_fields if key in options}
+    search = check(RateSearch, rates, path, source)
     grouping = options.pop("grouping", None)
     if grouping is not None and not method_class.grouped:
         raise UserError(f"{source.where((*path, 'grouping'))}: {name} has no adapter groups; leave 'grouping' out")
@@ -132,7 +135,8 @@ def _adapter(variant: dict[str, Any], path: KeyPath, contexts: tuple[str, ...], 
         grouping_name=grouping_name if method_class.grouped else "",
         config=config.model_dump(mode="json"),
         label=method_class(config).label(),
-        learning_rate=rate,
+        learning_rate=search.learning_rate,
+        tried_learning_rates=search.tried_learning_rates,
     )
     if init_from is None:
         return choice
@@ -142,7 +146,7 @@ def _adapter(variant: dict[str, Any], path: KeyPath, contexts: tuple[str, ...], 
 
 def _method_config(method_class: Any, options: dict[str, Any], path: KeyPath, source: Source) -> BaseModel:
     """The method's own options; the keys every adapter entry has are named in the error as allowed too."""
-    common = ("method", "grouping", "learning_rate", "init_from")
+    common = ("method", "grouping", *RateSearch.model_fields, "init_from")
     for key in options:
         if key not in method_class.Config.model_fields:
             allowed = did_you_mean(key, [*method_class.Config.model_fields, *common])

@@ -15,15 +15,18 @@ import typer
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from harness import cli_results
 from harness.errors import UserError
 from harness.experiment import Experiment, load_experiment
 from harness.plan import TrialSpec, describe, expand
 from harness.record import Parameters, Plan, TrialRecord, read_record, read_run, record_path, write_atomically
 from harness.registry import ADAPTERS, TASKS
 
+EXPERIMENTS, RESULTS, PARTS = "Experiments", "Results", "Tasks, adapters, metrics and backbones"
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
 backbones_app = typer.Typer(no_args_is_help=True, help="The built-in backbones.")
-app.add_typer(backbones_app, name="backbones")
+app.add_typer(cli_results.leaderboard_app, name="leaderboard", rich_help_panel=RESULTS)
+app.add_typer(backbones_app, name="backbones", rich_help_panel=PARTS)
 console = Console()
 errors = Console(stderr=True)
 
@@ -91,11 +94,12 @@ def _run_folder(output: Path, name: str, fresh: bool) -> Path:
     return folder(number + 1) if fresh and folder(number).exists() else folder(number)
 
 
-@app.command()
+@app.command(rich_help_panel=EXPERIMENTS)
 def run(file: ExperimentFile, output: Output = Path("runs"), fresh: Fresh = False) -> None:
     """Run an experiment's trials and write the report. Run again, it does only what is missing."""
     from harness import preflight
     from harness.tracking import check_uri, close_grid, open_grid
+    from results.report import write_report
 
     began = time.monotonic()
     planned = _prepare(file, output, fresh)
@@ -105,18 +109,18 @@ def run(file: ExperimentFile, output: Output = Path("runs"), fresh: Fresh = Fals
         check_uri(planned.mlflow_uri)
         preflight.check_models(planned.specs)
         preflight.check_data(planned.specs, planned.folder, console)
-        grid = open_grid(planned.mlflow_uri, planned.experiment.name, planned.folder)
         write_atomically(planned.folder / "plan.json", planned.plan.model_dump_json(indent=1) + "\n")
         write_atomically(planned.folder / "experiment.yaml", file.read_text(encoding="utf-8"))
+        grid = open_grid(planned.mlflow_uri, planned.experiment.name, planned.folder)
         try:
             _run_missing(planned, grid)
         except KeyboardInterrupt:
             errors.print("interrupted: what is finished is kept; run the same command again for the rest")
-        report = _write_report(planned.folder)
+        report = write_report([planned.folder])
         complete = len(planned.finished()) == len(planned.specs)
-        if lost := close_grid(grid, complete, list(report)):
+        if lost := close_grid(grid, complete, list(report.all)):
             errors.print(f"[yellow]MLflow was not told of the end:[/] {_escape(lost)}", soft_wrap=True)
-    _last_screen(planned, report[0], time.monotonic() - began)
+    _last_screen(planned, report.html, time.monotonic() - began)
     if not complete:
         raise typer.Exit(1)
 
@@ -168,13 +172,6 @@ def _set_aside(record: Path) -> None:
         record.rename(record.with_name(f"attempt-{number}.json"))
 
 
-def _write_report(folder: Path) -> tuple[Path, ...]:
-    from results.report import write_report
-
-    paths = write_report(folder)
-    return paths.html, paths.markdown, paths.csv
-
-
 def _last_screen(planned: _Planned, report: Path, seconds: float) -> None:
     from harness.terminal import leaderboard_table, trial_name
     from results.format import duration
@@ -201,7 +198,7 @@ def _mlflow_command(uri: str) -> str:
     return shlex.join([str(program), "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", "5000"])
 
 
-@app.command("plan")
+@app.command("plan", rich_help_panel=EXPERIMENTS)
 def plan_command(file: ExperimentFile, output: Output = Path("runs"), fresh: Fresh = False) -> None:
     """Show the trials and the parameters each trains; nothing is trained, downloaded or written."""
     from harness.build import count_parameters
@@ -231,14 +228,12 @@ def plan_command(file: ExperimentFile, output: Output = Path("runs"), fresh: Fre
     console.print(f"run folder: {planned.folder}", highlight=False, soft_wrap=True)
 
 
-@app.command()
-def report(folder: Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart.")]) -> None:
-    """Write the report of a run folder again."""
-    for path in _write_report(folder):
-        console.print(str(path), highlight=False, soft_wrap=True)
+app.command(rich_help_panel=EXPERIMENTS)(cli_results.status)
+for command in (cli_results.report, cli_results.compare, cli_results.attention):
+    app.command(rich_help_panel=RESULTS)(command)
 
 
-@app.command()
+@app.command(rich_help_panel=PARTS)
 def tasks() -> None:
     """List the tasks and their options."""
     from harness.listing import list_plugins
@@ -246,7 +241,7 @@ def tasks() -> None:
     list_plugins(TASKS, console, ("contexts", "metrics"))
 
 
-@app.command()
+@app.command(rich_help_panel=PARTS)
 def adapters(
     method: Annotated[str | None, typer.Argument(help="Show this one in detail: lora, or lora+bitfit.")] = None,
     model: Annotated[
@@ -272,7 +267,7 @@ def adapters(
         listing.list_plugins(ADAPTERS, console)
 
 
-@app.command()
+@app.command(rich_help_panel=PARTS)
 def prepare(
     target: Annotated[str, typer.Argument(metavar="TASK", help="A task's name, or an experiment file.")],
     options: Annotated[list[str] | None, typer.Option("--set", help="The task's OPTION=VALUE: root=data/coco.")] = None,
@@ -284,7 +279,7 @@ def prepare(
     prepare_task(target, options or (), check, console)
 
 
-@app.command()
+@app.command(rich_help_panel=PARTS)
 def check(
     target: Annotated[str, typer.Argument(metavar="PACKAGE", help="An installed package, or a Python file.")],
 ) -> None:
@@ -295,7 +290,7 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=PARTS)
 def score(
     metric: Annotated[str, typer.Argument(help="A metric's name, such as captions.")],
     references: Annotated[Path, typer.Option(help="A caption file in COCO's format.")],

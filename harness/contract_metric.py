@@ -6,7 +6,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import get_args
 
+import numpy as np
+
+from harness.errors import did_you_mean
+from harness.formulas import WIDTHS, agree, counts_key, score
+from harness.record import Formula, MetricInfo
 from tasks.base import Metric, Scores
 
 # For a metric that no registered task names.
@@ -17,6 +23,7 @@ REFERENCES: Mapping[str, Sequence[str]] = {
     "4": ("a cat sleeps on the bed next to a pillow",),
 }
 WRONG = "nothing of the kind"
+FORMULAS = get_args(Formula)
 
 
 class MetricSubject:
@@ -99,6 +106,39 @@ def examples_have_scores(subject: MetricSubject) -> Iterator[str]:
         yield f"per_example has the ids {sorted(found)}; the examples are {sorted(subject.references)}"
 
 
+def counts_give_the_score(subject: MetricSubject) -> Iterator[str]:
+    """A score for which `corpus` names a formula is what the formula makes of the sums of its counts."""
+    for name, kind in subject.plugin.corpus.items():
+        if kind not in FORMULAS:
+            yield f"corpus names the formula {kind!r} for {name}; {did_you_mean(kind, FORMULAS)}"
+            continue
+        info = MetricInfo(name=name, label=name, higher_is_better=True, corpus=kind)
+        for words, scores in (("right", subject.perfect), ("wrong", subject.wrong), ("empty", subject.empty)):
+            if name in scores.corpus:
+                yield from _not_given(info, scores, words)
+        if name not in subject.perfect.corpus and not subject.perfect.notes:
+            yield f"corpus names {name!r}; the scores are {', '.join(subject.perfect.corpus)}"
+
+
+def _not_given(info: MetricInfo, scores: Scores, words: str) -> Iterator[str]:
+    key, width = counts_key(info), WIDTHS[info.corpus]
+    rows: list[tuple[float, ...]]
+    if info.corpus == "mean":
+        rows = [(row[info.name], 1.0) for row in scores.per_example.values() if info.name in row]
+    else:
+        rows = [row[key] for row in scores.counts.values() if key in row]
+    if not rows:
+        where = "per_example has" if info.corpus == "mean" else "counts have"
+        yield f"{info.name}: {where} no {key!r} of any example; {info.corpus} needs it"
+        return
+    if lengths := {len(row) for row in rows} - {width}:
+        yield f"{info.name}: counts have {min(lengths)} numbers for {key!r}; {info.corpus} needs {width}"
+        return
+    again, value = float(score(info, np.sum(rows, axis=0, dtype=float))), scores.corpus[info.name]
+    if not agree(again, value):
+        yield f"{info.name} is {value:.6g} for {words} predictions; {info.corpus} makes {again:.6g} of the counts"
+
+
 def scores_are_finite(subject: MetricSubject) -> Iterator[str]:
     """Every score is a finite number, those of empty predictions too."""
     for words, scores in (("right", subject.perfect), ("wrong", subject.wrong), ("empty", subject.empty)):
@@ -154,6 +194,6 @@ def order_does_not_matter(subject: MetricSubject) -> Iterator[str]:
 
 FIRST: tuple[Callable[[MetricSubject], Iterator[str]], ...] = (perfect_is_scored,)
 THEN: tuple[Callable[[MetricSubject], Iterator[str]], ...] = (
-    labels_name_scores, right_beats_wrong, examples_have_scores, scores_are_finite, empty_is_a_score, ids_must_match,
-    order_does_not_matter,
+    labels_name_scores, right_beats_wrong, examples_have_scores, counts_give_the_score, scores_are_finite,
+    empty_is_a_score, ids_must_match, order_does_not_matter,
 )  # fmt: skip

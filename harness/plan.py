@@ -11,12 +11,11 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from harness import naming
 from harness.errors import UserError, did_you_mean
 from harness.experiment import Experiment
 from harness.record import MetricInfo, Plan, PlannedTrial
@@ -41,7 +40,8 @@ class TrialSpec(BaseModel):
 
     @property
     def trial_id(self) -> str:
-        """Twelve hexadecimal digits of the SHA-256 of the canonical JSON; names for people are left out of it."""
+        """Twelve hexadecimal digits of the SHA-256 of the canonical JSON; names for people are left out of it,
+        and what was tried before."""
         content = self.model_dump(
             mode="json",
             exclude={
@@ -49,6 +49,7 @@ class TrialSpec(BaseModel):
                     "label": True,
                     "grouping_name": True,
                     "learning_rate": True,
+                    "tried_learning_rates": True,
                     "init_from": {"__all__": {"trial"}},
                 },
                 "eval": {"primary_metric"},
@@ -120,7 +121,8 @@ def describe(experiment: Experiment, specs: list[TrialSpec], metrics: tuple[Metr
     if primary not in names:
         where = experiment.source.where(("eval", "primary_metric"))
         raise UserError(f"{where}: unknown metric {primary!r}; {did_you_mean(primary, names)}")
-    labels, settings = _labels(specs), _settings(specs)
+    dumps = {spec.trial_id: spec.model_dump(mode="json") for spec in specs}
+    labels, settings = naming.labels(dumps), naming.settings(dumps)
     trials = tuple(
         PlannedTrial(
             trial_id=spec.trial_id,
@@ -129,6 +131,8 @@ def describe(experiment: Experiment, specs: list[TrialSpec], metrics: tuple[Metr
             grouping=spec.adapter.grouping_name,
             setting=settings[spec.trial_id],
             seed=spec.seed,
+            learning_rate=spec.optimizer.learning_rate,
+            tried_learning_rates=spec.adapter.tried_learning_rates,
         )
         for spec in specs
     )
@@ -140,53 +144,3 @@ def describe(experiment: Experiment, specs: list[TrialSpec], metrics: tuple[Metr
         mlflow_uri=mlflow_uri,
         trials=trials,
     )
-
-
-def _labels(specs: list[TrialSpec]) -> dict[str, str]:
-    """The method's own label, plus whatever option still tells two entries of one label and grouping apart."""
-    families: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for spec in specs:
-        options = _adapter_options(spec)
-        known = families.setdefault((spec.adapter.label, spec.adapter.grouping_name), [])
-        if options not in known:
-            known.append(options)
-    labels = {}
-    for spec in specs:
-        options = _adapter_options(spec)
-        known = families[(spec.adapter.label, spec.adapter.grouping_name)]
-        differing = [key for key in options if any(other.get(key) != options[key] for other in known)]
-        extra = " ".join(f"{key}={options[key]}" for key in differing)
-        labels[spec.trial_id] = f"{spec.adapter.label} {extra}".rstrip()
-    return labels
-
-
-def _adapter_options(spec: TrialSpec) -> dict[str, Any]:
-    rate = spec.adapter.learning_rate
-    origins = {group: f"{Path(o.trial).name}:{o.group}" for group, o in spec.adapter.init_from.items()}
-    own = {"learning_rate": rate, "init_from": ", ".join(f"{group}={origin}" for group, origin in origins.items())}
-    return {**spec.adapter.config, **{key: value for key, value in own.items() if value}}
-
-
-def _settings(specs: list[TrialSpec]) -> dict[str, str]:
-    """For each trial what varies over the plan beside adapter and seed: ``examples=512 epochs=8``."""
-    flat = {}
-    for spec in specs:
-        content = spec.model_dump(
-            mode="json", exclude={"adapter": True, "seed": True, "task": {"target"}, "eval": {"primary_metric"}}
-        )
-        if spec.adapter.learning_rate is not None:
-            content["optimizer"].pop("learning_rate")
-        flat[spec.trial_id] = dict(_flatten(content))
-    keys = dict.fromkeys(key for values in flat.values() for key in values)
-    varying = [key for key in keys if len({repr(values.get(key)) for values in flat.values() if key in values}) > 1]
-    return {
-        trial_id: " ".join(f"{key.rpartition('.')[2]}={values[key]}" for key in varying if key in values)
-        for trial_id, values in flat.items()
-    }
-
-
-def _flatten(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for key, value in content.items():
-        pairs += _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-    return pairs

@@ -42,6 +42,7 @@ def metrics_of(specs: Sequence[TrialSpec]) -> tuple[MetricInfo, ...]:
                         name=metric_name(member, name),
                         label=f"{prefix}{label}",
                         higher_is_better=name not in metric.lower_is_better,
+                        corpus=metric.corpus.get(name, "mean"),
                     )
                     for name, label in metric.labels.items()
                 ]

@@ -8,7 +8,9 @@ of ours but the error type, so that results can be read without torch, Ray or a 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,15 +23,20 @@ class _Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-S = TypeVar("S", bound=_Schema)
+S = TypeVar("S", bound=BaseModel)
+
+
+# How a score of the whole split is made of its examples: see harness/formulas.py.
+Formula = Literal["mean", "ratio", "bleu", "meteor"]
 
 
 class MetricInfo(_Schema):
-    """How a metric is named, shown and ordered."""
+    """How a metric is named, shown and ordered, and how it is made of the examples."""
 
     name: str
     label: str
     higher_is_better: bool
+    corpus: Formula = "mean"
 
 
 class PlannedTrial(_Schema):
@@ -41,6 +48,8 @@ class PlannedTrial(_Schema):
     grouping: str  # "agnostic", "specific", "image=vision text=language"; "" where the method has no groups
     setting: str  # what else was varied: "examples=1024 epochs=8"; rows of one table share it
     seed: int
+    learning_rate: float | None = None  # trials that differ in it alone are candidates of one search
+    tried_learning_rates: tuple[float, ...] = ()  # candidates that were tried before this run, as the experiment says
 
 
 class Plan(_Schema):
@@ -167,12 +176,18 @@ def read_record(path: Path) -> TrialRecord:
         ValueError: the file is not a record of this schema; the message names the file.
     """
     try:
-        return _strictly(TrialRecord, path, "a trial record")
+        return read_strictly(TrialRecord, path, "a trial record")
     except OSError as error:
         raise ValueError(f"{path}: not a trial record: {error}") from error
 
 
-def _strictly(schema: type[S], path: Path, what: str) -> S:
+def read_strictly(schema: type[S], path: Path, what: str) -> S:
+    """Read a JSON file as this schema.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not ``what``, such as "a trial record"; the message names the file and the place in it.
+    """
     try:
         return schema.model_validate_json(path.read_bytes())
     except ValidationError as error:
@@ -190,6 +205,12 @@ class Run:
     records: dict[str, TrialRecord]  # by trial id; only those the plan names
     broken: tuple[str, ...]  # one message per unreadable record file
     foreign: tuple[str, ...]  # trial ids on disk that the plan does not name (an earlier version of the experiment)
+    folders: Mapping[str, Path] = field(default_factory=dict)  # trial id → its run folder, where that is another one
+    notes: tuple[str, ...] = ()  # on joining several run folders
+
+    def trial_folder(self, trial_id: str) -> Path:
+        """Where a trial's files lie."""
+        return self.folders.get(trial_id, self.folder) / "trials" / trial_id
 
 
 def read_run(folder: Path) -> Run:
@@ -199,21 +220,70 @@ def read_run(folder: Path) -> Run:
         FileNotFoundError: there is no plan in the folder.
         ValueError: it is broken.
     """
-    plan = _strictly(Plan, folder / "plan.json", "the plan of a run")
+    plan = _read_plan(folder / "plan.json")
     planned = {trial.trial_id for trial in plan.trials}
     records: dict[str, TrialRecord] = {}
     broken: list[str] = []
     foreign: list[str] = []
-    for path in sorted(folder.glob("trials/*/record.json")):
+    trials = folder / "trials"
+    if trials.exists() and not trials.is_dir():
+        broken.append(f"{trials}: not a folder of trials")
+    for name in sorted(path.name for path in trials.iterdir()) if trials.is_dir() else ():
+        path = record_path(folder, name)
+        if not os.path.lexists(path):  # a trial that has not ended; a link that leads nowhere is a broken record
+            continue
         try:
             record = read_record(path)
         except ValueError as error:
             broken.append(str(error))
             continue
-        if path.parent.name != record.trial_id:
+        if name != record.trial_id:
             broken.append(f"{path}: the record of trial {record.trial_id}, in another trial's folder")
         elif record.trial_id in planned:
             records[record.trial_id] = record
         else:
             foreign.append(record.trial_id)
-    return Run(folder, plan, records, tuple(broken), tuple(foreign))
+    return Run(folder, _with_learning_rates(plan, records), records, tuple(broken), tuple(foreign))
+
+
+def _read_plan(path: Path) -> Plan:
+    try:
+        return read_strictly(Plan, path, "the plan of a run")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path}: not the plan of a run: {error}") from error
+
+
+_RATE_IN_NAME = re.compile(r"(?:^| )learning_rate=(\S+)")
+
+
+def _with_learning_rates(plan: Plan, records: Mapping[str, TrialRecord]) -> Plan:
+    """The plan as it would be written today, if it is of a time when learning rates were in names alone.
+
+    A trial's rate is then in its record, or else in its label or setting where several were planned, or else it is that
+    of the trials with the same names.
+    """
+    if all(trial.learning_rate is not None for trial in plan.trials):
+        return plan
+    rates = {trial.trial_id: _recorded_rate(trial, records.get(trial.trial_id)) for trial in plan.trials}
+    shared = {(t.label, t.grouping, t.setting): rates[t.trial_id] for t in plan.trials if rates[t.trial_id] is not None}
+    trials = []
+    for trial in plan.trials:
+        rate = rates[trial.trial_id]
+        names = {
+            "label": _RATE_IN_NAME.sub("", trial.label),
+            "setting": _RATE_IN_NAME.sub("", trial.setting).strip(),
+            "learning_rate": shared.get((trial.label, trial.grouping, trial.setting)) if rate is None else rate,
+        }
+        trials.append(trial if trial.learning_rate is not None else trial.model_copy(update=names))
+    return plan.model_copy(update={"trials": tuple(trials)})
+
+
+def _recorded_rate(trial: PlannedTrial, record: TrialRecord | None) -> float | None:
+    optimizer = record.spec.get("optimizer") if record else None
+    rate = optimizer.get("learning_rate") if isinstance(optimizer, Mapping) else None
+    if isinstance(rate, float | int):
+        return float(rate)
+    named = _RATE_IN_NAME.search(f"{trial.label} {trial.setting}")
+    return float(named[1]) if named else None

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from harness.budget import by_member
@@ -45,6 +46,7 @@ def score_members(
     """
     corpus: dict[str, float] = {}
     per_example: dict[str, dict[str, float]] = {example.id: {} for example in examples}
+    counts: dict[str, dict[str, tuple[float, ...]]] = {example.id: {} for example in examples}
     notes: dict[str, None] = {}
     for member, indices in by_member(examples).items():
         references = {examples[i].id: examples[i].references for i in indices}
@@ -54,8 +56,10 @@ def score_members(
             corpus |= {metric_name(member, name): value for name, value in scores.corpus.items()}
             for key, values in scores.per_example.items():
                 per_example[key] |= {metric_name(member, name): value for name, value in values.items()}
+            for key, of_example in scores.counts.items():
+                counts[key] |= {metric_name(member, name): values for name, values in of_example.items()}
             notes |= dict.fromkeys(scores.notes)
-    return Scores(corpus, per_example, tuple(notes))
+    return Scores(corpus, per_example, tuple(notes), counts)
 
 
 def write_examples(
@@ -71,8 +75,9 @@ def write_examples(
 
     Columns: ``split``, ``example_id``, ``nll`` (nats, summed over references), ``tokens`` (likewise), ``nll_first`` and
     ``tokens_first`` (of the first reference); for the test split also ``nll_wrong_input``, ``prediction``,
-    ``references`` (list), ``inputs`` (JSON: list of [context, "file" or "text", value]), and one column per metric.
-    What was not measured is null.
+    ``references`` (list), ``inputs`` (JSON: list of [context, "file" or "text", value]), one column per metric, and
+    one column ``<metric>.counts`` (list of doubles) for what the corpus score is summed from, where it is no mean. What
+    was not measured is null.
     """
     rows = [_row("validation", example, validation, i) for i, example in enumerate(splits.validation)]
     for i, example in enumerate(splits.test):
@@ -86,6 +91,7 @@ def write_examples(
                     [[context, "file" if isinstance(v, Path) else "text", str(v)] for context, v in example.inputs]
                 ),
                 **scores.per_example.get(example.id, {}),
+                **{f"{name}.counts": np.asarray(c, float) for name, c in scores.counts.get(example.id, {}).items()},
             }
         )
     partial = path.with_name(f".{path.name}.partial")

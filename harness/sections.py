@@ -92,6 +92,13 @@ class Origin(Section):
     projectors: tuple[str, ...]  # contexts whose projectors come from there too
 
 
+class RateSearch(Section):
+    """The keys of an adapter entry that its learning rate comes from."""
+
+    learning_rate: Annotated[float, Field(gt=0)] | None = None  # goes before the optimizer's
+    tried_learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = ()
+
+
 class AdapterChoice(Section):
     """One adapter with all axes resolved."""
 
@@ -102,6 +109,7 @@ class AdapterChoice(Section):
     config: dict[str, Any]  # the method's options, defaults included
     label: str
     learning_rate: float | None = None
+    tried_learning_rates: tuple[float, ...] = ()  # before this experiment; they count as search effort
     init_from: dict[str, Origin] = Field(default_factory=dict)  # group → its first weights; the others are drawn
 
 

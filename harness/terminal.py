@@ -1,24 +1,30 @@
-"""What a person sees in the terminal: the plan, the live table, the last screen."""
+"""What a person sees in the terminal: the plan, the live table, the leaderboard."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from harness.record import Parameters, Plan, PlannedTrial, TrialRecord
-from results.format import ABSENT, duration, estimate_text, number
-from results.table import Leaderboard
+from harness.record import MetricInfo, Parameters, Plan, PlannedTrial, TrialRecord
+from results.compare import Comparison, Side
+from results.diff import RULE, BoardDiff, Change
+from results.format import ABSENT, duration, estimate_text, number, p_text, rank_text
+from results.progress import Progress
+from results.table import Leaderboard, Row
 
 SHOWN_TRIALS = 12  # rows of the live table: running ones first, then those that ended last
+SHOWN_FAILURES = 10
+_REASON_LENGTH = 240  # characters of why a row is not ranked: three lines
 _MIN_FRACTION = 0.02  # of the grid done before its remaining time is worth guessing
 
 
@@ -166,8 +172,10 @@ def plan_table(plan: Plan, parameters: Mapping[str, Parameters | None], states: 
     return table
 
 
-def _table(title: str) -> Table:
-    return Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold", title=title, title_justify="left")
+def _table(title: str | None = None) -> Table:
+    return Table(
+        box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", title=title, title_justify="left"
+    )
 
 
 def _counted(words: Iterable[str]) -> list[str]:
@@ -175,26 +183,147 @@ def _counted(words: Iterable[str]) -> list[str]:
     return [f"{all_words.count(word)} {word}" for word in dict.fromkeys(all_words)]
 
 
-def leaderboard_table(board: Leaderboard) -> Table:
-    """The leaderboard as the last screen shows it: as many columns as fit 80 characters; the report has them all."""
-    table = _table(f"{board.run.plan.experiment}: scores on the test split, mean [95 % interval] over seeds")
-    with_setting = any(row.setting for row in board.rows)
+def leaderboard_table(board: Leaderboard) -> Group:
+    """The leaderboard as the last screen shows it: as many columns as fit 80 characters; the report has them all.
+
+    A table for each setting; below it the rows set apart, with the reason.
+    """
     shown = [info for info in board.run.plan.metrics if any(info.name in row.metrics for row in board.rows)]
     # The first score of a generated text that the task's metrics name, of a mixture its first task's.
     second = next((i for i in shown if "perplexity" not in i.name and i != board.primary), None)
+    parts: list[RenderableType] = [
+        Text(f"{board.run.plan.experiment}: scores on the test split, mean [95 % interval] over seeds", style="italic")
+    ]
+    for setting in board.settings:
+        parts += [Text(f"\n{setting}", style="bold")] if setting else []
+        if rows := board.of(setting):
+            parts.append(_setting_table(rows, board.primary, second))
+        by_reason: dict[str, list[str]] = {}
+        for row in board.apart(setting):
+            by_reason.setdefault(shorten("; ".join(row.apart), _REASON_LENGTH, placeholder=" …"), []).append(row.name)
+        parts += [Text(f"not ranked: {', '.join(names)}: {reason}") for reason, names in by_reason.items()]
+    return Group(*parts)
+
+
+def _setting_table(rows: Sequence[Row], primary: MetricInfo, second: MetricInfo | None) -> Table:
+    table = _table()
     table.add_column("rank", justify="right", no_wrap=True)
     table.add_column("method")
-    if with_setting:
-        table.add_column("setting")
-    numbers = (board.primary.label, second.label if second else "", "wrong/right input", "trainable", "seeds")
-    for heading in filter(None, numbers):
+    table.add_column(primary.label, justify="right", no_wrap=True)
+    for heading in filter(None, (second.label if second else "", "wrong / right input", "trainable", "seeds")):
         table.add_column(heading, justify="right")
-    for row in board.rows:
+    for row in rows:
         other = row.metrics.get(second.name) if second else None
-        cells = [row.rank_text, row.name, *([row.setting] if with_setting else [])]
-        cells += [estimate_text(row.metrics.get(board.primary.name))]
+        cells = [row.rank_text or ABSENT, row.name, estimate_text(row.metrics.get(primary.name))]
         cells += [number(other.mean) if other else ABSENT] if second else []
         cells += [number(row.input_use.mean) if row.input_use else ABSENT]
         cells += [f"{row.parameters.trainable:,}" if row.parameters else ABSENT, row.seeds]
-        table.add_row(*cells)
+        table.add_row(*(Text(cell) for cell in cells))
     return table
+
+
+def progress_lines(progress: Progress, active: bool) -> Iterator[str]:
+    """Counts, what runs, the time left, and the first of the failures."""
+    failed = ", ".join(f"{count} {status}" for status, count in progress.failed.items())
+    counts = [f"{progress.finished} of {progress.planned} trials finished", failed]
+    counts += [f"{len(progress.running)} running", f"{progress.waiting} waiting"]
+    yield ", ".join(filter(None, counts))
+    if not active:
+        if progress.waiting:
+            yield "no harness is at work in this folder: run the experiment again for the rest"
+    elif progress.left_s is None:
+        yield "a harness is at work in this folder; no trial has finished yet to estimate the time left"
+    else:
+        yield (
+            f"{duration(progress.mean_wall_time_s)} a trial, {max(1, len(progress.running))} at once: "
+            f"roughly {duration(progress.left_s)} left"
+        )
+    yield from (f"running: {trial_name(trial)}" for trial in progress.running)
+    for trial, record in progress.failures[:SHOWN_FAILURES]:
+        yield f"{record.status.replace('_', ' ')}: {trial_name(trial)}: {record.reason or 'no reason given'}"
+    if (rest := len(progress.failures) - SHOWN_FAILURES) > 0:
+        yield f"… and {rest} more that did not finish"
+
+
+def comparison_view(comparison: Comparison) -> Group:
+    """Each metric's paired difference with its interval, and a sentence on what it shows."""
+    one, other = comparison.one, comparison.other
+    head = [Text(f"{letter} = {_side(side)}", style="bold") for letter, side in (("A", one), ("B", other))]
+    if comparison.refusal:
+        return Group(*head, Text(comparison.refusal))
+    table = _table()
+    table.add_column("metric")
+    for heading in ("A", "B", "A − B [95 % interval]"):
+        table.add_column(heading, justify="right")
+    table.add_column("covers")
+    for heading in ("p", "seeds"):
+        table.add_column(heading, justify="right")
+    for info in comparison.metrics:
+        found = comparison.differences[info.name]
+        cells = [
+            info.label,
+            *map(number, comparison.means(info.name)),
+            estimate_text(found, True),
+            found.covers or ABSENT,
+        ]
+        table.add_row(*cells, p_text(found).removeprefix("p = ").removeprefix("p ") or ABSENT, str(found.n))
+    lines = [comparison.sentence(info) for info in comparison.metrics]
+    if any(found.p_value is not None for found in comparison.differences.values()):
+        count = f"{len(comparison.metrics)} metric{'s' * (len(comparison.metrics) > 1)} shown"
+        lines.append(f"p: paired by seed and what else the interval covers, after Holm's correction over the {count}.")
+    return Group(*head, table, *(Text(line) for line in (*lines, *comparison.notes)))
+
+
+def _side(side: Side) -> str:
+    rate = side.row.chosen.learning_rate
+    tried = f", best of {side.row.effort}" if side.row.effort > 1 and side.name == side.row.name else ""
+    return side.name + ("" if rate is None else f" (learning rate {rate:g}{tried})")
+
+
+def diff_view(found: BoardDiff) -> Group:
+    """Each row's old and new mean, the change and whether it is noise; rows that came and went."""
+    direction = "higher" if found.metric.higher_is_better else "lower"
+    parts: list[RenderableType] = [Text(f"{found.metric.label}, {direction} is better; rows old → new", style="italic")]
+    for setting in dict.fromkeys(change.setting for change in found.changes):
+        parts += [Text(f"\n{setting}", style="bold")] if setting else []
+        parts.append(_diff_table([change for change in found.changes if change.setting == setting]))
+    lines = [f"{_row_of(change)}: {'; '.join(change.notes)}" for change in found.changes if change.notes]
+    lines += [f"added: {name}" for name in found.added] + [f"removed: {name}" for name in found.removed]
+    tested = any(change.difference for change in found.changes)
+    return Group(*parts, *(Text(line) for line in lines), *([Text(RULE, style="dim")] if tested else []))
+
+
+def _row_of(change: Change) -> str:
+    return ": ".join(filter(None, (change.setting, change.name)))
+
+
+def _diff_table(changes: Sequence[Change]) -> Table:
+    table = _table()
+    table.add_column("method")
+    for heading in ("old", "new"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    tested = any(change.difference for change in changes)
+    if tested:
+        table.add_column("change [95 % interval]", justify="right", no_wrap=True)
+    for heading in ("verdict", "rank"):
+        table.add_column(heading)
+    for change in changes:
+        cells = [
+            change.name,
+            *(ABSENT if mean is None else number(mean) for mean in (change.old_mean, change.new_mean)),
+        ]
+        if tested:
+            cells.append(estimate_text(change.difference, True) if change.difference else "")
+        ranks = dict.fromkeys(rank_text(rank) or ABSENT for rank in (change.old_rank, change.new_rank))
+        table.add_row(*(Text(cell) for cell in (*cells, _verdict(change), " → ".join(ranks))))
+    return table
+
+
+def _verdict(change: Change) -> str:
+    if change.verdict == "not comparable":
+        return f"not comparable: {change.reason}"
+    if change.verdict == "untested":
+        return "one seed: not tested"
+    if change.difference is None:
+        return change.verdict
+    return f"{change.verdict} ({p_text(change.difference)}, {'paired' if change.paired else 'unpaired'})"

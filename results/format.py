@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from results.stats import Estimate
+from results.stats import Difference, Estimate
 
 ABSENT = "–"
 
@@ -38,13 +38,27 @@ def estimate_text(estimate: Estimate | None, show_sign: bool = False) -> str:
     return f"{(signed if show_sign else number)(estimate.mean)} {interval(estimate, show_sign)}".rstrip()
 
 
-def verdict(difference: Estimate | None, higher_is_better: bool) -> str:
-    """``better``, ``worse``, or ``tie`` where the interval holds 0; empty without an interval."""
-    if difference is None or difference.low is None:
+def verdict(difference: Difference | None, higher_is_better: bool) -> str:
+    """``better`` or ``worse`` where that holds after the correction, else ``tie``; empty for one seed."""
+    if difference is None or difference.p_adjusted is None:
         return ""
-    if not difference.excludes(0):
+    if not difference.significant:
         return "tie"
     return "better" if (difference.mean > 0) == higher_is_better else "worse"
+
+
+def rank_text(rank: tuple[int, int] | None) -> str:
+    """``1``, ``2–4``, or empty where it is not ranked."""
+    if rank is None:
+        return ""
+    first, last = rank
+    return str(first) if first == last else f"{first}–{last}"
+
+
+def p_text(difference: Difference) -> str:
+    """``p = 0.012``, after the correction; empty for one seed."""
+    p = difference.p_adjusted
+    return "" if p is None else "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def count(value: int | None) -> str:

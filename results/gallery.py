@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 from pyarrow import ArrowException
@@ -24,9 +25,11 @@ from results.format import size_text
 from results.table import Leaderboard, Row
 
 _SHOWN = 8
+_MOST_ROWS = 40  # of the leaderboard, best first: more outputs under a picture nobody reads
 _THUMBNAIL_PIXELS = 240  # longer side; smaller pictures are embedded as they are and enlarged by the page
 _SHOWN_CHARACTERS = 280  # of a text; more are unfolded by a click
 _MOST_SOUND_BYTES = 1 << 20  # of one recording: the page holds it whole
+_PREDICTED = frozenset({"split", "example_id", "prediction"})
 # What browsers play, https://developer.mozilla.org/en-US/docs/Web/Media/Guides/Formats/Containers.
 _SOUNDS = {".wav": "audio/wav", ".flac": "audio/flac", ".mp3": "audio/mpeg", ".ogg": "audio/ogg"}
 
@@ -85,47 +88,91 @@ class Gallery:
     setting: str
     samples: tuple[Sample, ...]
     unreadable: tuple[str, ...]
+    rows: int = 0  # finished rows of the setting that may be shown
+    members: tuple[str, ...] = ()  # of a mixture, each with its own draw
 
     @property
     def scores(self) -> list[MetricInfo]:
         """The metrics shown: one, or in a mixture those of its tasks."""
         return list({sample.score.name: sample.score for sample in self.samples if sample.score}.values())
 
+    @property
+    def shown_rows(self) -> int:
+        """How many rows' outputs are shown."""
+        return len({output.row.name for sample in self.samples for output in sample.outputs})
+
+
+Predictions = dict[str, dict[str, Any]]  # by example id
+
 
 def build_gallery(board: Leaderboard) -> Gallery:
-    """Sample outputs of each row's first finished seed, in the last setting of the plan that has any."""
+    """Sample outputs of each row's first finished seed, in the last setting of the plan that has any.
+
+    The examples are drawn from those of the first row; the outputs are in the order of the leaderboard.
+    """
     unreadable: list[str] = []
+    metrics, members = _by_preference(board), members_of(board.run.plan.metrics)
     for setting in reversed(board.settings):
-        tables: list[tuple[Row, int, dict[str, dict[str, Any]]]] = []
-        for row in board.of(setting):
-            if not row.finished:
-                continue
-            path = board.run.folder / "trials" / row.finished[0].trial_id / "examples.parquet"
+        rows = [row for row in (*board.of(setting), *board.apart(setting)) if row.finished]
+        drawn: list[str] = []
+        tables: list[tuple[Row, int, Predictions]] = []
+        for row in rows[:_MOST_ROWS]:
+            path = board.run.trial_folder(row.finished[0].trial_id) / "examples.parquet"
             try:
-                tables.append((row, row.finished[0].seed, _predictions(path)))
+                drawn = drawn or draw_ids(predicted_ids(path), members)
+                tables.append((row, row.finished[0].seed, predictions_of(path, drawn, metrics)))
             except (OSError, ArrowException) as error:
                 unreadable.append(f"{row.finished[0].trial_id}: {str(error).splitlines()[0]}")
         tables = [table for table in tables if table[2]]
         if tables:
-            metrics = _by_preference(board)
-            samples = tuple(_sample(example_id, tables, metrics) for example_id in _drawn(tables))
-            return Gallery(setting, samples, tuple(unreadable))
+            samples = tuple(_sample(example_id, tables, metrics) for example_id in drawn)
+            shown = tuple(member for member in members if any(_of(member, example_id) for example_id in drawn))
+            return Gallery(setting, samples, tuple(unreadable), len(rows), shown)
     return Gallery("", (), tuple(unreadable))
 
 
-def _predictions(path: Path) -> dict[str, dict[str, Any]]:
-    """Test rows by example id; empty where no text was generated."""
-    columns = pq.read_schema(path).names
-    if not {"split", "example_id", "prediction"} <= set(columns):
+def members_of(metrics: Sequence[MetricInfo]) -> list[str]:
+    """The tasks of a mixture, whose metrics and examples are named behind them: ``scenes/cider``, ``scenes/17``."""
+    return list(dict.fromkeys(member for info in metrics if (member := info.name.rpartition("/")[0])))
+
+
+def _of(member: str, example_id: str) -> bool:
+    return example_id.startswith(f"{member}/")
+
+
+def predicted_ids(path: Path) -> list[str]:
+    """Ids of the test examples with a generated text; none where no text was generated."""
+    if not set(pq.read_schema(path).names) >= _PREDICTED:
+        return []
+    test = (pc.field("split") == "test") & pc.field("prediction").is_valid()
+    ids: list[str] = pq.read_table(path, columns=["example_id"], filters=test).column("example_id").to_pylist()
+    return ids
+
+
+def predictions_of(path: Path, drawn: Sequence[str], metrics: Sequence[MetricInfo]) -> Predictions:
+    """The test rows of the drawn examples that have a generated text."""
+    known = pq.read_schema(path).names
+    if not drawn or not set(known) >= _PREDICTED:
         return {}
-    test = pq.read_table(path, filters=[("split", "==", "test")]).to_pylist()
-    return {row["example_id"]: row for row in test if row["prediction"] is not None}
+    wanted = {"example_id", "prediction", "references", "inputs", *(info.name for info in metrics)}
+    chosen = (pc.field("split") == "test") & pc.field("prediction").is_valid() & pc.field("example_id").isin(drawn)
+    table = pq.read_table(path, columns=[name for name in known if name in wanted], filters=chosen)
+    return {row["example_id"]: row for row in table.to_pylist()}
 
 
-def _drawn(tables: Sequence[tuple[Row, int, dict[str, dict[str, Any]]]]) -> list[str]:
-    """The ids with the smallest hash: as good as random, the same every time, blind to scores."""
-    ids = {example_id for *_, examples in tables for example_id in examples}
-    return sorted(ids, key=lambda example_id: hashlib.sha256(example_id.encode()).digest())[:_SHOWN]
+def draw_ids(ids: Sequence[str], members: Sequence[str], most: int = _SHOWN) -> list[str]:
+    """The ids with the smallest hash: as good as random, the same every time, blind to scores.
+
+    Of a mixture as many from each member as there is room for, one at the least.
+    """
+    shuffled = sorted(ids, key=lambda example_id: hashlib.sha256(example_id.encode()).digest())
+    strata = [[example_id for example_id in shuffled if _of(member, example_id)] for member in members]
+    strata = [stratum for stratum in strata if stratum] or [shuffled]
+    taken = [0] * len(strata)
+    while sum(taken) < max(most, len(strata)) and sum(taken) < sum(map(len, strata)):
+        left = [number for number, stratum in enumerate(strata) if taken[number] < len(stratum)]
+        taken[min(left, key=lambda number: taken[number])] += 1
+    return [example_id for stratum, count in zip(strata, taken, strict=True) for example_id in stratum[:count]]
 
 
 def _by_preference(board: Leaderboard) -> list[MetricInfo]:
@@ -140,9 +187,7 @@ def _by_preference(board: Leaderboard) -> list[MetricInfo]:
     return sorted(board.run.plan.metrics, key=key)
 
 
-def _sample(
-    example_id: str, tables: Sequence[tuple[Row, int, dict[str, dict[str, Any]]]], metrics: Sequence[MetricInfo]
-) -> Sample:
+def _sample(example_id: str, tables: Sequence[tuple[Row, int, Predictions]], metrics: Sequence[MetricInfo]) -> Sample:
     rows = [(row, seed, examples[example_id]) for row, seed, examples in tables if example_id in examples]
     first = rows[0][2]
     score = next((info for info in metrics if any(example.get(info.name) is not None for *_, example in rows)), None)
@@ -163,12 +208,13 @@ def _inputs(column: str) -> tuple[Input, ...]:
     if isinstance(parts, dict):  # of run folders from before inputs could be text
         parts = [(context, "file", path) for context, path in parts.items()]
     return tuple(
-        Input(context, "text", value) if kind == "text" else _file(context, Path(value))
+        Input(context, "text", value) if kind == "text" else show_file(context, Path(value))
         for context, kind, value in parts
     )
 
 
-def _file(context: str, path: Path) -> Input:
+def show_file(context: str, path: Path) -> Input:
+    """A file as the page shows it; a note where it is neither picture nor sound, or cannot be read."""
     suffix = path.suffix.lower()
     if suffix in _SOUNDS:
         return _sound(context, path, _SOUNDS[suffix])

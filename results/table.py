@@ -2,83 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePath
+
+import numpy as np
+from threadpoolctl import threadpool_limits
 
 from harness.errors import UserError, did_you_mean
-from harness.record import MetricInfo, Parameters, Plan, PlannedTrial, Run, TrialRecord
-from results.matched import mismatch
-from results.stats import Estimate, over_seeds, paired_difference, rank_ranges
+from harness.record import MetricInfo, Plan, PlannedTrial, Run
+from results.matched import Pairs, pairs, set_apart
+from results.resample import Resampled, examples_of
+from results.rows import RIGHT, WRONG, Row, candidates_of, choose, make_row
+from results.stats import Difference, Floats, ahead, holm, rank_ranges
 
-SPLIT = "test"
-RIGHT, WRONG = "perplexity", "perplexity_wrong_input"  # the wrong-input test compares these two
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method with one grouping in one setting, over its seeds. What was not measured is absent or None."""
-
-    setting: str
-    label: str
-    method: str
-    grouping: str
-    trials: tuple[PlannedTrial, ...]
-    finished: tuple[TrialRecord, ...]  # in the order of the plan
-    is_reference: bool
-    metrics: dict[str, Estimate]  # test split, by metric name
-    input_use: Estimate | None  # perplexity with the wrong input / with the right one; 1 = the input is not used
-    parameters: Parameters | None
-    peak_bytes: Estimate | None  # growth from before the model was built to the highest point in training
-    examples_per_s: Estimate | None
-    tokens_per_s: Estimate | None
-    wall_time_s: Estimate | None
-    rank: tuple[int, int] | None = None  # first and last rank it may hold in its setting; None: not ranked
-    differences: dict[str, Estimate] = field(default_factory=dict)  # from the reference, by metric name
-    notes: tuple[str, ...] = ()  # why it is not ranked or has no difference, in words
-
-    @property
-    def name(self) -> str:
-        """Label and grouping: ``LoRA r=4 specific``."""
-        return f"{self.label} {self.grouping}".rstrip()
-
-    @property
-    def seeds(self) -> str:
-        """Finished of planned seeds: ``2/2``."""
-        return f"{len(self.finished)}/{len(self.trials)}"
-
-    @property
-    def incomplete(self) -> bool:
-        """Whether a planned seed has not finished."""
-        return len(self.finished) < len(self.trials)
-
-    @property
-    def rank_text(self) -> str:
-        """``1``, ``2–4``, or empty where it is not ranked."""
-        if self.rank is None:
-            return ""
-        first, last = self.rank
-        return str(first) if first == last else f"{first}–{last}"
-
-    def values(self, metric: str) -> dict[int, float]:
-        """The metric on the test split by seed, of the seeds that have it."""
-        return _by_seed(self.finished, metric)
+__all__ = ["RIGHT", "WRONG", "Delta", "Leaderboard", "Row", "Unfinished", "build_leaderboard"]
 
 
 @dataclass(frozen=True)
 class Delta:
-    """The step from one shared adapter group to one per context: specific - agnostic, paired by seed."""
+    """The step from one shared adapter group to one per context: specific - agnostic, paired by seed and example."""
 
     setting: str
     label: str
     agnostic: Row
     specific: Row
-    differences: dict[str, Estimate]
+    differences: dict[str, Difference]
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A planned trial without a result: why it failed, or None where it has not run."""
+    """A planned trial without a result: why it failed or cannot be read, or None where it has not run."""
 
     trial: PlannedTrial
     status: str
@@ -95,6 +51,8 @@ class Leaderboard:
     deltas: tuple[Delta, ...]
     failed: tuple[Unfinished, ...]
     missing: tuple[Unfinished, ...]
+    # Per-example files that could not be read: their rows' intervals cover seeds alone.
+    unreadable: tuple[str, ...] = ()
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -108,8 +66,12 @@ class Leaderboard:
         return next((trial.label for trial in self.run.plan.trials if trial.method == method), method)
 
     def of(self, setting: str) -> list[Row]:
-        """The rows of one setting."""
-        return [row for row in self.rows if row.setting == setting]
+        """The rows of one setting that may be compared, best first."""
+        return [row for row in self.rows if row.setting == setting and not row.apart]
+
+    def apart(self, setting: str) -> list[Row]:
+        """The rows of one setting that may not be compared with the others."""
+        return [row for row in self.rows if row.setting == setting and row.apart]
 
 
 def build_leaderboard(run: Run) -> Leaderboard:
@@ -117,32 +79,37 @@ def build_leaderboard(run: Run) -> Leaderboard:
 
     Raises:
         UserError: the plan's primary metric is not among its metrics.
-        ValueError: two trials of the plan are the same row and seed, so that one would hide the other.
+        ValueError: two trials of the plan are the same row, learning rate and seed, so that one would hide the other.
     """
     plan = run.plan
     primary = _primary(plan)
-    groups: dict[tuple[str, str, str], list[PlannedTrial]] = {}
+    settings: dict[str, dict[tuple[str, str], list[PlannedTrial]]] = {}
     for trial in plan.trials:
-        group = groups.setdefault((trial.setting, trial.label, trial.grouping), [])
-        if any(other.seed == trial.seed for other in group):
+        group = settings.setdefault(trial.setting, {}).setdefault((trial.label, trial.grouping), [])
+        if any((other.seed, other.learning_rate) == (trial.seed, trial.learning_rate) for other in group):
             raise ValueError(f"plan.json: {trial.trial_id}: a trial with the same label, setting and seed exists")
         group.append(trial)
-    by_setting: dict[str, list[Row]] = {}
-    for (setting, _, _), trials in groups.items():
-        by_setting.setdefault(setting, []).append(_row(trials, run))
     rows: list[Row] = []
     deltas: list[Delta] = []
-    for setting_rows in by_setting.values():
-        compared = _ranked(_against_reference(setting_rows, plan), primary)
-        rows += sorted(compared, key=_best_first(primary))
-        deltas += _deltas(compared, plan)
+    unreadable: list[str] = []
+    searches = [[candidates_of(trials, run) for trials in groups.values()] for groups in settings.values()]
+    chosen = [[choose(candidates) for candidates in setting] for setting in searches]
+    records = [[record for one in setting for record in one.finished] for setting in chosen]
+    examples = examples_of(run, list(itertools.chain(*records)), plan.metrics)
+    # One thread: the products here are small, and several threads wait for each other longer than they compute.
+    with threadpool_limits(1, user_api="blas"):
+        for groups, candidates, best, finished in zip(settings.values(), searches, chosen, records, strict=True):
+            resampled = Resampled(finished, plan.metrics, itertools.islice(examples, len(finished)))
+            made = [
+                make_row(trials, own, rate, run, resampled, plan.metrics)
+                for trials, own, rate in zip(groups.values(), candidates, best, strict=True)
+            ]
+            found, steps = _compared(made, plan, primary, resampled)
+            rows += sorted(found, key=_best_first(primary))
+            deltas += steps
+            unreadable += resampled.unreadable
     failed, missing = _unfinished(run)
-    return Leaderboard(run, primary, tuple(rows), tuple(deltas), failed, missing)
-
-
-def leaderboard_rows(run: Run) -> tuple[Row, ...]:
-    """The rows alone, for the terminal; raises as build_leaderboard does."""
-    return build_leaderboard(run).rows
+    return Leaderboard(run, primary, tuple(rows), tuple(deltas), failed, missing, tuple(unreadable))
 
 
 def _primary(plan: Plan) -> MetricInfo:
@@ -153,134 +120,111 @@ def _primary(plan: Plan) -> MetricInfo:
     raise UserError(f"plan.json: primary_metric: {plan.primary_metric!r} is not a metric of this run; {hint}")
 
 
-def _by_seed(records: Iterable[TrialRecord], metric: str) -> dict[int, float]:
-    tested = ((record.seed, record.metrics.get(SPLIT, {})) for record in records)
-    return {seed: metrics[metric] for seed, metrics in tested if metric in metrics}
+def _compared(rows: list[Row], plan: Plan, primary: MetricInfo, resampled: Resampled) -> tuple[list[Row], list[Delta]]:
+    """The rows of one setting, ranked and compared with the reference, and the steps from agnostic to specific."""
+    ranked = _ranked(set_apart(rows), primary, resampled)
+    found = _against_reference(ranked, plan, primary, resampled)
+    return found, _deltas(found, plan, resampled)
 
 
-def _row(trials: Sequence[PlannedTrial], run: Run) -> Row:
-    found = [run.records[trial.trial_id] for trial in trials if trial.trial_id in run.records]
-    finished = [record for record in found if record.status == "finished"]
-    metrics = {info.name: over_seeds(list(_by_seed(finished, info.name).values())) for info in run.plan.metrics}
-    right, wrong = _by_seed(finished, RIGHT), _by_seed(finished, WRONG)
-
-    def mean(read: Callable[[TrialRecord], float | None]) -> Estimate | None:
-        return over_seeds([value for value in map(read, finished) if value is not None])
-
-    first = trials[0]
-    return Row(
-        setting=first.setting,
-        label=first.label,
-        method=first.method,
-        grouping=first.grouping,
-        trials=tuple(trials),
-        finished=tuple(finished),
-        is_reference=first.method == run.plan.reference_method,
-        metrics={name: estimate for name, estimate in metrics.items() if estimate is not None},
-        input_use=over_seeds([wrong[seed] / right[seed] for seed in right if seed in wrong]),
-        parameters=next((record.parameters for record in finished if record.parameters), None),
-        peak_bytes=mean(_peak_growth_bytes),
-        examples_per_s=mean(lambda record: record.throughput.examples_per_s if record.throughput else None),
-        tokens_per_s=mean(lambda record: record.throughput.tokens_per_s if record.throughput else None),
-        wall_time_s=mean(lambda record: record.wall_time_s),
-    )
+def _ranked(rows: list[Row], primary: MetricInfo, resampled: Resampled) -> list[Row]:
+    """Rank the rows that may be compared and have the primary score."""
+    chosen = [index for index, row in enumerate(rows) if not row.apart and primary.name in row.metrics]
+    if not chosen:
+        return rows
+    seeds = sorted({record.seed for row in rows for record in row.finished})
+    values = [rows[index].values(primary.name) for index in chosen]
+    scores_RS = np.array([[by_seed.get(seed, np.nan) for seed in seeds] for by_seed in values])
+    replicates = resampled.replicates_of_rows([rows[index].finished for index in chosen], primary.name)
+    ranks = rank_ranges(ahead(scores_RS, replicates, primary.higher_is_better))
+    ranked = list(rows)
+    for index, rank in zip(chosen, ranks, strict=True):
+        ranked[index] = replace(rows[index], rank=rank)
+    return ranked
 
 
-def _peak_growth_bytes(record: TrialRecord) -> float | None:
-    """A worker runs many trials: what it held before this one is not this one's."""
-    memory = record.memory
-    if memory is None or memory.process_peak_bytes is None or memory.process_before_bytes is None:
-        return None
-    return memory.process_peak_bytes - memory.process_before_bytes
+def _adjusted(families: Sequence[dict[str, Difference]], metrics: Sequence[MetricInfo]) -> list[dict[str, Difference]]:
+    """Holm's correction over each column of a table of differences: one metric, all rows shown."""
+    found = [dict(family) for family in families]
+    for info in metrics:
+        column = [family for family in found if info.name in family]
+        p_values = holm([family[info.name].p_value for family in column])
+        for family, p_adjusted in zip(column, p_values, strict=True):
+            family[info.name] = replace(family[info.name], p_adjusted=p_adjusted)
+    return found
 
 
-def _paired(row: Row, other: Row, plan: Plan) -> tuple[dict[str, Estimate], tuple[str, ...]]:
-    """Differences ``row - other`` over the seeds whose trials match, and a note for each seed left out."""
-    partners = {record.seed: record for record in other.finished}
-    matching: list[TrialRecord] = []
-    notes = []
-    for record in row.finished:
-        partner = partners.get(record.seed)
-        reason = f"{other.name} has not finished" if partner is None else mismatch(record, partner)
-        if reason is None:
-            matching.append(record)
-        else:
-            notes.append(f"seed {record.seed} not compared with {other.name}: {reason}")
-    differences = {
-        info.name: paired_difference(_by_seed(matching, info.name), other.values(info.name)) for info in plan.metrics
-    }
-    return {name: found for name, found in differences.items() if found is not None}, tuple(notes)
-
-
-def _against_reference(rows: list[Row], plan: Plan) -> list[Row]:
+def _against_reference(rows: list[Row], plan: Plan, primary: MetricInfo, resampled: Resampled) -> list[Row]:
     """Each row with its differences from the reference, the first row in the plan with the reference method."""
     reference = next((row for row in rows if row.is_reference), None)
     if reference is None:
         note = f"no {plan.reference_method!r} trial in this setting to compare with"
         return [replace(row, notes=(*row.notes, note)) for row in rows]
-    compared = []
-    for row in rows:
-        if row is not reference:
-            differences, notes = _paired(row, reference, plan)
-            row = replace(row, differences=differences, notes=(*row.notes, *notes))  # noqa: PLW2901
-        compared.append(row)
-    return compared
+    paired = [_with_reference(row, reference) for row in rows]
+    differences = _adjusted(resampled.differences([found for found, _ in paired]), plan.metrics)
+    return [
+        replace(
+            row,
+            differences=found,
+            difference_errors_B=_errors(own, primary, resampled),
+            notes=(*row.notes, *notes),
+        )
+        for row, (own, notes), found in zip(rows, paired, differences, strict=True)
+    ]
 
 
-def _ranked(rows: list[Row], primary: MetricInfo) -> list[Row]:
-    """Rank the rows that were trained and scored on the same data.
+def _with_reference(row: Row, reference: Row) -> tuple[Pairs, tuple[str, ...]]:
+    """The pairs of a row with the reference; none where one of them is set apart, for the reasons it has already."""
+    if row is reference or row.apart:
+        return [], ()
+    if reference.apart:
+        return [], (f"not compared with {reference.name}, which is set apart",)
+    return pairs(row, reference)
 
-    Each trial must match its seed's anchor: the reference's trial, or else the first finished one in the plan. Rows
-    with a trial that does not match stay unranked, with the reason.
-    """
-    anchors: dict[int, tuple[str, TrialRecord]] = {}
-    for row in sorted(rows, key=lambda row: not row.is_reference):
-        for record in row.finished:
-            anchors.setdefault(record.seed, (row.name, record))
-    rankable: dict[int, Estimate] = {}
-    noted = list(rows)
-    for index, row in enumerate(rows):
-        reasons = {}
-        for record in row.finished:
-            name, anchor = anchors[record.seed]
-            if reason := mismatch(record, anchor):
-                reasons[record.seed] = f"not ranked: seed {record.seed} does not match {name}: {reason}"
-        if reasons:
-            noted[index] = replace(row, notes=(*row.notes, *reasons.values()))
-        elif primary.name in row.metrics:
-            rankable[index] = row.metrics[primary.name]
-    ranks = rank_ranges(list(rankable.values()), primary.higher_is_better)
-    for index, rank in zip(rankable, ranks, strict=True):
-        noted[index] = replace(noted[index], rank=rank)
-    return noted
+
+def _errors(own: Pairs, primary: MetricInfo, resampled: Resampled) -> Floats | None:
+    one = resampled.replicates([pair[0] for pair in own], primary.name)
+    other = resampled.replicates([pair[1] for pair in own], primary.name)
+    if one is None or other is None:
+        return None
+    difference_B = one[0] - other[0]
+    errors_B: Floats = difference_B - difference_B.mean()
+    return errors_B
 
 
 def _best_first(primary: MetricInfo) -> Callable[[Row], tuple[bool, bool, float]]:
     sign = -1 if primary.higher_is_better else 1
 
     def key(row: Row) -> tuple[bool, bool, float]:
-        estimate = row.metrics.get(primary.name)
-        return (estimate is None, row.rank is None, sign * estimate.mean if estimate else 0)
+        found = row.metrics.get(primary.name)
+        return (found is None, row.rank is None, sign * found.mean if found else 0)
 
     return key
 
 
-def _deltas(rows: list[Row], plan: Plan) -> list[Delta]:
+def _deltas(rows: list[Row], plan: Plan, resampled: Resampled) -> list[Delta]:
     by_name = {(row.label, row.grouping): row for row in rows}
-    deltas = []
-    for row in rows:
-        specific = by_name.get((row.label, "specific"))
-        if row.grouping == "agnostic" and specific is not None:
-            differences, notes = _paired(specific, row, plan)
-            deltas.append(Delta(row.setting, row.label, row, specific, differences, notes))
-    return deltas
+    steps = [
+        (row, by_name[(row.label, "specific")])
+        for row in rows
+        if row.grouping == "agnostic" and (row.label, "specific") in by_name
+    ]
+    paired = [pairs(specific, agnostic) for agnostic, specific in steps]
+    differences = _adjusted(resampled.differences([found for found, _ in paired]), plan.metrics)
+    return [
+        Delta(agnostic.setting, agnostic.label, agnostic, specific, found, notes)
+        for (agnostic, specific), (_, notes), found in zip(steps, paired, differences, strict=True)
+    ]
 
 
 def _unfinished(run: Run) -> tuple[tuple[Unfinished, ...], tuple[Unfinished, ...]]:
     failed, missing = [], []
+    broken = {PurePath(message.partition(": ")[0]).parent.name: message for message in run.broken}
     for trial in run.plan.trials:
         record = run.records.get(trial.trial_id)
-        if record is None:
+        if record is None and trial.trial_id in broken:
+            failed.append(Unfinished(trial, "unreadable", broken[trial.trial_id]))
+        elif record is None:
             missing.append(Unfinished(trial, "not run", None))
         elif record.status != "finished":
             failed.append(Unfinished(trial, record.status, record.reason))

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from scipy.special import stdtrit
+
+from harness.record import TrialRecord
+from results.covers import DAGGER, PERCENT
 from results.format import estimate_text, verdict
-from results.stats import t_quantile
+from results.stats import SIGNIFICANT
 from results.table import Leaderboard, Row
 
 RANK_RULE = (
-    "Ranked by the mean over seeds. A method is ahead of another only when their 95 % intervals do not overlap; "
-    "otherwise they tie and share a range of ranks. A row with one seed has no interval and ties with all."
+    "Ordered by the mean over seeds. A method is ahead of another only when their paired difference is significant at "
+    "5 % after Holm's correction over all pairs of the table; otherwise they tie and share a range of ranks. A row "
+    "with one seed ties with all. Differences from one row are fewer comparisons than all pairs: one of them may be "
+    "significant where the ranks tie."
 )
 _SETTINGS_IN_WORDS = 4  # more are left to their tables
+_FEW_SEEDS = 4  # up to here a tie may well be for want of seeds
+_ENOUGH_SEEDS = 5  # what is named beside it
+_SEED_REASON = re.compile(r"^seeds? [0-9, ]+ do(?:es)? not match .*?: ")
 
 
 def headline(board: Leaderboard) -> list[str]:
@@ -40,14 +53,18 @@ def _leader(board: Leaderboard, setting: str) -> str:
     tied = [row for row, (first, _) in ranked[1:] if first == 1]
     behind = [row for row, (first, _) in ranked if first > 1]
     if not tied:
-        return f"{mean}, and its interval lies clear of all {len(behind)} others."
+        return f"{mean}, and is shown to be ahead of {_all_others(len(behind))}."
     if not behind:
         return f"{mean}, but all {len(ranked)} rows tie: none is shown to be ahead."
     return f"{mean}, and ties for the first rank with {_names(tied)}. Shown to be behind: {_names(behind)}."
 
 
+def _all_others(count: int) -> str:
+    return "the only other row" if count == 1 else f"all {count} others"
+
+
 def _names(rows: list[Row]) -> str:
-    names = [row.name for row in rows]
+    names = list(dict.fromkeys(row.name for row in rows))
     if len(names) > 4:
         names[3:] = [f"{len(names) - 3} others"]
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
@@ -60,50 +77,142 @@ def _reference(board: Leaderboard, setting: str) -> str:
     if reference is None or not compared:
         return f"There is no comparison with {board.run.plan.reference_method!r} on the same data."
     verdicts = [verdict(difference, board.primary.higher_is_better) for difference in compared]
-    against = f"Against {reference.name} on the same data, paired by seed,"
+    against = f"Against {reference.name} on the same data, paired by seed"
     if not any(verdicts):
-        return f"{against} there is one seed: no difference has an interval."
+        return f"{against}, there is one seed: no difference can be tested."
     kinds = {"better": "better", "worse": "worse", "tie": "not told apart", "": "on one seed only"}
+    if len(compared) == 1:
+        return f"{against}, the only other row is {kinds[verdicts[0]]}."
     counts = ", ".join(f"{verdicts.count(kind)} {words}" for kind, words in kinds.items() if kind in verdicts)
-    return f"{against} the {len(compared)} other rows are: {counts}."
+    return f"{against} and corrected for {len(compared)} comparisons, the other rows are: {counts}."
 
 
 def caveats(board: Leaderboard) -> list[str]:
     """What a reader must know before believing the tables."""
-    return [_coverage(board), *_gaps(board), *_input_use(board)]
+    return [
+        *_intervals(board),
+        *_few_seeds(board),
+        *_gaps(board),
+        *_apart(board),
+        *_conditions(board),
+        *_files(board),
+        *board.run.notes,
+        *_input_use(board),
+    ]
 
 
-def _coverage(board: Leaderboard) -> str:
-    most = max((len(row.finished) for row in board.rows), default=0)
-    if most == 1:
-        return (
-            "There is one finished seed per method: no intervals, so nothing is shown to be better than anything else."
-        )
-    cover = (
-        "Intervals are 95 % t intervals over seeds (adapter initialisation, data subset, order of the examples). They "
-        "do not cover the choice of test examples and are not corrected for the number of comparisons."
-    )
-    if 2 <= most <= 3:
-        reach = f"{t_quantile(most):.1f} standard errors to either side (with 5 seeds {t_quantile(5):.1f})"
-        return f"{cover} With {most} seeds they reach {reach}: a tie may only mean too few seeds."
-    return cover
+def _scored(board: Leaderboard) -> list[Row]:
+    return [row for row in board.rows if board.primary.name in row.metrics]
+
+
+def _intervals(board: Leaderboard) -> list[str]:
+    found = [row.metrics[board.primary.name] for row in _scored(board)]
+    if not found:
+        return []
+    shown = [estimate for estimate in found if estimate.covers]
+    if not shown:
+        return [
+            "There is one finished seed per row: no intervals, so nothing is shown to be better than anything else."
+        ]
+    seeds = "the seeds (adapter initialisation, data subset, order of the examples), by Student's t"
+    start = f"Intervals are {PERCENT} and cover {seeds}"
+    both = [estimate for estimate in shown if estimate.example_se is not None]
+    if not both:
+        return [f"{start}. They do not cover the choice of test examples: no per-example scores give the test score."]
+    examples = sorted({estimate.examples for estimate in both if estimate.examples})
+    count = f"{examples[0]:,}" if len(examples) == 1 else f"{examples[0]:,} to {examples[-1]:,}"
+    words = f"{start}, and the choice of the {count} test examples, by resampling them"
+    alone = len(shown) - len(both)
+    return [f"{words}; those of {alone} of {len(shown)} rows cover seeds alone ({DAGGER})." if alone else f"{words}."]
+
+
+def _few_seeds(board: Leaderboard) -> list[str]:
+    """How large a difference must be where seeds are few: the first step of Holm's correction, by the seeds alone."""
+    most = max((row.metrics[board.primary.name].n for row in _scored(board)), default=0)
+    ranked = max(sum(row.rank is not None for row in board.of(setting)) for setting in board.settings)
+    pairs = ranked * (ranked - 1) // 2
+    if not 2 <= most <= _FEW_SEEDS or not pairs:
+        return []
+
+    def needed(seeds: int) -> str:
+        return f"{float(stdtrit(seeds - 1, 1 - SIGNIFICANT / (2 * pairs))):,.1f}"
+
+    return [
+        f"With {most} seeds and {_count(pairs, 'pair')} of rows to compare, the clearest difference must reach "
+        f"{needed(most)} of its standard errors over seeds ({needed(_ENOUGH_SEEDS)} with {_ENOUGH_SEEDS} seeds): a tie "
+        "may only mean too few seeds."
+    ]
 
 
 def _gaps(board: Leaderboard) -> list[str]:
     lines = []
-    finished, planned = sum(len(row.finished) for row in board.rows), len(board.run.plan.trials)
-    if finished < planned:
-        gaps = {"failed": len(board.failed), "not run": len(board.missing)}
-        parts = ", ".join(f"{count} {words}" for words, count in gaps.items() if count)
-        lines.append(f"{finished} of {planned} trials finished ({parts}). Incomplete rows are marked.")
-    unranked = [row.name for row in board.rows if row.finished and row.rank is None]
-    if unranked:
-        lines.append(f"Not ranked, for the reasons in the notes: {', '.join(unranked)}.")
-    if board.run.broken:
-        lines.append(f"{len(board.run.broken)} record file(s) could not be read; they are named below.")
-    if board.run.foreign:
-        lines.append(f"{len(board.run.foreign)} record(s) that the plan does not name are left out.")
+    planned = len(board.run.plan.trials)
+    gaps = Counter(one.status.replace("_", " ") for one in (*board.failed, *board.missing))
+    if gaps:
+        parts = ", ".join(f"{count} {status}" for status, count in gaps.items())
+        lines.append(f"{planned - gaps.total()} of {planned} trials finished ({parts}). Incomplete rows are marked.")
+    unscored = [row for row in board.rows if row.finished and row.rank is None and not row.apart]
+    if unscored:
+        lines.append(f"Not ranked, for want of a test {board.primary.label}: {_names(unscored)}.")
     return lines
+
+
+def _apart(board: Leaderboard) -> list[str]:
+    rows = [row for row in board.rows if row.apart]
+    if not rows:
+        return []
+    by_reason: dict[str, list[Row]] = {}
+    for row in rows:
+        for reason in dict.fromkeys(_SEED_REASON.sub("", reason) for reason in row.apart):
+            by_reason.setdefault(reason, []).append(row)
+    parts = "; ".join(f"{_names(alike)}: {reason}" for reason, alike in by_reason.items())
+    verb = "is" if len(rows) == 1 else "are"
+    return [f"{_count(len(rows), 'row')} {verb} set apart from the ranked ones, not comparable with them. {parts}."]
+
+
+def _conditions(board: Leaderboard) -> list[str]:
+    """What differs between the trials shown and is in no fingerprint."""
+    records = [record for row in board.rows for record in row.finished]
+    lines = []
+    devices = _distinct(records, lambda record: record.device)
+    if len(devices) > 1:
+        lines.append(
+            f"The trials ran on {len(devices)} kinds of device ({'; '.join(devices)}): compare memory, speed and time "
+            "only within one of them."
+        )
+    differing = []
+    revisions = _distinct(records, lambda record: record.git_revision)
+    if len(revisions) > 1:
+        differing.append(f"{len(revisions)} revisions of the code")
+    for package in dict.fromkeys(package for record in records for package in record.versions):
+        versions = _distinct(records, lambda record, package=package: record.versions.get(package))  # type: ignore[misc]
+        if len(versions) > 1:
+            differing.append(f"{package} {', '.join(versions)}")
+    if differing:
+        lines.append(f"The trials did not all run the same software: {'; '.join(differing)}.")
+    return lines
+
+
+def _distinct(records: Iterable[TrialRecord], read: Callable[[TrialRecord], str | None]) -> list[str]:
+    return sorted({value for value in map(read, records) if value})
+
+
+def _files(board: Leaderboard) -> list[str]:
+    lines = []
+    if board.run.broken:
+        lines.append(f"{_count(len(board.run.broken), 'record file')} could not be read; named below.")
+    if board.run.foreign:
+        lines.append(f"{_count(len(board.run.foreign), 'record')} that the plan does not name left out; named below.")
+    if board.unreadable:
+        lines.append(
+            f"{_count(len(board.unreadable), 'file')} of per-example scores could not be read, named below: intervals "
+            "and tests of their rows cover seeds alone."
+        )
+    return lines
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _input_use(board: Leaderboard) -> list[str]:

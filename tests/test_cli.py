@@ -218,15 +218,6 @@ def test_markup_in_a_message_is_shown_as_it_is(harness: Harness, monkeypatch: py
     assert harness().err == "error: adapters[2].rank: found [bold] and [/etc]\n"
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"trials": []}'], ids=["no folder", "broken plan", "another schema"])
-def test_a_report_of_what_is_no_run_folder_is_refused(harness: Harness, tmp_path: Path, content: str | None) -> None:
-    folder = tmp_path / "run"
-    if content is not None:
-        folder.mkdir()
-        (folder / "plan.json").write_text(content, encoding="utf-8")
-    assert_refused(harness("report", folder), str(folder))
-
-
 def row(text: str, name: str) -> list[str]:
     """The cells behind a name in a printed table."""
     (line,) = [line for line in text.splitlines() if line.strip().startswith(name)]

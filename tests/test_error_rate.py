@@ -139,5 +139,12 @@ def test_ids_must_match_and_references_be_sequences() -> None:
         metric.score({"a": "a"}, {"a": "seven"})
 
 
+def test_rates_are_ratios_of_the_sums_of_counts() -> None:
+    scores = ErrorRate().score({"a": "a b c", "b": ""}, {"a": ["a b", "a b c d e"], "b": ["one two"]})
+    assert scores.counts == {"a": {"wer": (2, 5), "cer": (4, 9)}, "b": {"wer": (2, 2), "cer": (7, 7)}}
+    assert scores.corpus == {"wer": 4 / 7, "cer": 11 / 16}
+    assert ErrorRate.corpus == {"wer": "ratio", "cer": "ratio"}
+
+
 def test_it_says_that_lower_is_better() -> None:
     assert ErrorRate.lower_is_better == {"wer", "cer"} == set(ErrorRate.labels)

@@ -105,6 +105,7 @@ task: scenes
     "primary metric": BASE.replace("primary_metric: perplexity", "primary_metric: cider"),
     "defaults written out": BASE.replace("rank: 4", "rank: 4, dropout: 0.0, where: AF"),
     "the grouping written out": BASE.replace("specific", "{text: text, image: image}"),
+    "rates that were tried before": BASE.replace("6e-3", "6e-3, tried_learning_rates: [6e-3, 1.2e-2]"),
     "the learning rate in the optimizer": BASE.replace(", learning_rate: 6e-3", "").replace(
         "optimizer: {", "optimizer: {learning_rate: 6e-3, "
     ),
@@ -201,9 +202,33 @@ def test_labels_say_the_option_that_tells_trials_apart(plan: MakePlan) -> None:
     assert labels(plan(text)) == ["LoRA r=4 dropout=0.0", "LoRA r=4 dropout=0.1"]
 
 
-def test_labels_say_the_learning_rates_of_a_search(plan: MakePlan) -> None:
-    text = BASE.replace("learning_rate: 6e-3", "learning_rate: [6e-3, 1e-3]")
-    assert labels(plan(text)) == ["LoRA r=4 learning_rate=0.006", "LoRA r=4 learning_rate=0.001"]
+SEARCHES = {
+    "an axis": BASE.replace("6e-3", "[6e-3, 1e-3]"),
+    "two entries": BASE.replace(
+        "budget", "  - {method: lora, rank: 4, grouping: specific, learning_rate: 1e-3}\nbudget"
+    ),
+    "an axis of the optimizer": BASE.replace(", learning_rate: 6e-3", "").replace(
+        "optimizer: {", "optimizer: {learning_rate: [6e-3, 1e-3], "
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SEARCHES)
+def test_trials_that_differ_in_learning_rate_alone_are_candidates_of_one_row(plan: MakePlan, case: str) -> None:
+    planned = plan(SEARCHES[case]).trials
+    assert [(t.label, t.grouping, t.setting) for t in planned] == [("LoRA r=4", "specific", "")] * 2
+    assert [t.learning_rate for t in planned] == [0.006, 0.001]
+    assert len({t.trial_id for t in planned}) == 2
+
+
+def test_rates_tried_before_are_in_the_plan_and_in_no_id(plan: MakePlan) -> None:
+    text = BASE.replace("rank: 4", "rank: [4, 8]")
+    without = plan(text)
+    tried = plan(text.replace("6e-3", "6e-3, tried_learning_rates: [6e-3, 1.2e-2]"))
+    assert [t.trial_id for t in tried.trials] == [t.trial_id for t in without.trials]
+    assert [t.tried_learning_rates for t in tried.trials] == [(0.006, 0.012)] * 2
+    assert [t.tried_learning_rates for t in without.trials] == [()] * 2
+    assert [t.model_copy(update={"tried_learning_rates": ()}) for t in tried.trials] == list(without.trials)
 
 
 def test_labels_stay_bare_where_rank_or_grouping_tells_enough(plan: MakePlan) -> None:
@@ -218,7 +243,8 @@ def test_no_two_rows_of_the_leaderboard_have_one_name(plan: MakePlan) -> None:
     ).replace("examples: 128", "examples: [64, 128]")
     planned = plan(text).trials
     assert len(planned) == 32
-    assert len({(t.label, t.grouping, t.setting, t.seed) for t in planned}) == 32
+    assert len({(t.label, t.grouping, t.setting, t.seed, t.learning_rate) for t in planned}) == 32
+    assert len({(t.label, t.grouping, t.setting) for t in planned}) == 16
 
 
 def settings(plan: Plan) -> list[str]:
@@ -242,13 +268,13 @@ def test_settings_name_what_varies_beside_adapter_and_seed(
     assert settings(plan(BASE.replace(old, new))) == expected
 
 
-def test_settings_join_what_varies_and_show_the_optimizers_rate(plan: MakePlan) -> None:
+def test_settings_join_what_varies_and_leave_the_learning_rate_out(plan: MakePlan) -> None:
     text = BASE.replace(", learning_rate: 6e-3", "").replace(
-        "optimizer: {", "optimizer: {learning_rate: [1e-3, 1e-4], "
+        "optimizer: {", "optimizer: {learning_rate: [1e-3, 1e-4], weight_decay: [0.0, 0.1], "
     )
     text = text.replace("epochs: 2", "epochs: [1, 2]")
     assert settings(plan(text)) == [
-        f"epochs={epochs} learning_rate={rate}" for epochs in (1, 2) for rate in (0.001, 0.0001)
+        f"epochs={epochs} weight_decay={decay}" for epochs in (1, 2) for _ in range(2) for decay in (0.0, 0.1)
     ]
 
 

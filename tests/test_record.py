@@ -131,6 +131,78 @@ def test_a_run_folder_names_broken_and_foreign_files(tmp_path: Path) -> None:
     assert [trial.trial_id for trial in run.plan.trials] == ["one", "two", "three"]
 
 
+def test_every_kind_of_broken_record_is_named_and_none_takes_another_with_it(tmp_path: Path) -> None:
+    names = ["folder", "link", "latin", "cut", "version", "moved", "whole"]
+    write_plan(tmp_path, *names)
+    record_path(tmp_path, "folder").mkdir(parents=True)
+    for name in names[1:]:
+        write_record(tmp_path, record(name))
+    record_path(tmp_path, "link").unlink()
+    record_path(tmp_path, "link").symlink_to(tmp_path / "nowhere")
+    text = record_path(tmp_path, "latin").read_bytes()
+    record_path(tmp_path, "latin").write_bytes(text.replace(b"made-up", b"made-\xfcp"))
+    record_path(tmp_path, "cut").write_bytes(text[:-20])
+    record_path(tmp_path, "version").write_bytes(text.replace(b'"schema_version": 1', b'"schema_version": 2'))
+    write_atomically(record_path(tmp_path, "moved"), record("whole").model_dump_json())
+    run = read_run(tmp_path)
+    assert list(run.records) == ["whole"]
+    assert len(run.broken) == 6
+    said = dict(message.split(": ", 1) for message in run.broken)
+    expected = {
+        "folder": "not a trial record: [Errno 21] Is a directory",
+        "link": "not a trial record: [Errno 2] No such file or directory",
+        "latin": "not a trial record: Invalid JSON: invalid unicode code point",
+        "cut": "not a trial record: Invalid JSON: EOF while parsing",
+        "version": "not a trial record: schema_version: Input should be 1",
+        "moved": "the record of trial whole, in another trial's folder",
+    }
+    for name, message in expected.items():
+        assert said[str(record_path(tmp_path, name))].startswith(message)
+
+
+def test_trials_that_are_a_file_are_named(tmp_path: Path) -> None:
+    write_plan(tmp_path, "abc")
+    (tmp_path / "trials").write_text("", encoding="utf-8")
+    assert read_run(tmp_path).broken == (f"{tmp_path / 'trials'}: not a folder of trials",)
+
+
+def old_plan(folder: Path, *names: tuple[str, str, str, int]) -> None:
+    """A plan of a time when learning rates were in labels and settings alone."""
+    write_plan(folder, *(trial_id for trial_id, *_ in names))
+    content = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    for trial, (_, label, setting, seed) in zip(content["trials"], names, strict=True):
+        del trial["learning_rate"], trial["tried_learning_rates"]
+        trial |= {"label": label, "setting": setting, "seed": seed}
+    for info in content["metrics"]:
+        del info["corpus"]
+    write_atomically(folder / "plan.json", json.dumps(content))
+
+
+def test_a_plan_without_learning_rates_gets_them_from_the_records_or_from_its_names(tmp_path: Path) -> None:
+    old_plan(
+        tmp_path,
+        ("a0", "LoRA r=4 projector_learning_rate=0.5 learning_rate=0.006", "epochs=1", 0),
+        ("b0", "LoRA r=4 projector_learning_rate=0.5 learning_rate=0.001", "epochs=1", 0),
+        ("c0", "none", "learning_rate=0.02", 0),
+        ("c1", "none", "learning_rate=0.03 epochs=1", 0),
+        ("d0", "full", "epochs=1", 0),
+        ("d1", "full", "epochs=1", 1),
+        ("e0", "other", "epochs=1", 0),
+    )
+    for trial_id, rate in {"a0": 0.006, "d0": 0.004}.items():
+        write_record(tmp_path, record(trial_id, spec={"optimizer": {"learning_rate": rate}}))
+    trials = read_run(tmp_path).plan.trials
+    assert [(trial.label, trial.setting, trial.learning_rate) for trial in trials] == [
+        ("LoRA r=4 projector_learning_rate=0.5", "epochs=1", 0.006),
+        ("LoRA r=4 projector_learning_rate=0.5", "epochs=1", 0.001),
+        ("none", "", 0.02),
+        ("none", "epochs=1", 0.03),
+        ("full", "epochs=1", 0.004),
+        ("full", "epochs=1", 0.004),
+        ("other", "epochs=1", None),
+    ]
+
+
 def test_a_copy_of_a_record_never_takes_the_place_of_the_record(tmp_path: Path) -> None:
     write_plan(tmp_path, "abc")
     write_record(tmp_path, record("abc", wall_time_s=1.0))
@@ -143,6 +215,17 @@ def test_a_copy_of_a_record_never_takes_the_place_of_the_record(tmp_path: Path) 
 
 def test_a_folder_without_a_plan_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=re.escape("plan.json")):
+        read_run(tmp_path)
+
+
+def test_a_plan_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.mkdir()
+    with pytest.raises(ValueError, match=re.escape(f"{path}: not the plan of a run: ") + ".*Is a directory"):
+        read_run(tmp_path)
+    path.rmdir()
+    path.write_bytes(b'{"experiment": "\xff"}')
+    with pytest.raises(ValueError, match=re.escape(f"{path}: not the plan of a run: Invalid JSON")):
         read_run(tmp_path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from test_results_report import Page
 
 from harness.record import MetricInfo, read_run
 from results import gallery as gallery_module
-from results import report
-from results.gallery import Gallery, Input, build_gallery
-from results.plots import Plot
+from results import page as page_module
+from results.gallery import Gallery, Input, build_gallery, draw_ids
+from results.plots import Drawings
 from results.report import write_report
 from results.table import build_leaderboard
 
@@ -29,8 +30,8 @@ Parts = list[tuple[str, str, str]]
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are most of a report's time, and not looked at here."""
-    empty: dict[str, list[Plot]] = {"contexts": [], "parameters": [], "curves": [], "input": []}
-    monkeypatch.setattr(report, "all_plots", lambda board: empty)
+    kinds = ("contexts", "parameters", "curves", "input", "sweeps", "options", "pareto")
+    monkeypatch.setattr(page_module, "all_plots", lambda *_: dict.fromkeys(kinds, Drawings()))
 
 
 def run_with(
@@ -66,7 +67,7 @@ def test_texts_are_shown_in_order_with_their_contexts_and_escaped(tmp_path: Path
     sample = gallery_of(tmp_path).samples[0]
     assert [(part.context, part.text) for part in sample.texts] == [(context, text) for context, _, text in turns]
     assert sample.files == []
-    text = write_report(tmp_path).html.read_text()
+    text = write_report([tmp_path]).html.read_text()
     assert Page(text).open == []
     assert "<dt>system</dt><dd>Be &lt;b&gt;brief&lt;/b&gt;.</dd>" in text
     assert text.index("<dt>system</dt>") < text.index("<dd>1 + 1?</dd>") < text.index("<dd>&amp; now?</dd>")
@@ -78,7 +79,7 @@ def test_a_long_text_is_folded_and_whole(tmp_path: Path) -> None:
     part = gallery_of(tmp_path).samples[0].texts[0]
     assert part.text == long
     assert len(part.start) < 300
-    page = write_report(tmp_path).html.read_text()
+    page = write_report([tmp_path]).html.read_text()
     assert page.count(f"<summary>{part.start}</summary>{long.replace('<', '&lt;').replace('>', '&gt;')}</details>") == 8
     assert Page(page).open == []
 
@@ -102,7 +103,7 @@ def test_a_recording_is_in_the_page_byte_for_byte(tmp_path: Path, suffix: str, m
     start, _, content = part.uri.partition(",")
     assert start == f"data:{media_type};base64"
     assert base64.b64decode(content) == path.read_bytes()
-    page = Page(write_report(tmp_path).html.read_text())
+    page = Page(write_report([tmp_path]).html.read_text())
     assert page.open == []
     assert page.tags.count("audio") == COUNT
     assert part.uri in page.addresses
@@ -117,14 +118,14 @@ def test_a_recording_that_is_too_large_or_gone_is_a_note(tmp_path: Path, monkeyp
     assert part.text == "long.wav: 2 KiB, more than 2 KiB: not put into this page"
     path.unlink()
     assert only_input(tmp_path, path).text == "long.wav: cannot be read: No such file or directory"
-    assert "input: long.wav: cannot be read" in write_report(tmp_path).html.read_text()
+    assert "input: long.wav: cannot be read" in write_report([tmp_path]).html.read_text()
 
 
 @pytest.mark.parametrize("name", ["series.csv", "atoms.xyz", "array.npy", "no_suffix"])
 def test_other_files_are_named_and_not_shown(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"1,2\n3,4\n")
     assert only_input(tmp_path, tmp_path / name).text == f"{name}: neither a picture nor a sound, not shown"
-    assert f"{name}: neither a picture nor a sound" in write_report(tmp_path).html.read_text()
+    assert f"{name}: neither a picture nor a sound" in write_report([tmp_path]).html.read_text()
 
 
 def test_a_picture_that_crashes_its_decoder_costs_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +180,7 @@ def test_in_a_mixture_every_example_shows_a_metric_of_its_task(tmp_path: Path) -
         assert sample.score is not None
         assert sample.score.name == ("coco_captions/cider" if captioned else "speech/wer")
         assert {output.score for output in sample.outputs} == {1.5 if captioned else 0.75}
-    text = write_report(tmp_path).html.read_text()
+    text = write_report([tmp_path]).html.read_text()
     for words in ("coco_captions: CIDEr", "speech: WER (lower is better)"):
         assert words in text[text.index('id="samples"') :].partition("on this example")[0]
     assert text.count("<small>speech: WER</small>") == COUNT  # 4 examples × 2 methods
@@ -190,4 +191,33 @@ def test_without_a_metric_by_example_there_is_no_score(tmp_path: Path) -> None:
     gallery = gallery_of(tmp_path)
     assert gallery.scores == []
     assert {sample.score for sample in gallery.samples} == {None}
-    assert "on this example" not in write_report(tmp_path).html.read_text()
+    assert "on this example" not in write_report([tmp_path]).html.read_text()
+
+
+def test_a_mixture_shows_as_many_examples_of_each_task(tmp_path: Path) -> None:
+    ids = ["coco_captions/only", *(f"speech/{number}" for number in range(COUNT - 1))]
+    run_with(tmp_path, [[("question", "text", "?")]] * COUNT, MIXED, example_id=ids)
+    drawn = [sample.example_id for sample in gallery_of(tmp_path).samples]
+    assert sorted(drawn) == sorted(ids)
+    assert gallery_of(tmp_path).members == ("speech", "coco_captions")
+    assert "for each of speech, coco_captions its own" in write_report([tmp_path]).html.read_text()
+
+    even = [f"{task}/{number}" for task in ("speech", "coco_captions") for number in range(40)]
+    assert Counter(one.partition("/")[0] for one in draw_ids(even, ["speech", "coco_captions"], 8)) == {
+        "speech": 4,
+        "coco_captions": 4,
+    }
+    assert len(draw_ids(["a/1", "a/2", "b/1"], ["a", "b"], 1)) == 2
+    assert draw_ids(even, [], 8) != draw_ids(even, ["speech", "coco_captions"], 8)
+
+
+def test_outputs_are_in_the_order_of_the_leaderboard_up_to_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_with(tmp_path, [[("question", "text", "?")]] * COUNT)
+    board = build_leaderboard(read_run(tmp_path))
+    names = [row.name for row in board.of(board.settings[0])]
+    assert [output.row.name for output in build_gallery(board).samples[0].outputs] == names
+    monkeypatch.setattr(gallery_module, "_MOST_ROWS", 1)
+    assert [output.row.name for output in build_gallery(board).samples[0].outputs] == names[:1]
+    assert "Methods in the order of the leaderboard: the first 1 of 2." in write_report([tmp_path]).html.read_text()

@@ -1,20 +1,22 @@
-"""The written report: one self-contained page, the Markdown and the CSV (synthetic records)."""
+"""The written report: one self-contained page, and the files beside it (synthetic records)."""
 
 from __future__ import annotations
 
-import csv
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from run_fixture import draw_pictures, fake_plan, write_examples, write_run
+from run_fixture import METHODS, draw_pictures, fake_plan, write_examples, write_run
 
 from harness.errors import UserError
-from harness.record import PlannedTrial, TrialRecord, read_run
+from harness.record import PlannedTrial, TrialRecord, read_run, write_record
 from results.gallery import build_gallery
+from results.page import search_lines
+from results.provenance import build_provenance
 from results.report import write_report
 from results.table import build_leaderboard
 
@@ -24,7 +26,7 @@ EVIL = '<script>alert("caption")</script>'
 class Page(HTMLParser):
     """Collects what the tests ask of the page: tags, ids, addresses, and unclosed elements."""
 
-    VOID = frozenset({"meta", "img", "br", "path", "use", "rect", "circle", "line"})
+    VOID = frozenset({"meta", "img", "br", "input", "path", "use", "rect", "circle", "line"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -67,7 +69,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_the_page_is_one_file_without_network(run: Path) -> None:
-    paths = write_report(run)
+    paths = write_report([run])
     text = paths.html.read_text()
     page = Page(text)
     assert page.open == []
@@ -75,15 +77,18 @@ def test_the_page_is_one_file_without_network(run: Path) -> None:
     assert all(address.startswith(("#", "data:image/")) for address in page.addresses)
     assert not {"link", "iframe", "object"} & set(page.tags)
     assert not re.search(r"@import|url\((?!#)", text)
+    assert "default-src 'none'" in text
     assert paths.html.stat().st_size < 1_000_000
 
 
 def test_ids_are_unique_and_every_inner_link_has_its_target(run: Path) -> None:
-    page = Page(write_report(run).html.read_text())
+    page = Page(write_report([run]).html.read_text())
     assert len(page.ids) == len(set(page.ids))
     inner = {address[1:] for address in page.addresses if address.startswith("#")}
     assert inner <= set(page.ids)
-    assert {"leaderboard", "contexts", "parameters", "curves", "input", "cost", "samples", "provenance"} <= inner
+    sections = {"leaderboard", "contexts", "efficiency", "parameters", "curves", "input", "cost", "search", "samples"}
+    assert sections | {"provenance"} <= inner
+    assert {f"trial-{trial.trial_id}" for trial in fake_plan().trials} <= inner
 
 
 def test_captions_and_labels_are_data(run: Path) -> None:
@@ -91,46 +96,39 @@ def test_captions_and_labels_are_data(run: Path) -> None:
     labels = {"IA3": "<b>IA3</b> $x$ a|b"}
     trials = tuple(trial.model_copy(update={"label": labels.get(trial.label, trial.label)}) for trial in plan.trials)
     (run / "plan.json").write_text(plan.model_copy(update={"trials": trials}).model_dump_json())
-    paths = write_report(run)
-    text = paths.html.read_text()
-    assert Page(text).tags.count("script") == 1
+    text = write_report([run]).html.read_text()
+    assert Page(text).tags.count("script") == 2
     assert "&lt;script&gt;alert(&#34;caption&#34;)&lt;/script&gt;" in text
     assert "<b>" not in text
     assert "&lt;b&gt;IA3&lt;/b&gt; $x$ a|b" in text
-    assert "&lt;b&gt;IA3&lt;/b&gt; $x$ a\\|b specific" in paths.markdown.read_text()
 
 
-def test_the_same_records_give_the_same_bytes(run: Path) -> None:
-    first = [path.read_bytes() for path in vars(write_report(run)).values()]
-    assert first == [path.read_bytes() for path in vars(write_report(run)).values()]
+def test_the_same_records_give_the_same_bytes_wherever_they_are_written(run: Path, tmp_path: Path) -> None:
+    paths = write_report([run]).all
+    assert {path.parent for path in paths} == {run / "report"}
+    first = {path.name: path.read_bytes() for path in paths}
+    assert set(first) == {
+        "index.html",
+        "trials.parquet",
+        *(f"leaderboard.{kind}" for kind in ("md", "csv", "tex", "json")),
+    }
+    assert first == {path.name: path.read_bytes() for path in write_report([run], tmp_path / "elsewhere").all}
 
 
-def test_csv_has_a_line_per_row_with_unrounded_numbers(run: Path) -> None:
-    lines = list(csv.DictReader(write_report(run).csv.open(newline="")))
-    rows = build_leaderboard(read_run(run)).rows
-    assert [(line["label"], line["grouping"]) for line in lines] == [(row.label, row.grouping) for row in rows]
-    for line, row in zip(lines, rows, strict=True):
-        assert float(line["cider"]) == row.metrics["cider"].mean
-        assert float(line["cider_low"]) == row.metrics["cider"].low
-        assert int(line["cider_seeds"]) == 2
-        assert row.parameters is not None
-        assert int(line["trainable_parameters"]) == row.parameters.trainable
-        assert (line["cider_difference"] == "") == row.is_reference
-
-
-def test_one_seed_leaves_the_interval_columns_empty(tmp_path: Path) -> None:
-    write_run(tmp_path, fake_plan(seeds=(0,)))
-    for line in csv.DictReader(write_report(tmp_path).csv.open(newline="")):
-        assert line["cider"]
-        assert line["cider_low"] == line["cider_high"] == ""
-
-
-def test_markdown_tables_are_whole(run: Path) -> None:
-    text = write_report(run).markdown.read_text()
-    table = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(table) == 2 + 8
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {10}
-    assert "| reference |" in text
+def test_several_runs_need_a_folder_and_are_told_apart(run: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(run, tmp_path / "other", ignore=shutil.ignore_patterns("report", "other"))
+    for record in other.glob("trials/*/record.json"):
+        trial_id = f"other-{record.parent.name}"
+        record.write_text(record.read_text().replace(record.parent.name, trial_id))
+        record.parent.rename(record.parent.with_name(trial_id))
+    plan = (other / "plan.json").read_text()
+    (other / "plan.json").write_text(re.sub(r'"trial_id":"', '"trial_id":"other-', plan))
+    with pytest.raises(UserError, match=r"2 run folders .* \(--output\)"):
+        write_report([run, other])
+    text = write_report([run, other], tmp_path / "both").html.read_text()
+    assert Page(text).open == []
+    assert f"<dt>Run folders</dt><dd>{run}</dd>" in text
+    assert f"<dt></dt><dd>{other}</dd>" in text
 
 
 def test_failures_broken_and_foreign_records_are_named(run: Path) -> None:
@@ -142,13 +140,70 @@ def test_failures_broken_and_foreign_records_are_named(run: Path) -> None:
     foreign.parent.mkdir()
     foreign.write_text(record.model_copy(update={"trial_id": "older"}).model_dump_json())
     (run / "trials" / plan.trials[1].trial_id / "record.json").write_text("{")
-    paths = write_report(run)
-    text = paths.html.read_text()
+    (run / "trials" / plan.trials[2].trial_id / "examples.parquet").write_bytes(b"not parquet")
+    text = write_report([run]).html.read_text()
     assert "loss is NaN &lt;at&gt; step 7" in text
-    assert "1 record file(s) could not be read" in text
+    assert "Record files that could not be read: 1" in text
     assert f"{plan.trials[1].trial_id}/record.json: not a trial record" in text
-    assert "1 record(s) that the plan does not name" in text
-    assert "loss is NaN" in paths.markdown.read_text()
+    assert "Records that the plan does not name: 1" in text
+    assert (
+        f'Per-example scores that could not be read: 1</h3>\n<ul class="small"><li>{plan.trials[2].trial_id}: ' in text
+    )
+    assert "Failed, pruned, cancelled or unreadable: 2" in text
+    assert "Not run" not in text
+
+
+def test_what_trials_share_is_said_once(run: Path) -> None:
+    plan = fake_plan()
+    note = "SPICE was not computed: no Java"
+    for number, trial in enumerate(plan.trials):
+        record = read_run(run).records[trial.trial_id]
+        changes = {"warnings": (note, "cut") if number == 3 else (note,), "device": "GPU" if number == 5 else "CPU"}
+        write_record(run, record.model_copy(update=changes))
+    board = build_leaderboard(read_run(run))
+    provenance = build_provenance(board)
+    assert [(one.words, one.trials) for one in provenance.notes] == [(note, 16), ("cut", 1)]
+    assert [(one.device, one.trials) for one in provenance.environments] == [("CPU", 15), ("GPU", 1)]
+    assert [line.notes for line in provenance.trials] == ["1, 2" if number == 3 else "1" for number in range(16)]
+    assert [line.environment for line in provenance.trials].index("2") == 5
+    text = write_report([run]).html.read_text()
+    assert text.count(note) == 1
+    assert "(16 of 16 trials)" in text
+
+
+def test_every_learning_rate_is_shown_with_its_outcome(tmp_path: Path) -> None:
+    plan = fake_plan(methods=METHODS[-3:])
+    trials = []
+    for trial in plan.trials:
+        tried = () if trial.method == "lora" else (0.01,)
+        for rate in (0.001, 0.01) if trial.method == "lora" else (0.001,):
+            changes = {"trial_id": f"{trial.trial_id}-{rate}", "learning_rate": rate, "tried_learning_rates": tried}
+            trials.append(trial.model_copy(update=changes))
+    failed = next(trial.trial_id for trial in trials if trial.grouping == "specific")
+
+    def change(trial: PlannedTrial, record: TrialRecord) -> TrialRecord | None:
+        if trial.trial_id == failed:
+            return record.model_copy(update={"status": "failed", "reason": "no", "metrics": {}})
+        worse = {"validation": {"perplexity": 5.0 if trial.learning_rate == 0.01 else 4.0}}
+        return record.model_copy(update={"metrics": record.metrics | worse})
+
+    write_run(tmp_path, plan.model_copy(update={"trials": tuple(trials)}), change)
+    lines = search_lines(build_leaderboard(read_run(tmp_path)))
+    found = {(line.row.name, line.rate): (line.seeds, line.chosen, line.outcome) for line in lines}
+    assert found == {
+        ("LoRA r=4 agnostic", 0.001): ("2/2", True, ""),
+        ("LoRA r=4 agnostic", 0.01): ("2/2", False, ""),
+        ("LoRA r=4 specific", 0.001): ("1/2", False, "1 failed"),
+        ("LoRA r=4 specific", 0.01): ("2/2", True, ""),
+        ("Full fine-tuning", 0.001): ("2/2", False, "the only one run"),
+        ("Full fine-tuning", 0.01): ("–", False, "declared: tried before"),
+    }
+    assert '<span class="badge">chosen</span>' in write_report([tmp_path]).html.read_text()
+
+
+def test_without_a_search_one_sentence_says_so(run: Path) -> None:
+    assert search_lines(build_leaderboard(read_run(run))) == []
+    assert "The plan names no learning rates." in write_report([run]).html.read_text()
 
 
 def test_gallery_is_the_same_examples_for_all_and_blind_to_scores(run: Path) -> None:
@@ -175,7 +230,7 @@ def test_unreadable_scores_and_pictures_are_named(run: Path) -> None:
     (run / "trials" / trial.trial_id / "examples.parquet").write_bytes(b"not parquet")
     for picture in (run / "pictures").iterdir():
         picture.write_bytes(b"not a picture")
-    text = write_report(run).html.read_text()
+    text = write_report([run]).html.read_text()
     assert f"Could not be read: {trial.trial_id}: " in text
     assert "no picture that can be read" in text
 
@@ -183,7 +238,7 @@ def test_unreadable_scores_and_pictures_are_named(run: Path) -> None:
 def test_runs_without_generated_text_have_no_gallery(run: Path) -> None:
     for path in run.glob("trials/*/examples.parquet"):
         pq.write_table(pq.read_table(path).select(["split", "example_id", "nll", "tokens"]), path)
-    assert 'id="samples"' not in write_report(run).html.read_text()
+    assert 'id="samples"' not in write_report([run]).html.read_text()
 
 
 @pytest.mark.parametrize("kept", ["nothing", "all failed", "one method", "no reference"])
@@ -195,19 +250,17 @@ def test_partial_runs_give_a_report(tmp_path: Path, kept: str) -> None:
         return record if wanted[kept] else None
 
     write_run(tmp_path, fake_plan(primary_metric="perplexity", mlflow_uri="sqlite:///x.db"), change)
-    paths = write_report(tmp_path)
-    page = Page(paths.html.read_text())
+    page = Page(write_report([tmp_path]).html.read_text())
     assert page.open == []
     assert "unfinished" in page.ids
-    assert len(list(csv.DictReader(paths.csv.open(newline="")))) == 8
 
 
 def test_a_folder_without_a_run_is_the_users_to_mend(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no plan\.json here"):
-        write_report(tmp_path)
+        write_report([tmp_path])
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(UserError, match=r"plan\.json: not the plan of a run"):
-        write_report(tmp_path)
+        write_report([tmp_path])
     (tmp_path / "plan.json").write_text(json.dumps({"experiment": 3}))
     with pytest.raises(UserError, match=r"plan\.json: not the plan of a run"):
-        write_report(tmp_path)
+        write_report([tmp_path])

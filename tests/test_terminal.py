@@ -179,4 +179,42 @@ def test_the_leaderboard_fits_eighty_characters_and_shows_missing_as_missing(tmp
     assert max(len(line) for line in text.splitlines()) <= 80
     assert "…" not in text
     assert "synthetic: scores on the test split" in text
-    assert re.search(r" 8 +none +9\.\d+ \[[\d.]+, +– +1\.\d+ +9,312 +2/2", text)
+    assert re.search(r"\n +\d(–8)? +none +9\.\d+ \[[\d.]+, [\d.]+\] +– +1\.\d+ +9,312 +2/2", text)
+    assert "not ranked" not in text
+
+
+def test_rows_apart_stand_below_the_table_of_their_setting(tmp_path: Path) -> None:
+    def fewer_steps(trial: PlannedTrial, made: TrialRecord) -> TrialRecord:
+        assert made.data is not None
+        if (trial.method, trial.setting) != ("bitfit", "examples=64"):
+            return made
+        return made.model_copy(update={"data": made.data.model_copy(update={"steps": 99})})
+
+    plan = fake_plan(settings=("examples=64", "examples=128"))
+    text = shown(leaderboard_table(build_leaderboard(read_run(write_run(tmp_path, plan, fewer_steps)))), width=80)
+    first, second = text.split("\nexamples=128\n")
+    assert "\nexamples=64\n" in first
+    table, below = first.split("not ranked: ")
+    assert "BitFit" not in table
+    assert " ".join(below.split()) == (
+        "BitFit specific, BitFit agnostic: seeds 0, 1 do not match Full fine-tuning: number of optimizer steps differs "
+        "(99, 256)"
+    )
+    assert len(re.findall(r"^ +\d\S* +BitFit", second, re.MULTILINE)) == 2
+    assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_a_long_reason_is_cut(tmp_path: Path) -> None:
+    def other(trial: PlannedTrial, made: TrialRecord) -> TrialRecord:
+        assert made.data is not None
+        if trial.method != "lora":
+            return made
+        every = {"examples_fingerprint": "x", "order_fingerprint": "x", "evaluation_fingerprint": "x", "steps": 9}
+        changed = made.data.model_copy(update=every | {"started_from": (str(trial.seed),)})
+        changed = changed.model_copy(update={"steps": 10**100 + trial.seed})
+        return made.model_copy(update={"data": changed})
+
+    board = build_leaderboard(read_run(write_run(tmp_path, fake_plan(settings=("",)), other)))
+    (line,) = [line for line in shown(leaderboard_table(board), width=2000).splitlines() if "not ranked" in line]
+    assert line.rstrip().endswith(" …")
+    assert len(line.rstrip()) < 300

@@ -10,20 +10,13 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from tracking_fixture import Trial, artifacts, finished_record, four_trials, new_grid
 
 from harness.errors import UserError
-from harness.experiment import load_experiment
-from harness.plan import TrialSpec, describe, expand
-from harness.record import Memory, MetricInfo, Parameters, PlannedTrial, Throughput, TrialRecord, write_record
+from harness.record import Plan, write_atomically, write_record
 from harness.tracking import PARENT_TAG, Grid, MlflowTracker, check_uri, close_grid, default_uri, open_grid, redacted
 
 DEAD_SERVER = "http://127.0.0.1:9"  # the discard port: refused at once
-EXPERIMENT = """\
-name: grid
-task: scenes
-adapters: [{method: lora, rank: 4, grouping: [specific, {image: vision, text: null}], learning_rate: 6e-3}]
-budget: {examples: [64, 128]}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +26,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trials(runs: Path) -> list[tuple[TrialSpec, PlannedTrial]]:
-    path = runs / "experiment.yaml"
-    path.write_text(EXPERIMENT, encoding="utf-8")
-    experiment = load_experiment(path)
-    specs = expand(experiment)
-    info = MetricInfo(name="perplexity", label="Perplexity", higher_is_better=False)
-    return list(zip(specs, describe(experiment, specs, (info,), "").trials, strict=True))
+def trials() -> list[Trial]:
+    return four_trials()
 
 
 @pytest.fixture(scope="module")
@@ -52,30 +40,6 @@ def grid(runs: Path, request: pytest.FixtureRequest) -> Grid:
     return new_grid(runs, request.node.name)
 
 
-def new_grid(runs: Path, name: str) -> Grid:
-    (runs / name).mkdir(exist_ok=True)
-    return open_grid(default_uri(runs), name, runs / name)
-
-
-def finished_record(planned: PlannedTrial, run_id: str | None, **changes: Any) -> TrialRecord:
-    fields: dict[str, Any] = {
-        "trial_id": planned.trial_id,
-        "experiment": "grid",
-        "status": "finished",
-        "spec": {},
-        "seed": 0,
-        "metrics": {"validation": {"perplexity": 8.0}, "test": {"perplexity": 7.5, "cider": 0.5}},
-        "history": ({"epoch": 1, "step": 4, "train_loss": 2.0, "validation_perplexity": 9.0, "learning_rate": 1e-3},),
-        "parameters": Parameters(trainable=30, adapter=20, projector=10, language_model=100, encoder=50, total=180),
-        "memory": Memory(weights_bytes=4, gradients_bytes=3, optimizer_bytes=2, activations_bytes=1),
-        "throughput": Throughput(examples_per_s=12.5, tokens_per_s=100.0, measured_steps=4),
-        "wall_time_s": 1.5,
-        "started_at": "2026-01-01T00:00:00+00:00",
-        "mlflow_run_id": run_id,
-    }
-    return TrialRecord(**fields | changes)
-
-
 def test_a_grid_is_one_parent_run_in_its_experiment(grid: Grid, client: MlflowClient, runs: Path) -> None:
     parent = client.get_run(grid.parent_run_id)
     folder = runs / "test_a_grid_is_one_parent_run_in_its_experiment"
@@ -84,11 +48,12 @@ def test_a_grid_is_one_parent_run_in_its_experiment(grid: Grid, client: MlflowCl
     assert parent.info.status == "RUNNING"
     assert parent.data.tags["harness.kind"] == "grid"
     assert parent.data.tags["harness.run_folder"] == str(folder)
+    assert f"`harness report {folder}`" in parent.data.tags["mlflow.note.content"]
     assert (runs / "mlflow.db").is_file()
 
 
 def test_a_trial_is_a_child_run_with_everything_in_it(
-    grid: Grid, client: MlflowClient, tmp_path: Path, trials: list[tuple[TrialSpec, PlannedTrial]]
+    grid: Grid, client: MlflowClient, tmp_path: Path, trials: list[Trial]
 ) -> None:
     spec, planned = trials[0]
     folder = tmp_path / "trials" / planned.trial_id
@@ -104,22 +69,38 @@ def test_a_trial_is_a_child_run_with_everything_in_it(
     assert tracker.warnings == ()
 
     run = client.get_run(tracker.run_id)
-    assert (run.info.status, run.info.run_name) == ("FINISHED", "LoRA r=4 specific examples=64 seed=0")
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "LoRA r=4 specific examples=64 lr=0.006 seed=0")
     expected = {
         PARENT_TAG: grid.parent_run_id,
         "harness.kind": "trial",
         "harness.trial_id": planned.trial_id,
-        "harness.method": "lora",
-        "harness.grouping": "specific",
+        "harness.label": "LoRA r=4",
+        "harness.setting": "examples=64",
+        "harness.status": "finished",
+        "harness.device": "cpu",
+        "harness.git_revision": "0123456789ab",
     }
     assert expected.items() <= run.data.tags.items()
-    params = {"adapter.config.rank": "4", "budget.examples": "64", "optimizer.learning_rate": "0.006", "seed": "0"}
+    params = {
+        "task": "scenes", "method": "lora", "grouping": "specific", "rank": "4", "examples": "64", "epochs": "1",
+        "learning_rate": "0.006", "seed": "0", "language_model": "builtin/tiny-llama",
+        "adapter.grouping.image": "image", "optimizer.bf16": "False",
+    }  # fmt: skip
     assert params.items() <= run.data.params.items()
-    losses = client.get_metric_history(tracker.run_id, "train_loss")
+    assert not [key for key, value in run.data.params.items() if key.endswith(".target") or value in ("", "None", "[]")]
+    losses = client.get_metric_history(tracker.run_id, "epoch/train_loss")
     assert [(metric.step, metric.value) for metric in losses] == [(2, 2.5), (4, 2.0)]
+    assert {metric.step for metric in run.data._metric_objs if not metric.key.startswith("epoch/")} == {0}
+    inputs = {input_.tags[0].value: input_.dataset for input_ in run.inputs.dataset_inputs}
+    assert {context: dataset.digest for context, dataset in inputs.items()} == {
+        "training": "e" * 36,
+        "evaluation": "v" * 36,
+    }
+    assert (inputs["training"].name, inputs["training"].profile) == ("scenes training", '{"num_rows": 64}')
     assert run.data.metrics == {
-        "train_loss": 2.0, "validation_perplexity": 9.0, "validation/perplexity": 8.0, "test/perplexity": 7.5,
-        "test/cider": 0.5, "wall_time_s": 1.5, "parameters/trainable": 30, "parameters/adapter": 20,
+        "epoch/train_loss": 2.0, "epoch/validation_perplexity": 9.0, "validation/perplexity": 8.0,
+        "test/perplexity": 7.5, "test/cider": 0.5, "wall_time_s": 1.5, "best_epoch": 1,
+        "parameters/trainable": 30, "parameters/adapter": 20,
         "parameters/projector": 10, "parameters/language_model": 100, "parameters/encoder": 50, "parameters/total": 180,
         "memory/weights_bytes": 4, "memory/gradients_bytes": 3, "memory/optimizer_bytes": 2,
         "memory/activations_bytes": 1, "throughput/examples_per_s": 12.5, "throughput/tokens_per_s": 100.0,
@@ -129,22 +110,24 @@ def test_a_trial_is_a_child_run_with_everything_in_it(
 
 
 def test_a_failed_trial_says_why_and_counts_as_failed(
-    grid: Grid, client: MlflowClient, tmp_path: Path, trials: list[tuple[TrialSpec, PlannedTrial]]
+    grid: Grid, client: MlflowClient, tmp_path: Path, trials: list[Trial]
 ) -> None:
     spec, planned = trials[0]
     tracker = MlflowTracker(grid, spec, planned, tmp_path)
-    changes: dict[str, Any] = {"metrics": {}, "history": (), "parameters": None, "memory": None, "throughput": None}
+    parts = ("parameters", "memory", "throughput", "data", "best_epoch")
+    changes: dict[str, Any] = {"metrics": {}, "history": (), **dict.fromkeys(parts)}
     tracker.finish(finished_record(planned, None, status="out_of_memory", reason="too large", **changes), tmp_path)
     assert tracker.warnings == ()
     assert tracker.run_id is not None
     run = client.get_run(tracker.run_id)
     assert run.info.status == "FAILED"
     assert run.data.tags["harness.reason"] == "too large"
+    assert run.data.tags["harness.status"] == "out_of_memory"
     assert run.data.metrics == {"wall_time_s": 1.5}
 
 
 def test_run_again_goes_on_with_the_same_runs(
-    grid: Grid, client: MlflowClient, runs: Path, tmp_path: Path, trials: list[tuple[TrialSpec, PlannedTrial]]
+    grid: Grid, client: MlflowClient, runs: Path, tmp_path: Path, trials: list[Trial]
 ) -> None:
     spec, planned = trials[0]
     first = MlflowTracker(grid, spec, planned, tmp_path)
@@ -157,7 +140,9 @@ def test_run_again_goes_on_with_the_same_runs(
     second = MlflowTracker(again, spec, planned, tmp_path)
     assert second.run_id == first.run_id
     assert second.run_id is not None
-    assert client.get_run(second.run_id).info.status == "RUNNING"
+    running = client.get_run(second.run_id)
+    assert running.info.status == "RUNNING"
+    assert {"harness.status", "harness.reason"}.isdisjoint(running.data.tags)  # what it failed of the first time
     other = MlflowTracker(again, *trials[1], tmp_path / "other")
     assert other.run_id != second.run_id
     second.finish(finished_record(planned, None), tmp_path)
@@ -181,12 +166,72 @@ def test_a_run_id_of_another_server_is_not_taken_for_one_of_this(grid: Grid, run
     assert (runs / name / "mlflow_run_id").read_text(encoding="utf-8") == again.parent_run_id
 
 
-def test_the_report_is_an_artifact_of_the_parent_run(grid: Grid, client: MlflowClient, tmp_path: Path) -> None:
-    report = tmp_path / "index.html"
-    report.write_text("<p>report</p>", encoding="utf-8")
-    close_grid(grid, complete=True, artifacts=[report])
-    assert client.get_run(grid.parent_run_id).info.status == "FINISHED"
-    assert [file.path for file in client.list_artifacts(grid.parent_run_id)] == ["index.html"]
+def test_what_a_run_again_changes_is_told_and_a_deleted_run_is_not_taken_up_again(
+    grid: Grid, client: MlflowClient, runs: Path, tmp_path: Path, trials: list[Trial]
+) -> None:
+    spec, planned = trials[0]
+    first = MlflowTracker(grid, spec, planned, tmp_path)
+    renamed = planned.model_copy(update={"label": "LoRA r=4 alpha=8"})
+    options = {"label": "LoRA r=4 alpha=8", "grouping_name": "image=image"}
+    respelled = spec.model_copy(update={"adapter": spec.adapter.model_copy(update=options)})
+    again = MlflowTracker(grid, respelled, renamed, tmp_path)
+    assert (again.run_id, again.warnings) == (first.run_id, ())
+    run = client.get_run(str(again.run_id))
+    assert run.data.tags["harness.label"] == "LoRA r=4 alpha=8"
+    assert run.info.run_name.startswith("LoRA r=4 alpha=8 specific")
+    client.delete_run(run.info.run_id)
+    client.delete_run(grid.parent_run_id)
+    other = new_grid(runs, "test_what_a_run_again_changes_is_told_and_a_deleted_run_is_not_taken_up_again")
+    assert other.parent_run_id != grid.parent_run_id
+    third = MlflowTracker(other, spec, planned, tmp_path)
+    assert third.warnings == ()
+    assert third.run_id not in (None, first.run_id)
+
+
+def test_plan_experiment_and_report_are_artifacts_of_the_parent_run_and_not_doubled_by_another_run(
+    runs: Path, client: MlflowClient, trials: list[Trial]
+) -> None:
+    folder = runs / "with-report"
+    plan = Plan(
+        experiment="grid", experiment_file="e.yaml", primary_metric="cider", metrics=(),
+        trials=tuple(planned for _, planned in trials),
+    )  # fmt: skip
+    write_atomically(folder / "plan.json", plan.model_dump_json())
+    write_atomically(folder / "experiment.yaml", "name: grid\n")
+    for file in ("index.html", "leaderboard.csv", "figures/curve.png"):
+        write_atomically(folder / "report" / file, file)
+    for text in ("first", "second"):
+        write_atomically(folder / "report" / "index.html", text)
+        grid = new_grid(runs, "with-report")
+        assert {"plan.json", "experiment.yaml"} <= set(artifacts(client, grid.parent_run_id))  # while it runs
+        write_record(folder, finished_record(trials[0][1], None))
+        write_record(folder, finished_record(trials[1][1], None, status="failed", reason="killed"))
+        files = [path for path in (folder / "report").rglob("*") if path.is_file()]
+        assert close_grid(grid, complete=text == "second", artifacts=files) is None
+    assert artifacts(client, grid.parent_run_id) == [
+        "experiment.yaml", "plan.json", "report/figures/curve.png", "report/index.html", "report/leaderboard.csv",
+    ]  # fmt: skip
+    page = client.download_artifacts(grid.parent_run_id, "report/index.html")
+    assert Path(page).read_text(encoding="utf-8") == "second"
+    run = client.get_run(grid.parent_run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == {"trials/planned": 4, "trials/finished": 1, "trials/failed": 1}
+
+
+def test_a_trial_whose_process_died_does_not_run_for_ever(
+    grid: Grid, client: MlflowClient, runs: Path, trials: list[Trial]
+) -> None:
+    folder = runs / "test_a_trial_whose_process_died_does_not_run_for_ever"
+    died, cut = (MlflowTracker(grid, *trial, folder / "trials" / trial[1].trial_id) for trial in trials[:2])
+    write_record(folder, finished_record(trials[0][1], None, status="failed", reason="the worker process died"))
+    assert close_grid(grid, complete=False, artifacts=[]) is None
+    one, other = (client.get_run(str(tracker.run_id)) for tracker in (died, cut))
+    assert (one.info.status, one.data.tags["harness.reason"]) == ("FAILED", "the worker process died")
+    assert artifacts(client, one.info.run_id) == ["record.json"]
+    assert (other.info.status, other.data.tags["harness.reason"]) == (
+        "KILLED",
+        "its process ended before the trial did",
+    )
 
 
 class Failing:
@@ -206,7 +251,7 @@ class Failing:
 
 
 def test_a_server_lost_mid_way_costs_a_warning(
-    grid: Grid, client: MlflowClient, tmp_path: Path, trials: list[tuple[TrialSpec, PlannedTrial]]
+    grid: Grid, client: MlflowClient, tmp_path: Path, trials: list[Trial]
 ) -> None:
     spec, planned = trials[0]
     tracker = MlflowTracker(grid, spec, planned, tmp_path)
@@ -218,13 +263,11 @@ def test_a_server_lost_mid_way_costs_a_warning(
     assert tracker.warnings == ("MLflow logging stopped: MlflowException: the database is locked",)
     assert failing.calls == -1  # after the first failure nothing more is tried
     assert tracker.run_id is not None
-    assert [metric.step for metric in client.get_metric_history(tracker.run_id, "train_loss")] == [2]
+    assert [metric.step for metric in client.get_metric_history(tracker.run_id, "epoch/train_loss")] == [2]
 
 
 @pytest.mark.parametrize("uri", [DEAD_SERVER, "sqlite:////dev/null/mlflow.db"])
-def test_a_trial_survives_a_tracking_uri_that_is_gone(
-    uri: str, tmp_path: Path, trials: list[tuple[TrialSpec, PlannedTrial]]
-) -> None:
+def test_a_trial_survives_a_tracking_uri_that_is_gone(uri: str, tmp_path: Path, trials: list[Trial]) -> None:
     spec, planned = trials[0]
     tracker = MlflowTracker(Grid(uri, "1", "0" * 32), spec, planned, tmp_path)
     tracker.metrics({"train_loss": 2.0}, step=1)
@@ -258,3 +301,24 @@ def test_a_password_is_not_shown() -> None:
     with pytest.raises(UserError, match=r"user:\*\*\*@127\.0\.0\.1") as caught:
         check_uri(uri)
     assert "s3cret" not in str(caught.value)
+
+
+def test_a_password_is_in_no_artifact_warning_or_log(
+    runs: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    trials: list[Trial], caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    uri = "postgresql://user:s3cret@db/mlflow"
+    write_atomically(runs / "secret" / "experiment.yaml", f"tracking: {{mlflow_uri: '{uri}'}}\n")
+    monkeypatch.setattr("harness.tracking.connect", lambda _: client)
+    grid = open_grid(uri, "secret", runs / "secret")
+    kept = Path(client.download_artifacts(grid.parent_run_id, "experiment.yaml")).read_text(encoding="utf-8")
+    assert kept == "tracking: {mlflow_uri: 'postgresql://user:***@db/mlflow'}\n"
+
+    def refuse(_: str) -> None:
+        raise ConnectionError(f"no route to {uri}")
+
+    monkeypatch.setattr("harness.tracking.connect", refuse)
+    tracker = MlflowTracker(grid, *trials[0], tmp_path)
+    assert "user:***@db" in tracker.warnings[0]
+    assert "user:***@db" in caplog.text
+    assert "s3cret" not in f"{tracker.warnings} {caplog.text} {client.get_run(grid.parent_run_id).data}"

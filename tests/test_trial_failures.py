@@ -144,7 +144,7 @@ def test_a_tracking_server_that_fails_costs_a_warning_only(tmp_path: Path, monke
 
     started = SimpleNamespace(info=SimpleNamespace(run_id="run-2"))
     client = SimpleNamespace(create_run=lambda *_, **__: started, log_batch=gone)
-    monkeypatch.setattr(tracking, "_client", lambda _uri: client)
+    monkeypatch.setattr(tracking, "connect", lambda _uri: client)
     spec = spec_of(tmp_path, budget={"examples": 8, "epochs": 1})
     planned = PlannedTrial(
         trial_id=spec.trial_id, label="LoRA r=2", method="lora", grouping="specific", setting="", seed=0

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
+from numpy.typing import NDArray
+
+from harness.record import Formula
 from tasks.base import Metric, Scores
 from tasks.metrics import spice
 from tasks.metrics.alignment import check_aligned, name_ids
 from tasks.metrics.bleu import bleu
 from tasks.metrics.cider import cider
 from tasks.metrics.meteor_process import meteor
+from tasks.metrics.ngrams import Ints
 from tasks.metrics.ptb import tokenise
 from tasks.metrics.references import References, prepare
 from tasks.metrics.rouge_l import rouge_l
 
 # metric → corpus score, score per example
 Columns: TypeAlias = dict[str, tuple[float, Sequence[float]]]
+# key of Scores.counts → (I, K)
+Counts: TypeAlias = dict[str, NDArray[Any]]
 
 
 class CaptionMetrics(Metric):
@@ -43,6 +49,13 @@ class CaptionMetrics(Metric):
         "meteor": "METEOR",
         "rouge_l": "ROUGE-L",
     }
+    corpus: ClassVar[Mapping[str, Formula]] = {
+        "bleu_1": "bleu",
+        "bleu_2": "bleu",
+        "bleu_3": "bleu",
+        "bleu_4": "bleu",
+        "meteor": "meteor",
+    }
 
     def __init__(self, with_meteor: bool = True) -> None:
         self.with_meteor = with_meteor
@@ -66,9 +79,12 @@ class CaptionMetrics(Metric):
             answers = tokenised.result()
             overlaps = pool.submit(_overlaps, known, answers)
             columns: Columns = {}
+            counts: Counts = {}
             if self.with_meteor:
-                columns["meteor"] = meteor(known.tokenised, answers, known.normalised)
-            columns |= overlaps.result()
+                corpus, per_example, counts["meteor"] = meteor(known.tokenised, answers, known.normalised)
+                columns["meteor"] = (corpus, per_example)
+            others, counts["bleu"] = overlaps.result()
+            columns |= others
         if known.all_alike:
             notes.append(
                 "CIDEr was not computed: it weighs words by how few examples use them, and here all examples "
@@ -85,17 +101,25 @@ class CaptionMetrics(Metric):
                 for i, key in enumerate(references)
             },
             notes=tuple(notes),
+            counts={
+                key: dict(zip(counts, rows, strict=True))
+                for key, *rows in zip(references, *map(_tuples, counts.values()), strict=True)
+            },
         )
 
 
-def _overlaps(known: References, answers: Sequence[str]) -> Columns:
-    """The metrics that compare words, which Python computes."""
+def _tuples(counts: NDArray[Any]) -> list[tuple[float, ...]]:
+    return [tuple(row) for row in counts.tolist()]
+
+
+def _overlaps(known: References, answers: Sequence[str]) -> tuple[Columns, Ints]:
+    """The metrics that compare words, which Python computes; and BLEU's counts."""
     columns: Columns = {}
     words, counts = known.ngrams.count(answers)
-    corpus, per_example = bleu(known.ngrams, words, counts)
+    corpus, per_example, of_bleu = bleu(known.ngrams, words, counts)
     for n, (score, scores) in enumerate(zip(corpus, per_example, strict=True), 1):
         columns[f"bleu_{n}"] = (score, scores)
     columns["rouge_l"] = rouge_l(known.tokenised, answers)
     if not known.all_alike:
         columns["cider"] = columns["cider_d"] = cider(known.ngrams, words, counts)
-    return columns
+    return columns, of_bleu

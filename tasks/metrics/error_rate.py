@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple
 
 import jiwer
 
+from harness.record import Formula
 from tasks.base import Metric, Scores
 from tasks.metrics.alignment import check_aligned, name_ids
 
@@ -49,6 +50,7 @@ class ErrorRate(Metric):
 
     labels: ClassVar[Mapping[str, str]] = {"wer": "WER", "cer": "CER"}
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"wer", "cer"})
+    corpus: ClassVar[Mapping[str, Formula]] = {"wer": "ratio", "cer": "ratio"}
 
     def score(self, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Scores:
         """Score predictions by example id; ``per_example`` is in the order of ``references``.
@@ -67,6 +69,7 @@ class ErrorRate(Metric):
 
         corpus: dict[str, float] = {}
         per_example: dict[str, dict[str, float]] = {key: {} for key in references}
+        found: dict[str, dict[str, tuple[float, ...]]] = {key: {} for key in references}
         for name, process in (("wer", jiwer.process_words), ("cer", jiwer.process_characters)):
             counts = _counts(process(reference, hypothesis))
             best: dict[str, _Count] = {}
@@ -75,7 +78,8 @@ class ErrorRate(Metric):
             corpus[name] = sum(count.edits for count in best.values()) / sum(count.length for count in best.values())
             for key, count in best.items():
                 per_example[key][name] = count.rate
-        return Scores(corpus, per_example)
+                found[key][name] = tuple(count)
+        return Scores(corpus, per_example, counts=found)
 
 
 def _counts(output: jiwer.WordOutput | jiwer.CharacterOutput) -> list[_Count]:

@@ -19,15 +19,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, cast
 
+import numpy as np
+from numpy.typing import NDArray
 from pycocoevalcap.meteor import meteor as library
 
 from tasks.metrics.java import java_command, map_lines
 
 FOLDER = Path(library.__file__).parent
 JAR: str = library.METEOR_JAR
+Floats = NDArray[np.float64]
 # Requests under way at once. Their answers, of some 200 bytes, must fit into a pipe: Java would wait for us to read
 # them, and we for Java to read the requests.
 _AT_ONCE = 64
+# Of METEOR 1.5 for English: the weight of content words (delta), and of words that match exactly, by their stem, as
+# synonyms, and as paraphrases.
+_CONTENT = 0.75
+_WAYS = (1.0, 0.6, 0.8, 0.6)
 _UNCHANGED = re.compile("[a-z0-9 ]*")  # the normaliser leaves words of letters and digits as they are
 
 
@@ -48,16 +55,17 @@ class _Meteor:
         )
         self.requests, self.answers = cast(IO[bytes], self.java.stdin), cast(IO[bytes], self.java.stdout)
 
-    def score(self, requests: Sequence[str]) -> tuple[float, list[float]]:
-        """The corpus score and the score of every request, each ``reference ||| … ||| prediction``."""
+    def score(self, requests: Sequence[str]) -> tuple[float, list[float], Floats]:
+        """Score requests, each ``reference ||| … ||| prediction``: the corpus score, that of every one, its counts."""
         statistics: list[str] = []
         for start in range(0, len(requests), _AT_ONCE):
             chunk = requests[start : start + _AT_ONCE]
             self._send("".join(f"SCORE ||| {request}\n" for request in chunk))
             statistics += [self._answer() for _ in chunk]
         self._send(" ||| ".join(["EVAL", *statistics]) + "\n")
+        counts = _counts(statistics)  # while Java works
         per_example = [float(self._answer()) for _ in requests]
-        return float(self._answer()), per_example
+        return float(self._answer()), per_example, counts
 
     def _send(self, text: str) -> None:
         self.requests.write(text.encode())
@@ -76,6 +84,23 @@ class _Meteor:
         with self.stderr as file:
             file.seek(0)
             return file.read().decode(errors="replace")[-1000:].strip()
+
+
+def _counts(statistics: Sequence[str]) -> Floats:
+    """The sums in METEOR's formula, (I, 6), from its own lines.
+
+    A line is: words of the prediction and of the reference, function words of both, four numbers for each way to match
+    (content words of both, function words of both), chunks, matched words of both. Over the corpus METEOR adds no chunk
+    for a prediction that is matched whole, as is its reference, in one chunk.
+    """
+    lines = np.loadtxt(statistics).reshape(len(statistics), 23)
+    words, function_words, (chunks, *matched) = lines[:, :2], lines[:, 2:4], lines[:, 20:].T
+    content, function = np.moveaxis(lines[:, 4:20].reshape(-1, 4, 2, 2), 2, 0)  # each (I, ways, prediction, reference)
+    whole = np.all(np.sum(content + function, axis=1) == words, axis=1) & (chunks == 1)
+    matches = np.tensordot(_CONTENT * content + (1 - _CONTENT) * function, _WAYS, (1, 0))
+    lengths = _CONTENT * (words - function_words) + (1 - _CONTENT) * function_words
+    both = np.stack([matches, lengths], axis=2).reshape(-1, 4)
+    return np.column_stack([both, np.where(whole, 0, chunks), np.mean(matched, axis=0)])
 
 
 _lock = threading.Lock()
@@ -118,7 +143,7 @@ def normalise(captions: Iterable[str]) -> dict[str, str]:
 
 def meteor(
     references: Sequence[Sequence[str]], predictions: Sequence[str], normalised: Mapping[str, str] | None = None
-) -> tuple[float, list[float]]:
+) -> tuple[float, list[float], Floats]:
     """Score tokenised captions; safe from several threads.
 
     Args:
@@ -127,7 +152,9 @@ def meteor(
         normalised: what ``normalise`` gave for the references, where that is known.
 
     Returns:
-        The corpus score, and the score of every example; between 0 and 1.
+        The corpus score, and the score of every example; between 0 and 1. And (I, 6) what the corpus score is made of
+        the sums of: matches and length of the prediction, matches and length of the reference, all weighted; chunks,
+        and matched words.
 
     Raises:
         RuntimeError: Java failed; the next call starts a new process.

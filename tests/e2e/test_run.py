@@ -123,7 +123,8 @@ def test_mlflow_has_a_parent_run_and_a_child_for_every_trial(
         assert run.info.status == ("FINISHED" if record.status == "finished" else "FAILED")
         for name, value in record.metrics.get("test", {}).items():
             assert run.data.metrics[f"test/{name}"] == pytest.approx(value)
-    assert {artifact.path for artifact in client.list_artifacts(parents[0].info.run_id)} >= {"index.html"}
+    report = client.list_artifacts(parents[0].info.run_id, "report")
+    assert {artifact.path for artifact in report} >= {"report/index.html"}
 
 
 def test_run_again_repeats_only_what_failed(grid: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

@@ -1,0 +1,87 @@
+"""What a trial is called: labels tell adapters apart, settings all else that varies beside seed and learning rate.
+
+Works on specs as records keep them (``TrialSpec`` as JSON), so that a plan and a report over several runs name alike.
+A learning rate is part of no name: trials that differ in it alone are candidates of one search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+Spec = Mapping[str, Any]
+
+
+def labels(specs: Mapping[str, Spec]) -> dict[str, str]:
+    """By trial id the method's own label, plus the options that tell two entries of one label and grouping apart."""
+    families: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    extras: dict[tuple[str, str], list[str]] = {}
+    place: dict[str, int] = {}  # which of its family's options a trial has
+    for trial_id, spec in specs.items():
+        options = _adapter_options(spec["adapter"])
+        known = families.setdefault(_family(spec), [])
+        if options not in known:
+            known.append(options)
+        place[trial_id] = known.index(options)
+    for family, known in families.items():
+        differing = [[key for key in own if any(other.get(key) != own[key] for other in known)] for own in known]
+        extras[family] = [
+            " ".join(f"{key}={own[key]}" for key in keys) for own, keys in zip(known, differing, strict=True)
+        ]
+    return {
+        trial_id: f"{spec['adapter']['label']} {extras[_family(spec)][place[trial_id]]}".rstrip()
+        for trial_id, spec in specs.items()
+    }
+
+
+def _family(spec: Spec) -> tuple[str, str]:
+    return spec["adapter"]["label"], spec["adapter"]["grouping_name"]
+
+
+def _adapter_options(adapter: Mapping[str, Any]) -> dict[str, Any]:
+    origins = adapter.get("init_from") or {}
+    named = ", ".join(f"{group}={PurePath(o['trial']).name}:{o['group']}" for group, o in origins.items())
+    return {**adapter["config"], **({"init_from": named} if named else {})}
+
+
+def settings(specs: Mapping[str, Spec], without: Sequence[str] = ()) -> dict[str, str]:
+    """By trial id what varies over the specs beside adapter, learning rate and seed: ``examples=512 epochs=8``.
+
+    Args:
+        specs: by trial id.
+        without: dotted keys that are left out too, such as ``budget.examples``: trials of one sweep are then alike.
+    """
+    flat = {trial_id: dict(flatten(conditions(spec))) for trial_id, spec in specs.items()}
+    keys = dict.fromkeys(key for values in flat.values() for key in values if key not in without)
+    varying = [key for key in keys if len({repr(values.get(key)) for values in flat.values() if key in values}) > 1]
+    return {
+        trial_id: " ".join(f"{key.rpartition('.')[2]}={values[key]}" for key in varying if key in values)
+        for trial_id, values in flat.items()
+    }
+
+
+# What two trials of one setting may differ in: names for a trial's own plugins, what it is ranked by, how many examples
+# are scored at a time, and the rate that was searched for.
+_LEFT_OUT = {
+    "task": {"target"},
+    "eval": {"primary_metric", "per_device_eval_batch_size"},
+    "optimizer": {"learning_rate"},
+}
+
+
+def conditions(spec: Spec) -> dict[str, dict[str, Any]]:
+    """What must be alike for two adapters to be compared, by section: task, backbone, budget, optimizer, evaluation."""
+    return {
+        section: {key: value for key, value in content.items() if key not in _LEFT_OUT.get(section, ())}
+        for section, content in spec.items()
+        if section != "adapter" and isinstance(content, Mapping)
+    }
+
+
+def flatten(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested mappings as pairs of dotted key and value."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in content.items():
+        pairs += flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+    return pairs

@@ -1,0 +1,199 @@
+"""One row or trial against another: the paired differences, and in a sentence what they show."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from harness.errors import UserError, did_you_mean
+from harness.record import MetricInfo, PlannedTrial, Run
+from results.format import number, verdict
+from results.matched import Pairs, pairs
+from results.resample import Resampled, examples_of, test_score
+from results.rows import WRONG, Candidate, Row, candidates_of, choose, make_row
+from results.stats import Difference, holm
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two compared: as it is named, and its trials as a row of the leaderboard."""
+
+    name: str
+    row: Row
+
+
+@dataclass(frozen=True)
+class _Named:
+    """What a name stands for: all trials of a row, in every setting at first, or one trial."""
+
+    name: str
+    trials: Sequence[PlannedTrial]
+    by_id: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``one`` minus ``other``; p-values are corrected over the metrics shown."""
+
+    one: Side
+    other: Side
+    metrics: tuple[MetricInfo, ...]  # those shown, the primary one first
+    differences: dict[str, Difference]  # by metric name; empty: they may not be compared
+    pairs: Pairs  # the trials compared
+    notes: tuple[str, ...]  # seeds left out, or why nothing may be compared
+
+    def means(self, metric: str) -> tuple[float, float]:
+        """Of both, over the seeds that are compared."""
+        scores = [(test_score(one, metric), test_score(other, metric)) for one, other in self.pairs]
+        both = [(a, b) for a, b in scores if a is not None and b is not None]
+        return statistics.fmean(a for a, _ in both), statistics.fmean(b for _, b in both)
+
+    @property
+    def refusal(self) -> str:
+        """Why nothing is compared, in a sentence; empty where something is."""
+        if self.differences:
+            return ""
+        start = f"not compared with {self.other.row.name}: "
+        reason = "; ".join(note.removeprefix(start) for note in self.notes) or "they have no metric in common"
+        return f"{self.one.name} and {self.other.name} may not be compared: {reason}."
+
+    def sentence(self, info: MetricInfo) -> str:
+        """What the difference of one metric shows."""
+        one, other, found = self.one.name, self.other.name, self.differences[info.name]
+        kind = verdict(found, info.higher_is_better)
+        if not kind:
+            return f"{info.label}: one seed has no interval, so neither is shown to be better."
+        if kind == "tie":
+            return f"{info.label}: {one} and {other} are not told apart."
+        return f"{info.label}: {one} is {kind} than {other} by {number(abs(found.mean))}."
+
+
+def compare(run: Run, one: str, other: str, setting: str | None = None, metric: str | None = None) -> Comparison:
+    """Compare two rows, or two trials, on the seeds where they were trained and scored alike.
+
+    Args:
+        run: where their records lie.
+        one: the name of a row as the leaderboard shows it, upper or lower case, a unique part of it, or a trial id.
+        other: what it is compared with, named likewise.
+        setting: which of several settings; a unique part of its name is enough.
+        metric: show this one alone.
+
+    Raises:
+        UserError: a name is unknown or ambiguous, or there are several settings to choose from.
+    """
+    shown = _shown(run, metric)
+    trials = _of_setting(run.plan.trials, setting)
+    sides = _in_one_setting(_named(one, trials), _named(other, trials))
+    searches = [_search(side, by, run) for side, by in (sides, sides[::-1])]
+    finished = [record for _, chosen in searches for record in chosen.finished]
+    resampled = Resampled(finished, shown, examples_of(run, finished, shown))
+    first, second = (
+        Side(side.name, make_row(side.trials, candidates, chosen, run, resampled, shown))
+        for side, (candidates, chosen) in zip(sides, searches, strict=True)
+    )
+    matched, notes = _pairs(first, second)
+    (found,) = resampled.differences([matched])
+    p_values = holm([difference.p_value for difference in found.values()])
+    differences = {name: replace(found[name], p_adjusted=p) for name, p in zip(found, p_values, strict=True)}
+    if found and resampled.unreadable:
+        count = f"{len(resampled.unreadable)} files of per-example scores could not be read"
+        notes += (f"{count}: {resampled.unreadable[0]}",)
+    metrics = tuple(info for info in shown if info.name in found)
+    return Comparison(first, second, metrics, differences, matched, notes)
+
+
+def _shown(run: Run, metric: str | None) -> tuple[MetricInfo, ...]:
+    names = {info.name: info for info in run.plan.metrics}
+    if metric is None:
+        metrics = [info for info in run.plan.metrics if info.name != WRONG]  # of itself neither good nor bad
+        return tuple(sorted(metrics, key=lambda info: info.name != run.plan.primary_metric))
+    if metric not in names:
+        raise UserError(f"--metric: {metric!r} is not a metric of this run; {did_you_mean(metric, names)}")
+    return (names[metric],)
+
+
+def _of_setting(trials: Sequence[PlannedTrial], setting: str | None) -> Sequence[PlannedTrial]:
+    if setting is None:
+        return trials
+    names = dict.fromkeys(trial.setting for trial in trials)
+    found = _matching(setting, names)
+    if not found:
+        raise UserError(f"--setting: there is no {setting!r}; {did_you_mean(setting, names)}")
+    if len(found) > 1:
+        raise UserError(f"--setting: {setting!r} may be {_quoted(found)}; write more of it")
+    return [trial for trial in trials if trial.setting == found[0]]
+
+
+def _matching(text: str, names: Iterable[str]) -> list[str]:
+    """The name that it is, whatever the case, or else those that it is a part of."""
+    wanted = text.casefold().strip()
+    exact = [name for name in names if name.casefold() == wanted]
+    return exact or [name for name in names if wanted in name.casefold()]
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _row_name(trial: PlannedTrial) -> str:
+    return f"{trial.label} {trial.grouping}".rstrip()
+
+
+def _named(text: str, trials: Sequence[PlannedTrial]) -> _Named:
+    """The trial with this id, or the trials of the rows with this name in all settings."""
+    for trial in trials:
+        if trial.trial_id == text:
+            return _Named(text, [trial], by_id=True)
+    names = dict.fromkeys(map(_row_name, trials))
+    found = _matching(text, names)
+    if not found:
+        raise UserError(f"{text!r} is neither a row of the leaderboard nor a trial id; {did_you_mean(text, names)}")
+    if len(found) > 1:
+        raise UserError(f"{text!r} may be {_quoted(found)}; write more of the name")
+    return _Named(found[0], [trial for trial in trials if _row_name(trial) == found[0]], by_id=False)
+
+
+def _in_one_setting(one: _Named, other: _Named) -> tuple[_Named, _Named]:
+    """Both in the one setting that they share."""
+    settings = [dict.fromkeys(trial.setting for trial in side.trials) for side in (one, other)]
+    shared = [setting for setting in settings[0] if setting in settings[1]]
+    pair = f"{one.name!r} and {other.name!r}"
+    if len(shared) > 1:
+        raise UserError(f"{pair} are in {len(shared)} settings; choose one with --setting: {_quoted(shared)}")
+    if not shared:
+        found = " and ".join(map(_quoted, settings))
+        raise UserError(f"{pair} share no setting (found: {found}): more than the method differs between them")
+    first, second = (
+        replace(side, trials=[trial for trial in side.trials if trial.setting == shared[0]]) for side in (one, other)
+    )
+    if {trial.trial_id for trial in first.trials} & {trial.trial_id for trial in second.trials}:
+        raise UserError(f"{pair} have trials in common; name two rows, or two trials")
+    return first, second
+
+
+def _search(side: _Named, other: _Named, run: Run) -> tuple[tuple[Candidate, ...], Candidate]:
+    """All learning rates of the row it is or belongs to, and what is compared: the best of them, or the one trial.
+
+    Beside one trial a row has its trial of the same seed alone.
+    """
+    key = (_row_name(side.trials[0]), side.trials[0].setting)
+    candidates = candidates_of([t for t in run.plan.trials if (_row_name(t), t.setting) == key], run)
+    if side.by_id:
+        return candidates, candidates_of(side.trials, run)[0]
+    best = choose(candidates)
+    if other.by_id:
+        same_seed = [trial for trial in best.trials if trial.seed == other.trials[0].seed]
+        best = candidates_of(same_seed, run)[0] if same_seed else replace(best, trials=(), finished=())
+    return candidates, best
+
+
+def _pairs(one: Side, other: Side) -> tuple[Pairs, tuple[str, ...]]:
+    for side in (one, other):
+        if not side.row.finished:
+            return [], (f"{side.name} has no finished trial to compare",)
+    seeds = [{record.seed for record in side.row.finished} for side in (one, other)]
+    if not seeds[0] & seeds[1]:
+        found = " and ".join(", ".join(map(str, sorted(own))) for own in seeds)
+        return [], (f"they have no seed in common ({found})",)
+    return pairs(one.row, other.row)

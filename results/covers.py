@@ -1,0 +1,51 @@
+"""Which randomness the intervals of a table cover: one sentence, and a dagger where it is less than elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from results.stats import CONFIDENCE, Estimate
+
+DAGGER = "†"
+PERCENT = f"{CONFIDENCE * 100:.0f} %"
+_SEEDS_ALONE = "seeds"  # as Estimate.covers has it
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What to write beneath a table and beside its numbers.
+
+    ``sentence`` says it for the table. A column whose intervals all cover seeds alone, in a table where others cover
+    more, is marked in its heading; in a column of both kinds the cells are marked.
+    """
+
+    sentence: str
+    marked_columns: frozenset[str]
+    mixed_columns: frozenset[str]
+
+    def head(self, column: str) -> str:
+        """The dagger behind a heading, or nothing."""
+        return f"\N{NO-BREAK SPACE}{DAGGER}" if column in self.marked_columns else ""
+
+    def cell(self, column: str, estimate: Estimate) -> str:
+        """The dagger behind an interval, or nothing."""
+        return f"\N{NO-BREAK SPACE}{DAGGER}" if column in self.mixed_columns and estimate.covers == _SEEDS_ALONE else ""
+
+
+def coverage(columns: Mapping[str, Iterable[Estimate | None]]) -> Coverage:
+    """What the intervals of a table cover, given its estimates by column."""
+    kinds = {name: {one.covers for one in column if one is not None and one.covers} for name, column in columns.items()}
+    found = set().union(*kinds.values())
+    if not found:
+        return Coverage("One seed each: there are no intervals.", frozenset(), frozenset())
+    start = f"Intervals ({PERCENT}) cover"
+    if found == {_SEEDS_ALONE}:
+        return Coverage(f"{start} seeds alone, not the choice of test examples.", frozenset(), frozenset())
+    if _SEEDS_ALONE not in found:
+        return Coverage(f"{start} seeds and test examples.", frozenset(), frozenset())
+    return Coverage(
+        f"{start} seeds and test examples; {DAGGER} seeds alone.",
+        frozenset(name for name, kind in kinds.items() if kind == {_SEEDS_ALONE}),
+        frozenset(name for name, kind in kinds.items() if len(kind) > 1),
+    )

@@ -1,0 +1,207 @@
+"""One row of the leaderboard: a method with a grouping in a setting, over its seeds, at its best learning rate."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from harness.record import MetricInfo, Parameters, PlannedTrial, Run, TrialRecord
+from results.format import rank_text
+from results.resample import Resampled, test_score
+from results.stats import Difference, Estimate, Floats, estimate
+
+RIGHT, WRONG = "perplexity", "perplexity_wrong_input"  # the wrong-input test compares these two
+VALIDATION = "perplexity"  # on the validation split: what a learning rate is chosen by
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One learning rate of a search."""
+
+    learning_rate: float | None
+    trials: tuple[PlannedTrial, ...]
+    finished: tuple[TrialRecord, ...]
+    ended: int  # trials with a record, failed ones too
+    validation: Estimate | None  # perplexity
+
+    @property
+    def validation_by_seed(self) -> dict[int, float]:
+        """Validation perplexity of the finished seeds."""
+        scores = ((record.seed, record.metrics.get("validation", {}).get(VALIDATION)) for record in self.finished)
+        return {seed: score for seed, score in scores if score is not None}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method with one grouping in one setting, over its seeds. What was not measured is absent or None."""
+
+    setting: str
+    label: str
+    method: str
+    grouping: str
+    candidates: tuple[Candidate, ...]  # every learning rate, in the order of the plan
+    chosen: Candidate  # the one that validated best; all that follows is of it
+    effort: int  # learning rates it was chosen from, those tried before included
+    is_reference: bool
+    metrics: dict[str, Estimate]  # test split, by metric name
+    input_use: Estimate | None  # perplexity with the wrong input / with the right one; 1 = the input is not used
+    parameters: Parameters | None
+    peak_bytes: Estimate | None  # growth from before the model was built to the highest point in training
+    examples_per_s: Estimate | None
+    tokens_per_s: Estimate | None
+    train_time_s: Estimate | None
+    wall_time_s: Estimate | None
+    rank: tuple[int, int] | None = None  # first and last rank it may hold in its setting; None: not ranked
+    differences: dict[str, Difference] = field(default_factory=dict)  # from the reference, by metric name
+    # Errors of the primary difference on resampled test examples (B,), the same resamples in every setting.
+    difference_errors_B: Floats | None = field(default=None, repr=False, compare=False)
+    apart: tuple[str, ...] = ()  # why it may not be ranked with the others, in words
+    notes: tuple[str, ...] = ()  # why a difference is missing, and what is open about the choice, in words
+
+    @property
+    def name(self) -> str:
+        """Label and grouping: ``LoRA r=4 specific``."""
+        return f"{self.label} {self.grouping}".rstrip()
+
+    @property
+    def trials(self) -> tuple[PlannedTrial, ...]:
+        """The planned trials of the chosen learning rate."""
+        return self.chosen.trials
+
+    @property
+    def finished(self) -> tuple[TrialRecord, ...]:
+        """The finished trials of the chosen learning rate, in the order of the plan."""
+        return self.chosen.finished
+
+    @property
+    def seeds(self) -> str:
+        """Finished of planned seeds: ``2/2``."""
+        return f"{len(self.finished)}/{len(self.trials)}"
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether a planned seed has not finished."""
+        return len(self.finished) < len(self.trials)
+
+    @property
+    def rank_text(self) -> str:
+        """``1``, ``2–4``, or empty where it is not ranked."""
+        return rank_text(self.rank)
+
+    def values(self, metric: str) -> dict[int, float]:
+        """The metric on the test split by seed, of the seeds that have it."""
+        return by_seed(self.finished, metric)
+
+
+def by_seed(records: Iterable[TrialRecord], metric: str) -> dict[int, float]:
+    """A score on the test split by seed, of the records that have it."""
+    scores = ((record.seed, test_score(record, metric)) for record in records)
+    return {seed: score for seed, score in scores if score is not None}
+
+
+def candidates_of(trials: Sequence[PlannedTrial], run: Run) -> tuple[Candidate, ...]:
+    """The learning rates of one row's trials."""
+    by_rate: dict[float | None, list[PlannedTrial]] = {}
+    for trial in trials:
+        by_rate.setdefault(trial.learning_rate, []).append(trial)
+    found = []
+    for rate, planned in by_rate.items():
+        records = [run.records[trial.trial_id] for trial in planned if trial.trial_id in run.records]
+        finished = tuple(record for record in records if record.status == "finished")
+        bare = Candidate(rate, tuple(planned), finished, len(records), None)
+        found.append(replace(bare, validation=estimate(list(bare.validation_by_seed.values()))))
+    return tuple(found)
+
+
+def choose(candidates: Sequence[Candidate]) -> Candidate:
+    """The candidate with the lowest mean validation perplexity among those that finished the most seeds.
+
+    One that finished fewer stands back: its mean may be that of the easier seeds. For the same reason the mean is over
+    the seeds that all of the compared ones finished, if there are any. The first in the plan wins a tie.
+    """
+    most = max(len(candidate.validation_by_seed) for candidate in candidates)
+    if most == 0:
+        return candidates[0]
+    scores = [(candidate, candidate.validation_by_seed) for candidate in candidates]
+    complete = [(candidate, by_seed) for candidate, by_seed in scores if len(by_seed) == most]
+    shared = set(complete[0][1]).intersection(*(by_seed for _, by_seed in complete))
+    means = [statistics.fmean(by_seed[seed] for seed in shared or by_seed) for _, by_seed in complete]
+    return complete[means.index(min(means))][0]
+
+
+def search_effort(candidates: Sequence[Candidate]) -> int:
+    """How many learning rates the chosen one was chosen from, with those that the experiment says were tried before.
+
+    A rate was tried when all its planned trials have ended, failed ones too, or as many as the furthest one's: while a
+    grid runs, seeds that none of the rates has come to yet take nothing from the search.
+    """
+    furthest = max(candidate.ended for candidate in candidates)
+    tried = {one.learning_rate for one in candidates if one.ended and one.ended in (len(one.trials), furthest)}
+    before = {rate for one in candidates for trial in one.trials for rate in trial.tried_learning_rates}
+    return len(tried | before)
+
+
+def unended(candidates: Sequence[Candidate]) -> str:
+    """``2 of 3 learning rates have not ended``; empty where all have, or where nothing is searched for."""
+    count = sum(one.ended < len(one.trials) for one in candidates)
+    if len(candidates) == 1 or not count:
+        return ""
+    return f"{count} of {len(candidates)} learning rates {'has' if count == 1 else 'have'} not ended"
+
+
+def _search_notes(candidates: Sequence[Candidate], chosen: Candidate) -> tuple[str, ...]:
+    """What is open about the choice of the learning rate."""
+    open_ = unended(candidates)
+    notes = [f"{open_}: another one may yet be chosen"] if open_ else []
+    for one in candidates:
+        if one.ended == len(one.trials) and len(one.validation_by_seed) < len(chosen.validation_by_seed):
+            failed = f"{len(one.trials) - len(one.finished)} of {len(one.trials)} trials failed"
+            notes.append(f"learning rate {one.learning_rate} stood back from the choice: {failed}")
+    return tuple(notes)
+
+
+def make_row(
+    trials: Sequence[PlannedTrial],
+    candidates: tuple[Candidate, ...],
+    chosen: Candidate,
+    run: Run,
+    resampled: Resampled,
+    metrics: Sequence[MetricInfo],
+) -> Row:
+    """The row of trials that differ in seed and learning rate alone, not compared with any other yet."""
+    finished = chosen.finished
+    estimates = {info.name: resampled.estimate(finished, info.name) for info in metrics}
+    right, wrong = by_seed(finished, RIGHT), by_seed(finished, WRONG)
+
+    def mean(read: Callable[[TrialRecord], float | None]) -> Estimate | None:
+        return estimate([value for value in map(read, finished) if value is not None])
+
+    first = trials[0]
+    return Row(
+        setting=first.setting,
+        label=first.label,
+        method=first.method,
+        grouping=first.grouping,
+        candidates=candidates,
+        chosen=chosen,
+        effort=search_effort(candidates),
+        is_reference=first.method == run.plan.reference_method,
+        metrics={name: found for name, found in estimates.items() if found is not None},
+        input_use=estimate([wrong[seed] / right[seed] for seed in right if seed in wrong]),
+        parameters=next((record.parameters for record in finished if record.parameters), None),
+        peak_bytes=mean(_peak_growth_bytes),
+        examples_per_s=mean(lambda record: record.throughput.examples_per_s if record.throughput else None),
+        tokens_per_s=mean(lambda record: record.throughput.tokens_per_s if record.throughput else None),
+        train_time_s=mean(lambda record: record.phases_s.get("train")),
+        wall_time_s=mean(lambda record: record.wall_time_s),
+        notes=_search_notes(candidates, chosen),
+    )
+
+
+def _peak_growth_bytes(record: TrialRecord) -> float | None:
+    """A worker runs many trials: what it held before this one is not this one's."""
+    memory = record.memory
+    if memory is None or memory.process_peak_bytes is None or memory.process_before_bytes is None:
+        return None
+    return memory.process_peak_bytes - memory.process_before_bytes
