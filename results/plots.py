@@ -14,7 +14,7 @@ from results.plots_pareto import pareto_figure
 from results.plots_rows import contexts_figure, curves_figure, input_figure
 from results.plots_style import MOST_PANELS, STYLE, Drawings, Look, Plot, looks_of, svg
 from results.plots_sweeps import option_figure, option_sweeps, sweep_figure
-from results.table import Leaderboard
+from results.table import RIGHT, WRONG, Leaderboard
 
 __all__ = ["MOST_DRAWN", "Drawings", "Plot", "all_plots"]
 
@@ -84,7 +84,7 @@ def _curves(board: Leaderboard, looks: dict[str, Look]) -> Iterator[Drawing]:
 
 def _input(board: Leaderboard, looks: dict[str, Look]) -> Iterator[Drawing]:
     for setting in board.settings:
-        rows = [row for row in board.of(setting) if row.input_use is not None]
+        rows = [row for row in board.of(setting) if row.metrics.keys() >= {RIGHT, WRONG}]
         if rows:
             title = "Test perplexity with the right and the wrong input"
             yield _titled(title, setting), partial(input_figure, rows, looks)

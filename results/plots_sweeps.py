@@ -20,6 +20,7 @@ from results.plots_style import (
     beside,
     better,
     curve,
+    log_if_far_apart,
     log_room,
     panel_title,
     panels,
@@ -41,7 +42,9 @@ def sweep_figure(sweep: Sweep, primary: MetricInfo, looks: dict[str, Look]) -> F
     reference = next((one for one in sweep.curves if one.name == sweep.reference), None)
     found[0].set_xscale("log")
     found[0].set_xlim(*log_room(sweep.budgets))
-    found[0].set_ylim(*within([row.metrics[metric] for one in sweep.curves for row in one.rows]))
+    estimates = [row.metrics[metric] for one in sweep.curves for row in one.rows]
+    found[0].set_ylim(*within(estimates))
+    log_if_far_apart(found[0], "y", [one.mean for one in estimates])
     ticks_at(found[0].xaxis, sweep.budgets, _TICKS)
     for axes, label in zip(found, labels, strict=True):
         panel_title(axes, label)
@@ -120,6 +123,7 @@ def option_figure(sweep: OptionSweep, board: Leaderboard, looks: dict[str, Look]
     figure, found = panels(len(rests), bottom=0.75, left=0.95)
     rows = [row for line in sweep.lines.values() for _, row in line] + ([reference] if reference else [])
     found[0].set_ylim(*within([row.metrics[metric] for row in rows]))
+    log_if_far_apart(found[0], "y", [row.metrics[metric].mean for row in rows])
     if sweep.values[0] > 0:
         found[0].set_xscale("log", base=2)
         found[0].set_xlim(*log_room(sweep.values))

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from harness.formulas import Floats, counts_key, score
 from harness.record import MetricInfo, Run, TrialRecord
 from results.corpus import Examples, read_many
-from results.stats import RESAMPLES, Difference, Estimate, estimate, p_value, resample_weights, swaps
+from results.stats import RESAMPLES, Difference, Estimate, estimate, p_value, p_values, resample_weights, swaps
 
 SPLIT = "test"
 _BATCH = 256  # trials resampled in one product: 60 MB
@@ -155,11 +155,14 @@ class Resampled:
                 if (ids := self._shared_ids(scored, name)) is not None:
                     batches.setdefault((ids, len(scored)), []).append((index, scored))
                 else:
-                    found[index][name] = self._difference(scored, name, None)
+                    whole = self._whole(scored, name, False)
+                    p_alone = p_value(whole.mean, whole.seed_se, whole.n, None)
+                    found[index][name] = Difference(**vars(whole), p_value=p_alone)
             for batch in (part for whole in batches.values() for part in _parts(whole, _BATCH // 4)):
-                nulls_RB = self._nulls([scored for _, scored in batch], name, sums)
-                for (index, scored), null_B in zip(batch, nulls_RB, strict=True):
-                    found[index][name] = self._difference(scored, name, null_B)
+                wholes = [self._whole(pairs, name, True) for _, pairs in batch]
+                nulls_RB = self._nulls([pairs for _, pairs in batch], name, sums)
+                for (index, _), whole, p in zip(batch, wholes, _p_values(wholes, nulls_RB), strict=True):
+                    found[index][name] = Difference(**vars(whole), p_value=p)
         return found
 
     def _shared_ids(self, pairs: Pairs, metric: str) -> int | None:
@@ -168,15 +171,15 @@ class Resampled:
         ids = {trial.ids if trial is not None and metric in trial.replicates_B else None for trial in trials}
         return ids.pop() if len(ids) == 1 else None
 
-    def _difference(self, pairs: Pairs, metric: str, null_B: Floats | None) -> Difference:
+    def _whole(self, pairs: Pairs, metric: str, resampled: bool) -> Estimate:
+        """The mean difference of the pairs with its interval."""
         scores = [(test_score(one, metric) or 0.0) - (test_score(other, metric) or 0.0) for one, other in pairs]
-        if null_B is None:
-            whole = estimate(scores)
-        else:
+        whole = None if resampled else estimate(scores)
+        if resampled:
             one_B, other_B = (self._mean_of([pair[side] for pair in pairs], metric) for side in (0, 1))
             whole = estimate(scores, one_B - other_B, self._examples(self._ids_of(pairs[0][0])))
         assert whole is not None  # noqa: S101 -- there is a pair
-        return Difference(**vars(whole), p_value=p_value(whole.mean, whole.seed_se, whole.n, null_B))
+        return whole
 
     def _nulls(self, rows: Sequence[Pairs], metric: str, sums: _Sums) -> Floats:
         """(R, B) each row's mean difference in each permutation, in which two trials exchange some examples."""
@@ -198,6 +201,14 @@ class Resampled:
 
 # Sums of both sides' columns after the exchange, by columns and trials: bleu_1 to bleu_4 have theirs in common.
 _Sums = dict[tuple[str, tuple[str, ...]], tuple[Floats, Floats]]
+
+
+def _p_values(wholes: Sequence[Estimate], null_RB: Floats) -> Sequence[float | None]:
+    """Of differences over as many seeds each; None for one seed."""
+    if wholes[0].n < 2:
+        return [None] * len(wholes)
+    mean_R, seed_se_R = np.array([(whole.mean, whole.seed_se) for whole in wholes], float).T
+    return p_values(mean_R, seed_se_R, wholes[0].n, null_RB)
 
 
 def _parts(whole: Sequence[T], size: int) -> Iterator[Sequence[T]]:

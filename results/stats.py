@@ -191,11 +191,25 @@ def p_value(mean: float, seed_se: float | None, n: int, null_B: Floats | None) -
         return (1 + 2 * int(np.sum(np.abs(null) >= abs(mean) * (1 - _EQUAL)))) / (1 + 2 * len(null))
     if mean == 0:
         return 1.0
-    both = np.concatenate([null, -null])
-    p = 2 * float(_student((both - abs(mean)) / seed_se, n - 1).mean())
-    null_se = math.sqrt(float(null @ null) / len(null))
-    smallest = float(_tails(np.array([mean]), np.array([seed_se]), np.array([null_se]), n - 1)[0])
-    return min(1.0, max(p, smallest))
+    return float(_permuted(np.array([mean]), np.array([seed_se]), n, null[None])[0])
+
+
+def p_values(mean_N: Floats, seed_se_N: Floats, n: int, null_NB: Floats) -> list[float]:
+    """``p_value`` of many differences over as many seeds, at least two, at once."""
+    plain_N = np.isfinite(null_NB).all(axis=1) & (mean_N != 0) & (seed_se_N > _EQUAL * np.abs(mean_N))
+    found_N = np.empty(len(mean_N))
+    found_N[plain_N] = _permuted(mean_N[plain_N], seed_se_N[plain_N], n, null_NB[plain_N])
+    for i in np.flatnonzero(~plain_N):
+        found_N[i] = p_value(float(mean_N[i]), float(seed_se_N[i]), n, null_NB[i])
+    return found_N.tolist()
+
+
+def _permuted(mean_N: Floats, seed_se_N: Floats, n: int, null_NB: Floats) -> Floats:
+    both_NB = np.concatenate([null_NB, -null_NB], axis=1)
+    p_N = 2 * _student((both_NB - np.abs(mean_N)[:, None]) / seed_se_N[:, None], n - 1).mean(axis=1)
+    null_se_N = np.sqrt(np.mean(null_NB**2, axis=1))
+    found_N: Floats = np.minimum(1.0, np.maximum(p_N, _tails(mean_N, seed_se_N, null_se_N, n - 1)))
+    return found_N
 
 
 @lru_cache(maxsize=16)

@@ -21,6 +21,7 @@ RANK_RULE = (
     "significant where the ranks tie."
 )
 _SETTINGS_IN_WORDS = 4  # more are left to their tables
+_NAMED = 4  # rows named in a sentence
 _FEW_SEEDS = 4  # up to here a tie may well be for want of seeds
 _ENOUGH_SEEDS = 5  # what is named beside it
 _SEED_REASON = re.compile(r"^seeds? [0-9, ]+ do(?:es)? not match .*?: ")
@@ -220,7 +221,11 @@ def _input_use(board: Leaderboard) -> list[str]:
     unproven = [row for row, use in tested if not (use.excludes(1) and use.mean > 1)]
     if not unproven:
         return []
+    verb = "is" if len(unproven) == 1 else "are"
+    several = len(board.settings) > 1
+    named = ", ".join(f"{row.name} at {row.setting}" if several else row.name for row in unproven[:_NAMED])
+    more = f" and {len(unproven) - _NAMED} more" if len(unproven) > _NAMED else ""
     return [
-        f"{len(unproven)} of {len(tested)} rows are not shown to use their input ({_names(unproven)}): with another "
-        "example's input their perplexity is not clearly higher."
+        f"{len(unproven)} of {_count(len(tested), 'row')} {verb} not shown to use the input ({named}{more}): with "
+        "another example's input the perplexity is not clearly higher."
     ]

@@ -23,7 +23,7 @@ from harness.formulas import score
 from harness.preflight import metrics_of
 from harness.record import MetricInfo
 from harness.scores import perplexities, score_members, write_examples
-from results.corpus import Examples, read_examples
+from results.corpus import Examples, read_examples, read_many
 from results.stats import resample_weights
 from tasks.base import Example, Metric, Scores
 from tasks.metrics.captions import CaptionMetrics
@@ -245,3 +245,25 @@ def test_other_metrics_are_the_mean_of_their_examples(metric: type[Metric]) -> N
         assert len(values) == 40
         assert len(set(values)) > 1
         assert found.corpus[name] == pytest.approx(math.fsum(values) / 40, rel=1e-12)
+
+
+def test_processes_read_what_one_reads_in_the_same_order(
+    trial: Trial, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = tmp_path / "missing.parquet"
+    sources = [(path, trial.corpus), (missing, trial.corpus), (path, {"speech/wer": trial.corpus["speech/wer"]})]
+    alone = list(read_many(sources, trial.metrics))
+    monkeypatch.setattr("results.corpus._WORTH_PROCESSES", 1)
+    monkeypatch.setattr("results.corpus._PART", 1)
+    beside = list(read_many(sources, trial.metrics))
+    for one, other in zip(alone, beside, strict=True):
+        if isinstance(one, str):
+            assert one == other
+            assert "No such file" in one
+        else:
+            assert isinstance(other, Examples)
+            assert one.ids == other.ids
+            assert {name: values.tolist() for name, values in one.columns.items()} == {
+                name: values.tolist() for name, values in other.columns.items()
+            }
+    assert [isinstance(one, str) for one in beside] == [False, True, False]

@@ -196,11 +196,11 @@ def test_permutations_are_those_of_exchanged_answers(grid: Grid, monkeypatch: py
     run, resampled = grid.read()
     nulls: list[Floats] = []
 
-    def keep(mean: float, seed_se: float | None, n: int, null_B: Floats | None) -> None:
-        assert null_B is not None
-        nulls.append(null_B)
+    def keep(mean_N: Floats, seed_se_N: Floats, n: int, null_NB: Floats) -> list[float]:
+        nulls.extend(null_NB)
+        return [0.5] * len(null_NB)
 
-    monkeypatch.setattr("results.resample.p_value", keep)
+    monkeypatch.setattr("results.resample.p_values", keep)
     metrics = list(resampled.differences([grid.pairs(run)])[0])
     expected = []
     for swap_E in swaps(E)[:40]:

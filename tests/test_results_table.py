@@ -133,7 +133,7 @@ def test_settings_are_never_compared_with_each_other(tmp_path: Path) -> None:
 
 
 def test_unused_input_is_said_in_words(tmp_path: Path) -> None:
-    assert "not shown to use their input (none)" in " ".join(caveats(board_of(tmp_path)))
+    assert "not shown to use the input (none)" in " ".join(caveats(board_of(tmp_path)))
 
 
 def test_an_unknown_primary_metric_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
