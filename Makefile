@@ -18,7 +18,7 @@ quickstart: venv  ## a real grid on this machine, then its leaderboard
 	$(BIN)/harness run experiments/quickstart.yaml
 
 test: venv  ## the fast tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-browser: venv  ## the report in a real Chromium; skipped where there is none
 	$(BIN)/python -m pytest -m browser tests/browser
