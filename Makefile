@@ -27,7 +27,7 @@ test-slow: venv  ## minutes each: rebuilds the built-in backbones and more
 	$(BIN)/python -m pytest -m slow
 
 test-real-data: venv  ## needs COCO_ROOT and COCO_CAPTIONS
-	$(BIN)/python -m pytest -m real_data
+	$(BIN)/python -m pytest -m real_data -n 2
 
 lint: venv
 	$(BIN)/ruff check .
