@@ -75,6 +75,9 @@ def record_attention(run_folder: Path, trials: Sequence[str], examples: int, con
         UserError: there is no such run, trial or number, a trial has not finished or lacks its weights or captions, or
             it has no attention that can be shown: nothing but text before the caption, weights that are no shares.
     """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # one for every model, beside our own
     if examples < 1:
         raise UserError(f"--examples: found {examples}; allowed: 1 or more")
     run = _read(run_folder)

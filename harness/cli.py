@@ -176,9 +176,12 @@ def _last_screen(planned: _Planned, report: Path, seconds: float) -> None:
     from harness.terminal import leaderboard_table, trial_name
     from results.format import duration
     from results.table import build_leaderboard
+    from results.words import few_seeds
 
     board = build_leaderboard(read_run(planned.folder))
     console.print(leaderboard_table(board))
+    for sentence in few_seeds(board):
+        console.print(sentence, style="dim", highlight=False)
     for item in (*board.failed, *board.missing):
         console.print(
             f"[red]{item.status}[/] {trial_name(item.trial)}: {_escape(item.reason or 'run again to finish it')}"

@@ -92,7 +92,7 @@ def caveats(board: Leaderboard) -> list[str]:
     """What a reader must know before believing the tables."""
     return [
         *_intervals(board),
-        *_few_seeds(board),
+        *few_seeds(board),
         *_gaps(board),
         *_apart(board),
         *_conditions(board),
@@ -127,7 +127,7 @@ def _intervals(board: Leaderboard) -> list[str]:
     return [f"{words}; those of {alone} of {len(shown)} rows cover seeds alone ({DAGGER})." if alone else f"{words}."]
 
 
-def _few_seeds(board: Leaderboard) -> list[str]:
+def few_seeds(board: Leaderboard) -> list[str]:
     """How large a difference must be where seeds are few: the first step of Holm's correction, by the seeds alone."""
     most = max((row.metrics[board.primary.name].n for row in _scored(board)), default=0)
     ranked = max(sum(row.rank is not None for row in board.of(setting)) for setting in board.settings)
