@@ -10,7 +10,7 @@ from harness.errors import UserError, did_you_mean
 from harness.record import MetricInfo, PlannedTrial, Run
 from results.format import number, verdict
 from results.matched import Pairs, pairs
-from results.resample import Resampled, examples_of, test_score
+from results.resample import Resampled, examples_of, score_on_test
 from results.rows import WRONG, Candidate, Row, candidates_of, choose, make_row
 from results.stats import Difference, holm
 
@@ -45,7 +45,7 @@ class Comparison:
 
     def means(self, metric: str) -> tuple[float, float]:
         """Of both, over the seeds that are compared."""
-        scores = [(test_score(one, metric), test_score(other, metric)) for one, other in self.pairs]
+        scores = [(score_on_test(one, metric), score_on_test(other, metric)) for one, other in self.pairs]
         both = [(a, b) for a, b in scores if a is not None and b is not None]
         return statistics.fmean(a for a, _ in both), statistics.fmean(b for _, b in both)
 

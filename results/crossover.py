@@ -21,7 +21,7 @@ from scipy.optimize import brentq
 from harness import naming
 from harness.record import TrialRecord
 from results.matched import pairs
-from results.resample import test_score
+from results.resample import score_on_test
 from results.rows import Row
 from results.stats import Floats, half_width
 from results.table import Leaderboard
@@ -201,7 +201,7 @@ def _gap(board: Leaderboard, compared: dict[int, Row], references: dict[int, Row
 
 
 def _by_seed(row: Row, reference: Row, metric: str) -> dict[int, float]:
-    scores = ((a.seed, test_score(a, metric), test_score(b, metric)) for a, b in pairs(row, reference)[0])
+    scores = ((a.seed, score_on_test(a, metric), score_on_test(b, metric)) for a, b in pairs(row, reference)[0])
     return {seed: a - b for seed, a, b in scores if a is not None and b is not None}
 
 

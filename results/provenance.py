@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from harness.record import PlannedTrial, TrialRecord
 from results import format as text
-from results.resample import test_score
+from results.resample import score_on_test
 from results.table import Leaderboard
 
 
@@ -77,7 +77,7 @@ def build_provenance(board: Leaderboard) -> Provenance:
         _line(
             trial,
             record,
-            score=_number(test_score(record, board.primary.name)),
+            score=_number(score_on_test(record, board.primary.name)),
             environment=str(environment_numbers[_environment(record)]),
             notes=", ".join(str(note_numbers[warning]) for warning in dict.fromkeys(record.warnings)),
             folder=str(run.folders.get(trial.trial_id, run.folder)) if several else "",

@@ -29,7 +29,7 @@ Pairs = Sequence[tuple[TrialRecord, TrialRecord]]
 T = TypeVar("T")
 
 
-def test_score(record: TrialRecord, metric: str) -> float | None:
+def score_on_test(record: TrialRecord, metric: str) -> float | None:
     """The score on the test split; None where it was not measured."""
     return record.metrics.get(SPLIT, {}).get(metric)
 
@@ -125,7 +125,7 @@ class Resampled:
         found = np.full((len(rows), RESAMPLES), np.nan)
         ids = None
         for index, records in enumerate(rows):
-            scored = [record for record in records if test_score(record, metric) is not None]
+            scored = [record for record in records if score_on_test(record, metric) is not None]
             replicates = self.replicates(scored, metric)
             if replicates is None:
                 continue
@@ -137,7 +137,7 @@ class Resampled:
 
     def estimate(self, records: Sequence[TrialRecord], metric: str) -> Estimate | None:
         """Mean over the trials (one per seed) that have the score, with its interval."""
-        scored = [(record, value) for record in records if (value := test_score(record, metric)) is not None]
+        scored = [(record, value) for record in records if (value := score_on_test(record, metric)) is not None]
         resampled = self.replicates([record for record, _ in scored], metric)
         return estimate([value for _, value in scored], *(resampled or (None, None)))
 
@@ -149,7 +149,9 @@ class Resampled:
             batches: dict[tuple[int, int], list[tuple[int, Pairs]]] = {}
             scored: Pairs
             for index, row in enumerate(rows):
-                scored = [pair for pair in row if None not in (test_score(pair[0], name), test_score(pair[1], name))]
+                scored = [
+                    pair for pair in row if None not in (score_on_test(pair[0], name), score_on_test(pair[1], name))
+                ]
                 if not scored:
                     continue
                 if (ids := self._shared_ids(scored, name)) is not None:
@@ -172,12 +174,13 @@ class Resampled:
         return ids.pop() if len(ids) == 1 else None
 
     def _whole(self, pairs: Pairs, metric: str, resampled: bool) -> Estimate:
-        """The mean difference of the pairs with its interval."""
-        scores = [(test_score(one, metric) or 0.0) - (test_score(other, metric) or 0.0) for one, other in pairs]
-        whole = None if resampled else estimate(scores)
+        """The mean difference with its interval, of pairs that have the score."""
+        scores = [one.metrics[SPLIT][metric] - other.metrics[SPLIT][metric] for one, other in pairs]
         if resampled:
             one_B, other_B = (self._mean_of([pair[side] for pair in pairs], metric) for side in (0, 1))
             whole = estimate(scores, one_B - other_B, self._examples(self._ids_of(pairs[0][0])))
+        else:
+            whole = estimate(scores)
         assert whole is not None  # noqa: S101 -- there is a pair
         return whole
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from harness.record import MetricInfo, Parameters, PlannedTrial, Run, TrialRecord
 from results.format import rank_text
-from results.resample import Resampled, test_score
+from results.resample import Resampled, score_on_test
 from results.stats import Difference, Estimate, Floats, estimate
 
 RIGHT, WRONG = "perplexity", "perplexity_wrong_input"  # the wrong-input test compares these two
@@ -96,7 +96,7 @@ class Row:
 
 def by_seed(records: Iterable[TrialRecord], metric: str) -> dict[int, float]:
     """A score on the test split by seed, of the records that have it."""
-    scores = ((record.seed, test_score(record, metric)) for record in records)
+    scores = ((record.seed, score_on_test(record, metric)) for record in records)
     return {seed: score for seed, score in scores if score is not None}
 
 

@@ -6,13 +6,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from cli_fixture import Harness, Outcome, caller
 from PIL import Image
 from rich.console import Console
 
@@ -25,18 +24,6 @@ Write = Callable[[str], Path]
 SCENES = "task: {name: scenes, train_examples: 4, validation_examples: 2, test_examples: 2}\n"
 LORA = "adapters: [{method: lora, rank: 4, learning_rate: 6e-3}]\n"
 ONE = SCENES + LORA
-
-
-@dataclass
-class Outcome:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-
-Harness = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")
@@ -62,18 +49,7 @@ def harness(
     monkeypatch.setattr(cli, "console", Console(width=200))
     monkeypatch.setattr(tracking, "default_uri", lambda runs: database)
 
-    def call(*arguments: str | Path) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["harness", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return call
+    return caller(monkeypatch, capsys)
 
 
 def assert_refused(outcome: Outcome, says: str) -> None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import pytest
+from cli_fixture import Harness, Outcome, caller
 from pydantic import BaseModel, Field, PositiveInt
 from rich.console import Console
-from test_cli import Outcome, assert_refused
+from test_cli import assert_refused
 
 from adapters.base import AdapterMethod, Config
 from harness import cli, registry
@@ -22,27 +22,21 @@ from harness.listing import Option, options_of
 from harness.registry import ADAPTERS
 
 TINY = ("--model", "builtin/tiny-llama")
-Adapters = Callable[..., Outcome]
 
 
 @pytest.fixture
-def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Adapters:
+def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Harness:
     """Runs ``harness adapters …`` in this process, in an empty folder, on a screen of 80 columns."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(cli, "console", Console(width=80))
 
+    run = caller(monkeypatch, capsys, "adapters")
+
     def call(*arguments: str | Path) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["harness", "adapters", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
+        outcome = run(*arguments)
         assert list(Path.cwd().iterdir()) == []
-        return Outcome(code, captured.out, captured.err)
+        return outcome
 
     return call
 
@@ -59,7 +53,7 @@ def model_folder(path: Path, **config: Any) -> Path:
     return path
 
 
-def test_every_method_is_listed_with_every_option(adapters: Adapters) -> None:
+def test_every_method_is_listed_with_every_option(adapters: Harness) -> None:
     outcome = adapters()
     assert (outcome.code, outcome.err) == (0, "")
     assert "cannot be used" not in outcome.out
@@ -74,7 +68,7 @@ def test_every_method_is_listed_with_every_option(adapters: Adapters) -> None:
     assert "    dropout: number ≥ 0, < 1 (default 0.0)\n" in outcome.out
 
 
-def test_one_method_in_detail(adapters: Adapters) -> None:
+def test_one_method_in_detail(adapters: Harness) -> None:
     outcome = adapters("lora")
     assert (outcome.code, outcome.err) == (0, "")
     lines = [line.rstrip() for line in outcome.out.splitlines()]
@@ -120,7 +114,7 @@ LORA_RANK_1 = 4 * (4 * (96 + 96) + 3 * (96 + 256))
 BITFIT = 4 * (5 * 96 + 2 * 256)
 
 
-def test_parameters_of_every_method(adapters: Adapters) -> None:
+def test_parameters_of_every_method(adapters: Harness) -> None:
     outcome = adapters(*TINY)
     assert (outcome.code, outcome.err) == (0, "")
     assert "cannot be used" not in outcome.out
@@ -135,7 +129,7 @@ def test_parameters_of_every_method(adapters: Adapters) -> None:
     assert heads == list(ADAPTERS.entries())
 
 
-def test_parameters_by_role_for_other_options_and_contexts(adapters: Adapters) -> None:
+def test_parameters_by_role_for_other_options_and_contexts(adapters: Harness) -> None:
     arguments = ("--set", "rank=3", "--set", "where=[q, down]", "--contexts", "image, audio,text")
     outcome = adapters("lora+bitfit", *TINY, *arguments)
     assert (outcome.code, outcome.err) == (0, "")
@@ -147,13 +141,13 @@ def test_parameters_by_role_for_other_options_and_contexts(adapters: Adapters) -
     assert counts(outcome.out, "all") == [f"{q + down:,}", f"{3 * (q + down):,}"]
 
 
-def test_an_option_goes_to_the_methods_that_have_it(adapters: Adapters) -> None:
+def test_an_option_goes_to_the_methods_that_have_it(adapters: Harness) -> None:
     outcome = adapters(*TINY, "--set", "rank=2", "--set", "dropout=1e-1")
     assert counts(outcome.out, "lora") == [f"{2 * LORA_RANK_1:,}", f"{4 * LORA_RANK_1:,}"]
     assert counts(outcome.out, "bitfit") == [f"{BITFIT:,}", f"{2 * BITFIT:,}"]
 
 
-def test_table_3_of_the_paper(adapters: Adapters, tmp_path: Path) -> None:
+def test_table_3_of_the_paper(adapters: Harness, tmp_path: Path) -> None:
     folder = model_folder(
         tmp_path / "glm", model_type="glm", hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
         num_key_value_heads=12, head_dim=64, intermediate_size=3072, vocab_size=50272, pad_token_id=1,
@@ -166,7 +160,7 @@ def test_table_3_of_the_paper(adapters: Adapters, tmp_path: Path) -> None:
         assert counts(adapters("lora", "--model", folder, "--set", f"rank={rank}").out, "all") == expected
 
 
-def test_what_does_not_fit_the_model_says_why(adapters: Adapters, tmp_path: Path) -> None:
+def test_what_does_not_fit_the_model_says_why(adapters: Harness, tmp_path: Path) -> None:
     outcome = adapters("--model", "facebook/opt-125m", "--set", "where=[gate]")
     assert outcome.code == 0
     reason = "opt model has no layer in"
@@ -226,7 +220,7 @@ BROKEN = {
 
 
 @pytest.mark.usefixtures("_broken_plugins")
-def test_a_broken_plugin_takes_one_line_and_no_other_plugin(adapters: Adapters) -> None:
+def test_a_broken_plugin_takes_one_line_and_no_other_plugin(adapters: Harness) -> None:
     listed = adapters()
     assert (listed.code, listed.err) == (0, "")
     assert re.findall(r"^(\w+)  ", listed.out, re.MULTILINE) == ["absent", "bitfit", "configless", "label", "stranger"]
@@ -245,7 +239,7 @@ def test_a_broken_plugin_takes_one_line_and_no_other_plugin(adapters: Adapters) 
     assert_refused(adapters("absent"), BROKEN["absent"])
 
 
-def test_a_library_that_is_not_installed_is_named(adapters: Adapters, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_is_not_installed_is_named(adapters: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     reason = "this needs the peft library: pip install 'context-peft-harness[peft]'"
     assert f"\npeft  cannot be used: {reason}" in adapters().out
@@ -275,5 +269,5 @@ def test_a_library_that_is_not_installed_is_named(adapters: Adapters, monkeypatc
         ((*TINY, "--contexts", "image,"), "--contexts image,: allowed: different names"),
     ],
 )
-def test_wrong_input_is_refused(adapters: Adapters, arguments: tuple[str, ...], says: str) -> None:
+def test_wrong_input_is_refused(adapters: Harness, arguments: tuple[str, ...], says: str) -> None:
     assert_refused(adapters(*arguments), says)

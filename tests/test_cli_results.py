@@ -7,35 +7,22 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from cli_fixture import Harness, Outcome, caller
 from filelock import FileLock
 from rich.console import Console
 from run_fixture import fake_plan, write_run
 
-from harness import cli, cli_results
+from harness import cli_results
 from harness.record import PlannedTrial, TrialRecord, read_run
 from results.export import write_exports
 from results.table import build_leaderboard
 
 COMMANDS = ["run", "plan", "status", "report", "compare", "attention", "leaderboard", "tasks", "adapters", "prepare"]
-
-
-@dataclass
-class Outcome:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-
-Harness = Callable[..., Outcome]
 
 
 @pytest.fixture
@@ -44,17 +31,7 @@ def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli_results, "console", Console(width=80))
 
-    def call(*arguments: str | Path) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["harness", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Outcome(code, *capsys.readouterr())
-
-    return call
+    return caller(monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from tracking_fixture import Trial, artifacts, finished_record, four_trials, new_grid
+from tracking_fixture import Trial, artifacts, finished_record, four_trials, new_grid, write_plan
 
 from harness.errors import UserError
-from harness.record import Plan, write_atomically, write_record
+from harness.record import write_atomically, write_record
 from harness.tracking import PARENT_TAG, Grid, MlflowTracker, check_uri, close_grid, default_uri, open_grid, redacted
 
 DEAD_SERVER = "http://127.0.0.1:9"  # the discard port: refused at once
@@ -192,12 +192,7 @@ def test_plan_experiment_and_report_are_artifacts_of_the_parent_run_and_not_doub
     runs: Path, client: MlflowClient, trials: list[Trial]
 ) -> None:
     folder = runs / "with-report"
-    plan = Plan(
-        experiment="grid", experiment_file="e.yaml", primary_metric="cider", metrics=(),
-        trials=tuple(planned for _, planned in trials),
-    )  # fmt: skip
-    write_atomically(folder / "plan.json", plan.model_dump_json())
-    write_atomically(folder / "experiment.yaml", "name: grid\n")
+    write_plan(folder, trials)
     for file in ("index.html", "leaderboard.csv", "figures/curve.png"):
         write_atomically(folder / "report" / file, file)
     for text in ("first", "second"):

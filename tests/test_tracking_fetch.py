@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from tracking_fixture import Trial, finished_record, four_trials
+from tracking_fixture import Trial, finished_record, four_trials, write_plan
 
 from harness import tracking, tracking_fetch
 from harness.errors import UserError
-from harness.record import Plan, read_run, write_atomically, write_record
+from harness.record import read_run, write_atomically, write_record
 from harness.tracking import MlflowTracker, close_grid, default_uri, open_grid
 from harness.tracking_fetch import fetch_run
 
@@ -65,12 +65,7 @@ def logged(uri: str, trials: list[Trial], request: pytest.FixtureRequest) -> Pat
     """A run folder, run twice: two trials finish, one fails, one still runs; earlier runs of theirs are left over."""
     name = re.sub(r"\W", "-", request.node.name)[-40:]
     folder = Path(uri.removeprefix("sqlite:///")).parent / name
-    plan = Plan(
-        experiment="grid", experiment_file="e.yaml", primary_metric="cider", metrics=(),
-        trials=tuple(planned for _, planned in trials),
-    )  # fmt: skip
-    write_atomically(folder / "plan.json", plan.model_dump_json())
-    write_atomically(folder / "experiment.yaml", "name: grid\n")
+    write_plan(folder, trials)
     grid = open_grid(uri, "experiment", folder)
     log_trial(grid, folder, trials[0], wall_time_s=1.0)
     log_trial(grid, folder, trials[1], status="failed", reason="first", metrics={})

@@ -10,7 +10,17 @@ from mlflow import MlflowClient
 
 from harness.experiment import load_experiment
 from harness.plan import TrialSpec, describe, expand
-from harness.record import Data, Memory, MetricInfo, Parameters, PlannedTrial, Throughput, TrialRecord
+from harness.record import (
+    Data,
+    Memory,
+    MetricInfo,
+    Parameters,
+    Plan,
+    PlannedTrial,
+    Throughput,
+    TrialRecord,
+    write_atomically,
+)
 from harness.tracking import Grid, default_uri, open_grid
 
 Trial = tuple[TrialSpec, PlannedTrial]
@@ -37,6 +47,16 @@ def new_grid(runs: Path, name: str) -> Grid:
     """The parent run of a run folder, in the database beside it."""
     (runs / name).mkdir(exist_ok=True)
     return open_grid(default_uri(runs), name, runs / name)
+
+
+def write_plan(folder: Path, trials: list[Trial]) -> None:
+    """``plan.json`` and ``experiment.yaml`` of a run folder."""
+    plan = Plan(
+        experiment="grid", experiment_file="e.yaml", primary_metric="cider", metrics=(),
+        trials=tuple(planned for _, planned in trials),
+    )  # fmt: skip
+    write_atomically(folder / "plan.json", plan.model_dump_json())
+    write_atomically(folder / "experiment.yaml", "name: grid\n")
 
 
 def finished_record(planned: PlannedTrial, run_id: str | None, **changes: Any) -> TrialRecord:
