@@ -145,6 +145,7 @@ class AdapterMethod(ABC):
     """
 
     summary: ClassVar[str]  # one line for `harness adapters`
+    result_version: ClassVar[int] = 1  # raise it when results change: trials get new ids, saved adapters are refused
     grouped: ClassVar[bool] = True  # has a group of parameters per context group
     identity_at_start: ClassVar[bool] = True  # before training the model computes what the base does
     joins_groups: ClassVar[bool] = False  # a token's change depends on tokens of other groups too (MokA)

@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from adapters.registry import ADAPTERS
 from adapters.spec import Choice, Spec, resolve
 from harness.errors import UserError, did_you_mean
-from harness.registry import ADAPTERS
 
 JSON_NAME, TENSORS_NAME = "context_peft.json", "context_peft.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _LIBRARIES = ("context-peft-harness", "torch", "transformers")
 _SAMPLE_SIZE = 8  # values of each weight
 # Rounding to bf16 (8 significant bits) moves a value by at most 2^-8 of it; the absolute part is fp16's smallest step.
@@ -35,12 +35,20 @@ class _Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+class SavedPlugin(_Schema):
+    """Which plugin a method came from. It is compared with what is registered; a file cannot name code to load."""
+
+    name: str
+    distribution: str
+    result_version: int | str  # of a plugin from a file: a digest of the file
+    version: str | None  # of the distribution
+
+
 class SavedMethod(_Schema):
     """A method and its options, defaults included."""
 
-    method: str
-    target: str  # "package.module:Class", compared with what is registered and never imported from here
-    origin: str  # distribution and version it came from
+    method: str  # registry name, such as "lora" or "lora+bitfit"
+    plugins: tuple[SavedPlugin, ...]  # the method, or those that it combines
     options: dict[str, Any]
 
 
@@ -165,9 +173,9 @@ def write(folder: Path, spec: Spec, base: SavedBase, tensors: Mapping[str, Tenso
 
 def _saved_method(choice: Choice) -> SavedMethod:
     options = choice.method.config.model_dump(mode="json")
-    return SavedMethod(
-        method=choice.entry.name, target=choice.entry.target, origin=choice.entry.origin, options=options
-    )
+    fields = set(SavedPlugin.model_fields)
+    plugins = tuple(SavedPlugin(**plugin.model_dump(include=fields)) for plugin in choice.plugins)
+    return SavedMethod(method=choice.name, plugins=plugins, options=options)
 
 
 def read(folder: Path) -> tuple[Saved, dict[str, Tensor]]:
@@ -235,19 +243,18 @@ def spec_of(saved: Saved, where: str) -> Spec:
 
 
 def _check_registered(saved: SavedMethod, where: str) -> None:
-    names = ADAPTERS.entries()
-    missing = [part for part in saved.method.split("+") if part not in names]
-    if missing:
-        raise UserError(
-            f"{where}: adapter method {missing[0]!r} ({saved.target}, saved with {saved.origin}) is not installed; "
-            f"{did_you_mean(missing[0], names)}"
-        )
-    entry = ADAPTERS.find(saved.method)
-    if entry.target != saved.target:
-        raise UserError(
-            f"{where}: adapter method {saved.method!r} was {saved.target} ({saved.origin}); "
-            f"{entry.target} ({entry.origin}) is registered now"
-        )
+    registered = ADAPTERS.entries()
+    for plugin in saved.plugins:
+        kept = f"adapter method {plugin.name!r} of {plugin.distribution} {plugin.version or ''}".rstrip()
+        if plugin.name not in registered:
+            raise UserError(f"{where}: {kept} is not installed; {did_you_mean(plugin.name, registered)}")
+        found = ADAPTERS.plugin(plugin.name, where)
+        if (found.distribution, found.result_version) != (plugin.distribution, plugin.result_version):
+            raise UserError(
+                f"{where}: saved with {kept}, result version {plugin.result_version}; registered now: "
+                f"{found.distribution} {found.version or ''}, result version {found.result_version}, which may compute "
+                "something else; install the version it was saved with"
+            )
 
 
 def _model_type(language_model: nn.Module) -> str:

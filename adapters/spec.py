@@ -10,16 +10,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from adapters.base import AdapterMethod
+from adapters.registry import ADAPTERS
 from harness.contexts import resolve_grouping
 from harness.errors import UserError, did_you_mean
-from harness.registry import ADAPTERS, Entry
+from harness.registry import Plugin
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A method and the name it is registered under."""
+    """A method and the plugins that it comes from."""
 
-    entry: Entry
+    name: str  # registry name, such as "lora" or "lora+bitfit"
+    plugins: tuple[Plugin, ...]
     method: AdapterMethod
 
 
@@ -54,7 +56,7 @@ def resolve(spec: Any, contexts: Any, grouping: Any, seed: int, roles: Mapping[s
         choice = choose(spec, "spec")
         if not choice.method.grouped:
             if grouping != "agnostic":
-                raise UserError(f"grouping: {choice.entry.name} has no adapter groups; leave 'grouping' out")
+                raise UserError(f"grouping: {choice.name} has no adapter groups; leave 'grouping' out")
             return Spec(dict.fromkeys(names), {}, choice, roles, seed)
         resolved = _grouping(grouping, names)
         return Spec(resolved, {g: choice for g in resolved.values() if g is not None}, None, roles, seed)
@@ -78,8 +80,8 @@ def choose(options: Mapping[str, Any], where: str) -> Choice:
     name = own.pop("method", None)
     if not isinstance(name, str):
         raise UserError(f"{where}.method: found {name!r}; {did_you_mean(str(name), ADAPTERS.entries())}")
-    entry = ADAPTERS.find(name, f"{where}.method")
-    method_class = ADAPTERS.load(entry.target)
+    plugins = ADAPTERS.plugins(name, f"{where}.method")
+    method_class = ADAPTERS.load(*(plugin.target for plugin in plugins))
     fields = method_class.Config.model_fields
     for key in own:
         if key not in fields:
@@ -91,7 +93,7 @@ def choose(options: Mapping[str, Any], where: str) -> Choice:
         raise UserError(f"{where}: options are numbers, strings, lists and mappings; {error}") from None
     except ValidationError as error:
         raise UserError(f"{where}.{_first_error(error, own)}") from None
-    return Choice(entry, method_class(config))
+    return Choice(name, plugins, method_class(config))
 
 
 def _first_error(error: ValidationError, options: Mapping[str, Any]) -> str:
@@ -122,7 +124,7 @@ def _by_group(spec: Mapping[str, Any], groups: Sequence[str]) -> dict[str, Choic
         by_group[group] = choose(spec[group], f"spec.{group}")
         if not by_group[group].method.grouped:
             raise UserError(
-                f"spec.{group}.method: {by_group[group].entry.name} has no adapter groups, so it is a spec alone; "
+                f"spec.{group}.method: {by_group[group].name} has no adapter groups, so it is a spec alone; "
                 "None means no adapter"
             )
     if not by_group:

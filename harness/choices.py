@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from adapters.registry import ADAPTERS
 from harness.axes import axes, check
 from harness.contexts import resolve_grouping
 from harness.errors import UserError, did_you_mean
 from harness.origins import find_origins
-from harness.registry import ADAPTERS, METRICS, MODALITIES, TASKS, Entry
 from harness.sections import AdapterChoice, RateSearch, TaskChoice
 from harness.yaml_source import KeyPath, Source
+from tasks.registry import METRICS, MODALITIES, TASKS
 
 if TYPE_CHECKING:
     from tasks.base import Task
+
+REGISTRIES = (TASKS, MODALITIES, METRICS, ADAPTERS)
 
 
 def task_axes(section: Mapping[str, Any], source: Source) -> Iterator[dict[str, Any]]:
@@ -64,22 +67,22 @@ def choose_task(variant: dict[str, Any], more_metrics: tuple[str, ...], source: 
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise UserError(f"{source.where(('task',))}: 'name' is required; {did_you_mean('', TASKS.entries())}")
-    entry = TASKS.find(name, source.where(("task", "name") if ("task", "name") in source.lines else ("task",)))
-    task_class = TASKS.load(entry.target)
+    plugin = TASKS.plugin(name, source.where(("task", "name") if ("task", "name") in source.lines else ("task",)))
+    task_class = TASKS.load(plugin.target)
     config = check(task_class.Config, options, ("task",), source)
     try:
         task: Task = task_class(config)
         members = task.members()
     except UserError as error:
         raise UserError(f"{source.where(('task',))}: {error}") from None
-    extra = {metric: METRICS.find(metric, source.where(("eval", "metrics"))).target for metric in more_metrics}
+    extra = {metric: METRICS.plugin(metric, source.where(("eval", "metrics"))) for metric in more_metrics}
     return TaskChoice(
         name=name,
-        target=entry.target,
+        plugin=plugin,
         contexts=task.contexts,
-        modalities={modality: MODALITIES.find(modality).target for modality in task.modalities.values()},
+        modalities={modality: MODALITIES.plugin(modality) for modality in task.modalities.values()},
         metrics={
-            name: {metric: METRICS.find(metric).target for metric in member.metrics} | extra
+            name: {metric: METRICS.plugin(metric) for metric in member.metrics} | extra
             for name, member in members.items()
         },
         config=config.model_dump(mode="json"),
@@ -115,8 +118,8 @@ def _adapter(variant: dict[str, Any], path: KeyPath, contexts: tuple[str, ...], 
     name = options.pop("method", None)
     if not isinstance(name, str):
         raise UserError(f"{source.where(path)}: 'method' is required; {did_you_mean('', ADAPTERS.entries())}")
-    entry: Entry = ADAPTERS.find(name, source.where((*path, "method")))
-    method_class = ADAPTERS.load(entry.target)
+    plugins = ADAPTERS.plugins(name, source.where((*path, "method")))
+    method_class = ADAPTERS.load(*(plugin.target for plugin in plugins))
     rates = {key: options.pop(key) for key in RateSearch.model_fields if key in options}
     search = check(RateSearch, rates, path, source)
     grouping = options.pop("grouping", None)
@@ -130,7 +133,7 @@ def _adapter(variant: dict[str, Any], path: KeyPath, contexts: tuple[str, ...], 
     config = _method_config(method_class, options, path, source)
     choice = AdapterChoice(
         method=name,
-        target=entry.target,
+        plugins=plugins,
         grouping=resolved if method_class.grouped else dict.fromkeys(contexts),
         grouping_name=grouping_name if method_class.grouped else "",
         config=config.model_dump(mode="json"),

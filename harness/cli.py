@@ -20,7 +20,6 @@ from harness.errors import UserError
 from harness.experiment import Experiment, load_experiment
 from harness.plan import TrialSpec, describe, expand
 from harness.record import Parameters, Plan, TrialRecord, read_record, read_run, record_path, write_atomically
-from harness.registry import ADAPTERS, TASKS
 
 EXPERIMENTS, RESULTS, PARTS = "Experiments", "Results", "Tasks, adapters, metrics and backbones"
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
@@ -240,6 +239,7 @@ for command in (cli_results.report, cli_results.compare, cli_results.attention):
 def tasks() -> None:
     """List the tasks and their options."""
     from harness.listing import list_plugins
+    from tasks.registry import TASKS
 
     list_plugins(TASKS, console, ("contexts", "metrics"))
 
@@ -254,6 +254,7 @@ def adapters(
     options: Annotated[list[str] | None, typer.Option("--set", help="Count with OPTION=VALUE: rank=64.")] = None,
 ) -> None:
     """List the adapter methods and their options, or the trainable parameters they add to a language model."""
+    from adapters.registry import ADAPTERS
     from harness import listing
 
     if options and model is None:

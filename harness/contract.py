@@ -20,16 +20,19 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
 
+from adapters.registry import ADAPTERS
 from harness import contract_metric, contract_modality, contract_task
 from harness.contract_metric import MetricSubject
 from harness.contract_modality import ModalitySubject
 from harness.contract_process import another_process_agrees
 from harness.contract_task import TaskSubject
 from harness.errors import Problems, UserError, did_you_mean
-from harness.registry import ADAPTERS, METRICS, MODALITIES, TASKS, Entry, Registry, add_file
+from harness.registry import Entry, Registry, add_file
+from tasks.registry import METRICS, MODALITIES, TASKS
 
 _SHOWN = 5  # problems of one check
 _FILES = 4  # of a modality
+_REGISTRIES: tuple[Registry[Any], ...] = (TASKS, MODALITIES, METRICS, ADAPTERS)
 S = TypeVar("S", TaskSubject, ModalitySubject, MetricSubject)
 Check = Callable[[S], Iterator[str]]
 
@@ -141,7 +144,7 @@ class Samples:
             yield subject
 
 
-def check_entry(registry: Registry, entry: Entry, samples: Samples, folder: Path) -> Iterator[Result]:
+def check_entry(registry: Registry[Any], entry: Entry, samples: Samples, folder: Path) -> Iterator[Result]:
     """Run all checks of one task, modality or metric.
 
     Args:
@@ -205,24 +208,23 @@ def check_plugins(target: str, console: Console) -> bool:
     return not failed
 
 
-def _results(registry: Registry, entry: Entry, samples: Samples, folder: Path) -> Iterator[Result]:
+def _results(registry: Registry[Any], entry: Entry, samples: Samples, folder: Path) -> Iterator[Result]:
     try:
         yield from check_entry(registry, entry, samples, folder)
     except UserError as error:
         yield Result("It can be imported, and is of its kind", (str(error).partition("\n")[0],))
 
 
-def _entries_of(target: str) -> list[tuple[Registry, Entry]]:
-    registries = (TASKS, MODALITIES, METRICS, ADAPTERS)
+def _entries_of(target: str) -> list[tuple[Registry[Any], Entry]]:
     if target.endswith(".py"):
         path = Path(target).expanduser().resolve()
-        add_file(path, "harness check")
-        return [(r, entry) for r in registries for entry in r.entries().values() if entry.origin == str(path)]
+        add_file(path, "harness check", _REGISTRIES)
+        return [(r, entry) for r in _REGISTRIES for entry in r.entries().values() if entry.origin == str(path)]
     wanted = _plain(target)
     found, names = [], set()
-    for registry in registries:
+    for registry in _REGISTRIES:
         for entry in registry.entries().values():
-            distribution, package = entry.origin.partition(" ")[0], entry.target.partition(":")[0].partition(".")[0]
+            distribution, package = entry.distribution, entry.target.partition(":")[0].partition(".")[0]
             names.add(distribution)
             if wanted in (_plain(distribution), _plain(package)):
                 found.append((registry, entry))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from harness.contract_task import Splits, TaskSubject, read
-from harness.registry import TASKS
+from tasks.registry import TASKS
 
 TIMEOUT_S = 120
 

@@ -18,8 +18,8 @@ from pydantic import ValidationError
 from pydantic_core import to_json
 
 from harness.errors import did_you_mean
-from harness.registry import METRICS, MODALITIES
 from tasks.base import Config, Example, Modality, Split, Task
+from tasks.registry import METRICS, MODALITIES
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 Splits = dict[Split, list[Example]]

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from harness.axes import axes, check
-from harness.choices import choose_adapters, choose_task, task_axes
+from harness.choices import REGISTRIES, choose_adapters, choose_task, task_axes
 from harness.errors import UserError, did_you_mean
 from harness.registry import add_file
 from harness.sections import (
@@ -79,7 +79,7 @@ def load_experiment(path: Path) -> Experiment:
     if len(set(file.seeds)) != len(file.seeds):
         raise UserError(f"{source.where(('seeds',))}: a seed is given twice: {file.seeds}")
     for number, plugin in enumerate(file.plugins):
-        add_file(path.parent / Path(plugin).expanduser(), source.where(("plugins", number)))
+        add_file(path.parent / Path(plugin).expanduser(), source.where(("plugins", number)), REGISTRIES)
     evaluation = check(Evaluation, file.eval, ("eval",), source)
     tasks = tuple(choose_task(v, evaluation.metrics, source) for v in task_axes(_named(file.task), source))
     backbones = tuple(_backbones(file.backbone, source))

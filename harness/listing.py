@@ -18,8 +18,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from adapters.registry import ADAPTERS
 from harness.errors import UserError, did_you_mean
-from harness.registry import ADAPTERS, Entry, Registry
+from harness.registry import Entry, Registry
 from harness.sections import Backbone
 from results.format import ABSENT
 
@@ -81,7 +82,7 @@ def _allowed(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     return " ".join([_WORDS.get(schema.get("type", ""), "anything"), ", ".join(limits)]).rstrip()
 
 
-def list_plugins(registry: Registry, console: Console, attributes: Sequence[str] = ()) -> None:
+def list_plugins(registry: Registry[Any], console: Console, attributes: Sequence[str] = ()) -> None:
     """A paragraph per plugin; one that is broken takes a line of its own and no other one with it."""
     for entry in registry.entries().values():
         try:
@@ -92,7 +93,7 @@ def list_plugins(registry: Registry, console: Console, attributes: Sequence[str]
         except Exception as error:  # a plugin's code is anybody's
             _print_broken(entry.name, _reason(entry, error), console)
             continue
-        _print_head(entry, summary, console)
+        _print_head(entry.name, summary, console)
         for line in lines:
             _print(line, console)
         for option in options:
@@ -105,9 +106,9 @@ def _summary(plugin: Any) -> str:
     return str(getattr(plugin, "summary", (plugin.__doc__ or "").strip().partition("\n")[0]))
 
 
-def _print_head(entry: Entry, summary: str, console: Console) -> None:
+def _print_head(name: str, summary: str, console: Console) -> None:
     grid = Table.grid(padding=(0, 2))
-    grid.add_row(Text(entry.name, style="bold"), Text(summary))  # a str would be markup
+    grid.add_row(Text(name, style="bold"), Text(summary))  # a str would be markup
     console.print(grid)
 
 
@@ -196,18 +197,19 @@ def show_adapter(name: str, console: Console, count_for: CountFor | None = None)
     Raises:
         UserError: there is no such method, or it does not take these options, or does not fit the language model.
     """
-    entry = ADAPTERS.find(name)
-    method_class = ADAPTERS.load(entry.target)
+    entries = ADAPTERS.find_all(name)
+    method_class = ADAPTERS.load(*(entry.target for entry in entries))
     options = options_of(method_class.Config)
     counts = _count(name, _language_model(count_for.model), count_for) if count_for else None
-    _print_head(entry, _summary(method_class), console)
+    _print_head(name, _summary(method_class), console)
     grid = Table.grid(padding=(0, 2))
     for option in options:
         grid.add_row(*map(Text, (option.name, option.default, option.allowed)))
     console.print(Padding(grid, (0, 0, 0, 4), expand=False))
     groups = "a group of parameters for every context group" if method_class.grouped else "none, and takes no grouping"
     start = "computes what the base model does" if method_class.identity_at_start else "changes what the model computes"
-    for line in (f"groups: {groups}", f"at start: {start}", f"from: {entry.origin}, {entry.target}"):
+    origins = [f"from: {entry.origin}, {entry.target}" for entry in entries]
+    for line in (f"groups: {groups}", f"at start: {start}", *origins):
         _print(line, console)
     if count_for and counts:
         console.print(Text(f"\n{counts.label}: trainable parameters in {count_for.model}", style="bold"))

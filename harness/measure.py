@@ -7,7 +7,6 @@ import gc
 import importlib.metadata
 import platform
 import re
-import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -161,13 +160,3 @@ def versions() -> dict[str, str]:
 def device_name(device: torch.device) -> str:
     """``NVIDIA H200`` or ``cpu x86_64``."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}"
-
-
-def git_revision() -> str | None:
-    """The revision of this checkout, ``+`` behind it where files were changed; None outside of one."""
-    folder = Path(__file__).parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -6,11 +6,15 @@ A learning rate is part of no name: trials that differ in it alone are candidate
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from harness.registry import identity
+
 Spec = Mapping[str, Any]
+_PLUGIN_KEY = re.compile(r"task\.(plugin$|modalities\.|metrics\.)")  # the task's name and options say what it is
 
 
 def labels(specs: Mapping[str, Spec]) -> dict[str, str]:
@@ -42,7 +46,8 @@ def _family(spec: Spec) -> tuple[str, str]:
 def _adapter_options(adapter: Mapping[str, Any]) -> dict[str, Any]:
     origins = adapter.get("init_from") or {}
     named = ", ".join(f"{group}={PurePath(o['trial']).name}:{o['group']}" for group, o in origins.items())
-    return {**adapter["config"], **({"init_from": named} if named else {})}
+    plugins = " ".join(identity(adapter.get("plugins", ())))
+    return {**adapter["config"], **({"init_from": named} if named else {}), **({"plugin": plugins} if plugins else {})}
 
 
 def settings(specs: Mapping[str, Spec], without: Sequence[str] = ()) -> dict[str, str]:
@@ -53,7 +58,8 @@ def settings(specs: Mapping[str, Spec], without: Sequence[str] = ()) -> dict[str
         without: dotted keys that are left out too, such as ``budget.examples``: trials of one sweep are then alike.
     """
     flat = {trial_id: dict(flatten(conditions(spec))) for trial_id, spec in specs.items()}
-    keys = dict.fromkeys(key for values in flat.values() for key in values if key not in without)
+    keys = dict.fromkeys(key for values in flat.values() for key in values)
+    keys = dict.fromkeys(key for key in keys if key not in without and not _PLUGIN_KEY.match(key))
     varying = [key for key in keys if len({repr(values.get(key)) for values in flat.values() if key in values}) > 1]
     return {
         trial_id: " ".join(f"{key.rpartition('.')[2]}={values[key]}" for key in varying if key in values)
@@ -61,19 +67,21 @@ def settings(specs: Mapping[str, Spec], without: Sequence[str] = ()) -> dict[str
     }
 
 
-# What two trials of one setting may differ in: names for a trial's own plugins, what it is ranked by, how many examples
-# are scored at a time, and the rate that was searched for.
+# What two trials of one setting may differ in: what they are ranked by, how many examples are scored at a time, and
+# the rate that was searched for.
 _LEFT_OUT = {
-    "task": {"target"},
     "eval": {"primary_metric", "per_device_eval_batch_size"},
     "optimizer": {"learning_rate"},
 }
 
 
 def conditions(spec: Spec) -> dict[str, dict[str, Any]]:
-    """What must be alike for two adapters to be compared, by section: task, backbone, budget, optimizer, evaluation."""
+    """What must be alike for two adapters to be compared, by section: task, backbone, budget, optimizer, evaluation.
+
+    Plugins are in it by their ids, wherever their classes are.
+    """
     return {
-        section: {key: value for key, value in content.items() if key not in _LEFT_OUT.get(section, ())}
+        section: {key: identity(value) for key, value in content.items() if key not in _LEFT_OUT.get(section, ())}
         for section, content in spec.items()
         if section != "adapter" and isinstance(content, Mapping)
     }

@@ -70,7 +70,7 @@ def _origin(folder: Path, group: str, choice: AdapterChoice, contexts: list[str]
     adapter = read_section(AdapterChoice, folder, record.spec["adapter"])
     if adapter.method != choice.method:
         raise UserError(f"{folder}: method differs: {choice.method} here, {adapter.method} there")
-    compare(folder, choice.config, adapter.config)
+    compare(folder, _identified(choice), _identified(adapter))
     groups = {name for name in adapter.grouping.values() if name is not None}
     if group not in groups:
         raise UserError(f"{folder}: that trial has no adapter group {group!r}; {did_you_mean(group, groups)}")
@@ -82,6 +82,10 @@ def _origin(folder: Path, group: str, choice: AdapterChoice, contexts: list[str]
         weights_sha256=digest_of(weights),
         projectors=tuple(context for context in contexts if context in projected),
     )
+
+
+def _identified(choice: AdapterChoice) -> dict[str, Any]:
+    return {**choice.config, "plugin": " ".join(plugin.id for plugin in choice.plugins)}
 
 
 def finished(folder: Path) -> TrialRecord:

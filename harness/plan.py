@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import re
 from collections import Counter
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -19,10 +17,9 @@ from harness import naming
 from harness.errors import UserError, did_you_mean
 from harness.experiment import Experiment
 from harness.record import MetricInfo, Plan, PlannedTrial
-from harness.registry import MODALITIES, canonical
+from harness.registry import identity
 from harness.sections import AdapterChoice, Backbone, Budget, Evaluation, Optimizer, TaskChoice
-
-_FILE_TARGET = re.compile(r"/.*\.py:\w+$")
+from tasks.registry import MODALITIES
 
 
 class TrialSpec(BaseModel):
@@ -55,17 +52,7 @@ class TrialSpec(BaseModel):
                 "eval": {"primary_metric"},
             },
         )
-        content = _with_canonical_targets(content)
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _with_canonical_targets(content: Any) -> Any:
-    """Plugins from files go by their content: the same experiment in another folder is the same trial."""
-    if isinstance(content, dict):
-        return {key: _with_canonical_targets(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [_with_canonical_targets(value) for value in content]
-    return canonical(content) if isinstance(content, str) and _FILE_TARGET.match(content) else content
+        return hashlib.sha256(json.dumps(identity(content), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def expand(experiment: Experiment) -> list[TrialSpec]:
@@ -104,8 +91,8 @@ def expand(experiment: Experiment) -> list[TrialSpec]:
 def _with_encoders(backbone: Backbone, task: TaskChoice) -> Backbone:
     """The encoders that the task's modalities need, those named in the file before the defaults."""
     encoders = {
-        modality: backbone.encoders.get(modality) or MODALITIES.load(target).default_encoder
-        for modality, target in task.modalities.items()
+        modality: backbone.encoders.get(modality) or MODALITIES.load(plugin.target).default_encoder
+        for modality, plugin in task.modalities.items()
     }
     return backbone.model_copy(update={"encoders": encoders})
 

@@ -20,8 +20,8 @@ from harness.inputs import Inputs, Reader
 from harness.parts import empty_encoders, make_modalities, make_task, method_of
 from harness.plan import TrialSpec
 from harness.record import MetricInfo
-from harness.registry import METRICS
 from harness.scores import metric_name
+from tasks.registry import METRICS
 
 
 def metrics_of(specs: Sequence[TrialSpec]) -> tuple[MetricInfo, ...]:
@@ -36,7 +36,7 @@ def metrics_of(specs: Sequence[TrialSpec]) -> tuple[MetricInfo, ...]:
             if member:
                 name, label = metric_name(member, "perplexity"), f"{prefix}Perplexity"
                 infos.append(MetricInfo(name=name, label=label, higher_is_better=False))
-            for metric in map(METRICS.load, metrics.values()):
+            for metric in (METRICS.load(plugin.target) for plugin in metrics.values()):
                 infos += [
                     MetricInfo(
                         name=metric_name(member, name),
@@ -120,7 +120,7 @@ def check_data(specs: Sequence[TrialSpec], run: Path, console: Console) -> None:
         splits = choose_splits(spec, task)
         encoders = empty_encoders(spec)
         readers = {
-            name: Reader(f"{name} {spec.task.modalities[name]} {spec.backbone.encoders[name]}", m, (encoders[name],))
+            name: Reader(f"{name} {spec.task.modalities[name].id} {spec.backbone.encoders[name]}", m, (encoders[name],))
             for name, m in make_modalities(spec).items()
         }
         for example in (*splits.train, *splits.validation, *splits.test):

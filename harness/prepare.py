@@ -28,11 +28,11 @@ from harness.experiment import load_experiment
 from harness.inputs import Reader, digest_of
 from harness.listing import parse_options
 from harness.plan import TrialSpec, expand
-from harness.registry import MODALITIES, TASKS
 from harness.sections import TaskChoice
 from harness.yaml_source import Source
 from results.format import ABSENT
 from tasks.base import Example, Split, Task
+from tasks.registry import MODALITIES, TASKS
 
 if TYPE_CHECKING:
     from tasks.encoder import Encoder

@@ -16,8 +16,9 @@ import pandas as pd
 from harness.budget import by_member
 from harness.build import Splits
 from harness.evaluate import Likelihood
-from harness.registry import METRICS
+from harness.registry import Plugin
 from tasks.base import Example, Metric, Scores
+from tasks.registry import METRICS
 
 
 def metric_name(member: str, name: str) -> str:
@@ -35,12 +36,12 @@ def perplexities(examples: Sequence[Example], likelihood: Likelihood) -> dict[st
 
 
 def score_members(
-    metrics: Mapping[str, Mapping[str, str]], examples: Sequence[Example], predictions: Mapping[str, str]
+    metrics: Mapping[str, Mapping[str, Plugin]], examples: Sequence[Example], predictions: Mapping[str, str]
 ) -> Scores:
     """Score generated texts by the metrics of the task that each example is of.
 
     Args:
-        metrics: member → metric → "package.module:Class", as in a ``TaskChoice``.
+        metrics: member → metric → its plugin, as in a ``TaskChoice``.
         examples: with their references.
         predictions: by example id.
     """
@@ -50,8 +51,8 @@ def score_members(
     notes: dict[str, None] = {}
     for member, indices in by_member(examples).items():
         references = {examples[i].id: examples[i].references for i in indices}
-        for target in metrics[member].values():
-            metric: Metric = METRICS.load(target)()
+        for plugin in metrics[member].values():
+            metric: Metric = METRICS.load(plugin.target)()
             scores = metric.score({key: predictions[key] for key in references}, references)
             corpus |= {metric_name(member, name): value for name, value in scores.corpus.items()}
             for key, values in scores.per_example.items():

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.errors import ProblemList, UserError
-from harness.registry import METRICS
 from tasks.base import Metric, Scores
+from tasks.registry import METRICS
 
 
 def score(metric: str, references: Path, predictions: Path, output: Path | None, console: Console) -> None:

@@ -1,10 +1,12 @@
-"""The sections of an experiment, typed: what a spec is made of. Imports nothing of ours."""
+"""The sections of an experiment, typed: what a spec is made of."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+from harness.registry import Plugin
 
 
 class Section(BaseModel):
@@ -102,8 +104,8 @@ class RateSearch(Section):
 class AdapterChoice(Section):
     """One adapter with all axes resolved."""
 
-    method: str
-    target: str  # "package.module:Class"
+    method: str  # registry name, such as "lora" or "lora+bitfit"
+    plugins: tuple[Plugin, ...]  # the method, or those that it combines
     grouping: dict[str, str | None]  # context → group; None: no adapter on that context
     grouping_name: str  # "agnostic", "specific", "image=vision text=language"; "" where the method has no groups
     config: dict[str, Any]  # the method's options, defaults included
@@ -116,9 +118,9 @@ class AdapterChoice(Section):
 class TaskChoice(Section):
     """One task with its options resolved."""
 
-    name: str
-    target: str  # "package.module:Class"
+    name: str  # registry name
+    plugin: Plugin
     contexts: tuple[str, ...]
-    modalities: dict[str, str]  # modality → "package.module:Class"
-    metrics: dict[str, dict[str, str]]  # member of a mixture, "" for the task itself → metric → "package.module:Class"
+    modalities: dict[str, Plugin]
+    metrics: dict[str, dict[str, Plugin]]  # member of a mixture, "" for the task itself → metric → its plugin
     config: dict[str, Any]

@@ -198,6 +198,8 @@ def leaderboard_table(board: Leaderboard) -> Group:
         parts += [Text(f"\n{setting}", style="bold")] if setting else []
         if rows := board.of(setting):
             parts.append(_setting_table(rows, board.primary, second))
+        mixed = [row for row in (*board.of(setting), *board.apart(setting)) if row.mixed_versions]
+        parts += [Text(f"{row.name}: {row.mixed_versions}", style="yellow") for row in mixed]
         by_reason: dict[str, list[str]] = {}
         for row in board.apart(setting):
             by_reason.setdefault(shorten("; ".join(row.apart), _REASON_LENGTH, placeholder=" …"), []).append(row.name)

@@ -28,7 +28,7 @@ _SHORT = {
 }
 # … and what follows from other params, or is a tag since it may change, is none.
 _NO_PARAM = re.compile(
-    r"(task|adapter)\.target|task\.(modalities|metrics)\..*|adapter\.(label|learning_rate|tried_learning_rates)"
+    r"task\.(plugin|modalities|metrics)\..*|adapter\.(plugins|label|learning_rate|tried_learning_rates)"
     r"|eval\.primary_metric"
 )
 

@@ -25,6 +25,7 @@ from harness.evaluate import exchanged, generate, likelihood
 from harness.inputs import Inputs
 from harness.plan import TrialSpec
 from harness.record import Data, Epoch, TrialRecord, write_atomically, write_record
+from harness.revisions import git_revision
 from harness.scores import perplexities, score_members, write_examples
 from harness.sections import Resources
 from harness.stages import Stages
@@ -92,7 +93,7 @@ def run_trial(
             best_epoch=trial.state.best_epoch,
             started_at=started.isoformat(timespec="seconds"),
             versions=measure.versions(),
-            git_revision=measure.git_revision(),
+            git_revision=git_revision(Path(__file__).parent),
             mlflow_run_id=tracker.run_id,
             warnings=(*trial.warnings, *tracker.warnings),
             **trial.measured,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from harness.record import MetricInfo, Parameters, PlannedTrial, Run, TrialRecord
+from harness.registry import plugins_in
 from results.format import rank_text
 from results.resample import Resampled, score_on_test
 from results.stats import Difference, Estimate, Floats, estimate
@@ -58,6 +59,7 @@ class Row:
     difference_errors_B: Floats | None = field(default=None, repr=False, compare=False)
     apart: tuple[str, ...] = ()  # why it may not be ranked with the others, in words
     notes: tuple[str, ...] = ()  # why a difference is missing, and what is open about the choice, in words
+    mixed_versions: str | None = None  # what the trials were computed with, where it differs between them
 
     @property
     def name(self) -> str:
@@ -178,6 +180,7 @@ def make_row(
         return estimate([value for value in map(read, finished) if value is not None])
 
     first = trials[0]
+    mixed = mixed_versions(finished)
     return Row(
         setting=first.setting,
         label=first.label,
@@ -195,8 +198,30 @@ def make_row(
         tokens_per_s=mean(lambda record: record.throughput.tokens_per_s if record.throughput else None),
         train_time_s=mean(lambda record: record.phases_s.get("train")),
         wall_time_s=mean(lambda record: record.wall_time_s),
-        notes=_search_notes(candidates, chosen),
+        notes=(*_search_notes(candidates, chosen), *([mixed] if mixed else [])),
+        mixed_versions=mixed,
     )
+
+
+HARNESS = "context-peft-harness"  # the distribution
+
+
+def mixed_versions(records: Iterable[TrialRecord]) -> str | None:
+    """The versions and git revisions of the harness and of plugins that differ between trials; None: they are alike.
+
+    ``its trials mix versions: context-peft-harness 0.1.0 (1b90bd6) and 0.2.0 (105a6c3)``
+    """
+    found: dict[str, dict[str, None]] = {}
+    for record in records:
+        code: dict[str, tuple[str | None, str | None]] = {
+            p.distribution: (p.version, p.git_revision) for p in plugins_in(record.spec) if p.version
+        }
+        code[HARNESS] = record.versions.get(HARNESS), record.git_revision
+        for distribution, (version, revision) in code.items():
+            text = f"{version or 'unknown'} ({revision})" if revision else version or "unknown"
+            found.setdefault(distribution, {})[text] = None
+    words = [f"{name} {' and '.join(versions)}" for name, versions in found.items() if len(versions) > 1]
+    return f"its trials mix versions: {'; '.join(words)}" if words else None
 
 
 def _peak_growth_bytes(record: TrialRecord) -> float | None:

@@ -73,6 +73,7 @@ class Task(ABC):
     modalities: Mapping[str, str]  # context → modality's registry name
     metrics: tuple[str, ...]  # registry names of what scores generated text
     Config: ClassVar[type[Config]]
+    result_version: ClassVar[int] = 1  # raise it when examples or their order change: trials get new ids
     # Contexts whose items `augment` changes: they are encoded anew for every training draw.
     augmented: frozenset[str] = frozenset()
 
@@ -150,6 +151,7 @@ class Modality(ABC):
     """One kind of input file: how it is read, and which frozen encoders turn it into tokens."""
 
     default_encoder: ClassVar[str]  # where an experiment names none
+    result_version: ClassVar[int] = 1  # raise it when decoded items or features change: trials get new ids
 
     @abstractmethod
     def load(self, path: Path) -> Any:
@@ -198,6 +200,7 @@ class Metric(ABC):
     # What the leaderboard shows: metric name → label, as in {"bleu_4": "BLEU-4"}; the first one where there is room for
     # one. Other scores are kept in the records only. Higher is better, but for those in lower_is_better.
     labels: ClassVar[Mapping[str, str]]
+    result_version: ClassVar[int] = 1  # raise it when scores change: trials get new ids
     lower_is_better: ClassVar[frozenset[str]] = frozenset()
     # How a corpus score is made of the examples, where it is not the mean of theirs: {"wer": "ratio"}, with (numerator,
     # denominator) of every example in Scores.counts. harness/formulas.py says what the other formulas need. Intervals

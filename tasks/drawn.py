@@ -9,7 +9,6 @@ import hashlib
 from abc import abstractmethod
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -36,7 +35,6 @@ class DrawnTask(Task):
     """A task that draws its data below ``$HARNESS_CACHE``, once for all processes of this machine."""
 
     folder_name: ClassVar[str]  # in the cache
-    drawn_by: ClassVar[tuple[ModuleType, ...]]  # a change in one of them is another data set
     Config = DrawnConfig
     config: DrawnConfig
 
@@ -47,11 +45,9 @@ class DrawnTask(Task):
 
     @cached_property
     def folder(self) -> Path:
-        """Where this configuration's data lie; another one as soon as the code that draws them changes."""
-        key = hashlib.sha256(self.config.model_dump_json().encode())
-        for module in self.drawn_by:
-            key.update(Path(str(module.__file__)).read_bytes())
-        return cache_folder(self.folder_name, key.hexdigest()[:16])
+        """Where this configuration's data are. A change in what is drawn needs another ``result_version``."""
+        key = f"{self.config.model_dump_json()} {self.result_version}"
+        return cache_folder(self.folder_name, hashlib.sha256(key.encode()).hexdigest()[:16])
 
     def prepare(self) -> None:
         """Draw the data, once.

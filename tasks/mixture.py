@@ -22,8 +22,9 @@ from pydantic import Field, PositiveFloat, ValidationError, ValidationInfo, fiel
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from harness.errors import UserError, did_you_mean
-from harness.registry import TASKS
+from harness.registry import Plugin
 from tasks.base import Config, Example, Split, Task
+from tasks.registry import TASKS
 
 _KEYS = ("name", "as", "weight")  # of an entry; all others are the task's own options
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -33,10 +34,9 @@ _SHOWN = 3
 class Member(Config):
     """One of the tasks. An experiment gives ``name``, ``as``, ``weight`` and the task's options side by side."""
 
-    name: str  # of a registered task
     key: str  # `as`, or else the name: stands before ids and metrics
     weight: Annotated[PositiveFloat, Field(allow_inf_nan=False)] | None = None  # share, before division by their sum
-    target: str  # "package.module:Class": workers know no names
+    plugin: Plugin  # of the task
     options: dict[str, Any]  # the task's own, defaults included
 
     @model_validator(mode="before")
@@ -52,8 +52,8 @@ class Member(Config):
             raise _error(f"a task needs its name; {did_you_mean('', TASKS.entries())}", "name", entry)
         if name not in TASKS.entries():
             raise _error(f"unknown task {name!r}; {did_you_mean(name, TASKS.entries())}", "name", name)
-        target = TASKS.find(name).target
-        config_class = TASKS.load(target).Config
+        plugin = TASKS.plugin(name)
+        config_class = TASKS.load(plugin.target).Config
         options = {key: value for key, value in entry.items() if key not in _KEYS}
         for key, value in options.items():
             if key not in config_class.model_fields:
@@ -64,11 +64,11 @@ class Member(Config):
         if not isinstance(key, str) or not _KEY.match(key):
             raise _error("allowed: a name of letters, digits, '.', '_' and '-'", "as", key)
         own = {"key": key, "weight": entry.get("weight")}
-        return {"name": name, "target": target, **own, "options": config.model_dump(mode="json")}
+        return {"plugin": plugin.model_dump(), **own, "options": config.model_dump(mode="json")}
 
     def task(self) -> Task:
         """The task, its data not prepared yet."""
-        task_class = TASKS.load(self.target)
+        task_class = TASKS.load(self.plugin.target)
         task: Task = task_class(task_class.Config.model_validate_json(json.dumps(self.options)))
         return task
 

@@ -31,7 +31,6 @@ class Scenes(DrawnTask):
     modalities: Mapping[str, str] = {"image": "image"}
     metrics = ("captions",)
     folder_name = "scenes"
-    drawn_by = (scene_drawing, scene_grammar)
 
     def examples(self, split: Split) -> Sequence[Example]:
         """The pictures of a split in the order of their numbers."""

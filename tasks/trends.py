@@ -31,7 +31,6 @@ class Trends(DrawnTask):
     modalities: Mapping[str, str] = {"series": "series"}
     metrics = ("captions",)
     folder_name = "trends"
-    drawn_by = (trend_drawing,)
 
     def examples(self, split: Split) -> Sequence[Example]:
         """The series of a split in the order of their numbers.

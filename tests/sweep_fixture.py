@@ -78,7 +78,7 @@ def write_sweep(
 def _spec(task: str, budget: int | str, epochs: int, method: Method, seed: int) -> dict[str, Any]:
     label, name, grouping, config, _ = method
     return {
-        "task": {"name": task, "target": "tasks.scenes:Scenes", "config": {}},
+        "task": {"name": task, "config": {}},
         "backbone": {"language_model": "builtin/tiny-llama"},
         "adapter": {"method": name, "label": label, "grouping_name": grouping, "config": config, "init_from": {}},
         "budget": {"examples": budget, "epochs": epochs},

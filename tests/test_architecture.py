@@ -16,13 +16,14 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
 MAY_IMPORT = {
     "harness.errors": (),
     "harness.record": ("harness.errors",),
-    "harness.naming": (),
+    "harness.naming": ("harness.registry",),
+    "harness.revisions": (),
     "harness.formulas": ("harness.record",),
-    "harness.registry": ("harness.errors",),
+    "harness.registry": ("harness.errors", "harness.revisions"),
     "harness.contexts": ("harness.errors",),
     "harness.yaml_source": ("harness.errors",),
     "harness.hub": ("harness.errors",),
-    "harness.sections": (),
+    "harness.sections": ("harness.registry",),
     "harness.axes": ("harness.errors", "harness.yaml_source"),
     "harness.origins": (
         "harness.errors",
@@ -37,11 +38,12 @@ MAY_IMPORT = {
         "harness.axes",
         "harness.contexts",
         "harness.origins",
-        "harness.registry",
         "harness.sections",
         "harness.yaml_source",
+        "adapters.registry",
         "adapters.roles",
         "tasks.base",
+        "tasks.registry",
     ),
     "harness.experiment": (
         "harness.errors",
@@ -59,6 +61,7 @@ MAY_IMPORT = {
         "harness.record",
         "harness.registry",
         "harness.sections",
+        "tasks.registry",
     ),
     "harness.tracking": (
         "harness.errors",
@@ -72,7 +75,14 @@ MAY_IMPORT = {
     "harness.tracking_trial": ("harness.naming", "harness.plan", "harness.record"),
     "tasks.": ("harness.errors", "harness.hub", "harness.record", "harness.registry", "tasks."),
     "adapters.": ("harness.errors", "harness.contexts", "harness.registry", "adapters."),
-    "results.": ("harness.errors", "harness.formulas", "harness.naming", "harness.record", "results."),
+    "results.": (
+        "harness.errors",
+        "harness.formulas",
+        "harness.naming",
+        "harness.record",
+        "harness.registry",
+        "results.",
+    ),
 }
 # Third party → the only places that import it.
 ONLY_IN: dict[str, tuple[str, ...]] = {

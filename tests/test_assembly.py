@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from trial_fixture import FirstWord, run, spec_of
+from trial_fixture import run, scored_by, spec_of
 
 from harness import assembly
 from harness.build import Built, build, empty_model
@@ -37,8 +37,7 @@ SECTIONS: dict[str, Any] = {"budget": {"examples": "all", "epochs": 2}, "eval": 
 def made(folder: Path, task: Any, adapter: Any = LORA, **sections: Any) -> TrialSpec:
     """With the stand-in metric for every task."""
     spec = spec_of(folder, adapter, metric="", task=task, **(SECTIONS | sections))
-    metrics = {member: {"stand_in": f"trial_fixture:{FirstWord.__name__}"} for member in spec.task.metrics}
-    return spec.model_copy(update={"task": spec.task.model_copy(update={"metrics": metrics})})
+    return scored_by(spec)
 
 
 def assembled(folder: Path, init_from: Any, task: Any = MIXTURE, adapter: Any = LORA, **sections: Any) -> TrialSpec:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import harness
 from adapters.checkpoint import JSON_NAME, TENSORS_NAME
+from adapters.ia3 import IA3
 from harness.errors import UserError
 
 PER_GROUP = {"image": {"method": "lora+bitfit", "rank": 2, "where": ["q", "v"]}, "text": {"method": "ia3"}}
@@ -73,10 +75,11 @@ def test_a_fresh_process_computes_the_same_logits(saved: tuple[Path, Tensor], tm
 def test_the_files_hold_the_adapters_and_say_what_they_are(saved: tuple[Path, Tensor]) -> None:
     assert sorted(path.name for path in saved[0].iterdir()) == [JSON_NAME, TENSORS_NAME]
     content = json.loads((saved[0] / JSON_NAME).read_text())
-    assert content["format_version"] == 1
+    assert content["format_version"] == 2
     assert content["contexts"] == ["image", "text"]
     assert content["grouping"] == {"image": "image", "text": "text"}
-    assert content["groups"]["image"]["target"] == "adapters.lora:LoRA+adapters.bitfit:BitFit"
+    ours = {"distribution": "context-peft-harness", "result_version": 1, "version": version("context-peft-harness")}
+    assert content["groups"]["image"]["plugins"] == [{"name": name, **ours} for name in ("lora", "bitfit")]
     assert content["groups"]["image"]["options"]["rank"] == 2
     assert content["groups"]["image"]["options"]["where"] == ["q", "v"]
     assert set(content["versions"]) == {"context-peft-harness", "torch", "transformers"}
@@ -227,8 +230,8 @@ def test_tensors_that_do_not_fit_are_named_and_the_base_is_left_alone(change: An
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(format_version=2), "format_version: found 2; this harness reads 1"),
-        (lambda c: c.pop("format_version"), "format_version: found None; this harness reads 1"),
+        (lambda c: c.update(format_version=1), "format_version: found 1; this harness reads 2"),
+        (lambda c: c.pop("format_version"), "format_version: found None; this harness reads 2"),
         (lambda c: c.pop("grouping"), "grouping: field required"),
         (lambda c: c.update(extra=1), "extra: extra inputs are not permitted"),
         (lambda c: c["grouping"].pop("text"), "context 'text' is missing"),
@@ -236,7 +239,7 @@ def test_tensors_that_do_not_fit_are_named_and_the_base_is_left_alone(change: An
         (lambda c: c["groups"]["image"]["options"].update(rank=0), "spec.image.rank: .*greater than 0; found 0"),
         (lambda c: c["groups"]["image"]["options"].update(rnk=1), "no option 'rnk'; .*did you mean 'rank'"),
         (lambda c: c.update(save_id="0"), "are not from one save; save the adapter again"),
-        (lambda c: c["groups"]["text"].update(method="ia4", target="x:Y"), "'ia4' .x:Y, .*not installed; .*mean 'ia3'"),
+        (lambda c: c["groups"]["text"]["plugins"][0].update(name="ia4"), "'ia4' of .* not installed; .*mean 'ia3'"),
     ],
 )  # fmt: skip
 def test_a_json_file_that_says_something_else_is_named(change: Any, message: str, folder: Path) -> None:
@@ -245,13 +248,20 @@ def test_a_json_file_that_says_something_else_is_named(change: Any, message: str
         harness.load_adapter(tiny_llama(), folder)
 
 
-def test_a_file_cannot_name_code_to_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "evil_adapter.py").write_text("class Evil: pass")
-    monkeypatch.syspath_prepend(tmp_path)
-    edit(folder, lambda c: c["groups"]["text"].update(target="evil_adapter:Evil"))
-    with pytest.raises(UserError, match=r"'ia3' was evil_adapter:Evil .*; adapters.ia3:IA3 .* is registered now"):
+def test_a_file_cannot_name_code_to_run(folder: Path) -> None:
+    edit(folder, lambda c: c["groups"]["text"]["plugins"][0].update(target="evil_adapter:Evil"))
+    with pytest.raises(UserError, match=r"groups\.text\.plugins\.0\.target: extra inputs are not permitted"):
         harness.load_adapter(tiny_llama(), folder)
-    assert "evil_adapter" not in sys.modules
+
+
+def test_a_method_whose_results_changed_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(IA3, "result_version", 2)
+    message = "adapter method 'ia3' of context-peft-harness .*, result version 1; registered now: .*, result version 2"
+    with pytest.raises(UserError, match=message):
+        harness.load_adapter(tiny_llama(), folder)
+    edit(folder, lambda c: c["groups"]["text"]["plugins"][0].update(distribution="another", result_version=2))
+    with pytest.raises(UserError, match=r"'ia3' of another .*; registered now: context-peft-harness"):
+        harness.load_adapter(tiny_llama(), folder)
 
 
 def test_other_contexts_are_named(saved: tuple[Path, Tensor]) -> None:

@@ -17,9 +17,9 @@ from rich.console import Console
 from test_cli import assert_refused
 
 from adapters.base import AdapterMethod, Config
+from adapters.registry import ADAPTERS
 from harness import cli, registry
 from harness.listing import Option, options_of
-from harness.registry import ADAPTERS
 
 TINY = ("--model", "builtin/tiny-llama")
 

@@ -46,7 +46,7 @@ def test_it_plans_with_the_options_of_both(experiment_file: Write) -> None:
         ("BitFit + IA3", "agnostic", "bitfit+ia3"),
     ]
     assert len({spec.trial_id for spec in specs}) == 3
-    assert specs[0].adapter.target == "adapters.lora:LoRA+adapters.bitfit:BitFit"
+    assert [plugin.name for plugin in specs[0].adapter.plugins] == ["lora", "bitfit"]
     lora, bitfit = method_of(specs[0].adapter).parts
     assert lora.config == LoRAConfig(rank=2, where="A")
     assert bitfit.config == BitFitConfig(where="A")

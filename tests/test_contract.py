@@ -11,6 +11,7 @@ import pytest
 from contract_fixture import METRIC_CASES, MODALITY_CASES, TASK_CASES, GoodMetric, GoodTask
 from rich.console import Console
 
+from adapters.registry import ADAPTERS
 from harness import contract_metric, contract_modality, contract_task
 from harness.contract import check_plugins, problems_of, promise, run_checks
 from harness.contract_metric import REFERENCES, MetricSubject
@@ -18,8 +19,9 @@ from harness.contract_modality import ModalitySubject
 from harness.contract_process import elsewhere
 from harness.contract_task import TaskSubject
 from harness.errors import UserError
-from harness.registry import ADAPTERS, METRICS, MODALITIES, TASKS, Entry
+from harness.registry import Entry
 from tasks.modalities.series import Series
+from tasks.registry import METRICS, MODALITIES, TASKS
 
 CASES = TASK_CASES | MODALITY_CASES | METRIC_CASES
 CHECKS = {
@@ -197,7 +199,7 @@ def test_a_package_is_found_by_its_distribution_or_its_module() -> None:
 
 
 def test_a_plugin_that_cannot_be_imported_is_a_failed_check() -> None:
-    TASKS.added = [Entry("gone", "tasks.trends:Gone", "gone-tasks 1.0")]
+    TASKS.added = [Entry("gone", "tasks.trends:Gone", "gone-tasks", "1.0")]
     passed, printed = checked("gone_tasks")
     assert not passed
     assert "✗ It can be imported, and is of its kind" in printed

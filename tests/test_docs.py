@@ -13,8 +13,9 @@ from transformers import LlamaForCausalLM
 
 import harness
 from adapters.families import FAMILIES
+from adapters.registry import ADAPTERS
 from harness.listing import options_of
-from harness.registry import ADAPTERS, METRICS, TASKS
+from tasks.registry import METRICS, TASKS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "adapters.md"

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from adapters.registry import ADAPTERS
 from harness import contract_metric, contract_modality, contract_task
 from harness.cli import app
 from harness.contract import promise
 from harness.contract_process import another_process_agrees
 from harness.record import read_run
-from harness.registry import ADAPTERS, METRICS, MODALITIES, TASKS
+from tasks.registry import METRICS, MODALITIES, TASKS
 
 TEXT = (Path(__file__).parent.parent / "docs" / "plugins.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^`([\w.]+)`:\n\n```\w+\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL))

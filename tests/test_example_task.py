@@ -15,10 +15,11 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from adapters.registry import ADAPTERS
 from harness.contract import check_plugins
 from harness.errors import UserError
 from harness.record import read_run
-from harness.registry import ADAPTERS, METRICS, MODALITIES, TASKS
+from tasks.registry import METRICS, MODALITIES, TASKS
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "plugin_task"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from trial_fixture import examples_of, run, spec_of
+from trial_fixture import examples_of, run, scored_by, spec_of
 
 from harness.build import build, choose_splits, order_of
 from harness.engine import Engine
@@ -24,9 +24,10 @@ from harness.parts import make_task
 from harness.plan import TrialSpec
 from harness.preflight import metrics_of
 from harness.record import TrialRecord
-from harness.registry import TASKS, Registry
+from harness.registry import Registry
 from tasks.base import Config, Example, Part, Split, Task
 from tasks.mixture import Mixture, MixtureConfig
+from tasks.registry import TASKS
 
 SMALL = {"validation_examples": 6, "test_examples": 6}
 SCENES = {"name": "scenes", "train_examples": 12, **SMALL}
@@ -41,8 +42,7 @@ def mixture_spec(folder: Path, *tasks: Any, options: Mapping[str, Any] = {}, **s
     """Every task with the stand-in metric."""
     task = {"name": "mixture", "tasks": list(tasks or (SCENES, TRENDS)), **options}
     spec = spec_of(folder, **{"metric": "", "task": task, "budget": {"examples": "all"}, **sections})
-    metrics = {member: {"stand_in": "trial_fixture:FirstWord"} for member in spec.task.metrics}
-    return spec.model_copy(update={"task": spec.task.model_copy(update={"metrics": metrics})})
+    return scored_by(spec)
 
 
 # ── Shares, budgets and the order
@@ -181,7 +181,7 @@ def test_a_task_from_a_file_goes_by_its_content(tmp_path: Path, experiment_file:
         before = list(TASKS.added)
         spec = mixture_spec(tmp_path, SCENES, {**TRENDS, "name": "mine"}, plugins=["mine.py"])
         TASKS.added = before
-        assert spec.task.config["tasks"][1]["target"] == f"{tmp_path / 'mine.py'}:Mine"
+        assert spec.task.config["tasks"][1]["plugin"]["target"] == f"{tmp_path / 'mine.py'}:Mine"
         assert make_task(spec).contexts == ("image", "series", "text")
         ids.append(spec.trial_id)
     assert ids[0] != ids[1]
@@ -313,7 +313,8 @@ class Flipping(Fake):
 
 def fake(name: str, key: str, train: str = "/a", test: str = "/c") -> dict[str, Any]:
     options = {"files": {"train": train, "validation": "/b", "test": test}}
-    return {"name": key, "key": key, "weight": None, "target": f"test_mixture:{name}", "options": options}
+    plugin = {"name": key, "distribution": "tests", "result_version": 1, "target": f"{__name__}:{name}"}
+    return {"key": key, "weight": None, "plugin": plugin, "options": options}
 
 
 def test_a_context_has_one_modality() -> None:

@@ -15,8 +15,8 @@ from rich.console import Console
 from harness import prepare as prepare_module
 from harness.errors import UserError
 from harness.prepare import prepare
-from harness.registry import MODALITIES, TASKS
 from tasks.captioning import CocoCaptions
+from tasks.registry import MODALITIES, TASKS
 
 Write = Callable[[str], Path]
 ADAPTERS = "adapters: [{method: none, learning_rate: 1e-3}]\n"

@@ -10,9 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from adapters.registry import ADAPTERS
 from harness import registry
 from harness.errors import UserError, did_you_mean
-from harness.registry import ADAPTERS, METRICS, MODALITIES, TASKS, Entry, Registry
+from harness.registry import Entry, Registry
+from tasks.registry import METRICS, MODALITIES, TASKS
 
 
 class Installed(EntryPoint):
@@ -111,19 +113,18 @@ def test_an_unknown_name_offers_the_nearest() -> None:
 
 
 def test_names_joined_by_plus_are_one_combination() -> None:
-    entry = ADAPTERS.find("lora+bitfit")
-    assert (entry.name, entry.target) == ("lora+bitfit", "adapters.lora:LoRA+adapters.bitfit:BitFit")
-    assert entry.origin.count("context-peft-harness ") == 1
-    options, lora = (ADAPTERS.load(target).Config.model_fields for target in (entry.target, "adapters.lora:LoRA"))
-    assert set(options) == {*lora, "where"}
+    plugins = ADAPTERS.plugins("lora+bitfit")
+    assert [plugin.id for plugin in plugins] == ["context-peft-harness:lora@1", "context-peft-harness:bitfit@1"]
+    combined = ADAPTERS.load(*(plugin.target for plugin in plugins))
+    assert set(combined.Config.model_fields) == {*ADAPTERS.load(plugins[0].target).Config.model_fields, "where"}
     with pytest.raises(UserError, match=r"^here: unknown adapter 'bitfti'; allowed: .*did you mean 'bitfit'\?$"):
-        ADAPTERS.find("lora+bitfti", "here")
+        ADAPTERS.find_all("lora+bitfti", "here")
     with pytest.raises(UserError, match=r"^a combination names each method once; found LoRA\+LoRA$"):
-        ADAPTERS.load(ADAPTERS.find("lora+lora").target)
+        ADAPTERS.load(*(entry.target for entry in ADAPTERS.find_all("lora+lora")))
     with pytest.raises(UserError, match=r"^unknown task 'scenes\+scenes'; allowed: "):
-        TASKS.find("scenes+scenes")
-    with pytest.raises(UserError, match=r"^task tasks\.scenes:Scenes\+any:Any: cannot be combined$"):
-        TASKS.load("tasks.scenes:Scenes+any:Any")
+        TASKS.find_all("scenes+scenes")
+    with pytest.raises(UserError, match=r"^task tasks\.scenes:Scenes \+ tasks\.text:Text: cannot be combined$"):
+        TASKS.load("tasks.scenes:Scenes", "tasks.text:Text")
 
 
 def test_a_plugin_of_another_distribution_stands_beside_the_rest(installed: list[EntryPoint]) -> None:
@@ -134,9 +135,10 @@ def test_a_plugin_of_another_distribution_stands_beside_the_rest(installed: list
     ]
     assert list(ADAPTERS.entries().values()) == [
         Entry("local", "local:Local", "unknown distribution"),
-        Entry("lora", "adapters.lora:LoRA", "ours 1.2"),
-        Entry("vera", "vera.plugin:Vera", "vera-plugin 1.2"),
+        Entry("lora", "adapters.lora:LoRA", "ours", "1.2"),
+        Entry("vera", "vera.plugin:Vera", "vera-plugin", "1.2"),
     ]
+    assert ADAPTERS.find("vera").origin == "vera-plugin 1.2"
 
 
 def test_two_distributions_may_not_share_a_name(installed: list[EntryPoint]) -> None:

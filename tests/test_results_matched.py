@@ -14,8 +14,12 @@ from harness.record import Plan, PlannedTrial, TrialRecord, read_run
 from results.matched import mismatch, pairs
 from results.table import Leaderboard, Row, build_leaderboard
 
+PLUGIN = {
+    "name": "captions", "distribution": "theirs", "result_version": 1, "target": "tasks.x:X", "version": "1.0",
+    "git_revision": None,
+}  # fmt: skip
 SPEC = {
-    "task": {"name": "captions", "target": "tasks.x:X", "config": {"root": "/data"}},
+    "task": {"name": "captions", "plugin": PLUGIN, "config": {"root": "/data"}},
     "backbone": {"language_model": "tiny", "encoders": {"image": "vit"}},
     "adapter": {"method": "lora", "config": {"rank": 4}},
     "budget": {"examples": 1024, "epochs": 8},
@@ -119,7 +123,7 @@ def test_what_says_nothing_of_the_comparison_may_differ(tmp_path: Path) -> None:
             with_spec("eval", primary_metric="perplexity", per_device_eval_batch_size=8),
             with_spec("optimizer", learning_rate=0.5),
             with_spec("adapter", config={"rank": 8}),
-            with_spec("task", target="/elsewhere/x.py:X"),
+            with_spec("task", plugin=PLUGIN | {"target": "elsewhere.x:X", "version": "2.0", "git_revision": "abc"}),
         ):
             record = harmless(record)
         return record
@@ -129,13 +133,36 @@ def test_what_says_nothing_of_the_comparison_may_differ(tmp_path: Path) -> None:
     assert all(row.rank for row in board.rows)
 
 
+def test_a_task_whose_results_changed_does_not_match(tmp_path: Path) -> None:
+    def change(trial: PlannedTrial, record: TrialRecord) -> TrialRecord:
+        return with_spec("task", plugin=PLUGIN | {"result_version": 2})(record) if trial.method == "ia3" else record
+
+    apart = {row.method: "; ".join(row.apart) for row in board_of(tmp_path, change=change).rows if row.apart}
+    assert set(apart) == {"ia3"}
+    assert "task.plugin differs (theirs:captions@2, theirs:captions@1)" in apart["ia3"]
+
+
+def test_a_row_that_mixes_versions_is_marked(tmp_path: Path) -> None:
+    def change(trial: PlannedTrial, record: TrialRecord) -> TrialRecord:
+        if trial.seed == 0:
+            return record
+        record = record.model_copy(update={"git_revision": "abc+"}) if trial.method == "ia3" else record
+        newer = with_spec("task", plugin=PLUGIN | {"version": "1.1"})
+        return newer(record) if trial.method == "lora" else record
+
+    marked = {row.method: row.mixed_versions for row in board_of(tmp_path, change=change).rows if row.mixed_versions}
+    assert set(marked) == {"ia3", "lora"}
+    assert re.search(r"versions: context-peft-harness .* and .*\(abc\+\)$", marked["ia3"])
+    assert marked["lora"].endswith("versions: theirs 1.0 and 1.1")
+
+
 def test_many_differing_keys_are_counted(tmp_path: Path) -> None:
     trial = fake_plan().trials[0]
     record = fake_record(trial, 1, 0.5)
     one = record.model_copy(update={"spec": SPEC})
     assert mismatch(one, record) == (
-        "task.name differs (captions, not recorded); task.config.root differs (/data, not recorded); "
-        "backbone.language_model differs (tiny, not recorded); 5 more keys differ"
+        "task.name differs (captions, not recorded); task.plugin differs (theirs:captions@1, not recorded); "
+        "task.config.root differs (/data, not recorded); 6 more keys differ"
     )
     assert mismatch(one, one) is None
 

@@ -12,11 +12,11 @@ import safetensors.torch
 import torch
 from trial_fixture import FULL, LORA, examples_of, run, spec_of
 
+from adapters.registry import ADAPTERS
 from harness import stages, trial
 from harness.engine import Engine
 from harness.plan import TrialSpec
 from harness.record import TrialRecord
-from harness.registry import ADAPTERS
 from harness.trial import Progress
 
 LLAVA = {"method": "llava", "learning_rate": 3e-3, "projector_learning_rate": 1e-2}

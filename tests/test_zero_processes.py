@@ -33,11 +33,11 @@ from adapters.bitfit import BitFit
 from adapters.combination import combine
 from adapters.ia3 import IA3
 from adapters.lora import LoRA
+from adapters.registry import ADAPTERS
 from adapters.router import Layout, Router
 from harness.contexts import Segment, resolve_grouping
 from harness.engine import Engine, join_process_group
 from harness.model import IGNORED, Batch, ContextModel
-from harness.registry import ADAPTERS
 from harness.sections import Optimizer
 
 STEPS, RANKS, TIMEOUT_S = 3, 2, 250

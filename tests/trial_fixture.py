@@ -14,6 +14,7 @@ from harness import engine as engine_module
 from harness.experiment import load_experiment
 from harness.plan import TrialSpec, expand
 from harness.record import TrialRecord
+from harness.registry import Plugin
 from harness.sections import Optimizer, Resources
 from harness.trial import Progress, run_trial
 from tasks.base import Metric, Scores
@@ -76,7 +77,14 @@ def spec_of(
     (spec,) = expand(load_experiment(path))
     if not metric:
         return spec
-    return spec.model_copy(update={"task": spec.task.model_copy(update={"metrics": {"": {"stand_in": metric}}})})
+    return scored_by(spec, metric)
+
+
+def scored_by(spec: TrialSpec, target: str = "trial_fixture:FirstWord") -> TrialSpec:
+    """The spec with another metric for every task."""
+    plugin = Plugin(name="stand_in", distribution="tests", result_version=1, target=target)
+    metrics = {member: {"stand_in": plugin} for member in spec.task.metrics}
+    return spec.model_copy(update={"task": spec.task.model_copy(update={"metrics": metrics})})
 
 
 def run(

@@ -12,11 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters.attach import Adapters, count_trainable
 from adapters.base import AdapterMethod
+from adapters.registry import ADAPTERS
 from adapters.router import Router
 from harness.build import assemble
 from harness.contexts import Segment, resolve_grouping
 from harness.plan import TrialSpec
-from harness.registry import ADAPTERS, Entry
+from harness.registry import Entry, Plugin
 from harness.sections import AdapterChoice, Backbone, Budget, Evaluation, Optimizer, TaskChoice
 
 CONTEXTS = ("image", "text")
@@ -135,15 +136,19 @@ def test_attached_it_changes_the_output_and_detached_it_leaves_no_trace(entry: E
     assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
 
 
+ANY = Plugin(name="any", distribution="any", result_version=1, target="any:Any")
+
+
 def spec_of(entry: Entry) -> TrialSpec:
     method = method_of(entry)
     grouping, name = resolve_grouping("specific", CONTEXTS)
     return TrialSpec(
-        task=TaskChoice(name="any", target="any:Any", contexts=CONTEXTS, modalities={}, metrics={}, config={}),
+        task=TaskChoice(name="any", plugin=ANY, contexts=CONTEXTS, modalities={}, metrics={}, config={}),
         backbone=Backbone(),
         adapter=AdapterChoice(
-            method=entry.name, target=entry.target, grouping=grouping if method.grouped else dict.fromkeys(CONTEXTS),
-            grouping_name=name, config=method.config.model_dump(), label=method.label(),
+            method=entry.name, plugins=ADAPTERS.plugins(entry.name),
+            grouping=grouping if method.grouped else dict.fromkeys(CONTEXTS), grouping_name=name,
+            config=method.config.model_dump(), label=method.label(),
         ),
         budget=Budget(), optimizer=Optimizer(learning_rate=1e-3), eval=Evaluation(), seed=3,
     )  # fmt: skip

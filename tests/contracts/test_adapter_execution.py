@@ -15,7 +15,8 @@ from torch import Tensor
 
 from adapters.attach import Adapters
 from adapters.generation import layouts_while_generating
-from harness.registry import ADAPTERS, Entry
+from adapters.registry import ADAPTERS
+from harness.registry import Entry
 
 IMAGE, TEXT = 0, 1
 # One row per kind of layout: two long segments, interleaved, image last, and text alone.

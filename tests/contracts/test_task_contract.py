@@ -16,7 +16,8 @@ from harness.contract import Samples, problems_of
 from harness.contract_metric import MetricSubject
 from harness.contract_modality import ModalitySubject
 from harness.contract_process import elsewhere
-from harness.registry import METRICS, MODALITIES, TASKS, Entry, Registry
+from harness.registry import Entry, Registry
+from tasks.registry import METRICS, MODALITIES, TASKS
 
 CHECKS = {
     TASKS: (*contract_task.FIRST, *contract_task.THEN),
