@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from adapters.registry import ADAPTERS
-from adapters.spec import Choice, Spec, resolve
+from adapters.registry import ADAPTERS, Choice
+from adapters.spec import Spec, resolve
 from harness.errors import UserError, did_you_mean
 
 JSON_NAME, TENSORS_NAME = "context_peft.json", "context_peft.safetensors"

@@ -1,10 +1,18 @@
-"""The registry of adapter methods. Importing it imports no torch: an experiment is listed and checked without it."""
+"""The registry of adapter methods, and the one way to a method by name and options.
+
+Importing this imports no torch: methods are imported when one is chosen.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from harness.registry import Registry
+from harness.cursor import Cursor
+from harness.errors import UserError, did_you_mean
+from harness.registry import Plugin, Registry
+from harness.validation import check
 
 if TYPE_CHECKING:
     from adapters.base import AdapterMethod
@@ -23,3 +31,34 @@ def _combine(classes: tuple[type[AdapterMethod], ...]) -> type[AdapterMethod]:
 
 
 ADAPTERS: Registry[AdapterMethod] = Registry("adapter", "harness.adapters", _contract, _combine)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method with its options, and the plugins that it comes from."""
+
+    name: str  # registry name, such as "lora" or "lora+bitfit"
+    plugins: tuple[Plugin, ...]
+    method: AdapterMethod
+
+
+def choose(options: Mapping[str, Any], where: Cursor, also: Iterable[str] = ()) -> Choice:
+    """The method that ``{"method": name, **options}`` asks for, with its options checked.
+
+    Args:
+        options: as the user wrote them.
+        where: they were written.
+        also: keys that may stand beside them and were taken out by the caller; an error on an unknown key names them.
+
+    Raises:
+        UserError: an unknown method, an unknown option, or an option out of range.
+    """
+    own = dict(options)
+    name = own.pop("method", None)
+    if name is None:
+        raise UserError(f"{where}: 'method' is required; {did_you_mean('', ADAPTERS.entries())}")
+    if not isinstance(name, str):
+        raise UserError(f"{where / 'method'}: found {name!r}; {did_you_mean(str(name), ADAPTERS.entries())}")
+    plugins = ADAPTERS.plugins(name, str(where / "method"))
+    method_class = ADAPTERS.load(*(plugin.target for plugin in plugins))
+    return Choice(name, plugins, method_class(check(method_class.Config, own, where, ("method", *also))))

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
-
-from adapters.base import AdapterMethod
-from adapters.registry import ADAPTERS
+from adapters.registry import Choice, choose
 from harness.contexts import resolve_grouping
+from harness.cursor import Cursor
 from harness.errors import UserError, did_you_mean
-from harness.registry import Plugin
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A method and the plugins that it comes from."""
-
-    name: str  # registry name, such as "lora" or "lora+bitfit"
-    plugins: tuple[Plugin, ...]
-    method: AdapterMethod
 
 
 @dataclass(frozen=True)
@@ -53,7 +40,7 @@ def resolve(spec: Any, contexts: Any, grouping: Any, seed: int, roles: Mapping[s
     if roles is not None:
         _require(roles, Mapping, "roles", "path pattern → role, such as {'model.layers.*.attn.query': 'q'}")
     if "method" in spec:
-        choice = choose(spec, "spec")
+        choice = choose(spec, Cursor(path=("spec",)))
         if not choice.method.grouped:
             if grouping != "agnostic":
                 raise UserError(f"grouping: {choice.name} has no adapter groups; leave 'grouping' out")
@@ -64,45 +51,6 @@ def resolve(spec: Any, contexts: Any, grouping: Any, seed: int, roles: Mapping[s
     by_group = _by_group(spec, list(dict.fromkeys(group for group in resolved.values() if group is not None)))
     bare = {context: group if group in by_group else None for context, group in resolved.items()}
     return Spec(bare, by_group, None, roles, seed)
-
-
-def choose(options: Mapping[str, Any], where: str) -> Choice:
-    """The method that ``{"method": name, **options}`` asks for.
-
-    Args:
-        options: as the caller wrote them.
-        where: key path for messages.
-
-    Raises:
-        UserError: an unknown method, an unknown option, or an option out of range.
-    """
-    own = dict(options)
-    name = own.pop("method", None)
-    if not isinstance(name, str):
-        raise UserError(f"{where}.method: found {name!r}; {did_you_mean(str(name), ADAPTERS.entries())}")
-    plugins = ADAPTERS.plugins(name, f"{where}.method")
-    method_class = ADAPTERS.load(*(plugin.target for plugin in plugins))
-    fields = method_class.Config.model_fields
-    for key in own:
-        if key not in fields:
-            raise UserError(f"{where}: method {name} has no option {key!r}; {did_you_mean(str(key), fields)}")
-    try:
-        # By way of JSON, whose strict mode takes a list for a tuple, but not "4" for 4.
-        config = method_class.Config.model_validate_json(json.dumps(own), strict=True)
-    except TypeError as error:
-        raise UserError(f"{where}: options are numbers, strings, lists and mappings; {error}") from None
-    except ValidationError as error:
-        raise UserError(f"{where}.{_first_error(error, own)}") from None
-    return Choice(name, plugins, method_class(config))
-
-
-def _first_error(error: ValidationError, options: Mapping[str, Any]) -> str:
-    """``rank: input should be greater than 0; found 0``. The alternatives of a union are one message."""
-    found = [e for e in error.errors() if e["loc"][:1] == error.errors()[0]["loc"][:1]]
-    messages = dict.fromkeys(e["msg"][:1].lower() + e["msg"][1:] for e in found)
-    key = found[0]["loc"][0] if found[0]["loc"] else ""
-    value = options.get(str(key), dict(options))
-    return f"{key}: {' or '.join(messages).replace('value error, ', '')}; found {value!r}"
 
 
 def _by_group(spec: Mapping[str, Any], groups: Sequence[str]) -> dict[str, Choice]:
@@ -121,7 +69,7 @@ def _by_group(spec: Mapping[str, Any], groups: Sequence[str]) -> dict[str, Choic
         if spec[group] is None:
             continue
         _require(spec[group], Mapping, f"spec.{group}", "a mapping with 'method', or None for no adapter")
-        by_group[group] = choose(spec[group], f"spec.{group}")
+        by_group[group] = choose(spec[group], Cursor(path=("spec", group)))
         if not by_group[group].method.grouped:
             raise UserError(
                 f"spec.{group}.method: {by_group[group].name} has no adapter groups, so it is a spec alone; "

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
-
-from adapters.registry import ADAPTERS
-from harness.axes import axes, check
+from adapters.registry import ADAPTERS, choose
+from harness.axes import NO_AXIS, axes
 from harness.contexts import resolve_grouping
+from harness.cursor import Cursor
 from harness.errors import UserError, did_you_mean
 from harness.origins import find_origins
 from harness.sections import AdapterChoice, RateSearch, TaskChoice
-from harness.yaml_source import KeyPath, Source
+from harness.validation import check
 from tasks.registry import METRICS, MODALITIES, TASKS
 
 if TYPE_CHECKING:
@@ -22,12 +21,12 @@ if TYPE_CHECKING:
 REGISTRIES = (TASKS, MODALITIES, METRICS, ADAPTERS)
 
 
-def task_axes(section: Mapping[str, Any], source: Source) -> Iterator[dict[str, Any]]:
+def task_axes(section: Mapping[str, Any], where: Cursor) -> Iterator[dict[str, Any]]:
     """The variants of the section ``task``. A list that an option takes is one value; a list of such lists an axis."""
     name = section.get("name")
     known = TASKS.entries()
     schema = TASKS.load(known[name].target).Config.model_json_schema() if name in known else {}
-    yield from axes(_with_whole_lists(section, schema, schema.get("$defs", {})), ("task",), source)
+    yield from axes(_with_whole_lists(section, schema, schema.get("$defs", {})), where)
 
 
 def _with_whole_lists(
@@ -52,30 +51,30 @@ def _alternatives(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [s for one in schema.get("anyOf", ()) for s in _alternatives(one)] or [schema]
 
 
-def choose_task(variant: dict[str, Any], more_metrics: tuple[str, ...], source: Source) -> TaskChoice:
+def choose_task(variant: dict[str, Any], more_metrics: tuple[str, ...], top: Cursor) -> TaskChoice:
     """The task that a variant of the section names.
 
     Args:
         variant: of the section, one value for each option.
         more_metrics: registry names from ``eval.metrics``.
-        source: for messages.
+        top: of the experiment.
 
     Raises:
         UserError: there is no such task, modality or metric, or the options are wrong.
     """
-    options = dict(variant)
+    options, where = dict(variant), top / "task"
     name = options.pop("name", None)
     if not isinstance(name, str):
-        raise UserError(f"{source.where(('task',))}: 'name' is required; {did_you_mean('', TASKS.entries())}")
-    plugin = TASKS.plugin(name, source.where(("task", "name") if ("task", "name") in source.lines else ("task",)))
+        raise UserError(f"{where}: 'name' is required; {did_you_mean('', TASKS.entries())}")
+    plugin = TASKS.plugin(name, str(where / "name" if (where / "name").is_written else where))
     task_class = TASKS.load(plugin.target)
-    config = check(task_class.Config, options, ("task",), source)
+    config = check(task_class.Config, options, where, hint=NO_AXIS)
     try:
         task: Task = task_class(config)
         members = task.members()
     except UserError as error:
-        raise UserError(f"{source.where(('task',))}: {error}") from None
-    extra = {metric: METRICS.plugin(metric, source.where(("eval", "metrics"))) for metric in more_metrics}
+        raise UserError(f"{where}: {error}") from None
+    extra = {metric: METRICS.plugin(metric, str(top / "eval" / "metrics")) for metric in more_metrics}
     return TaskChoice(
         name=name,
         plugin=plugin,
@@ -89,22 +88,21 @@ def choose_task(variant: dict[str, Any], more_metrics: tuple[str, ...], source: 
     )
 
 
-def choose_adapters(entries: list[dict[str, Any]], task: TaskChoice, source: Source) -> Iterator[AdapterChoice]:
+def choose_adapters(entries: list[dict[str, Any]], task: TaskChoice, where: Cursor) -> Iterator[AdapterChoice]:
     """The adapters of the file's list, axes expanded.
 
     Raises:
         UserError: an entry is wrong.
     """
     for index, section in enumerate(entries):
-        path: KeyPath = ("adapters", index)
         # A mapping under `grouping` is one grouping, not a section with axes of its own.
         fixed = {"grouping": [section["grouping"]]} if isinstance(section.get("grouping"), dict) else {}
         if _names_roles(section.get("where")):  # [q, v] is one place; [A, F] is an axis of two
             fixed["where"] = [section["where"]]
         if "tried_learning_rates" in section:  # all of them are of every variant
             fixed["tried_learning_rates"] = [section["tried_learning_rates"]]
-        for variant in axes({**section, **fixed}, path, source):
-            yield _adapter(variant, path, task.contexts, source)
+        for variant in axes({**section, **fixed}, where / index):
+            yield _adapter(variant, where / index, task.contexts)
 
 
 def _names_roles(where: Any) -> bool:
@@ -113,46 +111,29 @@ def _names_roles(where: Any) -> bool:
     return isinstance(where, list) and bool(where) and all(isinstance(role, str) and role in ROLES for role in where)
 
 
-def _adapter(variant: dict[str, Any], path: KeyPath, contexts: tuple[str, ...], source: Source) -> AdapterChoice:
+def _adapter(variant: dict[str, Any], where: Cursor, contexts: tuple[str, ...]) -> AdapterChoice:
     options = dict(variant)
-    name = options.pop("method", None)
-    if not isinstance(name, str):
-        raise UserError(f"{source.where(path)}: 'method' is required; {did_you_mean('', ADAPTERS.entries())}")
-    plugins = ADAPTERS.plugins(name, source.where((*path, "method")))
-    method_class = ADAPTERS.load(*(plugin.target for plugin in plugins))
-    rates = {key: options.pop(key) for key in RateSearch.model_fields if key in options}
-    search = check(RateSearch, rates, path, source)
-    grouping = options.pop("grouping", None)
-    if grouping is not None and not method_class.grouped:
-        raise UserError(f"{source.where((*path, 'grouping'))}: {name} has no adapter groups; leave 'grouping' out")
+    search = check(RateSearch, {key: options.pop(key) for key in RateSearch.model_fields if key in options}, where)
+    grouping, init_from = options.pop("grouping", None), options.pop("init_from", None)
+    chosen = choose(options, where, also=("grouping", *RateSearch.model_fields, "init_from"))
+    method = chosen.method
+    if grouping is not None and not method.grouped:
+        raise UserError(f"{where / 'grouping'}: {chosen.name} has no adapter groups; leave 'grouping' out")
     try:
         resolved, grouping_name = resolve_grouping("agnostic" if grouping is None else grouping, contexts)
     except UserError as error:
-        raise UserError(f"{source.where((*path, 'grouping'))}: {error}") from None
-    init_from = options.pop("init_from", None)
-    config = _method_config(method_class, options, path, source)
+        raise UserError(f"{where / 'grouping'}: {error}") from None
     choice = AdapterChoice(
-        method=name,
-        plugins=plugins,
-        grouping=resolved if method_class.grouped else dict.fromkeys(contexts),
-        grouping_name=grouping_name if method_class.grouped else "",
-        config=config.model_dump(mode="json"),
-        label=method_class(config).label(),
+        method=chosen.name,
+        plugins=chosen.plugins,
+        grouping=resolved if method.grouped else dict.fromkeys(contexts),
+        grouping_name=grouping_name if method.grouped else "",
+        config=method.config.model_dump(mode="json"),
+        label=method.label(),
         learning_rate=search.learning_rate,
         tried_learning_rates=search.tried_learning_rates,
     )
     if init_from is None:
         return choice
-    origins = find_origins(init_from, choice, (*path, "init_from"), source)
+    origins = find_origins(init_from, choice, where / "init_from")
     return choice.model_copy(update={"init_from": origins, "label": f"{choice.label} assembled"})
-
-
-def _method_config(method_class: Any, options: dict[str, Any], path: KeyPath, source: Source) -> BaseModel:
-    """The method's own options; the keys every adapter entry has are named in the error as allowed too."""
-    common = ("method", "grouping", *RateSearch.model_fields, "init_from")
-    for key in options:
-        if key not in method_class.Config.model_fields:
-            allowed = did_you_mean(key, [*method_class.Config.model_fields, *common])
-            raise UserError(f"{source.where((*path, key))}: unknown key {key!r}; {allowed}")
-    config: BaseModel = check(method_class.Config, options, path, source)
-    return config

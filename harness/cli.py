@@ -17,7 +17,7 @@ from rich.console import Console
 
 from harness import cli_results
 from harness.errors import UserError
-from harness.experiment import Experiment, load_experiment
+from harness.experiment import Experiment
 from harness.plan import TrialSpec, describe, expand
 from harness.record import Parameters, Plan, TrialRecord, read_record, read_run, record_path, write_atomically
 
@@ -73,9 +73,9 @@ def _prepare(path: Path, output: Path, fresh: bool) -> _Planned:
     from harness.preflight import check_stages, metrics_of
     from harness.tracking import default_uri, redacted
 
-    experiment = load_experiment(path)
+    experiment = Experiment.from_yaml(path)
     specs = expand(experiment)
-    check_stages(specs, experiment.source.where(("adapters",)))
+    check_stages(specs, str(experiment.top / "adapters"))
     uri = experiment.tracking.mlflow_uri or default_uri(output)
     plan = describe(experiment, specs, metrics_of(specs), redacted(uri))
     return _Planned(experiment, specs, plan, _run_folder(output, experiment.name, fresh), uri)

@@ -18,7 +18,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from adapters.registry import ADAPTERS
+from adapters.registry import ADAPTERS, choose
+from harness.cursor import Cursor
 from harness.errors import UserError, did_you_mean
 from harness.registry import Entry, Registry
 from harness.sections import Backbone
@@ -264,9 +265,7 @@ def _language_model(name: str) -> Any:
 
 
 def _count(name: str, language_model: Any, count_for: CountFor) -> _Counts:
-    from adapters.spec import choose
-
-    method = choose({"method": name, **count_for.options}, "--set").method
+    method = choose({"method": name, **count_for.options}, Cursor(path=("--set",))).method
     agnostic = _added(method, language_model, "agnostic", count_for.contexts)
     specific = _added(method, language_model, "specific", count_for.contexts) if method.grouped else None
     return _Counts(method.label(), agnostic, specific)

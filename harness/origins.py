@@ -13,12 +13,12 @@ from typing import Any
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from harness.axes import check
+from harness.cursor import Cursor
 from harness.errors import UserError, did_you_mean
 from harness.inputs import digest_of
 from harness.record import TrialRecord, read_record
 from harness.sections import AdapterChoice, Origin, Section
-from harness.yaml_source import KeyPath, Source
+from harness.validation import check
 
 WEIGHTS = "best.safetensors"  # as a trial leaves them
 Shapes = dict[str, tuple[int, ...]]
@@ -31,36 +31,35 @@ class _Given(Section):
     group: str | None = None  # of that trial; by default the same name
 
 
-def find_origins(given: Any, choice: AdapterChoice, path: KeyPath, source: Source) -> dict[str, Origin]:
+def find_origins(given: Any, choice: AdapterChoice, where: Cursor) -> dict[str, Origin]:
     """Group → origin, as ``init_from`` of an adapter says.
 
     Args:
         given: the value in the file.
         choice: the adapter, the rest of it resolved.
-        path: of ``init_from``.
-        source: for messages.
+        where: ``init_from`` is written.
 
     Raises:
         UserError: a group, a trial or its group is not there, or it was trained with another method or other options.
     """
     if not isinstance(given, Mapping) or not given:
-        raise UserError(f"{source.where(path)}: found {given!r}; allowed: group → folder of a finished trial")
+        raise UserError(f"{where}: found {given!r}; allowed: group → folder of a finished trial")
     groups = [group for group in dict.fromkeys(choice.grouping.values()) if group is not None]
     if not groups:
-        raise UserError(f"{source.where(path)}: {choice.method} has no adapter groups, so none can be taken over")
+        raise UserError(f"{where}: {choice.method} has no adapter groups, so none can be taken over")
     origins = {}
     for group, entry in given.items():
-        here = (*path, group)
+        here = where / group
         if group not in groups:
-            raise UserError(f"{source.where(here)}: no such adapter group; {did_you_mean(str(group), groups)}")
+            raise UserError(f"{here}: no such adapter group; {did_you_mean(str(group), groups)}")
         if not isinstance(entry, str | Mapping):
-            raise UserError(f"{source.where(here)}: found {entry!r}; allowed: a trial's folder, or trial and group")
-        wanted = check(_Given, {"trial": entry} if isinstance(entry, str) else entry, here, source)
+            raise UserError(f"{here}: found {entry!r}; allowed: a trial's folder, or trial and group")
+        wanted = check(_Given, {"trial": entry} if isinstance(entry, str) else entry, here)
         contexts = [context for context, own in choice.grouping.items() if own == group]
         try:
             origins[group] = _origin(Path(wanted.trial), wanted.group or group, choice, contexts)
         except UserError as error:
-            raise UserError(f"{source.where(here)}: {error}") from None
+            raise UserError(f"{here}: {error}") from None
     return origins
 
 

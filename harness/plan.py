@@ -82,7 +82,7 @@ def expand(experiment: Experiment) -> list[TrialSpec]:
     if repeated:
         adapter = repeated.adapter
         raise UserError(
-            f"{experiment.source.where(('adapters',))}: the same trial is asked for twice: "
+            f"{experiment.top / 'adapters'}: the same trial is asked for twice: "
             f"{adapter.label} {adapter.grouping_name}".rstrip()
         )
     return specs
@@ -106,7 +106,7 @@ def describe(experiment: Experiment, specs: list[TrialSpec], metrics: tuple[Metr
     names = [metric.name for metric in metrics]
     primary = experiment.evaluation.primary_metric
     if primary not in names:
-        where = experiment.source.where(("eval", "primary_metric"))
+        where = experiment.top / "eval" / "primary_metric"
         raise UserError(f"{where}: unknown metric {primary!r}; {did_you_mean(primary, names)}")
     dumps = {spec.trial_id: spec.model_dump(mode="json") for spec in specs}
     labels, settings = naming.labels(dumps), naming.settings(dumps)
@@ -125,7 +125,7 @@ def describe(experiment: Experiment, specs: list[TrialSpec], metrics: tuple[Metr
     )
     return Plan(
         experiment=experiment.name,
-        experiment_file=str(experiment.source.path),
+        experiment_file=str(experiment.file or ""),
         primary_metric=primary,
         metrics=metrics,
         mlflow_uri=mlflow_uri,

@@ -22,14 +22,14 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from harness import axes, contract_task
+from harness import contract_task, validation
+from harness.cursor import Cursor
 from harness.errors import ProblemList, UserError
-from harness.experiment import load_experiment
+from harness.experiment import Experiment
 from harness.inputs import Reader, digest_of
 from harness.listing import parse_options
 from harness.plan import TrialSpec, expand
 from harness.sections import TaskChoice
-from harness.yaml_source import Source
 from results.format import ABSENT
 from tasks.base import Example, Split, Task
 from tasks.registry import MODALITIES, TASKS
@@ -122,7 +122,7 @@ def _subjects(target: str, options: Sequence[str]) -> list[_Subject]:
     if options:
         raise UserError(f"--set {options[0]}: an experiment has its options in the file; --set is for a task's name")
     groups: dict[str, list[TrialSpec]] = {}
-    for spec in expand(load_experiment(Path(target))):
+    for spec in expand(Experiment.from_yaml(Path(target))):
         groups.setdefault(spec.task.model_dump_json(), []).append(spec)
     choices = [group[0].task for group in groups.values()]
     return [_of_experiment(_label(group[0].task, choices), group) for group in groups.values()]
@@ -131,7 +131,7 @@ def _subjects(target: str, options: Sequence[str]) -> list[_Subject]:
 def _named(name: str, options: Sequence[str]) -> _Subject:
     task_class = TASKS.load(TASKS.find(name).target)
     values = parse_options(options)
-    task: Task = task_class(axes.check(task_class.Config, values, (), Source(Path("--set"), values, {})))
+    task: Task = task_class(validation.check(task_class.Config, values, Cursor(path=("--set",))))
     names = set(task.modalities.values())
     by_modality = {m: Reader(m, MODALITIES.load(MODALITIES.find(m).target)()) for m in names}
     return _Subject(name, task, {context: by_modality[m] for context, m in task.modalities.items()})

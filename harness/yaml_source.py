@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from harness.cursor import Cursor, KeyPath
 from harness.errors import UserError
 
-KeyPath = tuple[str | int, ...]
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
@@ -32,30 +31,11 @@ _Loader.add_implicit_resolver(
 )
 
 
-@dataclass(frozen=True)
-class Source:
-    """A parsed file: its data, and the line of every key path."""
-
-    path: Path
-    data: Any
-    lines: dict[KeyPath, int]
-
-    def where(self, key_path: KeyPath) -> str:
-        """``file.yaml, line 7, adapters[2].rank``; the line is that of the longest part that stands in the file."""
-        known = next((key_path[:n] for n in range(len(key_path), -1, -1) if key_path[:n] in self.lines), ())
-        line = f", line {self.lines[known]}" if known in self.lines else ""
-        name = format_key_path(key_path)
-        return f"{self.path}{line}{', ' + name if name else ''}"
-
-
-def format_key_path(key_path: KeyPath) -> str:
-    """``("adapters", 2, "rank")`` → ``adapters[2].rank``."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key_path)
-    return text.removeprefix(".")
-
-
-def read_yaml(path: Path) -> Source:
+def read_yaml(path: Path) -> tuple[Any, Cursor]:
     """Read one YAML file.
+
+    Returns:
+        Its content, and the cursor at its top.
 
     Raises:
         UserError: it is missing, unreadable, not YAML, repeats a key, or names a variable that is not set.
@@ -74,36 +54,37 @@ def read_yaml(path: Path) -> Source:
     except (yaml.YAMLError, ValueError) as error:  # a date like 2020-13-45 is a ValueError
         raise UserError(f"{path}: not valid YAML: {error}") from error
     lines: dict[KeyPath, int] = {}
+    top = Cursor(str(path), (), lines)
     if node is None:
-        return Source(path, None, lines)
-    source = Source(path, None, lines)
+        return None, top
     try:
-        _walk(node, (), source)
+        _collect_lines(node, top, lines)
     except RecursionError:
         raise UserError(f"{path}: an alias (*name) stands inside the value it names") from None
-    return Source(path, _expand(data, (), source), lines)
+    return _expand(data, top), top
 
 
-def _walk(node: yaml.Node, key_path: KeyPath, source: Source) -> None:
-    source.lines.setdefault(key_path, node.start_mark.line + 1)
+def _collect_lines(node: yaml.Node, here: Cursor, lines: dict[KeyPath, int]) -> None:
+    lines.setdefault(here.path, node.start_mark.line + 1)
     if isinstance(node, yaml.SequenceNode):
         for index, child in enumerate(node.value):
-            _walk(child, (*key_path, index), source)
+            _collect_lines(child, here / index, lines)
     elif isinstance(node, yaml.MappingNode):
         for key, child in node.value:
-            path = (*key_path, str(key.value))
-            if path in source.lines:
-                line = key.start_mark.line + 1
-                raise UserError(f"{source.path}, line {line}, {format_key_path(path)}: key given twice")
-            source.lines[path] = key.start_mark.line + 1
-            _walk(child, path, source)
+            inner = here / str(key.value)
+            line = key.start_mark.line + 1
+            if inner.path in lines:
+                raise UserError(f"{here.origin}, line {line}, {inner.key}: key given twice")
+            lines[inner.path] = line
+            _collect_lines(child, inner, lines)
 
 
-def _expand(value: Any, key_path: KeyPath, source: Source) -> Any:
+def _expand(value: Any, here: Cursor) -> Any:
+    """The value with environment variables put in."""
     if isinstance(value, dict):
-        return {key: _expand(child, (*key_path, str(key)), source) for key, child in value.items()}
+        return {key: _expand(child, here / str(key)) for key, child in value.items()}
     if isinstance(value, list):
-        return [_expand(child, (*key_path, index), source) for index, child in enumerate(value)]
+        return [_expand(child, here / index) for index, child in enumerate(value)]
     if not isinstance(value, str):
         return value
 
@@ -111,10 +92,7 @@ def _expand(value: Any, key_path: KeyPath, source: Source) -> Any:
         name, default = match.groups()
         found = os.environ.get(name) or default
         if found is None:
-            raise UserError(
-                f"{source.where(key_path)}: environment variable {name} is not set; "
-                f"set it, or write ${{{name}:-default}}"
-            )
+            raise UserError(f"{here}: environment variable {name} is not set; set it, or write ${{{name}:-default}}")
         return str(found)
 
     return _VARIABLE.sub(replace, value)

@@ -20,7 +20,7 @@ from harness.build import Built, build, empty_model
 from harness.engine import load_weights
 from harness.errors import UserError
 from harness.evaluate import likelihood
-from harness.experiment import load_experiment
+from harness.experiment import Experiment
 from harness.parts import empty_encoders
 from harness.plan import TrialSpec, describe, expand
 from harness.preflight import check_models
@@ -178,9 +178,9 @@ def test_the_leaderboard_tells_assembled_and_fresh_ones_apart(
     """An axis: from nothing, with the pictures' group, with both."""
     given = [None, {"image": str(sources[0])}, {"image": str(sources[0]), "series": str(sources[1])}]
     path = experiment_file(yaml.safe_dump({"task": MIXTURE, "adapters": [{**LORA, "init_from": given}]}))
-    specs = expand(load_experiment(path))
+    specs = expand(Experiment.from_yaml(path))
     perplexity = MetricInfo(name="perplexity", label="Perplexity", higher_is_better=False)
-    labels = [trial.label for trial in describe(load_experiment(path), specs, (perplexity,), "").trials]
+    labels = [trial.label for trial in describe(Experiment.from_yaml(path), specs, (perplexity,), "").trials]
     image, series = (
         f"{group}={folder.name}:{group}" for group, folder in zip(("image", "series"), sources, strict=True)
     )

@@ -27,7 +27,7 @@ from test_prepare import checked
 
 from harness.build import build
 from harness.errors import UserError
-from harness.experiment import load_experiment
+from harness.experiment import Experiment
 from harness.plan import TrialSpec, expand
 from harness.preflight import check_data
 from tasks.captioning import CocoCaptions
@@ -42,7 +42,7 @@ def spec_of(task: str, root: Path, **sections: Any) -> TrialSpec:
     content = {"task": {"name": task, "root": str(root)}, "adapters": [{"method": "none", "learning_rate": 1e-3}]}
     path = root.parent / "experiment.yaml"
     path.write_text(yaml.safe_dump(content | sections), encoding="utf-8")
-    (spec,) = expand(load_experiment(path))
+    (spec,) = expand(Experiment.from_yaml(path))
     return spec
 
 

@@ -262,7 +262,7 @@ def test_a_library_that_is_not_installed_is_named(adapters: Harness, monkeypatch
         (("lora", *TINY, "--set", "rank=0"), "--set.rank: input should be greater than 0; found 0"),
         (("lora", *TINY, "--set", "rank=97"), "rank 97 is larger than layer model.layers.0.self_attn.q_proj"),
         (("lora", *TINY, "--set", "rank='4'"), "--set.rank: input should be a valid integer; found '4'"),
-        (("lora", *TINY, "--set", "rnk=4"), "no option 'rnk'; allowed: alpha, "),
+        (("lora", *TINY, "--set", "rnk=4"), "--set.rnk: unknown key 'rnk'; allowed: alpha, "),
         ((*TINY, "--set", "rnk=4"), "--set rnk: no adapter has this option; allowed: "),
         ((*TINY, "--set", "rnk=4"), "did you mean 'rank'?"),
         ((*TINY, "--contexts", "image,image"), "--contexts image,image: allowed: different names"),

@@ -21,7 +21,7 @@ from adapters.router import Router
 from harness.build import count_parameters
 from harness.contexts import Segment, resolve_grouping
 from harness.errors import UserError
-from harness.experiment import load_experiment
+from harness.experiment import Experiment
 from harness.parts import method_of
 from harness.plan import describe, expand
 from harness.record import MetricInfo
@@ -37,7 +37,7 @@ def experiment(entries: str) -> str:
 
 def test_it_plans_with_the_options_of_both(experiment_file: Write) -> None:
     text = experiment("{method: lora+bitfit, rank: [2, 4], where: A, grouping: specific}, {method: bitfit+ia3}")
-    read = load_experiment(experiment_file(text))
+    read = Experiment.from_yaml(experiment_file(text))
     specs = expand(read)
     labels = [(trial.label, trial.grouping, trial.method) for trial in describe(read, specs, METRICS, "").trials]
     assert labels == [
@@ -54,7 +54,7 @@ def test_it_plans_with_the_options_of_both(experiment_file: Write) -> None:
 
 def test_it_counts_what_its_parts_do_together(experiment_file: Write) -> None:
     text = experiment("{method: [lora, bitfit, lora+bitfit], grouping: specific}")
-    lora, bitfit, both = (count_parameters(spec) for spec in expand(load_experiment(experiment_file(text))))
+    lora, bitfit, both = (count_parameters(spec) for spec in expand(Experiment.from_yaml(experiment_file(text))))
     assert both.adapter == lora.adapter + bitfit.adapter
     assert both.by_group == {group: lora.by_group[group] + bitfit.by_group[group] for group in ("image", "text")}
     assert both.trainable == both.adapter + both.projector
@@ -77,12 +77,12 @@ def test_it_counts_what_its_parts_do_together(experiment_file: Write) -> None:
 def test_what_is_wrong_is_named_with_its_place(experiment_file: Write, entry: str, key: str, message: str) -> None:
     where = re.escape(f"experiment.yaml, line 2, adapters[0].{key}: ")
     with pytest.raises(UserError, match=where + message.replace("?", r"\?")):
-        load_experiment(experiment_file(experiment(entry)))
+        Experiment.from_yaml(experiment_file(experiment(entry)))
 
 
 def test_a_method_twice_is_an_error(experiment_file: Write) -> None:
     with pytest.raises(UserError, match=r"a combination names each method once; found LoRA\+LoRA"):
-        load_experiment(experiment_file(experiment("{method: lora+lora}")))
+        Experiment.from_yaml(experiment_file(experiment("{method: lora+lora}")))
 
 
 class OtherRankConfig(base.Config):

@@ -6,11 +6,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from harness.errors import UserError
-from harness.experiment import Experiment, load_experiment
+from harness.experiment import Experiment
+from harness.plan import expand
 
 Write = Callable[[str], Path]
 RATE = "optimizer: {learning_rate: 1e-3}\n"
@@ -28,7 +30,7 @@ def groupings(experiment: Experiment) -> list[tuple[str, dict[str, str | None]]]
 
 def test_lists_are_axes_and_the_first_key_varies_slowest(experiment_file: Write) -> None:
     text = adapters("{method: lora, rank: [4, 8], grouping: [agnostic, specific]}, {method: none}")
-    chosen = load_experiment(experiment_file(text)).adapters[0]
+    chosen = Experiment.from_yaml(experiment_file(text)).adapters[0]
     assert [(c.label, c.grouping_name) for c in chosen] == [
         ("LoRA r=4", "agnostic"), ("LoRA r=4", "specific"), ("LoRA r=8", "agnostic"), ("LoRA r=8", "specific"),
         ("none", ""),
@@ -37,19 +39,19 @@ def test_lists_are_axes_and_the_first_key_varies_slowest(experiment_file: Write)
 
 def test_a_list_of_roles_is_one_place_and_a_list_of_places_is_an_axis(experiment_file: Write) -> None:
     text = adapters("{method: lora, where: [q, v]}, {method: lora, where: [A, F]}, {method: ia3, where: [[k], [v]]}")
-    chosen = load_experiment(experiment_file(text)).adapters[0]
+    chosen = Experiment.from_yaml(experiment_file(text)).adapters[0]
     assert [c.label for c in chosen] == ["LoRA r=8 q,v", "LoRA r=8 A", "LoRA r=8 F", "IA3 k", "IA3 v"]
 
 
 def test_the_rates_tried_before_are_one_value_of_all_variants(experiment_file: Write) -> None:
     text = adapters("{method: [none, full], learning_rate: [1e-3, 2e-3], tried_learning_rates: [6e-3, 1.2e-2]}")
-    chosen = load_experiment(experiment_file(text)).adapters[0]
+    chosen = Experiment.from_yaml(experiment_file(text)).adapters[0]
     assert [c.learning_rate for c in chosen] == [1e-3, 2e-3] * 2
     assert {c.tried_learning_rates for c in chosen} == {(6e-3, 1.2e-2)}
 
 
 def test_every_section_has_axes(experiment_file: Write) -> None:
-    experiment = load_experiment(
+    experiment = Experiment.from_yaml(
         experiment_file(
             "task: {name: scenes, data_seed: [0, 1]}\n"
             "backbone: {encoders: {image: [builtin/tiny-vision, ./swin]}, projector_dropout: [0.0, 0.1]}\n"
@@ -70,20 +72,22 @@ def test_every_section_has_axes(experiment_file: Write) -> None:
 
 
 def test_a_mapping_under_grouping_is_one_grouping(experiment_file: Write) -> None:
-    experiment = load_experiment(experiment_file(adapters("{method: lora, grouping: {image: vision, text: null}}")))
+    experiment = Experiment.from_yaml(
+        experiment_file(adapters("{method: lora, grouping: {image: vision, text: null}}"))
+    )
     assert groupings(experiment) == [("image=vision text=-", {"image": "vision", "text": None})]
 
 
 def test_a_list_of_groupings_may_mix_words_and_mappings(experiment_file: Write) -> None:
     text = adapters("{method: lora, grouping: [specific, {image: a, text: a}]}")
-    assert groupings(load_experiment(experiment_file(text))) == [
+    assert groupings(Experiment.from_yaml(experiment_file(text))) == [
         ("specific", {"image": "image", "text": "text"}),
         ("image=a text=a", {"image": "a", "text": "a"}),
     ]
 
 
 def test_agnostic_is_the_default_and_methods_without_groups_have_none(experiment_file: Write) -> None:
-    experiment = load_experiment(experiment_file(adapters("{method: ia3}, {method: full}")))
+    experiment = Experiment.from_yaml(experiment_file(adapters("{method: ia3}, {method: full}")))
     assert groupings(experiment) == [
         ("agnostic", {"image": "all", "text": "all"}),
         ("", {"image": None, "text": None}),
@@ -93,12 +97,12 @@ def test_agnostic_is_the_default_and_methods_without_groups_have_none(experiment
 @pytest.mark.parametrize("written", ["1e-3", "1E-3", "1.0e-3", "0.001", ".1e-2", "+1e-3"])
 def test_numbers_with_an_exponent_are_numbers(experiment_file: Write, written: str) -> None:
     text = f"task: scenes\nadapters: [{{method: none}}]\noptimizer: {{learning_rate: {written}}}\n"
-    assert load_experiment(experiment_file(text)).optimizers[0].learning_rate == pytest.approx(1e-3)
+    assert Experiment.from_yaml(experiment_file(text)).optimizers[0].learning_rate == pytest.approx(1e-3)
 
 
 def test_the_name_is_the_file_name_unless_given(experiment_file: Write) -> None:
-    assert load_experiment(experiment_file(ONE)).name == "experiment"
-    assert load_experiment(experiment_file(ONE + "name: grid.v2\n")).name == "grid.v2"
+    assert Experiment.from_yaml(experiment_file(ONE)).name == "experiment"
+    assert Experiment.from_yaml(experiment_file(ONE + "name: grid.v2\n")).name == "grid.v2"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +116,7 @@ def test_environment_variables_and_their_defaults(
     else:
         monkeypatch.setenv("SOME_ROOT", variable)
     text = "task: {name: coco_captions, root: '${SOME_ROOT:-here}/mini'}\nadapters: [{method: none}]\n" + RATE
-    assert load_experiment(experiment_file(text)).tasks[0].config["root"] == f"{expected}/mini"
+    assert Experiment.from_yaml(experiment_file(text)).tasks[0].config["root"] == f"{expected}/mini"
 
 
 def test_an_unset_variable_is_named(experiment_file: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +124,7 @@ def test_an_unset_variable_is_named(experiment_file: Write, monkeypatch: pytest.
     path = experiment_file("task:\n  name: coco_captions\n  root: ${SOME_ROOT}\nadapters: [{method: none}]\n")
     message = f"{path}, line 3, task.root: environment variable SOME_ROOT is not set"
     with pytest.raises(UserError, match=re.escape(message)):
-        load_experiment(path)
+        Experiment.from_yaml(path)
 
 
 # For each: the file, the line and key path the message must name, and what else it must say.
@@ -187,7 +191,7 @@ def test_wrong_input_is_named_with_its_place(experiment_file: Write, case: str) 
     text, line, key_path, says = WRONG[case]
     path = experiment_file(text)
     with pytest.raises(UserError, match=re.escape(says)) as caught:
-        load_experiment(path)
+        Experiment.from_yaml(path)
     assert str(caught.value).startswith(f"{path}, line {line}, {key_path}: ")
 
 
@@ -207,19 +211,19 @@ def test_wrong_input_is_named_with_its_place(experiment_file: Write, case: str) 
 def test_what_is_not_plain_yaml_is_refused(experiment_file: Write, text: str) -> None:
     path = experiment_file(text)
     with pytest.raises(UserError, match=re.escape(str(path))):
-        load_experiment(path)
+        Experiment.from_yaml(path)
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "- task: scenes\n", "scenes\n"])
 def test_an_experiment_is_a_mapping(experiment_file: Write, text: str) -> None:
     with pytest.raises(UserError, match="an experiment is a mapping; allowed keys: name, task, adapters"):
-        load_experiment(experiment_file(text))
+        Experiment.from_yaml(experiment_file(text))
 
 
 def test_a_missing_file_names_its_neighbours(experiment_file: Write) -> None:
     path = experiment_file(ONE)
     with pytest.raises(UserError, match=f"no such file; this folder has: {re.escape(str(path))}"):
-        load_experiment(path.with_name("experimnet.yaml"))
+        Experiment.from_yaml(path.with_name("experimnet.yaml"))
 
 
 def test_a_folder_or_a_picture_is_no_experiment(tmp_path: Path) -> None:
@@ -227,24 +231,24 @@ def test_a_folder_or_a_picture_is_no_experiment(tmp_path: Path) -> None:
     picture.write_bytes(b"\x89PNG\xff\xfe")
     for path in (tmp_path, picture):
         with pytest.raises(UserError, match=re.escape(f"{path}: cannot be read")):
-            load_experiment(path)
+            Experiment.from_yaml(path)
 
 
 def test_keys_brought_in_by_a_merge_are_known(experiment_file: Write) -> None:
     text = "task: scenes\nadapters:\n  - &base {method: lora, rank: 4}\n  - {<<: *base, rank: 8}\n" + RATE
-    assert [c.config["rank"] for c in load_experiment(experiment_file(text)).adapters[0]] == [4, 8]
+    assert [c.config["rank"] for c in Experiment.from_yaml(experiment_file(text)).adapters[0]] == [4, 8]
 
 
 def test_a_context_of_the_paper_setting_needs_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COCO_ROOT", raising=False)
-    coco = load_experiment(Path(__file__).parent.parent / "experiments" / "coco.yaml")
+    coco = Experiment.from_yaml(Path(__file__).parent.parent / "experiments" / "coco.yaml")
     assert len(coco.adapters[0]) * len(coco.seeds) == 36
     assert coco.budgets[0].examples == "all"
 
 
 def test_a_list_that_an_option_takes_is_one_value_and_a_list_of_lists_an_axis(experiment_file: Write) -> None:
     def scales(text: str) -> list[object]:
-        tasks = load_experiment(experiment_file(text)).tasks
+        tasks = Experiment.from_yaml(experiment_file(text)).tasks
         return [
             (task.config["augmentation"]["crop_scale"], task.config["augmentation"]["brightness"]) for task in tasks
         ]
@@ -255,4 +259,44 @@ def test_a_list_that_an_option_takes_is_one_value_and_a_list_of_lists_an_axis(ex
     several = "  augmentation: {crop_scale: [[0.5, 1.0], [0.8, 1.0]]}\n"
     assert scales(head + several) == [([0.5, 1.0], 0.0), ([0.8, 1.0], 0.0)]
     text = "adapters: [{method: none}]\noptimizer: {learning_rate: 1}\ntask: {name: speech, root: /x, train: [a, b]}\n"
-    assert [task.config["train"] for task in load_experiment(experiment_file(text)).tasks] == [["a", "b"]]
+    assert [task.config["train"] for task in Experiment.from_yaml(experiment_file(text)).tasks] == [["a", "b"]]
+
+
+# ── From Python: the same names and the same checks
+
+
+def test_sections_from_python_are_the_same_experiment(experiment_file: Write) -> None:
+    sections: dict[str, Any] = {
+        "name": "grid",
+        "task": {"name": "scenes", "data_seed": 3},
+        "adapters": (
+            {"method": "none", "learning_rate": 1e-2},
+            {"method": "lora", "rank": [4, 8], "grouping": ["agnostic", {"image": "a", "text": None}]},
+        ),
+        "budget": {"examples": [64, 128]},
+        "optimizer": {"learning_rate": 1e-3},
+        "seeds": range(2),
+    }
+    built = Experiment(**sections)
+    read = Experiment.from_yaml(experiment_file(built.text))
+    assert [s.trial_id for s in expand(built)] == [s.trial_id for s in expand(read)]
+    assert (built.name, built.file) == ("grid", None)
+    assert Experiment(task="scenes", adapters=[{"method": "none", "learning_rate": 1}]).name == "experiment"
+
+
+PYTHON_WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "an unknown section": ({"budgte": {}}, "budgte: unknown key 'budgte'; allowed: .*did you mean 'budget'"),
+    "an unknown option": ({"adapters": [{"method": "lora", "rnak": 4}]}, r"adapters\[0\]\.rnak: unknown key 'rnak'"),
+    "text for a number": ({"budget": {"epochs": "4"}}, r"budget\.epochs: input should be a valid integer; found '4'"),
+    "an object": ({"budget": {"epochs": object()}}, "numbers, strings, lists and mappings; found <object"),
+    "no adapters": ({"adapters": []}, "adapters: .*at least 1 item"),
+    "an unknown task": ({"task": "scens"}, "task: unknown task 'scens'; allowed: .*did you mean 'scenes'"),
+}
+
+
+@pytest.mark.parametrize("case", PYTHON_WRONG)
+def test_wrong_sections_from_python_are_named_with_their_key(case: str) -> None:
+    change, message = PYTHON_WRONG[case]
+    sections: dict[str, Any] = {"task": "scenes", "adapters": [{"method": "none", "learning_rate": 1}]}
+    with pytest.raises(UserError, match=f"^{message}|^experiment: options are {message}"):
+        Experiment(**(sections | change))

@@ -22,7 +22,7 @@ from adapters.registry import ADAPTERS
 from harness import registry
 from harness.build import build
 from harness.errors import UserError
-from harness.experiment import load_experiment
+from harness.experiment import Experiment
 from harness.plan import TrialSpec, expand
 from harness.registry import identity, plugins_in
 from tasks.base import Split, Task
@@ -79,7 +79,7 @@ def spec(tmp_path: Path, experiment_file: Callable[[str], Path]) -> Callable[[],
     path = experiment_file(
         f"task: {{name: chat, {options[1:-1]}}}\nadapters: [{{method: mine, rank: 2, learning_rate: 1e-3}}]\n"
     )
-    return lambda: expand(load_experiment(path))[0]
+    return lambda: expand(Experiment.from_yaml(path))[0]
 
 
 def test_a_class_that_moves_keeps_its_trial_ids_and_loads_its_saved_adapter(

@@ -22,13 +22,13 @@ from adapters.router import Router
 from harness import backbones, measure
 from harness.build import assemble, count_parameters
 from harness.contexts import resolve_grouping
-from harness.experiment import load_experiment
+from harness.experiment import Experiment
 from harness.parts import make_modalities
 from harness.plan import TrialSpec, expand
 
 CPU = torch.device("cpu")
 QUICKSTART = Path(__file__).parent.parent / "experiments" / "quickstart.yaml"
-SPECS = [spec for spec in expand(load_experiment(QUICKSTART)) if spec.seed == 0]
+SPECS = [spec for spec in expand(Experiment.from_yaml(QUICKSTART)) if spec.seed == 0]
 
 
 # ── Activations

@@ -18,7 +18,7 @@ from trial_fixture import examples_of, run, scored_by, spec_of
 from harness.build import build, choose_splits, order_of
 from harness.engine import Engine
 from harness.errors import UserError
-from harness.experiment import load_experiment
+from harness.experiment import Experiment
 from harness.features import Features
 from harness.parts import make_task
 from harness.plan import TrialSpec
@@ -262,7 +262,7 @@ def test_wrong_options_are_named(options: str, experiment_file: Callable[[str], 
     task = "{name: mixture}" if options == "{}" else f"{{name: mixture, {options}}}"
     path = experiment_file(f"task: {task}\nadapters: [{{method: none, learning_rate: 1}}]\n")
     with pytest.raises(UserError, match=rf"experiment.yaml, line 1, task.*{WRONG[options]}|line 1, {WRONG[options]}"):
-        load_experiment(path)
+        Experiment.from_yaml(path)
 
 
 def test_an_inner_option_is_named_by_its_whole_path() -> None:

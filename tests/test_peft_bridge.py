@@ -21,9 +21,10 @@ from torch import Tensor, nn
 import harness
 from adapters.attach import Adapters, count_trainable
 from adapters.peft_bridge import PeftBridge, PeftBridgeConfig, make_config
+from adapters.registry import choose
 from adapters.router import Router
-from adapters.spec import choose
 from harness import UserError
+from harness.cursor import Cursor
 
 QV = {"target_modules": ["q_proj", "v_proj"]}
 # Methods of every kind: additive, multiplicative, with shared projections, copies of a layer, shared layers.
@@ -254,7 +255,7 @@ def test_activation_checkpointing_changes_nothing(use_reentrant: bool) -> None:
 )
 def test_options_that_cannot_be_are_refused_before_any_computation(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=rf"^spec\.config: peft: .*{message}"):
-        choose({"method": "peft", "config": options}, "spec")
+        choose({"method": "peft", "config": options}, Cursor(path=("spec",)))
 
 
 @pytest.mark.parametrize(
@@ -280,7 +281,7 @@ def test_what_does_not_suit_the_model_is_an_error_and_leaves_it_as_it_was(
 def test_without_the_library_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"pip install 'context-peft-harness\[peft\]'"):
-        choose({"method": "peft", "config": {"peft_type": "LORA"}}, "spec")
+        choose({"method": "peft", "config": {"peft_type": "LORA"}}, Cursor(path=("spec",)))
     with pytest.raises(UserError, match=r"pip install 'context-peft-harness\[peft\]'"):
         harness.adapt(tiny_llama(), {"method": "peft"})
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import UserError
-from harness.experiment import load_experiment
+from harness.experiment import Experiment
 from harness.plan import TrialSpec, describe, expand
 from harness.record import MetricInfo, Plan
 
@@ -35,13 +35,13 @@ eval: {test_examples: 64, primary_metric: perplexity}
 
 @pytest.fixture
 def trials(experiment_file: Write) -> Callable[[str], list[TrialSpec]]:
-    return lambda text: expand(load_experiment(experiment_file(text)))
+    return lambda text: expand(Experiment.from_yaml(experiment_file(text)))
 
 
 @pytest.fixture
 def plan(experiment_file: Write) -> Callable[[str], Plan]:
     def make(text: str) -> Plan:
-        experiment = load_experiment(experiment_file(text))
+        experiment = Experiment.from_yaml(experiment_file(text))
         return describe(experiment, expand(experiment), METRICS, "sqlite:///runs/mlflow.db")
 
     return make
@@ -56,7 +56,7 @@ def ids(specs: list[TrialSpec]) -> list[str]:
 
 
 def test_the_quickstart_is_sixteen_trials() -> None:
-    experiment = load_experiment(ROOT / "experiments" / "quickstart.yaml")
+    experiment = Experiment.from_yaml(ROOT / "experiments" / "quickstart.yaml")
     specs = expand(experiment)
     planned = describe(experiment, specs, METRICS, "").trials
     names = [f"{trial.label} {trial.grouping}".rstrip() for trial in planned]
@@ -159,8 +159,8 @@ def test_a_grown_grid_keeps_its_old_ids(trials: Trials) -> None:
 def test_ids_do_not_depend_on_the_process(trials: Trials, experiment_file: Write) -> None:
     here = ids(trials(BASE))
     code = (
-        "import sys; from pathlib import Path; from harness.experiment import load_experiment as load; "
-        "from harness.plan import expand; print([s.trial_id for s in expand(load(Path(sys.argv[1])))])"
+        "import sys; from pathlib import Path; from harness.experiment import Experiment; "
+        "from harness.plan import expand; print([s.trial_id for s in expand(Experiment.from_yaml(Path(sys.argv[1])))])"
     )
     command = [sys.executable, "-c", code, str(experiment_file(BASE))]
     there = subprocess.run(command, env={"PYTHONHASHSEED": "7"}, cwd=ROOT, capture_output=True, text=True, check=True)

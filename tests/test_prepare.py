@@ -237,7 +237,7 @@ def test_tasks_of_an_axis_are_named_by_what_differs(experiment_file: Write) -> N
 def test_a_wrong_call_says_what_is_allowed(coco: Path, experiment_file: Write, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"unknown task 'coco_caption'; allowed: .*did you mean 'coco_captions'\?"):
         checked("coco_caption")
-    with pytest.raises(UserError, match=r"--set, rot: unknown key 'rot'; allowed: .*did you mean 'root'\?"):
+    with pytest.raises(UserError, match=r"--set.rot: unknown key 'rot'; allowed: .*did you mean 'root'\?"):
         checked("coco_captions", f"rot={coco}")
     with pytest.raises(UserError, match=r"--set root: found no '='"):
         checked("coco_captions", "root")

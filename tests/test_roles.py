@@ -28,7 +28,7 @@ from adapters.router import Router
 from harness.build import count_parameters
 from harness.contexts import resolve_grouping
 from harness.errors import UserError
-from harness.experiment import load_experiment
+from harness.experiment import Experiment
 from harness.plan import TrialSpec, expand
 
 Write = Callable[[str], Path]
@@ -247,7 +247,7 @@ def test_head_by_head_needs_the_number_of_heads() -> None:
 
 def spec_of(experiment_file: Write, backbone: str, roles: str) -> TrialSpec:
     text = f"task: scenes\nbackbone: {{language_model: {backbone}{roles}}}\n"
-    (spec,) = expand(load_experiment(experiment_file(
+    (spec,) = expand(Experiment.from_yaml(experiment_file(
         text + "adapters: [{method: lora, rank: 2, where: [[q, v, down]]}]\noptimizer: {learning_rate: 1e-3}\n"
     )))  # fmt: skip
     return spec

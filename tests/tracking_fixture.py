@@ -8,7 +8,7 @@ from typing import Any
 
 from mlflow import MlflowClient
 
-from harness.experiment import load_experiment
+from harness.experiment import Experiment
 from harness.plan import TrialSpec, describe, expand
 from harness.record import (
     Data,
@@ -37,7 +37,7 @@ def four_trials() -> list[Trial]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "experiment.yaml")
         path.write_text(EXPERIMENT, encoding="utf-8")
-        experiment = load_experiment(path)
+        experiment = Experiment.from_yaml(path)
     specs = expand(experiment)
     info = MetricInfo(name="perplexity", label="Perplexity", higher_is_better=False)
     return list(zip(specs, describe(experiment, specs, (info,), "").trials, strict=True))

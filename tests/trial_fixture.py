@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from harness import engine as engine_module
-from harness.experiment import load_experiment
+from harness.experiment import Experiment
 from harness.plan import TrialSpec, expand
 from harness.record import TrialRecord
 from harness.registry import Plugin
@@ -74,7 +74,7 @@ def spec_of(
     }
     path = folder / "experiment.yaml"
     path.write_text(yaml.safe_dump(content | sections), encoding="utf-8")
-    (spec,) = expand(load_experiment(path))
+    (spec,) = expand(Experiment.from_yaml(path))
     if not metric:
         return spec
     return scored_by(spec, metric)
