@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from adapters.registry import ADAPTERS, Choice
 from adapters.spec import Spec, resolve
 from harness.errors import UserError, did_you_mean
+from harness.files import atomic, write_atomically
 
 JSON_NAME, TENSORS_NAME = "context_peft.json", "context_peft.safetensors"
 FORMAT_VERSION = 2
@@ -160,13 +161,9 @@ def write(folder: Path, spec: Spec, base: SavedBase, tensors: Mapping[str, Tenso
     )
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{TENSORS_NAME}.{saved.save_id}"
-        save_file(on_cpu, partial, metadata={"save_id": saved.save_id})
-        partial.replace(folder / TENSORS_NAME)
-        partial = folder / f"{JSON_NAME}.{saved.save_id}"
-        partial.write_text(saved.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        partial.replace(folder / JSON_NAME)
+        with atomic(folder / TENSORS_NAME) as partial:
+            save_file(on_cpu, partial, metadata={"save_id": saved.save_id})
+        write_atomically(folder / JSON_NAME, saved.model_dump_json(indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{folder}: adapters cannot be saved: {error}") from error
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from adapters.attach import Adapters
 from adapters.router import Router
 from harness.errors import UserError
-from harness.inputs import digest_of
+from harness.files import digest_of
 from harness.model import ContextModel
 from harness.origins import WEIGHTS, Shapes, compare, finished, read_section, shapes_of
 from harness.parts import make_task, method_of

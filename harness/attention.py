@@ -31,6 +31,7 @@ from adapters import mmca
 from harness.build import Built, build
 from harness.engine import load_weights
 from harness.errors import UserError
+from harness.files import atomic
 from harness.model import IGNORED
 from harness.origins import WEIGHTS, finished, read_section
 from harness.plan import TrialSpec
@@ -159,9 +160,8 @@ def _record(job: _Job, what: str, status: Status) -> tuple[int, int]:
         raise UserError(f"{job.folder}: none of its {len(job.captions)} drawn examples has an encoded input")
     header = RecordedAttention(trial_id=job.record.trial_id, started_at=job.record.started_at, examples=tuple(recorded))
     path = job.folder / FILE_NAME
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial, {HEADER: json.dumps(header.model_dump(mode="json"))})
-    partial.replace(path)
+    with atomic(path) as partial:
+        save_file(tensors, partial, {HEADER: json.dumps(header.model_dump(mode="json"))})
     return len(recorded), len(job.captions) - len(recorded)
 
 

@@ -18,8 +18,9 @@ from rich.console import Console
 from harness import cli_results
 from harness.errors import UserError
 from harness.experiment import Experiment
+from harness.files import write_atomically
 from harness.plan import TrialSpec, describe, expand
-from harness.record import Parameters, Plan, TrialRecord, read_record, read_run, record_path, write_atomically
+from harness.record import Parameters, Plan, TrialRecord, read_record, read_run, record_path
 
 EXPERIMENTS, RESULTS, PARTS = "Experiments", "Results", "Tasks, adapters, metrics and backbones"
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore, Store
 
+from harness.files import atomic
 from harness.measure import PeakMemory
 from harness.record import Memory
 from harness.sections import Optimizer
@@ -200,10 +201,8 @@ class Engine:
         with self._whole(parameters):
             tensors = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
         if torch.distributed.get_rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.partial")
-            safetensors.torch.save_file(tensors, partial)
-            partial.replace(path)
+            with atomic(path) as partial:
+                safetensors.torch.save_file(tensors, partial)
         torch.distributed.barrier()  # the others may read it next
 
     def memory(self, activations_bytes: int, peak: PeakMemory) -> Memory:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.errors import UserError
-from harness.record import write_atomically
+from harness.files import digest_of, write_atomically
 
 if TYPE_CHECKING:
     from tasks.base import Modality
@@ -93,9 +92,3 @@ class Inputs:
 def _stamp(path: Path) -> list[object]:
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns]
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of the file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

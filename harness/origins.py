@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from harness.cursor import Cursor
 from harness.errors import UserError, did_you_mean
-from harness.inputs import digest_of
+from harness.files import digest_of
 from harness.record import TrialRecord, read_record
 from harness.sections import AdapterChoice, Origin, Section
 from harness.validation import check

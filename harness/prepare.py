@@ -26,7 +26,8 @@ from harness import contract_task, validation
 from harness.cursor import Cursor
 from harness.errors import ProblemList, UserError
 from harness.experiment import Experiment
-from harness.inputs import Reader, digest_of
+from harness.files import digest_of
+from harness.inputs import Reader
 from harness.listing import parse_options
 from harness.plan import TrialSpec, expand
 from harness.sections import TaskChoice

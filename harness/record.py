@@ -8,13 +8,14 @@ of ours but the error type, so that results can be read without torch, Ray or a 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+
+from harness.files import write_atomically
 
 Status = Literal["finished", "failed", "out_of_memory", "pruned", "cancelled"]
 
@@ -148,17 +149,6 @@ class TrialRecord(_Schema):
     mlflow_run_id: str | None = None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write so that a reader, or a crash, sees the whole old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 def record_path(run: Path, trial_id: str) -> Path:
     """Where the record of a trial lies in its run folder."""
     return run / "trials" / trial_id / "record.json"
@@ -243,7 +233,7 @@ def read_run(folder: Path) -> Run:
             records[record.trial_id] = record
         else:
             foreign.append(record.trial_id)
-    return Run(folder, _with_learning_rates(plan, records), records, tuple(broken), tuple(foreign))
+    return Run(folder, plan, records, tuple(broken), tuple(foreign))
 
 
 def _read_plan(path: Path) -> Plan:
@@ -253,37 +243,3 @@ def _read_plan(path: Path) -> Plan:
         raise
     except OSError as error:
         raise ValueError(f"{path}: not the plan of a run: {error}") from error
-
-
-_RATE_IN_NAME = re.compile(r"(?:^| )learning_rate=(\S+)")
-
-
-def _with_learning_rates(plan: Plan, records: Mapping[str, TrialRecord]) -> Plan:
-    """The plan as it would be written today, if it is of a time when learning rates were in names alone.
-
-    A trial's rate is then in its record, or else in its label or setting where several were planned, or else it is that
-    of the trials with the same names.
-    """
-    if all(trial.learning_rate is not None for trial in plan.trials):
-        return plan
-    rates = {trial.trial_id: _recorded_rate(trial, records.get(trial.trial_id)) for trial in plan.trials}
-    shared = {(t.label, t.grouping, t.setting): rates[t.trial_id] for t in plan.trials if rates[t.trial_id] is not None}
-    trials = []
-    for trial in plan.trials:
-        rate = rates[trial.trial_id]
-        names = {
-            "label": _RATE_IN_NAME.sub("", trial.label),
-            "setting": _RATE_IN_NAME.sub("", trial.setting).strip(),
-            "learning_rate": shared.get((trial.label, trial.grouping, trial.setting)) if rate is None else rate,
-        }
-        trials.append(trial if trial.learning_rate is not None else trial.model_copy(update=names))
-    return plan.model_copy(update={"trials": tuple(trials)})
-
-
-def _recorded_rate(trial: PlannedTrial, record: TrialRecord | None) -> float | None:
-    optimizer = record.spec.get("optimizer") if record else None
-    rate = optimizer.get("learning_rate") if isinstance(optimizer, Mapping) else None
-    if isinstance(rate, float | int):
-        return float(rate)
-    named = _RATE_IN_NAME.search(f"{trial.label} {trial.setting}")
-    return float(named[1]) if named else None

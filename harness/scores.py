@@ -16,6 +16,7 @@ import pandas as pd
 from harness.budget import by_member
 from harness.build import Splits
 from harness.evaluate import Likelihood
+from harness.files import atomic
 from harness.registry import Plugin
 from tasks.base import Example, Metric, Scores
 from tasks.registry import METRICS
@@ -95,9 +96,8 @@ def write_examples(
                 **{f"{name}.counts": np.asarray(c, float) for name, c in scores.counts.get(example.id, {}).items()},
             }
         )
-    partial = path.with_name(f".{path.name}.partial")
-    pd.DataFrame(rows).to_parquet(partial, index=False)
-    partial.replace(path)
+    with atomic(path) as partial:
+        pd.DataFrame(rows).to_parquet(partial, index=False)
 
 
 def _row(split: str, example: Example, likelihood: Likelihood, index: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.errors import ProblemList, UserError
+from harness.files import write_atomically
 from tasks.base import Metric, Scores
 from tasks.registry import METRICS
 
@@ -190,9 +191,7 @@ def _write(output: Path, scores: Scores) -> None:
     content: dict[str, Any] = {"corpus": scores.corpus, "per_example": scores.per_example}
     if scores.notes:
         content["notes"] = list(scores.notes)
-    partial = output.with_name(f".{output.name}.partial")
     try:
-        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(output)
+        write_atomically(output, json.dumps(content, indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(f"{output}: cannot be written: {error.strerror}") from error

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from harness.errors import UserError, did_you_mean
-from harness.record import record_path, write_atomically
+from harness.files import write_atomically
+from harness.record import record_path
 from harness.tracking import RUN_FILES, check_uri, child_runs, connect, reason_of, redacted
 from harness.tracking_trial import TRIAL_FILES
 

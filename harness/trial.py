@@ -22,9 +22,10 @@ import torch
 from harness import budget, measure
 from harness.engine import prepare_process
 from harness.evaluate import exchanged, generate, likelihood
+from harness.files import write_atomically
 from harness.inputs import Inputs
 from harness.plan import TrialSpec
-from harness.record import Data, Epoch, TrialRecord, write_atomically, write_record
+from harness.record import Data, Epoch, TrialRecord, write_record
 from harness.revisions import git_revision
 from harness.scores import perplexities, score_members, write_examples
 from harness.sections import Resources

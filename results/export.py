@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness.record import write_atomically
+from harness.files import write_atomically
 from results.export_latex import latex
 from results.export_text import markdown, ranking_metrics, table_csv
 from results.export_trials import write_trials

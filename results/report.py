@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.record import write_atomically
+from harness.files import write_atomically
 from results.export import write_exports
 from results.join import read_runs
 from results.page import html

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
+from harness.files import write_atomically
 from harness.record import (
     Data,
     Epoch,
@@ -23,7 +24,6 @@ from harness.record import (
     PlannedTrial,
     Throughput,
     TrialRecord,
-    write_atomically,
     write_record,
 )
 

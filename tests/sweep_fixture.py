@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 from run_fixture import METRICS, fake_record
 
 from harness import naming
-from harness.record import Plan, PlannedTrial, TrialRecord, write_atomically, write_record
+from harness.files import write_atomically
+from harness.record import Plan, PlannedTrial, TrialRecord, write_record
 
 # label, method, grouping, options, trainable parameters
 Method = tuple[str, str, str, dict[str, Any], int]

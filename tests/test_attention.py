@@ -22,8 +22,9 @@ from trial_fixture import LORA, examples_of, run, spec_of
 from harness.attention import attention_of, default_trials, give_weights, record_attention, restore
 from harness.build import Built, build
 from harness.errors import UserError
+from harness.files import write_atomically
 from harness.plan import TrialSpec
-from harness.record import Plan, PlannedTrial, TrialRecord, read_run, write_atomically, write_record
+from harness.record import Plan, PlannedTrial, TrialRecord, read_run, write_record
 from results.attention import FILE_NAME, read_attention
 from results.gallery import draw_ids
 

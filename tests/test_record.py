@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from harness.files import write_atomically
 from harness.record import (
     MetricInfo,
     Plan,
@@ -19,7 +20,6 @@ from harness.record import (
     read_record,
     read_run,
     record_path,
-    write_atomically,
     write_record,
 )
 

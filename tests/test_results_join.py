@@ -12,7 +12,8 @@ from run_fixture import METRICS, fake_plan, fake_record, write_run
 
 from harness import naming
 from harness.errors import UserError
-from harness.record import PlannedTrial, TrialRecord, read_run, write_atomically, write_record
+from harness.files import write_atomically
+from harness.record import PlannedTrial, TrialRecord, read_run, write_record
 from results.join import read_runs
 from results.table import build_leaderboard
 

@@ -9,7 +9,8 @@ import pytest
 from run_fixture import METHODS, Change, fake_plan, write_run
 
 from harness.errors import UserError
-from harness.record import Plan, PlannedTrial, TrialRecord, read_run, record_path, write_atomically
+from harness.files import write_atomically
+from harness.record import Plan, PlannedTrial, TrialRecord, read_run, record_path
 from results.table import Leaderboard, Row, build_leaderboard
 from results.words import caveats, headline
 

@@ -13,7 +13,8 @@ from mlflow.exceptions import MlflowException
 from tracking_fixture import Trial, artifacts, finished_record, four_trials, new_grid, write_plan
 
 from harness.errors import UserError
-from harness.record import write_atomically, write_record
+from harness.files import write_atomically
+from harness.record import write_record
 from harness.tracking import PARENT_TAG, Grid, MlflowTracker, check_uri, close_grid, default_uri, open_grid, redacted
 
 DEAD_SERVER = "http://127.0.0.1:9"  # the discard port: refused at once

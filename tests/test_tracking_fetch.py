@@ -22,7 +22,8 @@ from tracking_fixture import Trial, finished_record, four_trials, write_plan
 
 from harness import tracking, tracking_fetch
 from harness.errors import UserError
-from harness.record import read_run, write_atomically, write_record
+from harness.files import write_atomically
+from harness.record import read_run, write_record
 from harness.tracking import MlflowTracker, close_grid, default_uri, open_grid
 from harness.tracking_fetch import fetch_run
 

@@ -15,7 +15,8 @@ from mlflow import MlflowClient
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from tracking_fixture import Trial, artifacts, finished_record, four_trials, new_grid
 
-from harness.record import Memory, write_atomically, write_record
+from harness.files import write_atomically
+from harness.record import Memory, write_record
 from harness.tracking import Grid, MlflowTracker, close_grid
 from harness.tracking_system import SystemMetrics
 

@@ -9,6 +9,7 @@ from typing import Any
 from mlflow import MlflowClient
 
 from harness.experiment import Experiment
+from harness.files import write_atomically
 from harness.plan import TrialSpec, describe, expand
 from harness.record import (
     Data,
@@ -19,7 +20,6 @@ from harness.record import (
     PlannedTrial,
     Throughput,
     TrialRecord,
-    write_atomically,
 )
 from harness.tracking import Grid, default_uri, open_grid
 

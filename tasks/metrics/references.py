@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
 
+from harness.files import atomic
 from tasks.metrics import meteor_process, ngrams, ptb
 from tasks.metrics.meteor_process import normalise
 from tasks.metrics.ptb import tokenise
@@ -78,16 +78,8 @@ def cache_file(references: Texts) -> Path:
 def _write(path: Path, prepared: References) -> None:
     """Write in one step, so that no process reads half a file: the SHA-256 of the second line, then JSON."""
     content = json.dumps(asdict(prepared)).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".partial", delete=False) as file:
-        partial = Path(file.name)
-        try:
-            file.write(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
-            file.close()
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    with atomic(path) as partial:
+        partial.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
 
 
 def _read(path: Path) -> References | None:
