@@ -5,22 +5,19 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from harness import cli_results
 from harness.errors import UserError
 from harness.experiment import Experiment
-from harness.files import write_atomically
-from harness.plan import TrialSpec, describe, expand
-from harness.record import Parameters, Plan, TrialRecord, read_record, read_run, record_path
+
+if TYPE_CHECKING:
+    from harness.record import Parameters
+    from harness.run import Results
 
 EXPERIMENTS, RESULTS, PARTS = "Experiments", "Results", "Tasks, adapters, metrics and backbones"
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
@@ -50,135 +47,27 @@ def _escape(text: str) -> str:
     return escape(text)
 
 
-@dataclass(frozen=True)
-class _Planned:
-    """An experiment made ready to run in its run folder."""
-
-    experiment: Experiment
-    specs: list[TrialSpec]
-    plan: Plan
-    folder: Path
-    mlflow_uri: str  # may hold a password: never stored or shown
-
-    def records(self) -> dict[str, TrialRecord]:
-        """The records that are there, of this experiment's trials, by trial id."""
-        paths = {spec.trial_id: record_path(self.folder, spec.trial_id) for spec in self.specs}
-        return {trial_id: read_record(path) for trial_id, path in paths.items() if path.exists()}
-
-    def finished(self) -> set[str]:
-        """Trial ids with a finished record."""
-        return {trial_id for trial_id, record in self.records().items() if record.status == "finished"}
-
-
-def _prepare(path: Path, output: Path, fresh: bool) -> _Planned:
-    from harness.preflight import check_stages, metrics_of
-    from harness.tracking import default_uri, redacted
-
-    experiment = Experiment.from_yaml(path)
-    specs = expand(experiment)
-    check_stages(specs, str(experiment.top / "adapters"))
-    uri = experiment.tracking.mlflow_uri or default_uri(output)
-    plan = describe(experiment, specs, metrics_of(specs), redacted(uri))
-    return _Planned(experiment, specs, plan, _run_folder(output, experiment.name, fresh), uri)
-
-
-def _run_folder(output: Path, name: str, fresh: bool) -> Path:
-    """The latest of ``name``, ``name@2``, ``name@3`` …, or with ``fresh`` the next one; a name itself has no ``@``."""
-    number = 1
-
-    def folder(n: int) -> Path:
-        return output / (name if n == 1 else f"{name}@{n}")
-
-    while folder(number + 1).exists():
-        number += 1
-    return folder(number + 1) if fresh and folder(number).exists() else folder(number)
-
-
 @app.command(rich_help_panel=EXPERIMENTS)
 def run(file: ExperimentFile, output: Output = Path("runs"), fresh: Fresh = False) -> None:
     """Run an experiment's trials and write the report. Run again, it does only what is missing."""
-    from harness import preflight
-    from harness.tracking import check_uri, close_grid, open_grid
-    from results.report import write_report
+    from harness.run import run_experiment
 
     began = time.monotonic()
-    planned = _prepare(file, output, fresh)
-    preflight.check_shell()
-    preflight.check_folder(planned.folder)
-    with _only_one(planned.folder):
-        check_uri(planned.mlflow_uri)
-        preflight.check_models(planned.specs)
-        preflight.check_data(planned.specs, planned.folder, console)
-        write_atomically(planned.folder / "plan.json", planned.plan.model_dump_json(indent=1) + "\n")
-        write_atomically(planned.folder / "experiment.yaml", file.read_text(encoding="utf-8"))
-        grid = open_grid(planned.mlflow_uri, planned.experiment.name, planned.folder)
-        try:
-            _run_missing(planned, grid)
-        except KeyboardInterrupt:
-            errors.print("interrupted: what is finished is kept; run the same command again for the rest")
-        report = write_report([planned.folder])
-        complete = len(planned.finished()) == len(planned.specs)
-        if lost := close_grid(grid, complete, list(report.all)):
-            errors.print(f"[yellow]MLflow was not told of the end:[/] {_escape(lost)}", soft_wrap=True)
-    _last_screen(planned, report.html, time.monotonic() - began)
-    if not complete:
+    results = run_experiment(file, output, fresh=fresh, console=console)
+    if results.tracking_problem:
+        errors.print(f"[yellow]MLflow was not told of the end:[/] {_escape(results.tracking_problem)}", soft_wrap=True)
+    _last_screen(results, time.monotonic() - began)
+    if not results.complete:
         raise typer.Exit(1)
 
 
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Keep two sweeps out of one run folder.
-
-    Raises:
-        UserError: another one is in it.
-    """
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UserError(f"{folder}: another harness is running in this folder; wait for it, or use --fresh") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _run_missing(planned: _Planned, grid: object) -> None:
-    from harness.sweep import sweep
-    from harness.terminal import LiveTable
-    from harness.tracking import Grid
-
-    assert isinstance(grid, Grid)  # noqa: S101
-    finished = planned.finished()
-    todo = [
-        (spec, trial)
-        for spec, trial in zip(planned.specs, planned.plan.trials, strict=True)
-        if trial.trial_id not in finished
-    ]
-    if not todo:
-        console.print(f"all {len(planned.specs)} trials were finished before; nothing to compute")
-        return
-    for _, trial in todo:
-        _set_aside(record_path(planned.folder, trial.trial_id))
-    specs, trials = [spec for spec, _ in todo], [trial for _, trial in todo]
-    with LiveTable(console, trials, len(finished)) as display:
-        sweep(specs, trials, planned.experiment.name, planned.folder, planned.experiment.resources, grid, display)
-
-
-def _set_aside(record: Path) -> None:
-    """Keep the record of a trial that failed and is tried again."""
-    if record.exists():
-        number = len(list(record.parent.glob("attempt-*.json"))) + 1
-        record.rename(record.with_name(f"attempt-{number}.json"))
-
-
-def _last_screen(planned: _Planned, report: Path, seconds: float) -> None:
-    from harness.terminal import leaderboard_table, trial_name
+def _last_screen(results: Results, seconds: float) -> None:
+    from harness.live import trial_name
+    from harness.terminal import leaderboard_table
     from results.format import duration
-    from results.table import build_leaderboard
     from results.words import few_seeds
 
-    board = build_leaderboard(read_run(planned.folder))
+    board = results.board
     console.print(leaderboard_table(board))
     for sentence in few_seeds(board):
         console.print(sentence, style="dim", highlight=False)
@@ -186,12 +75,11 @@ def _last_screen(planned: _Planned, report: Path, seconds: float) -> None:
         console.print(
             f"[red]{item.status}[/] {trial_name(item.trial)}: {_escape(item.reason or 'run again to finish it')}"
         )
-    done = len(planned.finished())
-    console.print(
-        f"{done} of {len(planned.specs)} trials finished; this call took {duration(seconds)}", highlight=False
-    )
-    console.print(f"report:  {report}", highlight=False, soft_wrap=True)
-    console.print(f"MLflow:  {_mlflow_command(planned.plan.mlflow_uri or '')}", highlight=False, soft_wrap=True)
+    plan, records = board.run.plan, board.run.records
+    done = sum(record.status == "finished" for record in records.values())
+    console.print(f"{done} of {len(plan.trials)} trials finished; this call took {duration(seconds)}", highlight=False)
+    console.print(f"report:  {results.report}", highlight=False, soft_wrap=True)
+    console.print(f"MLflow:  {_mlflow_command(plan.mlflow_uri or '')}", highlight=False, soft_wrap=True)
 
 
 def _mlflow_command(uri: str) -> str:
@@ -206,9 +94,10 @@ def plan_command(file: ExperimentFile, output: Output = Path("runs"), fresh: Fre
     """Show the trials and the parameters each trains; nothing is trained, downloaded or written."""
     from harness.build import count_parameters
     from harness.hub import HubUnreachableError
+    from harness.run import prepare as prepare_run
     from harness.terminal import plan_table
 
-    planned = _prepare(file, output, fresh)
+    planned = prepare_run(Experiment.from_yaml(file), output, fresh)
     parameters: dict[str, Parameters | None] = {}
     known: dict[str, Parameters | None] = {}
     notes: dict[str, None] = {}

@@ -12,9 +12,8 @@ import torch
 from harness.batches import BatchMaker
 from harness.budget import by_member
 from harness.model import ContextModel
+from harness.sections import Evaluation
 from tasks.base import Example
-
-Tick = Callable[[], None]  # called after every batch, for progress
 
 
 @dataclass(frozen=True)
@@ -55,45 +54,6 @@ def _perplexity(nll: np.ndarray, tokens: np.ndarray) -> float:
     return math.exp(mean)
 
 
-@torch.inference_mode()
-def likelihood(
-    model: ContextModel,
-    batches: BatchMaker,
-    examples: Sequence[Example],
-    batch_size: int,
-    device: torch.device,
-    tick: Tick,
-    shown: Sequence[Example] | None = None,
-) -> Likelihood:
-    """Score every reference of every example.
-
-    Args:
-        model: put into evaluation mode by the caller.
-        batches: makes the batches.
-        examples: whose references are scored.
-        batch_size: references per batch.
-        device: of the model.
-        tick: called after each batch.
-        shown: whose inputs stand before them, one per example; by default each example's own.
-    """
-    pairs = [(i, n, text) for i, example in enumerate(examples) for n, text in enumerate(example.references)]
-    pairs.sort(key=lambda pair: batches.target_length(pair[2]))  # targets of like length: little padding
-    shown = examples if shown is None else shown
-    nll, tokens, first_nll, first_tokens = (np.zeros(len(examples), dtype) for dtype in (float, int, float, int))
-    for start in range(0, len(pairs), batch_size):
-        part = pairs[start : start + batch_size]
-        batch = batches.make([shown[i] for i, _, _ in part], [text for _, _, text in part])
-        nll_B, tokens_B = (x.double().cpu().numpy() for x in model(batch.to(device)))
-        rows = [i for i, _, _ in part]
-        np.add.at(nll, rows, nll_B)
-        np.add.at(tokens, rows, tokens_B.astype(int))
-        firsts = [(row, i) for row, (i, n, _) in enumerate(part) if n == 0]
-        for row, i in firsts:
-            first_nll[i], first_tokens[i] = nll_B[row], int(tokens_B[row])
-        tick()
-    return Likelihood(nll, tokens, first_nll, first_tokens)
-
-
 def exchanged(examples: Sequence[Example], seed: int) -> list[Example] | None:
     """For every example another one, whose inputs will stand before its references; none keeps its own.
 
@@ -110,26 +70,62 @@ def exchanged(examples: Sequence[Example], seed: int) -> list[Example] | None:
     return others
 
 
-def generate(
-    model: ContextModel,
-    batches: BatchMaker,
-    examples: Sequence[Example],
-    batch_size: int,
-    max_new_tokens: int,
-    num_beams: int,
-    device: torch.device,
-    tick: Tick,
-) -> dict[str, str]:
-    """Texts by example id, greedy or by beam search; a batch's prompts may be of any length."""
-    predictions: dict[str, str] = {}
-    by_target: dict[str, list[Example]] = {}
-    for example in examples:  # what is written in one batch is of one context
-        by_target.setdefault(batches.target_context(example), []).append(example)
-    for target, group in by_target.items():
-        for start in range(0, len(group), batch_size):
-            part = group[start : start + batch_size]
-            prompt = batches.prompts(part).to(device)
-            ids_BT = model.generate(prompt, target, max_new_tokens, batches.language_model.eos_id, num_beams)
-            predictions.update(zip([example.id for example in part], batches.decode(ids_BT), strict=True))
-            tick()
-    return {example.id: predictions[example.id] for example in examples}
+@dataclass(frozen=True)
+class Evaluator:
+    """Scores examples with a model, batch by batch.
+
+    Attributes:
+        model: put into evaluation mode by the caller.
+        batches: makes the batches.
+        options: batch size, and how texts are generated.
+        device: of the model.
+        tick: called after every batch, for progress.
+    """
+
+    model: ContextModel
+    batches: BatchMaker
+    options: Evaluation
+    device: torch.device
+    tick: Callable[[], None] = lambda: None
+
+    @torch.inference_mode()
+    def likelihood(self, examples: Sequence[Example], shown: Sequence[Example] | None = None) -> Likelihood:
+        """Score every reference of every example.
+
+        Args:
+            examples: whose references are scored.
+            shown: whose inputs stand before them, one per example; None: each example's own.
+        """
+        pairs = [(i, n, text) for i, example in enumerate(examples) for n, text in enumerate(example.references)]
+        pairs.sort(key=lambda pair: self.batches.target_length(pair[2]))  # targets of like length: little padding
+        shown, size = examples if shown is None else shown, self.options.per_device_eval_batch_size
+        nll, tokens, first_nll, first_tokens = (np.zeros(len(examples), dtype) for dtype in (float, int, float, int))
+        for start in range(0, len(pairs), size):
+            part = pairs[start : start + size]
+            batch = self.batches.make([shown[i] for i, _, _ in part], [text for _, _, text in part])
+            nll_B, tokens_B = (x.double().cpu().numpy() for x in self.model(batch.to(self.device)))
+            rows = [i for i, _, _ in part]
+            np.add.at(nll, rows, nll_B)
+            np.add.at(tokens, rows, tokens_B.astype(int))
+            firsts = [(row, i) for row, (i, n, _) in enumerate(part) if n == 0]
+            for row, i in firsts:
+                first_nll[i], first_tokens[i] = nll_B[row], int(tokens_B[row])
+            self.tick()
+        return Likelihood(nll, tokens, first_nll, first_tokens)
+
+    def generate(self, examples: Sequence[Example]) -> dict[str, str]:
+        """Texts by example id, greedy or by beam search; a batch's prompts may be of any length."""
+        predictions: dict[str, str] = {}
+        size, options = self.options.per_device_eval_batch_size, self.options
+        by_target: dict[str, list[Example]] = {}
+        for example in examples:  # what is written in one batch is of one context
+            by_target.setdefault(self.batches.target_context(example), []).append(example)
+        for target, group in by_target.items():
+            for start in range(0, len(group), size):
+                part = group[start : start + size]
+                prompt = self.batches.prompts(part).to(self.device)
+                eos_id = self.batches.language_model.eos_id
+                ids_BT = self.model.generate(prompt, target, options.max_new_tokens, eos_id, options.num_beams)
+                predictions.update(zip([example.id for example in part], self.batches.decode(ids_BT), strict=True))
+                self.tick()
+        return {example.id: predictions[example.id] for example in examples}

@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,24 +55,30 @@ class Display(Protocol):
         """The trial has a record."""
 
 
-def sweep(
-    specs: Sequence[TrialSpec],
-    planned: Sequence[PlannedTrial],
-    experiment: str,
-    run: Path,
-    resources: Resources,
-    grid: Grid,
-    display: Display,
-) -> None:
-    """Run the trials, as many at a time as the resources allow; returns when each has a record or on Ctrl-C.
+@dataclass(frozen=True)
+class Sweep:
+    """Trials to run, and where.
 
-    Args:
-        specs: the trials to run (those without a finished record).
-        planned: their names, in the same order.
+    Attributes:
+        trials: those without a finished record.
         experiment: its name.
         run: the run folder, which every worker must see.
         resources: what each trial gets.
         grid: where trials log.
+    """
+
+    trials: Sequence[tuple[TrialSpec, PlannedTrial]]
+    experiment: str
+    run: Path
+    resources: Resources
+    grid: Grid
+
+
+def sweep(wanted: Sweep, display: Display) -> None:
+    """Run the trials, as many at a time as the resources allow; returns when each has a record or on Ctrl-C.
+
+    Args:
+        wanted: the trials.
         display: told of progress.
 
     Raises:
@@ -82,9 +89,7 @@ def sweep(
     if started:
         ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     try:
-        request = per_trial(resources, ray.cluster_resources())
-        tuner = _tuner(specs, planned, experiment, run, resources, request, grid, display)
-        tuner.fit()
+        _tuner(wanted, per_trial(wanted.resources, ray.cluster_resources()), display).fit()
     finally:
         if started:
             ray.shutdown()
@@ -107,37 +112,29 @@ def per_trial(resources: Resources, available: Mapping[str, float]) -> dict[str,
     return {"cpu": resources.cpus_per_trial, "gpu": wanted}
 
 
-def _tuner(
-    specs: Sequence[TrialSpec],
-    planned: Sequence[PlannedTrial],
-    experiment: str,
-    run: Path,
-    resources: Resources,
-    request: dict[str, float],
-    grid: Grid,
-    display: Display,
-) -> Any:
-    packed = [
-        {"spec": spec.model_dump_json(), "planned": trial.model_dump_json()}
-        for spec, trial in zip(specs, planned, strict=True)
-    ]
+def _tuner(wanted: Sweep, request: dict[str, float], display: Display) -> Any:
+    packed = [{"spec": spec.model_dump_json(), "planned": planned.model_dump_json()} for spec, planned in wanted.trials]
     trainable = tune.with_parameters(
-        _run_one, experiment=experiment, run=str(run.resolve()), resources=resources.model_dump_json(), grid=grid
+        _run_one,
+        experiment=wanted.experiment,
+        run=str(wanted.run.resolve()),
+        resources=wanted.resources.model_dump_json(),
+        grid=wanted.grid,
     )
     return tune.Tuner(
         tune.with_resources(trainable, request),
         param_space={"trial": tune.grid_search(packed)},
         tune_config=tune.TuneConfig(
-            max_concurrent_trials=resources.max_concurrent_trials,
+            max_concurrent_trials=wanted.resources.max_concurrent_trials,
             reuse_actors=True,  # the next trial starts in a process that has torch and Java running already
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str((run / "ray").resolve()),
+            storage_path=str((wanted.run / "ray").resolve()),
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=resources.max_failures),
-            callbacks=[_Events(run, experiment, display)],
+            failure_config=tune.FailureConfig(max_failures=wanted.resources.max_failures),
+            callbacks=[_Events(wanted.run, wanted.experiment, display)],
         ),
     )
 

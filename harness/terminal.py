@@ -1,155 +1,33 @@
-"""What a person sees in the terminal: the plan, the live table, the leaderboard."""
+"""Terminal output: the plan, the leaderboard, comparisons and diffs."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from textwrap import shorten
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.live import Live
-from rich.progress_bar import ProgressBar
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from harness.record import MetricInfo, Parameters, Plan, PlannedTrial, TrialRecord
+from harness.live import trial_name
+from harness.record import MetricInfo, Parameters, Plan, PlannedTrial
 from results.compare import Comparison, Side
 from results.diff import RULE, BoardDiff, Change
 from results.format import ABSENT, duration, estimate_text, number, p_text, rank_text
 from results.progress import Progress
 from results.table import Leaderboard, Row
 
-SHOWN_TRIALS = 12  # rows of the live table: running ones first, then those that ended last
 SHOWN_FAILURES = 10
-_REASON_LENGTH = 240  # characters of why a row is not ranked: three lines
-_MIN_FRACTION = 0.02  # of the grid done before its remaining time is worth guessing
-
-
-@dataclass
-class _Row:
-    trial: PlannedTrial
-    phase: str = "waiting"
-    fraction: float = 0.0
-    epoch: int = 0
-    train_loss: float | None = None
-    validation_perplexity: float | None = None
-    started: float | None = None
-    ended: TrialRecord | None = None
-
-
-class LiveTable:
-    """The sweep as it runs. On a terminal a table with progress and ETA; elsewhere a line per ended trial.
-
-    Args:
-        console: where to draw.
-        trials: the trials of this sweep, in order.
-        already: how many of the plan were finished before.
-    """
-
-    def __init__(self, console: Console, trials: Sequence[PlannedTrial], already: int) -> None:
-        self.console, self.already = console, already
-        self._rows = {trial.trial_id: _Row(trial) for trial in trials}
-        self._began = time.monotonic()
-        self._live = Live(self, console=console, refresh_per_second=4, transient=True)
-
-    def __enter__(self) -> LiveTable:
-        if self.console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.console.is_terminal:
-            self._live.stop()
-
-    def started(self, trial_id: str) -> None:
-        """The trial has a process."""
-        row = self._rows[trial_id]
-        row.started, row.phase = time.monotonic(), "starting"
-
-    def progressed(self, trial_id: str, progress: Mapping[str, Any]) -> None:
-        """Fields of ``harness.trial.Progress``."""
-        row = self._rows[trial_id]
-        row.phase, row.fraction = progress["phase"], progress["fraction"]
-        row.epoch = progress.get("epoch") or row.epoch
-        row.train_loss = progress.get("train_loss") or row.train_loss
-        row.validation_perplexity = progress.get("validation_perplexity") or row.validation_perplexity
-
-    def ended(self, record: TrialRecord) -> None:
-        """The trial has a record."""
-        row = self._rows[record.trial_id]
-        row.ended, row.fraction, row.phase = record, 1.0, record.status
-        if not self.console.is_terminal:
-            done = sum(r.ended is not None for r in self._rows.values())
-            line = f"[{done}/{len(self._rows)}] {trial_name(row.trial)}: {_outcome(record)}"
-            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        rows = list(self._rows.values())
-        done = [row for row in rows if row.ended]
-        failed = sum(row.ended.status != "finished" for row in done if row.ended)
-        total = len(rows)
-        fraction = sum(row.fraction for row in rows) / total
-        elapsed = time.monotonic() - self._began
-        left = (
-            f"about {duration(elapsed / fraction - elapsed)} left"
-            if fraction > _MIN_FRACTION
-            else "estimating the time left"
-        )
-        before = f", {self.already} from before" if self.already else ""
-        summary = f"{len(done)} of {total} trials{before}, {failed} failed · {duration(elapsed)} · {left}"
-        head = Table.grid()
-        head.add_row(Text(summary, style="bold"))
-        head.add_row(ProgressBar(total=1.0, completed=fraction, width=min(80, options.max_width)))
-        yield head
-        yield self._table([row for row in rows if row.started and not row.ended], done)
-
-    def _table(self, running: list[_Row], done: list[_Row]) -> Table:
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        words = ("trial", "phase", "progress")
-        for heading in ("trial", "seed", "phase", "epoch", "train loss", "val. ppl", "progress"):
-            table.add_column(heading, justify="left" if heading in words else "right", no_wrap=heading in words)
-        recent = done[max(0, len(done) - max(0, SHOWN_TRIALS - len(running))) :]
-        for row in [*recent, *running[:SHOWN_TRIALS]]:
-            style = "" if row.ended is None else ("dim" if row.ended.status == "finished" else "red")
-            cells: list[Any] = [
-                Text(_name(row.trial)),
-                str(row.trial.seed),
-                row.phase,
-                str(row.epoch or ""),
-                "" if row.train_loss is None else f"{row.train_loss:.3f}",
-                "" if row.validation_perplexity is None else f"{row.validation_perplexity:.3f}",
-                ProgressBar(total=1.0, completed=row.fraction, width=20)
-                if row.ended is None
-                else Text(_outcome(row.ended).replace("test perplexity", "test")),
-            ]
-            table.add_row(*cells, style=style)
-        return table
-
-
-def _name(trial: PlannedTrial) -> str:
-    return " ".join(filter(None, (trial.label, trial.grouping, trial.setting)))
-
-
-def trial_name(trial: PlannedTrial) -> str:
-    """``LoRA r=4 specific seed 0``."""
-    return f"{_name(trial)} seed {trial.seed}"
-
-
-def _outcome(record: TrialRecord) -> str:
-    if record.status != "finished":
-        return f"{record.status}: {record.reason}"
-    return f"test perplexity {record.metrics['test']['perplexity']:.3f} in {duration(record.wall_time_s)}"
+_REASON_LENGTH = 240  # characters of the reason why a row is excluded from ranking: three lines
 
 
 def plan_table(plan: Plan, parameters: Mapping[str, Parameters | None], states: Mapping[str, str]) -> Table:
-    """The trials, seeds of one row joined, with the parameters each will train.
+    """The trials, grouped by row, with the number of parameters that each will train.
 
     Args:
         plan: all trials.
-        parameters: by trial id; None where a backbone's configuration is not to be had.
+        parameters: by trial id; None if the configuration of a backbone could not be loaded.
         states: by trial id: "finished", "failed", "to run".
     """
     table = _table(f"{plan.experiment}: {len(plan.trials)} trials")
@@ -184,12 +62,12 @@ def _counted(words: Iterable[str]) -> list[str]:
 
 
 def leaderboard_table(board: Leaderboard) -> Group:
-    """The leaderboard as the last screen shows it: as many columns as fit 80 characters; the report has them all.
+    """The leaderboard at the end of a run, with the columns that fit into 80 characters; the report has all.
 
-    A table for each setting; below it the rows set apart, with the reason.
+    A table for each setting; below it the rows excluded from ranking, with the reason.
     """
     shown = [info for info in board.run.plan.metrics if any(info.name in row.metrics for row in board.rows)]
-    # The first score of a generated text that the task's metrics name, of a mixture its first task's.
+    # The first score of generated text among the metrics; in a mixture, that of its first task.
     second = next((i for i in shown if "perplexity" not in i.name and i != board.primary), None)
     parts: list[RenderableType] = [
         Text(f"{board.run.plan.experiment}: scores on the test split, mean [95 % interval] over seeds", style="italic")
@@ -203,7 +81,7 @@ def leaderboard_table(board: Leaderboard) -> Group:
         by_reason: dict[str, list[str]] = {}
         for row in board.apart(setting):
             by_reason.setdefault(shorten("; ".join(row.apart), _REASON_LENGTH, placeholder=" …"), []).append(row.name)
-        parts += [Text(f"not ranked: {', '.join(names)}: {reason}") for reason, names in by_reason.items()]
+        parts += [Text(f"excluded from ranking: {', '.join(names)}: {reason}") for reason, names in by_reason.items()]
     return Group(*parts)
 
 
@@ -225,16 +103,16 @@ def _setting_table(rows: Sequence[Row], primary: MetricInfo, second: MetricInfo 
 
 
 def progress_lines(progress: Progress, active: bool) -> Iterator[str]:
-    """Counts, what runs, the time left, and the first of the failures."""
+    """Counts, running trials, the time left, and the first failures."""
     failed = ", ".join(f"{count} {status}" for status, count in progress.failed.items())
     counts = [f"{progress.finished} of {progress.planned} trials finished", failed]
     counts += [f"{len(progress.running)} running", f"{progress.waiting} waiting"]
     yield ", ".join(filter(None, counts))
     if not active:
         if progress.waiting:
-            yield "no harness is at work in this folder: run the experiment again for the rest"
+            yield "no harness is running in this folder: run the experiment again for the remaining trials"
     elif progress.left_s is None:
-        yield "a harness is at work in this folder; no trial has finished yet to estimate the time left"
+        yield "a harness is running in this folder; the time left can be estimated once a trial has finished"
     else:
         yield (
             f"{duration(progress.mean_wall_time_s)} a trial, {max(1, len(progress.running))} at once: "
@@ -248,7 +126,7 @@ def progress_lines(progress: Progress, active: bool) -> Iterator[str]:
 
 
 def comparison_view(comparison: Comparison) -> Group:
-    """Each metric's paired difference with its interval, and a sentence on what it shows."""
+    """The paired difference in each metric with its interval, and a sentence on what it shows."""
     one, other = comparison.one, comparison.other
     head = [Text(f"{letter} = {_side(side)}", style="bold") for letter, side in (("A", one), ("B", other))]
     if comparison.refusal:
@@ -272,7 +150,9 @@ def comparison_view(comparison: Comparison) -> Group:
     lines = [comparison.sentence(info) for info in comparison.metrics]
     if any(found.p_value is not None for found in comparison.differences.values()):
         count = f"{len(comparison.metrics)} metric{'s' * (len(comparison.metrics) > 1)} shown"
-        lines.append(f"p: paired by seed and what else the interval covers, after Holm's correction over the {count}.")
+        lines.append(
+            f"p: paired by seed and, where covered, by test example; after Holm's correction over the {count}."
+        )
     return Group(*head, table, *(Text(line) for line in (*lines, *comparison.notes)))
 
 
@@ -283,20 +163,20 @@ def _side(side: Side) -> str:
 
 
 def diff_view(found: BoardDiff) -> Group:
-    """Each row's old and new mean, the change and whether it is noise; rows that came and went."""
+    """Old and new mean of each row, the change and whether it is noise; added and removed rows."""
     direction = "higher" if found.metric.higher_is_better else "lower"
     parts: list[RenderableType] = [Text(f"{found.metric.label}, {direction} is better; rows old → new", style="italic")]
     for setting in dict.fromkeys(change.setting for change in found.changes):
         parts += [Text(f"\n{setting}", style="bold")] if setting else []
         parts.append(_diff_table([change for change in found.changes if change.setting == setting]))
-    lines = [f"{_row_of(change)}: {'; '.join(change.notes)}" for change in found.changes if change.notes]
+    lines = [
+        ": ".join(filter(None, (change.setting, change.name, "; ".join(change.notes))))
+        for change in found.changes
+        if change.notes
+    ]
     lines += [f"added: {name}" for name in found.added] + [f"removed: {name}" for name in found.removed]
     tested = any(change.difference for change in found.changes)
     return Group(*parts, *(Text(line) for line in lines), *([Text(RULE, style="dim")] if tested else []))
-
-
-def _row_of(change: Change) -> str:
-    return ": ".join(filter(None, (change.setting, change.name)))
 
 
 def _diff_table(changes: Sequence[Change]) -> Table:

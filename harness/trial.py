@@ -21,7 +21,7 @@ import torch
 
 from harness import budget, measure
 from harness.engine import prepare_process
-from harness.evaluate import exchanged, generate, likelihood
+from harness.evaluate import Evaluator, exchanged
 from harness.files import write_atomically
 from harness.inputs import Inputs
 from harness.plan import TrialSpec
@@ -31,7 +31,6 @@ from harness.scores import perplexities, score_members, write_examples
 from harness.sections import Resources
 from harness.stages import Stages
 from harness.tracking import Tracker
-from tasks.base import Example
 
 REPORT_INTERVAL_S = 1.0
 BEST = "best.safetensors"  # trained parameters of the epoch that validated best
@@ -116,42 +115,49 @@ class _State:
 
 
 class Trial:
-    """One trial in this process; see ``run_trial`` for the arguments."""
+    """One trial in this process; see ``run_trial`` for the arguments.
+
+    Attributes:
+        state: what grows, and survives a restart.
+        measured: fields of the record, as far as they are known.
+        cut: kind of text → the texts that were cut; ``notes``: what the metrics say beside their scores.
+        stages: the model and its engine, from when they are built.
+        peak: memory from before the model was built, from then on.
+        clock: of the stage's training steps.
+    """
+
+    stages: Stages
+    peak: measure.PeakMemory
 
     def __init__(self, spec: TrialSpec, folder: Path, resources: Resources, tracker: Tracker, report: Report) -> None:
         self.spec, self.folder, self.resources, self.tracker, self.report = spec, folder, resources, tracker, report
+        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self.state = _State()
-        self.measured: dict[str, Any] = {}  # fields of the record
+        self.measured: dict[str, Any] = {"device": measure.device_name(self.device)}  # fields of the record
         self.total_steps = 0
         self.cut: dict[str, set[str]] = {}
         self.notes: tuple[str, ...] = ()
+        self.clock = measure.StepClock(self.device)
         self._reported = 0.0
         self._checkpointed = time.monotonic()
 
     def run(self) -> None:
         """Build, train, test. What was measured by then is in ``state`` and ``measured``, also after an exception."""
-        spec = self.spec
-        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        self.measured["device"] = measure.device_name(self.device)
         torch.set_num_threads(self.resources.cpus_per_trial)
         self._tell("build", force=True)
         with self._phase("build"):
             prepare_process()
             self.peak = measure.PeakMemory(self.device)
-            self.stages = Stages(spec, self.device, self.resources.zero_stage, self.folder)
+            self.stages = Stages(self.spec, self.device, self.resources.zero_stage, self.folder)
+            self.total_steps, batches = self.stages.total_steps, self.stages.built.batches
+            self.cut = {"target": batches.cut_targets, "input": batches.cut_inputs}
             self.measured["parameters"] = self.stages.built.parameters  # trainable: those that any stage trains
-            batches = self.stages.built.batches
-            self.splits, self.cut = (
-                self.stages.built.splits,
-                {"target": batches.cut_targets, "input": batches.cut_inputs},
-            )
-            self.total_steps = self.stages.total_steps
         try:
             with self._phase("build"):
                 self._resume()
             with self._phase("encode"):
                 self._encode()
-            for epoch in range(len(self.state.history) + 1, spec.budget.epochs + 1):
+            for epoch in range(len(self.state.history) + 1, self.spec.budget.epochs + 1):
                 self._epoch(epoch)
             self.measured["data"] = self._data()
             with self._phase("test"):
@@ -167,14 +173,15 @@ class Trial:
 
     def _encode(self) -> None:
         """Run the frozen encoders ahead of training, so that training speed is the language model's alone."""
-        evaluation = [*self.splits.validation, *self.splits.test]
-        self.stages.built.batches.features.keep(self.splits.train, evaluation, lambda: self._tell("encode"))
+        splits = self.stages.built.splits
+        evaluation = [*splits.validation, *splits.test]
+        self.stages.built.batches.features.keep(splits.train, evaluation, lambda: self._tell("encode"))
 
     def _epoch(self, epoch: int) -> None:
         train_loss = self._train_epoch(epoch)
         with self._phase("validate"):
             self._tell("validate", epoch)
-            perplexity = self._likelihood(self.splits.validation).perplexity
+            perplexity = self._evaluator().likelihood(self.stages.built.splits.validation).perplexity
         result = Epoch(
             epoch=epoch,
             step=self.state.step,
@@ -215,7 +222,7 @@ class Trial:
 
     def _train_step(self, draws: list[budget.Draw]) -> float:
         model, batches = self.stages.built.model, self.stages.built.batches
-        examples = [self.splits.train[draw.example] for draw in draws]
+        examples = [self.stages.built.splits.train[draw.example] for draw in draws]
         texts = [e.references[draw.reference] for e, draw in zip(examples, draws, strict=True)]
         batch = batches.make(examples, texts, [draw.view for draw in draws]).to(self.device)
         # What is kept for backward is measured in the steps that the clock leaves out: it costs time.
@@ -227,24 +234,22 @@ class Trial:
         self.state.step = self.stages.step
         return loss
 
-    def _likelihood(self, examples: list[Example], shown: list[Example] | None = None) -> Any:
-        built, size = self.stages.built, self.spec.eval.per_device_eval_batch_size
+    def _evaluator(self) -> Evaluator:
+        built = self.stages.built
         built.model.eval()
-        return likelihood(built.model, built.batches, examples, size, self.device, self._tick, shown)
+        return Evaluator(built.model, built.batches, self.spec.eval, self.device, self._tick)
 
     def _test(self) -> dict[str, dict[str, float]]:
         """Score the epoch that validated best; metrics by split. Writes the per-example scores too."""
         self._tell("test", force=True)
-        spec, splits, built = self.spec, self.splits, self.stages.built
+        splits = self.stages.built.splits
         self.stages.engine.load_weights(self.folder / BEST)
-        validation, test = self._likelihood(splits.validation), self._likelihood(splits.test)
+        evaluator = self._evaluator()
+        validation, test = evaluator.likelihood(splits.validation), evaluator.likelihood(splits.test)
         others = exchanged(splits.test, seed=0)
-        wrong = self._likelihood(splits.test, others) if others else None
-        predictions = generate(
-            built.model, built.batches, splits.test, spec.eval.per_device_eval_batch_size, spec.eval.max_new_tokens,
-            spec.eval.num_beams, self.device, self._tick,
-        )  # fmt: skip
-        scores = score_members(spec.task.metrics, splits.test, predictions)
+        wrong = evaluator.likelihood(splits.test, others) if others else None
+        predictions = evaluator.generate(splits.test)
+        scores = score_members(self.spec.task.metrics, splits.test, predictions)
         self.notes = scores.notes
         write_examples(self.folder / "examples.parquet", splits, validation, test, wrong, predictions, scores)
         wrong_input = {"perplexity_wrong_input": wrong.perplexity} if wrong else {}
@@ -254,7 +259,7 @@ class Trial:
         }
 
     def _data(self) -> Data:
-        splits, spec = self.splits, self.spec
+        splits, spec = self.stages.built.splits, self.spec
         digest = Inputs(self.folder.parent.parent).digest
         return Data(
             examples=len(splits.train),

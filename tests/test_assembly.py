@@ -19,12 +19,13 @@ from harness import assembly
 from harness.build import Built, build, empty_model
 from harness.engine import load_weights
 from harness.errors import UserError
-from harness.evaluate import likelihood
+from harness.evaluate import Evaluator
 from harness.experiment import Experiment
 from harness.parts import empty_encoders
 from harness.plan import TrialSpec, describe, expand
 from harness.preflight import check_models
 from harness.record import MetricInfo, TrialRecord, read_record, write_record
+from harness.sections import Evaluation
 
 CPU = torch.device("cpu")
 SIZES = {"train_examples": 8, "validation_examples": 4, "test_examples": 4}
@@ -128,7 +129,7 @@ def test_pictures_are_described_as_in_the_trial_they_come_from(built: Built, sou
     for name, one in (("source", source), ("assembled", built), ("fresh", fresh)):
         one.model.eval()
         examples = sorted((e for e in one.splits.test if e.member in {"", "scenes"}), key=lambda e: e.id)
-        nll[name] = likelihood(one.model, one.batches, examples, 64, CPU, lambda: None).nll
+        nll[name] = Evaluator(one.model, one.batches, Evaluation(), CPU).likelihood(examples).nll
         assert len(nll[name]) == 4
     np.testing.assert_allclose(nll["assembled"], nll["source"], rtol=1e-6)
     assert not np.allclose(nll["fresh"], nll["source"], rtol=1e-2)

@@ -24,11 +24,11 @@ from adapters.router import Router
 from harness.backbones import load_language_model
 from harness.batches import BatchMaker
 from harness.errors import UserError
-from harness.evaluate import generate, likelihood
+from harness.evaluate import Evaluator
 from harness.features import Features
 from harness.model import IGNORED, ContextModel
 from harness.projector import Projector
-from harness.sections import Backbone, Budget
+from harness.sections import Backbone, Budget, Evaluation
 from tasks.base import Config, Example, Part, Split, Task
 from tasks.modalities.image import Image as ImageModality
 
@@ -112,8 +112,9 @@ OPTIONS = {
 }
 
 
-def nothing() -> None:
-    pass
+def evaluator(model: Any, batches: BatchMaker, batch_size: int = 16, num_beams: int = 1) -> Evaluator:
+    options = Evaluation(per_device_eval_batch_size=batch_size, max_new_tokens=8, num_beams=num_beams)
+    return Evaluator(model, batches, options, CPU)
 
 
 @each_method
@@ -122,9 +123,9 @@ def test_rows_that_differ_are_scored_as_each_row_alone(
     method: AdapterMethod, options: dict[str, Any], examples: list[Example]
 ) -> None:
     model, batches = made(method, **options)
-    together = likelihood(model, batches, examples, 16, CPU, nothing)
+    together = evaluator(model, batches).likelihood(examples)
     for index, example in enumerate(examples):
-        alone = likelihood(model, batches, [example], 1, CPU, nothing)
+        alone = evaluator(model, batches, 1).likelihood([example])
         np.testing.assert_allclose(together.nll[index], alone.nll[0], rtol=2e-5)
         np.testing.assert_allclose(together.first_nll[index], alone.first_nll[0], rtol=2e-5)
         assert together.tokens[index] == alone.tokens[0]
@@ -137,16 +138,16 @@ def test_prompts_of_mixed_lengths_are_continued_as_each_one_alone(
     method: AdapterMethod, num_beams: int, examples: list[Example]
 ) -> None:
     model, batches = made(method)
-    found = generate(model, batches, examples, 16, 8, num_beams, CPU, nothing)
+    found = evaluator(model, batches, 16, num_beams).generate(examples)
     assert list(found) == [example.id for example in examples]
-    alone = [generate(model, batches, [e], 1, 8, num_beams, CPU, nothing) for e in examples]
+    alone = [evaluator(model, batches, 1, num_beams).generate([e]) for e in examples]
     assert found == {key: text for one in alone for key, text in one.items()}
     assert len(set(found.values())) > 2
 
 
 def test_beams_find_what_greedy_search_does_not(examples: list[Example]) -> None:
     model, batches = made(METHODS["lora"])
-    greedy, beams = (generate(model, batches, examples, 16, 8, n, CPU, nothing) for n in (1, 4))
+    greedy, beams = (evaluator(model, batches, 16, n).generate(examples) for n in (1, 4))
     assert greedy != beams
 
 

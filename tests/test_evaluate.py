@@ -13,7 +13,8 @@ from test_adapters import disturb
 from trial_fixture import spec_of
 
 from harness.build import Built, build
-from harness.evaluate import Likelihood, exchanged, generate, likelihood
+from harness.evaluate import Evaluator, Likelihood, exchanged
+from harness.sections import Evaluation
 from tasks.base import Example
 
 CPU = torch.device("cpu")
@@ -28,8 +29,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     return ready
 
 
-def nothing() -> None:
-    pass
+def evaluator(built: Built, batch_size: int = 16, **more: Any) -> Evaluator:
+    options = Evaluation(per_device_eval_batch_size=batch_size, max_new_tokens=8)
+    return Evaluator(built.model, built.batches, options, CPU, **more)
 
 
 @torch.no_grad()
@@ -58,7 +60,7 @@ def one_at_a_time(built: Built, examples: list[Example], shown: list[Example]) -
 def test_likelihood_sums_over_references_whatever_the_batches(built: Built, batch_size: int) -> None:
     examples, ticks = built.splits.test, list[None]()
     expected_nll, expected_tokens = one_at_a_time(built, examples, examples)
-    found = likelihood(built.model, built.batches, examples, batch_size, CPU, lambda: ticks.append(None))
+    found = evaluator(built, batch_size, tick=lambda: ticks.append(None)).likelihood(examples)
     np.testing.assert_allclose(found.nll, expected_nll, rtol=1e-5)
     assert found.tokens.tolist() == expected_tokens
     assert found.perplexity == pytest.approx(math.exp(sum(expected_nll) / sum(expected_tokens)), rel=1e-5)
@@ -70,19 +72,19 @@ def test_with_wrong_inputs_the_references_stay_and_the_pictures_change(built: Bu
     others = exchanged(examples, seed=0)
     assert others is not None
     expected_nll, expected_tokens = one_at_a_time(built, examples, others)
-    found = likelihood(built.model, built.batches, examples, 16, CPU, nothing, others)
+    found = evaluator(built).likelihood(examples, others)
     np.testing.assert_allclose(found.nll, expected_nll, rtol=1e-5)
     assert found.tokens.tolist() == expected_tokens
-    own = likelihood(built.model, built.batches, examples, 16, CPU, nothing)
+    own = evaluator(built).likelihood(examples)
     assert not np.allclose(found.nll, own.nll, rtol=1e-4)
 
 
 def test_generation_does_not_depend_on_the_batches(built: Built) -> None:
     examples = built.splits.test
-    found = generate(built.model, built.batches, examples, 5, 8, 1, CPU, nothing)
+    found = evaluator(built, 5).generate(examples)
     assert list(found) == [example.id for example in examples]
     for example in examples[:4]:
-        alone = generate(built.model, built.batches, [example], 1, 8, 1, CPU, nothing)
+        alone = evaluator(built, 1).generate([example])
         assert alone == {example.id: found[example.id]}
     special = set(built.batches.language_model.tokenizer.all_special_tokens)
     assert not any(token in text for text in found.values() for token in special)

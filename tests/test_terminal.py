@@ -11,8 +11,9 @@ import pytest
 from rich.console import Console
 from run_fixture import fake_plan, fake_record, write_run
 
+from harness.live import SHOWN_TRIALS, LiveTable, trial_name
 from harness.record import Parameters, PlannedTrial, TrialRecord, read_run
-from harness.terminal import SHOWN_TRIALS, LiveTable, leaderboard_table, plan_table, trial_name
+from harness.terminal import leaderboard_table, plan_table
 from results.table import build_leaderboard
 
 
@@ -73,7 +74,7 @@ def test_the_live_table_counts_and_estimates() -> None:
 
 def test_time_left_is_in_proportion_to_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("harness.terminal.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("harness.live.time.monotonic", lambda: now[0])
     live = table(4)
     running(live, 0, 1.0)
     now[0] += 60
