@@ -135,10 +135,12 @@ class LoRAChange(base.Change):
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
         """``y + scale · B_c A_c dropout(x)``."""
-        deltas: list[LoRADelta] = [self.delta(group) for group in self.groups]
+        deltas: dict[str, LoRADelta] = {group: self.delta(group) for group in self.groups}
+        first = deltas[self.groups[0]]
         # All groups have the same options, so one dropout over all tokens is equivalent to one per group.
-        x_BTI = F.dropout(x_BTI, deltas[0].dropout, deltas[0].training)
-        return low_rank(x_BTI, value_BTD, layout, self.groups, [d.factors() for d in deltas], deltas[0].scale)
+        x_BTI = F.dropout(x_BTI, first.dropout, first.training)
+        pairs = {group: delta.factors() for group, delta in deltas.items()}
+        return low_rank(x_BTI, value_BTD, layout, pairs, first.scale)
 
 
 class LoRA(base.AdapterMethod):

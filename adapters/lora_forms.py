@@ -15,7 +15,7 @@ G groups, K = G · R.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -56,28 +56,30 @@ def low_rank(
     x_BTI: Tensor,
     value_BTO: Tensor,
     layout: Layout,
-    groups: tuple[str, ...],
-    pairs: Sequence[tuple[Tensor, Tensor]],
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
     scale: float,
     form: Form | None = None,
 ) -> Tensor:
-    """``value + scale · B_g A_g x`` for the group g that owns each token; ``value`` where none of ``groups`` does.
+    """``value + scale · B_g A_g x`` for the group g that owns each token; ``value`` where none of ``pairs`` does.
 
-    Computed in the value's dtype; gradients have the dtype of what they belong to. A group without a token has zero
-    gradients, not None: ZeRO needs every rank and step to produce a gradient for the same parameters.
+    Computed in the value's dtype; gradients have the dtype of their tensor. A group without a token has zero gradients,
+    not None: ZeRO needs a gradient for the same parameters on every rank and step.
 
     Args:
         x_BTI: the layer's input.
-        value_BTO: what is added to: the layer's output.
-        layout: who owns each position.
-        groups: of ``pairs``, in the same order.
-        pairs: A (R, I) and B (O, R) of each group; one rank for all.
-        scale: of all products.
-        form: None: the quickest one for these shapes.
+        value_BTO: the layer's output, to which the products are added.
+        layout: which group owns each position.
+        pairs: group → A (R, I) and B (O, R); all groups have the same rank.
+        scale: factor of all products.
+        form: None: the fastest one for these shapes.
+
+    Returns:
+        The new value (B, T, O), in the value's dtype.
     """
-    factors = [*(A_RI for A_RI, _ in pairs), *(B_OR for _, B_OR in pairs)]
+    groups = tuple(pairs)
+    factors = [*(A_RI for A_RI, _ in pairs.values()), *(B_OR for _, B_OR in pairs.values())]
     pieces = pieces_of(layout, groups)
-    form = form or form_of(layout, pieces, len(groups) * pairs[0][0].shape[0])
+    form = form or form_of(layout, pieces, len(groups) * factors[0].shape[0])
     changed: Tensor
     if form in {"whole", "masked"}:
         owner_TG = layout.lookup(groups).owner_XTG.flatten(0, 1) if form == "masked" else None
@@ -236,9 +238,9 @@ class _Pieces(torch.autograd.Function):
             gh_LMR = torch.empty_like(h_LMR)
             for group, start, stop in ctx.pieces:
                 if group is not None:
-                    x, g, h, gh = (value[:, start:stop] for value in (x_LMI, g_LMO, h_LMR, gh_LMR))
+                    slices = _Slices(*(value[:, start:stop] for value in (x_LMI, g_LMO, h_LMR, gh_LMR)))
                     B_OR = factors[groups + group].to(g_BTO.dtype)
-                    _add_grads(x, g, h, B_OR, gh, grads[group], grads[groups + group], ctx.scale, x_LMI.numel())
+                    _add_grads(slices, B_OR, grads[group], grads[groups + group], ctx.scale, x_LMI.numel())
             gx_BTI = None
             if ctx.needs_input_grad[0]:
                 gx_LMI = torch.empty_like(x_LMI, memory_format=torch.contiguous_format)
@@ -252,18 +254,24 @@ class _Pieces(torch.autograd.Function):
         return gx_BTI, g_BTO, None, None, None, *_in_dtype(grads, factors)
 
 
-def _add_grads(
-    x_LMI: Tensor, g_LMO: Tensor, h_LMR: Tensor, B_OR: Tensor, gh_LMR: Tensor, gA_RI: Tensor, gB_OR: Tensor,
-    scale: float, most_copied: int,
-) -> None:  # fmt: skip
-    """One piece's part of the gradients of A and B, and the gradient of its projection, written into ``gh_LMR``.
+class _Slices(NamedTuple):
+    """One piece in backward: the input, the output's gradient, the projection, and where its gradient is written."""
+
+    x_LMI: Tensor
+    g_LMO: Tensor
+    h_LMR: Tensor
+    gh_LMR: Tensor
+
+
+def _add_grads(slices: _Slices, B_OR: Tensor, gA_RI: Tensor, gB_OR: Tensor, scale: float, most_copied: int) -> None:
+    """Add one piece's part to the gradients of A and B, and write the gradient of its projection.
 
     The rows' slices are concatenated, because one product over all of them is faster than a sum over rows; only as many
     rows at a time as keep the copies smaller than the input's gradient, which is allocated afterwards.
     """
-    numbers_per_row = x_LMI.shape[1] * max(x_LMI.shape[2], g_LMO.shape[2])
+    numbers_per_row = slices.x_LMI.shape[1] * max(slices.x_LMI.shape[2], slices.g_LMO.shape[2])
     at_once = max(1, most_copied // max(1, numbers_per_row))
-    for x, g, h, gh in zip(*(torch.split(v, at_once) for v in (x_LMI, g_LMO, h_LMR, gh_LMR)), strict=True):
+    for x, g, h, gh in zip(*(torch.split(value, at_once) for value in slices), strict=True):
         g_NO = g.flatten(0, 1)
         gh_NR = _scaled(g_NO @ B_OR, scale)
         gh.copy_(gh_NR.view_as(gh))
