@@ -52,14 +52,11 @@ def config_keys(config_class: type) -> set[str]:
     return {field.name for field in dataclasses.fields(config_class) if field.init} - BOOKKEEPING
 
 
-def _default() -> dict[str, Any]:
-    return {"peft_type": "LORA", "r": 8}
-
-
 class PeftBridgeConfig(base.Config):
     """Options. In an experiment file a list is an axis; use a pattern instead: ``target_modules: .*(q|v)_proj``."""
 
-    config: dict[str, Any] = Field(default_factory=_default)  # PEFT's own: peft_type, and the keys of its config class
+    # PEFT's own: peft_type, and the keys of its config class
+    config: dict[str, Any] = Field(default_factory=lambda: {"peft_type": "LORA", "r": 8})
 
     @field_validator("config")
     @classmethod

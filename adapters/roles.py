@@ -92,7 +92,7 @@ def find_targets(
     missing = named - has or (frozenset() if roles & has else roles)
     if missing:
         raise UserError(
-            f"a {_model_type(language_model)} model has no layer with the role {', '.join(sorted(missing))}; "
+            f"the {_model_type(language_model)} model has no layer with the role {', '.join(sorted(missing))}; "
             f"it has {', '.join(sorted(has))}"
         )
     config = getattr(language_model, "config", None)
