@@ -1,9 +1,10 @@
 """Speed and memory of the adapters: ``python benchmarks/adapters.py [--quick] [--json out.json]``.
 
 Forward and backward of a whole frozen llama (width 768, 12 layers, feed-forward 2048, a vocabulary of 512 so that the
-head does not dominate), batch 16, 128 positions divided evenly among the contexts (two: 64 image and 64 text).
-The curve over the number of contexts, and the one-hot form, are measured on two layers of the same width, because all
-layers are identical. Times are taken in rounds over all cases in one process; ratios are medians of ratios within a round.
+head does not dominate), batch 16, 128 positions divided evenly among the contexts (two: 64 image and 64 text). The
+curve over the number of contexts, and the one-hot form, are measured on two layers of the same width, because all
+layers are identical. Times are taken in rounds over all cases in one process; ratios are medians of ratios within a
+round.
 """
 
 from __future__ import annotations
