@@ -1,11 +1,10 @@
 """``harness.adapt``: a language model with context-grouped adapters, usable without the rest of the harness.
 
-Shapes: B rows, T positions of this pass, K positions seen so far (the KV cache's included), D the model's width.
+Shapes: B rows, T positions of this pass, K positions seen so far (including the KV cache), D the model's width.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from adapters.attach import Adapters, count_trainable
 from adapters.generation import layouts_while_generating
 from adapters.inputs import CacheContexts, cached_positions, checked_context_ids, only_input
 from adapters.merge import merge_into
+from adapters.peft_export import export_group
 from adapters.router import Router
 from adapters.spec import Spec, resolve
 from harness.errors import UserError, did_you_mean
@@ -37,46 +37,46 @@ def adapt(
 ) -> AdaptedModel:
     """Attach context-grouped adapters (Context-PEFT, arXiv 2312.08900) to a Hugging Face causal LM.
 
-    The model is frozen but for what the method itself trains, and hooked, not copied: ``detach`` gives it back. Adapter
-    parameters are created on the model's device in fp32, also on a bf16 or fp16 base, as small updates are lost in
-    16 bits (PEFT does the same); on a float64 base in float64.
+    The model is frozen except for what the method itself trains, and hooked, not copied: ``detach`` restores it.
+    Adapter parameters are created on the model's device in fp32, even on a bf16 or fp16 base, because small updates are
+    lost in 16 bits (PEFT does the same); in float64 on a float64 base.
 
     Args:
         model: a Hugging Face causal LM.
-        spec: ``{"method": "lora", "rank": 8}`` for all groups, or group → such a mapping, or None for no adapter:
+        spec: ``{"method": "lora", "rank": 8}`` for all groups, or group → such a mapping or None for no adapter:
             ``{"image": {"method": "lora", "rank": 64}, "text": {"method": "bitfit"}}``. ``harness adapters`` lists the
             methods and their options; ``lora+bitfit`` is both.
         contexts: names of the token domains; ``context_ids`` index them.
         grouping: ``agnostic`` (one group), ``specific`` (one per context), or context → group, None for no adapter.
-        seed: of the adapters' initialisation.
-        roles: layer path pattern → role, for an architecture that the harness does not know:
+        seed: for the adapters' initialisation.
+        roles: layer path pattern → role, for an architecture unknown to the harness:
             ``{"model.layers.*.attention.query": "q"}``.
 
     Raises:
         UserError: an unknown method, option, group or role, an option out of range, an unknown architecture, or a model
-            that is adapted already.
+            that already has adapters.
     """
     return AdaptedModel(model, resolve(spec, contexts, grouping, seed, roles))
 
 
 def load_adapter(model: Any, folder: str | Path, contexts: Sequence[str] | None = None) -> AdaptedModel:
-    """Put adapters that ``AdaptedModel.save`` wrote onto a base model like the one they were made for.
+    """Load adapters that ``AdaptedModel.save`` wrote onto the base model that they were trained on.
 
     Args:
-        model: the base; it may be in another dtype than at saving.
-        folder: that was saved to.
-        contexts: what the caller takes the context ids to mean; None: what the file says.
+        model: the base model; its dtype may differ from when the adapters were saved.
+        folder: the folder passed to ``save``.
+        contexts: the contexts that the caller's context ids index, to check against the file; None: no check.
 
     Raises:
-        UserError: files missing or damaged, another base, other contexts, a method that is not installed, or tensors
-            that are missing, left over or of another shape. The model is then as it was.
+        UserError: missing or damaged files, another base, other contexts, a method that is not installed, or tensors
+            that are missing, unexpected or of another shape. The model is then unchanged.
     """
     folder = Path(folder)
     saved, tensors = checkpoint.read(folder)
     where = str(folder / checkpoint.JSON_NAME)
     if contexts is not None and tuple(contexts) != saved.contexts:
         raise UserError(
-            f"{where}: contexts, in the order of their ids: found {saved.contexts}; wanted {tuple(contexts)}"
+            f"{where}: contexts: found {saved.contexts}; expected {tuple(contexts)}, in the order of the context ids"
         )
     spec = checkpoint.spec_of(saved, where)
     _check_free(model)
@@ -91,7 +91,7 @@ def load_adapter(model: Any, folder: str | Path, contexts: Sequence[str] | None 
 
 
 class AdaptedModel(nn.Module):
-    """A language model and its adapters. Made by ``adapt`` and ``load_adapter``.
+    """A language model and its adapters, as returned by ``adapt`` and ``load_adapter``.
 
     Args:
         base_model: a Hugging Face causal LM.
@@ -114,7 +114,7 @@ class AdaptedModel(nn.Module):
         with _default_dtype(dtype):
             self.adapters = Adapters(base_model, methods, self.router, spec.seed, ungrouped, spec.roles)
         self.adapters.to(base_model.get_input_embeddings().weight.device, dtype)
-        self.train(base_model.training)  # before the base is a part: its own flags stay
+        self.train(base_model.training)  # before the base becomes a submodule, which keeps its own flags
         self.base_model = base_model
         self._base_parameters = own
         self._required_grad = {name: p.requires_grad for name, p in own.items()}
@@ -142,21 +142,21 @@ class AdaptedModel(nn.Module):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """The base model's forward, every token adapted by its context's group.
+        """The base model's forward, with every token adapted by its context's group.
 
         Args:
-            input_ids: (B, T); or ``inputs_embeds``.
-            attention_mask: (B, K), as the base takes it. Padding may stand on either side; its context ids are any.
-            context_ids: int64 index into ``contexts``, (B, T), or (T,) for all rows alike.
+            input_ids: (B, T); or pass ``inputs_embeds``.
+            attention_mask: (B, K), as for the base. Padding may be on either side; its context ids do not matter.
+            context_ids: int64 index into ``contexts``, (B, T), or (T,) if all rows are alike.
             inputs_embeds: (B, T, D).
-            past_key_values: a KV cache that this model filled; ``context_ids`` are those of the new tokens only.
-            kwargs: handed to the base (``labels``, ``use_cache``, …).
+            past_key_values: a KV cache that this model filled; ``context_ids`` are then those of the new tokens only.
+            kwargs: passed to the base (``labels``, ``use_cache``, …).
 
         Returns:
-            What the base returns.
+            The base model's output.
 
         Raises:
-            UserError: context_ids are missing or do not fit, or the cache was filled by another model.
+            UserError: context_ids are missing or do not match the input, or another model filled the cache.
         """
         self._check_attached()
         given = only_input(input_ids, inputs_embeds)
@@ -182,19 +182,18 @@ class AdaptedModel(nn.Module):
         """The base model's ``generate``: greedy, sampling or beams, with or without a KV cache.
 
         Args:
-            input_ids: the prompt (B, T); or ``inputs_embeds``.
-            context_ids: of the prompt, as in ``forward``.
-            new_token_context: the context of what is generated.
+            input_ids: the prompt (B, T); or pass ``inputs_embeds``.
+            context_ids: the prompt's, as in ``forward``.
+            new_token_context: the context of the generated tokens.
             inputs_embeds: (B, T, D).
-            attention_mask: (B, T), 0 for padding, which stands on the left.
-            kwargs: handed to the base's ``generate``.
+            attention_mask: (B, T), 0 for padding, which must be on the left.
+            kwargs: passed to the base's ``generate``.
 
         Returns:
-            What the base's ``generate`` returns.
+            The output of the base's ``generate``.
 
         Raises:
-            UserError: see ``forward``; an unknown ``new_token_context``, padding on the right, or a cache that is not
-                empty.
+            UserError: see ``forward``; an unknown ``new_token_context``, padding on the right, or a non-empty cache.
         """
         self._check_attached()
         ids_XT = checked_context_ids(context_ids, only_input(input_ids, inputs_embeds), self.contexts)
@@ -202,11 +201,13 @@ class AdaptedModel(nn.Module):
             allowed = did_you_mean(str(new_token_context), self.contexts)
             raise UserError(f"new_token_context: found {new_token_context!r}; {allowed}")
         if cached_positions(kwargs.get("past_key_values")):
-            raise UserError("past_key_values: generate starts from a whole prompt; allowed: none, or an empty cache")
+            raise UserError(
+                "past_key_values: found a filled cache; allowed: none or an empty one, as generate needs a whole prompt"
+            )
         if attention_mask is not None:
             padded = (attention_mask[:, -1] == 0).nonzero()[:, 0].tolist()
             if padded:
-                raise UserError(f"attention_mask: rows {padded} are padded on the right; generate needs it on the left")
+                raise UserError(f"attention_mask: rows {padded} are padded on the right; allowed: padding on the left")
             kwargs["attention_mask"] = attention_mask
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         self.router.set_context_ids(ids_XT)
@@ -216,14 +217,14 @@ class AdaptedModel(nn.Module):
         return output
 
     def num_trainable_parameters(self, by: Literal["group", "role"] | None = None) -> Any:
-        """Number of trainable parameters, the base's included where the method trains them (``full``).
+        """Number of trainable parameters, including the base's if the method trains them (``full``).
 
         Args:
-            by: None: one number. ``group``: group → number, ``(shared)`` for what is no group's own. ``role``: role →
-                number, ``model`` for what is not in an adapted layer. Both sum to the total.
+            by: None: the total. ``group``: group → number, ``(shared)`` for parameters of no single group. ``role``:
+                role → number, ``model`` for parameters outside adapted layers. Both sum to the total.
 
         Raises:
-            UserError: another ``by``.
+            UserError: ``by`` has another value.
         """
         total = count_trainable(self)
         if by is None:
@@ -236,7 +237,7 @@ class AdaptedModel(nn.Module):
         return {**counts, name: counts.get(name, 0) + rest} if rest else counts
 
     def save(self, folder: str | Path) -> None:
-        """Write the adapters, and the base's own parameters where they are trained, as safetensors and JSON.
+        """Write the adapters, and those of the base's own parameters that are trained, as safetensors and JSON.
 
         Raises:
             UserError: the model was detached, or the folder cannot be written.
@@ -247,39 +248,48 @@ class AdaptedModel(nn.Module):
         checkpoint.write(Path(folder), self.spec, base, self._tensors())
 
     def export_peft(self, folder: str | Path, group: str | None = None) -> None:
-        """Write one group's adapter (where there is one group: its) for the ``peft`` library; adapters/peft_io.py."""
+        """Write one group's adapter as a checkpoint of the ``peft`` library: LoRA (rsLoRA too), DoRA, IA3 or VeRA.
+
+        Args:
+            folder: for ``adapter_config.json`` and ``adapter_model.safetensors``; created if missing.
+            group: a group, or a context, whose group is meant; None: the one that all contexts share. PEFT applies it
+                to every token.
+
+        Raises:
+            UserError: contexts do not share a group and none is named, the method has no equivalent in PEFT, it acts on
+                a part of a fused layer, the folder cannot be written, peft is not installed, or the model was detached.
+        """
         self._check_attached()
-        # By name: peft_io builds on this module, and needs the optional peft library.
-        importlib.import_module("adapters.peft_io").export_peft(self, folder, group)
+        export_group(self.base_model, self.adapters, self.spec, Path(folder), group)
 
     def merge(self) -> Any:
-        """Compute the adapters into the base's weights and detach. Logits stay equal to rounding.
+        """Merge the adapters into the base's weights and detach. Logits are unchanged up to rounding.
 
-        A layer without bias gets one where the method adds one (BitFit). The model's configuration does not know of it:
-        ``save_pretrained`` writes it, but ``from_pretrained`` would leave it out.
+        A layer without bias gets one if the method adds one (BitFit). The model's config does not record it:
+        ``save_pretrained`` writes the bias, but ``from_pretrained`` would drop it.
 
         Returns:
             The base model, without hooks.
 
         Raises:
-            UserError: contexts have different groups, or one has none, or no weight can stand for a method. Nothing is
-                changed then.
+            UserError: contexts have different groups, one has no group, or a method cannot be expressed by the weights.
+                The model is then unchanged.
         """
         self._check_attached()
         bare = [context for context, group in self.spec.grouping.items() if group is None]
         if len(self.router.groups) > 1 or (bare and not self.spec.ungrouped):
             found = ", ".join(f"{context}: {group or 'no adapter'}" for context, group in self.spec.grouping.items())
             raise UserError(
-                f"merge: a weight cannot depend on the token, so all contexts must share a group; found {found}"
+                f"merge: all contexts must share a group; found {found} (a weight cannot depend on the token)"
             )
         merge_into(self.base_model, self.adapters)
         return self.detach()
 
     def detach(self) -> Any:
-        """Take the adapters off.
+        """Remove the adapters.
 
         Returns:
-            The base model, bit for bit as before, ``requires_grad`` included; weights that the method itself trained
+            The base model, bit for bit as before, including ``requires_grad``; weights that the method itself trained
             (``full``) stay trained.
         """
         self.adapters.detach()
@@ -291,18 +301,18 @@ class AdaptedModel(nn.Module):
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor], where: str) -> None:
-        """Take the values of tensors that ``save`` wrote.
+        """Set the values of the tensors that ``save`` writes.
 
         Args:
-            tensors: by name.
-            where: they come from, for messages.
+            tensors: name → tensor.
+            where: the file that they come from, for error messages.
 
         Raises:
-            UserError: some are missing, left over or of another shape (all named); nothing is changed then.
+            UserError: some are missing, unexpected or of another shape (all named); nothing is changed then.
         """
         also = {name.removeprefix("base.") for name in tensors if name.startswith("base.")}
         own = self._tensors(also)
-        for what, names in (("missing", own.keys() - tensors.keys()), ("left over", tensors.keys() - own.keys())):
+        for what, names in (("missing", own.keys() - tensors.keys()), ("unexpected", tensors.keys() - own.keys())):
             if names:
                 raise UserError(f"{where}: {what}: {', '.join(sorted(names))}")
         for name, tensor in own.items():
@@ -316,32 +326,36 @@ class AdaptedModel(nn.Module):
             self._base_parameters[name].requires_grad_(True)
 
     def _tensors(self, also: Collection[str] = ()) -> dict[str, Tensor]:
-        """What makes this model differ from its base, by name and each once; ``also`` names parameters of the base."""
+        """Name → every tensor that differs from the base, each once; ``also`` names further parameters of the base."""
         named = {f"adapters.{name}": tensor for name, tensor in self.adapters.state_dict(keep_vars=True).items()}
         named |= {f"base.{name}": p for name, p in self._base_parameters.items() if p.requires_grad or name in also}
         once = {id(tensor): name for name, tensor in reversed(named.items())}
         return {name: tensor for name, tensor in named.items() if once[id(tensor)] == name}
 
     def _is_attached(self) -> bool:
-        # Its own mark: the base may have been adapted anew after this one was detached.
+        # Compare marks: the base may have been adapted again after this model was detached.
         return getattr(self.base_model, _MARK, None) is self._mark
 
     def _check_attached(self) -> None:
         if not self._is_attached():
-            raise UserError("this adapted model was detached (or merged): use its base model, or adapt that again")
+            raise UserError("this adapted model was detached or merged; use its base model, or adapt that again")
 
 
 def _check_free(model: Any) -> None:
-    """Raises: UserError: the model is no language model, or has adapters already."""
+    """Check that ``model`` is a language model without adapters.
+
+    Raises:
+        UserError: it is not.
+    """
     if isinstance(model, AdaptedModel) or hasattr(model, _MARK):
-        raise UserError("this model is adapted already; call detach() on what harness.adapt or load_adapter returned")
+        raise UserError("this model already has adapters; call detach() on what harness.adapt or load_adapter returned")
     if not isinstance(model, nn.Module) or not hasattr(model, "get_input_embeddings"):
         raise UserError(f"model: found {type(model).__name__}; allowed: a Hugging Face causal language model")
 
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """What parameters are made in: not made in fp32 and cast, as some start as a value computed from the base's."""
+    """The dtype of new parameters. Casting later is not enough: some start from values computed from the base's."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -1,7 +1,7 @@
-"""How adapters attach to a language model: by hooks, so that detaching leaves it as it was.
+"""Attaches adapters to a language model by hooks, so that detaching restores the model.
 
-Parameters live outside the model: ``layers.<path>.changes.<method>.deltas.group_<name>.<parameter>``.
-Shapes: B rows, T positions, I input features, D the features changed.
+Parameters stay outside the model, as ``layers.<path>.changes.<method>.deltas.group_<name>.<parameter>``.
+Shapes: B rows, T positions, I input features, O output features, D whichever of the two is changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from harness.errors import UserError
 
 
 class AdaptedLayer(nn.Module):
-    """The changes of one layer (or of one part of a fused layer) and the hooks that apply them."""
+    """The changes of one layer, or of one role's part of a fused layer, and the hooks that apply them."""
 
     rows_D: Tensor | None
 
@@ -31,12 +31,12 @@ class AdaptedLayer(nn.Module):
         self.router = router
         self.target = target
         rows = None if target.rows is None else torch.tensor(target.rows)
-        self.register_buffer("rows_D", rows, persistent=False)  # of a fused layer's outputs, those that are this role's
+        self.register_buffer("rows_D", rows, persistent=False)  # this role's outputs of a fused layer
         for change in changes.values():
             router.prepare_lookup(change.groups)
 
     def attach(self, layer: nn.Module) -> list[RemovableHandle]:
-        """Hook onto the layer; only the kinds of hook that some change needs."""
+        """Register only the hooks that some change needs."""
         acts_on = {change.acts_on for change in self.changes.values()}
         handles: list[RemovableHandle] = []
         if "input" in acts_on:
@@ -52,7 +52,7 @@ class AdaptedLayer(nn.Module):
         return self._change("output", args[0], y_BTO)
 
     def _change(self, acts_on: str, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
-        if x_BTI.dim() == 2:  # OPT joins rows and positions before its feed-forward layers
+        if x_BTI.dim() == 2:  # OPT flattens rows and positions before its feed-forward layers
             rows = (x.view(-1, self.router.layout.length, x.shape[-1]) for x in (x_BTI, value_BTD))
             return self._change(acts_on, *rows).flatten(0, 1)
         layout = self.router.layout_of(x_BTI.shape[1])
@@ -68,22 +68,25 @@ class AdaptedLayer(nn.Module):
 
 @dataclass
 class _Use:
-    """A method with one set of options, and the groups that use it."""
+    """A method with one set of options and the groups that use it."""
 
     method: AdapterMethod
     groups: list[str] = field(default_factory=list)
 
 
 class Adapters(nn.Module):
-    """All adapter parameters of one language model, outside of it.
+    """All adapter parameters of one language model, kept outside the model.
 
     Args:
-        language_model: a Hugging Face causal LM; its own parameters are left as they are.
+        language_model: a Hugging Face causal LM; its own parameters are not changed.
         methods: group → method.
-        router: knows the groups, and each batch's layout.
-        seed: of the initialisation; groups and layers draw in a fixed order.
-        ungrouped: a method without groups (full fine-tuning, another attention), in the place of ``methods``.
-        roles: path pattern → role, for a language model that adapters/roles.py does not know.
+        router: provides the groups, and the layout of each pass.
+        seed: of the initialisation; groups and layers are initialised in a fixed order.
+        ungrouped: a method without groups (full fine-tuning, another attention), instead of ``methods``.
+        roles: path pattern → role, for an architecture that is not in the table of known families.
+
+    Raises:
+        UserError: the architecture is unknown, lacks a role that the user named, or a method acts on no layer.
     """
 
     def __init__(
@@ -128,12 +131,12 @@ class Adapters(nn.Module):
             if use.groups and not use.method.roles() and name not in self.model_changes:
                 raise UserError(
                     f"{use.method.label()} acts on no layer with these options: {use.method.config!r}; "
-                    "'where' must name a role that the method acts on"
+                    "'where' must include a role that the method acts on"
                 )
         self._undo: list[Callable[[], None]] = []
 
     def attach(self, language_model: nn.Module) -> None:
-        """Put the hooks onto the model."""
+        """Register the hooks on the model."""
         for layer in self.layers.values():
             assert isinstance(layer, AdaptedLayer)  # noqa: S101 - for the type checker
             self._undo += [handle.remove for handle in layer.attach(language_model.get_submodule(layer.target.path))]
@@ -142,24 +145,36 @@ class Adapters(nn.Module):
             self._undo.append(change.attach(language_model))
 
     def detach(self) -> None:
-        """Take the hooks off: the model computes what it did before."""
+        """Remove the hooks: the model computes what it did before."""
         while self._undo:
             self._undo.pop()()
 
     def changes(self) -> Iterator[Change]:
-        """Every method's change of every layer."""
+        """All methods' changes of all layers."""
         for layer in self.layers.values():
             assert isinstance(layer, AdaptedLayer)  # noqa: S101
             for change in layer.changes.values():
                 assert isinstance(change, Change)  # noqa: S101
                 yield change
 
+    def deltas_of(self, group: str) -> Iterator[tuple[str, Target, Delta]]:
+        """Per layer that the group's methods adapt: the method's name, the layer, and the group's parameters for it."""
+        for layer in self.layers.values():
+            assert isinstance(layer, AdaptedLayer)  # noqa: S101 - for the type checker
+            for name, change in layer.changes.items():
+                assert isinstance(change, Change)  # noqa: S101
+                if group in change.groups:
+                    yield name, layer.target, change.delta(group)
+
+    def shared_of(self, group: str) -> nn.Module:
+        """What the layers of the group's first method share; the same method with other options has another name."""
+        return self.shared.get_submodule(next(name for name, _, _ in self.deltas_of(group)))
+
     def parameters_by_group(self) -> dict[str, int]:
-        """Number of trainable parameters of each group; what groups share is not in it."""
-        counts = dict.fromkeys(self.router.groups, 0)
-        for change in self.changes():
-            for group in change.groups:
-                counts[group] += count_trainable(change.delta(group))
+        """Group → its number of trainable parameters, without parameters that groups share."""
+        counts = {
+            group: sum(count_trainable(delta) for _, _, delta in self.deltas_of(group)) for group in self.router.groups
+        }
         for model_change in self.model_changes.values():
             assert isinstance(model_change, ModelChange)  # noqa: S101
             for group, module in model_change.by_group().items():
@@ -167,7 +182,7 @@ class Adapters(nn.Module):
         return counts
 
     def parameters_by_role(self) -> dict[str, int]:
-        """Number of trainable parameters on the layers of each role; ``model`` for what is not in a layer."""
+        """Role → number of trainable parameters on its layers; ``model`` → those that are not in a layer."""
         counts: dict[str, int] = {}
         for layer in self.layers.values():
             assert isinstance(layer, AdaptedLayer)  # noqa: S101
@@ -178,12 +193,12 @@ class Adapters(nn.Module):
 
 
 def count_trainable(module: nn.Module) -> int:
-    """Trainable parameters, each once."""
+    """Number of trainable parameters, each counted once."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def _uses(methods: Mapping[str, AdapterMethod], ungrouped: AdapterMethod | None) -> dict[str, _Use]:
-    """Name → method and its groups; a method that several groups use with the same options is one."""
+    """Name → method and its groups. Groups that use a method with the same options share one entry."""
     uses: dict[str, _Use] = {}
     wanted: Sequence[tuple[str | None, AdapterMethod]] = [
         *((group, part) for group, method in methods.items() for part in method.parts),

@@ -1,4 +1,4 @@
-"""What adapters are judged against: no adapter at all (the projector alone is trained), and full fine-tuning."""
+"""Baselines: no adapter (only the projector is trained) and full fine-tuning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from adapters import base
 
 
 class NoAdapter(base.AdapterMethod):
-    """Trains the projector only (the paper's row "none")."""
+    """Trains the projector only ("none" in Context-PEFT, arXiv 2312.08900)."""
 
     summary = "no adapter: only the projector is trained"
     grouped = False
@@ -24,14 +24,14 @@ class NoAdapter(base.AdapterMethod):
 class FullConfig(base.Config):
     """Options."""
 
-    embeddings: bool = True  # train the token embeddings and the output layer too; learned positions always are
+    embeddings: bool = True  # also train token embeddings and output layer; learned positions are always trained
 
 
 class Full(base.AdapterMethod):
-    """Trains the weights of the language model itself, and the projector.
+    """Trains the language model's own weights, and the projector.
 
-    Embeddings are what Hugging Face calls the input and output embeddings: the table of tokens and the layer that
-    scores the vocabulary, often one tensor. Learned positions (OPT, GPT-2) are none of them: trained in either case.
+    Embeddings are Hugging Face's input and output embeddings: the token table and the layer that scores the vocabulary,
+    often one tied tensor. Learned positions (OPT, GPT-2) do not count as embeddings: they are always trained.
     """
 
     summary = "full fine-tuning: the language model's own weights are trained"
@@ -40,11 +40,11 @@ class Full(base.AdapterMethod):
     config: FullConfig
 
     def label(self) -> str:
-        """``full fine-tuning``, and whether the embeddings stay frozen."""
+        """``full fine-tuning``, plus a note if the embeddings stay frozen."""
         return "full fine-tuning" if self.config.embeddings else "full fine-tuning, embeddings frozen"
 
     def trained(self, language_model: Any) -> Iterable[nn.Parameter]:
-        """All parameters, or all but those of the input embeddings and the output layer (often the same tensor)."""
+        """All parameters, or all except those of input embeddings and output layer (often the same tensor)."""
         if self.config.embeddings:
             return list(language_model.parameters())
         ends = (language_model.get_input_embeddings(), language_model.get_output_embeddings())

@@ -1,6 +1,7 @@
-"""BitFit per context group: a trainable bias added to every projection's output, also where the base has none.
+"""BitFit per context group: a trainable bias added to every projection's output, even if the base layer has none.
 
-Ben Zaken et al. 2021, arXiv 2106.10199; Context-PEFT's Context-BitFit adds a second bias vector for each context.
+Ben Zaken et al. 2021, arXiv 2106.10199; Context-BitFit (Context-PEFT, arXiv
+2312.08900) adds one bias vector per context.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class BitFitConfig(base.Config):
 
 
 class BitFitDelta(base.Delta):
-    """One bias vector, zero at start."""
+    """One bias vector (O,), zero at initialisation."""
 
     def __init__(self, out_features: int) -> None:
         super().__init__()
@@ -33,12 +34,12 @@ class BitFitDelta(base.Delta):
         return value_BTD + self.bias.to(value_BTD.dtype)
 
     def merge(self, weight_OI: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor]:
-        """``b`` joins the layer's bias."""
+        """Adds ``b`` to the layer's bias."""
         return weight_OI, bias_O + self.bias
 
 
 class BitFitChange(base.Change):
-    """Every token's bias looked up, then one addition: the cost does not grow with the number of groups."""
+    """Looks up every token's bias, then adds once: the cost does not grow with the number of groups."""
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
         """``y + b_c``."""
@@ -55,7 +56,7 @@ class BitFit(base.AdapterMethod):
     config: BitFitConfig
 
     def label(self) -> str:
-        """``BitFit``, with the place where it is not everywhere."""
+        """``BitFit``, plus `where` if it is not AF."""
         return "BitFit" + base.place_label(self.config.where)
 
     def roles(self) -> frozenset[str]:

@@ -1,13 +1,14 @@
-"""Bottleneck adapters per context group: ``f(z) = U σ(D z + d) + u``, narrow in the middle.
+"""Bottleneck adapters per context group: ``f(z) = U σ(D z + d) + u``.
 
 Serial (Houlsby et al. 2019, arXiv 1902.00751): ``h + f(h)`` on the output of attention and of the feed-forward block,
-before each is added to the residual stream. Parallel (He et al. 2022, arXiv 2110.04366): ``f`` reads what the whole
-feed-forward block reads, and ``y + s f(x)`` comes out of it.
+before the residual addition. Parallel (He et al. 2022, arXiv 2110.04366): ``f`` reads the input of the whole
+feed-forward block, whose output becomes ``y + s f(x)``.
 
-``U`` and both biases are zero at start, so nothing changes; ``D`` is drawn as ``nn.Linear`` draws its weights, where
-Houlsby et al. draw both nearly zero. They train the layer norms too: ``bottleneck+ln_tuning`` does.
+``U`` and both biases are initialised to zero, so the adapter starts as the identity; ``D`` is initialised like
+``nn.Linear``, whereas Houlsby et al. initialise both near zero. They train the layer norms too: use
+``bottleneck+ln_tuning`` for that.
 
-Shapes: B rows, T positions, D the model's width, M the bottleneck's.
+Shapes: B rows, T positions, D the model's width, M the bottleneck's width.
 """
 
 from __future__ import annotations
@@ -34,28 +35,28 @@ class BottleneckConfig(base.Config):
     bottleneck_size: PositiveInt = 64
     placement: Literal["serial", "parallel"] = "serial"
     non_linearity: Literal["relu", "gelu", "silu"] = "relu"
-    scale: Annotated[float, Field(gt=0)] = 1.0  # parallel only: what f(x) is multiplied by
+    scale: Annotated[float, Field(gt=0)] = 1.0  # parallel only: the factor of f(x)
     where: base.Where = "AF"
 
     @field_validator("scale")
     @classmethod
     def _parallel_alone_has_a_scale(cls, scale: float, others: ValidationInfo) -> float:
         if others.data.get("placement") == "serial" and scale != 1.0:
-            raise ValueError("only a parallel bottleneck has a scale; a serial one allows 1.0")
+            raise ValueError("only a parallel bottleneck has a scale; allowed for a serial one: 1.0")
         return scale
 
     @field_validator("where")
     @classmethod
     def _where_it_can_be(cls, where: base.Where, others: ValidationInfo) -> base.Where:
         if others.data.get("placement") == "parallel" and where not in ("F", "AF"):
-            raise ValueError("a parallel bottleneck is beside the feed-forward block only; allowed: F, AF")
+            raise ValueError("a parallel bottleneck acts on the feed-forward block only; allowed: F, AF")
         if isinstance(where, tuple) and not set(where) <= _SERIAL:
-            raise ValueError("a serial bottleneck is behind the last layer of a block; allowed: A, F, AF, [o], [down]")
+            raise ValueError("a serial bottleneck acts on the last layer of a block; allowed: A, F, AF, [o], [down]")
         return where
 
 
 class BottleneckDelta(base.Delta):
-    """Two linear layers with biases and a non-linearity between them."""
+    """Two linear layers with biases, (M, D) and (D, M), and a non-linearity between them."""
 
     def __init__(self, width: int, config: BottleneckConfig, generator: torch.Generator) -> None:
         super().__init__()
@@ -79,14 +80,14 @@ class BottleneckDelta(base.Delta):
 
 
 class Bottleneck(base.AdapterMethod):
-    """A small feed-forward network behind each block, or beside the feed-forward block."""
+    """A small feed-forward network after each block, or parallel to the feed-forward block."""
 
-    summary = "small feed-forward networks behind each block (serial), or beside the feed-forward one (parallel)"
+    summary = "small feed-forward networks after each block (serial), or parallel to the feed-forward block"
     Config = BottleneckConfig
     config: BottleneckConfig
 
     def label(self) -> str:
-        """``bottleneck 64 serial``, with the place where it is not everywhere it can be."""
+        """``bottleneck 64 serial``, plus `where` if it is not AF."""
         place = base.place_label(self.config.where) if self.config.placement == "serial" else ""
         return f"bottleneck {self.config.bottleneck_size} {self.config.placement}{place}"
 

@@ -1,4 +1,4 @@
-"""Several methods at once: ``lora+bitfit``. Each acts on what the one before it left, in the order of the names."""
+"""Combinations of methods, as in ``lora+bitfit``: each acts on the previous one's result, in the order of names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness.errors import UserError
 
 
 class Combination(base.AdapterMethod):
-    """A method made of others; ``combine`` makes the class."""
+    """A method made of other methods; ``combine`` creates the class."""
 
     classes: tuple[type[base.AdapterMethod], ...] = ()
 
@@ -24,7 +24,7 @@ class Combination(base.AdapterMethod):
 
     @property
     def parts(self) -> tuple[base.AdapterMethod, ...]:
-        """One method per name, each with the options that are its own."""
+        """One method per name, each with its own options."""
         options = self.config.model_dump()
         return tuple(
             cls(cls.Config(**{name: value for name, value in options.items() if name in cls.Config.model_fields}))
@@ -32,34 +32,34 @@ class Combination(base.AdapterMethod):
         )
 
     def roles(self) -> frozenset[str]:
-        """Of all parts."""
+        """The roles of all parts."""
         return frozenset().union(*(part.roles() for part in self.parts))
 
     def trained(self, language_model: nn.Module) -> Iterable[nn.Parameter]:
-        """Of all parts."""
+        """The base's parameters that any part trains."""
         return [p for part in self.parts for p in part.trained(language_model)]
 
     def stages(self, epochs: int) -> tuple[base.Stage, ...]:
-        """Of the one part that has several, if any."""
+        """The stages of the first part that has several, if any."""
         found = [part.stages(epochs) for part in self.parts]
         return next((stages for stages in found if len(stages) > 1), found[0])
 
 
 @cache
 def combine(classes: tuple[type[base.AdapterMethod], ...]) -> type[Combination]:
-    """The combination of some methods. An option that several have (``where``) is one option, given to all of them.
+    """The class that combines several methods. An option that several of them have (``where``) is passed to all.
 
     Raises:
-        UserError: a method is named twice, or one option means different things.
+        UserError: a method occurs twice, or two methods define the same option differently.
     """
     if len(set(classes)) < len(classes):
-        raise UserError(f"a combination names each method once; found {_names(classes)}")
+        raise UserError(f"a combination may contain each method once; found {_names(classes)}")
     fields: dict[str, Any] = {}
     for cls in classes:
         for name, field in cls.Config.model_fields.items():
             other = fields.setdefault(name, (field.annotation, field))[1]
             if (other.annotation, other.default) != (field.annotation, field.default):
-                raise UserError(f"{_names(classes)} cannot be combined: their option {name!r} differs")
+                raise UserError(f"{_names(classes)} cannot be combined: they define the option {name!r} differently")
     return type(
         "Combination",
         (Combination,),
@@ -70,7 +70,7 @@ def combine(classes: tuple[type[base.AdapterMethod], ...]) -> type[Combination]:
             "joins_groups": any(cls.joins_groups for cls in classes),
             "identity_at_start": all(cls.identity_at_start for cls in classes),
             "Config": create_model("CombinationConfig", __base__=base.Config, **fields),
-            "__doc__": f"{_names(classes)}, each acting on what the one before it left.",
+            "__doc__": f"{_names(classes)}, each acting on the previous one's result.",
         },
     )
 

@@ -1,11 +1,13 @@
-"""DoRA per context group: a weight's magnitude and its direction are trained apart, the direction by a low-rank update.
+"""DoRA per context group: a weight's magnitude and direction are trained separately, the direction by a low-rank
+update.
 
 ``y = m / ‖W + s B A‖ ⊙ (W + s B A) x + b`` with one magnitude per output feature and ``s = alpha / rank``: Liu et al.
 2024, arXiv 2402.09353, equation 5. The norm, taken over each row of the weight, is a constant for the gradient (their
-section 4.3), as in Hugging Face PEFT. ``m`` starts as the norm of ``W`` and ``B`` as zero, so at start nothing changes:
-bit for bit on the kind of device and in the dtype in which ``m`` was computed, to a rounding of the norm on another.
+section 4.3), as in Hugging Face PEFT. ``m`` is initialised to the norm of ``W`` and ``B`` to zero, so the
+adapter starts as the identity: bit for bit on the device type and dtype on which ``m`` was computed, elsewhere up to
+rounding of the norm.
 
-Dropout acts on the input of the low-rank path alone. PEFT, if it drops anything, drops it from the input of ``W`` too.
+Dropout acts on the input of the low-rank path only; in PEFT it also acts on the input of ``W``.
 
 Shapes: B rows, T positions, I and O input and output features, R rank.
 """
@@ -31,22 +33,22 @@ class DoRAConfig(base.Config):
     """Options, named as in Hugging Face PEFT where it has them."""
 
     rank: PositiveInt = 8
-    alpha: Annotated[float, Field(gt=0)] | None = None  # the product is scaled by alpha / rank; default: alpha = rank
+    alpha: Annotated[float, Field(gt=0)] | None = None  # the update is scaled by alpha / rank; None: alpha = rank
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     where: base.Where = "AF"
 
 
 class DoRADelta(base.Delta):
-    """A low-rank pair and a magnitude for each output feature.
+    """A low-rank pair and a magnitude per output feature.
 
     Raises:
-        UserError: the rank is larger than the layer, or the layer's weight cannot be read (it is quantised).
+        UserError: the rank is larger than the layer, or the layer's weight is not readable (it is quantised).
     """
 
     def __init__(self, target: Target, config: DoRAConfig, generator: torch.Generator) -> None:
         super().__init__()
         base.check_rank(config.rank, target)
-        self.target = target  # its layer is the base model's: neither saved nor moved with the adapter
+        self.target = target  # not a submodule: its layer is the base's, neither saved nor moved with the adapter
         self.lora_A = nn.Parameter(torch.empty(config.rank, target.in_features))
         self.lora_B = nn.Parameter(torch.zeros(target.out_features, config.rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)
@@ -56,27 +58,27 @@ class DoRADelta(base.Delta):
         self.dropout = config.dropout
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
-        """``(ratio - 1) ⊙ W x`` and ``ratio ⊙ s B A x`` are added to ``y``, which has ``W x`` in it already."""
+        """Adds ``(ratio - 1) ⊙ W x`` and ``ratio ⊙ s B A x`` to ``y``, which already contains ``W x``."""
         dtype = value_BTD.dtype
         if self.dropout:
             x_BTI = F.dropout(x_BTI, self.dropout, self.training)
         update_BTO = F.linear(F.linear(x_BTI, self.lora_A.to(x_BTI.dtype)), self.lora_B.to(x_BTI.dtype)) * self.scale
         ratio_O, bias_O = self.ratio(), self._layer_bias()
         without_bias_BTO = value_BTD if bias_O is None else value_BTD - bias_O.to(dtype)
-        # ratio - 1 before rounding to the value's dtype: it is small, and exactly zero at start.
+        # Subtract before rounding to the value's dtype: ratio - 1 is small, and exactly zero at initialisation.
         return value_BTD + (ratio_O - 1).to(dtype) * without_bias_BTO + ratio_O.to(dtype) * update_BTO.to(dtype)
 
     def ratio(self) -> Tensor:
-        """``m / ‖W + s B A‖`` (O,); the gradient sees the norm as a constant."""
+        """``m / ‖W + s B A‖`` (O,); the norm is a constant for the gradient."""
         a_RI, b_OR, magnitude_O = self.lora_A.detach(), self.lora_B.detach(), self.lora_magnitude_vector
         weight_OI, dtype = self.target.weight().detach(), self._norm_dtype()
-        with maybe_autocast(magnitude_O.device.type, enabled=False):  # a product in bf16 would blur the norm
+        with maybe_autocast(magnitude_O.device.type, enabled=False):  # bf16 would make the norm imprecise
             sum_OI = torch.addmm(weight_OI.to(dtype), b_OR.to(dtype), a_RI.to(dtype), alpha=self.scale)
             norm_O = _row_norms(sum_OI).to(magnitude_O.dtype)
         return magnitude_O / norm_O
 
     def merge(self, weight_OI: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor]:
-        """``ratio ⊙ (W + s B A)``; what an earlier method put into the bias is scaled, the layer's own bias is not."""
+        """``ratio ⊙ (W + s B A)``; scales what an earlier method merged into the bias, but not the layer's own bias."""
         ratio_O, own_O = self.ratio(), self._layer_bias()
         own_O = torch.zeros_like(bias_O) if own_O is None else own_O
         merged_OI = ratio_O[:, None] * (weight_OI + self.scale * self.lora_B @ self.lora_A)
@@ -93,13 +95,13 @@ class DoRADelta(base.Delta):
 
 
 def _row_norms(weight_OI: Tensor) -> Tensor:
-    """Never zero: a row of zeros stays one, rather than become 0 / 0."""
+    """L2 norm of every row (O,), clamped above zero so that a row of zeros does not give 0 / 0."""
     norms_O: Tensor = torch.linalg.vector_norm(weight_OI, dim=1)
     return norms_O.clamp(min=torch.finfo(weight_OI.dtype).tiny)
 
 
 class DoRAChange(base.Change):
-    """Every delta acts once, on all its spans together: its norm costs as much for one token as for all."""
+    """Applies every delta once, to all its spans together: its norm costs the same for one token as for all."""
 
     def _by_span(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
         assert layout.spans is not None  # noqa: S101 - for the type checker
@@ -112,7 +114,7 @@ class DoRAChange(base.Change):
                 changed = torch.split(self.delta(group)(x_BMI, value_BMD), [sizes[index] for index in own], dim=1)
                 for index, piece in zip(own, changed, strict=True):
                     pieces[index] = piece
-            elif torch.is_grad_enabled():  # without a token it still takes part in the graph (see Change)
+            elif torch.is_grad_enabled():  # a group without tokens stays in the graph (see Change)
                 pieces.append(self.delta(group)(x_BTI[:, :0], value_BTD[:, :0]))
         return torch.cat(pieces, dim=1)
 
@@ -125,7 +127,7 @@ class DoRA(base.AdapterMethod):
     config: DoRAConfig
 
     def label(self) -> str:
-        """``DoRA r=8``, with the place where it is not everywhere."""
+        """``DoRA r=8``, plus `where` if it is not AF."""
         return f"DoRA r={self.config.rank}" + base.place_label(self.config.where)
 
     def roles(self) -> frozenset[str]:
@@ -139,5 +141,5 @@ class DoRA(base.AdapterMethod):
     def change(
         self, target: Target, deltas: Mapping[str, base.Delta], shared: nn.Module | None, generator: torch.Generator
     ) -> base.Change:
-        """Each group's norm computed once."""
+        """A change that computes each group's norm once."""
         return DoRAChange(deltas)

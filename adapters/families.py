@@ -1,7 +1,7 @@
-"""The language models whose layers' roles are known: for each type of ``transformers`` a table of exact layer paths.
+"""Language model families with known layer roles: per ``model_type`` of transformers, a table of exact layer paths.
 
-Roles: q, k, v, o (attention), gate, up, down (feed-forward), ``mlp`` (the whole feed-forward block), ``norm`` (those of
-the blocks and the final one; not the norms of single queries and keys).
+Roles: q, k, v, o (attention), gate, up, down (feed-forward), ``mlp`` (the whole feed-forward block), ``norm`` (the
+norms of the blocks and the final norm; not the per-head query and key norms).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ ROLES = ATTENTION | FEED_FORWARD | {"mlp", "norm"}
 
 @dataclass(frozen=True)
 class Fused:
-    """Several roles in one layer.
+    """A layer that fuses several roles.
 
     Args:
         roles: in the order of the layer's outputs.
-        per_head: the outputs are head after head, each with its own q, k and v; else role after role.
+        per_head: the outputs are grouped by head, each with its own q, k and v; otherwise by role.
     """
 
     roles: tuple[str, ...]
@@ -31,31 +31,31 @@ class Fused:
 
     @property
     def name(self) -> str:
-        """Of the layer as a whole: ``qkv``, ``gate_up``."""
+        """Name of the whole layer's role: ``qkv``, ``gate_up``."""
         return "".join(self.roles) if max(map(len, self.roles)) == 1 else "_".join(self.roles)
 
     def rows(self, path: str, out_features: int, config: Any) -> dict[str, tuple[int, ...]]:
-        """Role → which of the layer's outputs are its own. Keys and values may have fewer heads than queries.
+        """Role → indices of the layer's outputs that belong to it. Keys and values may have fewer heads than queries.
 
         Args:
-            path: of the layer, for the error.
-            out_features: of the layer as a whole.
-            config: the language model's; tells the numbers of heads.
+            path: the layer's path, for error messages.
+            out_features: outputs of the whole layer.
+            config: the language model's config, for the numbers of heads.
 
         Raises:
-            UserError: the outputs cannot be divided so.
+            UserError: the number of outputs does not fit these roles and heads.
         """
         heads, key_heads, head_dim = _heads(config) if set(self.roles) <= ATTENTION else (1, 1, None)
         number = {role: key_heads if role in {"k", "v"} else heads for role in self.roles}
-        # In units of one head: how many of them each role has at a time, and how often that repeats.
+        # In units of one head: each role's share of one period, and the number of periods.
         sizes = [1 if self.per_head else number[role] for role in self.roles]
         repeats = heads if self.per_head else 1
         unit, rest = divmod(out_features, repeats * sum(sizes))
         unequal = self.per_head and (head_dim is None or key_heads != heads)
         if rest or unequal or unit != (head_dim or unit):
             parts = ", ".join(f"{role} ({n} × {head_dim})" if head_dim else role for role, n in number.items())
-            order = "head by head" if self.per_head else "one after the other"
-            raise UserError(f"layer {path} has {out_features} outputs, which cannot be {parts}, {order}")
+            order = "grouped by head" if self.per_head else "concatenated"
+            raise UserError(f"layer {path} has {out_features} outputs, which does not fit {parts}, {order}")
         rows: dict[str, tuple[int, ...]] = {}
         for index, role in enumerate(self.roles):
             start, stop = unit * sum(sizes[:index]), unit * sum(sizes[: index + 1])
@@ -65,7 +65,7 @@ class Fused:
 
 
 def _heads(config: Any) -> tuple[int, int, int | None]:
-    """Heads of the queries, heads of the keys and values, outputs of each head; one head where nothing is known."""
+    """Query heads, key and value heads, outputs per head; (1, 1, None) if the config does not say."""
     heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     if not heads or not width:
         return 1, 1, None
@@ -73,7 +73,7 @@ def _heads(config: Any) -> tuple[int, int, int | None]:
     return heads, key_heads, getattr(config, "head_dim", None) or width // heads
 
 
-Table = Mapping[str, str | Fused]  # path pattern, in which * stands for a layer's number → role
+Table = Mapping[str, str | Fused]  # path pattern, where * matches a layer number → role
 
 
 def _table(blocks: str, inside: Table, *norms: str, last: str) -> Table:

@@ -1,7 +1,7 @@
 """IA3 per context group: learned element-wise scaling of keys, values and the feed-forward activation.
 
 Liu et al. 2022, arXiv 2205.05638. The feed-forward vector scales the *input* of the down projection (the activation
-between up and down), as in the paper and in Hugging Face PEFT. All vectors are one at start.
+between up and down), as in the paper and in Hugging Face PEFT. All vectors are initialised to one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class IA3Config(base.Config):
 
 
 class Scale(base.Delta):
-    """Scales keys, values, or the activation that enters the down projection."""
+    """One vector (O,) that scales keys or values, or (I,) that scales the input of the down projection."""
 
     def __init__(self, features: int, acts_on: Literal["input", "output"]) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Scale(base.Delta):
 
 
 class ScaleChange(base.Change):
-    """Every token's scale looked up, then one multiplication: the cost does not grow with the number of groups."""
+    """Looks up every token's scale, then multiplies once: the cost does not grow with the number of groups."""
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
         """``l_c ⊙ value``."""
@@ -60,15 +60,15 @@ class IA3(base.AdapterMethod):
     config: IA3Config
 
     def label(self) -> str:
-        """``IA3``, with the place where it is not everywhere."""
+        """``IA3``, plus `where` if it is not AF."""
         return "IA3" + base.place_label(self.config.where)
 
     def roles(self) -> frozenset[str]:
-        """Keys and values in attention, the input of down in the feed-forward part."""
+        """k and v in attention, down in feed-forward."""
         return frozenset({"k", "v", "down"}) & base.roles_of(self.config.where)
 
     def delta(self, target: Target, generator: torch.Generator) -> base.Delta:
-        """A vector over the output of k and v, over the input of down."""
+        """A vector over the outputs of k and v, or over the inputs of down."""
         return Scale(target.in_features, "input") if target.role == "down" else Scale(target.out_features, "output")
 
     def change(

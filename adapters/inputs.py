@@ -1,4 +1,4 @@
-"""What comes into an adapted model's forward, checked: the input, its context ids, and whose tokens a KV cache holds.
+"""Validates the inputs of an adapted model: input, context ids, and the contexts of the tokens in a KV cache.
 
 Shapes: B rows, T positions of this pass, K positions in the cache, D the model's width, X 1 or B rows.
 """
@@ -15,14 +15,14 @@ from harness.errors import UserError
 
 
 def only_input(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-    """Whichever of the two there is: (B, T) or (B, T, D).
+    """The one of the two that is given: (B, T) or (B, T, D).
 
     Raises:
-        UserError: none, both, or another number of dimensions.
+        UserError: neither or both are given, or the number of dimensions is wrong.
     """
     given = [tensor for tensor in (input_ids, inputs_embeds) if tensor is not None]
     if len(given) != 1:
-        raise UserError(f"give either input_ids (B, T) or inputs_embeds (B, T, D); found {len(given)} of the two")
+        raise UserError(f"pass either input_ids (B, T) or inputs_embeds (B, T, D); found {len(given)} of the two")
     dims = 2 if inputs_embeds is None else 3
     if given[0].dim() != dims:
         name = "input_ids" if inputs_embeds is None else "inputs_embeds"
@@ -31,15 +31,15 @@ def only_input(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor
 
 
 def checked_context_ids(context_ids: Any, given: Tensor, contexts: Sequence[str]) -> Tensor:
-    """The context ids with a row dimension: (X, T).
+    """Context ids with a row dimension, (X, T), where X is 1 or B.
 
     Args:
-        context_ids: as the caller gave them.
+        context_ids: the caller's, (T,) or (B, T).
         given: the input that they belong to.
-        contexts: that they index.
+        contexts: names of the contexts that they index.
 
     Raises:
-        UserError: there are none, or their dtype, shape, device or values are wrong.
+        UserError: they are missing, or their dtype, shape, device or values are wrong.
     """
     rows, length = given.shape[:2]
     if not isinstance(context_ids, Tensor):
@@ -62,26 +62,26 @@ def checked_context_ids(context_ids: Any, given: Tensor, contexts: Sequence[str]
 
 
 def cached_positions(cache: Any) -> int:
-    """Positions in a KV cache; None has none."""
+    """Number of positions in a KV cache; 0 for None."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 class CacheContexts:
-    """Which contexts the tokens in a KV cache are of: remembered for each cache as long as the cache lives."""
+    """The contexts of the tokens in each KV cache, kept as long as the cache exists."""
 
     def __init__(self) -> None:
         self._seen: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
 
     def remember(self, cache: Any, context_ids_XK: Tensor) -> None:
-        """After a pass that filled the cache, if it did."""
+        """Store the context ids (X, K) of a cache after a pass; does nothing if the pass used no cache."""
         if cache is not None:
             self._seen[cache] = context_ids_XK
 
     def of(self, cache: Any, rows: int) -> Tensor | None:
-        """Context ids (X, K) of what the cache holds; None where it is empty.
+        """Context ids (X, K) of the positions in a cache; None if it is empty.
 
         Raises:
-            UserError: something else filled it, or it has other rows by now.
+            UserError: another model filled it, or its number of rows has changed.
         """
         cached = cached_positions(cache)
         if not cached:
@@ -93,4 +93,4 @@ class CacheContexts:
                 f"past_key_values: found {cached} positions for {rows} rows, {known} of them from this adapted model; "
                 "allowed: the cache of an earlier pass of this model over the same rows"
             )
-        return seen_XK[:, :cached]  # a cache may be cropped
+        return seen_XK[:, :cached]  # the cache may have been cropped

@@ -1,9 +1,9 @@
-"""The two-stage recipe of LLaVA: first the projector alone, then the language model with it.
+"""The two-stage recipe of LLaVA: first train the projector alone, then projector and language model.
 
 Liu et al. 2023, arXiv 2304.08485, section 4.2 "Training": stage 1 (pre-training for feature alignment) trains the
 projector with everything else frozen, stage 2 (fine-tuning end to end) the projector and the language model; each has
-its own optimizer and schedule. There the two stages read different data. Here both read the trial's budget, so that
-the recipe sees the examples and takes the steps that every other method does.
+its own optimizer and schedule. In the paper the two stages use different data. Here both use the trial's budget,
+so that the recipe sees the same examples and takes the same steps as every other method.
 """
 
 from __future__ import annotations
@@ -20,26 +20,28 @@ from harness.errors import UserError
 class LLaVAConfig(FullConfig):
     """Options."""
 
-    projector_epochs: PositiveInt = 1  # of the budget's epochs, those that train the projector alone
-    projector_learning_rate: Annotated[float, Field(gt=0)] | None = None  # of that stage; None: the trial's
+    projector_epochs: PositiveInt = 1  # how many of the budget's epochs train the projector alone
+    projector_learning_rate: Annotated[float, Field(gt=0)] | None = (
+        None  # of the first stage; None: the trial's learning rate
+    )
 
 
 class LLaVA(Full):
-    """Full fine-tuning after a stage that trains the projector alone."""
+    """A stage that trains the projector alone, then full fine-tuning."""
 
-    summary = "the LLaVA recipe: some epochs of the projector alone, then full fine-tuning"
+    summary = "the LLaVA recipe: some epochs train the projector alone, then full fine-tuning"
     Config = LLaVAConfig
     config: LLaVAConfig
 
     def label(self) -> str:
-        """``LLaVA two-stage``, and whether the embeddings stay frozen."""
+        """``LLaVA two-stage``, plus a note if the embeddings stay frozen."""
         return "LLaVA two-stage" if self.config.embeddings else "LLaVA two-stage, embeddings frozen"
 
     def stages(self, epochs: int) -> tuple[base.Stage, ...]:
-        """The projector's epochs, then all that are left.
+        """The projector's epochs, then the remaining ones.
 
         Raises:
-            UserError: none are left.
+            UserError: no epochs remain.
         """
         first = self.config.projector_epochs
         if epochs <= first:

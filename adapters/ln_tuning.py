@@ -1,8 +1,9 @@
-"""LN-tuning per context group: every norm's output is scaled and shifted.
+"""LN-tuning per context group: scale and shift every norm's output.
 
 Qi et al. 2022, arXiv 2211.08682, train gain and bias of the layer norms; Zhao et al. 2023, arXiv 2312.11420, do so for
-multimodal models. Here the norms' own stay frozen, and each context has ``g ⊙ norm(x) + o``: for one context alone the
-same functions, and an offset also where the norm has none (RMSNorm). ``g`` is one and ``o`` zero at start.
+multimodal models. Here the norms' own parameters stay frozen and each context has ``g ⊙ norm(x) + o``, which with one
+context is the same function class, plus an offset for norms without bias (RMSNorm). ``g`` is initialised to one and
+``o`` to zero.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ class NormDelta(base.Delta):
     """Scale and offset, both (O,).
 
     Raises:
-        UserError: the norm has no weight, so its width is not known.
+        UserError: the norm has no weight, so its width is unknown.
     """
 
     def __init__(self, target: Target) -> None:
         super().__init__()
         if not target.out_features:
-            raise UserError(f"{target.path}: a {type(target.layer).__name__} without weight cannot be tuned")
+            raise UserError(
+                f"{target.path}: found a {type(target.layer).__name__} without weight; allowed: norms with a weight"
+            )
         self.target = target
         self.scale = nn.Parameter(torch.ones(target.out_features))
         self.offset = nn.Parameter(torch.zeros(target.out_features))
@@ -38,11 +41,11 @@ class NormDelta(base.Delta):
         return value_BTD * self.scale.to(value_BTD.dtype) + self.offset.to(value_BTD.dtype)
 
     def merge(self, weight_OI: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias, both (O,), of the norm that computes what norm and delta compute together.
+        """Weight and bias, both (O,), of a norm equivalent to the given norm with this delta.
 
         Args:
-            weight_OI: the norm's weight, which is a vector (O,).
-            bias_O: its bias, zeros where it has none.
+            weight_OI: the norm's weight, a vector (O,).
+            bias_O: the norm's bias, zeros if it has none.
 
         Raises:
             UserError: the norm does not multiply by its weight.
@@ -52,15 +55,15 @@ class NormDelta(base.Delta):
 
     @torch.no_grad()
     def _added_to_weight(self) -> float:
-        """What the norm adds to its weight before it multiplies by it: 0, or 1 (Gemma). Tried, as no name tells it."""
+        """What the norm adds to its weight before multiplying: 0, or 1 (Gemma). Probed, as no attribute says so."""
         norm = self.target.layer
         if isinstance(norm, nn.LayerNorm):
             return 0.0
         assert norm is not None  # noqa: S101 - for the type checker
         weight_O = norm.get_parameter("weight").float()
         sign_O = torch.ones_like(weight_O)
-        sign_O[1::2] = -1  # of mean square one, so that a norm returns it times what it multiplies by
-        # forward and not the module itself: no hooks.
+        sign_O[1::2] = -1  # mean square one, so a norm returns this vector times its effective weight
+        # Call forward, not the module, to bypass hooks.
         added_O = norm.forward(sign_O) * sign_O - weight_O
         for one in (0.0, 1.0):
             if (added_O - one).abs().max() < 1e-2:
@@ -69,7 +72,7 @@ class NormDelta(base.Delta):
 
 
 class NormChange(base.Change):
-    """Every token's scale and offset looked up: the cost does not grow with the number of groups."""
+    """Looks up every token's scale and offset: the cost does not grow with the number of groups."""
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
         """``g_c ⊙ y + o_c``."""
@@ -80,13 +83,13 @@ class NormChange(base.Change):
 
 
 class LNTuning(base.AdapterMethod):
-    """Scale and offset behind every norm."""
+    """Scale and offset after every norm."""
 
     summary = "a trainable scale and offset on every norm's output"
 
     @property
     def name(self) -> str:
-        """Short name in the paths of parameters."""
+        """Short name in parameter paths."""
         return "ln_tuning"
 
     def label(self) -> str:
@@ -94,7 +97,7 @@ class LNTuning(base.AdapterMethod):
         return "LN-tuning"
 
     def roles(self) -> frozenset[str]:
-        """All norms of the blocks, and the one behind the last block."""
+        """All norms of the blocks, and the one after the last block."""
         return frozenset({"norm"})
 
     def delta(self, target: Target, generator: torch.Generator) -> base.Delta:

@@ -2,7 +2,7 @@
 
 Hu et al. 2021, arXiv 2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732; PiSSA: Meng et al. 2024, arXiv
 2404.02948; OLoRA: Büyükakyüz 2024, arXiv 2406.01775; Context-LoRA in Context-PEFT, arXiv 2312.08900. The product
-``B A`` is never formed; adapters/lora_forms.py has the ways to compute it for all groups.
+``B A`` is never formed; ``low_rank`` in lora_forms computes the update for all groups.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from adapters.router import Layout
 class LoRAConfig(base.Config):
     """Options, named as in Hugging Face PEFT where it has them.
 
-    ``init_lora_weights``: ``true`` draws A as ``nn.Linear`` draws its weights, ``gaussian`` from a normal distribution
-    with standard deviation 1 / rank; B is zero in both. ``pissa`` starts from the ``rank`` largest singular values of
-    W and their vectors, ``olora`` from the first columns of W's QR decomposition. Their start (A₀, B₀) is taken off
-    again so that nothing changes at first: not from W, which stays as it is, but from what is added,
-    ``s (B A - B₀ A₀) x``, which trains alike and costs as much as twice the rank.
+    ``init_lora_weights``: ``true`` initialises A like ``nn.Linear``, ``gaussian`` from a normal distribution with
+    standard deviation 1 / rank; B is zero in both. ``pissa`` initialises from the ``rank`` largest singular values of W
+    and their vectors, ``olora`` from the first columns of W's QR decomposition. To start as the identity, their initial
+    pair (A₀, B₀) is subtracted, not from W, which is unchanged, but from the update, ``s (B A - B₀ A₀) x``: the same
+    training, at the cost of twice the rank.
     """
 
     rank: PositiveInt = 8
@@ -47,47 +47,45 @@ class LoRAConfig(base.Config):
 
     @property
     def starts_from_weight(self) -> bool:
-        """Whether A and B start from the layer's own weight."""
+        """Whether A and B are initialised from the layer's own weight."""
         return self.init_lora_weights in {"pissa", "olora"}
 
     @model_validator(mode="after")
     def _no_dropout_of_what_the_base_computes(self) -> LoRAConfig:
         if self.starts_from_weight and self.dropout:
             raise ValueError(
-                f"dropout must be 0 with init_lora_weights: {self.init_lora_weights}, whose pair starts as part of W; "
+                f"dropout must be 0 with init_lora_weights: {self.init_lora_weights}, which starts from W; "
                 f"found {self.dropout}"
             )
         return self
 
 
 class LoRADelta(base.Delta):
-    """One low-rank pair. Shapes: R rank, S the rank of what is added: R, or 2 R where a start is taken off.
+    """One low-rank pair. Shapes: R rank, S rank of the update: R, or 2 R if an initial pair is subtracted.
 
     Args:
-        in_features: of the layer.
-        out_features: of the layer.
+        target: the layer.
         config: options.
-        generator: A is drawn from it.
-        weight_OI: the layer's own; needed where the pair starts from it.
+        generator: source of A's initial values.
+
+    Raises:
+        UserError: the rank is larger than the layer, or the pair is initialised from a weight that is not readable.
     """
 
     start_A: Tensor
     start_B: Tensor
 
-    def __init__(
-        self, in_features: int, out_features: int, config: LoRAConfig, generator: torch.Generator,
-        weight_OI: Tensor | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, target: Target, config: LoRAConfig, generator: torch.Generator) -> None:
         super().__init__()
-        self.lora_A = nn.Parameter(torch.empty(config.rank, in_features))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, config.rank))
+        base.check_rank(config.rank, target)
+        self.lora_A = nn.Parameter(torch.empty(config.rank, target.in_features))
+        self.lora_B = nn.Parameter(torch.zeros(target.out_features, config.rank))
         self.scale = config.scale
         self.dropout = config.dropout
         self.has_start = config.starts_from_weight
         if self.has_start:
-            assert weight_OI is not None  # noqa: S101 - for the type checker
-            start_A, start_B = _from_weight(weight_OI.detach().float(), config)
-            # Kept with the adapter: to decompose W again elsewhere could give other signs and roundings.
+            start_A, start_B = _from_weight(target.weight().detach().float(), config)
+            # Saved with the adapter: decomposing W again elsewhere could give other signs and rounding.
             self.register_buffer("start_A", start_A)
             self.register_buffer("start_B", start_B)
             with torch.no_grad():
@@ -99,9 +97,9 @@ class LoRADelta(base.Delta):
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (S, I) and B (O, S) of what is added, ``scale · B A x``.
+        """A (S, I) and B (O, S) of the update ``scale · B A x``.
 
-        With a start it is ``B A - B₀ A₀ = (B - B₀) A + B₀ (A - A₀)``, in which both terms are exactly zero at first.
+        With an initial pair it is ``B A - B₀ A₀ = (B - B₀) A + B₀ (A - A₀)``, whose terms are exactly zero at first.
         """
         if not self.has_start:
             return self.lora_A, self.lora_B
@@ -122,7 +120,7 @@ class LoRADelta(base.Delta):
 
 
 def _from_weight(weight_OI: Tensor, config: LoRAConfig) -> tuple[Tensor, Tensor]:
-    """A₀ (R, I) and B₀ (O, R) as Hugging Face PEFT starts them (peft/tuners/lora/layer.py, pissa_init, olora_init)."""
+    """A₀ (R, I) and B₀ (O, R) as in Hugging Face PEFT (peft/tuners/lora/layer.py: pissa_init, olora_init)."""
     rank = config.rank
     if config.init_lora_weights == "olora":
         Q_OK, R_KI = torch.linalg.qr(weight_OI)
@@ -133,14 +131,16 @@ def _from_weight(weight_OI: Tensor, config: LoRAConfig) -> tuple[Tensor, Tensor]
 
 
 class LoRAChange(base.Change):
-    """All groups' pairs in the form that is quickest for the layout (adapters/lora_forms.py)."""
+    """All groups' pairs, in the form that is fastest for the layout (see lora_forms)."""
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
         """``y + scale · B_c A_c dropout(x)``."""
-        deltas: list[LoRADelta] = [self.delta(group) for group in self.groups]
-        # The groups have the same options, so one dropout over all tokens is what each would do to its own.
-        x_BTI = F.dropout(x_BTI, deltas[0].dropout, deltas[0].training)
-        return low_rank(x_BTI, value_BTD, layout, self.groups, [d.factors() for d in deltas], deltas[0].scale)
+        deltas: dict[str, LoRADelta] = {group: self.delta(group) for group in self.groups}
+        first = deltas[self.groups[0]]
+        # All groups have the same options, so one dropout over all tokens is equivalent to one per group.
+        x_BTI = F.dropout(x_BTI, first.dropout, first.training)
+        pairs = {group: delta.factors() for group, delta in deltas.items()}
+        return low_rank(x_BTI, value_BTD, layout, pairs, first.scale)
 
 
 class LoRA(base.AdapterMethod):
@@ -151,7 +151,7 @@ class LoRA(base.AdapterMethod):
     config: LoRAConfig
 
     def label(self) -> str:
-        """``LoRA r=4``, ``rsLoRA r=4 pissa``, with the place where it is not everywhere."""
+        """``LoRA r=4``, ``rsLoRA r=4 pissa``, plus `where` if it is not AF."""
         start = "" if self.config.init_lora_weights is True else f" {self.config.init_lora_weights}"
         name = "rsLoRA" if self.config.use_rslora else "LoRA"
         return f"{name} r={self.config.rank}{start}" + base.place_label(self.config.where)
@@ -161,17 +161,11 @@ class LoRA(base.AdapterMethod):
         return base.roles_of(self.config.where)
 
     def delta(self, target: Target, generator: torch.Generator) -> base.Delta:
-        """One low-rank pair.
-
-        Raises:
-            UserError: the rank is larger than the layer, or the pair starts from a weight that cannot be read.
-        """
-        base.check_rank(self.config.rank, target)
-        weight_OI = target.weight() if self.config.starts_from_weight else None
-        return LoRADelta(target.in_features, target.out_features, self.config, generator, weight_OI)
+        """One low-rank pair."""
+        return LoRADelta(target, self.config, generator)
 
     def change(
         self, target: Target, deltas: Mapping[str, base.Delta], shared: nn.Module | None, generator: torch.Generator
     ) -> base.Change:
-        """All groups in one form."""
+        """A change that computes all groups in one form."""
         return LoRAChange(deltas)

@@ -1,14 +1,13 @@
-"""How ``y + s · B_g A_g x``, with a pair (A_g, B_g) for each group of tokens, is computed: four forms, one result.
+"""Computes ``y + s · B_g A_g x`` with a pair (A_g, B_g) per group of tokens, in one of four equivalent forms.
 
 - *whole*: one group owns every token. Two matrix products over all of them.
 - *spans*: groups own long runs of positions, alike in all rows. Products over slices, into slices of one result.
-- *masked*: groups × rank is small. All groups' products at once; a token's products with the groups that are not its
-  own are set to zero.
-- *sorted*: anything else. The tokens are brought into the order of their groups, and back.
+- *masked*: groups × rank is small. All groups' products at once; a token's products with other groups are set to zero.
+- *sorted*: anything else. The tokens are sorted by group, and back.
 
-Every form keeps for backward the layer's input itself and R numbers per token, however many groups there are: slices,
-masks and casts are made again rather than kept. The forms differ by rounding only. They have no second derivative
-(PyTorch says so where it is asked for).
+For backward every form keeps the layer's input and R numbers per token, for any number of groups: slices, masks and
+casts are recomputed, not kept. The forms differ by rounding only. They have no second derivative (asking for it is an
+error from PyTorch).
 
 Shapes: B rows, T positions, N = B · T tokens, M tokens of one group, I and O input and output features, R rank,
 G groups, K = G · R.
@@ -16,7 +15,7 @@ G groups, K = G · R.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -27,9 +26,9 @@ from torch.autograd.function import once_differentiable
 
 from adapters.router import Layout
 
-# Measured on a CPU with 2,048 tokens of width 768; the masked form's columns are groups × rank. The mask is quickest
-# up to so few columns. Slices win down to runs of about so many positions. Where there are no such runs, the mask
-# wins over sorting until its products with zeros cost more than moving the tokens.
+# Measured on a CPU with 2,048 tokens of width 768; the masked form has groups × rank columns. Masking is fastest up to
+# FEW_COLUMNS. Slices are faster if runs have about SHORTEST_MEAN_SPAN positions or more. For shorter runs, masking is
+# faster than sorting up to MOST_MASKED_COLUMNS, where its products with zeros cost more than moving the tokens.
 FEW_COLUMNS = 16
 SHORTEST_MEAN_SPAN = 16
 MOST_MASKED_COLUMNS = 32
@@ -46,9 +45,9 @@ class Piece(NamedTuple):
 
 
 class Order(NamedTuple):
-    """The tokens in the order of their groups, those without a group last."""
+    """The tokens sorted by group, those without a group last."""
 
-    sorted_N: Tensor  # int64: which token of the rows laid end to end comes at each place
+    sorted_N: Tensor  # int64: index, in the concatenated rows, of the token at each place
     back_N: Tensor  # int64: its inverse
     pieces: tuple[Piece, ...]
 
@@ -57,28 +56,30 @@ def low_rank(
     x_BTI: Tensor,
     value_BTO: Tensor,
     layout: Layout,
-    groups: tuple[str, ...],
-    pairs: Sequence[tuple[Tensor, Tensor]],
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
     scale: float,
     form: Form | None = None,
 ) -> Tensor:
-    """``value + scale · B_g A_g x`` for the group g that owns each token; ``value`` where none of ``groups`` does.
+    """``value + scale · B_g A_g x`` for the group g that owns each token; ``value`` where none of ``pairs`` does.
 
-    Computed in the value's dtype; gradients have the dtype of what they belong to. A group without a token has zero
-    gradients, not None: ZeRO needs every rank and step to produce a gradient for the same parameters.
+    Computed in the value's dtype; gradients have the dtype of their tensor. A group without a token has zero gradients,
+    not None: ZeRO needs a gradient for the same parameters on every rank and step.
 
     Args:
         x_BTI: the layer's input.
-        value_BTO: what is added to: the layer's output.
-        layout: who owns each position.
-        groups: of ``pairs``, in the same order.
-        pairs: A (R, I) and B (O, R) of each group; one rank for all.
-        scale: of all products.
-        form: None: the quickest one for these shapes.
+        value_BTO: the layer's output, to which the products are added.
+        layout: which group owns each position.
+        pairs: group → A (R, I) and B (O, R); all groups have the same rank.
+        scale: factor of all products.
+        form: None: the fastest one for these shapes.
+
+    Returns:
+        The new value (B, T, O), in the value's dtype.
     """
-    factors = [*(A_RI for A_RI, _ in pairs), *(B_OR for _, B_OR in pairs)]
+    groups = tuple(pairs)
+    factors = [*(A_RI for A_RI, _ in pairs.values()), *(B_OR for _, B_OR in pairs.values())]
     pieces = pieces_of(layout, groups)
-    form = form or form_of(layout, pieces, len(groups) * pairs[0][0].shape[0])
+    form = form or form_of(layout, pieces, len(groups) * factors[0].shape[0])
     changed: Tensor
     if form in {"whole", "masked"}:
         owner_TG = layout.lookup(groups).owner_XTG.flatten(0, 1) if form == "masked" else None
@@ -92,27 +93,29 @@ def low_rank(
 
 
 def form_of(layout: Layout, pieces: Sequence[Piece], columns: int) -> Form:
-    """The quickest form for a layout, its pieces (none where rows differ) and groups × rank."""
+    """The fastest form for a layout, its pieces (none if rows differ) and groups × rank columns."""
     if layout.length == 0:
-        return "spans"  # of which there are none
+        return "spans"  # an empty list of them
     if len(pieces) == 1:
         return "spans" if pieces[0].group is None else "whole"
     long = layout.spans is not None and layout.length >= SHORTEST_MEAN_SPAN * len(pieces)
-    everyone = all(piece.group is not None for piece in pieces)  # slices save what the mask computes for nobody
-    if long and (columns > FEW_COLUMNS or not everyone):
+    all_owned = all(
+        piece.group is not None for piece in pieces
+    )  # slices skip tokens of no group, which masking computes
+    if long and (columns > FEW_COLUMNS or not all_owned):
         return "spans"
     return "masked" if columns <= MOST_MASKED_COLUMNS else "sorted"
 
 
 def pieces_of(layout: Layout, groups: tuple[str, ...]) -> tuple[Piece, ...]:
-    """The layout's spans as pieces; empty where rows differ."""
+    """The layout's spans as pieces; empty if rows differ."""
     spans = layout.spans or ()
     return tuple(Piece(groups.index(s.group) if s.group in groups else None, s.start, s.stop) for s in spans)
 
 
 @lru_cache(maxsize=8)
 def order_of(layout: Layout, groups: tuple[str, ...], rows: int) -> Order:
-    """Of the layout's tokens by group. All layers ask for the same one, so the last few are kept."""
+    """The layout's tokens sorted by group. Cached, because all layers of a pass need the same order."""
     index_XT = layout.lookup(groups).index_XT
     sorted_N = index_XT.expand(rows, -1).flatten().argsort(stable=True)
     if layout.spans is None:
@@ -125,7 +128,7 @@ def order_of(layout: Layout, groups: tuple[str, ...], rows: int) -> Order:
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """The dtypes are set here by hand; autocast would change those of single products."""
+    """Disable autocast: dtypes are set explicitly here, and autocast would change those of single products."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -136,7 +139,7 @@ def _scaled(product: Tensor, scale: float) -> Tensor:
 
 
 def _joined(factors: Sequence[Tensor], alone: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A (K, I) and B (O, K) of all groups side by side, or of the one that is alone."""
+    """A (K, I) and B (O, K), concatenated over all groups, or those of group ``alone``."""
     groups = len(factors) // 2
     if alone is not None:
         return factors[alone].to(dtype), factors[groups + alone].to(dtype)
@@ -144,7 +147,7 @@ def _joined(factors: Sequence[Tensor], alone: int | None, dtype: torch.dtype) ->
 
 
 class _Joint(torch.autograd.Function):
-    """One pass over all tokens. Whole: ``alone`` is the group that acts. Masked: ``owner_TG`` says where each acts."""
+    """One pass over all tokens. Whole: ``alone`` is the group that acts. Masked: ``owner_TG`` is where each acts."""
 
     @staticmethod
     def forward(
@@ -155,7 +158,7 @@ class _Joint(torch.autograd.Function):
             h_NK = kept_NR = x_NI.to(y_NO.dtype) @ A_KI.T
             if owner_TG is not None:
                 h_NK = _masked(h_NK, owner_TG)
-                # All but the owning group's numbers are zero: the sum over the groups keeps the others.
+                # Only the owning group's numbers are non-zero: the sum over the groups selects them.
                 kept_NR = h_NK.view(h_NK.shape[0], owner_TG.shape[1], -1).sum(dim=1)
             ctx.owner_TG, ctx.alone, ctx.scale = owner_TG, alone, scale
             ctx.save_for_backward(x_NI, kept_NR, *factors)
@@ -184,7 +187,7 @@ class _Joint(torch.autograd.Function):
 
 
 def _masked(h_NK: Tensor, owner_TG: Tensor) -> Tensor:
-    """In place: zero where another group owns the token. ``owner_TG`` is of one row, or of all rows end to end."""
+    """In place: zero where another group owns the token. ``owner_TG`` covers one row, or all rows concatenated."""
     positions, groups = owner_TG.shape
     h_NK.view(-1, positions, groups, h_NK.shape[1] // groups).mul_(owner_TG[..., None])
     return h_NK
@@ -193,7 +196,7 @@ def _masked(h_NK: Tensor, owner_TG: Tensor) -> Tensor:
 def _outer(h_MR: Tensor, g_MO: Tensor) -> Tensor:
     """``hᵀ g``, (R, O): B's gradient, transposed.
 
-    The product the other way round is what autograd takes; oneMKL needs up to nine times as long for it (rank 8).
+    Autograd computes the transposed product, ``gᵀ h``, for which oneMKL takes up to nine times as long (rank 8).
     """
     return h_MR.T @ g_MO
 
@@ -203,7 +206,7 @@ def _in_dtype(grads: Sequence[Tensor], of: Sequence[Tensor]) -> list[Tensor]:
 
 
 class _Pieces(torch.autograd.Function):
-    """Piece by piece: slices of every row, or, where an ``Order`` is given, of the sorted tokens as one row."""
+    """Piece by piece: slices of every row, or, with an ``Order``, of the sorted tokens as one row."""
 
     @staticmethod
     def forward(
@@ -235,9 +238,9 @@ class _Pieces(torch.autograd.Function):
             gh_LMR = torch.empty_like(h_LMR)
             for group, start, stop in ctx.pieces:
                 if group is not None:
-                    x, g, h, gh = (value[:, start:stop] for value in (x_LMI, g_LMO, h_LMR, gh_LMR))
+                    slices = _Slices(*(value[:, start:stop] for value in (x_LMI, g_LMO, h_LMR, gh_LMR)))
                     B_OR = factors[groups + group].to(g_BTO.dtype)
-                    _add_grads(x, g, h, B_OR, gh, grads[group], grads[groups + group], ctx.scale, x_LMI.numel())
+                    _add_grads(slices, B_OR, grads[group], grads[groups + group], ctx.scale, x_LMI.numel())
             gx_BTI = None
             if ctx.needs_input_grad[0]:
                 gx_LMI = torch.empty_like(x_LMI, memory_format=torch.contiguous_format)
@@ -251,18 +254,24 @@ class _Pieces(torch.autograd.Function):
         return gx_BTI, g_BTO, None, None, None, *_in_dtype(grads, factors)
 
 
-def _add_grads(
-    x_LMI: Tensor, g_LMO: Tensor, h_LMR: Tensor, B_OR: Tensor, gh_LMR: Tensor, gA_RI: Tensor, gB_OR: Tensor,
-    scale: float, most_copied: int,
-) -> None:  # fmt: skip
-    """One piece's part of the gradients of A and B, and the gradient of its projection, written into ``gh_LMR``.
+class _Slices(NamedTuple):
+    """One piece in backward: the input, the output's gradient, the projection, and where its gradient is written."""
 
-    The rows' slices are copied end to end, as one product over all of them is quicker than a sum of one for each row;
-    as many rows at a time as keep the copies below the input's gradient, which comes into being afterwards.
+    x_LMI: Tensor
+    g_LMO: Tensor
+    h_LMR: Tensor
+    gh_LMR: Tensor
+
+
+def _add_grads(slices: _Slices, B_OR: Tensor, gA_RI: Tensor, gB_OR: Tensor, scale: float, most_copied: int) -> None:
+    """Add one piece's part to the gradients of A and B, and write the gradient of its projection.
+
+    The rows' slices are concatenated, because one product over all of them is faster than a sum over rows; only as many
+    rows at a time as keep the copies smaller than the input's gradient, which is allocated afterwards.
     """
-    numbers_per_row = x_LMI.shape[1] * max(x_LMI.shape[2], g_LMO.shape[2])
+    numbers_per_row = slices.x_LMI.shape[1] * max(slices.x_LMI.shape[2], slices.g_LMO.shape[2])
     at_once = max(1, most_copied // max(1, numbers_per_row))
-    for x, g, h, gh in zip(*(torch.split(v, at_once) for v in (x_LMI, g_LMO, h_LMR, gh_LMR)), strict=True):
+    for x, g, h, gh in zip(*(torch.split(value, at_once) for value in slices), strict=True):
         g_NO = g.flatten(0, 1)
         gh_NR = _scaled(g_NO @ B_OR, scale)
         gh.copy_(gh_NR.view_as(gh))
@@ -280,7 +289,7 @@ def _add_product(out_LMO: Tensor, x_LMI: Tensor, W_IO: Tensor, beta: float = 1, 
 
 
 def _sort(value_BTD: Tensor, order: Order | None) -> Tensor:
-    """One row of all tokens, (1, N, D), in the order of their groups."""
+    """All tokens as one row (1, N, D), sorted by group; unchanged without an order."""
     return value_BTD if order is None else value_BTD.flatten(0, 1).index_select(0, order.sorted_N)[None]
 
 

@@ -1,7 +1,7 @@
-"""Adapters computed into the base model's own weights, so that it needs no hooks any more.
+"""Merges adapters into the base model's weights, which then needs no hooks.
 
-Only where one group acts on every token: a weight cannot depend on the token. Shapes: O and I output and input features
-of a linear layer.
+Only possible if one group acts on every token: a weight cannot depend on the token.
+Shapes: O and I output and input features of a linear layer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from adapters.attach import AdaptedLayer, Adapters
+from adapters.attach import Adapters
 from adapters.base import Delta
 from adapters.roles import Target
 from harness.errors import UserError
@@ -23,7 +23,7 @@ from harness.errors import UserError
 
 @dataclass(frozen=True)
 class _Step:
-    """One delta of one layer, and the method it belongs to."""
+    """One delta of one layer, and the name of its method."""
 
     method: str
     target: Target
@@ -31,32 +31,30 @@ class _Step:
 
 
 def merge_into(language_model: nn.Module, adapters: Adapters) -> None:
-    """Write what the adapters compute into the layers' weights. Nothing is written unless everything can be.
+    """Merge the adapters into the layers' weights: all of them, or none if one cannot be merged.
 
-    The arithmetic is float64; the result has the weight's dtype, so on a bf16 base it is rounded to bf16.
+    Computed in float64 and rounded to the weight's dtype (bf16 on a bf16 base).
 
     Args:
-        language_model: the one that the adapters were made for.
-        adapters: with one group, which owns every token.
+        language_model: the model that the adapters were built for.
+        adapters: adapters with one group, which owns every token.
 
     Raises:
-        UserError: what a method does is not in the reach of the layers' weights (method and layer are named).
+        UserError: a method cannot be expressed by the layers' weights (the message names method and layer).
     """
     for name in adapters.model_changes:
-        raise UserError(f"{name} cannot be merged: it changes the model as a whole and not its layers' weights")
+        raise UserError(f"{name} cannot be merged: it changes the model as a whole, not its layers' weights")
     steps: dict[str, list[_Step]] = {}
-    for layer in adapters.layers.values():
-        assert isinstance(layer, AdaptedLayer)  # noqa: S101 - for the type checker
-        for name, change in layer.changes.items():
-            (delta,) = change.deltas.values()  # type: ignore[operator]
-            steps.setdefault(layer.target.path, []).append(_Step(name, layer.target, delta))
+    for group in adapters.router.groups:
+        for name, target, delta in adapters.deltas_of(group):
+            steps.setdefault(target.path, []).append(_Step(name, target, delta))
     merged = {path: _merged(language_model.get_submodule(path), _in_order(found)) for path, found in steps.items()}
     for path, (weight, bias) in merged.items():
         _write(language_model.get_submodule(path), weight, bias)
 
 
 def _in_order(steps: Sequence[_Step]) -> list[_Step]:
-    """``y = D₂ D₁ (W P₂ P₁ x)``: changes of the output join W as they act, those of the input in the reverse order."""
+    """``y = D₂ D₁ (W P₂ P₁ x)``: output changes are merged in the order they act, input changes in reverse."""
     outputs = [step for step in steps if step.delta.acts_on == "output"]
     inputs = [step for step in steps if step.delta.acts_on == "input"]
     return outputs + inputs[::-1]
@@ -64,13 +62,13 @@ def _in_order(steps: Sequence[_Step]) -> list[_Step]:
 
 @torch.no_grad()
 def _merged(layer: Any, steps: Sequence[_Step]) -> tuple[Tensor, Tensor]:
-    """Weight (O, I), of a norm (O,), and bias (O,) with all steps in them."""
+    """Merged weight (O, I), or (O,) for a norm, and bias (O,)."""
     weight_OI = _weight(layer, steps[0])
     has_bias = getattr(layer, "bias", None) is not None
     bias_O = layer.bias.detach() if has_bias else weight_OI.new_zeros(weight_OI.shape[0])
     dtype, weight_OI, bias_O = weight_OI.dtype, weight_OI.double().clone(), bias_O.double().clone()
     for step in steps:
-        # The copy is of the delta alone: a delta that knows its layer goes on knowing the layer itself.
+        # Copy only the delta: its reference to the layer, if any, must stay a reference.
         delta = copy.deepcopy(step.delta, {id(layer): layer}).double()
         whole = step.target.rows is None or delta.acts_on == "input"
         rows = slice(None) if whole else list(step.target.rows or ())
@@ -81,16 +79,16 @@ def _merged(layer: Any, steps: Sequence[_Step]) -> tuple[Tensor, Tensor]:
     if bias_O.any() and not has_bias and not isinstance(layer, nn.Linear):
         raise UserError(
             f"{steps[-1].method} cannot be merged at layer {steps[0].target.path}: "
-            f"a {type(layer).__name__} has no bias that could hold its offset"
+            f"a {type(layer).__name__} has no bias for its offset"
         )
     return weight_OI.to(dtype), bias_O.to(dtype)
 
 
 def _weight(layer: Any, step: _Step) -> Tensor:
-    """Of the whole layer, also where the step's target is a part of it.
+    """The whole layer's weight, even if the step's target is a part of a fused layer.
 
     Raises:
-        UserError: it has none that can be read.
+        UserError: the weight cannot be read.
     """
     target = step.target
     if target.role == "norm" and isinstance(getattr(layer, "weight", None), nn.Parameter):

@@ -1,17 +1,17 @@
-"""Multi-modal causal attention: text attends to each modality by a softmax of its own, and the results are summed.
+"""Multi-modal causal attention: text attends to each modality with a separate softmax; the results are summed.
 
 DeepSpeed-VisualChat, Yao et al. 2023, arXiv 2309.14327, section 4.1: visual tokens attend only to themselves; textual
 tokens attend to all earlier tokens, with one attention matrix for text and another for images. For a text token at t
 
     o_t = softmax_{s ≤ t, s text}(q_t K_s) V_s + Σ_m softmax_{s ≤ t, s in m}(q_t K_s) V_s
 
-over the other contexts m, without a scale, so weights sum to the number of sources seen. A source without an earlier
-token adds nothing, hence text alone is attended to as always. The authors' code
+over the other contexts m, unscaled, so weights sum to the number of visible sources. A source without an earlier token
+adds nothing, so text without other contexts has ordinary attention. The authors' code
 (https://github.com/deepspeedai/DeepSpeedExamples, applications/DeepSpeed-VisualChat, modeling_llama.py) lets an image
-token see its own position and no other image token, which is ``itself`` here. It also lets it see earlier text, which
-the paper does not say and this does not do.
+token see its own position and no other image token (here: ``itself``). There it also sees earlier text, which the paper
+does not describe and this implementation does not do.
 
-Shapes: B rows, H heads, E features of a head, T queries, K keys (those in the KV cache included), X 1 or B rows.
+Shapes: B rows, H heads, E features of a head, T queries, K keys (including the KV cache), X 1 or B rows.
 """
 
 from __future__ import annotations
@@ -31,20 +31,22 @@ from adapters import base
 from adapters.router import Layout, Router
 from harness.errors import UserError, did_you_mean
 
-NAME = "harness_mmca"  # among transformers' attention functions; it does nothing for models that do not name it
-_UNKNOWN = ("softcap", "s_aux", "position_bias")  # what some families add to attention
+NAME = "harness_mmca"  # in transformers' attention registry; models that do not select it are unaffected
+_UNKNOWN = ("softcap", "s_aux", "position_bias")  # attention features of some families that are not supported
 
 
 class MMCAConfig(base.Config):
     """Options."""
 
-    # contexts that are text, and one source together; every other context is a source of its own. None: the last one
+    # contexts that together form the text source; every other context is a source of its own. None: the last context
     text_contexts: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    non_text_attention: Literal["itself", "own_context"] = "itself"  # or also the earlier tokens of the same context
+    non_text_attention: Literal["itself", "own_context"] = (
+        "itself"  # own_context: also earlier tokens of the same context
+    )
 
 
 class MultiModalAttention(base.ModelChange):
-    """Replaces the attention of one model, by transformers' own registry of attention functions."""
+    """Replaces one model's attention through transformers' registry of attention functions."""
 
     def __init__(self, config: MMCAConfig, router: Router) -> None:
         super().__init__()
@@ -58,17 +60,17 @@ class MultiModalAttention(base.ModelChange):
         self.source_of = [0 if context in text else 1 + index for index, context in enumerate(router.contexts)]
 
     def attach(self, language_model: Any) -> Callable[[], None]:
-        """Switch the model's attention over; the undo switches it back.
+        """Replace the model's attention. Returns a function that restores it.
 
         Raises:
-            UserError: the architecture does not take its attention from transformers' registry.
+            UserError: the architecture does not use transformers' attention registry.
         """
         AttentionInterface.register(NAME, _attention)
         AttentionMaskInterface.register(NAME, _mask)
         before = language_model.config._attn_implementation
         language_model.set_attn_implementation(NAME)
         if language_model.config._attn_implementation != NAME:
-            raise UserError(f"a {language_model.config.model_type} model does not let its attention be replaced")
+            raise UserError(f"mmca cannot replace the attention of a {language_model.config.model_type} model")
         modules = list(language_model.modules())
         _ATTENTION_OF.update(dict.fromkeys(modules, self))
 
@@ -80,14 +82,14 @@ class MultiModalAttention(base.ModelChange):
         return undo
 
     def weights(self, scores_BHTK: Tensor, allowed_BHTK: Tensor, layout: Layout) -> Tensor:
-        """Attention weights: for each source a softmax over its keys.
+        """Attention weights (B, H, T, K): the sum over sources of a softmax over the source's keys.
 
         Args:
             scores_BHTK: scaled products of queries and keys.
-            allowed_BHTK: where causality and padding let a query see a key; any dimension but the last may be 1.
-            layout: of the pass.
+            allowed_BHTK: True where causality and padding let a query see a key; all dimensions but the last may be 1.
+            layout: layout of the pass.
         """
-        # A cache with a sliding window holds the latest keys, one of fixed size has room after them (never allowed).
+        # A sliding-window cache holds only the latest keys; a static cache has unused slots after them (never allowed).
         keys = scores_BHTK.shape[-1]
         source_XK = torch.tensor(self.source_of, device=scores_BHTK.device)[layout.context_ids_XK]
         of_query_XT1 = source_XK[:, -layout.length :, None]
@@ -103,12 +105,14 @@ class MultiModalAttention(base.ModelChange):
         weights_BHTK = torch.zeros_like(scores_BHTK)
         for source in sorted(set(self.source_of)):
             mask_BHTK = allowed_BHTK & (key_XK == source)[:, None, None]
-            # Where a query sees no key of the source, softmax is uniform over nothing; the product makes it zero.
+            # If a query sees no key of the source, softmax is uniform over masked keys; the product sets it to zero.
             weights_BHTK = weights_BHTK + scores_BHTK.masked_fill(~mask_BHTK, lowest).softmax(dim=-1) * mask_BHTK
         return weights_BHTK
 
 
-_ATTENTION_OF: WeakKeyDictionary[nn.Module, MultiModalAttention] = WeakKeyDictionary()  # by module of adapted models
+_ATTENTION_OF: WeakKeyDictionary[nn.Module, MultiModalAttention] = (
+    WeakKeyDictionary()
+)  # module of an adapted model → its attention
 
 
 def _attention(
@@ -121,12 +125,12 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """What transformers calls in the place of its own attention: (B, T, H, E) and the weights (B, H, T, K)."""
+    """Called by transformers instead of its own attention. Returns output (B, T, H, E) and weights (B, H, T, K)."""
     attention = _ATTENTION_OF.get(module)
     if attention is None:
         raise RuntimeError(
-            f"attention {NAME!r} was set on another model that shares this model's config object, or on the original "
-            "of this copy: give every model a config of its own"
+            f"attention {NAME!r} was set on another model with the same config object, or on the original of this "
+            "copy; give every model its own config"
         )
     extra = [name for name in _UNKNOWN if kwargs.get(name) is not None]
     if extra or attention_mask is None:
@@ -139,7 +143,7 @@ def _attention(
     scores_BHTK = query_BHTE @ key_BHKE.transpose(2, 3) * scale
     scores_BHTK = scores_BHTK.to(torch.promote_types(scores_BHTK.dtype, torch.float32))
     allowed_BHTK = attention_mask
-    if attention_mask.dtype != torch.bool:  # a caller's own, which is added
+    if attention_mask.dtype != torch.bool:  # additive mask from the caller
         scores_BHTK = scores_BHTK + attention_mask
         allowed_BHTK = attention_mask > torch.finfo(attention_mask.dtype).min / 2
     weights_BHTK = attention.weights(scores_BHTK, allowed_BHTK, layout).to(value.dtype)
@@ -148,22 +152,22 @@ def _attention(
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """Causality and padding (B, 1, T, K), True where attended; also where plain attention would need no mask."""
+    """Causality and padding (B, 1, T, K), True where attended; never None, even if plain attention needs no mask."""
     mask_B1TK: Tensor | None = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
     return mask_B1TK
 
 
 class MMCA(base.AdapterMethod):
-    """Another attention, without parameters: alone it trains the projector only, or with adapters as ``mmca+lora``."""
+    """Attention without own parameters: ``mmca`` trains the projector only, ``mmca+lora`` adapters too."""
 
-    summary = "multi-modal causal attention: a softmax for each source modality, summed"
+    summary = "multi-modal causal attention: one softmax per source modality, summed"
     grouped = False
     identity_at_start = False
     Config = MMCAConfig
     config: MMCAConfig
 
     def label(self) -> str:
-        """``MMCA``, and what non-text tokens attend to where that is not themselves alone."""
+        """``MMCA``, plus ``own context`` if non-text tokens attend to their whole context."""
         return "MMCA" if self.config.non_text_attention == "itself" else "MMCA own context"
 
     def model_change(
@@ -174,7 +178,7 @@ class MMCA(base.AdapterMethod):
         shared: nn.Module | None,
         generator: torch.Generator,
     ) -> base.ModelChange:
-        """The attention.
+        """The replaced attention.
 
         Raises:
             UserError: ``text_contexts`` names an unknown context.

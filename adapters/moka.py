@@ -1,22 +1,22 @@
-"""MokA per context group: its own A for every group, low-rank cross-attention to text, one B for all groups.
+"""MokA per context group: one A per group, low-rank cross-attention to text, one B for all groups.
 
-Wei et al., NeurIPS 2025, arXiv 2506.05191. With z = A_g x for a token of group g, a token of a group that is not text
-adds what it finds in the text tokens' low-rank states, and all pass through the shared B:
+Wei et al., NeurIPS 2025, arXiv 2506.05191. With z = A_g x for a token of group g, a token of a non-text group adds
+cross-attention to the text tokens' low-rank states, and all states pass through the shared B:
 
     h = W x + (alpha / r) B (z + λ softmax(z K^T / √r) K),    K = A_t x_t of the text tokens    (non-text groups)
     h = W x + (alpha / r) B z                                                                  (text groups)
 
 Queries are non-text and keys are text, as in the authors' code (https://github.com/GeWu-Lab/MokA), and λ is 1 there.
-Its visual-text case divides by √r, as here, its audio-visual case by the root of the number of keys. B is zero at
-start.
+Its visual-text case divides by √r, as here, its audio-visual case by the root of the number of keys. B is
+initialised to zero.
 
-In the paper keys are the tokens of the instruction, wherever they stand, and never those of the answer. Name their
-groups as ``instruction_groups`` for that. No layout of contexts says which text is known before the answer, so the
-default keys, our choice, are the earlier tokens of all text groups: causal, and nothing of a target can leak. Padding
-is no key, as far as the model's ``attention_mask`` tells.
+In the paper keys are the tokens of the instruction, at any position, and never those of the answer: set
+``instruction_groups`` for that. A layout of contexts does not say which text is known before the answer, so by default
+(our choice) keys are the earlier tokens of all text groups: causal, so the target cannot leak. Padding according to the
+model's ``attention_mask`` is never a key.
 
-Shapes: B rows, T positions, K positions with those in the KV cache, I and O input and output features, R rank, X 1 or B
-rows, Q and S the positions of queries and keys in some row.
+Shapes: B rows, T positions, K positions including the KV cache, I and O input and output features, R rank, X 1 or B
+rows, Q and S positions that are a query or a key in at least one row.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ class MokAConfig(base.Config):
     """Options."""
 
     rank: PositiveInt = 8
-    alpha: Annotated[float, Field(gt=0)] | None = None  # the update is scaled by alpha / rank; default: alpha = rank
+    alpha: Annotated[float, Field(gt=0)] | None = None  # the update is scaled by alpha / rank; None: alpha = rank
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     where: base.Where = "AF"
     cross_modal_scale: Annotated[float, Field(ge=0)] = 1.0  # λ
-    text_groups: Groups | None = None  # they make no queries; None: the last group
-    instruction_groups: Groups | None = None  # keys also for tokens before them; None: earlier text. Never the target's
+    text_groups: Groups | None = None  # groups without queries; None: the last group
+    instruction_groups: Groups | None = None  # keys for all positions; None: earlier text. Never the target's group
 
 
 class MokADelta(base.Delta):
-    """One group's projection ``lora_A`` (R, I), which acts on the low-rank state and not on the layer's output."""
+    """One group's projection ``lora_A`` (R, I), which produces the low-rank state, not the layer's output."""
 
     def __init__(self, in_features: int, config: MokAConfig, generator: torch.Generator) -> None:
         super().__init__()
@@ -60,34 +60,34 @@ class MokADelta(base.Delta):
         self.dropout = config.dropout
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
-        """``A dropout(x)`` added to the state (B, T, R), which is zero."""
+        """Adds ``A dropout(x)`` to the state (B, T, R), which is zero."""
         if self.dropout:
             x_BTI = F.dropout(x_BTI, self.dropout, self.training)
         return value_BTD + F.linear(x_BTI, self.lora_A.to(x_BTI.dtype))
 
 
 class Visible(NamedTuple):
-    """Which low-rank states attend to which, in one pass."""
+    """Which low-rank states attend to which in one pass."""
 
-    queries_Q: Tensor  # positions that are a query in some row
-    keys_S: Tensor  # positions that are a key in some row
+    queries_Q: Tensor  # positions that are a query in at least one row
+    keys_S: Tensor  # positions that are a key in at least one row
     mask_XQS: Tensor
 
 
 class CrossModal(nn.Module):
-    """Who attends to whom: worked out once in a pass, used by every layer. It has no parameters."""
+    """Which states attend to which: computed once per pass for all layers. Has no parameters."""
 
     def __init__(self, config: MokAConfig) -> None:
         super().__init__()
         self.config = config
-        self.attention_mask: Tensor | None = None  # (B, K), of the pass in flight
+        self.attention_mask: Tensor | None = None  # (B, K), of the current pass
         self._known: tuple[Layout, Tensor | None, Visible | None] | None = None
 
     def text_groups(self, groups: Sequence[str]) -> tuple[str, ...]:
-        """Of these groups, those that are text.
+        """The text groups among ``groups``.
 
         Raises:
-            UserError: an option names a group that is none of ``groups``, or an instruction that is not text.
+            UserError: an option names a group that is not in ``groups``, or an instruction group that is not text.
         """
         text = self.config.text_groups or tuple(groups[-1:])
         for option, named, allowed in (
@@ -100,17 +100,17 @@ class CrossModal(nn.Module):
         return text
 
     def visible(self, layout: Layout, groups: tuple[str, ...]) -> Visible | None:
-        """For the pass in flight; None where no token attends to another.
+        """Queries, keys and their mask in the current pass; None if no token attends to another.
 
         Raises:
-            UserError: the KV cache holds what the tokens of this pass would have to attend to, or to be seen by; or the
+            UserError: tokens of this pass would have to attend to tokens in the KV cache, or the reverse; or the
                 attention mask is not (B, K).
         """
         if self._known is None or self._known[0] is not layout or self._known[1] is not self.attention_mask:
-            self._known = (layout, self.attention_mask, self._work_out(layout, groups))
+            self._known = (layout, self.attention_mask, self._compute(layout, groups))
         return self._known[2]
 
-    def _work_out(self, layout: Layout, groups: tuple[str, ...]) -> Visible | None:
+    def _compute(self, layout: Layout, groups: tuple[str, ...]) -> Visible | None:
         text = self.text_groups(groups)
         instruction = self.config.instruction_groups
         owner_XTG = layout.lookup(groups).owner_XTG
@@ -121,14 +121,16 @@ class CrossModal(nn.Module):
         key_XT, query_XT = (owner_XTG & is_key_G).any(dim=-1), (owner_XTG & is_query_G).any(dim=-1)
         if layout.past and (query_XT.any() or (instruction and key_XT.any())):
             raise UserError(
-                "moka: after the prompt, tokens that join what a KV cache holds must be text and no instruction "
-                f"(text groups {', '.join(text)}); generate with use_cache=False"
+                "moka: with a filled KV cache, new tokens must be text and not instruction "
+                f"(text groups: {', '.join(text)}); otherwise generate with use_cache=False"
             )
         if self.attention_mask is not None:
             if self.attention_mask.dim() != 2:
-                raise UserError(f"moka needs attention_mask as (rows, positions); found {self.attention_mask.dim()}-D")
+                raise UserError(
+                    f"moka: attention_mask: found {self.attention_mask.dim()} dimensions; allowed: 2, (rows, positions)"
+                )
             attended_BT = self.attention_mask[:, -layout.length :].to(key_XT.device, torch.bool)
-            # Soft prompts stand before the caller's positions.
+            # Soft prompts come before the caller's positions.
             key_XT = key_XT & F.pad(attended_BT, (layout.length - attended_BT.shape[1], 0), value=True)
         queries_Q, keys_S = (is_some_XT.any(dim=0).nonzero()[:, 0] for is_some_XT in (query_XT, key_XT))
         if not len(queries_Q) or not len(keys_S):
@@ -140,18 +142,18 @@ class CrossModal(nn.Module):
 
 
 class MokAChange(base.Change):
-    """All groups' states, cross-attention among them, and the shared ``lora_B`` (O, R)."""
+    """All groups' states, their cross-attention, and the shared ``lora_B`` (O, R)."""
 
     def __init__(self, deltas: Mapping[str, base.Delta], out_features: int, cross_modal: CrossModal) -> None:
         super().__init__(deltas)
         config = cross_modal.config
-        cross_modal.text_groups(self.groups)  # names are checked before the first pass
+        cross_modal.text_groups(self.groups)  # check the names before the first pass
         self.cross_modal = cross_modal
         self.lora_B = nn.Parameter(torch.zeros(out_features, config.rank))
         self.scale = (config.alpha or config.rank) / config.rank
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
-        """``y + scale · B (A_g x + λ · attention)``; tokens of other groups keep their value."""
+        """``y + scale · B (A_g x + λ · attention)``; tokens of other groups are unchanged."""
         rank = self.lora_B.shape[1]
         state_BTR = super().forward(x_BTI, x_BTI.new_zeros(*x_BTI.shape[:2], rank), layout)
         visible = self.cross_modal.visible(layout, self.groups)
@@ -169,28 +171,28 @@ class MokAChange(base.Change):
         scores_BQS = scores_BQS.to(torch.promote_types(scores_BQS.dtype, torch.float32))
         lowest = torch.finfo(scores_BQS.dtype).min
         weights_BQS = scores_BQS.masked_fill(~visible.mask_XQS, lowest).softmax(dim=-1)
-        # A query without a key finds nothing.
+        # A query without keys adds nothing.
         return (weights_BQS * visible.mask_XQS).to(state_BTR.dtype) @ key_BSR
 
 
 class PaddingMask(base.ModelChange):
-    """Shows the layers' cross-attention the mask that the model is called with."""
+    """Passes the model's ``attention_mask`` to the layers' cross-attention."""
 
     def __init__(self, cross_modal: CrossModal) -> None:
         super().__init__()
         self.cross_modal = cross_modal
 
     def attach(self, language_model: nn.Module) -> Callable[[], None]:
-        """Look at the model's arguments; they are left as they are."""
+        """Read the model's arguments before every pass, without changing them."""
         return language_model.register_forward_pre_hook(self._before, with_kwargs=True).remove
 
     def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        # The second argument of every causal LM, or named.
+        # The second positional argument of every causal LM, or a keyword.
         self.cross_modal.attention_mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
 
 
 class MokA(base.AdapterMethod):
-    """Low-rank adaptation with an A for every modality, cross-attention to text, and a shared B."""
+    """Low-rank adaptation with one A per modality, cross-attention to text, and a shared B."""
 
     summary = "low-rank update with an A per group, low-rank cross-attention to text, one shared B"
     joins_groups = True
@@ -198,7 +200,7 @@ class MokA(base.AdapterMethod):
     config: MokAConfig
 
     def label(self) -> str:
-        """``MokA r=8``, with the place where it is not everywhere."""
+        """``MokA r=8``, plus `where` if it is not AF."""
         return f"MokA r={self.config.rank}" + base.place_label(self.config.where)
 
     def roles(self) -> frozenset[str]:
@@ -215,13 +217,13 @@ class MokA(base.AdapterMethod):
         return MokADelta(target.in_features, self.config, generator)
 
     def shared(self, targets: Sequence[Target], generator: torch.Generator) -> nn.Module:
-        """What the layers know of the pass."""
+        """The attention pattern of the pass, shared by all layers."""
         return CrossModal(self.config)
 
     def change(
         self, target: Target, deltas: Mapping[str, base.Delta], shared: nn.Module | None, generator: torch.Generator
     ) -> base.Change:
-        """The groups' A and the shared B.
+        """Every group's A and the shared B.
 
         Raises:
             UserError: an option names a group that does not use this method.
@@ -237,6 +239,6 @@ class MokA(base.AdapterMethod):
         shared: nn.Module | None,
         generator: torch.Generator,
     ) -> base.ModelChange:
-        """What tells the layers of padding."""
+        """The hook that passes the padding mask to the layers."""
         assert isinstance(shared, CrossModal)  # noqa: S101 - for the type checker
         return PaddingMask(shared)

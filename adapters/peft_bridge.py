@@ -1,9 +1,9 @@
 """Any context-agnostic method of the PEFT library: ``{"method": "peft", "config": {"peft_type": "LOHA", "r": 4}}``.
 
-PEFT puts a layer of its own in the place of each layer that it adapts. Here PEFT builds those layers, and the model
-gets its own layers back at once. Attaching makes a base layer's ``forward`` call PEFT's layer, which computes with a
-twin of the base layer: same class, same parameters. So the adapters' parameters live outside of the model, as all
-others do, the model keeps its modules, names and ``requires_grad``, and detaching takes that ``forward`` off again.
+PEFT replaces each layer that it adapts by a layer of its own. Here PEFT builds those layers, and the model gets its
+original layers back immediately. Attaching makes a base layer's ``forward`` call PEFT's layer, which computes with a
+twin of the base layer: same class, same parameters. Adapter parameters thus stay outside the model, as for all other
+methods; the model keeps its modules, names and ``requires_grad``, and detaching removes that ``forward``.
 https://huggingface.co/docs/peft (0.21)
 """
 
@@ -25,18 +25,18 @@ from adapters import base
 from adapters.router import Router
 from harness.errors import UserError, did_you_mean
 
-ADAPTER = "default"  # PEFT's name of the one adapter, a part of its parameters' names
+ADAPTER = "default"  # PEFT's default adapter name, which is part of its parameter names
 BOOKKEEPING = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
-# They change the base itself, or its structure, rather than adding layers to it.
+# Options that change the base itself, or its structure, rather than adding layers to it.
 _REFUSED = {
     "inference_mode": "it freezes the adapters",
     "layer_replication": "it adds layers to the base",
-    "target_parameters": "it adapts parameters that are in no layer of their own",
+    "target_parameters": "it adapts parameters that are not layers",
 }
 
 
 def peft_library() -> Any:
-    """The ``peft`` package, imported when it is first needed.
+    """The ``peft`` package, imported on first use.
 
     Raises:
         UserError: it is not installed.
@@ -48,25 +48,22 @@ def peft_library() -> Any:
 
 
 def config_keys(config_class: type) -> set[str]:
-    """The options of one of PEFT's methods, without the bookkeeping that PEFT does for its checkpoints."""
+    """Option names of a PEFT config class, without the bookkeeping fields of its checkpoints."""
     return {field.name for field in dataclasses.fields(config_class) if field.init} - BOOKKEEPING
 
 
-def _default() -> dict[str, Any]:
-    return {"peft_type": "LORA", "r": 8}
-
-
 class PeftBridgeConfig(base.Config):
-    """Options. In an experiment file a list is an axis; PEFT takes a pattern too: ``target_modules: .*(q|v)_proj``."""
+    """Options. In an experiment file a list is an axis; use a pattern instead: ``target_modules: .*(q|v)_proj``."""
 
-    config: dict[str, Any] = Field(default_factory=_default)  # PEFT's own: peft_type, and the keys of its config class
+    # PEFT's own: peft_type, and the keys of its config class
+    config: dict[str, Any] = Field(default_factory=lambda: {"peft_type": "LORA", "r": 8})
 
     @field_validator("config")
     @classmethod
     def _check(cls, config: dict[str, Any]) -> dict[str, Any]:
         try:
             make_config(config)
-        except UserError as error:  # as pydantic's own error, to which the caller adds where it was written
+        except UserError as error:  # becomes a pydantic error, to which the caller adds file and key
             raise ValueError(str(error)) from None
         return config
 
@@ -76,7 +73,7 @@ def make_config(options: Mapping[str, Any]) -> Any:
 
     Raises:
         UserError: PEFT has no such method or the method no such option, a value is of the wrong type, or the method
-            does something else than put layers of its own into the model.
+            does something other than adding layers.
     """
     peft = peft_library()
     name = options.get("peft_type")
@@ -88,9 +85,7 @@ def make_config(options: Mapping[str, Any]) -> Any:
         raise UserError(f"peft: unknown peft_type {name!r}; {did_you_mean(name.upper(), usable)}")
     if name not in usable:
         prompt = issubclass(config_class, peft.PromptLearningConfig)
-        why = (
-            "it adds positions; the adapter soft_prompt does that" if prompt else "it is more than layers in the model"
-        )
+        why = "it adds positions; use the method soft_prompt" if prompt else "it does more than add layers"
         raise UserError(f"peft: {name} cannot be used here: {why}; {did_you_mean(name, usable)}")
     options = {key: value for key, value in options.items() if key != "peft_type"}
     types = typing.get_type_hints(config_class)
@@ -102,9 +97,9 @@ def make_config(options: Mapping[str, Any]) -> Any:
 
 
 def _value(method: str, key: str, value: Any, config_class: type, types: Mapping[str, Any]) -> Any:
-    """One option, of the type that PEFT declares (PEFT itself does not look)."""
+    """One option, validated against the type that PEFT declares; PEFT itself does not check types."""
     if key in _REFUSED or (key == "bias" and value != "none"):
-        why = _REFUSED.get(key, "it trains the base's own biases; the adapter bitfit adds biases")
+        why = _REFUSED.get(key, "it trains the base's own biases; use the method bitfit")
         raise UserError(f"peft: {method} with {key}={value!r} cannot be used here: {why}")
     allowed = config_keys(config_class) - set(_REFUSED)
     if key not in allowed:
@@ -116,7 +111,7 @@ def _value(method: str, key: str, value: Any, config_class: type, types: Mapping
 
 
 def _usable(peft: Any) -> set[str]:
-    """The methods that are layers in the model and nothing else: no prompt, no loss, no schedule, no routing."""
+    """PEFT's methods that only add layers: no prompt, loss, schedule or routing."""
     tuner_base = importlib.import_module("peft.tuners.tuners_utils").BaseTuner
     return {
         kind.value
@@ -126,16 +121,16 @@ def _usable(peft: Any) -> set[str]:
 
 
 class PeftChange(base.ModelChange):
-    """PEFT's layers, and what they share, outside of the model.
+    """PEFT's layers, and what they share, kept outside the model.
 
-    Parameters are called ``layers.<path>.<PEFT's name>``, and ``tuner.<PEFT's name>`` if all layers share them.
+    Parameters are named ``layers.<path>.<PEFT's name>``, or ``tuner.<PEFT's name>`` if all layers share them.
     """
 
     def __init__(self, language_model: nn.Module, config: Any, seed: int) -> None:
         super().__init__()
         paths = {module: path for path, module in language_model.named_modules()}
         on_meta = any(p.is_meta for p in language_model.parameters())
-        with _weights_to_look_at(language_model) if on_meta else nullcontext():
+        with _readable_weights(language_model) if on_meta else nullcontext():
             tuner, replaced = _build(language_model, config, seed)
         del tuner.model
         of_base = {module: _twin(module) if module in replaced else module for module in paths}
@@ -149,12 +144,12 @@ class PeftChange(base.ModelChange):
             self.to("meta")
 
     def attach(self, language_model: nn.Module) -> Callable[[], None]:
-        """Let every adapted layer's ``forward`` be PEFT's."""
+        """Replace every adapted layer's ``forward`` by PEFT's."""
         done: list[tuple[nn.Module, Any]] = []
         for key, layer in self.layers.items():
             adapted = language_model.get_submodule(key.replace("/", "."))
             done.append((adapted, vars(adapted).get("forward")))
-            # Not the layer itself: a module that is assigned becomes a submodule.
+            # Not the layer itself: assigning a module would register it as a submodule.
             adapted.forward = layer.__call__
 
         def undo() -> None:
@@ -168,10 +163,13 @@ class PeftChange(base.ModelChange):
 
 
 def _build(language_model: nn.Module, config: Any, seed: int) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
-    """Let PEFT adapt the model, take its layers out, and leave the model as it was.
+    """Let PEFT adapt the model, take PEFT's layers out, and restore the model.
 
     Returns:
-        PEFT's tuner, and the model's own layers with what PEFT put in their places.
+        PEFT's tuner, and the model's original layer → PEFT's replacement.
+
+    Raises:
+        UserError: PEFT rejects the options for this model, changes its weights, or adapts more than layers.
     """
     peft = peft_library()
     name = config.peft_type.value
@@ -183,23 +181,23 @@ def _build(language_model: nn.Module, config: Any, seed: int) -> tuple[nn.Module
             tuner._cast_adapter_dtype(ADAPTER, True)  # as peft.get_peft_model does: fp32 on a bf16 base
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # whatever PEFT raises for a model or an option that does not suit it
+        except Exception as error:  # PEFT raises various exceptions for unsuitable models and options
             raise UserError(f"peft: {name} on this model: {type(error).__name__}: {error}") from error
     if changed:
         raise UserError(
             f"peft: {name} with this initialisation changes the weights of the frozen base ({changed[0]} and others); "
-            "choose one that leaves them (for LORA: init_lora_weights true, false, gaussian or orthogonal)"
+            "allowed: one that does not (for LORA: init_lora_weights true, false, gaussian or orthogonal)"
         )
     tuner_layer = importlib.import_module("peft.tuners.tuners_utils").BaseTunerLayer
     wrapper = importlib.import_module("peft.utils.other").AuxiliaryTrainingWrapper  # modules_to_save
     strange = sorted({type(new).__name__ for new in replaced.values() if not isinstance(new, tuner_layer | wrapper)})
     if strange or not replaced:
-        raise UserError(f"peft: {name} does not adapt this model by layers of its own, but by {strange or 'nothing'}")
+        raise UserError(f"peft: {name} does not adapt this model by PEFT layers, but by {strange or 'nothing'}")
     return tuner, replaced
 
 
 def _watched(tuner_class: Any, changed: list[str]) -> Any:
-    """The tuner's class, noticing and undoing a change to the weights of the layer that it is about to adapt."""
+    """A subclass of the tuner that detects and undoes changes to the weights of the layer that it adapts."""
 
     class Watched(tuner_class):  # type: ignore[misc]
         def _create_and_replace(self, config: Any, name: str, target: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -216,10 +214,10 @@ def _watched(tuner_class: Any, changed: list[str]) -> Any:
 
 
 @contextmanager
-def _weights_to_look_at(language_model: nn.Module) -> Iterator[None]:
-    """Some of PEFT's methods read the weights while they build: for a model on the meta device give them zeros.
+def _readable_weights(language_model: nn.Module) -> Iterator[None]:
+    """Zeros as weights of a model on the meta device: some of PEFT's methods read the weights while they build.
 
-    One number seen in the right shape takes no memory.
+    A single expanded number takes no memory.
     """
     own = {module: dict(module.named_parameters(recurse=False)) for module in language_model.modules()}
     with torch.device("cpu"):
@@ -240,7 +238,7 @@ def _weights_to_look_at(language_model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _seeded(language_model: nn.Module, seed: int) -> Iterator[None]:
-    """PEFT draws from the global generators: seed them for it, and give them back as they were."""
+    """Seed the global generators, from which PEFT draws, and restore their state afterwards."""
     devices = {p.device for p in language_model.parameters()}
     with torch.random.fork_rng(sorted(device.index or 0 for device in devices if device.type == "cuda")):
         torch.manual_seed(seed)
@@ -249,9 +247,10 @@ def _seeded(language_model: nn.Module, seed: int) -> Iterator[None]:
 
 @contextmanager
 def _restored(language_model: nn.Module) -> Iterator[dict[nn.Module, nn.Module]]:
-    """Whatever happens inside, afterwards the model has its own modules, attributes and ``requires_grad`` back.
+    """Restore the model's modules, attributes and ``requires_grad`` on exit, even after an exception.
 
-    Yields a dict that is filled at the end: the model's layer → what stood in its place.
+    Yields:
+        A dict that is filled on exit: the model's layer → its replacement.
     """
     children = {module: dict(module.named_children()) for module in language_model.modules()}
     attributes = {module: set(vars(module)) for module in children}
@@ -273,7 +272,7 @@ def _restored(language_model: nn.Module) -> Iterator[dict[nn.Module, nn.Module]]
 
 
 def _twin(layer: nn.Module) -> nn.Module:
-    """A layer that shares all with ``layer`` but its hooks and a ``forward`` set later, which lead to the adapter."""
+    """A copy that shares all state with ``layer`` except hooks and a later ``forward``, which lead to the adapter."""
     twin: nn.Module = object.__new__(type(layer))
     nn.Module.__init__(twin)
     vars(twin).update({name: value for name, value in vars(layer).items() if "_hooks" not in name})
@@ -281,8 +280,10 @@ def _twin(layer: nn.Module) -> nn.Module:
 
 
 def _keep_own(module: nn.Module, owned: set[nn.Module], of_base: Mapping[nn.Module, nn.Module]) -> None:
-    """Make what is the base's, or is registered elsewhere, plain attributes: PEFT's code finds it, nobody counts, saves
-    or moves it twice."""
+    """Turn submodules that belong to the base, or are registered elsewhere, into plain attributes.
+
+    PEFT's code still finds them, but they are not counted, saved or moved twice.
+    """
 
     def elsewhere(child: nn.Module) -> bool:
         inside = list(child.children())
@@ -298,10 +299,10 @@ def _keep_own(module: nn.Module, owned: set[nn.Module], of_base: Mapping[nn.Modu
 
 
 class PeftBridge(base.AdapterMethod):
-    """A method of the peft library, the same for all tokens.
+    """A method of the peft library, applied to all tokens.
 
-    Most of PEFT's initialisations are the identity; with one that is not (``init_lora_weights: false``, or methods such
-    as FOURIERFT by default) training starts from another model than the base, because that was asked for.
+    Most of PEFT's initialisations are the identity; with another one (``init_lora_weights: false``, or FOURIERFT by
+    default) training does not start from the base model's function.
     """
 
     summary = "any context-agnostic method of the peft library, by PEFT's own config"

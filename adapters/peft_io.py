@@ -1,136 +1,37 @@
-"""Adapters to and from checkpoints of the PEFT library: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""A checkpoint of the PEFT library → an adapter group: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-A PEFT checkpoint does not know of contexts: it is one group's adapter. What is exported computes, loaded with
-``peft.PeftModel.from_pretrained``, for every token what the group computes for its own. What is imported becomes the
-group of all contexts, or of one. https://huggingface.co/docs/peft/developer_guides/checkpoint (0.21)
-
-Shapes: I and O input and output features of a layer.
+A PEFT checkpoint does not know contexts: it becomes the group of all contexts, or of one.
+https://huggingface.co/docs/peft/developer_guides/checkpoint (0.21). Exporting is in peft_export.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from adapters.adapted import AdaptedModel, adapt
-from adapters.attach import AdaptedLayer
-from adapters.base import Change
 from adapters.peft_bridge import ADAPTER, BOOKKEEPING, PeftChange, config_keys, make_config, peft_library
-from adapters.peft_forms import FORMS, Form
-from adapters.roles import Target, find_targets
+from adapters.peft_forms import CONFIG, FORMS, PREFIX, TENSORS, Form
+from adapters.roles import find_targets
 from harness.errors import UserError, did_you_mean
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # PEFT's model holds its tuner, and that the base
-# Keys of a checkpoint's config that say which layers, or nothing that matters once the weights are there.
+# Keys of a checkpoint's config that select layers, or that have no effect once the weights are loaded.
 _WHICH_LAYERS = {"target_modules", "exclude_modules", "feedforward_modules", "layers_to_transform", "layers_pattern"}
 _INITIAL = {"init_lora_weights", "init_ia3_weights", "init_weights", "projection_prng_key"}
 _HARMLESS = {"inference_mode", "megatron_core", "runtime_config", "qalora_group_size"}
-_KEEPS_BASE = (True, False, "gaussian", "orthogonal")  # values of init_lora_weights that leave the base's weights alone
-
-
-# ── Export
-
-
-def export_peft(adapted: AdaptedModel, folder: str | Path, group: str | None = None) -> None:
-    """Write one group's adapter as a checkpoint of the peft library. LoRA, DoRA, IA3 and VeRA have such a form.
-
-    Args:
-        adapted: the model.
-        folder: for ``adapter_config.json`` and ``adapter_model.safetensors``; made if missing.
-        group: a group, or a context, whose group is meant; None: the one that all contexts share. PEFT applies it to
-            every token.
-
-    Raises:
-        UserError: contexts do not share a group and none is named, the method has no form in PEFT, it acts on a part of
-            a fused layer, the folder cannot be written, or peft is not installed.
-    """
-    peft, folder = peft_library(), Path(folder)
-    name = _group(adapted, group)
-    method = adapted.spec.by_group[name].method
-    form = FORMS.get(type(method))
-    if form is None:
-        allowed = ", ".join(form.method for form in FORMS.values())
-        raise UserError(f"export_peft: {method.label()} has no form in the peft library; allowed: {allowed}")
-    layers = [(target, delta) for _, target, delta in _layers(adapted, name)]
-    of_path: dict[str, dict[str, Tensor]] = {}
-    for target, delta in layers:
-        so_far = of_path.setdefault(target.path, {})
-        so_far |= form.saved(target, delta, so_far)
-    tensors = {f"{_PREFIX}{path}.{key}": tensor for path, own in of_path.items() for key, tensor in own.items()}
-    for buffer in form.shared:
-        tensors[f"base_model.{buffer}"] = _shared(adapted, name).get_buffer(buffer)
-    config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[form.peft_type](
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=getattr(adapted.base_model.config, "_name_or_path", None) or None,
-        inference_mode=True,
-        fan_in_fan_out=all(isinstance(target.layer, Conv1D) for target, _ in layers),
-        **form.which_layers(_short_names(adapted.base_model, set(of_path)), [target for target, _ in layers]),
-        **form.peft_options(method.config),
-    )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        config.save_pretrained(str(folder))
-        ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(ready, folder / TENSORS, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be written: {error}") from error
-
-
-def _group(adapted: AdaptedModel, wanted: str | None) -> str:
-    grouping, groups = adapted.spec.grouping, list(adapted.spec.by_group)
-    if adapted.spec.ungrouped:
-        label = adapted.spec.ungrouped.method.label()
-        raise UserError(f"export_peft: {label} has no adapter group that could be a checkpoint of the peft library")
-    if wanted is None:
-        if set(grouping.values()) == {groups[0]}:
-            return groups[0]
-        differ = ", ".join(f"{c}: {g or 'no adapter'}" for c, g in grouping.items())
-        raise UserError(
-            f"export_peft: a PEFT checkpoint acts on all tokens alike, but contexts differ: {differ}; "
-            f"name one: group={groups[0]!r}"
-        )
-    found = wanted if wanted in groups else grouping.get(wanted)
-    if found is None:
-        raise UserError(f"export_peft: no group or context {wanted!r} with an adapter; {did_you_mean(wanted, groups)}")
-    return found
-
-
-def _layers(adapted: AdaptedModel, group: str) -> Iterator[tuple[str, Target, nn.Module]]:
-    """The layers that the group's method adapts: the method's name there, the layer, the group's parameters for it."""
-    for layer in adapted.adapters.layers.values():
-        assert isinstance(layer, AdaptedLayer)  # noqa: S101 - for the type checker
-        for name, change in layer.changes.items():
-            assert isinstance(change, Change)  # noqa: S101
-            if group in change.groups:
-                yield name, layer.target, change.delta(group)
-
-
-def _shared(adapted: AdaptedModel, group: str) -> nn.Module:
-    """What the group's layers share. Methods of one kind with other options have names of their own."""
-    return adapted.adapters.shared.get_submodule(next(name for name, _, _ in _layers(adapted, group)))
-
-
-def _short_names(model: nn.Module, paths: set[str]) -> dict[str, str]:
-    """Path → its end, the shortest for which the ends mean these layers and no others."""
-    everything = [path for path, _ in model.named_modules()]
-    for length in range(1, max(path.count(".") for path in paths) + 2):
-        names = {path: ".".join(path.split(".")[-length:]) for path in paths}
-        ends = set(names.values())
-        if {path for path in everything if any(f".{path}".endswith(f".{end}") for end in ends)} == paths:
-            break
-    return names
-
-
-# ── Import
+_KEEPS_BASE = (
+    True,
+    False,
+    "gaussian",
+    "orthogonal",
+)  # values of init_lora_weights that do not change the base's weights
 
 
 def import_peft(
@@ -140,44 +41,44 @@ def import_peft(
     context: str | None = None,
     roles: Mapping[str, Any] | None = None,
 ) -> AdaptedModel:
-    """Put a checkpoint of the peft library onto a base model, as our own LoRA (rsLoRA too), DoRA, IA3 or VeRA.
+    """Load a checkpoint of the peft library onto a base model, as our LoRA (rsLoRA too), DoRA, IA3 or VeRA.
 
     Args:
-        model: the base, as for ``harness.adapt``.
-        folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        model: the base model, as for ``harness.adapt``.
+        folder: contains ``adapter_config.json`` and ``adapter_model.safetensors``.
         contexts: as for ``harness.adapt``.
-        context: the one whose tokens the adapter acts on; None: all of them.
+        context: the context whose tokens the adapter acts on; None: all contexts.
         roles: as for ``harness.adapt``.
 
     Raises:
-        UserError: files missing or damaged, a method or an option that has no form here, layers that are not whole
-            roles, tensors that are missing, left over or of another shape (all named), or peft is not installed. The
-            model is then as it was.
+        UserError: missing or damaged files, a method or option without equivalent here, layers that are not whole
+            roles, tensors that are missing, unexpected or of another shape (all named), or peft is not installed. The
+            model is then unchanged.
     """
     folder = Path(folder)
     if context is not None and context not in contexts:
         raise UserError(f"context: found {context!r}; {did_you_mean(context, contexts)}")
     if isinstance(model, AdaptedModel):
-        raise UserError("model: found an adapted model; allowed: a base model, without adapters")
+        raise UserError("model: found an adapted model; allowed: a base model without adapters")
     raw = _read_json(folder / CONFIG)
     form, options = _read_options(raw, str(folder / CONFIG))
     tensors = _read_tensors(folder / TENSORS)
-    # What PEFT itself would put onto this model: which layers, and which tensors of which shapes.
+    # What PEFT itself would build for this model: its layers, and the shapes of its tensors.
     built = PeftChange(model, make_config({"peft_type": form.peft_type, **options}), seed=0)
     _check_tensors(built, tensors, str(folder / TENSORS))
     where = _where(model, built, form, tensors, roles)
     grouping = "agnostic" if context is None else {c: c if c == context else None for c in contexts}
     spec = {"method": form.method, **form.our_options(options), "where": where}
-    # VeRA's projections may be in the checkpoint only as a seed, from which PEFT made them.
+    # The checkpoint may store VeRA's projections only as the seed from which PEFT draws them.
     made = {name: getattr(built.tuner, name)[ADAPTER] for name in form.shared}
     shared = {name: tensors.get(f"base_model.{name}", tensor) for name, tensor in made.items()}
     adapted = adapt(model, spec, contexts, grouping, roles=roles)
     (group,) = adapted.router.groups
     with torch.no_grad():
-        for _, target, delta in _layers(adapted, group):
+        for _, target, delta in adapted.adapters.deltas_of(group):
             form.fill(target, delta, _of_layer(target.path, tensors))
         for name, tensor in shared.items():
-            _shared(adapted, group).get_buffer(name).copy_(tensor)
+            adapted.adapters.shared_of(group).get_buffer(name).copy_(tensor)
     return adapted
 
 
@@ -195,11 +96,11 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; only safetensors are, not adapter_model.bin") from error
+        raise UserError(f"{path}: cannot be read: {error}; allowed: safetensors, not adapter_model.bin") from error
 
 
 def _read_options(raw: Mapping[str, Any], where: str) -> tuple[Form, dict[str, Any]]:
-    """Which of our methods it is, and PEFT's options that matter for it; any other that is in use is an error."""
+    """Our equivalent of the checkpoint's method, and PEFT's options for it. Any other option in use is an error."""
     kind = str(raw.get("peft_type"))
     forms = [f for f in FORMS.values() if f.peft_type == kind]
     if not forms:
@@ -213,11 +114,11 @@ def _read_options(raw: Mapping[str, Any], where: str) -> tuple[Form, dict[str, A
     for key, value in raw.items():
         if key in allowed & known:
             options[key] = value
-        # An unknown key (of another version of PEFT) without a value is a feature that is off.
+        # An unknown key (of another PEFT version) with an empty value is a feature that is switched off.
         off = value == getattr(default, key) if key in known else not value
         if not (off or key in allowed | _HARMLESS | BOOKKEEPING):
             raise UserError(
-                f"{where}: {key}: found {value!r}; allowed: nothing but PEFT's default, as it has no form here"
+                f"{where}: {key}: found {value!r}; allowed: PEFT's default, because there is no equivalent here"
             )
     if options.get("init_lora_weights", True) not in _KEEPS_BASE:
         found = options["init_lora_weights"]
@@ -225,16 +126,19 @@ def _read_options(raw: Mapping[str, Any], where: str) -> tuple[Form, dict[str, A
             f"{where}: init_lora_weights: found {found!r}, which changes the base's weights; convert it first"
         )
     if not options.get("target_modules"):
-        raise UserError(f"{where}: target_modules: found none; it says which layers the checkpoint adapts")
+        raise UserError(f"{where}: target_modules: found none; it must name the layers that the checkpoint adapts")
     return form, options
 
 
 def _check_tensors(built: PeftChange, tensors: Mapping[str, Tensor], where: str) -> None:
     expected = {f"base_model.{_saved_name(name)}": x.shape for name, x in built.tuner.state_dict().items()}
     for key, layer in built.layers.items():
-        path = _PREFIX + key.replace("/", ".")
+        path = PREFIX + key.replace("/", ".")
         expected |= {f"{path}.{_saved_name(name)}": x.shape for name, x in layer.state_dict().items()}
-    for what, names in (("missing", expected.keys() - tensors.keys()), ("left over", tensors.keys() - expected.keys())):
+    for what, names in (
+        ("missing", expected.keys() - tensors.keys()),
+        ("unexpected", tensors.keys() - expected.keys()),
+    ):
         if names:
             raise UserError(f"{where}: {what}: {', '.join(sorted(names))}")
     for name, shape in expected.items():
@@ -243,7 +147,7 @@ def _check_tensors(built: PeftChange, tensors: Mapping[str, Tensor], where: str)
 
 
 def _saved_name(name: str) -> str:
-    """Of a parameter of PEFT's layer in PEFT's file."""
+    """Name in PEFT's file of a parameter of PEFT's layer."""
     name = name.replace(f".{ADAPTER}", "")
     return name.removesuffix(".weight") if name.startswith("lora_magnitude_vector") else name
 
@@ -251,7 +155,7 @@ def _saved_name(name: str) -> str:
 def _where(
     model: nn.Module, built: PeftChange, form: Form, tensors: Mapping[str, Tensor], roles: Mapping[str, Any] | None
 ) -> list[str]:
-    """The roles whose layers are the checkpoint's."""
+    """The roles whose layers are those that the checkpoint adapts."""
     layers = {key.replace("/", "."): layer for key, layer in built.layers.items()}
     find_targets(model, form.roles, roles)  # raises for an unknown architecture
     paths = {role: _paths(model, role, roles) for role in sorted(form.roles)}
@@ -259,8 +163,8 @@ def _where(
     others = layers.keys() - {path for role in where for path in paths[role]}
     if others:
         raise UserError(
-            f"import_peft: {form.method}: the adapted layers must be all layers of some of the roles "
-            f"{', '.join(sorted(form.roles))}; found besides {', '.join(where) or 'none'}: {', '.join(sorted(others))}"
+            f"import_peft: {form.method}: allowed: all layers of some of the roles {', '.join(sorted(form.roles))}; "
+            f"found in addition to {', '.join(where) or 'none'}: {', '.join(sorted(others))}"
         )
     targets = find_targets(model, frozenset(where), roles)
     for path, layer in layers.items():
@@ -271,10 +175,10 @@ def _where(
 def _paths(model: nn.Module, role: str, roles: Mapping[str, Any] | None) -> set[str]:
     try:
         return {target.path for target in find_targets(model, frozenset({role}), roles)}
-    except UserError:  # the model lacks it
+    except UserError:  # the model lacks this role
         return set()
 
 
 def _of_layer(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    prefix = f"{_PREFIX}{path}."
+    prefix = f"{PREFIX}{path}."
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,8 +1,8 @@
-"""Which layer plays which role in a language model.
+"""The role of each layer in a language model.
 
-Roles are read from a table by exact layer path (adapters/families.py, or one by hand), never by parts of names.
-A fused layer plays several roles at once: a method that wants all of them gets the layer as one (``qkv``, as the paper
-counts its fused gate and up), a method that wants some of them gets each as a layer of its own that owns some of the
+Roles are looked up by exact layer path, in the table of known families or in one given explicitly, never by substring.
+A fused layer has several roles: a method that targets all of them gets the layer as one target (``qkv``, as the paper
+counts its fused gate and up); a method that targets some of them gets one target per role, which owns a subset of the
 fused layer's outputs.
 
 Shapes: I input features, O output features.
@@ -25,34 +25,34 @@ from harness.errors import UserError, did_you_mean
 
 __all__ = ["ATTENTION", "FAMILIES", "FEED_FORWARD", "ROLES", "Fused", "Target", "find_targets", "parse_roles"]
 _FUSABLE = (frozenset({"q", "k", "v"}), frozenset({"gate", "up"}))
-_PLACEHOLDER = "ROLE"  # in the line an error proposes, for what it cannot know
+_PLACEHOLDER = "ROLE"  # in the roles that an error suggests, where no role can be guessed
 
 
 @dataclass(frozen=True)
 class Target:
-    """One layer an adapter may act on, or one role's part of a fused layer."""
+    """A layer that an adapter can act on, or one role's part of a fused layer."""
 
-    path: str  # in the language model: "model.layers.0.self_attn.q_proj"
+    path: str  # module path in the language model: "model.layers.0.self_attn.q_proj"
     role: str
-    in_features: int  # of a norm and of a whole feed-forward block: its width
+    in_features: int  # for a norm or a whole feed-forward block: its width
     out_features: int
-    rows: tuple[int, ...] | None = None  # the fused layer's outputs that are this role's; None: all
+    rows: tuple[int, ...] | None = None  # indices of the fused layer's outputs that belong to this role; None: all
     layer: nn.Module | None = field(default=None, repr=False, compare=False)
 
     @property
     def key(self) -> str:
-        """Unique name without a dot, which the name of a submodule may not have."""
+        """Unique name without dots, which submodule names must not contain."""
         return self.path.replace(".", "/") + ("" if self.rows is None else f":{self.role}")
 
     def weight(self) -> Tensor:
-        """The layer's weight (O, I), in that order also where the layer stores it the other way round.
+        """The layer's weight (O, I), transposed if the layer stores it as (I, O).
 
         Raises:
-            UserError: the layer has none that can be read as a matrix (a quantised one).
+            UserError: the layer is not linear or its weight is quantised.
         """
         layer = self.layer
         weight = getattr(layer, "weight", None)
-        # Numbers of one byte (8-bit integers and floats) mean nothing without their scales.
+        # 8-bit integers and floats cannot be interpreted without their scales.
         readable = isinstance(weight, Tensor) and weight.is_floating_point() and weight.element_size() > 1
         if not isinstance(layer, nn.Linear | Conv1D) or not readable:
             raise UserError(
@@ -66,33 +66,33 @@ class Target:
 def find_targets(
     language_model: nn.Module,
     roles: frozenset[str],
-    by_hand: Mapping[str, Any] | None = None,
+    explicit: Mapping[str, Any] | None = None,
     named: frozenset[str] = frozenset(),
 ) -> list[Target]:
-    """The layers that play one of ``roles``, in the model's order.
+    """The layers that have one of ``roles``, in the model's order.
 
     Args:
         language_model: a Hugging Face causal LM.
-        roles: wanted; the model need not have all of them (OPT has no gate).
-        by_hand: as in ``parse_roles``; in the place of the table of known families.
-        named: those of them that the user asked for one by one, which the model must have.
+        roles: roles to find; the model may lack some of them (OPT has no gate).
+        explicit: path pattern → role, as in ``parse_roles``, instead of the table of known families.
+        named: the subset of ``roles`` that the user named individually, which the model must have.
 
     Raises:
-        UserError: the architecture is unknown (its linear layers are printed), it lacks all of ``roles`` or one of
-            ``named``, or ``by_hand`` does not fit it.
+        UserError: the architecture is unknown (the message lists its linear layers), it lacks all of ``roles`` or one
+            of ``named``, or ``explicit`` does not fit it.
     """
-    table = _family(language_model) if by_hand is None else parse_roles(by_hand)
+    table = _family(language_model) if explicit is None else parse_roles(explicit)
     found = _matches(language_model, table)
-    if by_hand is not None:
+    if explicit is not None:
         _check_fit(language_model, table, found)
     elif not found:
-        raise UserError(_unknown(language_model, f"no layer is where {next(iter(table))} should be"))
+        raise UserError(_unknown(language_model, f"no layer matches {next(iter(table))}"))
     has = {role for _, _, role in found if isinstance(role, str)}
     has |= {role for _, _, fused in found if isinstance(fused, Fused) for role in fused.roles}
     missing = named - has or (frozenset() if roles & has else roles)
     if missing:
         raise UserError(
-            f"a {_model_type(language_model)} model has no layer in the role {', '.join(sorted(missing))}; "
+            f"the {_model_type(language_model)} model has no layer with the role {', '.join(sorted(missing))}; "
             f"it has {', '.join(sorted(has))}"
         )
     config = getattr(language_model, "config", None)
@@ -100,7 +100,7 @@ def find_targets(
 
 
 def _matches(language_model: nn.Module, table: Table) -> list[tuple[str, nn.Module, str | Fused]]:
-    """Path, layer and role of every layer that is in the table, in the model's order."""
+    """Path, layer and role of every layer that matches the table, in the model's order."""
     patterns = [(re.compile(re.escape(path).replace(r"\*", "[0-9]+")), role) for path, role in table.items()]
     return [
         (path, layer, role)
@@ -124,9 +124,9 @@ def _features(path: str, layer: nn.Module, role: str | Fused) -> tuple[int, int]
     """Input and output features.
 
     Raises:
-        UserError: the layer cannot play that role.
+        UserError: the layer cannot have that role.
     """
-    if role == "mlp":  # it adds to the residual stream, so it is as wide behind as in front
+    if role == "mlp":  # it adds to the residual stream, so its output is as wide as its input
         first = next((module for module in layer.modules() if _is_linear(module)), None)
         width = 0 if first is None else _linear_features(first)[0]
     elif role == "norm":
@@ -138,12 +138,12 @@ def _features(path: str, layer: nn.Module, role: str | Fused) -> tuple[int, int]
         width = 0
     if not width:
         kind = {"mlp": "a block with linear layers", "norm": "a normalisation"}.get(str(role), "a linear layer")
-        raise UserError(f"layer {path} is {type(layer).__name__}, not {kind}: it cannot play the role {_text(role)}")
+        raise UserError(f"layer {path} is {type(layer).__name__}, not {kind}: it cannot have the role {_text(role)}")
     return width, width
 
 
 def _is_linear(layer: nn.Module) -> bool:
-    """Also the quantised ones, which have their numbers of features as ``nn.Linear`` has."""
+    """True for quantised layers too, which name their features as ``nn.Linear`` does."""
     return isinstance(layer, Conv1D) or (hasattr(layer, "in_features") and hasattr(layer, "out_features"))
 
 
@@ -159,7 +159,7 @@ def _text(role: str | Fused) -> str:
     return role if isinstance(role, str) else ", ".join(role.roles)
 
 
-# ── A model that is not in the table
+# ── Unknown architectures
 
 
 def _family(language_model: nn.Module) -> Table:
@@ -170,7 +170,7 @@ def _family(language_model: nn.Module) -> Table:
 
 
 def _unknown(language_model: nn.Module, reason: str) -> str:
-    """What is to be known of the model to give its roles by hand, and how."""
+    """The error for an unknown architecture: its linear layers, and the ``roles`` argument to fill in."""
     linear: dict[str, str] = {}
     for path, module in language_model.named_modules():
         if _is_linear(module):
@@ -182,14 +182,14 @@ def _unknown(language_model: nn.Module, reason: str) -> str:
         if _is_linear(module) and module is not output
     }
     experts = {_with_stars(path) for path, _ in language_model.named_modules() if path.endswith(".experts")}
-    moe = f"\nadapters inside of experts ({', '.join(sorted(experts))}) are not supported" if experts else ""
+    moe = f"\nadapters inside experts ({', '.join(sorted(experts))}) are not supported" if experts else ""
     in_yaml = ", ".join(f"{path}: {role}" for path, role in proposed.items())
     return (
-        f"language model of type {_model_type(language_model)!r}: the roles of its layers are not known; {reason}\n"
+        f"language model of type {_model_type(language_model)!r}: its layer roles are unknown; {reason}\n"
         f"its linear layers: {', '.join(f'{path} ({shape})' for path, shape in linear.items())}{moe}\n"
-        "give the roles by hand: q, k, v, o, gate, up, down; [q, k, v] or [gate, up] for a layer that is several, one "
-        "after the other; {roles: [q, k, v], per_head: true} where every head has its own; mlp for the whole block, "
-        "norm; leave out what adapters shall not change\n"
+        "set the roles explicitly: q, k, v, o, gate, up, down; [q, k, v] or [gate, up] for a fused layer with "
+        "concatenated outputs; {roles: [q, k, v], per_head: true} for one with outputs grouped by head; mlp for the "
+        "whole block, norm; omit layers that adapters must not change\n"
         f"in Python: roles={json.dumps(proposed)}\n"
         f"in an experiment: backbone: {{roles: {{{in_yaml}}}}}"
     )
@@ -200,7 +200,7 @@ def _with_stars(path: str) -> str:
 
 
 def _propose(path: str) -> str:
-    """The role of a linear layer of this name in the known families, if they agree; a proposal, never used unseen."""
+    """The role of a linear layer of this name in the known families, if they agree; only suggested, never applied."""
     names = path.split(".")
     for end in (".".join(["", *names[-2:]]), f".{names[-1]}"):
         known = {role for table in FAMILIES.values() for name, role in table.items() if name.endswith(end)}
@@ -210,33 +210,35 @@ def _propose(path: str) -> str:
     return _PLACEHOLDER
 
 
-# ── Roles by hand
+# ── Explicit roles
 
 
-def parse_roles(by_hand: Mapping[str, Any]) -> dict[str, str | Fused]:
-    """Roles by hand, checked as far as they can be without a model.
+def parse_roles(explicit: Mapping[str, Any]) -> dict[str, str | Fused]:
+    """Explicit roles, validated as far as possible without a model.
 
     Args:
-        by_hand: path pattern, in which * stands for a number → role; or a list of roles that one layer plays, in the
-            order of its outputs; or ``{"roles": [...], "per_head": True}`` where each head has its own q, k and v.
+        explicit: path pattern, where * matches a number → role; or the list of roles of a fused layer, in the order of
+            its outputs; or ``{"roles": [...], "per_head": True}`` if the outputs are grouped by head.
 
     Raises:
-        UserError: it is not of that form, or a role is unknown.
+        UserError: the mapping has another form, or a role is unknown.
     """
-    if not isinstance(by_hand, Mapping) or not by_hand:
-        raise UserError(f"roles by hand: a mapping, path pattern → role; found {by_hand!r}")
-    for pattern in by_hand:
+    if not isinstance(explicit, Mapping) or not explicit:
+        raise UserError(f"layer roles: found {explicit!r}; allowed: a mapping, path pattern → role")
+    for pattern in explicit:
         if not isinstance(pattern, str):
-            raise UserError(f"roles by hand: a path pattern is a string like 'layers.*.fc1'; found {pattern!r}")
-    return {pattern: _parse_role(pattern, value) for pattern, value in by_hand.items()}
+            raise UserError(
+                f"layer roles: found the path pattern {pattern!r}; allowed: a string such as 'layers.*.fc1'"
+            )
+    return {pattern: _parse_role(pattern, value) for pattern, value in explicit.items()}
 
 
 def _parse_role(pattern: str, value: Any) -> str | Fused:
-    where = f"roles by hand: {pattern}"
+    where = f"layer roles: {pattern}"
     per_head = False
     if isinstance(value, Mapping):
         if set(value) != {"roles", "per_head"} or not isinstance(value["per_head"], bool):
-            raise UserError(f"{where}: the keys are roles (a list) and per_head (true or false); found {dict(value)}")
+            raise UserError(f"{where}: found {dict(value)}; allowed: keys roles (a list) and per_head (true or false)")
         value, per_head = value["roles"], value["per_head"]
     several = isinstance(value, Sequence) and not isinstance(value, str)
     for role in value if several else [value]:
@@ -247,16 +249,16 @@ def _parse_role(pattern: str, value: Any) -> str | Fused:
     allowed = _FUSABLE[:1] if per_head else _FUSABLE
     if not several or len(value) < 2 or len(set(value)) < len(value) or not any(set(value) <= a for a in allowed):
         raise UserError(
-            f"{where}: one layer may be several of q, k and v, or gate and up (these not per head); found {value!r}"
+            f"{where}: found {value!r}; allowed for a fused layer: several of q, k and v, or gate and up (not per head)"
         )
     return Fused(tuple(value), per_head)
 
 
 def _check_fit(language_model: nn.Module, table: Table, found: Sequence[tuple[str, nn.Module, str | Fused]]) -> None:
-    """Every pattern has a layer, no layer has two patterns, every layer can play its role.
+    """Check that every pattern matches a layer, no layer matches two, and every layer can have its role.
 
     Raises:
-        UserError: not so.
+        UserError: one of these does not hold.
     """
     patterns_of: dict[str, list[str]] = {}
     for pattern in table:
@@ -264,14 +266,14 @@ def _check_fit(language_model: nn.Module, table: Table, found: Sequence[tuple[st
         if not paths:
             known = {_with_stars(path) for path, _ in language_model.named_modules() if path}
             raise UserError(
-                f"roles by hand: {pattern} is no layer of this {_model_type(language_model)} model (* stands for a "
-                f"number); {did_you_mean(pattern, known)}"
+                f"layer roles: {pattern} matches no layer of this {_model_type(language_model)} model "
+                f"(* matches a number); {did_you_mean(pattern, known)}"
             )
         for path in paths:
             patterns_of.setdefault(path, []).append(pattern)
-    twice = next((f"{path} is in {' and in '.join(p)}" for path, p in patterns_of.items() if len(p) > 1), None)
+    twice = next((f"{path} matches {' and '.join(p)}" for path, p in patterns_of.items() if len(p) > 1), None)
     if twice:
-        raise UserError(f"roles by hand: {twice}; a layer has one entry")
+        raise UserError(f"layer roles: {twice}; each layer must match one entry")
     config = getattr(language_model, "config", None)
     for path, layer, role in found:
         _targets(path, layer, role, ROLES, config)

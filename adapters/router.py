@@ -1,11 +1,11 @@
-"""Which adapter group acts on which token of the batch in flight.
+"""Which adapter group each token of the current forward pass uses.
 
 One router serves all adapted layers of a model. Its layout is set before a forward pass and stays until the next, so
-that activation checkpointing, which runs layers again during backward, sees the same layout. Asking for a layout that
-was never set is an error, never a silent pass of the bare base model.
+that activation checkpointing, which reruns layers during backward, sees the same layout. Reading a layout that was
+never set is an error, never a silent pass of the bare base model.
 
-Shapes: X is 1 where all rows are alike, else B rows; T positions of this pass; K positions seen so far, those in the KV
-cache included; G groups.
+Shapes: X is 1 if all rows have the same layout, else B rows; T positions of this pass; K positions seen so far,
+including the KV cache; G groups.
 """
 
 from __future__ import annotations
@@ -22,40 +22,40 @@ from harness.errors import did_you_mean
 
 
 class Lookup(NamedTuple):
-    """For some of the groups, which of them owns each position."""
+    """For a subset of the groups: which of them owns each position."""
 
     owner_XTG: Tensor  # bool
-    index_XT: Tensor  # int64: index among these groups, G where none of them acts
+    index_XT: Tensor  # int64: index into this subset, G where none of them acts
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Who owns each position of one forward pass."""
+    """Which adapter group owns each position of one forward pass."""
 
     groups: tuple[str, ...]
     length: int  # T
     group_ids_XT: Tensor  # int64: index into groups, -1 where no adapter acts
     context_ids_XK: Tensor  # int64: index into the router's contexts, of all positions seen so far
-    spans: tuple[Span, ...] | None  # None: rows differ
-    positions: Mapping[str, Tensor]  # group → its positions in the rows laid end to end; only where rows differ
+    spans: tuple[Span, ...] | None  # None: rows have different layouts
+    positions: Mapping[str, Tensor]  # group → its positions in the concatenated rows; empty if all rows are alike
     _lookups: dict[tuple[str, ...], Lookup] = field(default_factory=dict)
 
     @property
     def past(self) -> int:
-        """Positions in the KV cache, before this pass."""
+        """Number of positions in the KV cache before this pass."""
         return self.context_ids_XK.shape[1] - self.length
 
     def owned_by(self, groups: Sequence[str]) -> bool:
-        """Whether every position of this pass belongs to the one group there is in ``groups``."""
+        """Whether ``groups`` is a single group that owns every position of this pass."""
         return len(groups) == 1 and self.spans is not None and [span.group for span in self.spans] == list(groups)
 
     def lookup(self, groups: tuple[str, ...]) -> Lookup:
-        """Which of ``groups`` owns each position; made once per layout."""
+        """Which of ``groups`` owns each position; computed once per layout."""
         if groups not in self._lookups:
             ids_G = torch.tensor([self.groups.index(group) for group in groups], device=self.group_ids_XT.device)
             owner_XTG = self.group_ids_XT[..., None] == ids_G
-            nobody_XT1 = ~owner_XTG.any(dim=-1, keepdim=True)
-            self._lookups[groups] = Lookup(owner_XTG, torch.cat([owner_XTG, nobody_XT1], dim=-1).int().argmax(dim=-1))
+            unowned_XT1 = ~owner_XTG.any(dim=-1, keepdim=True)
+            self._lookups[groups] = Lookup(owner_XTG, torch.cat([owner_XTG, unowned_XT1], dim=-1).int().argmax(dim=-1))
         return self._lookups[groups]
 
 
@@ -63,7 +63,7 @@ class Router:
     """Holds the layout for the adapted layers.
 
     Args:
-        grouping: context → group, None: no adapter on that context. Context ids index its keys.
+        grouping: context → group; None: no adapter on that context. Context ids index its keys.
     """
 
     def __init__(self, grouping: Mapping[str, str | None]) -> None:
@@ -75,15 +75,15 @@ class Router:
         self._layout: Layout | None = None
 
     def prepare_lookup(self, groups: tuple[str, ...]) -> None:
-        """Say at construction that some layer will look these groups up, so that every layout has the tensors ready."""
+        """Register groups that some layer will look up, so that ``set_context_ids`` computes the lookup in advance."""
         if groups not in self._asked:
             self._asked.append(groups)
 
     def set_layout(self, segments: Sequence[Segment], device: torch.device | str = "cpu") -> None:
-        """Set the layout of the coming pass: contiguous segments from position 0, the same for all rows.
+        """Set the layout of the next pass: contiguous segments from position 0, the same for all rows.
 
         Raises:
-            ValueError: a gap or an overlap between segments, or a context the grouping does not know.
+            ValueError: segments leave a gap or overlap, or a context is not in the grouping.
         """
         ids: list[int] = []
         for segment in segments:
@@ -95,11 +95,11 @@ class Router:
         self.set_context_ids(torch.tensor(ids, dtype=torch.long, device=device)[None])
 
     def set_context_ids(self, context_ids_XT: Tensor, past_context_ids_XK: Tensor | None = None) -> None:
-        """Set the layout of the coming pass token by token.
+        """Set the layout of the next pass token by token.
 
         Args:
-            context_ids_XT: int64 index into the contexts; one row stands for all.
-            past_context_ids_XK: the same for what is in the KV cache.
+            context_ids_XT: int64 index into the contexts; one row applies to all rows of the batch.
+            past_context_ids_XK: the same for the positions in the KV cache.
         """
         ids_XT = context_ids_XT
         if ids_XT.shape[0] > 1 and bool((ids_XT == ids_XT[:1]).all()):
@@ -127,31 +127,31 @@ class Router:
 
     @property
     def layout(self) -> Layout:
-        """Of the pass in flight.
+        """The layout of the current pass.
 
         Raises:
-            RuntimeError: none was set.
+            RuntimeError: no layout was set.
         """
         if self._layout is None:
-            raise RuntimeError("no layout was set: it comes before forward (context_ids, or router.set_layout)")
+            raise RuntimeError("no layout was set; set it before forward (context_ids, or router.set_layout)")
         return self._layout
 
     def layout_of(self, length: int) -> Layout:
-        """Of the pass in flight, which has this many positions.
+        """The layout of the current pass, checked against its number of positions.
 
         Raises:
-            RuntimeError: no layout was set, or it is for another length.
+            RuntimeError: no layout was set, or it covers another number of positions.
         """
         layout = self.layout
         if layout.length != length:
             raise RuntimeError(
-                f"the layout covers {layout.length} positions but the batch has {length}: it comes before forward"
+                f"the layout covers {layout.length} positions but the batch has {length}; set it before forward"
             )
         return layout
 
 
 def _spans(group_ids: list[int], groups: tuple[str, ...]) -> tuple[Span, ...]:
-    """Runs of one group."""
+    """Group the positions into maximal runs with one owner."""
     spans: list[Span] = []
     for position, group_id in enumerate(group_ids):
         group = None if group_id < 0 else groups[group_id]

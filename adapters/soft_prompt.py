@@ -1,17 +1,16 @@
-"""Soft prompts per context group: trained vectors before the sequence, which only the group's own tokens attend to.
+"""Soft prompts per context group: trained vectors before the sequence, attended to only by the group's own tokens.
 
-Lester et al. 2021, arXiv 2104.08691, one prompt for each group. All prompts stand at the front, [P_1 … P_G x_1 … x_T],
-and attention is masked so that for a token it is as if only its own group's prompt were there: a prompt attends to
-itself, causally; a token to its group's prompt and to the earlier tokens; a token without group to no prompt. Every
-prompt has positions 0 … n - 1 and the tokens theirs plus n. With one group this is prompt tuning as in Hugging Face
-PEFT.
+Lester et al. 2021, arXiv 2104.08691, with one prompt per group. All prompts come first, [P_1 … P_G x_1 … x_T], and
+attention is masked as if each token had only its own group's prompt: a prompt attends to itself, causally; a token to
+its group's prompt and to earlier tokens; a token without group to no prompt. Every prompt has positions 0 … n - 1, and
+the tokens' positions are shifted by n. With one group this is prompt tuning as in Hugging Face PEFT.
 
-The hooks are on the model's decoder, below the output layer: logits, labels and ``logits_to_keep`` are the caller's.
-``hidden_states`` are cut to the caller's positions, ``attentions`` are not. For adapted layers a group's prompt is
-tokens of that group (of its first context).
+The hooks are on the model's decoder, before the output layer: logits, labels and ``logits_to_keep`` refer to the
+caller's positions. ``hidden_states`` are cut to these positions, ``attentions`` are not. Adapted layers treat a group's
+prompt as tokens of that group (of its first context).
 
-Shapes: B rows, T the caller's positions of this pass, S those with the KV cache, N all prompts' positions, P those of
-one prompt, D width, X 1 or B rows.
+Shapes: B rows, T the caller's positions of this pass, S positions including the KV cache, N positions of all prompts, P
+those of one prompt, D width, X 1 or B rows.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class SoftPromptConfig(base.Config):
     """Options, named as in Hugging Face PEFT where it has them."""
 
     num_virtual_tokens: PositiveInt = 8
-    init: Literal["vocab", "normal"] = "vocab"  # rows of the embedding, or as many random ones as widely spread
+    init: Literal["vocab", "normal"] = "vocab"  # rows of the embedding, or random vectors with its standard deviation
 
 
 class Prompt(nn.Module):
@@ -45,12 +44,12 @@ class Prompt(nn.Module):
         self.embedding = nn.Parameter(embedding_PD)
 
     def forward(self, rows: int, dtype: torch.dtype) -> Tensor:
-        """For every row (B, P, D)."""
+        """The prompt repeated for every row (B, P, D)."""
         return self.embedding.to(dtype).repeat(rows, 1, 1)
 
 
 class SoftPrompts(base.ModelChange):
-    """All groups' prompts, and the hooks that put them before the sequence."""
+    """All groups' prompts, and the hooks that prepend them to the sequence."""
 
     def __init__(self, prompts: Mapping[str, Tensor], router: Router) -> None:
         super().__init__()
@@ -60,7 +59,7 @@ class SoftPrompts(base.ModelChange):
         self.groups = tuple(prompts)
         contexts = {group: context for context, group in reversed(router.grouping.items())}
         self._context_ids = [router.contexts.index(contexts[group]) for group in prompts]
-        self._layouts: tuple[Layout, Layout] | None = None  # the caller's, and the same with prompts that is now set
+        self._layouts: tuple[Layout, Layout] | None = None  # the caller's, and the one with prompts that is set now
         self._added = 0
 
     def by_group(self) -> Mapping[str, nn.Module]:
@@ -68,16 +67,16 @@ class SoftPrompts(base.ModelChange):
         return dict(zip(self.groups, self.prompts.values(), strict=True))
 
     def attach(self, language_model: Any) -> Callable[[], None]:
-        """Hook onto the decoder.
+        """Register hooks on the decoder. Returns a function that removes them.
 
         Raises:
-            UserError: it has soft prompts already.
+            UserError: the decoder already has soft prompts.
         """
         decoder = language_model.get_decoder()
         if any(
             isinstance(getattr(hook, "__self__", None), SoftPrompts) for hook in decoder._forward_pre_hooks.values()
         ):
-            raise UserError("soft_prompt: one model has one set of options; give all groups the same")
+            raise UserError("soft_prompt: all groups of a model must have the same options")
         handles = [
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             decoder.register_forward_hook(self._after),
@@ -90,7 +89,7 @@ class SoftPrompts(base.ModelChange):
         return undo
 
     def _before(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        """Put the prompts before the first pass of a sequence, and mask and place what follows."""
+        """Prepend the prompts in the first pass of a sequence; set mask and positions in every pass."""
         given = {**dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)), **kwargs}
         ids, embeds_BTD = given.pop("input_ids", None), given.get("inputs_embeds")
         if embeds_BTD is None:
@@ -100,7 +99,7 @@ class SoftPrompts(base.ModelChange):
         cached = 0 if cache is None else int(cache.get_seq_length())
         prompts = list(self.prompts.values())
         self._added = 0 if cached else self.length * len(prompts)
-        past = cached - self.length * len(prompts) if cached else 0  # without the prompts
+        past = cached - self.length * len(prompts) if cached else 0  # cached positions without the prompts
         layout = self._callers_layout(length)
         mask_XKK = self._mask(layout, past, given.get("attention_mask"), embeds_BTD.device)
         positions_XT = self._positions(past, length, given.get("attention_mask"), given.get("position_ids"), mask_XKK)
@@ -113,7 +112,7 @@ class SoftPrompts(base.ModelChange):
         return (), given
 
     def _after(self, _decoder: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-        """Take the prompts' positions out again."""
+        """Remove the prompts' positions from the output."""
         if self._added:
             output.last_hidden_state = output.last_hidden_state[:, self._added :]
             if output.get("hidden_states") is not None:
@@ -121,34 +120,36 @@ class SoftPrompts(base.ModelChange):
         return output
 
     def _callers_layout(self, length: int) -> Layout:
-        """The layout without prompts, also where it was set once for several passes."""
+        """The layout without prompts, even if it was set once for several passes."""
         layout = self.router.layout
         if self._layouts is not None and layout is self._layouts[1]:
             layout = self._layouts[0]
         if layout.length != length:
             raise RuntimeError(
-                f"the layout covers {layout.length} positions but the batch has {length}: it comes before forward"
+                f"the layout covers {layout.length} positions but the batch has {length}; set it before forward"
             )
         return layout
 
     def _set_layout(self, layout: Layout) -> None:
-        """Adapted layers see the prompts too. It stays set: activation checkpointing runs layers again in backward."""
+        """Include the prompts for adapted layers. Stays set: activation checkpointing reruns layers in backward."""
         ids_XT = layout.context_ids_XK
         ids_N = torch.tensor(self._context_ids, device=ids_XT.device).repeat_interleave(self.length)
         self.router.set_context_ids(torch.cat([ids_N.expand(ids_XT.shape[0], -1), ids_XT], dim=1))
         self._layouts = (layout, self.router.layout)
 
     def _mask(self, layout: Layout, past: int, attention_mask: Tensor | None, device: torch.device) -> Tensor:
-        """Who attends to whom, (X, N + T, N + S) in the first pass and (X, T, N + S) later; True: it does."""
+        """Attention mask, True where attended: (X, N + T, N + S) in the first pass, (X, T, N + S) later."""
         if attention_mask is not None and attention_mask.dim() != 2:
-            raise UserError(f"soft_prompt needs attention_mask as (rows, positions); found {attention_mask.dim()}-D")
+            raise UserError(
+                f"soft_prompt: attention_mask: found {attention_mask.dim()} dimensions; allowed: 2, (rows, positions)"
+            )
         group_N = torch.tensor([layout.groups.index(g) for g in self.groups], device=device)
         group_N = group_N.repeat_interleave(self.length)
         place_T = torch.arange(past, past + layout.length, device=device)
         place_S = torch.arange(past + layout.length, device=device)
         earlier_XTS = (place_S <= place_T[:, None])[None]
         if attention_mask is not None:
-            # Padding sees itself, as a softmax over nothing would be undefined.
+            # Padding attends to itself: a softmax over no keys would be undefined.
             earlier_XTS = earlier_XTS & attention_mask.to(device, torch.bool)[:, None] | (place_S == place_T[:, None])
         own_XTN = layout.group_ids_XT[..., None] == group_N
         rows = max(len(own_XTN), len(earlier_XTS))
@@ -162,7 +163,7 @@ class SoftPrompts(base.ModelChange):
     def _positions(
         self, past: int, length: int, attention_mask: Tensor | None, position_ids: Tensor | None, mask_XKK: Tensor
     ) -> Tensor:
-        """Position ids (X, N + T) in the first pass and (X, T) later; without the caller's, padding is not counted."""
+        """Position ids (X, N + T) in the first pass, (X, T) later; without the caller's ids, padding is not counted."""
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
         elif position_ids is None:
@@ -173,17 +174,17 @@ class SoftPrompts(base.ModelChange):
 
 
 def _for_attention(config: Any, mask_XKK: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask (X, 1, …) as the model's attention takes it: eager adds it, the others read True as attended.
+    """The mask (X, 1, …) in the form of the model's attention: additive for eager, else boolean, True where attended.
 
     Raises:
-        UserError: the attention takes no such mask, or a sliding window would be lost by it.
+        UserError: the attention does not accept a mask, or the mask would override a sliding window.
     """
     implementation = str(config._attn_implementation)
     if implementation.startswith(("flash", "flex", "paged")):
-        raise UserError(f"soft_prompt: attention {implementation!r} takes no mask; allowed: sdpa, eager")
+        raise UserError(f"soft_prompt: attention {implementation!r} does not accept a mask; allowed: sdpa, eager")
     window, keys = getattr(config, "sliding_window", None), mask_XKK.shape[-1]
     if window is not None and keys > window:
-        raise UserError(f"soft_prompt: {keys} positions, prompts included, are more than sliding_window={window}")
+        raise UserError(f"soft_prompt: {keys} positions, prompts included, exceed sliding_window={window}")
     mask_X1KK = mask_XKK[:, None]
     if implementation != "eager":
         return mask_X1KK
@@ -193,16 +194,16 @@ def _for_attention(config: Any, mask_XKK: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class SoftPrompt(base.AdapterMethod):
-    """Prompt tuning with a prompt for every group."""
+    """Prompt tuning with one prompt per group."""
 
-    summary = "soft prompts: trained vectors before the sequence, seen by the group's own tokens"
+    summary = "soft prompts: trained vectors before the sequence, attended to by the group's own tokens"
     identity_at_start = False
     Config = SoftPromptConfig
     config: SoftPromptConfig
 
     @property
     def name(self) -> str:
-        """Short name in the paths of parameters."""
+        """Short name in parameter paths."""
         return "soft_prompt"
 
     def label(self) -> str:
@@ -217,7 +218,7 @@ class SoftPrompt(base.AdapterMethod):
         shared: nn.Module | None,
         generator: torch.Generator,
     ) -> base.ModelChange:
-        """A prompt for each group, drawn in their order."""
+        """One prompt per group, initialised in the order of the groups."""
         weight_VD = language_model.get_input_embeddings().weight.detach().float()
         return SoftPrompts({group: self._draw(weight_VD, generator) for group in groups}, router)
 

@@ -1,11 +1,11 @@
-"""VeRA per context group: one pair of frozen random projections for all layers and groups, two trained vectors in each.
+"""VeRA per context group: a frozen random pair of projections for all layers and groups, two trained vectors per layer.
 
-``y = W x + b ⊙ B (d ⊙ A x)``: Kopiczko et al. 2023, arXiv 2310.11454, equation 2. ``A`` and ``B`` are drawn once, as
-large as the largest layer needs, and a layer takes its first columns and rows of them, as in Hugging Face PEFT. ``b``
-is zero at start, so nothing changes. The projections are no parameters, but they are saved. A rank larger than a layer
-is allowed, as in the paper.
+``y = W x + b ⊙ B (d ⊙ A x)``: Kopiczko et al. 2023, arXiv 2310.11454, equation 2. ``A`` and ``B`` are drawn once, in
+the size of the largest layer; each layer uses their first columns and rows, as in Hugging Face PEFT. ``b`` is
+initialised to zero, so the adapter starts as the identity. The projections are buffers, saved with the adapter. A rank
+larger than a layer is allowed, as in the paper.
 
-Shapes: B rows, T positions, I and O input and output features, R rank, X 1 or B rows (see adapters/router.py).
+Shapes: B rows, T positions, I and O input and output features, R rank, X 1 or B rows (see ``Layout``).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class VeRAConfig(base.Config):
     """Options, named as in Hugging Face PEFT where it has them."""
 
     rank: PositiveInt = 256
-    d_initial: Annotated[float, Field(gt=0)] = 0.1  # what the vector d starts as
+    d_initial: Annotated[float, Field(gt=0)] = 0.1  # initial value of the vector d
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     where: base.Where = "AF"
 
 
 class Projections(nn.Module):
-    """The frozen random pair that all layers and groups share: ``vera_A`` (R, largest I), ``vera_B`` (largest O, R)."""
+    """The frozen random pair shared by all layers and groups: ``vera_A`` (R, largest I), ``vera_B`` (largest O, R)."""
 
     vera_A: Tensor
     vera_B: Tensor
@@ -47,7 +47,7 @@ class Projections(nn.Module):
 
 
 class VeRADelta(base.Delta):
-    """Two vectors: ``vera_lambda_d`` (R,) between the projections and ``vera_lambda_b`` (O,) behind them."""
+    """Two vectors: ``vera_lambda_d`` (R,) between the projections and ``vera_lambda_b`` (O,) after them."""
 
     def __init__(self, target: Target, config: VeRAConfig) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class VeRADelta(base.Delta):
         self._projections: tuple[Projections, ...] = ()
 
     def use(self, projections: Projections) -> None:
-        """Share the projections. In a tuple they are no submodule here, so they are saved once only."""
+        """Set the shared projections. Kept in a tuple so that they are not a submodule, and saved only once."""
         self._projections = (projections,)
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class VeRADelta(base.Delta):
         return self.add(x_BTI, value_BTD, self.vera_lambda_d, self.vera_lambda_b)
 
     def add(self, x_BTI: Tensor, value_BTD: Tensor, d_R: Tensor, b_O: Tensor) -> Tensor:
-        """The same with vectors given, which may also be one for each token: (X, T, R) and (X, T, O)."""
+        """``forward`` with the given vectors, (R,) and (O,), or one per token, (X, T, R) and (X, T, O)."""
         a_RI, b_OR = self._sliced()
         dtype = value_BTD.dtype
         if self.dropout:
@@ -85,8 +85,10 @@ class VeRADelta(base.Delta):
 
 
 class VeRAChange(base.Change):
-    """Every token's vectors looked up, then one pass through the projections: the cost does not grow with the number of
-    groups."""
+    """Looks up every token's vectors, then applies the projections once.
+
+    The cost does not grow with the number of groups.
+    """
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
         """``y + b_c ⊙ B (d_c ⊙ A dropout(x))``."""
@@ -100,12 +102,12 @@ class VeRAChange(base.Change):
 class VeRA(base.AdapterMethod):
     """Vector-based random matrix adaptation."""
 
-    summary = "frozen random projections shared by all layers, two trained vectors in each"
+    summary = "frozen random projections shared by all layers, two trained vectors per layer"
     Config = VeRAConfig
     config: VeRAConfig
 
     def label(self) -> str:
-        """``VeRA r=256``, with the place where it is not everywhere."""
+        """``VeRA r=256``, plus `where` if it is not AF."""
         return f"VeRA r={self.config.rank}" + base.place_label(self.config.where)
 
     def roles(self) -> frozenset[str]:
@@ -117,14 +119,14 @@ class VeRA(base.AdapterMethod):
         return VeRADelta(target, self.config)
 
     def shared(self, targets: Sequence[Target], generator: torch.Generator) -> nn.Module:
-        """The projections, as large as the largest layer needs."""
+        """The projections, in the size of the largest layer."""
         in_features, out_features = max(t.in_features for t in targets), max(t.out_features for t in targets)
         return Projections(in_features, out_features, self.config.rank, generator)
 
     def change(
         self, target: Target, deltas: Mapping[str, base.Delta], shared: nn.Module | None, generator: torch.Generator
     ) -> base.Change:
-        """All groups in one pass; every delta gets the projections."""
+        """A change that computes all groups in one pass; every delta gets the projections."""
         assert isinstance(shared, Projections)  # noqa: S101 - what this class's `shared` made
         for delta in deltas.values():
             assert isinstance(delta, VeRADelta)  # noqa: S101

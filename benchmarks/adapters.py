@@ -1,9 +1,10 @@
 """Speed and memory of the adapters: ``python benchmarks/adapters.py [--quick] [--json out.json]``.
 
 Forward and backward of a whole frozen llama (width 768, 12 layers, feed-forward 2048, a vocabulary of 512 so that the
-head does not hide the layers), batch 16, 128 positions divided evenly among the contexts (two: 64 image and 64 text).
-The curve over the number of contexts, and the one-hot form, are measured on two layers of the same width: the layers
-are alike. Times are taken in rounds over all cases in one process; ratios are medians of ratios within a round.
+head does not dominate), batch 16, 128 positions divided evenly among the contexts (two: 64 image and 64 text). The
+curve over the number of contexts, and the one-hot form, are measured on two layers of the same width, because all
+layers are identical. Times are taken in rounds over all cases in one process; ratios are medians of ratios within a
+round.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
-    # Python puts this folder first, in which this very file has the name of the package.
+    # Python puts this folder first on the path, where this file shadows the package `adapters`.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler, which counts the memory, tells when it starts
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silence the profiler, which counts memory
 
 import torch
 from rich.console import Console
@@ -65,18 +66,18 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one layer and two rows: under a minute")
-    parser.add_argument("--json", type=Path, help="write every figure here")
-    parser.add_argument("--threads", type=int, default=2, help="of PyTorch on the CPU (default 2)")
-    parser.add_argument("--rounds", type=int, help="how often each case is timed")
+    parser.add_argument("--quick", action="store_true", help="one layer and two rows, under a minute")
+    parser.add_argument("--json", type=Path, help="write all results to this file")
+    parser.add_argument("--threads", type=int, default=2, help="PyTorch CPU threads (default 2)")
+    parser.add_argument("--rounds", type=int, help="times that each case is timed")
     parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU where there is one"
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if available"
     )
     return parser.parse_args()
 
 
 def rows(results: timing.Results) -> list[dict[str, Any]]:
-    """One row per case: time, memory, and their ratios to the frozen model, ours agnostic and peft's agnostic."""
+    """One row per case: time, memory, and their ratios to the frozen model, our agnostic LoRA and PEFT's LoRA."""
     found = []
     for key, measured in results.items():
         row: dict[str, Any] = {
@@ -94,7 +95,7 @@ def rows(results: timing.Results) -> list[dict[str, Any]]:
 
 
 def limits(results: timing.Results, size: Size, bytes_per_s: float) -> list[dict[str, Any]]:
-    """BitFit and IA3 against the frozen model, and what they would cost if only moving the extra bytes took time."""
+    """BitFit and IA3 relative to the frozen model, and their lower bound if only moving the extra bytes took time."""
     found = []
     for key in (Key("BitFit", 0, 2), Key("IA3", 0, 2)):
         least = timing.limit(key.form, size)
@@ -124,7 +125,7 @@ def _table(title: str, results: timing.Results) -> Table:
 
 
 def _limits_table(found: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title="Context-specific BitFit and IA3, and the least they must do")
+    table = Table(title="Context-specific BitFit and IA3, and their lower bound")
     for name in ("Form", "× frozen", "Limit × frozen", "Extra GB", "Extra GFLOP", "Measured GB/s"):
         table.add_column(name, justify="left" if name == "Form" else "right")
     for row in found:

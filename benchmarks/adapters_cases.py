@@ -1,4 +1,4 @@
-"""The cases that benchmarks/adapters.py compares: one language model, and what is attached to it in turn.
+"""The cases that benchmarks/adapters.py compares: one language model and what is attached to it in each case.
 
 Shapes: B rows, T positions, D width.
 """
@@ -26,12 +26,12 @@ from benchmarks.adapters_comparators import MaskLoRA, OneHotLoRA
 from harness.contexts import Segment, resolve_grouping
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-VOCABULARY = 512  # small: the head would otherwise hide what the layers cost
+VOCABULARY = 512  # small, so that the head does not dominate the layers
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of the model and the batch."""
+    """Size of the model and the batch."""
 
     width: int = 768
     feed_forward: int = 2048
@@ -42,7 +42,7 @@ class Size:
 
 
 class Key(NamedTuple):
-    """What a case is: the form, its rank (0: has none) and how many contexts the sequence is divided into."""
+    """A case: its form, rank (0: none) and the number of contexts that the sequence is divided into."""
 
     form: str
     rank: int = 0
@@ -60,14 +60,14 @@ FORMS: dict[str, Callable[[int], AdapterMethod]] = {
 
 
 class Case:
-    """A model with something attached; ``attached`` attaches it for a while."""
+    """A model and what ``attached`` attaches to it temporarily."""
 
     def __init__(self, model: Any, trained: nn.Module, adapters: Adapters | None = None) -> None:
         self.model, self.trained, self.adapters = model, trained, adapters
 
     @contextmanager
     def attached(self) -> Iterator[Any]:
-        """The model as this case has it."""
+        """The model with this case attached."""
         if self.adapters is not None:
             self.adapters.attach(self.model)
         try:
@@ -77,7 +77,7 @@ class Case:
                 self.adapters.detach()
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What it trains."""
+        """Name → trained parameter."""
         return {name: p for name, p in self.trained.named_parameters() if p.requires_grad}
 
 
@@ -99,11 +99,11 @@ class Bench:
         self.labels_BT = torch.randint(VOCABULARY, (size.rows, size.length), device=device)
 
     def case(self, key: Key) -> Case:
-        """Build one."""
+        """Build one case."""
         if key == FROZEN:
             return Case(self.model, nn.Module())
         if key.form == "peft":
-            shared = {id(p): p for p in self.model.parameters()}  # the frozen weights are there once
+            shared = {id(p): p for p in self.model.parameters()}  # share the frozen weights
             config = peft.LoraConfig(r=key.rank, lora_alpha=key.rank, target_modules=PROJECTIONS)
             model = peft.inject_adapter_in_model(config, copy.deepcopy(self.model, shared))
             return Case(model, model)

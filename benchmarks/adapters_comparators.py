@@ -1,6 +1,6 @@
-"""What context-specific LoRA is measured against: concatenate-and-mask, and the paper's Algorithm 1 as one-hot einsum.
+"""Baselines for context-specific LoRA: concatenate-and-mask, and Context-PEFT's Algorithm 1 as a one-hot einsum.
 
-Both are plain autograd, with the parameters, names and numbers of adapters/lora.py.
+Both use plain autograd, with the same parameters, names and values as LoRA (Context-PEFT: arXiv 2312.08900).
 Shapes: B rows, T positions, I and O features of a layer, R rank, G groups.
 """
 
@@ -19,7 +19,7 @@ from adapters.router import Layout
 
 
 class MaskChange(base.Change):
-    """All groups' pairs side by side as one pair of rank G · R; what is not a token's own is multiplied by zero."""
+    """All groups' pairs concatenated to one of rank G · R; other groups' states are multiplied by zero."""
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
         """``y + s · B_cat (mask ⊙ A_cat x)``."""
@@ -33,7 +33,7 @@ class MaskChange(base.Change):
 
 
 class OneHotChange(base.Change):
-    """Every group's update of every token, then a one-hot choice among them."""
+    """Every group's update of every token, then a one-hot selection."""
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
         """``y + s · Σ_g onehot_g · B_g A_g x``."""
@@ -51,7 +51,7 @@ class _Comparator(LoRA):
 
     @property
     def name(self) -> str:
-        """The same parameter paths as LoRA's."""
+        """``lora``, for the same parameter paths as LoRA."""
         return "lora"
 
     def change(

@@ -1,4 +1,4 @@
-"""How benchmarks/adapters.py measures: rounds over all cases, ratios within a round, memory apart from time.
+"""Measurement for benchmarks/adapters.py: rounds over all cases, ratios within a round, memory separate from time.
 
 Shapes: N tokens, D features.
 """
@@ -25,11 +25,11 @@ from harness.measure import saved_for_backward
 
 @dataclass
 class Measured:
-    """Of one case."""
+    """Results of one case."""
 
-    saved_bytes: int  # kept for backward, each storage once, without weights
-    peak_bytes: int  # at a step's highest point, on top of what there was before it; its gradients included
-    times_s: list[float] = field(default_factory=list)  # one for each round
+    saved_bytes: int  # kept for backward; each storage counted once, without weights
+    peak_bytes: int  # peak during a step minus what was allocated before, gradients included
+    times_s: list[float] = field(default_factory=list)  # one per round
 
     @property
     def median_s(self) -> float:
@@ -41,18 +41,18 @@ Results = dict[Key, Measured]
 
 
 def ratio(results: Results, key: Key, reference: Key) -> float:
-    """Median over the rounds of the ratio within a round: what slows a whole round down is in both."""
+    """Median over rounds of the ratio within a round, so that a slow round affects both sides."""
     pairs = zip(results[key].times_s, results[reference].times_s, strict=True)
     return statistics.median(mine / other for mine, other in pairs)
 
 
 def measure(bench: Bench, keys: Sequence[Key], rounds: int) -> Results:
-    """Memory of every case, which warms it up too, then its time in each round, in an order that changes."""
+    """Memory of every case, which also warms it up, then its time in each round, in shuffled order."""
     cases = {key: bench.case(key) for key in keys}
     results = {key: _memory(bench, case) for key, case in cases.items()}
     order = random.Random(0)
     for _ in range(rounds):
-        gc.collect()  # here, so that it falls into no case's time
+        gc.collect()  # now, so that it does not run while a case is timed
         for key in order.sample(list(keys), len(keys)):
             results[key].times_s.append(_time_s(bench, cases[key]))
     return results
@@ -76,10 +76,10 @@ def _time_s(bench: Bench, case: Case) -> float:
 
 
 def _memory(bench: Bench, case: Case) -> Measured:
-    """Of a step, and of what its forward pass keeps; both also make what the first step of a case has to make."""
+    """Peak memory of a step, and what its forward pass keeps; this also does the one-time work of a first step."""
     with case.attached() as model, saved_for_backward(nn.ModuleList([model, case.trained])) as saved:
         loss = bench.forward(model)
-    # Hooks on saved tensors leave a cycle where an operation saves its own output; only backward frees it.
+    # Saved-tensor hooks create a cycle if an operation saves its own output; only backward frees it.
     loss.backward()
     del loss
     bench.clear(case)
@@ -89,7 +89,7 @@ def _memory(bench: Bench, case: Case) -> Measured:
 
 
 def _peak_bytes(bench: Bench, case: Case) -> int:
-    """What PyTorch allocated, counted exactly: resident memory is blurred by what the allocator holds back."""
+    """Exact bytes allocated by PyTorch; resident memory would include what the allocator caches."""
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(bench.device)
         before = torch.cuda.memory_allocated(bench.device)
@@ -107,7 +107,7 @@ def _peak_bytes(bench: Bench, case: Case) -> int:
 
 
 def bandwidth(device: torch.device, size: Size) -> float:
-    """Bytes per second that a copy of one layer's output reads and writes."""
+    """Memory bandwidth, bytes per second: read and write of a copy of one layer's output."""
     source_ND = torch.randn(size.rows * size.length, size.feed_forward, device=device)
     target_ND = torch.empty_like(source_ND)
     seconds = []
@@ -124,14 +124,14 @@ def bandwidth(device: torch.device, size: Size) -> float:
 
 @dataclass(frozen=True)
 class Limit:
-    """What a method must do on top of the frozen model at the least, whatever the code looks like."""
+    """Lower bound of a method's extra work on top of the frozen model, for any implementation."""
 
     extra_bytes: int
     extra_operations: int
 
 
 def limit(form: str, size: Size, bytes_per_number: int = 4) -> Limit:
-    """Of BitFit or IA3 in forward and backward, each tensor read and written once.
+    """The lower bound of BitFit or IA3 in forward and backward, with each tensor read and written once.
 
     BitFit, every projection's output: read, write (forward); read its gradient (backward). An addition each.
     IA3, k, v and down's input: read, write; read the gradient and the value, write the value's gradient. A
@@ -146,13 +146,13 @@ def limit(form: str, size: Size, bytes_per_number: int = 4) -> Limit:
 
 
 def curve_keys(ranks: Iterable[int], contexts: Iterable[int]) -> list[Key]:
-    """The frozen model, and for every rank and number of contexts the three context-specific forms."""
+    """The frozen model, both agnostic forms per rank, and the three context-specific forms per rank and contexts."""
     forms = ("ours", "mask", "one-hot")
     keys = [Key(form, rank, number) for rank in ranks for number in contexts for form in forms]
     return [FROZEN, *(Key(form, rank) for rank in ranks for form in ("ours", "peft")), *keys]
 
 
 def whole_model_keys(ranks: Iterable[int]) -> list[Key]:
-    """Two contexts: the frozen model, the forms of LoRA without the slowest, BitFit and IA3."""
+    """Two contexts: the frozen model, all forms of LoRA except one-hot, BitFit and IA3."""
     lora = [Key(*k) for rank in ranks for k in (("ours", rank), ("peft", rank), ("ours", rank, 2), ("mask", rank, 2))]
     return [FROZEN, *lora, Key("BitFit", 0, 2), Key("IA3", 0, 2)]

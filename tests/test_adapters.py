@@ -328,5 +328,5 @@ def test_a_place_where_the_method_does_nothing_is_an_error() -> None:
 
 
 def test_a_role_named_by_hand_that_the_model_lacks_is_an_error() -> None:
-    with pytest.raises(UserError, match="in the role gate; it has down, k, norm, o, q, up, v"):
+    with pytest.raises(UserError, match="with the role gate; it has down, k, norm, o, q, up, v"):
         adapt(tiny_opt(), LoRA(LoRAConfig(where=("q", "gate"))))

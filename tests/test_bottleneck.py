@@ -46,7 +46,7 @@ def test_where_it_acts_and_how_many_parameters_that_is(make_model: Any, options:
 
 
 def test_a_parallel_one_wants_a_feed_forward_block_that_is_a_module() -> None:
-    with pytest.raises(UserError, match=r"opt model has no layer in .*mlp.*; it has .*'?down"):
+    with pytest.raises(UserError, match=r"opt model has no layer with .*mlp.*; it has .*'?down"):
         adapt(tiny_opt(), bottleneck(placement="parallel"))
 
 

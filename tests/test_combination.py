@@ -81,7 +81,7 @@ def test_what_is_wrong_is_named_with_its_place(experiment_file: Write, entry: st
 
 
 def test_a_method_twice_is_an_error(experiment_file: Write) -> None:
-    with pytest.raises(UserError, match=r"a combination names each method once; found LoRA\+LoRA"):
+    with pytest.raises(UserError, match=r"each method once; found LoRA\+LoRA"):
         Experiment.from_yaml(experiment_file(experiment("{method: lora+lora}")))
 
 
@@ -94,7 +94,7 @@ class OtherRank(BitFit):
 
 
 def test_an_option_that_means_two_things_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"LoRA\+OtherRank cannot be combined: their option 'rank' differs"):
+    with pytest.raises(UserError, match=r"LoRA\+OtherRank cannot be combined: .*option 'rank'"):
         combine((LoRA, OtherRank))
 
 

@@ -39,7 +39,7 @@ def test_every_option_stands_there_with_its_default_and_what_is_allowed(name: st
 
 @pytest.mark.parametrize("name", OURS)
 def test_what_is_not_the_identity_at_start_is_named(name: str) -> None:
-    (section,) = re.findall(r"^## What is identity at start\n(.*?)^## ", TEXT, re.MULTILINE | re.DOTALL)
+    (section,) = re.findall(r"^## Which methods start as the identity\n(.*?)^## ", TEXT, re.MULTILINE | re.DOTALL)
     named = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
     # peft stands there as what it does depends on its config.
     assert (name in named) is (not ADAPTERS.load(OURS[name].target).identity_at_start or name == "peft")
@@ -48,7 +48,7 @@ def test_what_is_not_the_identity_at_start_is_named(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, entry in OURS.items() if ADAPTERS.load(entry.target).grouped])
 def test_which_methods_can_be_merged(name: str) -> None:
     (section,) = re.findall(r"^## Merging\n(.*?)^## ", TEXT, re.MULTILINE | re.DOTALL)
-    can, cannot = (re.findall(r"`(\w+)`", part) for part in section.partition("can; for")[::2])
+    can, cannot = (re.findall(r"`(\w+)`", part) for part in section.partition("can be merged;")[::2])
     adapted = harness.adapt(tiny_llama(), {"method": name})
     if name in can:
         assert isinstance(adapted.merge(), LlamaForCausalLM)

@@ -261,7 +261,7 @@ def test_ln_tuning_is_not_merged_into_a_norm_that_does_something_else_with_its_w
 
 def test_ln_tuning_wants_a_norm_with_a_weight() -> None:
     norm = nn.LayerNorm(6, elementwise_affine=False)
-    with pytest.raises(UserError, match=r"model\.norm: a LayerNorm without weight cannot be tuned"):
+    with pytest.raises(UserError, match=r"model\.norm: found a LayerNorm without weight"):
         LN.delta(Target("model.norm", "norm", 0, 0, layer=norm), torch.Generator())
 
 

@@ -57,6 +57,10 @@ def numbers(length: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> t
     return draw(ROWS, length, INSIDE), draw(ROWS, length, OUTSIDE), pairs
 
 
+def of_groups(pairs: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip(GROUPS, pairs, strict=True))
+
+
 def reference(x_BTI: Tensor, y_BTO: Tensor, layout: Layout, pairs: Sequence[Any], scale: float) -> Tensor:
     """Algorithm 1 of the paper: every group's update, and a one-hot choice among them."""
     onehot_XTG = F.one_hot(layout.group_ids_XT + 1, 1 + len(GROUPS))[..., 1:].to(y_BTO.dtype)
@@ -83,7 +87,7 @@ def test_every_form_is_the_papers_algorithm(form: Form, ids: Sequence[Sequence[i
     expected = torch.autograd.grad((expected_BTO * weight_BTO).sum(), wanted)
     forms = [form, None] if possible(form, layout) else [None]
     for chosen in forms:
-        found_BTO = low_rank(x_BTI, y_BTO, layout, GROUPS, pairs, scale, chosen)
+        found_BTO = low_rank(x_BTI, y_BTO, layout, of_groups(pairs), scale, chosen)
         found = torch.autograd.grad((found_BTO * weight_BTO).sum(), wanted)
         torch.testing.assert_close(found_BTO, expected_BTO, rtol=1e-12, atol=1e-12)
         for mine, other in zip(found, expected, strict=True):
@@ -97,7 +101,7 @@ def test_gradients_against_finite_differences(form: Form) -> None:
     (a0, b0), (a1, b1) = pairs
 
     def function(x: Tensor, y: Tensor, *f: Tensor) -> Tensor:
-        return low_rank(x, y, layout, GROUPS, [(f[0], f[1]), (f[2], f[3])], 0.7, form)
+        return low_rank(x, y, layout, of_groups([(f[0], f[1]), (f[2], f[3])]), 0.7, form)
 
     assert torch.autograd.gradcheck(function, (x_BTI, y_BTO, a0, b0, a1, b1))
 
@@ -111,7 +115,7 @@ def test_another_groups_numbers_do_not_reach_a_token(form: Form, ids: Sequence[S
         pytest.skip("slices need rows that are alike")
     x_BTI, y_BTO, pairs = numbers(layout.length, torch.float32)
     other = [(pairs[0][0] + 1, pairs[0][1] - 2), pairs[1]]
-    outputs = [low_rank(x_BTI, y_BTO, layout, GROUPS, p, 1.0, form) for p in (pairs, other)]
+    outputs = [low_rank(x_BTI, y_BTO, layout, of_groups(p), 1.0, form) for p in (pairs, other)]
     grads = [torch.autograd.grad(out.square().sum(), x_BTI)[0] for out in outputs]
     image_BT = (layout.group_ids_XT == 0).expand(ROWS, -1)
     nobody_BT = (layout.group_ids_XT == -1).expand(ROWS, -1)
@@ -128,8 +132,8 @@ def test_equal_pairs_are_one_pair_in_fp32(form: Form) -> None:
     """1e-6 relative to the largest number: the forms add in different orders."""
     split, whole = layout_of([[0] * 20 + [1] * 44]), layout_of([[0] * 64])
     x_BTI, y_BTO, pairs = numbers(64, torch.float32)
-    found = low_rank(x_BTI, y_BTO, split, GROUPS, [pairs[0], pairs[0]], 1.0, form)
-    expected = low_rank(x_BTI, y_BTO, whole, GROUPS[:1], pairs[:1], 1.0)
+    found = low_rank(x_BTI, y_BTO, split, of_groups([pairs[0], pairs[0]]), 1.0, form)
+    expected = low_rank(x_BTI, y_BTO, whole, {GROUPS[0]: pairs[0]}, 1.0)
     assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
@@ -153,7 +157,7 @@ def kept(function: Any) -> tuple[int, set[int]]:
 def test_nothing_is_kept_but_the_input_the_pairs_and_one_projection_per_token(form: Form) -> None:
     layout = layout_of([[0] * 20 + [1] * 44])
     x_BTI, y_BTO, pairs = numbers(64, torch.float32)
-    count, where = kept(lambda: low_rank(x_BTI, y_BTO, layout, GROUPS, pairs, 1.0, form))
+    count, where = kept(lambda: low_rank(x_BTI, y_BTO, layout, of_groups(pairs), 1.0, form))
     factors = [factor for pair in pairs for factor in pair]
     assert count == x_BTI.numel() + sum(f.numel() for f in factors) + ROWS * 64 * RANK
     assert {t.untyped_storage().data_ptr() for t in (x_BTI, *factors)} <= where
@@ -212,7 +216,7 @@ def test_fp32_pairs_act_on_bf16_values(form: Form, autocast: bool) -> None:
     x, y = x_BTI.detach().to(x_dtype).requires_grad_(), y_BTO.detach().bfloat16()
     single = [tuple(f.detach().float().requires_grad_() for f in pair) for pair in pairs]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found_BTO = low_rank(x, y, layout, GROUPS, single, 0.4, form)  # type: ignore[arg-type]
+        found_BTO = low_rank(x, y, layout, of_groups(single), 0.4, form)
         found = torch.autograd.grad(found_BTO.sum(), [x, *single[0]])
     assert found_BTO.dtype == torch.bfloat16
     assert [g.dtype for g in found] == [x_dtype, torch.float32, torch.float32]
@@ -226,8 +230,8 @@ def test_without_gradients_the_same_numbers_and_then_gradients_again(form: Form,
     layout = layout_of([ALIKE])
     x_BTI, y_BTO, pairs = numbers(len(ALIKE), torch.float32)
     with mode():  # the first to ask, so that what is kept for the layout is made in this mode
-        without = low_rank(x_BTI, y_BTO, layout, GROUPS, pairs, 1.0, form)
-    found = low_rank(x_BTI, y_BTO, layout, GROUPS, pairs, 1.0, form)
+        without = low_rank(x_BTI, y_BTO, layout, of_groups(pairs), 1.0, form)
+    found = low_rank(x_BTI, y_BTO, layout, of_groups(pairs), 1.0, form)
     assert torch.equal(found, without)
     assert not without.requires_grad
     found.sum().backward()
@@ -238,7 +242,7 @@ def test_without_gradients_the_same_numbers_and_then_gradients_again(form: Form,
 def test_a_second_derivative_is_refused(form: Form) -> None:
     layout = layout_of([ALIKE])
     x_BTI, y_BTO, pairs = numbers(len(ALIKE))
-    out = low_rank(x_BTI, y_BTO, layout, GROUPS, pairs, 1.0, form)
+    out = low_rank(x_BTI, y_BTO, layout, of_groups(pairs), 1.0, form)
     (grad,) = torch.autograd.grad(out.square().sum(), x_BTI, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -256,7 +260,7 @@ class Layer(nn.Module):
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         a0, b0, a1, b1 = self.pairs
-        return low_rank(x_BTI, self.linear(x_BTI), self.layout, GROUPS, [(a0, b0), (a1, b1)], 1.0, self.form)
+        return low_rank(x_BTI, self.linear(x_BTI), self.layout, of_groups([(a0, b0), (a1, b1)]), 1.0, self.form)
 
 
 def gradients(layer: Layer, function: Any) -> list[Tensor]:

@@ -199,7 +199,7 @@ def test_what_a_kv_cache_cannot_serve_is_refused(new: str) -> None:
     with (
         layouts_while_generating(model, adapters.router, new),
         pytest.raises(
-            UserError, match=r"must be text and no instruction \(text groups question, answer\).*use_cache=False"
+            UserError, match=r"must be text and not instruction \(text groups: question, answer\).*use_cache=False"
         ),
     ):
         model.generate(inputs_embeds=embeds(1), max_new_tokens=3, pad_token_id=0, eos_token_id=None)
@@ -242,5 +242,5 @@ def test_options_out_of_range_are_refused() -> None:
 def test_a_mask_of_four_dimensions_is_refused() -> None:
     model = tiny_llama()
     adapters = adapt(model, MokAConfig(rank=3))
-    with pytest.raises(UserError, match=r"moka needs attention_mask as \(rows, positions\); found 4-D"):
+    with pytest.raises(UserError, match=r"moka: attention_mask: found 4 dimensions"):
         logits(model, adapters, embeds(), ROWS["rows alike"], attention_mask=torch.ones(2, 1, 8, 8).bool())

@@ -249,8 +249,8 @@ def test_activation_checkpointing_changes_nothing(use_reentrant: bool) -> None:
         ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING cannot be used here: .*soft_prompt"),
         ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING cannot be used here: .*soft_prompt"),
         ({"peft_type": "P_TUNING"}, "P_TUNING cannot be used here: .*soft_prompt"),
-        ({"peft_type": "ADALORA"}, "ADALORA cannot be used here: it is more than layers"),
-        ({"peft_type": "XLORA"}, "XLORA cannot be used here: it is more than layers"),
+        ({"peft_type": "ADALORA"}, "ADALORA cannot be used here: it does more than add layers"),
+        ({"peft_type": "XLORA"}, "XLORA cannot be used here: it does more than add layers"),
     ],
 )
 def test_options_that_cannot_be_are_refused_before_any_computation(options: dict[str, Any], message: str) -> None:

@@ -20,7 +20,7 @@ from test_peft_equality import relative, tiny_gpt2
 from torch import Tensor
 
 import harness
-from adapters.peft_io import CONFIG, TENSORS, export_peft
+from adapters.peft_forms import CONFIG, TENSORS
 from harness import UserError
 
 MODELS: dict[str, Callable[[], Any]] = {"llama": tiny_llama, "opt": tiny_opt, "gpt2": tiny_gpt2}
@@ -124,7 +124,7 @@ def test_one_of_several_groups_is_exported_by_its_name_or_its_contexts(tmp_path:
     }  # fmt: skip
     adapted = adapted_by_us(tiny_llama(), spec, contexts=tuple(grouping), grouping=grouping)
     for name, context, kind in (("vision", 0, "VERA"), ("audio", 1, "VERA"), ("text", 2, "VERA"), ("code", 3, "IA3")):
-        export_peft(adapted, tmp_path / name, group=name)
+        adapted.export_peft(tmp_path / name, group=name)
         theirs: Any = peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path / name)).eval()
         assert theirs.peft_config["default"].peft_type == kind
         # Where all tokens are the group's, the two are the same.
@@ -139,8 +139,13 @@ def test_one_of_several_groups_is_exported_by_its_name_or_its_contexts(tmp_path:
         ({"method": "lora"}, {"image": "vision", "text": None}, None, "image: vision, text: no adapter"),
         ({"method": "lora"}, {"image": "vision", "text": None}, "text", "no group or context 'text' with an adapter"),
         ({"method": "lora"}, "specific", "imag", "'imag'.*did you mean 'image'"),
-        ({"method": "bitfit"}, "agnostic", None, "BitFit has no form in the peft library; allowed: lora, dora, ia3"),
-        ({"method": "lora+bitfit"}, "agnostic", None, "LoRA r=8 . BitFit has no form in the peft library"),
+        (
+            {"method": "bitfit"},
+            "agnostic",
+            None,
+            "BitFit has no equivalent in the peft library; allowed: lora, dora, ia3",
+        ),
+        ({"method": "lora+bitfit"}, "agnostic", None, "LoRA r=8 . BitFit has no equivalent in the peft library"),
         ({"method": "none"}, "agnostic", None, "none has no adapter group"),
     ],
 )
@@ -149,7 +154,7 @@ def test_what_has_no_form_in_peft_is_an_error(
 ) -> None:
     adapted = harness.adapt(tiny_llama(), spec, grouping=grouping)
     with pytest.raises(UserError, match=message):
-        export_peft(adapted, tmp_path / "out", group)
+        adapted.export_peft(tmp_path / "out", group)
     assert not (tmp_path / "out").exists()
 
 
@@ -245,8 +250,8 @@ def change_config(folder: Path, **changes: Any) -> None:
         ({"bias": "all"}, "bias: found 'all'"),
         ({"lora_bias": True}, "lora_bias: found True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: found 'pissa', which changes the base"),
-        ({"layers_to_transform": [0]}, r"left over: .*layers\.1\.self_attn\.q_proj"),
-        ({"exclude_modules": ["v_proj"]}, r"left over: .*v_proj"),
+        ({"layers_to_transform": [0]}, r"unexpected: .*layers\.1\.self_attn\.q_proj"),
+        ({"exclude_modules": ["v_proj"]}, r"unexpected: .*v_proj"),
         ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, r"missing: base_model.*k_proj\.lora_A\.weight"),
         ({"target_modules": None}, "target_modules: found none"),
         ({"r": 8}, r"q_proj\.lora_A\.weight must have shape \(8, 32\); found \(4, 32\)"),
@@ -280,9 +285,9 @@ def test_a_feature_that_is_off_in_a_newer_version_is_no_obstacle(tmp_path: Path)
         (
             tiny_llama,
             peft.LoraConfig(target_modules=["layers.0.self_attn.q_proj", "v_proj"]),
-            "some of the roles down, gate, k, o, q, up, v; found besides v: model.layers.0.self_attn.q_proj",
+            "some of the roles down, gate, k, o, q, up, v; found in addition to v: model.layers.0.self_attn.q_proj",
         ),
-        (tiny_llama, peft.LoraConfig(target_modules=["lm_head"]), r"left over: .*lm_head\.base_layer"),
+        (tiny_llama, peft.LoraConfig(target_modules=["lm_head"]), r"unexpected: .*lm_head\.base_layer"),
         (tiny_opt, peft.IA3Config(), "some of the roles down, k, v; .*q_proj"),
         (tiny_gpt2, peft.IA3Config(), "scale on the queries"),
         (
@@ -311,13 +316,13 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"missing: {name}$"):
         harness.import_peft(tiny_llama(), tmp_path)
     save_file({**tensors, "another": torch.ones(1)}, tmp_path / TENSORS)
-    with pytest.raises(UserError, match=r"left over: another$"):
+    with pytest.raises(UserError, match=r"unexpected: another$"):
         harness.import_peft(tiny_llama(), tmp_path)
     (tmp_path / TENSORS).write_bytes(b"no tensors")
     with pytest.raises(UserError, match=r"adapter_model\.safetensors: cannot be read"):
         harness.import_peft(tiny_llama(), tmp_path)
     (tmp_path / TENSORS).unlink()
-    with pytest.raises(UserError, match=r"cannot be read: .*only safetensors are, not adapter_model\.bin"):
+    with pytest.raises(UserError, match=r"cannot be read: .*allowed: safetensors, not adapter_model\.bin"):
         harness.import_peft(tiny_llama(), tmp_path)
     (tmp_path / CONFIG).write_text("[]", encoding="utf-8")
     with pytest.raises(UserError, match="found list; allowed: a mapping"):
@@ -341,6 +346,6 @@ def test_an_unknown_context_an_adapted_model_and_a_missing_library(
 
 def test_dropout_of_dora_is_said_to_differ(tmp_path: Path) -> None:
     expected_BTV = written_by_peft(tmp_path, peft.LoraConfig(r=4, use_dora=True, lora_dropout=0.1, **QV))
-    with pytest.warns(UserWarning, match="dropout of DoRA acts on the low-rank path alone here"):
+    with pytest.warns(UserWarning, match="DoRA's dropout acts on the low-rank path only"):
         adapted = harness.import_peft(tiny_llama(), tmp_path).eval()
     assert relative(logits(adapted, context_ids=CONTEXT_IDS), expected_BTV) < 1e-5

@@ -247,18 +247,18 @@ def test_wrong_input() -> None:
     model = tiny_llama()
     router = Router(resolve_grouping("specific", CONTEXTS)[0])
     methods = {"image": METHOD, "text": SoftPrompt(SoftPromptConfig(num_virtual_tokens=4))}
-    with pytest.raises(UserError, match="soft_prompt: one model has one set of options"):
+    with pytest.raises(UserError, match="soft_prompt: all groups of a model must have the same options"):
         Adapters(model, methods, router, seed=0).attach(model)
     model = tiny_llama()
     adapters = adapt(model)
-    with pytest.raises(UserError, match=r"soft_prompt needs attention_mask as \(rows, positions\); found 4-D"):
+    with pytest.raises(UserError, match=r"soft_prompt: attention_mask: found 4 dimensions"):
         output(model, adapters, embeds(), IDS, attention_mask=torch.ones(2, 1, 7, 7).bool())
     model.config.sliding_window = 12
-    with pytest.raises(UserError, match="soft_prompt: 13 positions, prompts included, are more than sliding_window=12"):
+    with pytest.raises(UserError, match="soft_prompt: 13 positions, prompts included, exceed sliding_window=12"):
         output(model, adapters, embeds(), IDS)
     model.config.sliding_window = None
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(UserError, match="attention 'flash_attention_2' takes no mask; allowed: sdpa, eager"):
+    with pytest.raises(UserError, match="attention 'flash_attention_2' does not accept a mask; allowed: sdpa, eager"):
         output(model, adapters, embeds(), IDS)
     with pytest.raises(ValidationError, match=r"init\n.*'vocab' or 'normal'"):
         SoftPromptConfig(init="zero")  # type: ignore[arg-type]
