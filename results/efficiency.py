@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harness.record import MetricInfo, TrialRecord
-from results.crossover import budget_of, settings_alike
 from results.rows import Row, by_seed
 from results.stats import Estimate, estimate, interquartile_mean
+from results.sweeps import budget_of, settings_alike
 from results.table import Leaderboard
 
 CostName = Literal["parameters", "memory", "time", "examples"]

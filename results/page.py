@@ -15,7 +15,6 @@ from results import format as text
 from results import words
 from results.attention import build_attention
 from results.covers import Coverage, coverage
-from results.crossover import build_sweeps
 from results.efficiency import build_efficiency
 from results.export import ranking_metrics
 from results.gallery import build_gallery
@@ -23,6 +22,7 @@ from results.plots import all_plots
 from results.provenance import build_provenance
 from results.rows import Row
 from results.stats import Difference, Estimate
+from results.sweeps import build_sweeps
 from results.table import Leaderboard
 
 _TEMPLATES = Path(__file__).parent / "templates"

@@ -8,12 +8,12 @@ from functools import partial
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from results.crossover import Sweep
 from results.efficiency import EXAMPLES, MEMORY, PARAMETERS, TIME, Efficiency, Front
 from results.plots_pareto import pareto_figure
 from results.plots_rows import contexts_figure, curves_figure, input_figure
 from results.plots_style import MOST_PANELS, STYLE, Drawings, Look, Plot, looks_of, svg
 from results.plots_sweeps import option_figure, option_sweeps, sweep_figure
+from results.sweeps import Sweep
 from results.table import RIGHT, WRONG, Leaderboard
 
 __all__ = ["MOST_DRAWN", "Drawings", "Plot", "all_plots"]

@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from harness.record import MetricInfo
-from results.crossover import Curve, Sweep
 from results.plots_style import (
     INK,
     MOST_PANELS,
@@ -28,6 +27,7 @@ from results.plots_style import (
     within,
 )
 from results.rows import Row
+from results.sweeps import Curve, Sweep
 from results.table import Leaderboard
 
 _TICKS = 4  # labels that find room under a panel
