@@ -11,7 +11,7 @@ from harness.record import MetricInfo, PlannedTrial, Run
 from results.format import number, verdict
 from results.matched import Pairs, pairs
 from results.resample import Resampled, examples_of, score_on_test
-from results.rows import WRONG, Candidate, Row, candidates_of, choose, make_row
+from results.rows import WRONG, Row, Search, candidates_of, choose, make_row
 from results.stats import Difference, holm
 
 
@@ -86,11 +86,11 @@ def compare(run: Run, one: str, other: str, setting: str | None = None, metric: 
     trials = _of_setting(run.plan.trials, setting)
     sides = _in_one_setting(_named(one, trials), _named(other, trials))
     searches = [_search(side, by, run) for side, by in (sides, sides[::-1])]
-    finished = [record for _, chosen in searches for record in chosen.finished]
+    finished = [record for search in searches for record in search.chosen.finished]
     resampled = Resampled(finished, shown, examples_of(run, finished, shown))
     first, second = (
-        Side(side.name, make_row(side.trials, candidates, chosen, run, resampled, shown))
-        for side, (candidates, chosen) in zip(sides, searches, strict=True)
+        Side(side.name, make_row(search, run.plan.reference_method, resampled))
+        for side, search in zip(sides, searches, strict=True)
     )
     matched, notes = _pairs(first, second)
     (found,) = resampled.differences([matched])
@@ -172,20 +172,20 @@ def _in_one_setting(one: _Named, other: _Named) -> tuple[_Named, _Named]:
     return first, second
 
 
-def _search(side: _Named, other: _Named, run: Run) -> tuple[tuple[Candidate, ...], Candidate]:
-    """All learning rates of the row it is or belongs to, and what is compared: the best of them, or the one trial.
+def _search(side: _Named, other: _Named, run: Run) -> Search:
+    """All learning rates of the row that is named or that the trial belongs to; chosen: the best one, or that trial.
 
-    Beside one trial a row has its trial of the same seed alone.
+    A row that is compared with a single trial contributes only its trial of the same seed.
     """
     key = (_row_name(side.trials[0]), side.trials[0].setting)
     candidates = candidates_of([t for t in run.plan.trials if (_row_name(t), t.setting) == key], run)
     if side.by_id:
-        return candidates, candidates_of(side.trials, run)[0]
+        return Search(candidates, candidates_of(side.trials, run)[0])
     best = choose(candidates)
     if other.by_id:
         same_seed = [trial for trial in best.trials if trial.seed == other.trials[0].seed]
         best = candidates_of(same_seed, run)[0] if same_seed else replace(best, trials=(), finished=())
-    return candidates, best
+    return Search(candidates, best)
 
 
 def _pairs(one: Side, other: Side) -> tuple[Pairs, tuple[str, ...]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from results.stats import CONFIDENCE, Estimate
+from results.table import Leaderboard, Row
 
 DAGGER = "†"
 PERCENT = f"{CONFIDENCE * 100:.0f} %"
@@ -49,3 +50,12 @@ def coverage(columns: Mapping[str, Iterable[Estimate | None]]) -> Coverage:
         frozenset(name for name, kind in kinds.items() if kind == {_SEEDS_ALONE}),
         frozenset(name for name, kind in kinds.items() if len(kind) > 1),
     )
+
+
+def table_coverage(board: Leaderboard, rows: Sequence[Row]) -> Coverage:
+    """What the intervals of some rows cover; the columns are the metrics, ``difference`` and ``input_use``."""
+    columns: dict[str, list[Estimate | None]]
+    columns = {info.name: [row.metrics.get(info.name) for row in rows] for info in board.ranking_metrics}
+    columns["difference"] = [row.differences.get(board.primary.name) for row in rows]
+    columns["input_use"] = [row.input_use for row in rows]
+    return coverage(columns)

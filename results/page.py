@@ -14,9 +14,8 @@ from harness.record import MetricInfo
 from results import format as text
 from results import words
 from results.attention import build_attention
-from results.covers import Coverage, coverage
+from results.covers import Coverage, coverage, table_coverage
 from results.efficiency import build_efficiency
-from results.export import ranking_metrics
 from results.gallery import build_gallery
 from results.plots import all_plots
 from results.provenance import build_provenance
@@ -82,7 +81,7 @@ def html(board: Leaderboard) -> str:
         lstrip_blocks=True,
     )
     environment.globals["text"] = text
-    metrics, settings = ranking_metrics(board), board.settings
+    metrics, settings = board.ranking_metrics, board.settings
     gallery, attention = build_gallery(board), build_attention(board)
     sweeps, efficiency = build_sweeps(board), build_efficiency(board)
     plots = all_plots(board, sweeps, efficiency)
@@ -95,7 +94,7 @@ def html(board: Leaderboard) -> str:
         caveats=words.caveats(board),
         rank_rule=words.RANK_RULE,
         labels=list(dict.fromkeys(trial.label for trial in board.run.plan.trials)),
-        tables=[_tables(board, setting, metrics) for setting in settings],
+        tables=[_tables(board, setting) for setting in settings],
         several_settings=len(settings) > 1,
         deltas_covered=_differences_covered((delta.differences for delta in board.deltas), metrics),
         search=search_lines(board),
@@ -146,26 +145,16 @@ def _own(name: str) -> Markup:
     return Markup((_TEMPLATES / name).read_text(encoding="utf-8"))  # noqa: S704 -- our own file
 
 
-def _tables(board: Leaderboard, setting: str, metrics: list[MetricInfo]) -> SettingTables:
+def _tables(board: Leaderboard, setting: str) -> SettingTables:
     rows, apart = board.of(setting), board.apart(setting)
     return SettingTables(
         setting,
         rows,
         apart,
-        _covered(board, rows, metrics, with_difference=True),
-        _covered(board, apart, metrics, with_difference=False),
-        _differences_covered((row.differences for row in rows), metrics),
+        table_coverage(board, rows),
+        table_coverage(board, apart),
+        _differences_covered((row.differences for row in rows), board.ranking_metrics),
     )
-
-
-def _covered(board: Leaderboard, rows: list[Row], metrics: list[MetricInfo], with_difference: bool) -> Coverage:
-    columns: dict[str, list[Estimate | None]] = {
-        info.name: [row.metrics.get(info.name) for row in rows] for info in metrics
-    }
-    columns["input"] = [row.input_use for row in rows]
-    if with_difference:
-        columns["difference"] = [row.differences.get(board.primary.name) for row in rows]
-    return coverage(columns)
 
 
 def _differences_covered(families: Iterable[Mapping[str, Difference]], metrics: list[MetricInfo]) -> Coverage:

@@ -8,10 +8,13 @@ from pathlib import Path
 
 from harness.errors import UserError
 from harness.record import write_atomically
-from results.export import write_exports
+from results.export_latex import latex
+from results.export_text import markdown, table_csv
+from results.export_trials import write_trials
 from results.join import read_runs
 from results.page import html
-from results.table import build_leaderboard
+from results.published import publish
+from results.table import Leaderboard, build_leaderboard
 
 
 @dataclass(frozen=True)
@@ -45,3 +48,20 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> ReportP
     page = folder / "index.html"
     write_atomically(page, html(board))
     return ReportPaths(page, write_exports(board, folder))
+
+
+def write_exports(board: Leaderboard, folder: Path) -> tuple[Path, ...]:
+    """Write leaderboard.md, .csv, .tex and .json, and trials.parquet; returns their paths in this order.
+
+    The same records give the same bytes. Rows that are excluded from ranking are in every file, marked as such.
+    """
+    texts = {
+        "leaderboard.md": markdown(board),
+        "leaderboard.csv": table_csv(board),
+        "leaderboard.tex": latex(board),
+        "leaderboard.json": publish(board).model_dump_json(indent=1) + "\n",
+    }
+    for name, content in texts.items():
+        write_atomically(folder / name, content)
+    write_trials(board.run, folder / "trials.parquet")
+    return (*(folder / name for name in texts), folder / "trials.parquet")

@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from harness.record import MetricInfo, Parameters, PlannedTrial, Run, TrialRecord
+from harness.formulas import Floats
+from harness.record import Parameters, PlannedTrial, Run, TrialRecord
 from results.format import rank_text
 from results.resample import Resampled, score_on_test
-from results.stats import Difference, Estimate, Floats, estimate
+from results.stats import Difference, Estimate, estimate
 
 RIGHT, WRONG = "perplexity", "perplexity_wrong_input"  # the wrong-input test compares these two
 VALIDATION = "perplexity"  # on the validation split: what a learning rate is chosen by
@@ -30,6 +31,14 @@ class Candidate:
         """Validation perplexity of the finished seeds."""
         scores = ((record.seed, record.metrics.get("validation", {}).get(VALIDATION)) for record in self.finished)
         return {seed: score for seed, score in scores if score is not None}
+
+
+@dataclass(frozen=True)
+class Search:
+    """The learning rates of one row, in the order of the plan, and the chosen one."""
+
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate
 
 
 @dataclass(frozen=True)
@@ -114,11 +123,18 @@ def candidates_of(trials: Sequence[PlannedTrial], run: Run) -> tuple[Candidate, 
     return tuple(found)
 
 
+def search_of(trials: Sequence[PlannedTrial], run: Run) -> Search:
+    """The learning rates of one row's trials, and the best of them."""
+    candidates = candidates_of(trials, run)
+    return Search(candidates, choose(candidates))
+
+
 def choose(candidates: Sequence[Candidate]) -> Candidate:
     """The candidate with the lowest mean validation perplexity among those that finished the most seeds.
 
-    One that finished fewer stands back: its mean may be that of the easier seeds. For the same reason the mean is over
-    the seeds that all of the compared ones finished, if there are any. The first in the plan wins a tie.
+    A candidate that finished fewer seeds is excluded from selection, because its mean may be over the easier seeds. For
+    the same reason the mean is over the seeds that all remaining candidates finished, if there are any. Of equal
+    candidates the first in the plan is chosen.
     """
     most = max(len(candidate.validation_by_seed) for candidate in candidates)
     if most == 0:
@@ -157,27 +173,21 @@ def _search_notes(candidates: Sequence[Candidate], chosen: Candidate) -> tuple[s
     for one in candidates:
         if one.ended == len(one.trials) and len(one.validation_by_seed) < len(chosen.validation_by_seed):
             failed = f"{len(one.trials) - len(one.finished)} of {len(one.trials)} trials failed"
-            notes.append(f"learning rate {one.learning_rate} stood back from the choice: {failed}")
+            notes.append(f"learning rate {one.learning_rate} was excluded from selection: {failed}")
     return tuple(notes)
 
 
-def make_row(
-    trials: Sequence[PlannedTrial],
-    candidates: tuple[Candidate, ...],
-    chosen: Candidate,
-    run: Run,
-    resampled: Resampled,
-    metrics: Sequence[MetricInfo],
-) -> Row:
-    """The row of trials that differ in seed and learning rate alone, not compared with any other yet."""
+def make_row(search: Search, reference_method: str, resampled: Resampled) -> Row:
+    """The row of trials that differ only in seed and learning rate, with the resampled metrics; not compared yet."""
+    candidates, chosen = search.candidates, search.chosen
     finished = chosen.finished
-    estimates = {info.name: resampled.estimate(finished, info.name) for info in metrics}
+    estimates = {name: resampled.estimate(finished, name) for name in resampled.metrics}
     right, wrong = by_seed(finished, RIGHT), by_seed(finished, WRONG)
 
     def mean(read: Callable[[TrialRecord], float | None]) -> Estimate | None:
         return estimate([value for value in map(read, finished) if value is not None])
 
-    first = trials[0]
+    first = candidates[0].trials[0]
     return Row(
         setting=first.setting,
         label=first.label,
@@ -186,7 +196,7 @@ def make_row(
         candidates=candidates,
         chosen=chosen,
         effort=search_effort(candidates),
-        is_reference=first.method == run.plan.reference_method,
+        is_reference=first.method == reference_method,
         metrics={name: found for name, found in estimates.items() if found is not None},
         input_use=estimate([wrong[seed] / right[seed] for seed in right if seed in wrong]),
         parameters=next((record.parameters for record in finished if record.parameters), None),

@@ -28,7 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaincinv, ndtr, ndtri, stdtr, stdtrit
 
-Floats = NDArray[np.float64]
+from harness.formulas import Floats
+
 CONFIDENCE = 0.95
 RESAMPLES = 1000  # of the test examples, and permutations: a standard error to about 2 %
 SIGNIFICANT = 1 - CONFIDENCE
@@ -206,7 +207,9 @@ def p_values(mean_N: Floats, seed_se_N: Floats, n: int, null_NB: Floats) -> list
 
 def _permuted(mean_N: Floats, seed_se_N: Floats, n: int, null_NB: Floats) -> Floats:
     both_NB = np.concatenate([null_NB, -null_NB], axis=1)
-    p_N = 2 * _student((both_NB - np.abs(mean_N)[:, None]) / seed_se_N[:, None], n - 1).mean(axis=1)
+    t_NB = (both_NB - np.abs(mean_N)[:, None]) / seed_se_N[:, None]
+    # Student's t from a table, to 1e-6: permutations need no more, and it is ten times as fast as ``stdtr``.
+    p_N = 2 * np.interp(np.arctan(t_NB / math.sqrt(n - 1)), *_student_table(n - 1)).mean(axis=1)
     null_se_N = np.sqrt(np.mean(null_NB**2, axis=1))
     found_N: Floats = np.minimum(1.0, np.maximum(p_N, _tails(mean_N, seed_se_N, null_se_N, n - 1)))
     return found_N
@@ -217,12 +220,6 @@ def _student_table(freedom: int) -> tuple[Floats, Floats]:
     """Student's t distribution over arctan(t / √freedom), of which it is a smooth function."""
     angle = np.linspace(-np.pi / 2, np.pi / 2, 8193)
     return angle, stdtr(freedom, math.sqrt(freedom) * np.tan(angle))
-
-
-def _student(t_B: Floats, freedom: int) -> Floats:
-    """``stdtr`` from a table, to 1e-6: permutations need no more, and it is ten times as fast."""
-    found: Floats = np.interp(np.arctan(t_B / math.sqrt(freedom)), *_student_table(freedom))
-    return found
 
 
 def _tails(mean_N: Floats, seed_se_N: Floats, example_se_N: Floats, freedom: int) -> Floats:

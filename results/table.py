@@ -11,11 +11,12 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from harness.errors import UserError, did_you_mean
+from harness.formulas import Floats
 from harness.record import MetricInfo, Plan, PlannedTrial, Run
 from results.matched import Pairs, pairs, set_apart
 from results.resample import Resampled, examples_of
-from results.rows import RIGHT, WRONG, Row, candidates_of, choose, make_row
-from results.stats import Difference, Floats, ahead, holm, rank_ranges
+from results.rows import RIGHT, WRONG, Row, make_row, search_of
+from results.stats import Difference, ahead, holm, rank_ranges
 
 __all__ = ["RIGHT", "WRONG", "Delta", "Leaderboard", "Row", "Unfinished", "build_leaderboard"]
 
@@ -60,6 +61,12 @@ class Leaderboard:
         return tuple(dict.fromkeys(trial.setting for trial in self.run.plan.trials))
 
     @property
+    def ranking_metrics(self) -> list[MetricInfo]:
+        """The metrics of the tables, the primary one first; the wrong-input perplexity has a section of its own."""
+        others = [info for info in self.run.plan.metrics if info is not self.primary and info.name != WRONG]
+        return [self.primary, *others]
+
+    @property
     def reference_name(self) -> str:
         """What the others are compared with, as the plan labels it."""
         method = self.run.plan.reference_method
@@ -92,18 +99,14 @@ def build_leaderboard(run: Run) -> Leaderboard:
     rows: list[Row] = []
     deltas: list[Delta] = []
     unreadable: list[str] = []
-    searches = [[candidates_of(trials, run) for trials in groups.values()] for groups in settings.values()]
-    chosen = [[choose(candidates) for candidates in setting] for setting in searches]
-    records = [[record for one in setting for record in one.finished] for setting in chosen]
+    searches = [[search_of(trials, run) for trials in groups.values()] for groups in settings.values()]
+    records = [[record for search in setting for record in search.chosen.finished] for setting in searches]
     examples = examples_of(run, list(itertools.chain(*records)), plan.metrics)
     # One thread: the products here are small, and several threads wait for each other longer than they compute.
     with threadpool_limits(1, user_api="blas"):
-        for groups, candidates, best, finished in zip(settings.values(), searches, chosen, records, strict=True):
+        for setting, finished in zip(searches, records, strict=True):
             resampled = Resampled(finished, plan.metrics, itertools.islice(examples, len(finished)))
-            made = [
-                make_row(trials, own, rate, run, resampled, plan.metrics)
-                for trials, own, rate in zip(groups.values(), candidates, best, strict=True)
-            ]
+            made = [make_row(search, plan.reference_method, resampled) for search in setting]
             found, steps = _compared(made, plan, primary, resampled)
             rows += sorted(found, key=_best_first(primary))
             deltas += steps

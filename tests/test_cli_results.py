@@ -19,7 +19,7 @@ from run_fixture import fake_plan, write_run
 
 from harness import cli_results
 from harness.record import PlannedTrial, TrialRecord, read_run
-from results.export import write_exports
+from results.report import write_exports
 from results.table import build_leaderboard
 
 COMMANDS = ["run", "plan", "status", "report", "compare", "attention", "leaderboard", "tasks", "adapters", "prepare"]
