@@ -287,14 +287,14 @@ def diff_view(found: BoardDiff) -> Group:
     for setting in dict.fromkeys(change.setting for change in found.changes):
         parts += [Text(f"\n{setting}", style="bold")] if setting else []
         parts.append(_diff_table([change for change in found.changes if change.setting == setting]))
-    lines = [f"{_row_of(change)}: {'; '.join(change.notes)}" for change in found.changes if change.notes]
+    lines = [
+        ": ".join(filter(None, (change.setting, change.name, "; ".join(change.notes))))
+        for change in found.changes
+        if change.notes
+    ]
     lines += [f"added: {name}" for name in found.added] + [f"removed: {name}" for name in found.removed]
     tested = any(change.difference for change in found.changes)
     return Group(*parts, *(Text(line) for line in lines), *([Text(RULE, style="dim")] if tested else []))
-
-
-def _row_of(change: Change) -> str:
-    return ": ".join(filter(None, (change.setting, change.name)))
 
 
 def _diff_table(changes: Sequence[Change]) -> Table:

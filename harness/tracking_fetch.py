@@ -130,7 +130,7 @@ def _no_plan(parent: Any) -> str:
     artifacts = Path(parent.info.artifact_uri)
     if artifacts.is_absolute() and not artifacts.exists():
         return f"{said}: its artifacts are files in {artifacts}, which this machine does not have; copy them there"
-    return f"{said} has no artifact plan.json: it was logged by an earlier version; make its report from its run folder"
+    return f"{said} has no artifact plan.json; create its report from its run folder"
 
 
 def _one_each(children: Any) -> list[Any]:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from harness.record import TrialRecord
 from results.gallery import Input, show_file
-from results.table import Leaderboard, Row
+from results.table import Leaderboard
 
 FILE_NAME = "attention.safetensors"
 HEADER = "attention"  # the key of the JSON in the file's metadata
@@ -185,13 +185,10 @@ def _trials(board: Leaderboard) -> Iterator[tuple[str, TrialRecord]]:
     for setting in reversed(board.settings):
         for row in (*board.of(setting), *board.apart(setting)):
             for candidate in sorted(row.candidates, key=lambda one: one is not row.chosen):
-                rate = f", learning rate {candidate.learning_rate:g}" if _searched(row, candidate.learning_rate) else ""
+                searched = len(row.candidates) > 1 and candidate.learning_rate is not None
+                rate = f", learning rate {candidate.learning_rate:g}" if searched else ""
                 for record in candidate.finished:
                     yield f"{row.name}{f' ({setting})' if several else ''}{rate}, seed {record.seed}", record
-
-
-def _searched(row: Row, rate: float | None) -> bool:
-    return len(row.candidates) > 1 and rate is not None
 
 
 def _reduced(weights_LHCN: Floats, detail: Detail) -> Floats:

@@ -204,12 +204,9 @@ def _sample(example_id: str, tables: Sequence[tuple[Row, int, Predictions]], met
 
 
 def _inputs(column: str) -> tuple[Input, ...]:
-    parts: Any = json.loads(column)
-    if isinstance(parts, dict):  # of run folders from before inputs could be text
-        parts = [(context, "file", path) for context, path in parts.items()]
     return tuple(
         Input(context, "text", value) if kind == "text" else show_file(context, Path(value))
-        for context, kind, value in parts
+        for context, kind, value in json.loads(column)
     )
 
 

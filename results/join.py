@@ -105,19 +105,15 @@ def _same(one: Run, other: Run, key: str) -> None:
 
 
 def _metrics(runs: Sequence[Run]) -> tuple[MetricInfo, ...]:
-    """All metrics in order. A plan may be older than the description of how a score is made of its examples."""
-    known: dict[str, MetricInfo] = {}
-    owner: dict[str, Run] = {}
+    """All metrics, in the order in which the runs name them."""
+    known: dict[str, tuple[MetricInfo, Run]] = {}
     for run in runs:
         for info in run.plan.metrics:
-            before = known.setdefault(info.name, info)
-            if before.higher_is_better != info.higher_is_better:
-                files = f"{owner[info.name].folder / 'plan.json'} and {run.folder / 'plan.json'}"
+            first, owner = known.setdefault(info.name, (info, run))
+            if first.higher_is_better != info.higher_is_better:
+                files = f"{owner.folder / 'plan.json'} and {run.folder / 'plan.json'}"
                 raise UserError(f"{files}: metrics: {info.name}: higher is better in one of them only")
-            owner.setdefault(info.name, run)
-            if before.corpus == "mean":
-                known[info.name] = before.model_copy(update={"corpus": info.corpus})
-    return tuple(known.values())
+    return tuple(info for info, _ in known.values())
 
 
 def _one_of_each(parts: Sequence[_Part]) -> tuple[dict[str, TrialRecord], dict[str, Path], list[str]]:
@@ -174,7 +170,7 @@ class _Named:
 
 def _trials(parts: Sequence[_Part], records: Mapping[str, TrialRecord]) -> tuple[PlannedTrial, ...]:
     """All planned trials, each once, under names that hold for all of them."""
-    specs = {trial_id: record.spec for trial_id, record in records.items() if _nameable(record)}
+    specs = {trial_id: record.spec for trial_id, record in records.items()}
     labels, settings = naming.labels(specs), naming.settings(specs)
     found: dict[str, _Named] = {}
     for part in parts:
@@ -184,13 +180,6 @@ def _trials(parts: Sequence[_Part], records: Mapping[str, TrialRecord]) -> tuple
                 found[named.trial.trial_id] = _merged(known, named)
     _keep_apart(list(found.values()))
     return tuple(named.trial for named in found.values())
-
-
-def _nameable(record: TrialRecord) -> bool:
-    adapter = record.spec.get("adapter")
-    if not isinstance(adapter, Mapping) or not {"label", "grouping_name", "config"} <= adapter.keys():
-        return False
-    return isinstance(adapter["config"], Mapping)
 
 
 def _renamed(part: _Part, labels: Mapping[str, str], settings: Mapping[str, str]) -> list[_Named]:
@@ -215,13 +204,8 @@ def _renamed(part: _Part, labels: Mapping[str, str], settings: Mapping[str, str]
 def _merged(one: _Named, other: _Named) -> _Named:
     """A trial that two plans name; its search effort is that of both."""
     best = other if (other.label_known, other.setting_known) > (one.label_known, one.setting_known) else one
-    rates = {
-        "learning_rate": one.trial.learning_rate if other.trial.learning_rate is None else other.trial.learning_rate,
-        "tried_learning_rates": tuple(
-            dict.fromkeys((*one.trial.tried_learning_rates, *other.trial.tried_learning_rates))
-        ),
-    }
-    return replace(best, trial=best.trial.model_copy(update=rates))
+    tried = tuple(dict.fromkeys((*one.trial.tried_learning_rates, *other.trial.tried_learning_rates)))
+    return replace(best, trial=best.trial.model_copy(update={"tried_learning_rates": tried}))
 
 
 def _keep_apart(found: Sequence[_Named]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from harness.naming import conditions, flatten
-from harness.record import Data, TrialRecord
+from harness.record import TrialRecord
 from results.rows import Row, unended
 
 # What must agree, and how a refusal is worded.
@@ -36,16 +36,13 @@ def mismatch(one: TrialRecord, other: TrialRecord) -> str | None:
         return f"seed differs ({one.seed}, {other.seed})"
     if one.data is None or other.data is None:
         return "what was trained on is not recorded"
-    differing = [_word(field, one.data, other.data) for field in _REASONS if _differs(field, one.data, other.data)]
+    steps = f" ({one.data.steps}, {other.data.steps})"
+    differing = [
+        reason + (steps if field == "steps" else "")
+        for field, reason in _REASONS.items()
+        if getattr(one.data, field) != getattr(other.data, field)
+    ]
     return "; ".join(differing + _other_conditions(one.spec, other.spec)) or None
-
-
-def _differs(field: str, one: Data, other: Data) -> bool:
-    return bool(getattr(one, field) != getattr(other, field))
-
-
-def _word(field: str, one: Data, other: Data) -> str:
-    return f"{_REASONS[field]} ({one.steps}, {other.steps})" if field == "steps" else _REASONS[field]
 
 
 def _other_conditions(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat
 from harness.record import Data, Parameters, Run, read_strictly
 from results.rows import Candidate
 from results.stats import Difference, Estimate
-from results.table import Delta, Leaderboard, Row, Unfinished
+from results.table import Leaderboard, Row
 
 
 class _Schema(BaseModel):
@@ -156,8 +156,19 @@ def publish(board: Leaderboard) -> PublishedLeaderboard:
         ),
         reference_method=plan.reference_method,
         rows=tuple(map(_row, board.rows)),
-        deltas=tuple(map(_delta, board.deltas)),
-        unfinished=tuple(map(_unfinished, (*board.failed, *board.missing))),
+        deltas=tuple(
+            PublishedDelta(
+                setting=delta.setting,
+                label=delta.label,
+                differences=_differences(delta.differences),
+                notes=delta.notes,
+            )
+            for delta in board.deltas
+        ),
+        unfinished=tuple(
+            PublishedUnfinished(trial_id=one.trial.trial_id, status=one.status, reason=one.reason)
+            for one in (*board.failed, *board.missing)
+        ),
     )
 
 
@@ -241,12 +252,3 @@ def _candidate(candidate: Candidate) -> PublishedCandidate:
         finished=len(candidate.finished),
         planned=len(candidate.trials),
     )
-
-
-def _delta(delta: Delta) -> PublishedDelta:
-    found = _differences(delta.differences)
-    return PublishedDelta(setting=delta.setting, label=delta.label, differences=found, notes=delta.notes)
-
-
-def _unfinished(one: Unfinished) -> PublishedUnfinished:
-    return PublishedUnfinished(trial_id=one.trial.trial_id, status=one.status, reason=one.reason)

@@ -54,14 +54,11 @@ def _leader(board: Leaderboard, setting: str) -> str:
     tied = [row for row, (first, _) in ranked[1:] if first == 1]
     behind = [row for row, (first, _) in ranked if first > 1]
     if not tied:
-        return f"{mean}, and is shown to be ahead of {_all_others(len(behind))}."
+        others = "the only other row" if len(behind) == 1 else f"all {len(behind)} others"
+        return f"{mean}, and is shown to be ahead of {others}."
     if not behind:
         return f"{mean}, but all {len(ranked)} rows tie: none is shown to be ahead."
     return f"{mean}, and ties for the first rank with {_names(tied)}. Shown to be behind: {_names(behind)}."
-
-
-def _all_others(count: int) -> str:
-    return "the only other row" if count == 1 else f"all {count} others"
 
 
 def _names(rows: list[Row]) -> str:

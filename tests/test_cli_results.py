@@ -135,11 +135,9 @@ def test_compare_names_the_run_and_says_what_is_shown(harness: Harness, run: Pat
     assert "CIDEr: IA3 agnostic is worse than LoRA r=4 specific by 0.6" in outcome.out
     assert "Holm's correction over the 3 metrics shown" in " ".join(outcome.out.split())
     assert max(map(len, outcome.out.splitlines())) <= 80
-    several = harness(
-        "compare", "ia3 agn", "full", "--run", old, "--run", run, "--setting", "grid", "--metric", "cider"
-    )
+    several = harness("compare", "ia3 agn", "full", "--run", old, "--run", run, "--metric", "cider")
     assert several.code == 0
-    assert several.out.startswith(f"{old}, runs/grid, run=grid\n")
+    assert several.out.startswith(f"{old}, runs/grid\n")
 
 
 def test_comparisons_that_cannot_be_made(harness: Harness, run: Path) -> None:

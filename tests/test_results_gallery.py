@@ -34,15 +34,13 @@ def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page_module, "all_plots", lambda *_: dict.fromkeys(kinds, Drawings()))
 
 
-def run_with(
-    folder: Path, inputs: list[Parts] | list[str], metrics: tuple[MetricInfo, ...] = (), **columns: Any
-) -> Path:
+def run_with(folder: Path, inputs: list[Parts], metrics: tuple[MetricInfo, ...] = (), **columns: Any) -> Path:
     """A run of two methods with eight test examples; ``columns`` have their values."""
     methods = METHODS[-2:]
     changes: dict[str, Any] = {"metrics": metrics, "primary_metric": metrics[0].name} if metrics else {}
     plan = fake_plan(seeds=(0,), methods=methods, **changes)
     write_run(folder, plan)
-    written = [parts if isinstance(parts, str) else json.dumps(parts) for parts in inputs]
+    written = [json.dumps(parts) for parts in inputs]
     for trial in plan.trials:
         texts = [f"{trial.method} says {number}" for number in range(COUNT)]
         values = {name: [None, *own] for name, own in {"inputs": written, **columns}.items()}
@@ -147,12 +145,6 @@ def test_pictures_are_shown_as_the_model_sees_them(tmp_path: Path) -> None:
         shown[name] = Image.open(tmp_path / "shown.png")
     assert shown["deep.png"].getpixel((1, 1)) == (128, 128, 128)
     assert shown["turned.jpg"].size == (20, 40)
-
-
-def test_inputs_of_older_run_folders_are_files_by_context(tmp_path: Path) -> None:
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
-    run_with(tmp_path, [json.dumps({"image": str(tmp_path / "red.png")})] * COUNT)
-    assert [(part.context, part.kind) for part in gallery_of(tmp_path).samples[0].inputs] == [("image", "picture")]
 
 
 MIXED = (

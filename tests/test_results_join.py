@@ -46,10 +46,9 @@ def write_grid(
     folder: Path,
     specs: Sequence[dict[str, Any]],
     change: Callable[[TrialRecord], TrialRecord | None] = lambda record: record,
-    old: bool = False,
     **plan: Any,
 ) -> Path:
-    """A run folder whose plan names its trials by the specs, and a record of each. ``old``: without learning rates."""
+    """A run folder whose plan names its trials by the specs, and a record of each."""
     by_id = {identity(content): content for content in specs}
     labels, settings = naming.labels(by_id), naming.settings(by_id)
     trials = tuple(
@@ -60,7 +59,7 @@ def write_grid(
             grouping=content["adapter"]["grouping_name"],
             setting=settings[trial_id],
             seed=content["seed"],
-            learning_rate=None if old else content["optimizer"]["learning_rate"],
+            learning_rate=content["optimizer"]["learning_rate"],
         )
         for trial_id, content in by_id.items()
     )
@@ -206,12 +205,11 @@ def test_the_finished_record_of_a_trial_wins(tmp_path: Path) -> None:
         )
 
 
-def test_metrics_are_all_of_them_and_the_newer_description_holds(tmp_path: Path) -> None:
+def test_the_metrics_of_all_folders_are_joined_in_order(tmp_path: Path) -> None:
     wer = METRICS[0].model_copy(update={"name": "wer", "corpus": "ratio"})
-    bleu = METRICS[3].model_copy(update={"corpus": "bleu"})
     a = write_grid(tmp_path / "a", [spec("lora")])
-    b = write_grid(tmp_path / "b", [spec("full")], metrics=(wer, bleu, *METRICS[:3]))
-    assert read_runs([a, b]).plan.metrics == (*METRICS[:3], bleu, wer)
+    b = write_grid(tmp_path / "b", [spec("full")], metrics=(wer, *METRICS[:3]))
+    assert read_runs([a, b]).plan.metrics == (*METRICS, wer)
 
 
 def test_broken_and_foreign_files_of_all_folders_are_named(tmp_path: Path) -> None:
@@ -221,24 +219,6 @@ def test_broken_and_foreign_files_of_all_folders_are_named(tmp_path: Path) -> No
     run = read_runs([a, b])
     assert [message.partition(":")[0] for message in run.broken] == [str(a / "trials" / "x" / "record.json")]
     assert run.foreign == (fake_plan().trials[0].trial_id,)
-
-
-def test_a_record_without_a_usable_spec_keeps_its_plans_names(tmp_path: Path) -> None:
-    a = write_run(tmp_path / "a", fake_plan(seeds=(0,)))
-    b = write_run(tmp_path / "b", fake_plan(seeds=(1,)))
-    run = read_runs([a, b])
-    assert len(run.records) == 16
-    assert {trial.setting for trial in run.plan.trials} == {f"examples=1024 epochs=8 run={name}" for name in "ab"}
-
-
-def test_a_run_of_an_older_plan_joins_by_its_records(tmp_path: Path) -> None:
-    a = write_grid(tmp_path / "a", [spec("lora", rate=0.01), spec("full")], old=True)
-    b = write_grid(tmp_path / "b", [spec("lora", rate=0.1)])
-    assert [(trial.label, trial.learning_rate) for trial in read_runs([a, b]).plan.trials] == [
-        ("LoRA r=4", 0.01),
-        ("Full fine-tuning", 0.01),
-        ("LoRA r=4", 0.1),
-    ]
 
 
 def refused(folders: Sequence[Path], message: str) -> None:

@@ -259,7 +259,7 @@ def test_a_rate_at_which_training_fails_was_tried_and_is_not_chosen(tmp_path: Pa
     board = board_of(tmp_path, search_plan(METHOD_NAMES), change)
     row = row_of(board, "LoRA r=4 agnostic")
     assert (row.chosen.learning_rate, row.effort, row.apart) == (0.001, 3, ())
-    assert row.notes == ("learning rate 0.1 stood back from the choice: 1 of 2 trials failed",)
+    assert row.notes == ("learning rate 0.1 was excluded from selection: 1 of 2 trials failed",)
     assert [(one.trial.learning_rate, one.status, one.reason) for one in board.failed] == [
         (0.1, "failed", "loss is nan")
     ] * 2

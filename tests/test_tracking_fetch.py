@@ -158,7 +158,7 @@ def test_a_run_without_a_plan_or_whose_files_are_elsewhere_says_so(
     parent = client.get_run((logged / "mlflow_run_id").read_text(encoding="utf-8"))
     artifacts = Path(parent.info.artifact_uri)
     (artifacts / "plan.json").unlink()
-    with pytest.raises(UserError, match=r"has no artifact plan\.json: it was logged by an earlier version"):
+    with pytest.raises(UserError, match=r"has no artifact plan\.json; create its report from its run folder"):
         fetch_run(uri, logged.name, tmp_path)
     artifacts.rename(artifacts.with_name("moved"))
     with pytest.raises(UserError, match=f"its artifacts are files in {artifacts}, which this machine does not have"):
