@@ -1,4 +1,4 @@
-"""Which randomness the intervals of a table cover: one sentence, and a dagger where it is less than elsewhere."""
+"""Which randomness the intervals of a table cover: a sentence, and a dagger on those that cover less than others."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from results.table import Leaderboard, Row
 
 DAGGER = "†"
 PERCENT = f"{CONFIDENCE * 100:.0f} %"
-_SEEDS_ALONE = "seeds"  # as Estimate.covers has it
+_SEEDS_ALONE = "seeds"  # the value of Estimate.covers
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """What to write beneath a table and beside its numbers.
+    """What to write below a table and next to its numbers.
 
-    ``sentence`` says it for the table. A column whose intervals all cover seeds alone, in a table where others cover
+    ``sentence`` holds for the whole table. A column whose intervals all cover only seeds, in a table where others cover
     more, is marked in its heading; in a column of both kinds the cells are marked.
     """
 
@@ -26,11 +26,11 @@ class Coverage:
     mixed_columns: frozenset[str]
 
     def head(self, column: str) -> str:
-        """The dagger behind a heading, or nothing."""
+        """The dagger after a heading, or nothing."""
         return f"\N{NO-BREAK SPACE}{DAGGER}" if column in self.marked_columns else ""
 
     def cell(self, column: str, estimate: Estimate) -> str:
-        """The dagger behind an interval, or nothing."""
+        """The dagger after an interval, or nothing."""
         return f"\N{NO-BREAK SPACE}{DAGGER}" if column in self.mixed_columns and estimate.covers == _SEEDS_ALONE else ""
 
 

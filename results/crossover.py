@@ -1,11 +1,11 @@
-"""The budget from which on full fine-tuning stays ahead of a method, with its interval.
+"""The budget from which on full fine-tuning stays ahead of a method (the crossover), with its interval.
 
 The crossover is where the difference from the reference changes sign for the last time, interpolated linearly over the
 logarithm of the budget. Its interval reaches from the last budget at which the method is shown to be ahead to the first
 from which on the reference is shown to be ahead up to the end, both by the 95 % interval of the (interpolated)
 difference. Where the reference is truly level, the chance that the method is shown to be ahead is 2.5 %, and so is the
 chance of the opposite: that is how the interval comes to 95 % (simulated in tests/test_results_crossover.py).
-Percentiles of redrawn curves covered as little as 63 % there: noise alone moves the last of several near-crossings up.
+Percentiles of redrawn curves covered as little as 63 % there: noise alone shifts the last of several near-crossings up.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from results.stats import half_width
 
 @dataclass(frozen=True)
 class Gap:
-    """How far the reference is ahead of a method by budget (K, smallest first), and the errors of that."""
+    """How far the reference is ahead of a method at each budget (K, smallest first), with the errors of these gaps."""
 
     budgets: tuple[float, ...]
     ahead_K: Floats
     seeds: int
-    # Covariances of the means: over seeds, which smaller and larger budgets share (None with one seed), and over test
-    # examples (None where the scores cannot be resampled).
+    # Covariances of the means between budgets, which share their seeds and test examples. None with one seed, and
+    # where the scores cannot be resampled over examples.
     seeds_KK: Floats | None = None
     examples_KK: Floats | None = None
     examples: int = 2
 
     def at(self, k: int, share: float) -> tuple[float, float]:
-        """The gap and half of its 95 % interval, ``share`` of the way (in logarithms) from budget k to the next."""
+        """The gap and half of its 95 % interval, ``share`` of the logarithmic distance from budget k to the next."""
         end = min(k + 1, len(self.budgets) - 1)
         weights = np.array([1 - share, share])
 
@@ -55,7 +55,7 @@ class Gap:
 
 
 def locate(gap: Gap) -> tuple[float, float | None, float | None]:
-    """The crossover and its 95 % interval; -inf and inf are below and beyond the sweep, None: one seed, no interval."""
+    """The crossover and its 95 % interval; -inf and inf: below and beyond the sweep; None: one seed, no interval."""
     at = _last_where(gap, 0)
     if gap.seeds_KK is None:
         return at, None, None
@@ -63,7 +63,7 @@ def locate(gap: Gap) -> tuple[float, float | None, float | None]:
 
 
 def _last_where(gap: Gap, halves: int) -> float:
-    """Up to which budget the gap plus so many half intervals is at most 0."""
+    """The largest budget up to which the gap plus this many half intervals is at most 0."""
 
     def edge(k: int, share: float = 0.0) -> float:
         ahead, half = gap.at(k, share)

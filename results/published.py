@@ -19,7 +19,7 @@ class _Schema(BaseModel):
 
 
 class PublishedMetric(_Schema):
-    """How a metric is named, shown and ordered."""
+    """Name, label and direction of a metric."""
 
     name: str
     label: str
@@ -138,14 +138,14 @@ def read_published(path: Path) -> PublishedLeaderboard:
     """Read a ``leaderboard.json``.
 
     Raises:
-        OSError: there is no such file.
-        ValueError: it is not a leaderboard of this schema version; the message names the file and the place.
+        OSError: the file could not be read.
+        ValueError: it is not a leaderboard of this schema version; the message names the file and the key.
     """
     return read_strictly(PublishedLeaderboard, path, "a leaderboard.json of schema version 1")
 
 
 def publish(board: Leaderboard) -> PublishedLeaderboard:
-    """The leaderboard in the form of the file; nothing in it depends on when or where it is written."""
+    """The content of the file; nothing in it depends on when or where it is written."""
     plan = board.run.plan
     return PublishedLeaderboard(
         created_from=_origin(board.run),

@@ -13,7 +13,7 @@ from results.resample import Resampled, score_on_test
 from results.stats import Difference, Estimate, estimate
 
 RIGHT, WRONG = "perplexity", "perplexity_wrong_input"  # the wrong-input test compares these two
-VALIDATION = "perplexity"  # on the validation split: what a learning rate is chosen by
+VALIDATION = "perplexity"  # on the validation split: the criterion by which a learning rate is chosen
 
 
 @dataclass(frozen=True)
@@ -43,30 +43,30 @@ class Search:
 
 @dataclass(frozen=True)
 class Row:
-    """One method with one grouping in one setting, over its seeds. What was not measured is absent or None."""
+    """One method with one grouping in one setting, over its seeds. Unmeasured values are absent or None."""
 
     setting: str
     label: str
     method: str
     grouping: str
     candidates: tuple[Candidate, ...]  # every learning rate, in the order of the plan
-    chosen: Candidate  # the one that validated best; all that follows is of it
-    effort: int  # learning rates it was chosen from, those tried before included
+    chosen: Candidate  # the one that validated best; everything below is measured with it
+    effort: int  # learning rates it was chosen from, including those tried before
     is_reference: bool
     metrics: dict[str, Estimate]  # test split, by metric name
     input_use: Estimate | None  # perplexity with the wrong input / with the right one; 1 = the input is not used
     parameters: Parameters | None
-    peak_bytes: Estimate | None  # growth from before the model was built to the highest point in training
+    peak_bytes: Estimate | None  # growth of memory from before the model was built to the peak in training
     examples_per_s: Estimate | None
     tokens_per_s: Estimate | None
     train_time_s: Estimate | None
     wall_time_s: Estimate | None
-    rank: tuple[int, int] | None = None  # first and last rank it may hold in its setting; None: not ranked
+    rank: tuple[int, int] | None = None  # best and worst possible rank in its setting; None: not ranked
     differences: dict[str, Difference] = field(default_factory=dict)  # from the reference, by metric name
     # Errors of the primary difference on resampled test examples (B,), the same resamples in every setting.
     difference_errors_B: Floats | None = field(default=None, repr=False, compare=False)
-    apart: tuple[str, ...] = ()  # why it may not be ranked with the others, in words
-    notes: tuple[str, ...] = ()  # why a difference is missing, and what is open about the choice, in words
+    apart: tuple[str, ...] = ()  # why it is excluded from ranking; empty if it is ranked
+    notes: tuple[str, ...] = ()  # why a difference is missing, and what is unresolved about the learning rate
 
     @property
     def name(self) -> str:
@@ -95,16 +95,16 @@ class Row:
 
     @property
     def rank_text(self) -> str:
-        """``1``, ``2–4``, or empty where it is not ranked."""
+        """``1``, ``2–4``, or empty if it is not ranked."""
         return rank_text(self.rank)
 
     def values(self, metric: str) -> dict[int, float]:
-        """The metric on the test split by seed, of the seeds that have it."""
+        """The metric on the test split by seed, for the seeds that have it."""
         return by_seed(self.finished, metric)
 
 
 def by_seed(records: Iterable[TrialRecord], metric: str) -> dict[int, float]:
-    """A score on the test split by seed, of the records that have it."""
+    """A score on the test split by seed, for the records that have it."""
     scores = ((record.seed, score_on_test(record, metric)) for record in records)
     return {seed: score for seed, score in scores if score is not None}
 
@@ -147,10 +147,10 @@ def choose(candidates: Sequence[Candidate]) -> Candidate:
 
 
 def search_effort(candidates: Sequence[Candidate]) -> int:
-    """How many learning rates the chosen one was chosen from, with those that the experiment says were tried before.
+    """How many learning rates were tried, including those that the experiment declares as tried before.
 
-    A rate was tried when all its planned trials have ended, failed ones too, or as many as the furthest one's: while a
-    grid runs, seeds that none of the rates has come to yet take nothing from the search.
+    A rate counts as tried when all its planned trials have ended (failed ones too), or as many as those of the rate
+    that is furthest: while a grid runs, seeds that no rate has reached yet do not reduce the effort.
     """
     furthest = max(candidate.ended for candidate in candidates)
     tried = {one.learning_rate for one in candidates if one.ended and one.ended in (len(one.trials), furthest)}
@@ -159,7 +159,7 @@ def search_effort(candidates: Sequence[Candidate]) -> int:
 
 
 def unended(candidates: Sequence[Candidate]) -> str:
-    """``2 of 3 learning rates have not ended``; empty where all have, or where nothing is searched for."""
+    """``2 of 3 learning rates have not ended``; empty if all have, or if there is no search."""
     count = sum(one.ended < len(one.trials) for one in candidates)
     if len(candidates) == 1 or not count:
         return ""
@@ -167,9 +167,9 @@ def unended(candidates: Sequence[Candidate]) -> str:
 
 
 def _search_notes(candidates: Sequence[Candidate], chosen: Candidate) -> tuple[str, ...]:
-    """What is open about the choice of the learning rate."""
+    """What is unresolved about the choice of the learning rate."""
     open_ = unended(candidates)
-    notes = [f"{open_}: another one may yet be chosen"] if open_ else []
+    notes = [f"{open_}: another one may still be chosen"] if open_ else []
     for one in candidates:
         if one.ended == len(one.trials) and len(one.validation_by_seed) < len(chosen.validation_by_seed):
             failed = f"{len(one.trials) - len(one.finished)} of {len(one.trials)} trials failed"
@@ -210,7 +210,7 @@ def make_row(search: Search, reference_method: str, resampled: Resampled) -> Row
 
 
 def _peak_growth_bytes(record: TrialRecord) -> float | None:
-    """A worker runs many trials: what it held before this one is not this one's."""
+    """Peak minus initial memory: a worker runs many trials, and what it held before does not belong to this one."""
     memory = record.memory
     if memory is None or memory.process_peak_bytes is None or memory.process_before_bytes is None:
         return None

@@ -1,4 +1,4 @@
-"""Sweeps over a budget: the settings that differ in one budget alone, a curve for each method, and its crossover."""
+"""Sweeps over a budget: settings that differ only in one budget, with a curve and a crossover for each method."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ KINDS: tuple[Kind, ...] = ("examples", "epochs")
 
 @dataclass(frozen=True)
 class Crossover:
-    """The budget from which on the reference is ahead; -inf: from below the sweep on, inf: not up to its end."""
+    """The budget from which on the reference is ahead; -inf: from below the sweep, inf: not within the sweep."""
 
     at: float
     low: float | None  # 95 % interval; None with one seed
     high: float | None
-    covers: str  # which randomness the interval covers: as results.stats.Estimate.covers
+    covers: str  # which randomness the interval covers, as in ``Estimate.covers``
     words: str
 
 
@@ -39,7 +39,7 @@ class Curve:
     budgets: tuple[int, ...]
     rows: tuple[Row, ...]
     crossover: Crossover | None = None
-    note: str = ""  # why there is no crossover, in words
+    note: str = ""  # why there is no crossover
 
     @property
     def name(self) -> str:
@@ -49,18 +49,18 @@ class Curve:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Settings that differ in one budget only."""
+    """Settings that differ only in one budget."""
 
     kind: Kind
-    setting: str  # what else was varied in the run, and is the same here
+    setting: str  # what else was varied in the run, and is constant in this sweep
     budgets: tuple[int, ...]
-    reference: str | None  # name of the row that the others are compared with
-    curves: tuple[Curve, ...]  # in the order of the plan, the reference's own among them
-    left_out: tuple[str, ...] = field(default=())  # rows that are not in the curves and why, in words
+    reference: str | None  # name of the reference row
+    curves: tuple[Curve, ...]  # in the order of the plan, including that of the reference
+    left_out: tuple[str, ...] = field(default=())  # rows that are not in the curves, with the reason
 
     @property
     def what(self) -> str:
-        """The budget in words."""
+        """The budget spelled out."""
         return "number of training examples" if self.kind == "examples" else "number of epochs"
 
 
@@ -78,9 +78,9 @@ def build_sweeps(board: Leaderboard) -> tuple[Sweep, ...]:
 
 
 def settings_alike(board: Leaderboard, without: Sequence[str]) -> dict[str, dict[str, TrialRecord]]:
-    """The settings that are the same but for ``without``: by what is the same, setting → one of its finished trials.
+    """Groups of settings that differ only in the keys ``without``: common name → setting → one of its finished trials.
 
-    Rows that are set apart do not speak for their setting: what sets them apart may be their budget.
+    Rows that are excluded from ranking do not represent their setting: their budget may be what differs.
     """
     first: dict[str, TrialRecord] = {}
     for row in board.rows:

@@ -141,11 +141,11 @@ def test_compare_names_the_run_and_says_what_is_shown(harness: Harness, run: Pat
 
 
 def test_comparisons_that_cannot_be_made(harness: Harness, run: Path) -> None:
-    assert_refused(harness("compare", "lora", "full"), "'lora' may be 'LoRA r=4 agnostic', 'LoRA r=4 specific'")
+    assert_refused(harness("compare", "lora", "full"), "'lora' is ambiguous: 'LoRA r=4 agnostic', 'LoRA r=4 specific'")
     assert_refused(harness("compare", "IA3 agnostik", "full"), "did you mean 'IA3 agnostic'")
     assert_refused(harness("compare", "none", "full", "--metric", "cidre"), "did you mean 'cider'")
     assert_refused(harness("compare", "none", "full", "--run", "nowhere"), "nowhere: no such folder")
-    assert_refused(harness("compare", "none", "full", "--setting", "examples=7"), "there is no 'examples=7'")
+    assert_refused(harness("compare", "none", "full", "--setting", "examples=7"), "unknown setting 'examples=7'")
 
 
 @pytest.mark.parametrize("command", [("compare", "none", "full"), ("status",)])

@@ -143,7 +143,7 @@ def test_what_is_unknown_is_not_mixed_with_what_is_known(tmp_path: Path) -> None
         ("LoRA r=4", "run=b", 0),
         ("Full fine-tuning", "run=b", 0),
     ]
-    # Here the setting is known from the full trial; LoRA may be another one than a's, "none" is nobody else's.
+    # Here the setting is known from the full trial; LoRA may differ from a's; "none" is only in c.
     c = write_grid(tmp_path / "c", [spec("lora", dropout=0.5), spec("full"), spec("none")], only("full"))
     assert names(read_runs([a, c]).plan.trials)[2:] == [("LoRA r=4", "run=c", 0), ("none", "", 0)]
 
@@ -228,7 +228,7 @@ def refused(folders: Sequence[Path], message: str) -> None:
 
 def test_what_is_no_run_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a = write_grid(tmp_path / "quickstart", [spec("lora")])
-    hint = "a run folder is what `harness run` wrote"
+    hint = "a run folder is what `harness run` writes"
     near = f"{hint}; did you mean '{a}'?"
     refused([], f"no run folder is given; {hint}")
     refused([a, tmp_path / "quickstrt"], f"{tmp_path / 'quickstrt'}: no such folder; {near}")
