@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: the plan, the live table, the leaderboard."""
+"""Terminal output: the plan, the live table, the leaderboard, comparisons and diffs."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from results.format import ABSENT, duration, estimate_text, number, p_text, rank
 from results.progress import Progress
 from results.table import Leaderboard, Row
 
-SHOWN_TRIALS = 12  # rows of the live table: running ones first, then those that ended last
+SHOWN_TRIALS = 12  # rows of the live table: running trials, and those that ended most recently
 SHOWN_FAILURES = 10
-_REASON_LENGTH = 240  # characters of why a row is not ranked: three lines
-_MIN_FRACTION = 0.02  # of the grid done before its remaining time is worth guessing
+_REASON_LENGTH = 240  # characters of the reason why a row is excluded from ranking: three lines
+_MIN_FRACTION = 0.02  # fraction of the grid that must be done before the remaining time is estimated
 
 
 @dataclass
@@ -41,12 +41,12 @@ class _Row:
 
 
 class LiveTable:
-    """The sweep as it runs. On a terminal a table with progress and ETA; elsewhere a line per ended trial.
+    """Progress of a running sweep: on a terminal a table with progress and ETA, elsewhere a line per ended trial.
 
     Args:
         console: where to draw.
         trials: the trials of this sweep, in order.
-        already: how many of the plan were finished before.
+        already: number of trials that were finished before.
     """
 
     def __init__(self, console: Console, trials: Sequence[PlannedTrial], already: int) -> None:
@@ -65,12 +65,12 @@ class LiveTable:
             self._live.stop()
 
     def started(self, trial_id: str) -> None:
-        """The trial has a process."""
+        """Mark the trial as started."""
         row = self._rows[trial_id]
         row.started, row.phase = time.monotonic(), "starting"
 
     def progressed(self, trial_id: str, progress: Mapping[str, Any]) -> None:
-        """Fields of ``harness.trial.Progress``."""
+        """Update the trial with the fields of ``harness.trial.Progress``."""
         row = self._rows[trial_id]
         row.phase, row.fraction = progress["phase"], progress["fraction"]
         row.epoch = progress.get("epoch") or row.epoch
@@ -78,7 +78,7 @@ class LiveTable:
         row.validation_perplexity = progress.get("validation_perplexity") or row.validation_perplexity
 
     def ended(self, record: TrialRecord) -> None:
-        """The trial has a record."""
+        """Mark the trial as ended, with its record."""
         row = self._rows[record.trial_id]
         row.ended, row.fraction, row.phase = record, 1.0, record.status
         if not self.console.is_terminal:
@@ -145,11 +145,11 @@ def _outcome(record: TrialRecord) -> str:
 
 
 def plan_table(plan: Plan, parameters: Mapping[str, Parameters | None], states: Mapping[str, str]) -> Table:
-    """The trials, seeds of one row joined, with the parameters each will train.
+    """The trials, grouped by row, with the number of parameters that each will train.
 
     Args:
         plan: all trials.
-        parameters: by trial id; None where a backbone's configuration is not to be had.
+        parameters: by trial id; None if the configuration of a backbone could not be loaded.
         states: by trial id: "finished", "failed", "to run".
     """
     table = _table(f"{plan.experiment}: {len(plan.trials)} trials")
@@ -184,12 +184,12 @@ def _counted(words: Iterable[str]) -> list[str]:
 
 
 def leaderboard_table(board: Leaderboard) -> Group:
-    """The leaderboard as the last screen shows it: as many columns as fit 80 characters; the report has them all.
+    """The leaderboard at the end of a run, with the columns that fit into 80 characters; the report has all.
 
-    A table for each setting; below it the rows set apart, with the reason.
+    A table for each setting; below it the rows excluded from ranking, with the reason.
     """
     shown = [info for info in board.run.plan.metrics if any(info.name in row.metrics for row in board.rows)]
-    # The first score of a generated text that the task's metrics name, of a mixture its first task's.
+    # The first score of generated text among the metrics; in a mixture, that of its first task.
     second = next((i for i in shown if "perplexity" not in i.name and i != board.primary), None)
     parts: list[RenderableType] = [
         Text(f"{board.run.plan.experiment}: scores on the test split, mean [95 % interval] over seeds", style="italic")
@@ -201,7 +201,7 @@ def leaderboard_table(board: Leaderboard) -> Group:
         by_reason: dict[str, list[str]] = {}
         for row in board.apart(setting):
             by_reason.setdefault(shorten("; ".join(row.apart), _REASON_LENGTH, placeholder=" …"), []).append(row.name)
-        parts += [Text(f"not ranked: {', '.join(names)}: {reason}") for reason, names in by_reason.items()]
+        parts += [Text(f"excluded from ranking: {', '.join(names)}: {reason}") for reason, names in by_reason.items()]
     return Group(*parts)
 
 
@@ -223,16 +223,16 @@ def _setting_table(rows: Sequence[Row], primary: MetricInfo, second: MetricInfo 
 
 
 def progress_lines(progress: Progress, active: bool) -> Iterator[str]:
-    """Counts, what runs, the time left, and the first of the failures."""
+    """Counts, running trials, the time left, and the first failures."""
     failed = ", ".join(f"{count} {status}" for status, count in progress.failed.items())
     counts = [f"{progress.finished} of {progress.planned} trials finished", failed]
     counts += [f"{len(progress.running)} running", f"{progress.waiting} waiting"]
     yield ", ".join(filter(None, counts))
     if not active:
         if progress.waiting:
-            yield "no harness is at work in this folder: run the experiment again for the rest"
+            yield "no harness is running in this folder: run the experiment again for the remaining trials"
     elif progress.left_s is None:
-        yield "a harness is at work in this folder; no trial has finished yet to estimate the time left"
+        yield "a harness is running in this folder; the time left can be estimated once a trial has finished"
     else:
         yield (
             f"{duration(progress.mean_wall_time_s)} a trial, {max(1, len(progress.running))} at once: "
@@ -246,7 +246,7 @@ def progress_lines(progress: Progress, active: bool) -> Iterator[str]:
 
 
 def comparison_view(comparison: Comparison) -> Group:
-    """Each metric's paired difference with its interval, and a sentence on what it shows."""
+    """The paired difference in each metric with its interval, and a sentence on what it shows."""
     one, other = comparison.one, comparison.other
     head = [Text(f"{letter} = {_side(side)}", style="bold") for letter, side in (("A", one), ("B", other))]
     if comparison.refusal:
@@ -270,7 +270,9 @@ def comparison_view(comparison: Comparison) -> Group:
     lines = [comparison.sentence(info) for info in comparison.metrics]
     if any(found.p_value is not None for found in comparison.differences.values()):
         count = f"{len(comparison.metrics)} metric{'s' * (len(comparison.metrics) > 1)} shown"
-        lines.append(f"p: paired by seed and what else the interval covers, after Holm's correction over the {count}.")
+        lines.append(
+            f"p: paired by seed and, where covered, by test example; after Holm's correction over the {count}."
+        )
     return Group(*head, table, *(Text(line) for line in (*lines, *comparison.notes)))
 
 
@@ -281,7 +283,7 @@ def _side(side: Side) -> str:
 
 
 def diff_view(found: BoardDiff) -> Group:
-    """Each row's old and new mean, the change and whether it is noise; rows that came and went."""
+    """Old and new mean of each row, the change and whether it is noise; added and removed rows."""
     direction = "higher" if found.metric.higher_is_better else "lower"
     parts: list[RenderableType] = [Text(f"{found.metric.label}, {direction} is better; rows old → new", style="italic")]
     for setting in dict.fromkeys(change.setting for change in found.changes):

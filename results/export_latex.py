@@ -39,18 +39,18 @@ _ESCAPES = str.maketrans(
 
 
 def escape(plain: str) -> str:
-    """Text that LaTeX prints as it is, on one line."""
+    """Escape text so that LaTeX prints it literally, on one line."""
     return " ".join(plain.split()).translate(_ESCAPES)
 
 
 def latex(board: Leaderboard) -> str:
-    """A table for each setting that has a row, ranked rows first, then those set apart with their reasons."""
+    """A table for each setting: ranked rows first, then those excluded from ranking, with the reasons."""
     plan = board.run.plan
     tables = [_table(setting, number, board) for number, setting in enumerate(board.settings, start=1)]
     lines = [
-        f"% {' '.join(plan.experiment.split())}: made by `harness report` from {len(board.run.records)} trial records.",
+        f"% {' '.join(plan.experiment.split())}: written by `harness report` from {len(board.run.records)} records.",
         r"% Needs \usepackage{booktabs}, and \usepackage[T1]{fontenc} for quotation marks in names.",
-        "% Every number, with its seeds, standard errors and trial ids, is in leaderboard.json beside this file.",
+        "% Every number, with its seeds, standard errors and trial ids, is in leaderboard.json in the same folder.",
     ]
     return "\n".join([*lines, *(line for table in tables for line in ("", *table))]) + "\n"
 

@@ -16,24 +16,24 @@ Cells = dict[str, str | int | float | None]
 
 
 def shows_rates(rows: Iterable[Row]) -> bool:
-    """Whether a learning rate was chosen for any of the rows."""
+    """Whether any of the rows has a learning rate."""
     return any(row.chosen.learning_rate is not None for row in rows)
 
 
 def rate_text(row: Row) -> str:
-    """The chosen learning rate and how many were tried: ``0.001 (of 3)``."""
+    """The chosen learning rate and the number tried: ``0.001 (of 3)``."""
     rate = row.chosen.learning_rate
     return text.ABSENT if rate is None else f"{rate:g} (of {row.effort})"
 
 
 def cell_text(found: Estimate | None, column: str, cover: Coverage, show_sign: bool = False) -> str:
-    """Mean and interval, with a dagger where the interval covers less than others of its column."""
+    """Mean and interval, with a dagger if the interval covers less than others in its column."""
     shown = text.estimate_text(found, show_sign)
     return f"{shown}{cover.cell(column, found)}" if found else shown
 
 
 def difference_text(row: Row, metric: str, cover: Coverage) -> str:
-    """The difference from the reference with its interval and adjusted p; the reference says what it is."""
+    """The difference from the reference with its interval and adjusted p; ``reference`` for the reference itself."""
     if row.is_reference:
         return "reference"
     found = row.differences.get(metric)
@@ -52,7 +52,7 @@ def markdown(board: Leaderboard) -> str:
             notes = [f"- {_cell(row.name)}: {_cell(note)}" for row in rows for note in row.notes]
             lines += ["", *notes] if notes else []
         if apart := board.apart(setting):
-            lines += ["", "Not ranked, because not trained, scored or searched for as the others were:", ""]
+            lines += ["", "Excluded from ranking, because not trained, scored or searched for like the others:", ""]
             lines += _markdown_table(apart, board)
             lines += ["", *(f"- {_cell(row.name)}: {_cell('; '.join((*row.apart, *row.notes)))}" for row in apart)]
     unfinished = (*board.failed, *board.missing)
@@ -91,7 +91,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def table_csv(board: Leaderboard) -> str:
-    """One line per row of the leaderboard; numbers unrounded, empty where absent."""
+    """One line per row of the leaderboard; numbers are unrounded, missing ones empty."""
     records = [_csv_row(row, board) for row in board.rows]
     buffer = io.StringIO()
     columns = list(dict.fromkeys(column for record in records for column in record))

@@ -1,4 +1,4 @@
-"""The report's page: one file with all its styles, drawings, pictures and scripts, that fetches nothing."""
+"""The page of the report: one self-contained file with its styles, plots, pictures and scripts."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from results.sweeps import build_sweeps
 from results.table import Leaderboard
 
 _TEMPLATES = Path(__file__).parent / "templates"
-# Run when the page has been read; theme.js runs before it is drawn.
+# Run after the page has loaded; theme.js runs before it is drawn.
 _PAGE_SCRIPTS = ("table.js", "links.js")
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: ``templates/sections/{id}.html.j2``, and its name in the navigation."""
+    """A section of the page, ``templates/sections/{id}.html.j2``, and its title in the navigation."""
 
     id: str
     title: str
@@ -39,7 +39,7 @@ class Section:
 
 @dataclass(frozen=True)
 class SettingTables:
-    """The leaderboard of one setting, the rows apart from it, and the differences from the reference."""
+    """The leaderboard of one setting, the rows excluded from ranking, and the differences from the reference."""
 
     name: str
     rows: list[Row]
@@ -65,14 +65,14 @@ class SearchLine:
 
     row: Row
     rate: float | None
-    validation: Estimate | None  # perplexity; None for a rate declared as tried before, too
+    validation: Estimate | None  # perplexity; also None for a rate declared as tried before
     seeds: str
     chosen: bool
     outcome: str
 
 
 def html(board: Leaderboard) -> str:
-    """The whole page. Everything from a record or a caption is escaped."""
+    """Render the whole page. All text from records and captions is escaped."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -142,7 +142,7 @@ _SECTIONS = {
 
 
 def _own(name: str) -> Markup:
-    return Markup((_TEMPLATES / name).read_text(encoding="utf-8"))  # noqa: S704 -- our own file
+    return Markup((_TEMPLATES / name).read_text(encoding="utf-8"))  # noqa: S704 -- a file of this package
 
 
 def _tables(board: Leaderboard, setting: str) -> SettingTables:
@@ -163,7 +163,7 @@ def _differences_covered(families: Iterable[Mapping[str, Difference]], metrics: 
 
 
 def search_lines(board: Leaderboard) -> list[SearchLine]:
-    """Every learning rate of every row, those declared as tried before last; empty where no row had a choice."""
+    """Every learning rate of every row, those declared as tried before last; empty if no row had a choice."""
     if not any(len(row.candidates) > 1 or _declared(row) for row in board.rows):
         return []
     statuses = {one.trial.trial_id: one.status.replace("_", " ") for one in (*board.failed, *board.missing)}
@@ -183,11 +183,11 @@ def _row_lines(row: Row, statuses: Mapping[str, str]) -> list[SearchLine]:
                 candidate.validation,
                 f"{len(candidate.finished)}/{len(candidate.trials)}",
                 several and candidate is row.chosen and candidate.validation is not None,
-                outcome or ("" if several else "the only one run"),
+                outcome or ("" if several else "only candidate"),
             )
         )
     return lines + [
-        SearchLine(row, rate, None, text.ABSENT, False, "declared: tried before") for rate in _declared(row)
+        SearchLine(row, rate, None, text.ABSENT, False, "declared as tried before") for rate in _declared(row)
     ]
 
 
@@ -199,6 +199,6 @@ def _declared(row: Row) -> list[float]:
 def _no_search(board: Leaderboard) -> str:
     rates = sorted({trial.learning_rate for trial in board.run.plan.trials if trial.learning_rate is not None})
     if not rates:
-        return "The plan names no learning rates."
+        return "The plan has no learning rates."
     values = f"{rates[0]:g}" if len(rates) == 1 else f"from {rates[0]:g} to {rates[-1]:g}"
-    return f"None was searched for: every row has one learning rate, {values}, and none declared as tried before."
+    return f"No search: every row has one learning rate, {values}, and none is declared as tried before."

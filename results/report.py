@@ -1,4 +1,4 @@
-"""The report of one run or of several: index.html and the leaderboard as files for people and programs."""
+"""The report of one or several runs: index.html, and the leaderboard as Markdown, CSV, LaTeX, JSON and Parquet."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> ReportP
 
     Args:
         folders: run folders.
-        output: where the files go; by default ``report/`` in the run folder, where there is one.
+        output: folder for the files; by default ``report/`` in the run folder.
 
     Raises:
-        UserError: a folder holds no run, its plan is broken, or several are given without an output folder; the
-            message names the file.
+        UserError: a folder holds no run, its plan is invalid, or several folders are given without an output
+            folder; the message names the file.
     """
     if output is None and len(folders) > 1:
-        raise UserError(f"a report of {len(folders)} run folders lies in none of them: name a folder for it (--output)")
+        raise UserError(f"a report of {len(folders)} run folders needs an output folder: name one (--output)")
     board = build_leaderboard(read_runs(folders))
     folder = folders[0] / "report" if output is None else output
     page = folder / "index.html"

@@ -80,8 +80,12 @@ def test_reports_that_cannot_be_made(harness: Harness, run: Path) -> None:
     assert_refused(harness("report", "runs/gird"), r"runs/gird: no such folder; .* did you mean '.*runs/grid'")
     assert_refused(harness("report", run, run, "-o", "joined"), r"runs/grid: this run folder is given twice")
     assert_refused(harness("report", run, "-o", run / "plan.json"), r"--output: runs/grid/plan\.json is a file")
-    assert_refused(harness("report", "grid", "--from", "http://x"), r"--from: found 'http://x'; allowed: mlflow: and")
-    assert_refused(harness("report", "grid", "--from", "mlflow:"), r"--from: found 'mlflow:'; allowed: mlflow: and")
+    assert_refused(
+        harness("report", "grid", "--from", "http://x"), r"--from: found 'http://x'; allowed: mlflow: followed by"
+    )
+    assert_refused(
+        harness("report", "grid", "--from", "mlflow:"), r"--from: found 'mlflow:'; allowed: mlflow: followed by"
+    )
     assert_refused(harness("report", "grid", "--from", "mlflow:http://x"), r"--from: name a folder .* --output")
     assert harness("report").code == 2
 
@@ -150,7 +154,7 @@ def test_comparisons_that_cannot_be_made(harness: Harness, run: Path) -> None:
 
 @pytest.mark.parametrize("command", [("compare", "none", "full"), ("status",)])
 def test_without_a_run_one_is_asked_for(harness: Harness, command: tuple[str, ...]) -> None:
-    assert_refused(harness(*command), r"runs: there is no run folder here; name one, such as runs/quickstart")
+    assert_refused(harness(*command), r"runs: no run folder here; name one, such as runs/quickstart")
 
 
 def leaderboard_json(run: Path) -> Path:
@@ -216,7 +220,7 @@ def test_status_of_a_run_at_work(harness: Harness, run: Path) -> None:
     assert "… and 2 more that did not finish" in out
     assert re.search(r"1(–\d)? +Full +1\.\d+ \[", out)
     idle = harness("status", run).out
-    assert "0 running, 3 waiting\nno harness is at work in this folder" in idle
+    assert "0 running, 3 waiting\nno harness is running in this folder" in idle
     with FileLock(run / ".lock", timeout=0):  # it was let go of
         pass
 
@@ -227,6 +231,6 @@ def test_status_names_what_cannot_be_read_and_writes_nothing(harness: Harness, r
     before = sorted(run.rglob("*"))
     outcome = harness("status")
     assert outcome.code == 0
-    assert f"cannot be read: {broken}: not a trial record" in outcome.out
+    assert f"could not be read: {broken}: not a trial record" in outcome.out
     assert sorted(run.rglob("*")) == before
     assert_refused(harness("status", "nowhere"), "nowhere: no such folder")

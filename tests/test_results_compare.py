@@ -118,7 +118,7 @@ def test_two_trials_are_compared_on_their_seed(run: Run) -> None:
         difference = found.differences["cider"]
         assert difference.mean == pytest.approx(scores(run, LORA, "cider")[1] - scores(run, FULL, "cider")[1])
         assert (difference.n, difference.low, difference.p_value) == (1, None, None)
-        assert found.sentence(found.metrics[0]).startswith("CIDEr: one seed has no interval")
+        assert found.sentence(found.metrics[0]).startswith("CIDEr: one seed gives no interval")
     refused = compare(run, one, ids[("Full fine-tuning", "", 2)])
     assert refused.refusal.endswith("are not comparable: they have no seed in common (1 and 2).")
 

@@ -106,7 +106,7 @@ def latex_rows(text: str) -> list[list[list[str]]]:
 
 def test_latex_is_balanced_and_escaped(files: dict[str, Path]) -> None:
     text = files["leaderboard.tex"].read_text(encoding="utf-8")
-    assert text.startswith("% synthetic: made by `harness report`")
+    assert text.startswith("% synthetic: written by `harness report`")
     assert "booktabs" in text
     bare = re.sub(r"\\[\\{}]", "", re.sub(r"^%.*$", "", text, flags=re.MULTILINE))
     depth = 0

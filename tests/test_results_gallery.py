@@ -113,10 +113,10 @@ def test_a_recording_that_is_too_large_or_gone_is_a_note(tmp_path: Path, monkeyp
     path.write_bytes(b"RIFF" + bytes(2045))
     part = only_input(tmp_path, path)
     assert (part.kind, part.uri) == ("note", "")
-    assert part.text == "long.wav: 2 KiB, more than 2 KiB: not put into this page"
+    assert part.text == "long.wav: 2 KiB, more than 2 KiB: not embedded in this page"
     path.unlink()
-    assert only_input(tmp_path, path).text == "long.wav: cannot be read: No such file or directory"
-    assert "input: long.wav: cannot be read" in write_report([tmp_path]).html.read_text()
+    assert only_input(tmp_path, path).text == "long.wav: could not be read: No such file or directory"
+    assert "input: long.wav: could not be read" in write_report([tmp_path]).html.read_text()
 
 
 @pytest.mark.parametrize("name", ["series.csv", "atoms.xyz", "array.npy", "no_suffix"])
@@ -129,7 +129,7 @@ def test_other_files_are_named_and_not_shown(tmp_path: Path, name: str) -> None:
 def test_a_picture_that_crashes_its_decoder_costs_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     Image.new("L", (10, 10)).save(tmp_path / "bomb.png")  # Pillow's DecompressionBombError is no OSError
-    assert only_input(tmp_path, tmp_path / "bomb.png").text == "bomb.png: no picture that can be read"
+    assert only_input(tmp_path, tmp_path / "bomb.png").text == "bomb.png: the picture could not be read"
 
 
 def test_pictures_are_shown_as_the_model_sees_them(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_mixture_shows_as_many_examples_of_each_task(tmp_path: Path) -> None:
     drawn = [sample.example_id for sample in gallery_of(tmp_path).samples]
     assert sorted(drawn) == sorted(ids)
     assert gallery_of(tmp_path).members == ("speech", "coco_captions")
-    assert "for each of speech, coco_captions its own" in write_report([tmp_path]).html.read_text()
+    assert "separately for each of speech, coco_captions" in write_report([tmp_path]).html.read_text()
 
     even = [f"{task}/{number}" for task in ("speech", "coco_captions") for number in range(40)]
     assert Counter(one.partition("/")[0] for one in draw_ids(even, ["speech", "coco_captions"], 8)) == {
@@ -212,4 +212,4 @@ def test_outputs_are_in_the_order_of_the_leaderboard_up_to_a_limit(
     assert [output.row.name for output in build_gallery(board).samples[0].outputs] == names
     monkeypatch.setattr(gallery_module, "_MOST_ROWS", 1)
     assert [output.row.name for output in build_gallery(board).samples[0].outputs] == names[:1]
-    assert "Methods in the order of the leaderboard: the first 1 of 2." in write_report([tmp_path]).html.read_text()
+    assert "Methods are in the order of the leaderboard: the first 1 of 2." in write_report([tmp_path]).html.read_text()

@@ -230,7 +230,7 @@ def test_what_is_no_run_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     a = write_grid(tmp_path / "quickstart", [spec("lora")])
     hint = "a run folder is what `harness run` writes"
     near = f"{hint}; did you mean '{a}'?"
-    refused([], f"no run folder is given; {hint}")
+    refused([], f"no run folder given; {hint}")
     refused([a, tmp_path / "quickstrt"], f"{tmp_path / 'quickstrt'}: no such folder; {near}")
     (tmp_path / "quickstart-old").mkdir()
     refused([tmp_path / "quickstart-old"], f"{tmp_path / 'quickstart-old'}: no plan.json here; {near}")
@@ -258,4 +258,4 @@ def test_runs_that_cannot_be_one_table_are_refused_with_both_files(tmp_path: Pat
     first = a / "plan.json"
     refused([a, b], f"{b / 'plan.json'}: primary_metric: found 'perplexity', but {first} has 'cider'; {same}")
     refused([a, c], f"{c / 'plan.json'}: reference_method: found 'none', but {first} has 'full'; {same}")
-    refused([a, d], f"{first} and {d / 'plan.json'}: metrics: perplexity: higher is better in one of them only")
+    refused([a, d], f"{first} and {d / 'plan.json'}: metrics: perplexity: higher is better in only one of them")
