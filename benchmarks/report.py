@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=10_000)
     parser.add_argument("--examples", type=int, default=200, help="Test examples of each trial.")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--keep", type=Path, help="Write the grid to this folder and keep it, instead of a temporary folder.")
+    parser.add_argument("--keep", type=Path, help="Write the grid to this folder and keep it.")
     options = parser.parse_args()
     console = Console()
     with tempfile.TemporaryDirectory() as scratch:

@@ -191,7 +191,7 @@ def _clear(box: Box, own: tuple[float, float], others: Sequence[tuple[float, flo
 
 
 def _name_points(axes: Axes, points: Sequence[Point], higher_is_better: bool) -> None:
-    """Label the points of the front, on its empty side, and the reference, on the other side unless it is on the front."""
+    """Label the points of the front on its empty side, and a reference behind the front on the other side."""
     better = 1 if higher_is_better else -1
     # The most expensive first, because cheap ones are crowded.
     named = [one for one in points[::-1] if one.on_front or one.row.is_reference]
