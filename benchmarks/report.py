@@ -1,8 +1,8 @@
 """Time and memory of a large report: ``python benchmarks/report.py [--trials 10000] [--examples 200] [--rounds 1]``.
 
 A synthetic grid (50 methods × 5 seeds in each of its settings, every trial with its own record, per-example scores
-and history) is written to a temporary folder, and ``harness report`` renders it in a process of its own. Printed: wall
-time, CPU time and peak memory of that process, and the sizes of what it wrote.
+and history) is written to a temporary folder, and ``harness report`` renders it in a separate process. Printed: wall
+time, CPU time and peak memory of that process, and the sizes of the files it wrote.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=10_000)
     parser.add_argument("--examples", type=int, default=200, help="Test examples of each trial.")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--keep", type=Path, help="Write the grid there and leave it, instead of a temporary folder.")
+    parser.add_argument("--keep", type=Path, help="Write the grid to this folder and keep it.")
     options = parser.parse_args()
     console = Console()
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,8 +1,8 @@
-"""``harness attention``: what the tokens of a caption attend to, computed from a finished trial's weights.
+"""``harness attention``: what the tokens of a caption attend to, computed from the weights of a finished trial.
 
-The paper's Figure 6 (Context-PEFT, arXiv 2312.08900). The trial's own caption is put behind its input once more, and
-the pass that scores it is asked for its attention weights. Of a caption token they are those of its own position, as
-the query; as keys, the tokens of the example's first encoded input are kept (no boundary tokens).
+The paper's Figure 6 (Context-PEFT, arXiv 2312.08900). The trial's generated caption is appended to its input, and the
+forward pass that scores it returns its attention weights. The query of a caption token is its own position; the keys
+that are kept are the tokens of the example's first encoded input, without boundary tokens.
 
 Shapes: L layers, H heads, C caption tokens, N tokens of the input, Q queries, K keys.
 """
@@ -35,27 +35,28 @@ from harness.files import atomic
 from harness.model import IGNORED
 from harness.origins import WEIGHTS, finished, read_section
 from harness.plan import TrialSpec
-from harness.record import PlannedTrial, Run, TrialRecord, read_run
+from harness.record import PlannedTrial, Run, TrialRecord
 from results.attention import FILE_NAME, HEADER, MOST_METHODS, RecordedAttention, RecordedExample
 from results.gallery import draw_ids, members_of, predicted_ids, predictions_of
+from results.join import read_runs
 from results.table import build_leaderboard
 from tasks.base import Example
 from tasks.modalities.patches import Grid, grid_of
 
-_SUM_TOLERANCE = 1e-3  # of the weights of one query
+_SUM_TOLERANCE = 1e-3  # on the sum of the weights of one query
 _SUM_TOLERANCE_BF16 = 2e-2
 _WHOLE = (0.0, 0.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A trial whose attention is wanted, found to have all that is needed."""
+    """A trial whose attention is to be recorded, checked to have everything that is needed."""
 
     planned: PlannedTrial
     folder: Path
     record: TrialRecord
     spec: TrialSpec
-    captions: Mapping[str, str]  # by example id, in the order in which they are shown
+    captions: Mapping[str, str]  # by example id, in display order
 
     @property
     def name(self) -> str:
@@ -63,25 +64,25 @@ class _Job:
 
 
 def record_attention(run_folder: Path, trials: Sequence[str], examples: int, console: Console) -> None:
-    """Write ``attention.safetensors`` beside the records of some trials, for the report to draw.
+    """Write ``attention.safetensors`` next to the records of some trials, for the report.
 
     Args:
-        run_folder: what ``harness run`` wrote.
-        trials: ids of finished trials. Empty: of the reference and the best other rows, four in all, the first finished
-            seed, in the last setting of the plan that has any.
-        examples: test examples, those of the report's gallery first.
-        console: for progress, and a line for every file.
+        run_folder: a run folder of ``harness run``.
+        trials: ids of finished trials. Empty: the first finished seeds of the reference and the best other rows, four
+            in all, in the last setting of the plan that has finished trials.
+        examples: number of test examples, beginning with those of the report's gallery.
+        console: for progress, and a line per file.
 
     Raises:
-        UserError: there is no such run, trial or number, a trial has not finished or lacks its weights or captions, or
-            it has no attention that can be shown: nothing but text before the caption, weights that are no shares.
+        UserError: an argument is invalid; a trial has not finished or lacks its weights or captions; or its attention
+            cannot be shown, because the input is only text or the weights of a query do not sum to 1.
     """
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # one for every model, beside our own
+    transformers_logging.disable_progress_bar()  # one for every model, in addition to ours
     if examples < 1:
         raise UserError(f"--examples: found {examples}; allowed: 1 or more")
-    run = _read(run_folder)
+    run = read_runs([run_folder])
     jobs = [_job(run, trial_id, examples) for trial_id in trials or default_trials(run)]
     with console.status("") as status:
         for number, job in enumerate(jobs, start=1):
@@ -93,17 +94,8 @@ def record_attention(run_folder: Path, trials: Sequence[str], examples: int, con
             console.print(f"{escape(job.name)}: {count} examples{note} → {path}", highlight=False, soft_wrap=True)
 
 
-def _read(folder: Path) -> Run:
-    try:
-        return read_run(folder)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: no plan.json here; a run folder is what `harness run` wrote") from error
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
 def default_trials(run: Run) -> list[str]:
-    """Ids of the first finished seeds in the last setting that has any: the reference's and of the best other rows.
+    """Ids of the first finished seeds of the reference and the best other rows, in the last setting that has any.
 
     Raises:
         UserError: no trial has finished.
@@ -122,28 +114,26 @@ def _job(run: Run, trial_id: str, examples: int) -> _Job:
     if trial_id not in planned:
         near = difflib.get_close_matches(trial_id, planned, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else f", such as {next(iter(planned))!r}" if planned else ""
-        raise UserError(f"{run.folder / 'plan.json'}: no trial {trial_id!r}; it has {len(planned)}{hint}")
+        raise UserError(f"{run.folder / 'plan.json'}: no trial {trial_id!r} among its {len(planned)}{hint}")
     folder = run.trial_folder(trial_id)
     record = finished(folder)
     spec: TrialSpec = read_section(TrialSpec, folder, record.spec)
     if not spec.task.modalities:
         contexts = ", ".join(spec.task.contexts)
-        raise UserError(
-            f"{folder}: task {spec.task.name} has text alone ({contexts}); attention needs an encoded input"
-        )
+        raise UserError(f"{folder}: task {spec.task.name} has only text ({contexts}); attention needs an encoded input")
     path = folder / "examples.parquet"
     try:
         drawn = draw_ids(predicted_ids(path), members_of(run.plan.metrics), examples)[:examples]
         found = predictions_of(path, drawn, ())
     except (OSError, ArrowException) as error:
-        raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: could not be read: {str(error).splitlines()[0]}") from None
     if not drawn:
-        raise UserError(f"{path}: no generated captions; they are what attention is recorded for")
+        raise UserError(f"{path}: no generated captions to record attention for")
     return _Job(planned[trial_id], folder, record, spec, {one: found[one]["prediction"] for one in drawn})
 
 
 def _record(job: _Job, what: str, status: Status) -> tuple[int, int]:
-    """Write one trial's file; how many examples are in it, and how many have no encoded input."""
+    """Write the file of one trial; returns how many examples are in it, and how many have no encoded input."""
     built = restore(job.spec, job.folder)
     by_id = {example.id: example for example in built.splits.test}
     recorded: list[RecordedExample] = []
@@ -151,7 +141,9 @@ def _record(job: _Job, what: str, status: Status) -> tuple[int, int]:
     for number, (example_id, caption) in enumerate(job.captions.items(), start=1):
         status.update(f"{what}: example {number}")
         if example_id not in by_id:
-            raise UserError(f"{job.folder / 'examples.parquet'}: example {example_id!r} is not in the task's data now")
+            raise UserError(
+                f"{job.folder / 'examples.parquet'}: example {example_id!r} is no longer in the data of the task"
+            )
         if by_id[example_id].files:
             one, weights_LHCN = attention_of(built, by_id[example_id], caption)
             recorded.append(one)
@@ -166,17 +158,17 @@ def _record(job: _Job, what: str, status: Status) -> tuple[int, int]:
 
 
 def restore(spec: TrialSpec, folder: Path) -> Built:
-    """The model and data that a finished trial tested, with attention that gives its weights.
+    """The model and data of a finished trial, with an attention implementation that returns its weights.
 
     Args:
-        spec: of the trial.
-        folder: of the trial, with the weights.
+        spec: spec of the trial.
+        folder: folder of the trial, with its weights.
 
     Raises:
-        UserError: the model or the data cannot be had, or the weights are not this model's.
+        UserError: the model or the data could not be loaded, or the weights do not fit the model.
     """
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    # Where its groups started from is of no matter now: all that was trained is in its own weights.
+    # The initial weights of its groups no longer matter: everything that was trained is in the weights of the trial.
     adapter = spec.adapter.model_copy(update={"init_from": {}})
     built = build(spec.model_copy(update={"adapter": adapter}), device)
     trained = {name: p for name, p in built.model.named_parameters() if p.requires_grad}
@@ -192,12 +184,12 @@ def restore(spec: TrialSpec, folder: Path) -> Built:
 
 
 def give_weights(built: Built) -> None:
-    """Have the language model compute attention in the open; what it computes stays the same, to rounding.
+    """Switch the language model to eager attention, which returns its weights; results stay equal up to rounding.
 
-    The generated caption is scored whole: the limit of ``max_target_length`` was that of training.
+    The generated caption is scored as a whole: ``max_target_length`` is a limit for training only.
     """
     language_model = built.model.language_model
-    if language_model.config._attn_implementation != mmca.NAME:  # which gives its weights itself
+    if language_model.config._attn_implementation != mmca.NAME:  # returns its weights itself
         language_model.set_attn_implementation("eager")
     built.batches.budget = built.batches.budget.model_copy(update={"max_target_length": sys.maxsize})
 
@@ -207,25 +199,25 @@ def attention_of(built: Built, example: Example, caption: str) -> tuple[Recorded
     """The attention (L, H, C, N) of a caption's tokens to the example's first encoded input, as shares of 1.
 
     Args:
-        built: with attention that gives its weights.
-        example: with at least one file.
-        caption: what stands behind its inputs.
+        built: from ``restore``.
+        example: an example with at least one file.
+        caption: the text after its inputs.
 
     Raises:
-        UserError: the model gives no weights, or weights that are no shares of a whole.
+        UserError: the model does not return its weights, or they do not sum to 1.
     """
     batch = built.batches.make([example], [caption]).to(next(built.model.parameters()).device)
     with _attentions(built.model.language_model) as layers:
         built.model(batch)
     model_type = built.model.language_model.config.model_type
     if not layers or any(weights is None for weights in layers):
-        raise UserError(f"a {model_type} model does not give the attention weights of all its layers")
-    places_C = (batch.labels_BT[0] != IGNORED).nonzero()[:-1, 0]  # without EOS, which is predicted but not read
+        raise UserError(f"a {model_type} model does not return the attention weights of all its layers")
+    places_C = (batch.labels_BT[0] != IGNORED).nonzero()[:-1, 0]  # without EOS, which is predicted but never an input
     context, path = example.files[0]
     boundary = int(built.batches.backbone.projector_boundary_tokens)
     tokens = batch.items[context].lengths[0]
     places_N = batch.items[context].places_P[boundary : boundary + tokens]
-    added = layers[0].shape[-1] - (batch.token_ids_BT.shape[1] - 1)  # soft prompts, before everything else
+    added = layers[0].shape[-1] - (batch.token_ids_BT.shape[1] - 1)  # soft prompts, at the very beginning
     weights_LHCK = torch.stack([weights[0, :, places_C + added] for weights in layers]).float()
     whole = _softmaxes(weights_LHCK, built.model.language_model)
     grid = _grid(built, example, tokens)
@@ -242,7 +234,7 @@ def attention_of(built: Built, example: Example, caption: str) -> tuple[Recorded
 
 @contextmanager
 def _attentions(language_model: Any) -> Iterator[list[Any]]:
-    """Ask every pass for its attention weights (1, H, Q, K), and collect those of its layers."""
+    """Collect the attention weights (1, H, Q, K) of all layers in every forward pass."""
     found: list[Any] = []
 
     def ask(_module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -263,10 +255,10 @@ def _attentions(language_model: Any) -> Iterator[list[Any]]:
 
 
 def _softmaxes(weights_LHCK: Tensor, language_model: Any) -> int:
-    """What the weights of a query sum to: 1, or with multi-modal causal attention the number of its softmaxes.
+    """The sum of the weights of a query: 1, or with multi-modal causal attention its number of softmaxes.
 
     Raises:
-        UserError: no whole number, or not the same everywhere (attention with sinks).
+        UserError: the sum is not an integer, or not the same everywhere (attention with sinks).
     """
     sums_LHC = weights_LHCK.double().sum(dim=-1)
     if not sums_LHC.numel():
@@ -276,12 +268,14 @@ def _softmaxes(weights_LHCK: Tensor, language_model: Any) -> int:
     worst = float((sums_LHC - whole).abs().max())
     if whole < 1 or worst > (_SUM_TOLERANCE_BF16 if half else _SUM_TOLERANCE):
         name = language_model.config.model_type
-        raise UserError(f"the attention weights of a {name} model sum to {whole} ± {worst:.2g}: they are no shares")
+        raise UserError(
+            f"the attention weights of a {name} model sum to {whole} ± {worst:.2g} instead of a whole number"
+        )
     return whole
 
 
 def _grid(built: Built, example: Example, tokens: int) -> Grid:
-    """Of the example's first encoded input; one row of all tokens where they are no patches of a picture."""
+    """The patch grid of the example's first encoded input; a single row if its tokens are not patches of a picture."""
     features = built.batches.features
     context, path = example.files[0]
     modality = features.task.modalities[context]
@@ -290,15 +284,15 @@ def _grid(built: Built, example: Example, tokens: int) -> Grid:
 
 
 def _pieces(built: Built, caption: str, ids: Sequence[int]) -> tuple[str, ...]:
-    """The caption cut where its tokens end; of several tokens of one character the later ones are empty.
+    """The caption split at the ends of its tokens; if several tokens share a character, the later ones are empty.
 
     Raises:
-        UserError: the tokenizer does not know where its tokens lie.
+        UserError: the tokenizer does not return token offsets.
     """
     tokenizer, spaced = built.batches.language_model.tokenizer, built.batches.spaced(caption)
     if not tokenizer.is_fast:
         raise UserError(
-            f"{type(tokenizer).__name__} does not tell where its tokens lie in a text; it must be a fast one"
+            f"{type(tokenizer).__name__} does not return the offsets of its tokens; a fast tokenizer is needed"
         )
     encoded = tokenizer(spaced, add_special_tokens=False, return_offsets_mapping=True)
     assert encoded["input_ids"] == list(ids)  # noqa: S101 - BatchMaker tokenises the same text

@@ -1,4 +1,4 @@
-"""The commands that read run folders and leaderboards: status, report, compare, leaderboard diff, attention."""
+"""Commands that read run folders and leaderboards: status, report, compare, leaderboard diff, attention."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from harness.errors import UserError
 if TYPE_CHECKING:
     from results.published import PublishedLeaderboard
 
-RUNS = Path("runs")  # where `harness run` puts run folders unless told otherwise
+RUNS = Path("runs")  # where `harness run` puts run folders by default
 MLFLOW = "mlflow:"
 console = Console()
 leaderboard_app = typer.Typer(no_args_is_help=True, help="What changed between two leaderboard.json.")
@@ -28,19 +28,19 @@ def _print(text: str) -> None:
 
 
 def newest_run() -> Path:
-    """The run folder in ./runs whose plan was written last.
+    """The run folder in ./runs with the newest plan.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no run folder.
     """
     plans = sorted(RUNS.glob("*/plan.json"), key=lambda path: (path.stat().st_mtime, path))
     if not plans:
-        raise UserError(f"{RUNS.resolve()}: there is no run folder here; name one, such as runs/quickstart")
+        raise UserError(f"{RUNS.resolve()}: no run folder here; name one, such as runs/quickstart")
     return plans[-1].parent
 
 
 def status(folder: RunFolder = None) -> None:
-    """Show how far a run is, what failed, and the leaderboard so far; nothing is written."""
+    """Show the progress of a run, its failures and the leaderboard so far; writes nothing."""
     from harness.terminal import leaderboard_table, progress_lines
     from results.join import read_runs
     from results.progress import progress_of
@@ -53,16 +53,16 @@ def status(folder: RunFolder = None) -> None:
     for line in progress_lines(progress_of(run, active), active):
         _print(line)
     for message in run.broken:
-        _print(f"cannot be read: {message}")
+        _print(f"could not be read: {message}")
     if run.foreign:
-        _print(f"{len(run.foreign)} records are of trials that the plan does not name")
+        _print(f"{len(run.foreign)} records belong to trials that are not in the plan")
     if any(record.status == "finished" for record in run.records.values()):
         console.print()
         console.print(leaderboard_table(build_leaderboard(run)))
 
 
 def _at_work(folder: Path) -> bool:
-    """Whether a harness holds the folder's lock; tried and let go of at once."""
+    """Whether a harness holds the lock of the folder, found by acquiring and releasing it."""
     path = folder / ".lock"
     if not path.exists():
         return False
@@ -72,7 +72,7 @@ def _at_work(folder: Path) -> bool:
     except Timeout:
         return True
     except PermissionError:
-        _print(f"{path}: no permission to see whether a harness is at work")
+        _print(f"{path}: no permission to check whether a harness is running")
         return False
     lock.release()
     return False
@@ -95,7 +95,7 @@ def report(
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"--output: {output} is a file; name a folder")
     folders = [Path(run) for run in runs] if source is None else _fetched(source, runs, output)
-    gc.disable()  # this process ends soon, and records are many objects that stay: a fifth of the time
+    gc.disable()  # saves a fifth of the time: records are many long-lived objects, and this process ends soon
     with console.status("writing the report …"):
         written = write_report(folders, output)
     for path in written.all:
@@ -103,9 +103,11 @@ def report(
 
 
 def _fetched(source: str, runs: list[str], output: Path | None) -> list[Path]:
-    """Run folders made of the tracking server's artifacts, beside the report."""
+    """Run folders rebuilt from the artifacts of the tracking server, in the folder of the report."""
     if not source.startswith(MLFLOW) or source == MLFLOW:
-        raise UserError(f"--from: found {source!r}; allowed: {MLFLOW} and a tracking URI, as {MLFLOW}http://host:5000")
+        raise UserError(
+            f"--from: found {source!r}; allowed: {MLFLOW} followed by a tracking URI, such as {MLFLOW}http://host:5000"
+        )
     if output is None:
         raise UserError("--from: name a folder for the report and the fetched runs with --output")
     from harness.tracking_fetch import fetch_run
@@ -119,8 +121,8 @@ def compare(
     runs: Annotated[
         list[Path] | None, typer.Option("--run", help="A run folder, or several; by default the newest in ./runs.")
     ] = None,
-    setting: Annotated[str | None, typer.Option(help="Which setting, where there are several.")] = None,
-    metric: Annotated[str | None, typer.Option(help="This metric alone, such as cider.")] = None,
+    setting: Annotated[str | None, typer.Option(help="The setting, if there are several.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Show only this metric, such as cider.")] = None,
 ) -> None:
     """Compare two rows of a leaderboard, or two trials, paired by seed and test example."""
     from harness.terminal import comparison_view
@@ -137,9 +139,9 @@ def compare(
 def leaderboard_diff(
     old: Annotated[Path, typer.Argument(metavar="OLD.json", help="The leaderboard.json of a report.")],
     new: Annotated[Path, typer.Argument(metavar="NEW.json", help="A later one.")],
-    metric: Annotated[str | None, typer.Option(help="Instead of the primary metric.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Metric to compare; by default the primary one.")] = None,
 ) -> None:
-    """Show what changed from one leaderboard to another, and whether it is more than noise."""
+    """Show what changed between two leaderboards, and whether it is more than noise."""
     from harness.terminal import diff_view
     from results.diff import diff
 
@@ -162,7 +164,7 @@ def attention(
     trials: Annotated[list[str] | None, typer.Option("--trial", metavar="ID", help="Only this trial.")] = None,
     examples: Annotated[int, typer.Option(help="Test examples of each trial.")] = 4,
 ) -> None:
-    """Record which parts of the input finished trials attend to, and write the report again with it."""
+    """Record which parts of the input finished trials attend to, and add it to the report."""
     from harness.attention import record_attention
     from results.report import write_report
 

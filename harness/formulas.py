@@ -1,7 +1,7 @@
-"""How the score of a whole split is made of its examples: sums of a few columns, and a formula.
+"""How the score of a whole split is computed from its examples: sums of a few columns, and a formula.
 
-Only sums over examples enter a formula, so the score of a resample of the examples is that of weighted sums. Shapes:
-K columns on the last axis; whatever comes before them is kept.
+Only sums over examples enter a formula, so a resample of the examples is scored from weighted sums. Shapes: K columns
+on the last axis; all axes before it are kept.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from numpy.typing import NDArray
 from harness.record import MetricInfo
 
 Floats = NDArray[np.float64]
-AGREES = 1e-6  # relative: what a formula gives must be the recorded score, or it is not the formula of that score
-# The perplexities of a trial, and the columns that they are made of, nats and tokens.
+AGREES = (
+    1e-6  # relative: the result of a formula must equal the recorded score, or the formula is not that of the score
+)
+# The perplexities of a trial, and their columns: nats and tokens.
 PERPLEXITIES: Mapping[str, tuple[str, str]] = {
     "perplexity": ("nll", "tokens"),
     "perplexity_one_reference": ("nll_first", "tokens_first"),
     "perplexity_wrong_input": ("nll_wrong_input", "tokens"),
 }
-# K of each formula.
+# K for each formula.
 WIDTHS: Mapping[str, int] = {
-    "mean": 2,  # the examples' scores, and how many have one
+    "mean": 2,  # sum of the scores, and how many examples have one
     "ratio": 2,  # numerators and denominators
     "perplexity": 2,  # nats and tokens
     "bleu": 10,  # matching n-grams of 1 to 4 words, predicted n-grams of 1 to 4 words, words, words of the references
@@ -32,7 +34,7 @@ WIDTHS: Mapping[str, int] = {
 
 
 def formula(metric: MetricInfo) -> str:
-    """Name of a metric's formula; a perplexity always has its own."""
+    """Name of a metric's formula; perplexities always have their own."""
     return "perplexity" if base_name(metric.name) in PERPLEXITIES else metric.corpus
 
 
@@ -42,15 +44,15 @@ def base_name(name: str) -> str:
 
 
 def counts_key(metric: MetricInfo) -> str:
-    """Under which key ``Scores.counts`` has a metric's columns: its name, but one for ``bleu_1`` to ``bleu_4``."""
+    """Key of a metric's columns in ``Scores.counts``: its name, except that ``bleu_1`` to ``bleu_4`` share one."""
     return metric.name.rpartition("_")[0] if metric.corpus == "bleu" else metric.name
 
 
 def score(metric: MetricInfo, sums_K: Floats) -> Floats:
-    """The score of sums over examples; NaN where there is nothing to divide by.
+    """The score from sums over examples; NaN if the divisor is 0.
 
     Args:
-        metric: its name and formula.
+        metric: name and formula of the score.
         sums_K: (…, K).
 
     Returns:
@@ -67,12 +69,12 @@ def score(metric: MetricInfo, sums_K: Floats) -> Floats:
 
 
 def agree(one: float, other: float) -> bool:
-    """Whether two scores are the same but for rounding."""
+    """Whether two scores are equal up to rounding."""
     return abs(one - other) <= AGREES * max(abs(one), abs(other))
 
 
 def _bleu(sums_K: Floats, n: int) -> Floats:
-    """Corpus BLEU-n of pycocoevalcap 1.2, its constants against a division by 0 included."""
+    """Corpus BLEU-n as in pycocoevalcap 1.2, including its constants against division by 0."""
     tiny, small = 1e-15, 1e-9
     precisions = (sums_K[..., :n] + tiny) / (sums_K[..., 4 : 4 + n] + small)
     ratio = (sums_K[..., 8] + tiny) / (sums_K[..., 9] + small)

@@ -1,7 +1,7 @@
-"""What a trial is called: labels tell adapters apart, settings all else that varies beside seed and learning rate.
+"""Names of trials: labels distinguish adapters; settings contain what else varies besides seed and learning rate.
 
-Works on specs as records keep them (``TrialSpec`` as JSON), so that a plan and a report over several runs name alike.
-A learning rate is part of no name: trials that differ in it alone are candidates of one search.
+Works on specs as records store them (``TrialSpec`` as JSON), so that a plan and a report over several runs use the same
+names. No name contains the learning rate: trials that differ only in it are candidates of one search.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _PLUGIN_KEY = re.compile(r"task\.(plugin$|modalities\.|metrics\.)")  # the task'
 
 
 def labels(specs: Mapping[str, Spec]) -> dict[str, str]:
-    """By trial id the method's own label, plus the options that tell two entries of one label and grouping apart."""
+    """By trial id: the label of the method, plus the options in which entries of one label and grouping differ."""
     families: dict[tuple[str, str], list[dict[str, Any]]] = {}
     extras: dict[tuple[str, str], list[str]] = {}
-    place: dict[str, int] = {}  # which of its family's options a trial has
+    place: dict[str, int] = {}  # index of a trial's options within its family
     for trial_id, spec in specs.items():
         options = _adapter_options(spec["adapter"])
         known = families.setdefault(_family(spec), [])
@@ -51,11 +51,11 @@ def _adapter_options(adapter: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings(specs: Mapping[str, Spec], without: Sequence[str] = ()) -> dict[str, str]:
-    """By trial id what varies over the specs beside adapter, learning rate and seed: ``examples=512 epochs=8``.
+    """By trial id: what varies over the specs besides adapter, learning rate and seed: ``examples=512 epochs=8``.
 
     Args:
         specs: by trial id.
-        without: dotted keys that are left out too, such as ``budget.examples``: trials of one sweep are then alike.
+        without: dotted keys to leave out, such as ``budget.examples``: trials of one sweep then share a setting.
     """
     flat = {trial_id: dict(flatten(conditions(spec))) for trial_id, spec in specs.items()}
     keys = dict.fromkeys(key for values in flat.values() for key in values)
@@ -88,7 +88,7 @@ def conditions(spec: Spec) -> dict[str, dict[str, Any]]:
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested mappings as pairs of dotted key and value."""
+    """Flatten nested mappings to pairs of dotted key and value."""
     pairs: list[tuple[str, Any]] = []
     for key, value in content.items():
         pairs += flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]

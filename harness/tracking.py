@@ -1,8 +1,8 @@
 """MLflow: one experiment, one parent run per grid, one child run per trial; ``tracking_fetch`` reads them back.
 
-The record on disk is the truth and comes first; MLflow is its mirror for people who compare runs. A tracking server
-that fails in the middle of a trial costs a warning in the record, never the trial. docs/mlflow.md names everything
-that is logged.
+The record on disk is authoritative and written first; MLflow mirrors it for comparing runs. A tracking server that
+fails during a trial causes a warning in the record, never a failed trial. docs/mlflow.md lists everything that is
+logged.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ logger = logging.getLogger(__name__)
 
 PARENT_TAG = "mlflow.parentRunId"
 FOLDER_TAG = "harness.run_folder"
-PAGE_SIZE = 1000  # of a search for runs
+PAGE_SIZE = 1000  # runs per page of a search
 RUN_FILES = ("plan.json", "experiment.yaml")
 _OUTCOME_TAGS = {"harness.status", "harness.reason"}
 
 
 class Tracker(Protocol):
-    """What a trial tells the outside while it runs."""
+    """Receives the progress and the result of a trial."""
 
     run_id: str | None
     warnings: tuple[str, ...]
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Metrics of one moment in training."""
+        """Log metrics at one step of training."""
 
     def finish(self, record: TrialRecord, folder: Path) -> None:
-        """The trial has ended and its record lies in ``folder``."""
+        """The trial has ended; its record is in ``folder``."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the trials of one run folder log to; small enough to travel to a worker."""
+    """Where the trials of one run folder log to; sent to the workers."""
 
     uri: str
     experiment_id: str
@@ -55,12 +55,12 @@ class Grid:
 
 
 def default_uri(runs: Path) -> str:
-    """MLflow's own ``MLFLOW_TRACKING_URI``, else SQLite beside the run folders."""
+    """``MLFLOW_TRACKING_URI`` of MLflow, otherwise SQLite next to the run folders."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs.resolve() / 'mlflow.db'}"
 
 
 def redacted(uri: str) -> str:
-    """The URI as it may be shown and stored: without the password of a database or server."""
+    """The URI without the password of its database or server, for display and storage."""
     return _without_password(uri, uri)
 
 
@@ -75,7 +75,7 @@ def reason_of(error: Exception, uri: str) -> str:
 
 
 def connect(uri: str) -> Any:
-    """A client that fails fast: with MLflow's own settings a server that is down blocks every call for minutes."""
+    """A client that fails fast: with the defaults of MLflow, a server that is down blocks every call for minutes."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -87,23 +87,23 @@ def connect(uri: str) -> Any:
 
 
 def check_uri(uri: str, where: str = "tracking.mlflow_uri") -> None:
-    """See that the store answers; ``where`` is what the user wrote the URI for.
+    """Check that the store answers; ``where`` is the option or key that holds the URI.
 
     Raises:
         UserError: it does not.
     """
     try:
         connect(uri).search_experiments(max_results=1)
-    except Exception as error:  # whatever a database driver or an HTTP client may raise
+    except Exception as error:  # database drivers and HTTP clients raise many types
         raise _unusable(uri, error, where) from error
 
 
 def _unusable(uri: str, error: Exception, where: str = "tracking.mlflow_uri") -> UserError:
-    return UserError(f"{where}: {redacted(uri)!r} cannot be used: {reason_of(error, uri)}")
+    return UserError(f"{where}: {redacted(uri)!r} could not be used: {reason_of(error, uri)}")
 
 
 def child_runs(client: Any, experiment_id: str, parent_run_id: str, condition: str = "") -> Iterator[Any]:
-    """The runs of a grid's trials, however many; ``condition`` is one more term of MLflow's filter."""
+    """All trial runs of a grid, over all pages; ``condition`` is a further term of MLflow's filter."""
     term, token = f"tags.`{PARENT_TAG}` = '{parent_run_id}'", None
     while True:
         page = client.search_runs(
@@ -116,13 +116,13 @@ def child_runs(client: Any, experiment_id: str, parent_run_id: str, condition: s
 
 
 def open_grid(uri: str, experiment: str, run_folder: Path) -> Grid:
-    """Create schema, experiment and parent run, once, in the driver: several processes at first use would race.
+    """Create schema, experiment and parent run, once, in the driver: several processes would race at first use.
 
-    A run folder that is run again goes on with its parent run. Its plan and experiment file, where they are there
-    already, become artifacts, so that a grid that still runs can be fetched.
+    A run folder that is run again reuses its parent run. Its plan and experiment file, if already written, become
+    artifacts, so that a running grid can be fetched.
 
     Raises:
-        UserError: the tracking server or database cannot be used.
+        UserError: the tracking server or database could not be used.
     """
     from mlflow.exceptions import MlflowException
 
@@ -141,29 +141,29 @@ def open_grid(uri: str, experiment: str, run_folder: Path) -> Grid:
     except (MlflowException, OSError, ImportError, ValueError) as error:
         raise _unusable(uri, error) from error
     if uri.startswith("sqlite:///"):
-        # Write-ahead logging: trials write at the same time; measured median of a write 6 ms instead of 22.
+        # Write-ahead logging, because trials write concurrently: a write has a median of 6 ms instead of 22.
         with sqlite3.connect(uri.removeprefix("sqlite:///")) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
     return Grid(uri, experiment_id, parent)
 
 
 def _note(run_folder: Path) -> str:
-    """What the parent run says of itself in MLflow's page, as Markdown."""
+    """Description of the parent run on MLflow's page, in Markdown."""
     return f"""\
-One grid of trials: its child runs are one adapter, learning rate, data budget and seed each.
+One grid of trials. Each child run is one adapter, learning rate, data budget and seed.
 
 - **Report:** `report/index.html` among the artifacts, once the grid has ended. To render it again:
   `harness report {run_folder.resolve()}`, or from this server
   `harness report {run_folder.name} --from mlflow:URI --output FOLDER`.
-- **Scores:** `test/…` and `validation/…`, of the epoch that validated best. **Curves** by optimizer step: `epoch/…`.
-- **Status:** a run that is `FAILED` or `KILLED` says why in its tag `harness.reason`.
-- "Model training", at the top left of the page, shows the pages made for runs like these. Every name is explained in
+- **Scores:** `test/…` and `validation/…`, from the epoch that validated best. **Curves** by optimizer step: `epoch/…`.
+- **Status:** the tag `harness.reason` of a run that is `FAILED` or `KILLED` gives the reason.
+- "Model training", at the top left of the page, shows the views for training runs. Every name is explained in
   `docs/mlflow.md` of the harness.
 """
 
 
 def _open_run(client: Any, experiment_id: str, folder: Path, name: str, tags: dict[str, str]) -> tuple[Any, bool]:
-    """The run that a folder remembers, if it still exists at this tracking URI, else a new one; and: is it new?"""
+    """The run whose id the folder stores if it still exists at this tracking URI, else a new one; and whether new."""
     from mlflow.exceptions import MlflowException
 
     path = folder / "mlflow_run_id"
@@ -187,12 +187,12 @@ def _open_run(client: Any, experiment_id: str, folder: Path, name: str, tags: di
 
 
 def close_grid(grid: Grid, complete: bool, artifacts: list[Path]) -> str | None:
-    """End the parent run, with the report as its artifact; the reason if MLflow can no longer be reached.
+    """End the parent run, with the report as artifact; returns the reason if MLflow fails.
 
     Args:
-        grid: its child runs are ended too where their processes died before they could.
-        complete: all trials have finished.
-        artifacts: the report's files or folders; they keep their places relative to one another, in ``report/``.
+        grid: its child runs are ended too if their processes died.
+        complete: whether all trials have finished.
+        artifacts: the report's files or folders; they keep their relative paths below ``report/``.
     """
     try:
         client = connect(grid.uri)
@@ -211,18 +211,18 @@ def close_grid(grid: Grid, complete: bool, artifacts: list[Path]) -> str | None:
             counts = {"planned": len(run.plan.trials), "finished": finished, "failed": len(run.records) - finished}
             log_metrics(client, grid.parent_run_id, {f"trials/{key}": count for key, count in counts.items()})
         client.set_terminated(grid.parent_run_id, "FINISHED" if complete else "FAILED")
-    except Exception as error:  # whatever a database driver or an HTTP client may raise; the results are on disk
+    except Exception as error:  # database drivers and HTTP clients raise many types; the results are on disk
         return reason_of(error, grid.uri)
     return None
 
 
 def _end_lost(client: Any, run: Any, run_folder: Path) -> None:
-    """End a child run that nobody works on any more: its process died, was interrupted, or lost the server."""
+    """End a child run without a process: it died, was interrupted, or lost the server."""
     path = record_path(run_folder, run.data.tags["harness.trial_id"])
     if path.exists():
         log_end(client, run.info.run_id, read_record(path), path.parent)
     else:
-        client.set_tag(run.info.run_id, "harness.reason", "its process ended before the trial did")
+        client.set_tag(run.info.run_id, "harness.reason", "the process ended before the trial finished")
         client.set_terminated(run.info.run_id, "KILLED")
 
 
@@ -231,9 +231,9 @@ class MlflowTracker:
 
     Args:
         grid: where to log.
-        spec: its values become params.
-        planned: names for people.
-        folder: the trial's folder, which remembers the run id: a trial started again goes on with its run.
+        spec: spec of the trial, whose values become params.
+        planned: display names.
+        folder: folder of the trial, which stores the run id, so that a restarted trial reuses its run.
     """
 
     def __init__(self, grid: Grid, spec: TrialSpec, planned: PlannedTrial, folder: Path) -> None:
@@ -266,23 +266,23 @@ class MlflowTracker:
             self._system = SystemMetrics(self._client, self._grid.uri, run.info)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log what an epoch ended with, by optimizer step."""
+        """Log the metrics of an epoch, by optimizer step."""
         named = {f"epoch/{name}": value for name, value in values.items()}
         self._guard(lambda: log_metrics(self._client, str(self.run_id), named, step))
 
     def finish(self, record: TrialRecord, folder: Path) -> None:
-        """Log the record's numbers and files and end the run."""
+        """Log the numbers and files of the record, and end the run."""
         if self._system:
             self._system.stop()
         self._guard(lambda: log_end(self._client, str(self.run_id), record, folder))
 
     def _guard(self, call: Callable[..., None], *args: Any) -> None:
-        """Keep a tracking failure from failing the trial; after the first one, stop trying."""
+        """Keep tracking failures from failing the trial; after the first one, stop logging."""
         if self.warnings:
             return
         try:
             call(*args)
-        except Exception as error:  # whatever a database driver or an HTTP client may raise
+        except Exception as error:  # database drivers and HTTP clients raise many types
             uri = self._grid.uri
             self.warnings = (f"MLflow logging stopped: {type(error).__name__}: {reason_of(error, uri)}",)
             logger.error("MLflow logging stopped\n%s", _without_password(traceback.format_exc(), uri))

@@ -1,4 +1,4 @@
-"""Makes a run folder again from what a tracking server keeps of it: the way back of ``harness.tracking``."""
+"""Rebuild a run folder from the artifacts on a tracking server: the inverse of ``harness.tracking``."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from harness.record import record_path
 from harness.tracking import RUN_FILES, check_uri, child_runs, connect, reason_of, redacted
 from harness.tracking_trial import TRIAL_FILES
 
-MARKER = "fetched_from_mlflow.json"  # what has it may be written over
-_DOWNLOADS = 8  # at a time
+MARKER = "fetched_from_mlflow.json"  # marks folders that may be overwritten
+_DOWNLOADS = 8  # concurrent
 _WANTED = tuple(name for name in TRIAL_FILES if name != "log.txt")
 
 
 def fetch_run(uri: str, run: str, into: Path) -> Path:
     """Fetch the plan, the experiment file and every trial's record, per-example scores and attention.
 
-    A trial that still runs, or whose process died before it could write a record, is one without a record, as on disk.
-    Where a trial has several runs, the latest finished one counts. Fetching again replaces what was fetched before.
+    A trial that is running, or whose process died before writing a record, has no record, as on disk. If a trial has
+    several runs, the latest finished one counts. Fetching again replaces what was fetched before.
 
     Args:
         uri: MLflow's tracking URI: ``sqlite:////runs/mlflow.db``, ``http://host:5000``.
-        run: name of the parent run, which is that of its run folder; or ``experiment/name``; or the parent run's id.
-        into: the run folder is made in it, under the parent run's name.
+        run: name of the parent run, which equals that of its run folder; or ``experiment/name``; or its id.
+        into: the run folder is created in it, with the name of the parent run.
 
     Returns:
         The run folder.
 
     Raises:
-        UserError: the server cannot be reached or lost some artifact, there is no such run or more than one, it keeps
-            no plan, or the folder was not made by fetching this run.
+        UserError: the server could not be reached or lacks an artifact, there is no such run or more than one, it has
+            no plan, or the folder was not created by fetching this run.
     """
     where = "--from"
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        raise UserError(f"{where}: {uri}: there is no such file")  # MLflow would make an empty database
+        raise UserError(f"{where}: {uri}: no such file")  # MLflow would create an empty database
     check_uri(uri, where)
     client = connect(uri)
     try:
@@ -64,13 +64,13 @@ def fetch_run(uri: str, run: str, into: Path) -> Path:
                 _replace(incoming / name, folder / name)
     except UserError:
         raise
-    except Exception as error:  # whatever a database driver, an HTTP client or an artifact store may raise
+    except Exception as error:  # database drivers, HTTP clients and artifact stores raise many types
         raise UserError(f"{where}: fetching {run!r} from {redacted(uri)!r} failed: {reason_of(error, uri)}") from error
     return folder
 
 
 def _parent(client: Any, run: str, where: str) -> Any:
-    """The one parent run that is meant."""
+    """The parent run with this id or name."""
     names = {e.experiment_id: e.name for e in _pages(client.search_experiments)}
     grids = list(_pages(client.search_runs, list(names), "tags.`harness.kind` = 'grid'")) if names else []
     if re.fullmatch(r"[0-9a-f]{32}", run):
@@ -82,18 +82,18 @@ def _parent(client: Any, run: str, where: str) -> Any:
         ]
     if not found:
         known = {grid.info.run_name for grid in grids}
-        raise UserError(f"{where}: there is no parent run {run!r}; {did_you_mean(run.rpartition('/')[2], known)}")
+        raise UserError(f"{where}: no parent run {run!r}; {did_you_mean(run.rpartition('/')[2], known)}")
     if len(found) > 1:
         listed = "".join(
             f"\n  {grid.info.run_id}  {_date(grid)}  {names[grid.info.experiment_id]}/{grid.info.run_name}"
             for grid in sorted(found, key=lambda grid: -grid.info.start_time)
         )
-        raise UserError(f"{where}: {len(found)} parent runs are called {run!r}; name one by its id:{listed}")
+        raise UserError(f"{where}: {len(found)} parent runs have the name {run!r}; use the id of one:{listed}")
     return found[0]
 
 
 def _pages(search: Any, *arguments: Any) -> Any:
-    """Everything that one of the client's searches finds."""
+    """All results of one of the client's searches, over all pages."""
     page = search(*arguments)
     yield from page
     while page.token:
@@ -109,7 +109,7 @@ def _folder(into: Path, parent: Any, uri: str) -> Path:
     """The run folder, with its marker."""
     name, run_id = parent.info.run_name, parent.info.run_id
     if not _is_folder_name(name):
-        raise UserError(f"run {run_id}: its name {name!r} cannot be a folder's; rename it in MLflow")
+        raise UserError(f"run {run_id}: its name {name!r} is not a valid folder name; rename it in MLflow")
     folder: Path = into / name
     marker = folder / MARKER
     if folder.exists() and not marker.exists():
@@ -122,25 +122,27 @@ def _folder(into: Path, parent: Any, uri: str) -> Path:
 
 
 def _is_folder_name(name: str) -> bool:
-    """Names come from the server: they must not lead out of the folder."""
+    """Whether a name from the server stays inside the folder."""
     return bool(name) and name not in (".", "..") and not set(name) & set("/\\\0")
 
 
 def _no_plan(parent: Any) -> str:
-    said = f"run {parent.info.run_name} ({parent.info.run_id}, {_date(parent)})"
+    start = f"run {parent.info.run_name} ({parent.info.run_id}, {_date(parent)})"
     artifacts = Path(parent.info.artifact_uri)
     if artifacts.is_absolute() and not artifacts.exists():
-        return f"{said}: its artifacts are files in {artifacts}, which this machine does not have; copy them there"
-    return f"{said} has no artifact plan.json: it was logged by an earlier version; make its report from its run folder"
+        return f"{start}: its artifacts are files in {artifacts}, which does not exist on this machine; copy them there"
+    return f"{start} has no artifact plan.json; create its report from its run folder"
 
 
 def _one_each(children: Any) -> list[Any]:
-    """The run that counts of every trial id: the latest that finished, else the latest that ended."""
+    """One run for each trial id: the latest that finished, else the latest that ended."""
     chosen: dict[str, Any] = {}
     for child in sorted(children, key=lambda run: (run.info.status == "FINISHED", run.info.end_time or 0)):
         trial_id = child.data.tags.get("harness.trial_id", "")
         if not _is_folder_name(trial_id):
-            raise UserError(f"run {child.info.run_id}: its tag harness.trial_id is {trial_id!r}, which no trial's is")
+            raise UserError(
+                f"run {child.info.run_id}: its tag harness.trial_id is {trial_id!r}, which is not a trial id"
+            )
         if child.info.end_time is not None and child.info.status != "RUNNING":
             chosen[trial_id] = child
     return list(chosen.values())
@@ -166,7 +168,7 @@ def _download_trials(uri: str, children: Sequence[Any], incoming: Path) -> None:
 
 
 def _download(uri: str, run: Any, names: Sequence[str], folder: Path) -> list[str]:
-    """Copy those of a run's artifacts that it has; without a question to the server for what the run itself says."""
+    """Copy the artifacts that a run has, without asking the server for what the run already says."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     repository = get_artifact_repository(run.info.artifact_uri, tracking_uri=uri)
@@ -179,7 +181,7 @@ def _download(uri: str, run: Any, names: Sequence[str], folder: Path) -> list[st
 
 
 def _replace(new: Path, old: Path) -> None:
-    """Put a file or folder in the place of another one; what is no longer there goes."""
+    """Replace a file or folder by another one, or remove it if the new one does not exist."""
     if old.is_dir():
         shutil.rmtree(old)
     elif old.exists():

@@ -1,4 +1,4 @@
-"""The machine while a trial runs, for the page "System metrics" of MLflow."""
+"""System metrics while a trial runs, for MLflow's page "System metrics"."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ logger = logging.getLogger(__name__)
 
 
 class SystemMetrics:
-    """Samples the machine into ``system/…`` in a thread of its own; the step is seconds since the run began.
+    """Samples system metrics as ``system/…`` in a separate thread; the step is seconds since the run began.
 
-    With the collectors of MLflow's ``SystemMetricsMonitor`` but not its loop, which logs nothing of a trial shorter
-    than its interval, takes psutil's meaningless first CPU figure, and waits without end for a server that hangs.
+    Uses the collectors of MLflow's ``SystemMetricsMonitor`` but not its loop, which logs nothing for a trial shorter
+    than its interval, records psutil's meaningless first CPU value, and waits forever for a server that hangs.
     """
 
     def __init__(self, client: Any, uri: str, info: Any) -> None:
         self._over = threading.Event()
-        weakref.finalize(self, self._over.set)  # a trial that Ray gave up may leave its process to another one
+        weakref.finalize(self, self._over.set)  # Ray may reuse the process of an aborted trial
         self._thread = threading.Thread(target=_sample, args=(self._over, client, uri, info), daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Take the last sample; a server that hangs delays a trial by two seconds at most."""
+        """Take the last sample; a hanging server delays the trial by at most two seconds."""
         self._over.set()
         self._thread.join(timeout=2)
 
@@ -39,7 +39,7 @@ def _sample(over: threading.Event, client: Any, uri: str, info: Any) -> None:
     try:
         monitor = SystemMetricsMonitor(info.run_id, tracking_uri=uri)
         process = psutil.Process()
-        psutil.cpu_percent()  # its figures are since the last call in this thread
+        psutil.cpu_percent()  # its values cover the time since the last call in this thread
         process.cpu_percent()
         ended = False
         while not ended:
@@ -54,5 +54,7 @@ def _sample(over: threading.Event, client: Any, uri: str, info: Any) -> None:
             values["system/process_memory_megabytes"] = process.memory_info().rss / 1e6
             values["system/process_cpu_utilization_percentage"] = process.cpu_percent()
             log_metrics(client, info.run_id, values, int(time.time() - info.start_time / 1000))
-    except Exception as error:  # of psutil, of a GPU's driver, of the server: never the trial's concern
-        logger.warning("system metrics stopped: %s", type(error).__name__)  # its text may hold the URI's password
+    except Exception as error:  # from psutil, a GPU driver or the server: must not affect the trial
+        logger.warning(
+            "system metrics stopped: %s", type(error).__name__
+        )  # its text may contain the password of the URI

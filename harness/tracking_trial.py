@@ -1,4 +1,4 @@
-"""What MLflow is told of one trial: params from its spec, numbers, datasets and files from its record."""
+"""What is logged to MLflow for one trial: params from its spec; metrics, datasets and files from its record."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from harness.record import Data, TrialRecord
 
 TRIAL_FILES = ("record.json", "examples.parquet", "attention.safetensors", "log.txt")
 _STATUS = {"finished": "FINISHED", "cancelled": "KILLED", "pruned": "KILLED"}
-# A param is called by its path in the spec. What people filter and sort by has a short name …
+# A param is named by its path in the spec. Params used for filtering and sorting have short names …
 _SHORT = {
     "task.name": "task",
     "backbone.language_model": "language_model",
@@ -26,7 +26,7 @@ _SHORT = {
     "budget.epochs": "epochs",
     "optimizer.learning_rate": "learning_rate",
 }
-# … and what follows from other params, or is a tag since it may change, is none.
+# … and values that follow from other params, or are tags because they may change, are not params.
 _NO_PARAM = re.compile(
     r"task\.(plugin|modalities|metrics)\..*|adapter\.(plugins|label|learning_rate|tried_learning_rates)"
     r"|eval\.primary_metric"
@@ -34,7 +34,7 @@ _NO_PARAM = re.compile(
 
 
 def log_params(client: Any, run_id: str, spec: TrialSpec) -> None:
-    """Log the spec's values by their path in it, or by their short name; what is empty is left out."""
+    """Log the values of the spec by their path, or by their short name; empty values are left out."""
     from mlflow.entities import Param
 
     pairs = flatten(spec.model_dump(mode="json"))
@@ -47,7 +47,7 @@ def log_params(client: Any, run_id: str, spec: TrialSpec) -> None:
 
 
 def log_metrics(client: Any, run_id: str, values: Mapping[str, float], step: int = 0) -> None:
-    """Log several metrics, now. MLflow draws a bar, not a curve, of what has one value at step 0."""
+    """Log several metrics, now. MLflow draws a single value at step 0 as a bar, not as a curve."""
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
@@ -55,12 +55,12 @@ def log_metrics(client: Any, run_id: str, values: Mapping[str, float], step: int
 
 
 def _key(name: str) -> str:
-    """A name as MLflow takes it: ``recall@5`` becomes ``recall_5``."""
+    """A name that MLflow accepts: ``recall@5`` becomes ``recall_5``."""
     return re.sub(r"[^\w.\-/: ]", "_", name)
 
 
 def log_end(client: Any, run_id: str, record: TrialRecord, folder: Path) -> None:
-    """Log a record's numbers, its data and the trial's files, and end its run."""
+    """Log the numbers, datasets and files of a trial, and end its run."""
     values = {f"{split}/{name}": x for split, metrics in record.metrics.items() for name, x in metrics.items()}
     values["wall_time_s"] = record.wall_time_s
     if record.best_epoch is not None:
@@ -83,7 +83,7 @@ def log_end(client: Any, run_id: str, record: TrialRecord, folder: Path) -> None
 
 
 def _log_data(client: Any, run_id: str, task: str, data: Data) -> None:
-    """What was trained and scored on, as the run's datasets: alike digests, alike examples."""
+    """Log the training and evaluation data as datasets: equal digests mean equal examples."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     inputs = [

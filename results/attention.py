@@ -1,9 +1,9 @@
-"""Attention heat maps for the page: the files that ``harness attention`` leaves beside the records, read and packed.
+"""Attention heat maps for the page, packed from the files that ``harness attention`` writes next to the records.
 
 The paper's Figure 6 (Context-PEFT, arXiv 2312.08900): the attention of a span of caption tokens over the image tokens,
-summed over heads and layers or of single ones, drawn over the picture.
+summed over heads and layers or for single ones, drawn over the picture.
 
-Shapes: L layers, H heads, C caption tokens, N tokens of the input, P of them that are patches.
+Shapes: L layers, H heads, C caption tokens, N tokens of the input, P patches among them.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from safetensors import SafetensorError, safe_open
 
 from harness.record import TrialRecord
 from results.gallery import Input, show_file
-from results.table import Leaderboard, Row
+from results.table import Leaderboard
 
 FILE_NAME = "attention.safetensors"
-HEADER = "attention"  # the key of the JSON in the file's metadata
+HEADER = "attention"  # key of the JSON in the metadata of the file
 MOST_METHODS, MOST_EXAMPLES = 4, 8
-MOST_BYTES = 2_000_000  # of the page, for the numbers
+MOST_BYTES = 2_000_000  # of weights in the page
 _STRIP = "8 / 1"  # width / height of a row of tokens
 Detail = Literal["heads", "layers", "sum"]  # each head of each layer; each layer, heads summed; all summed
 Floats = NDArray[np.float32]
@@ -44,14 +44,14 @@ class RecordedExample(_Schema):
     """One example; its weights are the tensor of its id, (L, H, C, N) in float16."""
 
     example_id: str
-    context: str  # of the input that is attended to
+    context: str  # the attended input
     path: str  # its file
-    tokens: tuple[str, ...]  # the C pieces of the caption, which join to it
-    leading: int  # tokens of the input that come before the patches (a class token)
-    rows: int  # of the grid of patches; 1 where they are in no grid
+    tokens: tuple[str, ...]  # the C pieces of the caption; joined they give the caption
+    leading: int  # tokens of the input before the patches (a class token)
+    rows: int  # of the grid of patches; 1 if there is no grid
     columns: int
-    box: tuple[float, float, float, float]  # left, top, right, bottom of the grid, as shares of the picture
-    softmaxes: int = 1  # that the weights of a token come from; they are divided by it, so that all keys' sum to 1
+    box: tuple[float, float, float, float]  # left, top, right, bottom of the grid, as fractions of the picture
+    softmaxes: int = 1  # softmaxes per token; its weights are divided by this, so that they sum to 1 over all keys
 
 
 class RecordedAttention(_Schema):
@@ -59,35 +59,35 @@ class RecordedAttention(_Schema):
 
     schema_version: Literal[1] = 1
     trial_id: str
-    started_at: str  # of the trial's record: attention of another run of the trial is not shown
-    row: Literal["own position"] = "own position"  # a token's weights are those of its own position, as the query
+    started_at: str  # of the trial's record: attention from another run of the trial is not shown
+    row: Literal["own position"] = "own position"  # the query is the token's own position
     examples: tuple[RecordedExample, ...]
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """What is shown before anything is chosen: the whole caption, all heads and layers summed."""
+    """The initial map: the whole caption, all heads and layers summed."""
 
     caption: str
-    uri: str  # PNG of one pixel for each patch
+    uri: str  # PNG with one pixel per patch
     sentence: str
-    style: str  # CSS: where the grid lies on the picture
+    style: str  # CSS: position of the grid on the picture
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One example: what is attended to, and the first method's map over it (None: it has none of this example)."""
+    """One example: the attended input, and the first method's map (None if it has none for this example)."""
 
     example_id: str
     file: Input
     first: HeatMap | None
-    on_picture: bool  # the map lies over the picture; otherwise it stands for itself
-    aspect: str  # CSS: width / height of a map that stands for itself
+    on_picture: bool  # the map is drawn over the picture; otherwise by itself
+    aspect: str  # CSS: width / height of a map drawn by itself
 
 
 @dataclass(frozen=True)
 class Attention:
-    """The section of the page; ``data`` is what its script reads, ``gradient`` the colours in CSS."""
+    """The section of the page; its script reads ``data``, and ``gradient`` is the colour scale in CSS."""
 
     methods: tuple[str, ...]
     samples: tuple[Sample, ...]
@@ -101,19 +101,19 @@ class Attention:
 
 @dataclass(frozen=True)
 class _Recorded:
-    """One trial's file."""
+    """The attention file of one trial."""
 
     name: str
     by_id: dict[str, tuple[RecordedExample, Floats]]
 
 
 def read_attention(path: Path) -> tuple[RecordedAttention, dict[str, Floats]]:
-    """What ``harness attention`` wrote: the header, and (L, H, C, N) by example id.
+    """Read a file of ``harness attention``: the header, and (L, H, C, N) by example id.
 
     Raises:
-        OSError: the file cannot be read.
-        SafetensorError: it is no safetensors file.
-        ValueError: its header or a shape is not that of this schema.
+        OSError: the file could not be read.
+        SafetensorError: it is not a safetensors file.
+        ValueError: its header or a shape does not fit this schema.
     """
     with safe_open(path, framework="np") as file:
         header = RecordedAttention.model_validate_json((file.metadata() or {}).get(HEADER, ""))
@@ -127,9 +127,9 @@ def read_attention(path: Path) -> tuple[RecordedAttention, dict[str, Floats]]:
 
 
 def build_attention(board: Leaderboard) -> Attention:
-    """Pack the recorded attention of the first trials that have it, the leaderboard's last setting first.
+    """Pack the recorded attention of the first trials that have it, beginning with the last setting.
 
-    Numbers are kept as finely as ``MOST_BYTES`` allows: every head of every layer, or layers, or the sum.
+    Weights are kept in as much detail as ``MOST_BYTES`` allows: by head and layer, by layer, or summed.
     """
     recorded, unreadable = _recorded(board)
     chosen, spare = recorded[:MOST_METHODS], recorded[MOST_METHODS:]
@@ -142,7 +142,7 @@ def build_attention(board: Leaderboard) -> Attention:
     detail = next((d for d in details if _bytes(chosen, ids, d) <= MOST_BYTES), details[-1])
     fits = next((n for n in range(len(ids), 0, -1) if _bytes(chosen, ids[:n], detail) <= MOST_BYTES), 0)
     if fits < len(ids):
-        left_out.append(f"{len(ids) - fits} examples: their maps are too large for this page")
+        left_out.append(f"{len(ids) - fits} examples: their maps would exceed the size limit of this page")
     ids = ids[:fits]
     methods = [
         {"name": one.name, "maps": {i: _packed(*one.by_id[i], detail) for i in ids if i in one.by_id}} for one in chosen
@@ -173,36 +173,33 @@ def _recorded(board: Leaderboard) -> tuple[list[_Recorded], list[str]]:
             unreadable.append(f"{path}: {str(error).splitlines()[0]}")
             continue
         if (header.trial_id, header.started_at) != (record.trial_id, record.started_at):
-            unreadable.append(f"{path}: of another run of the trial; record it again with harness attention")
+            unreadable.append(f"{path}: from another run of the trial; record it again with harness attention")
             continue
         found.append(_Recorded(name, {e.example_id: (e, weights[e.example_id]) for e in header.examples}))
     return found, unreadable
 
 
 def _trials(board: Leaderboard) -> Iterator[tuple[str, TrialRecord]]:
-    """The finished trials with their names, one learning rate of a row after the other, the chosen one first."""
+    """The finished trials with their names; within a row by learning rate, the chosen one first."""
     several = len(board.settings) > 1
     for setting in reversed(board.settings):
         for row in (*board.of(setting), *board.apart(setting)):
             for candidate in sorted(row.candidates, key=lambda one: one is not row.chosen):
-                rate = f", learning rate {candidate.learning_rate:g}" if _searched(row, candidate.learning_rate) else ""
+                searched = len(row.candidates) > 1 and candidate.learning_rate is not None
+                rate = f", learning rate {candidate.learning_rate:g}" if searched else ""
                 for record in candidate.finished:
                     yield f"{row.name}{f' ({setting})' if several else ''}{rate}, seed {record.seed}", record
 
 
-def _searched(row: Row, rate: float | None) -> bool:
-    return len(row.candidates) > 1 and rate is not None
-
-
 def _reduced(weights_LHCN: Floats, detail: Detail) -> Floats:
-    """Means over what is not kept apart; L or H is then 1."""
+    """Means over the dimensions that ``detail`` does not keep; L or H is then 1."""
     axes: tuple[int, ...] = {"heads": (), "layers": (1,), "sum": (0, 1)}[detail]
     reduced: Floats = weights_LHCN.mean(axis=axes, keepdims=True) if axes else weights_LHCN
     return reduced
 
 
 def _bytes(chosen: Sequence[_Recorded], ids: Sequence[str], detail: Detail) -> int:
-    """Of the numbers in base64: a byte for every patch, and twice four bytes for every map."""
+    """Size in base64: a byte for each patch, and two floats of four bytes for each map."""
     total = 0
     for one in chosen:
         for example, weights_LHCN in (one.by_id[i] for i in ids if i in one.by_id):
@@ -213,7 +210,7 @@ def _bytes(chosen: Sequence[_Recorded], ids: Sequence[str], detail: Detail) -> i
 
 
 def _packed(example: RecordedExample, weights_LHCN: Floats, detail: Detail) -> dict[str, Any]:
-    """One example's maps for the script: patches as bytes, 255 being the map's own ``scale``."""
+    """One example's maps for the script: patches as bytes, 255 is the ``scale`` of the map."""
     maps_LHCN = _reduced(weights_LHCN, detail)
     patches_LHCP = maps_LHCN[..., example.leading :]
     scales_LHC = patches_LHCP.max(axis=-1)
@@ -255,7 +252,7 @@ def _heat_map(example: RecordedExample, weights_LHCN: Floats) -> HeatMap:
 
 
 def _sentence(example: RecordedExample, share: float, patches: Floats) -> str:
-    """What the map shows, in words; attention.js has the same ones."""
+    """A sentence on what the map shows; attention.js writes the same one."""
     row, column = np.unravel_index(int(patches.argmax()), patches.shape)
     where = f"row {row + 1}, column {column + 1}" if example.rows > 1 else f"position {column + 1}"
     return (
@@ -274,7 +271,7 @@ def _base64(array: NDArray[Any]) -> str:
 
 
 def _colours() -> NDArray[np.uint8]:
-    """256 colours, RGBA: matplotlib's inferno, lighter with every step also for the colour-blind, and more opaque."""
+    """256 colours, RGBA: matplotlib's inferno, monotonic in lightness also for the colour-blind, and in opacity."""
     rgba = matplotlib.colormaps["inferno"](np.linspace(0, 1, 256))
     rgba[:, 3] = np.linspace(0.3, 0.85, 256)
     return np.round(255 * rgba).astype(np.uint8)

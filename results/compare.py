@@ -1,4 +1,4 @@
-"""One row or trial against another: the paired differences, and in a sentence what they show."""
+"""One row or trial compared with another: the paired differences, and a sentence on each."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from harness.record import MetricInfo, PlannedTrial, Run
 from results.format import number, verdict
 from results.matched import Pairs, pairs
 from results.resample import Resampled, examples_of, score_on_test
-from results.rows import WRONG, Candidate, Row, candidates_of, choose, make_row
+from results.rows import WRONG, Row, Search, candidates_of, choose, make_row
 from results.stats import Difference, holm
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two compared: as it is named, and its trials as a row of the leaderboard."""
+    """One of the two sides of a comparison: its name, and its trials as a row of the leaderboard."""
 
     name: str
     row: Row
@@ -25,7 +25,7 @@ class Side:
 
 @dataclass(frozen=True)
 class _Named:
-    """What a name stands for: all trials of a row, in every setting at first, or one trial."""
+    """What a name refers to: one trial, or all trials of a row (at first in every setting)."""
 
     name: str
     trials: Sequence[PlannedTrial]
@@ -39,45 +39,45 @@ class Comparison:
     one: Side
     other: Side
     metrics: tuple[MetricInfo, ...]  # those shown, the primary one first
-    differences: dict[str, Difference]  # by metric name; empty: they may not be compared
+    differences: dict[str, Difference]  # by metric name; empty if the two are not comparable
     pairs: Pairs  # the trials compared
-    notes: tuple[str, ...]  # seeds left out, or why nothing may be compared
+    notes: tuple[str, ...]  # seeds left out, or why nothing is compared
 
     def means(self, metric: str) -> tuple[float, float]:
-        """Of both, over the seeds that are compared."""
+        """The means of both sides over the compared seeds."""
         scores = [(score_on_test(one, metric), score_on_test(other, metric)) for one, other in self.pairs]
         both = [(a, b) for a, b in scores if a is not None and b is not None]
         return statistics.fmean(a for a, _ in both), statistics.fmean(b for _, b in both)
 
     @property
     def refusal(self) -> str:
-        """Why nothing is compared, in a sentence; empty where something is."""
+        """A sentence on why nothing is compared; empty if something is."""
         if self.differences:
             return ""
         start = f"not compared with {self.other.row.name}: "
         reason = "; ".join(note.removeprefix(start) for note in self.notes) or "they have no metric in common"
-        return f"{self.one.name} and {self.other.name} may not be compared: {reason}."
+        return f"{self.one.name} and {self.other.name} are not comparable: {reason}."
 
     def sentence(self, info: MetricInfo) -> str:
-        """What the difference of one metric shows."""
+        """A sentence on what the difference in one metric shows."""
         one, other, found = self.one.name, self.other.name, self.differences[info.name]
         kind = verdict(found, info.higher_is_better)
         if not kind:
-            return f"{info.label}: one seed has no interval, so neither is shown to be better."
+            return f"{info.label}: one seed gives no interval, so neither is shown to be better."
         if kind == "tie":
-            return f"{info.label}: {one} and {other} are not told apart."
+            return f"{info.label}: {one} and {other} are not significantly different."
         return f"{info.label}: {one} is {kind} than {other} by {number(abs(found.mean))}."
 
 
 def compare(run: Run, one: str, other: str, setting: str | None = None, metric: str | None = None) -> Comparison:
-    """Compare two rows, or two trials, on the seeds where they were trained and scored alike.
+    """Compare two rows, or two trials, on the seeds in which they were trained and scored in the same way.
 
     Args:
-        run: where their records lie.
-        one: the name of a row as the leaderboard shows it, upper or lower case, a unique part of it, or a trial id.
-        other: what it is compared with, named likewise.
-        setting: which of several settings; a unique part of its name is enough.
-        metric: show this one alone.
+        run: the run that has their records.
+        one: the name of a row in the leaderboard or a unique part of it, ignoring case; or a trial id.
+        other: what it is compared with, in the same form.
+        setting: which of several settings; a unique part of its name suffices.
+        metric: show only this one.
 
     Raises:
         UserError: a name is unknown or ambiguous, or there are several settings to choose from.
@@ -86,11 +86,11 @@ def compare(run: Run, one: str, other: str, setting: str | None = None, metric: 
     trials = _of_setting(run.plan.trials, setting)
     sides = _in_one_setting(_named(one, trials), _named(other, trials))
     searches = [_search(side, by, run) for side, by in (sides, sides[::-1])]
-    finished = [record for _, chosen in searches for record in chosen.finished]
+    finished = [record for search in searches for record in search.chosen.finished]
     resampled = Resampled(finished, shown, examples_of(run, finished, shown))
     first, second = (
-        Side(side.name, make_row(side.trials, candidates, chosen, run, resampled, shown))
-        for side, (candidates, chosen) in zip(sides, searches, strict=True)
+        Side(side.name, make_row(search, run.plan.reference_method, resampled))
+        for side, search in zip(sides, searches, strict=True)
     )
     matched, notes = _pairs(first, second)
     (found,) = resampled.differences([matched])
@@ -106,7 +106,9 @@ def compare(run: Run, one: str, other: str, setting: str | None = None, metric: 
 def _shown(run: Run, metric: str | None) -> tuple[MetricInfo, ...]:
     names = {info.name: info for info in run.plan.metrics}
     if metric is None:
-        metrics = [info for info in run.plan.metrics if info.name != WRONG]  # of itself neither good nor bad
+        metrics = [
+            info for info in run.plan.metrics if info.name != WRONG
+        ]  # neither high nor low values are good in themselves
         return tuple(sorted(metrics, key=lambda info: info.name != run.plan.primary_metric))
     if metric not in names:
         raise UserError(f"--metric: {metric!r} is not a metric of this run; {did_you_mean(metric, names)}")
@@ -119,14 +121,14 @@ def _of_setting(trials: Sequence[PlannedTrial], setting: str | None) -> Sequence
     names = dict.fromkeys(trial.setting for trial in trials)
     found = _matching(setting, names)
     if not found:
-        raise UserError(f"--setting: there is no {setting!r}; {did_you_mean(setting, names)}")
+        raise UserError(f"--setting: unknown setting {setting!r}; {did_you_mean(setting, names)}")
     if len(found) > 1:
-        raise UserError(f"--setting: {setting!r} may be {_quoted(found)}; write more of it")
+        raise UserError(f"--setting: {setting!r} is ambiguous: {_quoted(found)}; write more of it")
     return [trial for trial in trials if trial.setting == found[0]]
 
 
 def _matching(text: str, names: Iterable[str]) -> list[str]:
-    """The name that it is, whatever the case, or else those that it is a part of."""
+    """The name that equals the text, ignoring case; otherwise all names that contain it."""
     wanted = text.casefold().strip()
     exact = [name for name in names if name.casefold() == wanted]
     return exact or [name for name in names if wanted in name.casefold()]
@@ -141,7 +143,7 @@ def _row_name(trial: PlannedTrial) -> str:
 
 
 def _named(text: str, trials: Sequence[PlannedTrial]) -> _Named:
-    """The trial with this id, or the trials of the rows with this name in all settings."""
+    """The trial with this id, or the trials of all rows with this name."""
     for trial in trials:
         if trial.trial_id == text:
             return _Named(text, [trial], by_id=True)
@@ -150,12 +152,12 @@ def _named(text: str, trials: Sequence[PlannedTrial]) -> _Named:
     if not found:
         raise UserError(f"{text!r} is neither a row of the leaderboard nor a trial id; {did_you_mean(text, names)}")
     if len(found) > 1:
-        raise UserError(f"{text!r} may be {_quoted(found)}; write more of the name")
+        raise UserError(f"{text!r} is ambiguous: {_quoted(found)}; write more of the name")
     return _Named(found[0], [trial for trial in trials if _row_name(trial) == found[0]], by_id=False)
 
 
 def _in_one_setting(one: _Named, other: _Named) -> tuple[_Named, _Named]:
-    """Both in the one setting that they share."""
+    """Both, restricted to the one setting that they share."""
     settings = [dict.fromkeys(trial.setting for trial in side.trials) for side in (one, other)]
     shared = [setting for setting in settings[0] if setting in settings[1]]
     pair = f"{one.name!r} and {other.name!r}"
@@ -172,20 +174,20 @@ def _in_one_setting(one: _Named, other: _Named) -> tuple[_Named, _Named]:
     return first, second
 
 
-def _search(side: _Named, other: _Named, run: Run) -> tuple[tuple[Candidate, ...], Candidate]:
-    """All learning rates of the row it is or belongs to, and what is compared: the best of them, or the one trial.
+def _search(side: _Named, other: _Named, run: Run) -> Search:
+    """All learning rates of the row that is named or that the trial belongs to; chosen: the best one, or that trial.
 
-    Beside one trial a row has its trial of the same seed alone.
+    A row that is compared with a single trial contributes only its trial of the same seed.
     """
     key = (_row_name(side.trials[0]), side.trials[0].setting)
     candidates = candidates_of([t for t in run.plan.trials if (_row_name(t), t.setting) == key], run)
     if side.by_id:
-        return candidates, candidates_of(side.trials, run)[0]
+        return Search(candidates, candidates_of(side.trials, run)[0])
     best = choose(candidates)
     if other.by_id:
         same_seed = [trial for trial in best.trials if trial.seed == other.trials[0].seed]
         best = candidates_of(same_seed, run)[0] if same_seed else replace(best, trials=(), finished=())
-    return candidates, best
+    return Search(candidates, best)
 
 
 def _pairs(one: Side, other: Side) -> tuple[Pairs, tuple[str, ...]]:

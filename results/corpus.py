@@ -1,6 +1,6 @@
-"""The test examples of a trial as columns of numbers, of whose sums its scores are made (``harness/formulas.py``).
+"""The test examples of a trial as columns of numbers, from whose sums its scores are computed (``formulas.py``).
 
-A score that its columns do not give again is not resampled over examples. Shapes: E examples, K columns of a score.
+A score that its columns do not reproduce is not resampled over examples. Shapes: E examples, K columns of a score.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from numpy.typing import NDArray
 from harness.formulas import PERPLEXITIES, WIDTHS, Floats, agree, base_name, counts_key, formula, score
 from harness.record import MetricInfo
 
-_WORTH_PROCESSES = 1000  # files; starting processes takes as long as reading about so many
+_WORTH_PROCESSES = 1000  # files; starting processes takes as long as reading about this many
 _PART = 100  # files read by one process at a time
-Source = tuple[Path, Mapping[str, float]]  # a trial's examples.parquet, and its scores of the test split as recorded
+Source = tuple[Path, Mapping[str, float]]  # a trial's examples.parquet, and its recorded test scores
 
 
 class Examples:
-    """The test examples of one trial: their ids, sorted, and by metric the columns that its score is summed from."""
+    """The test examples of one trial: their sorted ids, and by metric the columns that its score is computed from."""
 
     def __init__(self, ids: tuple[str, ...], columns: Mapping[str, Floats]) -> None:
         self.ids, self.columns = ids, columns  # columns: metric → (E, K)
 
 
 def read_many(sources: Sequence[Source], metrics: Mapping[str, MetricInfo]) -> Iterator[Examples | str]:
-    """What ``read_examples`` gives for each trial in turn, or in words why its file cannot be read.
+    """The result of ``read_examples`` for each trial in order, or the reason why its file cannot be read.
 
-    Many files are read by processes beside this one, ahead of what is asked for.
+    Many files are read by worker processes, ahead of the consumer.
     """
     parts = [sources[start : start + _PART] for start in range(0, len(sources), _PART)]
     processes = 1 if len(sources) < _WORTH_PROCESSES else min(4, cpu_count())
@@ -52,12 +52,12 @@ def _read_part(sources: Sequence[Source], metrics: Mapping[str, MetricInfo]) -> 
 
 
 def read_examples(path: Path, metrics: Mapping[str, MetricInfo], scores: Mapping[str, float]) -> Examples:
-    """Read the columns of those metrics whose recorded score they give again.
+    """Read the columns of the metrics whose recorded score they reproduce.
 
     Args:
         path: a trial's examples.parquet.
         metrics: by name.
-        scores: of the test split, by name, as recorded.
+        scores: recorded scores on the test split, by name.
 
     Raises:
         OSError, pyarrow.ArrowException: the file cannot be read.
@@ -91,7 +91,7 @@ def _columns_of(metric: MetricInfo) -> tuple[str, ...]:
 
 
 def _values(metric: MetricInfo, columns: list[Floats], ids: NDArray[np.str_]) -> Floats:
-    """(E, K); an example without a value adds nothing to any sum."""
+    """(E, K); an example without a value contributes nothing to any sum."""
     values_EK = np.concatenate(columns, axis=1)
     present_EK = np.isfinite(values_EK)
     if formula(metric) == "mean":
@@ -102,7 +102,7 @@ def _values(metric: MetricInfo, columns: list[Floats], ids: NDArray[np.str_]) ->
 
 
 def _numbers(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> Floats:
-    """(E, K), NaN for null: a column of numbers has K 1, one of lists their length, or 0 if they differ in that."""
+    """(E, K), NaN for null. K is 1 for numbers, the length for lists, or 0 if the lists differ in length."""
     array = column.combine_chunks()
     if not pa.types.is_list(array.type):
         numbers: Floats = array.to_numpy(zero_copy_only=False).astype(float)

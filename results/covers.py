@@ -1,22 +1,23 @@
-"""Which randomness the intervals of a table cover: one sentence, and a dagger where it is less than elsewhere."""
+"""Which randomness the intervals of a table cover: a sentence, and a dagger on those that cover less than others."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from results.stats import CONFIDENCE, Estimate
+from results.table import Leaderboard, Row
 
 DAGGER = "†"
 PERCENT = f"{CONFIDENCE * 100:.0f} %"
-_SEEDS_ALONE = "seeds"  # as Estimate.covers has it
+_SEEDS_ALONE = "seeds"  # the value of Estimate.covers
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """What to write beneath a table and beside its numbers.
+    """What to write below a table and next to its numbers.
 
-    ``sentence`` says it for the table. A column whose intervals all cover seeds alone, in a table where others cover
+    ``sentence`` holds for the whole table. A column whose intervals all cover only seeds, in a table where others cover
     more, is marked in its heading; in a column of both kinds the cells are marked.
     """
 
@@ -25,11 +26,11 @@ class Coverage:
     mixed_columns: frozenset[str]
 
     def head(self, column: str) -> str:
-        """The dagger behind a heading, or nothing."""
+        """The dagger after a heading, or nothing."""
         return f"\N{NO-BREAK SPACE}{DAGGER}" if column in self.marked_columns else ""
 
     def cell(self, column: str, estimate: Estimate) -> str:
-        """The dagger behind an interval, or nothing."""
+        """The dagger after an interval, or nothing."""
         return f"\N{NO-BREAK SPACE}{DAGGER}" if column in self.mixed_columns and estimate.covers == _SEEDS_ALONE else ""
 
 
@@ -49,3 +50,12 @@ def coverage(columns: Mapping[str, Iterable[Estimate | None]]) -> Coverage:
         frozenset(name for name, kind in kinds.items() if kind == {_SEEDS_ALONE}),
         frozenset(name for name, kind in kinds.items() if len(kind) > 1),
     )
+
+
+def table_coverage(board: Leaderboard, rows: Sequence[Row]) -> Coverage:
+    """What the intervals of some rows cover; the columns are the metrics, ``difference`` and ``input_use``."""
+    columns: dict[str, list[Estimate | None]]
+    columns = {info.name: [row.metrics.get(info.name) for row in rows] for info in board.ranking_metrics}
+    columns["difference"] = [row.differences.get(board.primary.name) for row in rows]
+    columns["input_use"] = [row.input_use for row in rows]
+    return coverage(columns)

@@ -1,50 +1,40 @@
-"""Sweeps over a budget, and the budget from which on full fine-tuning overtakes a method.
+"""The budget from which on full fine-tuning stays ahead of a method (the crossover), with its interval.
 
 The crossover is where the difference from the reference changes sign for the last time, interpolated linearly over the
 logarithm of the budget. Its interval reaches from the last budget at which the method is shown to be ahead to the first
 from which on the reference is shown to be ahead up to the end, both by the 95 % interval of the (interpolated)
 difference. Where the reference is truly level, the chance that the method is shown to be ahead is 2.5 %, and so is the
 chance of the opposite: that is how the interval comes to 95 % (simulated in tests/test_results_crossover.py).
-Percentiles of redrawn curves covered as little as 63 % there: noise alone moves the last of several near-crossings up.
+Percentiles of redrawn curves covered as little as 63 % there: noise alone shifts the last of several near-crossings up.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import brentq
 
-from harness import naming
-from harness.record import TrialRecord
-from results.matched import pairs
-from results.resample import score_on_test
-from results.rows import Row
-from results.stats import Floats, half_width
-from results.table import Leaderboard
-
-Kind = Literal["examples", "epochs"]
-KINDS: tuple[Kind, ...] = ("examples", "epochs")
+from harness.formulas import Floats
+from results.stats import half_width
 
 
 @dataclass(frozen=True)
 class Gap:
-    """How far the reference is ahead of a method by budget (K, smallest first), and the errors of that."""
+    """How far the reference is ahead of a method at each budget (K, smallest first), with the errors of these gaps."""
 
     budgets: tuple[float, ...]
     ahead_K: Floats
     seeds: int
-    # Covariances of the means: over seeds, which smaller and larger budgets share (None with one seed), and over test
-    # examples (None where the scores cannot be resampled).
+    # Covariances of the means between budgets, which share their seeds and test examples. None with one seed, and
+    # where the scores cannot be resampled over examples.
     seeds_KK: Floats | None = None
     examples_KK: Floats | None = None
     examples: int = 2
 
     def at(self, k: int, share: float) -> tuple[float, float]:
-        """The gap and half of its 95 % interval, ``share`` of the way (in logarithms) from budget k to the next."""
+        """The gap and half of its 95 % interval, ``share`` of the logarithmic distance from budget k to the next."""
         end = min(k + 1, len(self.budgets) - 1)
         weights = np.array([1 - share, share])
 
@@ -56,161 +46,16 @@ class Gap:
         half = half_width(error(self.seeds_KK), self.seeds, error(self.examples_KK), self.examples)
         return float(weights @ self.ahead_K[[k, end]]), half
 
-
-@dataclass(frozen=True)
-class Crossover:
-    """The budget from which on the reference is ahead; -inf: from below the sweep on, inf: not up to its end."""
-
-    at: float
-    low: float | None  # 95 % interval; None with one seed
-    high: float | None
-    covers: str  # which randomness the interval covers: as results.stats.Estimate.covers
-    words: str
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One method with one grouping over the budgets at which it has a score, smallest first."""
-
-    budgets: tuple[int, ...]
-    rows: tuple[Row, ...]
-    crossover: Crossover | None = None
-    note: str = ""  # why there is no crossover, in words
-
     @property
-    def name(self) -> str:
-        """Label and grouping."""
-        return self.rows[0].name
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Settings that differ in one budget only."""
-
-    kind: Kind
-    setting: str  # what else was varied in the run, and is the same here
-    budgets: tuple[int, ...]
-    reference: str | None  # name of the row that the others are compared with
-    curves: tuple[Curve, ...]  # in the order of the plan, the reference's own among them
-    left_out: tuple[str, ...] = field(default=())  # rows that are not in the curves and why, in words
-
-    @property
-    def what(self) -> str:
-        """The budget in words."""
-        return "number of training examples" if self.kind == "examples" else "number of epochs"
-
-
-def build_sweeps(board: Leaderboard) -> tuple[Sweep, ...]:
-    """Every sweep over examples, and every one over epochs, with at least two budgets."""
-    found = []
-    for kind in KINDS:
-        for rest, settings in settings_alike(board, (f"budget.{kind}",)).items():
-            by_budget: dict[int, list[str]] = {}
-            for setting, record in settings.items():
-                by_budget.setdefault(budget_of(record, kind), []).append(setting)
-            if len(by_budget) > 1:
-                found.append(_sweep(board, kind, rest, dict(sorted(by_budget.items()))))
-    return tuple(found)
-
-
-def settings_alike(board: Leaderboard, without: Sequence[str]) -> dict[str, dict[str, TrialRecord]]:
-    """The settings that are the same but for ``without``: by what is the same, setting → one of its finished trials.
-
-    Rows that are set apart do not speak for their setting: what sets them apart may be their budget.
-    """
-    first: dict[str, TrialRecord] = {}
-    for row in board.rows:
-        for record in row.finished:
-            if not row.apart and record.data is not None and "budget" in record.spec:
-                first.setdefault(row.setting, record)
-    names = naming.settings({setting: record.spec for setting, record in first.items()}, without)
-    alike: dict[str, dict[str, TrialRecord]] = {}
-    for setting in board.settings:
-        if setting in first:
-            alike.setdefault(names[setting], {})[setting] = first[setting]
-    return alike
-
-
-def budget_of(record: TrialRecord, kind: Kind) -> int:
-    """Training examples (the spec may say "all") or epochs of a trial."""
-    if kind == "examples" and record.data is not None:
-        return record.data.examples
-    return int(record.spec["budget"][kind])
-
-
-def _sweep(board: Leaderboard, kind: Kind, rest: str, by_budget: dict[int, list[str]]) -> Sweep:
-    left_out = [
-        f"{setting}: has the same {budget:,} {kind} as {settings[0]}"
-        for budget, settings in by_budget.items()
-        for setting in settings[1:]
-    ]
-    points: dict[str, dict[int, Row]] = {}
-    references: dict[int, Row] = {}
-    for budget, (setting, *_) in by_budget.items():
-        left_out += [f"{row.name}, {setting}: {'; '.join(row.apart)}" for row in board.apart(setting)]
-        for row in board.of(setting):
-            if board.primary.name in row.metrics:
-                points.setdefault(row.name, {})[budget] = row
-            if row.is_reference and row.finished and not row.differences:
-                references[budget] = row
-    order = dict.fromkeys(f"{trial.label} {trial.grouping}".rstrip() for trial in board.run.plan.trials)
-    curves = tuple(_curve(board, kind, points[name], references) for name in order if name in points)
-    reference = next((row.name for row in references.values()), None)
-    return Sweep(kind, rest, tuple(by_budget), reference, curves, tuple(left_out))
-
-
-def _curve(board: Leaderboard, kind: Kind, points: dict[int, Row], references: dict[int, Row]) -> Curve:
-    budgets, rows = tuple(points), tuple(points.values())
-    if any(row is references.get(budget) for budget, row in points.items()):
-        return Curve(budgets, rows, note="the reference")
-    compared = {budget: row for budget, row in points.items() if board.primary.name in row.differences}
-    if len(compared) < 2:
-        fewer = "compared with the reference at fewer than two budgets"
-        return Curve(
-            budgets, rows, note=fewer if references else "the reference has no finished trials to compare with"
-        )
-    gap = _gap(board, compared, references)
-    at, low, high = locate(gap)
-    words = _words(gap, (at, low, high), rows[0].name, next(iter(references.values())).name)
-    found = Crossover(at, low, high, "" if low is None else _covers(gap), words)
-    missing = [f"{budget:,}" for budget in references if budget not in compared]
-    return Curve(budgets, rows, found, f"not compared at {', '.join(missing)} {kind}" if missing else "")
-
-
-def _gap(board: Leaderboard, compared: dict[int, Row], references: dict[int, Row]) -> Gap:
-    name = board.primary.name
-    sign = -1.0 if board.primary.higher_is_better else 1.0  # differences are method - reference
-    by_seed = [_by_seed(row, references[budget], name) for budget, row in compared.items()]
-    shared = sorted(set(by_seed[0]).intersection(*by_seed))
-    values_SK = np.array([[values[seed] for values in by_seed] for seed in shared])
-    differences = [row.differences[name] for row in compared.values()]
-    counts = {difference.examples for difference in differences}
-    errors = [row.difference_errors_B for row in compared.values() if row.difference_errors_B is not None]
-    count = next(iter(counts))
-    examples_KK = None
-    if len(errors) == len(compared) and len(counts) == 1 and count is not None and count > 1:
-        examples_KK = np.cov(np.stack(errors)) * count / (count - 1)  # resampling E of E has (E - 1)/E of the variance
-    return Gap(
-        budgets=tuple(compared),
-        ahead_K=sign * np.array([difference.mean for difference in differences]),
-        seeds=len(shared),
-        seeds_KK=np.cov(values_SK, rowvar=False) / len(shared) if len(shared) > 1 else None,
-        examples_KK=examples_KK,
-        examples=count or 2,
-    )
-
-
-def _by_seed(row: Row, reference: Row, metric: str) -> dict[int, float]:
-    scores = ((a.seed, score_on_test(a, metric), score_on_test(b, metric)) for a, b in pairs(row, reference)[0])
-    return {seed: a - b for seed, a, b in scores if a is not None and b is not None}
-
-
-def _covers(gap: Gap) -> str:
-    return "seeds" if gap.examples_KK is None else "seeds and test examples"
+    def covers(self) -> str:
+        """Which randomness the interval covers: as ``Estimate.covers``; empty without an interval."""
+        if self.seeds_KK is None:
+            return ""
+        return "seeds" if self.examples_KK is None else "seeds and test examples"
 
 
 def locate(gap: Gap) -> tuple[float, float | None, float | None]:
-    """The crossover and its 95 % interval; -inf and inf are below and beyond the sweep, None: one seed, no interval."""
+    """The crossover and its 95 % interval; -inf and inf: below and beyond the sweep; None: one seed, no interval."""
     at = _last_where(gap, 0)
     if gap.seeds_KK is None:
         return at, None, None
@@ -218,7 +63,7 @@ def locate(gap: Gap) -> tuple[float, float | None, float | None]:
 
 
 def _last_where(gap: Gap, halves: int) -> float:
-    """Up to which budget the gap plus so many half intervals is at most 0."""
+    """The largest budget up to which the gap plus this many half intervals is at most 0."""
 
     def edge(k: int, share: float = 0.0) -> float:
         ahead, half = gap.at(k, share)
@@ -231,31 +76,3 @@ def _last_where(gap: Gap, halves: int) -> float:
         return math.inf
     share = brentq(lambda share: edge(last, share), 0.0, 1.0)
     return float(gap.budgets[last] ** (1 - share) * gap.budgets[last + 1] ** share)
-
-
-def _words(gap: Gap, found: tuple[float, float | None, float | None], name: str, reference: str) -> str:
-    at, low, high = found
-    first, last = f"below {gap.budgets[0]:,}", f"beyond {gap.budgets[-1]:,}"
-
-    def show(budget: float) -> str:
-        return first if budget == -math.inf else last if budget == math.inf else _rounded(budget)
-
-    every = "every budget" if np.all(gap.ahead_K <= 0) else "the largest budget"
-    means = f"{reference} is ahead at every budget" if at == -math.inf else f"{name} is ahead at {every}"
-    if low is None or high is None:
-        alone = "one seed, so no interval" if gap.seeds == 1 else "no two seeds at all its budgets, so no interval"
-        return f"about {show(at)} ({alone})" if math.isfinite(at) else f"not within the sweep: {means} ({alone})"
-    if low == -math.inf and high == math.inf:
-        return (
-            f"not within the sweep: neither is shown to be ahead ({name} at any budget, {reference} at the largest one)"
-        )
-    if low == high:
-        return f"not within the sweep: {means}"
-    span = f"[{show(low)}, {show(high)}]"
-    return f"about {show(at)} {span}" if math.isfinite(at) else f"not within the sweep by the means: {means}; {span}"
-
-
-def _rounded(budget: float) -> str:
-    """Two significant places: more would be pretence."""
-    places = 1 - math.floor(math.log10(budget))
-    return f"{round(budget, places):,.{max(0, places)}f}"

@@ -1,9 +1,9 @@
-"""Two leaderboards, an old and a new one: what changed, and whether it is more than noise.
+"""An old and a new leaderboard: what changed, and whether it is more than noise.
 
 A row is compared with the row of the same setting, label and grouping. Where its seeds are the same the change is
 paired by seed (a paired t test); otherwise the two means are independent (Welch's t test with the Welch-Satterthwaite
 degrees of freedom, Biometrika 1947, https://doi.org/10.1093/biomet/34.1-2.28). Both cover the seeds. The test examples
-must be the same in both leaderboards and are held fixed: how the change would be on others is not covered.
+must be the same in both leaderboards and are held fixed: intervals do not cover their choice.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RULE = (
     "p after Holm's correction over all rows tested: a paired t test where the seeds are the same, else Welch's. It "
     "covers the seeds; the test examples are the same and held fixed."
 )
-# "untested": one seed on a side.
+# "untested": one side has a single seed.
 Verdict = Literal["unchanged", "better", "worse", "noise", "untested", "not comparable"]
 Rank = tuple[int, int] | None
 
@@ -43,12 +43,12 @@ class Change:
     reason: str  # why it is not comparable; else empty
     old_rank: Rank
     new_rank: Rank
-    notes: tuple[str, ...]  # what else changed about how the row was made
+    notes: tuple[str, ...]  # what else changed in how the row was produced
 
 
 @dataclass(frozen=True)
 class BoardDiff:
-    """What changed from the old to the new leaderboard, in the new one's order."""
+    """What changed from the old to the new leaderboard, in the order of the new one."""
 
     metric: PublishedMetric
     changes: tuple[Change, ...]
@@ -60,15 +60,15 @@ Key = tuple[str, str, str]
 
 
 def diff(old: PublishedLeaderboard, new: PublishedLeaderboard, metric: str | None = None) -> BoardDiff:
-    """Compare two leaderboards; p-values are corrected over all rows that are tested (Holm).
+    """Compare two leaderboards; p-values are corrected (Holm) over all tested rows.
 
     Args:
-        old: the one before.
-        new: the one after.
-        metric: its name; None for the primary one.
+        old: the earlier leaderboard.
+        new: the later leaderboard.
+        metric: name of the metric to compare; None for the primary one.
 
     Raises:
-        UserError: a leaderboard lacks the metric or ranks by another one.
+        UserError: a leaderboard lacks the metric, or the primary metrics differ.
     """
     info = _metric(old, new, metric)
     before, after = _by_key(old), _by_key(new)
@@ -86,7 +86,7 @@ def _metric(old: PublishedLeaderboard, new: PublishedLeaderboard, metric: str | 
     if metric is None and old.primary_metric != new.primary_metric:
         raise UserError(
             f"the leaderboards have different primary metrics ({old.primary_metric}, {new.primary_metric}); "
-            "choose one that both have with --metric"
+            "choose one that both have (--metric)"
         )
     mine, theirs = ({info.name: info for info in board.metrics} for board in (new, old))
     name = metric or new.primary_metric
@@ -94,7 +94,7 @@ def _metric(old: PublishedLeaderboard, new: PublishedLeaderboard, metric: str | 
         both = [known for known in mine if known in theirs]
         raise UserError(f"--metric: {name!r} is not a metric of both leaderboards; {did_you_mean(name, both)}")
     if mine[name].higher_is_better != theirs[name].higher_is_better:
-        raise UserError(f"{name!r} is better when higher in one of the leaderboards and when lower in the other")
+        raise UserError(f"{name!r} is better when higher in one leaderboard and when lower in the other")
     return mine[name]
 
 
@@ -136,9 +136,9 @@ def _change(old: PublishedRow, new: PublishedRow, info: PublishedMetric) -> Chan
 
 
 def _mismatch(old: Mapping[int, Data], new: Mapping[int, Data]) -> str:
-    """Why the data of two rows differ: of each shared seed, else of all; empty where they are the same."""
+    """How the data of two rows differ, over the shared seeds or else over all; empty if they are the same."""
     if not old or not new:
-        return "what was trained on is not recorded"
+        return "the training data are not recorded"
     shared = sorted(old.keys() & new.keys())
     differing = {
         "training examples differ": _differ(old, new, shared, "examples_fingerprint") or _sizes(old) != _sizes(new),
@@ -187,9 +187,9 @@ def _notes(old: PublishedRow, new: PublishedRow) -> tuple[str, ...]:
     }
     notes = [f"{what}: {before} → {after}" for what, (before, after) in changes.items() if before != after]
     if set(new.apart) - set(old.apart):
-        notes.append(f"now set apart: {'; '.join(new.apart)}")
+        notes.append(f"now excluded from ranking: {'; '.join(new.apart)}")
     elif old.apart and not new.apart:
-        notes.append("no longer set apart")
+        notes.append("no longer excluded from ranking")
     return tuple(notes)
 
 

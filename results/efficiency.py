@@ -1,7 +1,7 @@
-"""What quality costs: Pareto fronts, cost per point of CIDEr, and one number over several tasks.
+"""Quality against cost: Pareto fronts, cost per point of CIDEr, and one aggregate score over several tasks.
 
 Memory is the sum by kind of the model being trained (weights, gradients, optimizer, activations): it is exact and the
-same on every machine, where a process's peak also holds what the allocator kept.
+same on every machine, whereas the peak of a process includes memory that the allocator retains.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harness.record import MetricInfo, TrialRecord
-from results.crossover import budget_of, settings_alike
 from results.rows import Row, by_seed
 from results.stats import Estimate, estimate, interquartile_mean
+from results.sweeps import budget_of, settings_alike
 from results.table import Leaderboard
 
 CostName = Literal["parameters", "memory", "time", "examples"]
-_NO_ADAPTER = "none"  # the method that points are gained over
+_NO_ADAPTER = "none"  # the method relative to which points are gained
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One thing to be saved, in words."""
+    """One kind of cost."""
 
     name: CostName
     label: str
@@ -37,7 +37,7 @@ EXAMPLES = Cost("examples", "examples seen in training")
 
 @dataclass(frozen=True)
 class Point:
-    """A row by its means. It is on the front when no other is at least as good in both and better in one."""
+    """A row by its means. It is on the front if no other is at least as good in both and better in one."""
 
     row: Row
     name: str
@@ -48,7 +48,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Front:
-    """The rows of one setting, or of one sweep, by one cost; cheapest first."""
+    """The rows of one setting, or of one sweep, by one cost, cheapest first."""
 
     setting: str
     cost: Cost
@@ -65,17 +65,17 @@ class PerPoint:
 
 @dataclass(frozen=True)
 class RowEfficiency:
-    """A row, the costs on whose fronts it lies, and what its CIDEr costs."""
+    """A row, the costs for which it is on the front, and the cost of its CIDEr."""
 
     row: Row
     fronts: tuple[Cost, ...]
-    per_point: PerPoint | None  # None: no CIDEr, or none above 0
-    per_gain: PerPoint | None  # per point above the row without an adapter; None: there is none, or nothing gained
+    per_point: PerPoint | None  # None: no CIDEr above 0
+    per_gain: PerPoint | None  # per point above the row without an adapter; None: no such row, or no gain
 
 
 @dataclass(frozen=True)
 class SettingEfficiency:
-    """All of one setting."""
+    """The costs of one setting."""
 
     setting: str
     rows: tuple[RowEfficiency, ...]
@@ -90,12 +90,12 @@ class AcrossTasks:
     tasks: tuple[str, ...]
     reference: str
     rows: tuple[AcrossRow, ...]  # best first
-    words: str  # how it is made, and what its intervals cover
+    words: str  # how it is computed, and what its intervals cover
 
 
 @dataclass(frozen=True)
 class AcrossRow:
-    """One method with one grouping; 1 is the reference, more is better."""
+    """One method with one grouping; the reference is 1, and more is better."""
 
     name: str
     relative: Estimate
@@ -109,12 +109,12 @@ class Efficiency:
 
     settings: tuple[SettingEfficiency, ...]
     examples: tuple[Front, ...]  # by examples seen, over the settings of each sweep
-    cider: MetricInfo | None  # what the points are of
+    cider: MetricInfo | None  # the metric whose points are counted
     across: AcrossTasks | None  # None with one task
 
 
 def build_efficiency(board: Leaderboard) -> Efficiency:
-    """Costs of every setting's comparable rows that have the primary score."""
+    """Costs of all ranked rows that have the primary score, by setting."""
     cider = _cider(board)
     settings = (_setting(board, setting, cider) for setting in board.settings)
     return Efficiency(
@@ -126,7 +126,7 @@ def build_efficiency(board: Leaderboard) -> Efficiency:
 
 
 def _cider(board: Leaderboard) -> MetricInfo | None:
-    """The primary metric if it is a CIDEr, else the first that is."""
+    """The primary metric if it is CIDEr, else the first metric that is."""
     metrics = (board.primary, *board.run.plan.metrics)
     return next((info for info in metrics if info.name.rpartition("/")[2] == "cider"), None)
 
@@ -137,7 +137,7 @@ def _setting(board: Leaderboard, setting: str, cider: MetricInfo | None) -> Sett
     costs: list[tuple[Cost, Callable[[Row], float | None]]] = [(PARAMETERS, trainable), (MEMORY, memory_bytes)]
     notes = []
     if len(devices) > 1:
-        notes.append(f"trained on different devices ({'; '.join(devices)}): their training times may not be compared")
+        notes.append(f"trained on different devices ({'; '.join(devices)}): their training times are not comparable")
     else:
         costs.append((TIME, train_seconds))
     fronts = []
@@ -167,7 +167,7 @@ def trainable(row: Row) -> float | None:
 
 
 def memory_bytes(row: Row) -> float | None:
-    """Weights, gradients, optimizer and activations of the model being trained; mean over the seeds."""
+    """Weights, gradients, optimizer and activations of the model in training, mean over the seeds."""
     memories = [record.memory for record in row.finished if record.memory is not None]
     if not memories:
         return None
@@ -177,12 +177,12 @@ def memory_bytes(row: Row) -> float | None:
 
 
 def train_seconds(row: Row) -> float | None:
-    """Mean over the seeds."""
+    """Training time, mean over the seeds."""
     return row.train_time_s.mean if row.train_time_s else None
 
 
 def _points(measured: Sequence[tuple[Row, str, float]], primary: MetricInfo) -> tuple[Point, ...]:
-    """Sorted by cost, equals by quality; on the front is what is better than all before it."""
+    """Sorted by cost, then by quality; a point is on the front if it is better than all before it."""
     sign = 1 if primary.higher_is_better else -1
 
     def goodness(row: Row) -> float:
@@ -199,7 +199,7 @@ def _points(measured: Sequence[tuple[Row, str, float]], primary: MetricInfo) -> 
 
 
 def _per_point(row: Row, cider: MetricInfo | None, bare: Row | None) -> PerPoint | None:
-    """Over ``bare`` on the seeds that both have; all of the row's seconds and parameters count."""
+    """The cost of a point gained over ``bare``, on the seeds that both have; all seconds and parameters count."""
     if cider is None:
         return None
     own = by_seed(row.finished, cider.name)
@@ -216,7 +216,7 @@ def _per_point(row: Row, cider: MetricInfo | None, bare: Row | None) -> PerPoint
 
 
 def _by_examples(board: Leaderboard) -> list[Front]:
-    """Fronts over the settings that differ in nothing but their budget."""
+    """Fronts over the settings that differ only in their budget."""
     found = []
     for rest, settings in settings_alike(board, ("budget.examples", "budget.epochs")).items():
         seen = {setting: budget_of(one, "examples") * budget_of(one, "epochs") for setting, one in settings.items()}
@@ -267,7 +267,7 @@ def _task_of(board: Leaderboard, setting: str) -> str | None:
 
 
 def _relative(row: Row, reference: Row, primary: MetricInfo) -> dict[int, float]:
-    """By seed how many times as good as the reference; seeds with a score of 0 or less have no ratio."""
+    """By seed the ratio to the reference, above 1 if better; seeds with a score of 0 or less have no ratio."""
     own, other = row.values(primary.name), reference.values(primary.name)
     if not primary.higher_is_better:
         own, other = other, own
@@ -290,6 +290,6 @@ def _across_words(board: Leaderboard) -> str:
     return (
         f"Test {metric.label} relative to {board.reference_name} of the same setting and seed ({ratio}: above 1 is "
         "better), averaged over the settings of a task; for each seed the mean of the middle half of the tasks, "
-        "then the mean over seeds. The intervals cover the seeds alone, neither the "
-        "choice of test examples nor that of the tasks. A seed without a score above 0 on both sides is left out."
+        "then the mean over seeds. The intervals cover only the seeds, not the "
+        "choice of test examples or tasks. A seed without a score above 0 on both sides is left out."
     )

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from harness.record import MetricInfo
 from results import format as text
-from results.covers import Coverage
-from results.export_text import cell_text, difference_text, ranking_metrics, rate_text, shows_rates, table_coverage
+from results.covers import Coverage, table_coverage
+from results.export_text import cell_text, difference_text, rate_text, shows_rates
 from results.table import Leaderboard, Row
 
 _ESCAPES = str.maketrans(
@@ -39,18 +39,18 @@ _ESCAPES = str.maketrans(
 
 
 def escape(plain: str) -> str:
-    """Text that LaTeX prints as it is, on one line."""
+    """Escape text so that LaTeX prints it literally, on one line."""
     return " ".join(plain.split()).translate(_ESCAPES)
 
 
 def latex(board: Leaderboard) -> str:
-    """A table for each setting that has a row, ranked rows first, then those set apart with their reasons."""
+    """A table for each setting: ranked rows first, then those excluded from ranking, with the reasons."""
     plan = board.run.plan
     tables = [_table(setting, number, board) for number, setting in enumerate(board.settings, start=1)]
     lines = [
-        f"% {' '.join(plan.experiment.split())}: made by `harness report` from {len(board.run.records)} trial records.",
+        f"% {' '.join(plan.experiment.split())}: written by `harness report` from {len(board.run.records)} records.",
         r"% Needs \usepackage{booktabs}, and \usepackage[T1]{fontenc} for quotation marks in names.",
-        "% Every number, with its seeds, standard errors and trial ids, is in leaderboard.json beside this file.",
+        "% Every number, with its seeds, standard errors and trial ids, is in leaderboard.json in the same folder.",
     ]
     return "\n".join([*lines, *(line for table in tables for line in ("", *table))]) + "\n"
 
@@ -58,8 +58,8 @@ def latex(board: Leaderboard) -> str:
 def _table(setting: str, number: int, board: Leaderboard) -> list[str]:
     ranked, apart = board.of(setting), board.apart(setting)
     rows = [*ranked, *apart]
-    metrics = [info for info in ranking_metrics(board) if any(info.name in row.metrics for row in rows)]
-    rates, cover = shows_rates(rows), table_coverage(rows, metrics, board.primary.name)
+    metrics = [info for info in board.ranking_metrics if any(info.name in row.metrics for row in rows)]
+    rates, cover = shows_rates(rows), table_coverage(board, rows)
     heads = ["Rank", "Method", *(["Learning rate"] if rates else [])]
     heads += [info.label + cover.head(info.name) for info in metrics]
     heads += [f"Δ {board.primary.label}{cover.head('difference')}", "Trainable", "Seeds"]
@@ -68,6 +68,7 @@ def _table(setting: str, number: int, board: Leaderboard) -> list[str]:
     body = [_row(row, best, board, rates, cover) for row in ranked]
     if apart:
         body += [r"\midrule"] * bool(body) + [_row(row, dict.fromkeys(best), board, rates, cover) for row in apart]
+    reasons = [f"{row.name} is not ranked: {'; '.join(row.apart)}." for row in apart]
     return [
         r"\begin{table}",
         r"\centering\small\setlength{\tabcolsep}{4pt}",
@@ -80,7 +81,7 @@ def _table(setting: str, number: int, board: Leaderboard) -> list[str]:
         *body,
         r"\bottomrule",
         r"\end{tabular}",
-        *[rf"\par\smallskip\footnotesize {escape(line)}" for line in _reasons(apart)],
+        *[rf"\par\smallskip\footnotesize {escape(reason)}" for reason in reasons],
         r"\end{table}",
     ]
 
@@ -95,10 +96,6 @@ def _caption(setting: str, board: Leaderboard, cover: Coverage) -> str:
         "Ranks are ranges where differences are not significant.",
     ]
     return escape(" ".join(sentences))
-
-
-def _reasons(apart: Sequence[Row]) -> list[str]:
-    return [f"{row.name} is not ranked: {'; '.join(row.apart)}." for row in apart]
 
 
 def _best(rows: Sequence[Row], info: MetricInfo) -> float | None:

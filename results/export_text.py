@@ -6,50 +6,34 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 
-from harness.record import MetricInfo
 from results import format as text
 from results import words
-from results.covers import Coverage, coverage
+from results.covers import Coverage, table_coverage
 from results.stats import Difference, Estimate
-from results.table import WRONG, Leaderboard, Row
+from results.table import Leaderboard, Row
 
 Cells = dict[str, str | int | float | None]
 
 
-def ranking_metrics(board: Leaderboard) -> list[MetricInfo]:
-    """The metrics of the leaderboard, the primary one first; the wrong-input perplexity has a section of its own."""
-    others = [info for info in board.run.plan.metrics if info is not board.primary and info.name != WRONG]
-    return [board.primary, *others]
-
-
-def table_coverage(rows: Sequence[Row], metrics: Sequence[MetricInfo], primary: str) -> Coverage:
-    """What the intervals of a table cover; its columns are the metrics, ``difference`` and ``input_use``."""
-    columns: dict[str, list[Estimate | None]]
-    columns = {info.name: [row.metrics.get(info.name) for row in rows] for info in metrics}
-    columns["difference"] = [row.differences.get(primary) for row in rows]
-    columns["input_use"] = [row.input_use for row in rows]
-    return coverage(columns)
-
-
 def shows_rates(rows: Iterable[Row]) -> bool:
-    """Whether a learning rate was chosen for any of the rows."""
+    """Whether any of the rows has a learning rate."""
     return any(row.chosen.learning_rate is not None for row in rows)
 
 
 def rate_text(row: Row) -> str:
-    """The chosen learning rate and how many were tried: ``0.001 (of 3)``."""
+    """The chosen learning rate and the number tried: ``0.001 (of 3)``."""
     rate = row.chosen.learning_rate
     return text.ABSENT if rate is None else f"{rate:g} (of {row.effort})"
 
 
 def cell_text(found: Estimate | None, column: str, cover: Coverage, show_sign: bool = False) -> str:
-    """Mean and interval, with a dagger where the interval covers less than others of its column."""
+    """Mean and interval, with a dagger if the interval covers less than others in its column."""
     shown = text.estimate_text(found, show_sign)
     return f"{shown}{cover.cell(column, found)}" if found else shown
 
 
 def difference_text(row: Row, metric: str, cover: Coverage) -> str:
-    """The difference from the reference with its interval and adjusted p; the reference says what it is."""
+    """The difference from the reference with its interval and adjusted p; ``reference`` for the reference itself."""
     if row.is_reference:
         return "reference"
     found = row.differences.get(metric)
@@ -58,19 +42,18 @@ def difference_text(row: Row, metric: str, cover: Coverage) -> str:
 
 def markdown(board: Leaderboard) -> str:
     """The leaderboard as GitHub tables, with the headline, the caveats and the failures."""
-    metrics = ranking_metrics(board)
     lines = [f"# {_cell(board.run.plan.experiment)}", ""]
     lines += [f"- {_cell(sentence)}" for sentence in (*words.headline(board), *words.caveats(board), words.RANK_RULE)]
     for setting in board.settings:
         if setting:
             lines += ["", f"## {_cell(setting)}"]
         if rows := board.of(setting):
-            lines += ["", *_markdown_table(rows, metrics, board)]
+            lines += ["", *_markdown_table(rows, board)]
             notes = [f"- {_cell(row.name)}: {_cell(note)}" for row in rows for note in row.notes]
             lines += ["", *notes] if notes else []
         if apart := board.apart(setting):
-            lines += ["", "Not ranked, because not trained, scored or searched for as the others were:", ""]
-            lines += _markdown_table(apart, metrics, board)
+            lines += ["", "Excluded from ranking, because not trained, scored or searched for like the others:", ""]
+            lines += _markdown_table(apart, board)
             lines += ["", *(f"- {_cell(row.name)}: {_cell('; '.join((*row.apart, *row.notes)))}" for row in apart)]
     unfinished = (*board.failed, *board.missing)
     if unfinished:
@@ -81,9 +64,9 @@ def markdown(board: Leaderboard) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _markdown_table(rows: Sequence[Row], metrics: Sequence[MetricInfo], board: Leaderboard) -> list[str]:
-    rates, primary = shows_rates(rows), board.primary
-    cover = table_coverage(rows, metrics, primary.name)
+def _markdown_table(rows: Sequence[Row], board: Leaderboard) -> list[str]:
+    rates, primary, metrics = shows_rates(rows), board.primary, board.ranking_metrics
+    cover = table_coverage(board, rows)
     heads = ["Rank", "Method", "Seeds", *(["Learning rate"] if rates else [])]
     heads += [info.label + cover.head(info.name) for info in metrics]
     heads += [f"Δ {primary.label} from {board.reference_name}{cover.head('difference')}"]
@@ -108,7 +91,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def table_csv(board: Leaderboard) -> str:
-    """One line per row of the leaderboard; numbers unrounded, empty where absent."""
+    """One line per row of the leaderboard; numbers are unrounded, missing ones empty."""
     records = [_csv_row(row, board) for row in board.rows]
     buffer = io.StringIO()
     columns = list(dict.fromkeys(column for record in records for column in record))

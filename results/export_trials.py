@@ -24,8 +24,8 @@ _TYPES: dict[Any, pa.DataType] = {
 def trials_table(run: Run) -> pa.Table:
     """One row per planned trial with a record, in the order of the plan; missing is null.
 
-    Columns: what the plan calls the trial; status and reason; each score as ``split.metric``; ``parameters.*``,
-    ``memory.*``, ``throughput.*`` and ``data.*`` as the record has them; time, versions (JSON), origin and folder.
+    Columns: the names of the trial in the plan; status and reason; each score as ``split.metric``; ``parameters.*``,
+    ``memory.*``, ``throughput.*`` and ``data.*`` as in the record; time, versions (JSON), origin and folder.
     """
     pairs = [(trial, run.records[trial.trial_id]) for trial in run.plan.trials if trial.trial_id in run.records]
     columns = _named() | _scores([record for _, record in pairs])
@@ -103,7 +103,7 @@ def _ending(run: Run) -> Columns:
 
 
 def write_trials(run: Run, path: Path) -> None:
-    """Write the table so that a reader, or a crash, sees the whole old file or the whole new one."""
+    """Write the table atomically: a reader, or a crash, sees either the whole old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     pq.write_table(trials_table(run), partial)

@@ -1,4 +1,4 @@
-"""Numbers as text: the same in the page, the Markdown table and the terminal."""
+"""Numbers as text, the same in the page, the exported tables and the terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ ABSENT = "–"
 
 
 def number(value: float) -> str:
-    """Four significant places at most: ``0.812``, ``12.46``, ``1,234``; very small ones in powers of ten."""
+    """At most four significant digits: ``0.812``, ``12.46``, ``1,234``; very small numbers in scientific notation."""
     if value < 0:
         return f"−{number(-value)}"
     if value >= 999.5:
@@ -19,7 +19,7 @@ def number(value: float) -> str:
 
 
 def signed(value: float) -> str:
-    """A difference: its sign always shown."""
+    """A number with its sign, for differences."""
     return f"+{number(value)}" if value > 0 else number(value)
 
 
@@ -32,14 +32,14 @@ def interval(estimate: Estimate, show_sign: bool = False) -> str:
 
 
 def estimate_text(estimate: Estimate | None, show_sign: bool = False) -> str:
-    """Mean and interval on one line; a dash where nothing was measured."""
+    """Mean and interval on one line; a dash if nothing was measured."""
     if estimate is None:
         return ABSENT
     return f"{(signed if show_sign else number)(estimate.mean)} {interval(estimate, show_sign)}".rstrip()
 
 
 def verdict(difference: Difference | None, higher_is_better: bool) -> str:
-    """``better`` or ``worse`` where that holds after the correction, else ``tie``; empty for one seed."""
+    """``better`` or ``worse`` if significant after the correction, else ``tie``; empty for one seed."""
     if difference is None or difference.p_adjusted is None:
         return ""
     if not difference.significant:
@@ -48,7 +48,7 @@ def verdict(difference: Difference | None, higher_is_better: bool) -> str:
 
 
 def rank_text(rank: tuple[int, int] | None) -> str:
-    """``1``, ``2–4``, or empty where it is not ranked."""
+    """``1``, ``2–4``, or empty if it is not ranked."""
     if rank is None:
         return ""
     first, last = rank
@@ -56,7 +56,7 @@ def rank_text(rank: tuple[int, int] | None) -> str:
 
 
 def p_text(difference: Difference) -> str:
-    """``p = 0.012``, after the correction; empty for one seed."""
+    """``p = 0.012``, corrected; empty for one seed."""
     p = difference.p_adjusted
     return "" if p is None else "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 

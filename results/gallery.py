@@ -1,6 +1,6 @@
-"""Sample outputs beside their inputs: the same few test examples for every method, drawn blind to the scores.
+"""Sample outputs next to their inputs: the same few test examples for every method, drawn blind to the scores.
 
-Inputs are whatever a task has: pictures, recordings and texts are shown, of other files the name.
+Pictures, recordings and texts are shown; of other files only the name.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from results.format import size_text
 from results.table import Leaderboard, Row
 
 _SHOWN = 8
-_MOST_ROWS = 40  # of the leaderboard, best first: more outputs under a picture nobody reads
-_THUMBNAIL_PIXELS = 240  # longer side; smaller pictures are embedded as they are and enlarged by the page
-_SHOWN_CHARACTERS = 280  # of a text; more are unfolded by a click
-_MOST_SOUND_BYTES = 1 << 20  # of one recording: the page holds it whole
+_MOST_ROWS = 40  # of the leaderboard, best first: more outputs per example are not readable
+_THUMBNAIL_PIXELS = 240  # longer side; smaller pictures are embedded unchanged and enlarged by the page
+_SHOWN_CHARACTERS = 280  # of a text; the rest unfolds on a click
+_MOST_SOUND_BYTES = 1 << 20  # of one recording, which the page embeds whole
 _PREDICTED = frozenset({"split", "example_id", "prediction"})
-# What browsers play, https://developer.mozilla.org/en-US/docs/Web/Media/Guides/Formats/Containers.
+# Formats that browsers play: https://developer.mozilla.org/en-US/docs/Web/Media/Guides/Formats/Containers.
 _SOUNDS = {".wav": "audio/wav", ".flac": "audio/flac", ".mp3": "audio/mpeg", ".ogg": "audio/ogg"}
 
 
 @dataclass(frozen=True)
 class Output:
-    """What one method wrote for one example, and its score on it."""
+    """The output of one method for one example, and its score."""
 
     row: Row
     seed: int
@@ -46,17 +46,17 @@ class Output:
 
 @dataclass(frozen=True)
 class Input:
-    """One input of an example: a picture or a sound with its data URI, a text, or a note why a file is not shown."""
+    """One input of an example: a picture or a sound with its data URI, a text, or a note on why a file is not shown."""
 
     context: str
     kind: Literal["picture", "sound", "text", "note"]
-    text: str  # of a text or a note; the file's name of the others
+    text: str  # the text or note itself; for pictures and sounds the file name
     uri: str = ""
     pixelated: bool = False
 
     @property
     def start(self) -> str:
-        """What of a text is shown at once; all of it if it is short."""
+        """The part of a text that is shown initially; all of it if it is short."""
         return self.text if len(self.text) <= _SHOWN_CHARACTERS else f"{self.text[: _SHOWN_CHARACTERS - 20].rstrip()} …"
 
 
@@ -67,7 +67,7 @@ class Sample:
     example_id: str
     inputs: tuple[Input, ...]  # in the order of the sequence
     references: tuple[str, ...]
-    score: MetricInfo | None  # that of the outputs; None: no metric has a value for this example
+    score: MetricInfo | None  # the metric of the outputs' scores; None: no metric has a value for this example
     outputs: tuple[Output, ...]
 
     @property
@@ -88,17 +88,17 @@ class Gallery:
     setting: str
     samples: tuple[Sample, ...]
     unreadable: tuple[str, ...]
-    rows: int = 0  # finished rows of the setting that may be shown
-    members: tuple[str, ...] = ()  # of a mixture, each with its own draw
+    rows: int = 0  # finished rows of the setting
+    members: tuple[str, ...] = ()  # tasks of a mixture, each with its own draw
 
     @property
     def scores(self) -> list[MetricInfo]:
-        """The metrics shown: one, or in a mixture those of its tasks."""
+        """The metrics shown: one, or one per task of a mixture."""
         return list({sample.score.name: sample.score for sample in self.samples if sample.score}.values())
 
     @property
     def shown_rows(self) -> int:
-        """How many rows' outputs are shown."""
+        """Number of rows whose outputs are shown."""
         return len({output.row.name for sample in self.samples for output in sample.outputs})
 
 
@@ -106,9 +106,9 @@ Predictions = dict[str, dict[str, Any]]  # by example id
 
 
 def build_gallery(board: Leaderboard) -> Gallery:
-    """Sample outputs of each row's first finished seed, in the last setting of the plan that has any.
+    """Sample outputs of each row's first finished seed, in the last setting of the plan that has outputs.
 
-    The examples are drawn from those of the first row; the outputs are in the order of the leaderboard.
+    The examples are drawn from those of the first row; outputs are in the order of the leaderboard.
     """
     unreadable: list[str] = []
     metrics, members = _by_preference(board), members_of(board.run.plan.metrics)
@@ -132,7 +132,7 @@ def build_gallery(board: Leaderboard) -> Gallery:
 
 
 def members_of(metrics: Sequence[MetricInfo]) -> list[str]:
-    """The tasks of a mixture, whose metrics and examples are named behind them: ``scenes/cider``, ``scenes/17``."""
+    """The tasks of a mixture, which prefix its metrics and example ids: ``scenes/cider``, ``scenes/17``."""
     return list(dict.fromkeys(member for info in metrics if (member := info.name.rpartition("/")[0])))
 
 
@@ -141,7 +141,7 @@ def _of(member: str, example_id: str) -> bool:
 
 
 def predicted_ids(path: Path) -> list[str]:
-    """Ids of the test examples with a generated text; none where no text was generated."""
+    """Ids of the test examples with a generated text; empty if no text was generated."""
     if not set(pq.read_schema(path).names) >= _PREDICTED:
         return []
     test = (pc.field("split") == "test") & pc.field("prediction").is_valid()
@@ -161,9 +161,9 @@ def predictions_of(path: Path, drawn: Sequence[str], metrics: Sequence[MetricInf
 
 
 def draw_ids(ids: Sequence[str], members: Sequence[str], most: int = _SHOWN) -> list[str]:
-    """The ids with the smallest hash: as good as random, the same every time, blind to scores.
+    """The ids with the smallest hash: pseudo-random, reproducible and blind to scores.
 
-    Of a mixture as many from each member as there is room for, one at the least.
+    A mixture gets equal shares of its members, at least one example each.
     """
     shuffled = sorted(ids, key=lambda example_id: hashlib.sha256(example_id.encode()).digest())
     strata = [[example_id for example_id in shuffled if _of(member, example_id)] for member in members]
@@ -176,9 +176,9 @@ def draw_ids(ids: Sequence[str], members: Sequence[str], most: int = _SHOWN) -> 
 
 
 def _by_preference(board: Leaderboard) -> list[MetricInfo]:
-    """The metrics in the order in which one is chosen for an example: CIDEr, the primary one, the others.
+    """The metrics in order of preference for an example: CIDEr, the primary one, the others.
 
-    A mixture has ``coco_captions/cider``, with values for that task's examples alone.
+    In a mixture, ``coco_captions/cider`` has values only for the examples of that task.
     """
 
     def key(info: MetricInfo) -> tuple[bool, bool]:
@@ -204,25 +204,22 @@ def _sample(example_id: str, tables: Sequence[tuple[Row, int, Predictions]], met
 
 
 def _inputs(column: str) -> tuple[Input, ...]:
-    parts: Any = json.loads(column)
-    if isinstance(parts, dict):  # of run folders from before inputs could be text
-        parts = [(context, "file", path) for context, path in parts.items()]
     return tuple(
         Input(context, "text", value) if kind == "text" else show_file(context, Path(value))
-        for context, kind, value in parts
+        for context, kind, value in json.loads(column)
     )
 
 
 def show_file(context: str, path: Path) -> Input:
-    """A file as the page shows it; a note where it is neither picture nor sound, or cannot be read."""
+    """A file as the page shows it; a note if it is neither picture nor sound, or could not be read."""
     suffix = path.suffix.lower()
     if suffix in _SOUNDS:
         return _sound(context, path, _SOUNDS[suffix])
     try:
         return _picture(context, path)
-    except Exception:  # each of Pillow's decoders fails with exceptions of its own
+    except Exception:  # every decoder of Pillow raises its own exceptions
         known = suffix in Image.registered_extensions()
-        reason = "no picture that can be read" if known else "neither a picture nor a sound, not shown"
+        reason = "the picture could not be read" if known else "neither a picture nor a sound, not shown"
         return Input(context, "note", f"{path.name}: {reason}")
 
 
@@ -230,24 +227,24 @@ def _sound(context: str, path: Path, media_type: str) -> Input:
     try:
         size = path.stat().st_size
         if size > _MOST_SOUND_BYTES:
-            reason = f"{size_text(size)}, more than {size_text(_MOST_SOUND_BYTES)}: not put into this page"
+            reason = f"{size_text(size)}, more than {size_text(_MOST_SOUND_BYTES)}: not embedded in this page"
             return Input(context, "note", f"{path.name}: {reason}")
         content = path.read_bytes()
     except OSError as error:
-        return Input(context, "note", f"{path.name}: cannot be read: {error.strerror}")
+        return Input(context, "note", f"{path.name}: could not be read: {error.strerror}")
     return Input(context, "sound", path.name, _data_uri(media_type, content))
 
 
 def _picture(context: str, path: Path) -> Input:
     with Image.open(path) as opened:
         upright = ImageOps.exif_transpose(opened)
-    if upright.mode.startswith("I;16"):  # Pillow's own conversion would turn nearly all of it white
+    if upright.mode.startswith("I;16"):  # Pillow's conversion would clip nearly everything to white
         upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
     picture = upright.convert("RGB")
     pixelated = max(picture.size) < _THUMBNAIL_PIXELS / 2
     picture.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
     buffer = io.BytesIO()
-    kind = "png" if pixelated else "jpeg"  # a photograph as PNG is ten times as large
+    kind = "png" if pixelated else "jpeg"  # a photograph as PNG would be ten times as large
     picture.save(buffer, kind, quality=85)
     return Input(context, "picture", path.name, _data_uri(f"image/{kind}", buffer.getvalue()), pixelated)
 

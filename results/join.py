@@ -1,4 +1,4 @@
-"""Several run folders as one run: their trials named alike, each counted once."""
+"""Several run folders as one run: trials get common names, and each is counted once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["read_runs"]
 
 @dataclass(frozen=True)
 class _Part:
-    """One of the runs, and what it is called in the report."""
+    """One of the runs, and its name in the report."""
 
     name: str
     run: Run
@@ -27,16 +27,16 @@ class _Part:
 def read_runs(folders: Sequence[Path]) -> Run:
     """Read one run folder as it is, or several as one run.
 
-    Several are named anew, over the specs of all their records, so that equal trials have equal names and what differs
-    between the folders tells settings apart. A trial that is in two folders is counted once: the finished one, or else
-    the first. ``Run.notes`` says so in words.
+    Trials of several folders are renamed from the specs of all records, so that equal trials have equal names and
+    whatever differs between the folders becomes part of the setting. A trial that is in two folders is counted once:
+    the finished one, otherwise the first. ``Run.notes`` reports it.
 
     Raises:
-        UserError: a folder is none, is given twice or holds no run; a plan is broken; or the runs are ranked by
-            different metrics or compare with different methods.
+        UserError: a folder is missing, is given twice or holds no run; a plan is invalid; or the runs have different
+            primary metrics or reference methods.
     """
     if not folders:
-        raise UserError("no run folder is given; a run folder is what `harness run` wrote")
+        raise UserError("no run folder given; a run folder is what `harness run` writes")
     resolved = [folder.resolve() for folder in folders]
     for index, folder in enumerate(resolved):
         if folder in resolved[:index]:
@@ -47,7 +47,7 @@ def read_runs(folders: Sequence[Path]) -> Run:
 
 def _read(folder: Path) -> Run:
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: not a folder; a run folder is what `harness run` wrote")
+        raise UserError(f"{folder}: not a folder; a run folder is what `harness run` writes")
     try:
         return read_run(folder)
     except FileNotFoundError:
@@ -55,13 +55,13 @@ def _read(folder: Path) -> Run:
         beside = [path.parent.name for path in folder.absolute().parent.glob("*/plan.json")]
         near = difflib.get_close_matches(folder.absolute().name, beside, 1, 0.5)
         hint = f"; did you mean '{folder.absolute().with_name(near[0])}'?" if near else ""
-        raise UserError(f"{folder}: {there}; a run folder is what `harness run` wrote{hint}") from None
+        raise UserError(f"{folder}: {there}; a run folder is what `harness run` writes{hint}") from None
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
 def _parts(runs: Sequence[Run]) -> list[_Part]:
-    """The runs by folder name, with the folder above where two have one name."""
+    """The runs by folder name; by full path where two folders have the same name."""
     names = [run.folder.resolve().name for run in runs]
     return [
         _Part(name if names.count(name) == 1 else str(run.folder.resolve()), run)
@@ -105,26 +105,22 @@ def _same(one: Run, other: Run, key: str) -> None:
 
 
 def _metrics(runs: Sequence[Run]) -> tuple[MetricInfo, ...]:
-    """All metrics in order. A plan may be older than the description of how a score is made of its examples."""
-    known: dict[str, MetricInfo] = {}
-    owner: dict[str, Run] = {}
+    """All metrics, in the order in which the runs name them."""
+    known: dict[str, tuple[MetricInfo, Run]] = {}
     for run in runs:
         for info in run.plan.metrics:
-            before = known.setdefault(info.name, info)
-            if before.higher_is_better != info.higher_is_better:
-                files = f"{owner[info.name].folder / 'plan.json'} and {run.folder / 'plan.json'}"
-                raise UserError(f"{files}: metrics: {info.name}: higher is better in one of them only")
-            owner.setdefault(info.name, run)
-            if before.corpus == "mean":
-                known[info.name] = before.model_copy(update={"corpus": info.corpus})
-    return tuple(known.values())
+            first, owner = known.setdefault(info.name, (info, run))
+            if first.higher_is_better != info.higher_is_better:
+                files = f"{owner.folder / 'plan.json'} and {run.folder / 'plan.json'}"
+                raise UserError(f"{files}: metrics: {info.name}: higher is better in only one of them")
+    return tuple(info for info, _ in known.values())
 
 
 def _one_of_each(parts: Sequence[_Part]) -> tuple[dict[str, TrialRecord], dict[str, Path], list[str]]:
     """By trial id its record and its run folder, and a note on the trials that are in several."""
     records: dict[str, TrialRecord] = {}
     owner: dict[str, _Part] = {}
-    again: dict[tuple[str, str], list[str]] = {}  # (counted, not counted) → what is to be said of each trial
+    again: dict[tuple[str, str], list[str]] = {}  # (counted, not counted) → how the scores of each trial differ
     for part in parts:
         for trial_id, record in part.run.records.items():
             before = records.get(trial_id)
@@ -148,7 +144,7 @@ def _note(counted: str, other: str, said: Sequence[str]) -> str:
 
 
 def _scores_differ(one: TrialRecord, other: TrialRecord) -> str:
-    """The first test score that two records of one trial do not share, in words; empty where they agree."""
+    """The first test score in which two records of one trial differ, as a phrase; empty where they agree."""
     a, b = one.metrics.get("test", {}), other.metrics.get("test", {})
     for name in {**a, **b}:
         x, y = a.get(name), b.get(name)
@@ -163,18 +159,18 @@ def _or_absent(value: float | None) -> str:
 
 @dataclass
 class _Named:
-    """A planned trial of one part, under the names it has among all."""
+    """A planned trial of one part, under its names in the joined run."""
 
     trial: PlannedTrial
     part: str
     old_label: tuple[str, str, str]  # label, grouping and setting in its own plan
-    label_known: bool  # from the spec of a record; otherwise it is the plan's
+    label_known: bool  # taken from the spec of a record; otherwise from the plan
     setting_known: bool
 
 
 def _trials(parts: Sequence[_Part], records: Mapping[str, TrialRecord]) -> tuple[PlannedTrial, ...]:
-    """All planned trials, each once, under names that hold for all of them."""
-    specs = {trial_id: record.spec for trial_id, record in records.items() if _nameable(record)}
+    """All planned trials, each once, under names that are consistent over all runs."""
+    specs = {trial_id: record.spec for trial_id, record in records.items()}
     labels, settings = naming.labels(specs), naming.settings(specs)
     found: dict[str, _Named] = {}
     for part in parts:
@@ -182,19 +178,12 @@ def _trials(parts: Sequence[_Part], records: Mapping[str, TrialRecord]) -> tuple
             known = found.setdefault(named.trial.trial_id, named)
             if known is not named:
                 found[named.trial.trial_id] = _merged(known, named)
-    _keep_apart(list(found.values()))
+    _separate_unknown(list(found.values()))
     return tuple(named.trial for named in found.values())
 
 
-def _nameable(record: TrialRecord) -> bool:
-    adapter = record.spec.get("adapter")
-    if not isinstance(adapter, Mapping) or not {"label", "grouping_name", "config"} <= adapter.keys():
-        return False
-    return isinstance(adapter["config"], Mapping)
-
-
 def _renamed(part: _Part, labels: Mapping[str, str], settings: Mapping[str, str]) -> list[_Named]:
-    """The part's trials by the new names; one without a record has those of the trials it shares the old ones with."""
+    """The part's trials under new names; without a record, those of the trials that had the same old names."""
     trials = part.run.plan.trials
     label_of = {(t.label, t.grouping): labels[t.trial_id] for t in trials if t.trial_id in labels}
     setting_of = {t.setting: settings[t.trial_id] for t in trials if t.trial_id in settings}
@@ -213,22 +202,17 @@ def _renamed(part: _Part, labels: Mapping[str, str], settings: Mapping[str, str]
 
 
 def _merged(one: _Named, other: _Named) -> _Named:
-    """A trial that two plans name; its search effort is that of both."""
+    """A trial that is in two plans; the learning rates tried before are those of both."""
     best = other if (other.label_known, other.setting_known) > (one.label_known, one.setting_known) else one
-    rates = {
-        "learning_rate": one.trial.learning_rate if other.trial.learning_rate is None else other.trial.learning_rate,
-        "tried_learning_rates": tuple(
-            dict.fromkeys((*one.trial.tried_learning_rates, *other.trial.tried_learning_rates))
-        ),
-    }
-    return replace(best, trial=best.trial.model_copy(update=rates))
+    tried = tuple(dict.fromkeys((*one.trial.tried_learning_rates, *other.trial.tried_learning_rates)))
+    return replace(best, trial=best.trial.model_copy(update={"tried_learning_rates": tried}))
 
 
-def _keep_apart(found: Sequence[_Named]) -> None:
-    """Add the run's name to a setting that would otherwise mix trials of which it is not known that they are alike.
+def _separate_unknown(found: Sequence[_Named]) -> None:
+    """Add the run's name to a setting that would otherwise mix trials that may not be comparable.
 
-    That is so without a record that says how they were made, and where a trial is the same as another run's by all its
-    names, but not by its id: its run's part of that setting is then a setting of its own.
+    Trials may differ where no record says how they were made, and where a trial has the same names as one of another
+    run but another id. The run's part of that setting then becomes a separate setting.
     """
     settings: dict[str, set[tuple[str, str]]] = {}
     rows: dict[tuple[str, str, str], set[tuple[str, ...]]] = {}

@@ -1,8 +1,8 @@
-"""Which trials may be compared: those trained on the same examples in the same order for as many steps, scored on the
-same examples in the same way, under the same conditions, with learning rates that were searched for as hard.
+"""Which trials are comparable: those trained on the same examples in the same order for as many steps, scored on the
+same examples in the same way, under the same conditions, with the same learning-rate search effort.
 
-Within a setting every row must match the reference's; a row that does not is set apart with the reason, and enters no
-rank, no difference and no correction of the others.
+Within a setting every row must match the reference. A row that does not is excluded from ranking with the reason, and
+enters no rank, no difference and no multiplicity correction of the others.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import replace
 from typing import Any
 
 from harness.naming import conditions, flatten
-from harness.record import Data, TrialRecord
+from harness.record import TrialRecord
 from results.rows import Row, unended
 
-# What must agree, and how a refusal is worded.
+# What must agree, and the wording of a mismatch.
 _REASONS = {
     "examples_fingerprint": "training examples differ",
     "order_fingerprint": "order of the examples differs",
@@ -25,31 +25,28 @@ _REASONS = {
     "steps": "number of optimizer steps differs",
     "started_from": "adapter groups trained before, on other data",
 }
-_NAMED = 3  # keys of the spec; of more the count is given
+_NAMED = 3  # keys of the spec; of further keys only the number is given
 _MISSING = "not recorded"
 Pairs = list[tuple[TrialRecord, TrialRecord]]
 
 
 def mismatch(one: TrialRecord, other: TrialRecord) -> str | None:
-    """Why two trials of one setting may not be compared, in words; None when they match."""
+    """Why two trials of one setting are not comparable; None if they match."""
     if one.seed != other.seed:
         return f"seed differs ({one.seed}, {other.seed})"
     if one.data is None or other.data is None:
-        return "what was trained on is not recorded"
-    differing = [_word(field, one.data, other.data) for field in _REASONS if _differs(field, one.data, other.data)]
+        return "the training data are not recorded"
+    steps = f" ({one.data.steps}, {other.data.steps})"
+    differing = [
+        reason + (steps if field == "steps" else "")
+        for field, reason in _REASONS.items()
+        if getattr(one.data, field) != getattr(other.data, field)
+    ]
     return "; ".join(differing + _other_conditions(one.spec, other.spec)) or None
 
 
-def _differs(field: str, one: Data, other: Data) -> bool:
-    return bool(getattr(one, field) != getattr(other, field))
-
-
-def _word(field: str, one: Data, other: Data) -> str:
-    return f"{_REASONS[field]} ({one.steps}, {other.steps})" if field == "steps" else _REASONS[field]
-
-
 def _other_conditions(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The keys of task, backbone, budget, optimizer and evaluation that two specs differ in, with both values."""
+    """The keys of task, backbone, budget, optimizer and evaluation in which two specs differ, with both values."""
     differing = [section for section in {**one, **other} if one.get(section) != other.get(section)]
     mine, theirs = (conditions({key: spec[key] for key in differing if key in spec}) for spec in (one, other))
     a, b = dict(flatten(mine)), dict(flatten(theirs))
@@ -59,7 +56,7 @@ def _other_conditions(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[
 
 
 def effort_mismatch(one: Row, other: Row) -> str | None:
-    """Why the searches of two rows may not be compared, in words; None when they were as hard."""
+    """Why the searches of two rows are not comparable; None if they tried equally many learning rates."""
     if one.effort == other.effort:
         return None
     words = [f"learning-rate search effort differs ({one.effort} tried, {other.name} {other.effort})"]
@@ -68,11 +65,11 @@ def effort_mismatch(one: Row, other: Row) -> str | None:
     return "; ".join(words)
 
 
-def set_apart(rows: Sequence[Row]) -> list[Row]:
-    """The rows of one setting; those that were not trained, scored or searched for as the others were are marked.
+def exclude_unmatched(rows: Sequence[Row]) -> list[Row]:
+    """The rows of one setting; those not trained, scored or searched for like the others carry the reason (``apart``).
 
-    Each trial must match its seed's anchor: the reference's trial, or without one the first of the kind that most
-    trials of that seed are of. A trial without a record of its data is nobody's anchor, and matches none.
+    Each trial must match the anchor of its seed: the reference's trial, or without one the first trial of the most
+    common kind. A trial whose data are not recorded is never an anchor, and matches none.
     """
     ended = sorted((row for row in rows if row.finished), key=lambda row: not row.is_reference)
     if not ended:
@@ -95,13 +92,13 @@ def set_apart(rows: Sequence[Row]) -> list[Row]:
 
 
 def _by_planned_seed(row: Row) -> list[tuple[int, TrialRecord]]:
-    """Seed in the plan and record: a record that names another seed is found by this."""
+    """Pairs of planned seed and record: this exposes a record that has another seed than planned."""
     seeds = {trial.trial_id: trial.seed for trial in row.trials}
     return [(seeds[record.trial_id], record) for record in row.finished]
 
 
 def _anchors(ended: Sequence[Row]) -> dict[int, tuple[str, TrialRecord]]:
-    """By seed the trial that all others must match, and its row's name."""
+    """By seed: the name of a row, and its trial that all others must match."""
     able: dict[int, list[tuple[Row, TrialRecord]]] = {}
     for row in ended:
         for seed, record in _by_planned_seed(row):
@@ -118,15 +115,15 @@ def _anchors(ended: Sequence[Row]) -> dict[int, tuple[str, TrialRecord]]:
 
 
 def _kind(record: TrialRecord) -> str:
-    """The same for two trials of one seed that match."""
+    """A key that is equal for two trials of one seed if they match."""
     data = [getattr(record.data, field) for field in _REASONS]
     return json.dumps([data, conditions(record.spec)], sort_keys=True)
 
 
 def pairs(row: Row, other: Row) -> tuple[Pairs, tuple[str, ...]]:
-    """Trials of two rows with the same seed, and notes in words on seeds that only one of them finished.
+    """Trials of two rows paired by seed, and notes on seeds that only one of the rows finished.
 
-    There is no pair at all where one of the seeds does not match: what is wrong with it may be wrong with the others.
+    If the trials of any seed do not match, no pair is returned: the other seeds may have the same problem.
     """
     if not row.finished:
         return [], ()

@@ -1,4 +1,4 @@
-"""The report's page: one file with all its styles, drawings, pictures and scripts, that fetches nothing."""
+"""The page of the report: one self-contained file with its styles, plots, pictures and scripts."""
 
 from __future__ import annotations
 
@@ -14,25 +14,24 @@ from harness.record import MetricInfo
 from results import format as text
 from results import words
 from results.attention import build_attention
-from results.covers import Coverage, coverage
-from results.crossover import build_sweeps
+from results.covers import Coverage, coverage, table_coverage
 from results.efficiency import build_efficiency
-from results.export import ranking_metrics
 from results.gallery import build_gallery
 from results.plots import all_plots
 from results.provenance import build_provenance
 from results.rows import Row
 from results.stats import Difference, Estimate
+from results.sweeps import build_sweeps
 from results.table import Leaderboard
 
 _TEMPLATES = Path(__file__).parent / "templates"
-# Run when the page has been read; theme.js runs before it is drawn.
+# Run after the page has loaded; theme.js runs before it is drawn.
 _PAGE_SCRIPTS = ("table.js", "links.js")
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: ``templates/sections/{id}.html.j2``, and its name in the navigation."""
+    """A section of the page, ``templates/sections/{id}.html.j2``, and its title in the navigation."""
 
     id: str
     title: str
@@ -40,7 +39,7 @@ class Section:
 
 @dataclass(frozen=True)
 class SettingTables:
-    """The leaderboard of one setting, the rows apart from it, and the differences from the reference."""
+    """The leaderboard of one setting, the rows excluded from ranking, and the differences from the reference."""
 
     name: str
     rows: list[Row]
@@ -66,14 +65,14 @@ class SearchLine:
 
     row: Row
     rate: float | None
-    validation: Estimate | None  # perplexity; None for a rate declared as tried before, too
+    validation: Estimate | None  # perplexity; also None for a rate declared as tried before
     seeds: str
     chosen: bool
     outcome: str
 
 
 def html(board: Leaderboard) -> str:
-    """The whole page. Everything from a record or a caption is escaped."""
+    """Render the whole page. All text from records and captions is escaped."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -82,7 +81,7 @@ def html(board: Leaderboard) -> str:
         lstrip_blocks=True,
     )
     environment.globals["text"] = text
-    metrics, settings = ranking_metrics(board), board.settings
+    metrics, settings = board.ranking_metrics, board.settings
     gallery, attention = build_gallery(board), build_attention(board)
     sweeps, efficiency = build_sweeps(board), build_efficiency(board)
     plots = all_plots(board, sweeps, efficiency)
@@ -95,7 +94,7 @@ def html(board: Leaderboard) -> str:
         caveats=words.caveats(board),
         rank_rule=words.RANK_RULE,
         labels=list(dict.fromkeys(trial.label for trial in board.run.plan.trials)),
-        tables=[_tables(board, setting, metrics) for setting in settings],
+        tables=[_tables(board, setting) for setting in settings],
         several_settings=len(settings) > 1,
         deltas_covered=_differences_covered((delta.differences for delta in board.deltas), metrics),
         search=search_lines(board),
@@ -143,29 +142,19 @@ _SECTIONS = {
 
 
 def _own(name: str) -> Markup:
-    return Markup((_TEMPLATES / name).read_text(encoding="utf-8"))  # noqa: S704 -- our own file
+    return Markup((_TEMPLATES / name).read_text(encoding="utf-8"))  # noqa: S704 -- a file of this package
 
 
-def _tables(board: Leaderboard, setting: str, metrics: list[MetricInfo]) -> SettingTables:
+def _tables(board: Leaderboard, setting: str) -> SettingTables:
     rows, apart = board.of(setting), board.apart(setting)
     return SettingTables(
         setting,
         rows,
         apart,
-        _covered(board, rows, metrics, with_difference=True),
-        _covered(board, apart, metrics, with_difference=False),
-        _differences_covered((row.differences for row in rows), metrics),
+        table_coverage(board, rows),
+        table_coverage(board, apart),
+        _differences_covered((row.differences for row in rows), board.ranking_metrics),
     )
-
-
-def _covered(board: Leaderboard, rows: list[Row], metrics: list[MetricInfo], with_difference: bool) -> Coverage:
-    columns: dict[str, list[Estimate | None]] = {
-        info.name: [row.metrics.get(info.name) for row in rows] for info in metrics
-    }
-    columns["input"] = [row.input_use for row in rows]
-    if with_difference:
-        columns["difference"] = [row.differences.get(board.primary.name) for row in rows]
-    return coverage(columns)
 
 
 def _differences_covered(families: Iterable[Mapping[str, Difference]], metrics: list[MetricInfo]) -> Coverage:
@@ -174,7 +163,7 @@ def _differences_covered(families: Iterable[Mapping[str, Difference]], metrics: 
 
 
 def search_lines(board: Leaderboard) -> list[SearchLine]:
-    """Every learning rate of every row, those declared as tried before last; empty where no row had a choice."""
+    """Every learning rate of every row, those declared as tried before last; empty if no row had a choice."""
     if not any(len(row.candidates) > 1 or _declared(row) for row in board.rows):
         return []
     statuses = {one.trial.trial_id: one.status.replace("_", " ") for one in (*board.failed, *board.missing)}
@@ -194,11 +183,11 @@ def _row_lines(row: Row, statuses: Mapping[str, str]) -> list[SearchLine]:
                 candidate.validation,
                 f"{len(candidate.finished)}/{len(candidate.trials)}",
                 several and candidate is row.chosen and candidate.validation is not None,
-                outcome or ("" if several else "the only one run"),
+                outcome or ("" if several else "only candidate"),
             )
         )
     return lines + [
-        SearchLine(row, rate, None, text.ABSENT, False, "declared: tried before") for rate in _declared(row)
+        SearchLine(row, rate, None, text.ABSENT, False, "declared as tried before") for rate in _declared(row)
     ]
 
 
@@ -210,6 +199,6 @@ def _declared(row: Row) -> list[float]:
 def _no_search(board: Leaderboard) -> str:
     rates = sorted({trial.learning_rate for trial in board.run.plan.trials if trial.learning_rate is not None})
     if not rates:
-        return "The plan names no learning rates."
+        return "The plan has no learning rates."
     values = f"{rates[0]:g}" if len(rates) == 1 else f"from {rates[0]:g} to {rates[-1]:g}"
-    return f"None was searched for: every row has one learning rate, {values}, and none declared as tried before."
+    return f"No search: every row has one learning rate, {values}, and none is declared as tried before."

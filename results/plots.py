@@ -1,4 +1,4 @@
-"""The plots, drawn by matplotlib as inline SVG. Text, grid and background follow the page's light or dark theme."""
+"""All plots as inline SVG, drawn by matplotlib. Text, grid and background follow the theme of the page."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from functools import partial
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from results.crossover import Sweep
 from results.efficiency import EXAMPLES, MEMORY, PARAMETERS, TIME, Efficiency, Front
 from results.plots_pareto import pareto_figure
 from results.plots_rows import contexts_figure, curves_figure, input_figure
 from results.plots_style import MOST_PANELS, STYLE, Drawings, Look, Plot, looks_of, svg
 from results.plots_sweeps import option_figure, option_sweeps, sweep_figure
+from results.sweeps import Sweep
 from results.table import RIGHT, WRONG, Leaderboard
 
 __all__ = ["MOST_DRAWN", "Drawings", "Plot", "all_plots"]
 
-MOST_DRAWN = 4  # of each kind, the first ones of the plan
-Drawing = tuple[str, Callable[[], Figure]]  # title, and how to draw it
+MOST_DRAWN = 4  # plots of each kind, the first in the order of the plan
+Drawing = tuple[str, Callable[[], Figure]]  # title and drawing function
 
 
 def all_plots(board: Leaderboard, sweeps: Sequence[Sweep], efficiency: Efficiency) -> dict[str, Drawings]:
@@ -40,7 +40,7 @@ def all_plots(board: Leaderboard, sweeps: Sequence[Sweep], efficiency: Efficienc
 
 
 def _drawn(name: str, drawings: Iterable[Drawing]) -> Drawings:
-    """Draw the first ones, and count the others."""
+    """Draw the first ``MOST_DRAWN``, and count the rest."""
     plots, left_out = [], 0
     for number, (title, draw) in enumerate(drawings):
         if number < MOST_DRAWN:

@@ -1,4 +1,4 @@
-"""Pareto plots: quality against a cost, the front as a line of steps, and names where there is room for them."""
+"""Pareto plots: quality against a cost, the front as a step line, and labels where there is room."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from results.plots_style import (
     within,
 )
 
-_SIZE = 9  # of a name, in points
+_SIZE = 9  # of a label, in points
 _CLEAR = 4.5  # half of a marker, in points
 _COLUMNS = 4  # of the legend
 _TICKS = 7
-_NEAR_ZERO = 0.5  # of the smallest cost above 0: from there to 0 a logarithmic axis is linear
+_NEAR_ZERO = 0.5  # fraction of the smallest positive cost below which a logarithmic axis is linear
 
 
 def pareto_figure(front: Front, primary: MetricInfo, looks: dict[str, Look]) -> Figure:
-    """All points of a front's setting, cheapest to the left."""
+    """All points of the setting of a front, cheapest on the left."""
     labels = [label for label in looks if any(one.row.label == label for one in front.points)]
     lines = -(-len(labels) // _COLUMNS) if len(labels) <= MOST_PANELS else 0
     figure, axes = frame(6.4, 4.2 + 0.2 * lines, left=0.85, bottom=0.65 + 0.2 * lines)
@@ -45,7 +45,7 @@ def pareto_figure(front: Front, primary: MetricInfo, looks: dict[str, Look]) -> 
         figure.legend(shown, labels, loc="lower center", ncols=_COLUMNS, fontsize=_SIZE, handletextpad=0.1)
     estimates = [one.quality for one in front.points]
     axes.set_ylim(*within(estimates))
-    if not primary.higher_is_better:  # a perplexity may be many times another, a share of what is right may not
+    if not primary.higher_is_better:  # perplexities may differ by large factors, accuracies do not
         log_if_far_apart(axes, "y", [estimate.mean for estimate in estimates])
     _cost_axis(axes, front)
     best = [one for one in front.points if one.on_front]
@@ -76,7 +76,7 @@ def pareto_figure(front: Front, primary: MetricInfo, looks: dict[str, Look]) -> 
 
 
 def _cost_axis(axes: Axes, front: Front) -> None:
-    """Logarithmic where the dearest is many times the cheapest; what trains nothing costs 0 and has a place too."""
+    """Logarithmic if costs differ by a large factor; includes 0, the cost of rows that train nothing."""
     costs = [one.cost for one in front.points]
     above = [cost for cost in costs if cost > 0]
     low, high = min(above, default=1.0), max(above, default=1.0)
@@ -99,7 +99,7 @@ def _cost_axis(axes: Axes, front: Front) -> None:
 
 
 def cost_ticks(low: float, high: float, cost: Cost, zero: bool = False) -> list[float]:
-    """Values between two costs, and 0 where it is on the axis too; round in the unit that the largest is written in."""
+    """Ticks between two costs, round in the unit of the largest, and 0 if the axis includes it."""
     units = {"memory": [1024.0**power for power in range(5)], "time": [1.0, 60.0, 3600.0]}.get(cost.name, [1.0])
     if high / low < FAR_APART:
         unit = max((unit for unit in units if unit <= high), default=1.0)
@@ -149,7 +149,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Name:
-    """What is to be written beside a and on which side it is looked for first: -1 is left and below."""
+    """A label to place beside a point, and the preferred side: -1 is left and below."""
 
     text: str
     across: int
@@ -157,15 +157,15 @@ class Name:
 
 
 def place(inside: Box, centres: Sequence[tuple[float, float]], names: Sequence[Name]) -> list[Box | None]:
-    """A place for each name beside its in the order given: on no point and no other name, nearest to its own.
+    """Place the labels in order, each closest to its own point and covering no point or other label.
 
     Args:
-        inside: where they may lie.
-        centres: of all points, in points.
-        names: of the first of them. Text is measured by its letters, as only the page knows its font.
+        inside: the area for labels.
+        centres: all data points, in typographic points.
+        names: labels of the first data points. Their width is estimated, because only the page knows its font.
 
     Returns:
-        a box for each name; None where there is no room.
+        A box for each label; None if there is no room.
     """
     taken = [Box(x - _CLEAR, y - _CLEAR, x + _CLEAR, y + _CLEAR) for x, y in centres]
     found: list[Box | None] = []
@@ -185,15 +185,15 @@ def place(inside: Box, centres: Sequence[tuple[float, float]], names: Sequence[N
 
 
 def _clear(box: Box, own: tuple[float, float], others: Sequence[tuple[float, float]], taken: Sequence[Box]) -> bool:
-    """Whether a name there covers nothing, and none could take it for another point's."""
+    """Whether a label there covers nothing and is clearly closer to its own point than to others."""
     near = box.distance(*own)
     return not any(box.meets(one) for one in taken) and all(box.distance(*other) > 1.6 * near for other in others)
 
 
 def _name_points(axes: Axes, points: Sequence[Point], higher_is_better: bool) -> None:
-    """Name the front, on its empty side, and the reference, on the other side where it is behind."""
+    """Label the points of the front on its empty side, and a reference behind the front on the other side."""
     better = 1 if higher_is_better else -1
-    # The dearest first: the cheap ones crowd.
+    # The most expensive first, because cheap ones are crowded.
     named = [one for one in points[::-1] if one.on_front or one.row.is_reference]
     ordered = [*named, *(one for one in points if one not in named)]
     centres = axes.transData.transform([(one.cost, one.quality.mean) for one in ordered])

@@ -1,4 +1,4 @@
-"""Drawings of single settings: agnostic against specific, validation curves, and the wrong-input test."""
+"""Plots of single settings: agnostic against specific, validation curves, and the wrong-input test."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def contexts_figure(deltas: Sequence[Delta], primary: MetricInfo, looks: dict[st
 
 
 def curves_figure(rows: Sequence[Row], looks: dict[str, Look]) -> Figure:
-    """A panel for each label, seeds faint and their mean strong, with the reference's mean behind in every panel."""
+    """A panel for each label: seeds faint, their mean bold, and the mean of the reference in the background."""
     labels = list(dict.fromkeys(row.label for row in rows))[:MOST_PANELS]
     figure, found = panels(len(labels), bottom=0.75, left=0.65)
     reference = next((row for row in rows if row.is_reference), None)
@@ -78,7 +78,7 @@ def curves_figure(rows: Sequence[Row], looks: dict[str, Look]) -> Figure:
 
 
 def _seeds_in_one(row: Row) -> tuple[list[float], list[float]]:
-    """All seeds as one line with gaps, which is drawn faster than as many."""
+    """All seeds as one line with gaps, which draws faster than separate lines."""
     xs: list[float] = []
     ys: list[float] = []
     for record in row.finished:

@@ -1,6 +1,6 @@
-"""What all plots have in common: style, colours, frames, axes, and the way into the page as inline SVG.
+"""Shared by all plots: style, colours, frames, axes, and the conversion to inline SVG.
 
-Frames are laid out by hand, in inches: matplotlib's constrained layout draws everything twice.
+Frames are laid out explicitly, in inches, because matplotlib's constrained layout draws everything twice.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from results.rows import Row
 from results.stats import Estimate
 from results.table import Leaderboard
 
-# Stand-ins in the drawing for what only the page's style sheet knows.
+# Placeholders for colours that the style sheet of the page defines.
 INK, RULE, CARD = "#010203", "#040506", "#070809"
 _THEMED = {INK: "currentColor", RULE: "var(--rule)", CARD: "var(--card)"}
-# Okabe and Ito's palette, told apart with any colour vision, without its yellow and black.
+# Okabe and Ito's palette, distinguishable with any colour vision, without its yellow and black.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X")
-FAR_APART = 5.0  # largest mean over smallest, from which on a scale is logarithmic
+FAR_APART = 5.0  # ratio of largest to smallest mean from which a scale is logarithmic
 _INCH = 72  # points; also the dots per inch, so that pixels are points
-LETTER = 0.56  # of a text's size: how wide its letters are on average in the page's fonts
-MOST_PANELS = 9  # of one drawing: each takes time to draw, and more are not read side by side
+LETTER = 0.56  # average letter width in the fonts of the page, relative to the text size
+MOST_PANELS = 9  # of one plot: each takes time to draw, and more cannot be compared
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: smaller, selectable, in the page's font
-    "svg.hashsalt": "report",  # the same ids for the same drawing
+    "svg.fonttype": "none",  # keep text as text: smaller, selectable, in the font of the page
+    "svg.hashsalt": "report",  # reproducible ids
     "text.parse_math": False,  # labels are data
     "figure.dpi": _INCH,
     "font.size": 10,
@@ -55,7 +55,7 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """One drawing: ``title`` is also its text for screen readers."""
+    """One plot; ``title`` is also its text for screen readers."""
 
     title: str
     svg: Markup
@@ -63,7 +63,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Drawings:
-    """The drawings of one kind, and how many more there would be: a page of hundreds is neither drawn nor read."""
+    """The plots of one kind that are drawn, and the number of those left out."""
 
     plots: tuple[Plot, ...] = ()
     left_out: int = 0
@@ -76,28 +76,28 @@ class Drawings:
 
 
 def svg(figure: Figure, name: str) -> Markup:
-    """The figure as inline SVG; ``name`` makes its ids its own in the page."""
+    """The figure as inline SVG; ``name`` makes its ids unique in the page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     drawn = buffer.getvalue()
     drawn = drawn[drawn.index("<svg") :]
     for stand_in, themed in _THEMED.items():
         drawn = drawn.replace(stand_in, themed)
-    for reference in ('id="', "url(#", 'href="#'):  # ids are unique in a drawing, not in a page of drawings
+    for reference in ('id="', "url(#", 'href="#'):  # matplotlib's ids are unique only within a figure
         drawn = drawn.replace(reference, f"{reference}{name}-")
     return Markup(drawn)  # noqa: S704 -- matplotlib escapes the text it draws
 
 
 @dataclass(frozen=True)
 class Look:
-    """How a label is drawn, everywhere alike."""
+    """Colour and marker of a label in all plots."""
 
     colour: str
     marker: str
 
 
 def looks_of(board: Leaderboard) -> dict[str, Look]:
-    """A colour and a marker for each label, in the order of the plan; the reference is in ink."""
+    """A colour and a marker for each label, in the order of the plan; the reference has the text colour."""
     labels = dict.fromkeys(trial.label for trial in board.run.plan.trials)
     references = {row.label for row in board.rows if row.is_reference}
     looks = {label: Look(INK, "*") for label in references}
@@ -117,7 +117,7 @@ def frame(
 
 
 def panels(count: int, bottom: float = 0.55, left: float = 0.5) -> tuple[Figure, list[Axes]]:
-    """A figure with up to three axes in each line that share their scales; margins in inches."""
+    """A figure with up to three axes per line and shared scales; margins in inches."""
     columns = min(3, count)
     lines = -(-count // columns)
     width, height = 6.4, 0.3 + bottom + (2.6, 2.0, 1.6)[columns - 1] * lines
@@ -132,12 +132,12 @@ def panels(count: int, bottom: float = 0.55, left: float = 0.5) -> tuple[Figure,
 
 
 def panel_title(axes: Axes, text: str) -> None:
-    """Above a panel; at a fixed height, as matplotlib else measures every tick to find one."""
+    """Title of a panel, at a fixed height, because otherwise matplotlib measures every tick to find one."""
     axes.set_title(text, y=1.0)
 
 
 def beneath(figure: Figure, text: str) -> None:
-    """A line or two under all panels: what is on their horizontal axis, and what their lines mean."""
+    """Text below all panels: the horizontal axis, and a legend of the lines."""
     figure.text(0.5, 0.06 / figure.get_figheight(), text, ha="center", va="bottom", linespacing=1.35)
 
 
@@ -188,9 +188,9 @@ def curve(axes: Axes, xs: Sequence[float], rows: Sequence[Row], metric: str, loo
 
 
 def within(estimates: Sequence[Estimate]) -> tuple[float, float]:
-    """Limits that show every mean, and of the intervals as much as leaves the means apart.
+    """Limits that show all means, and as much of the intervals as keeps the means distinguishable.
 
-    A t interval of two seeds may be ten times as wide as all means together.
+    A t interval of two seeds may be ten times as wide as the range of the means.
     """
     means = [estimate.mean for estimate in estimates]
     low, high = min(means), max(means)
@@ -204,7 +204,7 @@ def within(estimates: Sequence[Estimate]) -> tuple[float, float]:
 
 
 def log_if_far_apart(axes: Axes, which: Literal["x", "y"], means: Sequence[float]) -> None:
-    """A logarithmic scale where one mean is many times another: on a linear one the rest would lie on a heap."""
+    """A logarithmic scale if the means differ by a large factor."""
     low, high = min(means), max(means)
     if low <= 0 or high / low < FAR_APART:
         return
@@ -221,7 +221,7 @@ def log_if_far_apart(axes: Axes, which: Literal["x", "y"], means: Sequence[float
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round values between two of a logarithmic axis, at least three where that needs no odd ones."""
+    """Round tick values for a logarithmic axis, at least three if possible."""
     powers = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
     found: list[float] = []
     for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
@@ -232,7 +232,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def ticks_at(axis: Axis, values: Sequence[float], most: int) -> None:
-    """A tick at each value, their labels thinned out to ``most``, the last one always among them."""
+    """A tick at each value, with at most ``most`` labels, always including the last one."""
     step = -(-len(values) // most)
     shown = list(values)[::-1][::step][::-1]
     axis.set_major_locator(FixedLocator(shown))
@@ -242,7 +242,7 @@ def ticks_at(axis: Axis, values: Sequence[float], most: int) -> None:
 
 
 def log_room(values: Sequence[float]) -> tuple[float, float]:
-    """Limits of a logarithmic axis with 4 % to either side."""
+    """Limits of a logarithmic axis with 4 % of room on either side."""
     low, high = np.log(min(values)), np.log(max(values))
     room = 0.04 * ((high - low) or 1.0)
     return float(np.exp(low - room)), float(np.exp(high + room))
@@ -257,5 +257,5 @@ def names_on_y(axes: Axes, names: Sequence[str]) -> None:
 
 
 def room_for(names: Sequence[str], size: float = 10) -> float:
-    """Inches that the longest of the names needs beside an axis."""
+    """Inches that the longest name needs next to an axis."""
     return 0.15 + max(map(len, names)) * size * LETTER / _INCH

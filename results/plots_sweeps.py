@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from harness.record import MetricInfo
-from results.crossover import Curve, Sweep
 from results.plots_style import (
     INK,
     MOST_PANELS,
@@ -28,13 +27,14 @@ from results.plots_style import (
     within,
 )
 from results.rows import Row
+from results.sweeps import Curve, Sweep
 from results.table import Leaderboard
 
-_TICKS = 4  # labels that find room under a panel
+_TICKS = 4  # labels that fit below a panel
 
 
 def sweep_figure(sweep: Sweep, primary: MetricInfo, looks: dict[str, Look]) -> Figure:
-    """A panel for each label, the reference's curve behind in every one; triangles mark the crossovers."""
+    """A panel for each label, with the reference in the background; triangles mark the crossovers."""
     metric = primary.name
     others = [one for one in sweep.curves if one.name != sweep.reference] or list(sweep.curves)
     labels = list(dict.fromkeys(one.rows[0].label for one in others))[:MOST_PANELS]
@@ -62,7 +62,7 @@ def sweep_figure(sweep: Sweep, primary: MetricInfo, looks: dict[str, Look]) -> F
 
 
 def _mark(axes: Axes, one: Curve, sweep: Sweep, look: Look) -> None:
-    """A triangle on the frame at the crossover, hollow for agnostic, and a bar for what of its interval is in it."""
+    """A triangle at the crossover, hollow for agnostic, and a bar for the visible part of its interval."""
     found = one.crossover
     if found is None or not math.isfinite(found.at):
         return
@@ -78,7 +78,7 @@ def _mark(axes: Axes, one: Curve, sweep: Sweep, look: Look) -> None:
 
 @dataclass(frozen=True)
 class OptionSweep:
-    """Rows of one setting and method that differ in one integer option, by grouping and by what else they differ in."""
+    """Rows of one setting and method that differ in one integer option, by grouping and other differing options."""
 
     setting: str
     method: str
@@ -92,7 +92,7 @@ class OptionSweep:
 
 
 def option_sweeps(board: Leaderboard) -> Iterator[OptionSweep]:
-    """Every integer option that varies within a method, all its other options being equal."""
+    """Every integer option that varies within a method while all other options are equal."""
     metric = board.primary.name
     for setting in board.settings:
         families: dict[tuple[str, str], dict[tuple[str, str], list[tuple[int, Row]]]] = {}
@@ -116,7 +116,7 @@ def option_sweeps(board: Leaderboard) -> Iterator[OptionSweep]:
 
 
 def option_figure(sweep: OptionSweep, board: Leaderboard, looks: dict[str, Look]) -> Figure:
-    """Quality by the option's value, with the reference as a band from side to side."""
+    """Quality by the value of the option, with the reference as a horizontal band."""
     metric = board.primary.name
     reference = next((row for row in board.of(sweep.setting) if row.is_reference and metric in row.metrics), None)
     rests = list(dict.fromkeys(rest for _, rest in sweep.lines))[:MOST_PANELS]
@@ -143,7 +143,7 @@ def option_figure(sweep: OptionSweep, board: Leaderboard, looks: dict[str, Look]
 
 
 def _two_lines(primary: MetricInfo) -> str:
-    """Beside one line of panels there is no room for more."""
+    """Axis label on two lines, which is all that fits next to one row of panels."""
     return f"test {primary.label}\n({better(primary)})"
 
 
@@ -155,10 +155,10 @@ def _level(axes: Axes, row: Row, metric: str) -> None:
 
 
 def _differing(rest: str, rests: Sequence[str]) -> str:
-    """What tells this panel's rows from the others' in words; empty where there is one panel."""
+    """The options in which the rows of this panel differ from the others; empty with one panel."""
     if len(rests) == 1:
         return ""
     options, origins = json.loads(rest)
     known = [json.loads(other)[0] for other in rests]
     words = [f"{key}={value}" for key, value in options.items() if any(other.get(key) != value for other in known)]
-    return ", ".join(words) or ("other first weights" if origins else "")
+    return ", ".join(words) or ("other initial weights" if origins else "")

@@ -1,4 +1,4 @@
-"""How far a grid is: what ended, what runs, what waits, and about how long the rest will take."""
+"""Progress of a grid: finished, failed, running and waiting trials, and the estimated time left."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from harness.record import PlannedTrial, Run, TrialRecord
 
 @dataclass(frozen=True)
 class Progress:
-    """The state of every trial in the plan. ``left_s`` is None where there is nothing to tell it from."""
+    """The state of every trial in the plan. ``left_s`` is None if it cannot be estimated."""
 
     finished: int
     failed: Mapping[str, int]  # status → how many
     failures: tuple[tuple[PlannedTrial, TrialRecord], ...]
-    running: tuple[PlannedTrial, ...]  # begun, without a record
+    running: tuple[PlannedTrial, ...]  # started, without a record
     waiting: int
     mean_wall_time_s: float | None  # of the finished trials
     left_s: float | None  # their mean time × trials left / trials at once
@@ -32,8 +32,8 @@ def progress_of(run: Run, active: bool) -> Progress:
 
     Args:
         run: as read.
-        active: whether a harness is at work in the folder. A trial that has begun (its log is younger than the
-            plan, which every call of ``harness run`` writes anew) and has no record runs only then; else it waits.
+        active: whether a harness is running in the folder. Only then does a trial without a record count as running
+            if it has started (its log is newer than the plan, which every ``harness run`` rewrites); else it waits.
     """
     records = [(trial, run.records.get(trial.trial_id)) for trial in run.plan.trials]
     finished = [record for _, record in records if record and record.status == "finished"]

@@ -1,4 +1,4 @@
-"""Where every number comes from: each trial's own facts, and once what many trials have in common."""
+"""Provenance of every number: the facts of each trial, and once what many trials share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from results.table import Leaderboard
 
 @dataclass(frozen=True)
 class Environment:
-    """What a trial ran with; ``trials`` ran with it."""
+    """Software and device; ``trials`` is the number of trials that ran with it."""
 
     number: int
     revision: str
@@ -24,7 +24,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class Note:
-    """A warning that ``trials`` records carry."""
+    """A warning, and the number of records with it."""
 
     number: int
     words: str
@@ -64,7 +64,7 @@ class Provenance:
 
 
 def build_provenance(board: Leaderboard) -> Provenance:
-    """Number what the records share, and refer to it from every trial."""
+    """Number the environments and warnings that records share, and refer to them from every trial."""
     run = board.run
     planned = [(trial, run.records[trial.trial_id]) for trial in run.plan.trials if trial.trial_id in run.records]
     environments = Counter(_environment(record) for _, record in planned)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat
 from harness.record import Data, Parameters, Run, read_strictly
 from results.rows import Candidate
 from results.stats import Difference, Estimate
-from results.table import Delta, Leaderboard, Row, Unfinished
+from results.table import Leaderboard, Row
 
 
 class _Schema(BaseModel):
@@ -19,7 +19,7 @@ class _Schema(BaseModel):
 
 
 class PublishedMetric(_Schema):
-    """How a metric is named, shown and ordered."""
+    """Name, label and direction of a metric."""
 
     name: str
     label: str
@@ -138,14 +138,14 @@ def read_published(path: Path) -> PublishedLeaderboard:
     """Read a ``leaderboard.json``.
 
     Raises:
-        OSError: there is no such file.
-        ValueError: it is not a leaderboard of this schema version; the message names the file and the place.
+        OSError: the file could not be read.
+        ValueError: it is not a leaderboard of this schema version; the message names the file and the key.
     """
     return read_strictly(PublishedLeaderboard, path, "a leaderboard.json of schema version 1")
 
 
 def publish(board: Leaderboard) -> PublishedLeaderboard:
-    """The leaderboard in the form of the file; nothing in it depends on when or where it is written."""
+    """The content of the file; nothing in it depends on when or where it is written."""
     plan = board.run.plan
     return PublishedLeaderboard(
         created_from=_origin(board.run),
@@ -156,8 +156,19 @@ def publish(board: Leaderboard) -> PublishedLeaderboard:
         ),
         reference_method=plan.reference_method,
         rows=tuple(map(_row, board.rows)),
-        deltas=tuple(map(_delta, board.deltas)),
-        unfinished=tuple(map(_unfinished, (*board.failed, *board.missing))),
+        deltas=tuple(
+            PublishedDelta(
+                setting=delta.setting,
+                label=delta.label,
+                differences=_differences(delta.differences),
+                notes=delta.notes,
+            )
+            for delta in board.deltas
+        ),
+        unfinished=tuple(
+            PublishedUnfinished(trial_id=one.trial.trial_id, status=one.status, reason=one.reason)
+            for one in (*board.failed, *board.missing)
+        ),
     )
 
 
@@ -241,12 +252,3 @@ def _candidate(candidate: Candidate) -> PublishedCandidate:
         finished=len(candidate.finished),
         planned=len(candidate.trials),
     )
-
-
-def _delta(delta: Delta) -> PublishedDelta:
-    found = _differences(delta.differences)
-    return PublishedDelta(setting=delta.setting, label=delta.label, differences=found, notes=delta.notes)
-
-
-def _unfinished(one: Unfinished) -> PublishedUnfinished:
-    return PublishedUnfinished(trial_id=one.trial.trial_id, status=one.status, reason=one.reason)

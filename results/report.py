@@ -1,4 +1,4 @@
-"""The report of one run or of several: index.html and the leaderboard as files for people and programs."""
+"""The report of one or several runs: index.html, and the leaderboard as Markdown, CSV, LaTeX, JSON and Parquet."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from pathlib import Path
 
 from harness.errors import UserError
 from harness.files import write_atomically
-from results.export import write_exports
+from results.export_latex import latex
+from results.export_text import markdown, table_csv
+from results.export_trials import write_trials
 from results.join import read_runs
 from results.page import html
-from results.table import build_leaderboard
+from results.published import publish
+from results.table import Leaderboard, build_leaderboard
 
 
 @dataclass(frozen=True)
@@ -32,16 +35,33 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> ReportP
 
     Args:
         folders: run folders.
-        output: where the files go; by default ``report/`` in the run folder, where there is one.
+        output: folder for the files; by default ``report/`` in the run folder.
 
     Raises:
-        UserError: a folder holds no run, its plan is broken, or several are given without an output folder; the
-            message names the file.
+        UserError: a folder holds no run, its plan is invalid, or several folders are given without an output
+            folder; the message names the file.
     """
     if output is None and len(folders) > 1:
-        raise UserError(f"a report of {len(folders)} run folders lies in none of them: name a folder for it (--output)")
+        raise UserError(f"a report of {len(folders)} run folders needs an output folder: name one (--output)")
     board = build_leaderboard(read_runs(folders))
     folder = folders[0] / "report" if output is None else output
     page = folder / "index.html"
     write_atomically(page, html(board))
     return ReportPaths(page, write_exports(board, folder))
+
+
+def write_exports(board: Leaderboard, folder: Path) -> tuple[Path, ...]:
+    """Write leaderboard.md, .csv, .tex and .json, and trials.parquet; returns their paths in this order.
+
+    The same records give the same bytes. Rows that are excluded from ranking are in every file, marked as such.
+    """
+    texts = {
+        "leaderboard.md": markdown(board),
+        "leaderboard.csv": table_csv(board),
+        "leaderboard.tex": latex(board),
+        "leaderboard.json": publish(board).model_dump_json(indent=1) + "\n",
+    }
+    for name, content in texts.items():
+        write_atomically(folder / name, content)
+    write_trials(board.run, folder / "trials.parquet")
+    return (*(folder / name for name in texts), folder / "trials.parquet")

@@ -1,12 +1,12 @@
-"""The trials of one setting on resampled test examples: what intervals over examples and paired tests are made from.
+"""The trials of one setting on resampled test examples, for intervals over examples and paired tests.
 
-Axes: B resamples or permutations, E examples, K columns of a score (``results/corpus.py``), R rows. Every trial sees
-the same resamples, so a difference of two of them is paired by example.
+Axes: B resamples or permutations, E examples, K columns of a score (``results/corpus.py``), R rows. Every trial has
+the same resamples, so differences between trials are paired by example.
 
-A corpus score is computed anew from the columns of the drawn examples: BLEU from their n-gram counts, perplexity from
-their likelihoods and tokens, an error rate from their errors and words. CIDEr is the mean of the examples' CIDEr, in
-which the weight of an n-gram comes from the document frequencies of the whole split's references, once, as in
-pycocoevalcap; they stay as they are: a resample stands for other test examples, not for another way of scoring them.
+A corpus score is recomputed from the columns of the drawn examples: BLEU from their n-gram counts, perplexity from
+their likelihoods and tokens, an error rate from their errors and words. CIDEr is the mean of the examples' CIDEr, whose
+n-gram weights come from the document frequencies of the whole split's references, as in pycocoevalcap. These stay
+fixed: a resample represents other test examples, not another way of scoring them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def score_on_test(record: TrialRecord, metric: str) -> float | None:
 
 
 def examples_of(run: Run, records: Sequence[TrialRecord], metrics: Sequence[MetricInfo]) -> Iterator[Examples | str]:
-    """The test examples of each trial, or why they cannot be read, in order."""
+    """The test examples of each trial, or the reason why they cannot be read, in order."""
     paths = (run.trial_folder(record.trial_id) / "examples.parquet" for record in records)
     sources = [(path, record.metrics.get(SPLIT, {})) for path, record in zip(paths, records, strict=True)]
     return read_many(sources, {info.name: info for info in metrics})
@@ -43,10 +43,10 @@ def examples_of(run: Run, records: Sequence[TrialRecord], metrics: Sequence[Metr
 
 @dataclass(frozen=True)
 class _Trial:
-    """The examples of one trial, its scores on resamples of them, and a number that trials with the same ids share."""
+    """The examples of one trial, its scores on their resamples, and a number shared by trials with the same ids."""
 
     ids: int
-    columns_KE: Mapping[str, Floats]  # by key of the counts: those of bleu_1 to bleu_4 are the same
+    columns_KE: Mapping[str, Floats]  # by key of the counts, which bleu_1 to bleu_4 share
     replicates_B: Mapping[str, Floats]  # by metric
 
 
@@ -56,7 +56,7 @@ class Resampled:
     Args:
         records: finished trials of one setting.
         metrics: what to resample.
-        examples: of each trial, in the same order; more may follow. See ``examples_of``.
+        examples: those of each trial, in the same order, as from ``examples_of``; further ones are not consumed.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Resampled:
         for record, found in zip(records, examples, strict=False):
             if isinstance(found, str):
                 self.unreadable.append(f"{record.trial_id}: {found}")
-            elif len(found.ids) > 1:  # one example says nothing of how examples vary
+            elif len(found.ids) > 1:  # a single example has no variance
                 ids = self._ids.setdefault(found.ids, len(self._ids))
                 alike.setdefault((ids, tuple(found.columns)), {})[record.trial_id] = found
         for (ids, names), trials in alike.items():
@@ -81,7 +81,7 @@ class Resampled:
                 self._resample(ids, names, dict(part))
 
     def _resample(self, ids: int, names: tuple[str, ...], trials: Mapping[str, Examples]) -> None:
-        """Resample trials with the same examples and scores in one product: many small ones take longer."""
+        """Resample trials with the same examples and scores in one matrix product: many small ones take longer."""
         keys = {counts_key(self.metrics[name]): name for name in names}
         columns_TKE = {key: np.stack([one.columns[name].T for one in trials.values()]) for key, name in keys.items()}
         replicates_TB: dict[str, Floats] = {}
@@ -105,7 +105,7 @@ class Resampled:
         return len(list(self._ids)[ids])
 
     def replicates(self, records: Sequence[TrialRecord], metric: str) -> tuple[Floats, int] | None:
-        """The mean over trials on each resample (B,), and how many examples it is of; None where one has none."""
+        """The mean over trials on each resample (B,), and the number of examples; None if a trial lacks the score."""
         trials = [trial for record in records if (trial := self._trials.get(record.trial_id)) is not None]
         present = [trial.replicates_B[metric] for trial in trials if metric in trial.replicates_B]
         if not records or len(present) < len(records) or len({trial.ids for trial in trials}) > 1:
@@ -118,9 +118,9 @@ class Resampled:
         return found
 
     def replicates_of_rows(self, rows: Sequence[Sequence[TrialRecord]], metric: str) -> tuple[Floats, int] | None:
-        """Each row's mean over the trials that have the score (R, B), and how many examples it is of; None for no row.
+        """Each row's mean over the trials that have the score (R, B), and the number of examples; None without rows.
 
-        NaN for a row that cannot be resampled, or is of other examples than the first that can: they cannot be paired.
+        NaN for a row that cannot be resampled, or whose examples differ from those of the first row: no pairing.
         """
         found = np.full((len(rows), RESAMPLES), np.nan)
         ids = None
@@ -142,7 +142,7 @@ class Resampled:
         return estimate([value for _, value in scored], *(resampled or (None, None)))
 
     def differences(self, rows: Sequence[Pairs]) -> list[dict[str, Difference]]:
-        """By row and metric the mean of one minus other over its pairs, one per seed; p-values are not adjusted yet."""
+        """By row and metric the mean difference (one - other) over pairs, one per seed; p-values are uncorrected."""
         found: list[dict[str, Difference]] = [{} for _ in rows]
         sums: _Sums = {}
         for name in self.metrics:
@@ -168,13 +168,13 @@ class Resampled:
         return found
 
     def _shared_ids(self, pairs: Pairs, metric: str) -> int | None:
-        """The examples that all trials of the pairs have the score on; None where they differ."""
+        """The number of the examples on which all trials of the pairs have the score; None if they differ."""
         trials = [self._trials.get(record.trial_id) for pair in pairs for record in pair]
         ids = {trial.ids if trial is not None and metric in trial.replicates_B else None for trial in trials}
         return ids.pop() if len(ids) == 1 else None
 
     def _whole(self, pairs: Pairs, metric: str, resampled: bool) -> Estimate:
-        """The mean difference with its interval, of pairs that have the score."""
+        """The mean difference with its interval, over pairs that have the score."""
         scores = [one.metrics[SPLIT][metric] - other.metrics[SPLIT][metric] for one, other in pairs]
         if resampled:
             one_B, other_B = (self._mean_of([pair[side] for pair in pairs], metric) for side in (0, 1))
@@ -185,7 +185,7 @@ class Resampled:
         return whole
 
     def _nulls(self, rows: Sequence[Pairs], metric: str, sums: _Sums) -> Floats:
-        """(R, B) each row's mean difference in each permutation, in which two trials exchange some examples."""
+        """(R, B) Each row's mean difference in each permutation, in which two trials exchange some examples."""
         columns = counts_key(self.metrics[metric])
         key = (columns, tuple(one.trial_id for pairs in rows for one, _ in pairs))
         if key not in sums:
@@ -202,12 +202,12 @@ class Resampled:
         return mean_RB
 
 
-# Sums of both sides' columns after the exchange, by columns and trials: bleu_1 to bleu_4 have theirs in common.
+# Sums of both sides' columns after the exchange, by columns and trials; bleu_1 to bleu_4 share theirs.
 _Sums = dict[tuple[str, tuple[str, ...]], tuple[Floats, Floats]]
 
 
 def _p_values(wholes: Sequence[Estimate], null_RB: Floats) -> Sequence[float | None]:
-    """Of differences over as many seeds each; None for one seed."""
+    """p-values of differences that all have the same number of seeds; None for one seed."""
     if wholes[0].n < 2:
         return [None] * len(wholes)
     mean_R, seed_se_R = np.array([(whole.mean, whole.seed_se) for whole in wholes], float).T
@@ -219,9 +219,9 @@ def _parts(whole: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 def _weighted(columns_KE: Floats, weights_BE: NDArray[np.float32]) -> Floats:
-    """(…, B, K) weighted sums over the examples of (…, K, E), those of a column together in memory.
+    """(…, B, K) weighted sums over the examples of (…, K, E), contiguous by column.
 
-    In single precision, which is twice as fast: counts stay exact, other sums are right to 1e-6.
+    In single precision, which is twice as fast: counts stay exact, other sums are accurate to 1e-6.
     """
     *shape, examples = columns_KE.shape
     sums = columns_KE.reshape(-1, examples).astype(np.float32) @ weights_BE.T

@@ -6,14 +6,15 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from harness.record import MetricInfo, Parameters, PlannedTrial, Run, TrialRecord
+from harness.formulas import Floats
+from harness.record import Parameters, PlannedTrial, Run, TrialRecord
 from harness.registry import plugins_in
 from results.format import rank_text
 from results.resample import Resampled, score_on_test
-from results.stats import Difference, Estimate, Floats, estimate
+from results.stats import Difference, Estimate, estimate
 
 RIGHT, WRONG = "perplexity", "perplexity_wrong_input"  # the wrong-input test compares these two
-VALIDATION = "perplexity"  # on the validation split: what a learning rate is chosen by
+VALIDATION = "perplexity"  # on the validation split: the criterion by which a learning rate is chosen
 
 
 @dataclass(frozen=True)
@@ -34,31 +35,39 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Search:
+    """The learning rates of one row, in the order of the plan, and the chosen one."""
+
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate
+
+
+@dataclass(frozen=True)
 class Row:
-    """One method with one grouping in one setting, over its seeds. What was not measured is absent or None."""
+    """One method with one grouping in one setting, over its seeds. Unmeasured values are absent or None."""
 
     setting: str
     label: str
     method: str
     grouping: str
     candidates: tuple[Candidate, ...]  # every learning rate, in the order of the plan
-    chosen: Candidate  # the one that validated best; all that follows is of it
-    effort: int  # learning rates it was chosen from, those tried before included
+    chosen: Candidate  # the one that validated best; everything below is measured with it
+    effort: int  # learning rates it was chosen from, including those tried before
     is_reference: bool
     metrics: dict[str, Estimate]  # test split, by metric name
     input_use: Estimate | None  # perplexity with the wrong input / with the right one; 1 = the input is not used
     parameters: Parameters | None
-    peak_bytes: Estimate | None  # growth from before the model was built to the highest point in training
+    peak_bytes: Estimate | None  # growth of memory from before the model was built to the peak in training
     examples_per_s: Estimate | None
     tokens_per_s: Estimate | None
     train_time_s: Estimate | None
     wall_time_s: Estimate | None
-    rank: tuple[int, int] | None = None  # first and last rank it may hold in its setting; None: not ranked
+    rank: tuple[int, int] | None = None  # best and worst possible rank in its setting; None: not ranked
     differences: dict[str, Difference] = field(default_factory=dict)  # from the reference, by metric name
     # Errors of the primary difference on resampled test examples (B,), the same resamples in every setting.
     difference_errors_B: Floats | None = field(default=None, repr=False, compare=False)
-    apart: tuple[str, ...] = ()  # why it may not be ranked with the others, in words
-    notes: tuple[str, ...] = ()  # why a difference is missing, and what is open about the choice, in words
+    apart: tuple[str, ...] = ()  # why it is excluded from ranking; empty if it is ranked
+    notes: tuple[str, ...] = ()  # why a difference is missing, and what is unresolved about the learning rate
     mixed_versions: str | None = None  # what the trials were computed with, where it differs between them
 
     @property
@@ -88,16 +97,16 @@ class Row:
 
     @property
     def rank_text(self) -> str:
-        """``1``, ``2–4``, or empty where it is not ranked."""
+        """``1``, ``2–4``, or empty if it is not ranked."""
         return rank_text(self.rank)
 
     def values(self, metric: str) -> dict[int, float]:
-        """The metric on the test split by seed, of the seeds that have it."""
+        """The metric on the test split by seed, for the seeds that have it."""
         return by_seed(self.finished, metric)
 
 
 def by_seed(records: Iterable[TrialRecord], metric: str) -> dict[int, float]:
-    """A score on the test split by seed, of the records that have it."""
+    """A score on the test split by seed, for the records that have it."""
     scores = ((record.seed, score_on_test(record, metric)) for record in records)
     return {seed: score for seed, score in scores if score is not None}
 
@@ -116,11 +125,18 @@ def candidates_of(trials: Sequence[PlannedTrial], run: Run) -> tuple[Candidate, 
     return tuple(found)
 
 
+def search_of(trials: Sequence[PlannedTrial], run: Run) -> Search:
+    """The learning rates of one row's trials, and the best of them."""
+    candidates = candidates_of(trials, run)
+    return Search(candidates, choose(candidates))
+
+
 def choose(candidates: Sequence[Candidate]) -> Candidate:
     """The candidate with the lowest mean validation perplexity among those that finished the most seeds.
 
-    One that finished fewer stands back: its mean may be that of the easier seeds. For the same reason the mean is over
-    the seeds that all of the compared ones finished, if there are any. The first in the plan wins a tie.
+    A candidate that finished fewer seeds is excluded from selection, because its mean may be over the easier seeds. For
+    the same reason the mean is over the seeds that all remaining candidates finished, if there are any. Of equal
+    candidates the first in the plan is chosen.
     """
     most = max(len(candidate.validation_by_seed) for candidate in candidates)
     if most == 0:
@@ -133,10 +149,10 @@ def choose(candidates: Sequence[Candidate]) -> Candidate:
 
 
 def search_effort(candidates: Sequence[Candidate]) -> int:
-    """How many learning rates the chosen one was chosen from, with those that the experiment says were tried before.
+    """How many learning rates were tried, including those that the experiment declares as tried before.
 
-    A rate was tried when all its planned trials have ended, failed ones too, or as many as the furthest one's: while a
-    grid runs, seeds that none of the rates has come to yet take nothing from the search.
+    A rate counts as tried when all its planned trials have ended (failed ones too), or as many as those of the rate
+    that is furthest: while a grid runs, seeds that no rate has reached yet do not reduce the effort.
     """
     furthest = max(candidate.ended for candidate in candidates)
     tried = {one.learning_rate for one in candidates if one.ended and one.ended in (len(one.trials), furthest)}
@@ -145,7 +161,7 @@ def search_effort(candidates: Sequence[Candidate]) -> int:
 
 
 def unended(candidates: Sequence[Candidate]) -> str:
-    """``2 of 3 learning rates have not ended``; empty where all have, or where nothing is searched for."""
+    """``2 of 3 learning rates have not ended``; empty if all have, or if there is no search."""
     count = sum(one.ended < len(one.trials) for one in candidates)
     if len(candidates) == 1 or not count:
         return ""
@@ -153,34 +169,27 @@ def unended(candidates: Sequence[Candidate]) -> str:
 
 
 def _search_notes(candidates: Sequence[Candidate], chosen: Candidate) -> tuple[str, ...]:
-    """What is open about the choice of the learning rate."""
+    """What is unresolved about the choice of the learning rate."""
     open_ = unended(candidates)
-    notes = [f"{open_}: another one may yet be chosen"] if open_ else []
+    notes = [f"{open_}: another one may still be chosen"] if open_ else []
     for one in candidates:
         if one.ended == len(one.trials) and len(one.validation_by_seed) < len(chosen.validation_by_seed):
             failed = f"{len(one.trials) - len(one.finished)} of {len(one.trials)} trials failed"
-            notes.append(f"learning rate {one.learning_rate} stood back from the choice: {failed}")
+            notes.append(f"learning rate {one.learning_rate} was excluded from selection: {failed}")
     return tuple(notes)
 
 
-def make_row(
-    trials: Sequence[PlannedTrial],
-    candidates: tuple[Candidate, ...],
-    chosen: Candidate,
-    run: Run,
-    resampled: Resampled,
-    metrics: Sequence[MetricInfo],
-) -> Row:
-    """The row of trials that differ in seed and learning rate alone, not compared with any other yet."""
+def make_row(search: Search, reference_method: str, resampled: Resampled) -> Row:
+    """The row of trials that differ only in seed and learning rate, with the resampled metrics; not compared yet."""
+    candidates, chosen = search.candidates, search.chosen
     finished = chosen.finished
-    estimates = {info.name: resampled.estimate(finished, info.name) for info in metrics}
+    estimates = {name: resampled.estimate(finished, name) for name in resampled.metrics}
     right, wrong = by_seed(finished, RIGHT), by_seed(finished, WRONG)
 
     def mean(read: Callable[[TrialRecord], float | None]) -> Estimate | None:
         return estimate([value for value in map(read, finished) if value is not None])
 
-    first = trials[0]
-    mixed = mixed_versions(finished)
+    first, mixed = candidates[0].trials[0], mixed_versions(finished)
     return Row(
         setting=first.setting,
         label=first.label,
@@ -189,7 +198,7 @@ def make_row(
         candidates=candidates,
         chosen=chosen,
         effort=search_effort(candidates),
-        is_reference=first.method == run.plan.reference_method,
+        is_reference=first.method == reference_method,
         metrics={name: found for name, found in estimates.items() if found is not None},
         input_use=estimate([wrong[seed] / right[seed] for seed in right if seed in wrong]),
         parameters=next((record.parameters for record in finished if record.parameters), None),
@@ -225,7 +234,7 @@ def mixed_versions(records: Iterable[TrialRecord]) -> str | None:
 
 
 def _peak_growth_bytes(record: TrialRecord) -> float | None:
-    """A worker runs many trials: what it held before this one is not this one's."""
+    """Peak minus initial memory: a worker runs many trials, and what it held before does not belong to this one."""
     memory = record.memory
     if memory is None or memory.process_peak_bytes is None or memory.process_before_bytes is None:
         return None

@@ -1,20 +1,20 @@
 """Means, intervals, p-values and ranks.
 
 A score varies for two reasons: the **seed** (adapter initialisation, data subset, order) and the **test examples** that
-happen to be in the split. Intervals and p-values here cover both, where the examples' columns give the recorded score
-again (``results/corpus.py``); otherwise they cover the seed alone, and say so. Nothing covers what never varied: an
-interval of width 0 means that all seeds and examples agree.
+happen to be in the split. Intervals and p-values here cover both if the columns of the examples reproduce the recorded
+score; otherwise they cover only the seed, and say so. Nothing covers what never varied: an interval of width 0 means
+that all seeds and examples agree.
 
 Seeds are few, so a bootstrap over them is far too narrow. Seeds therefore enter by Student's t, examples by resampling,
-with the same resamples for every trial so that all comparisons are paired by example. Both meet as Cochran and Cox join
-two variances of unequal degrees of freedom (Experimental Designs, 1957, section 4.14), and the side of a long tail is
-made longer (``long_tail``).
+with the same resamples for every trial so that all comparisons are paired by example. Both are combined as Cochran and
+Cox combine two variances of unequal degrees of freedom (Experimental Designs, 1957, section 4.14), and the interval is
+extended on the side of a long tail (``long_tail``).
 
 Simulated with 3, 5 and 10 seeds and 100 examples (tests/test_results_coverage.py): where seeds dominate, a bootstrap
-over three seeds, or over seeds and examples, covers 75 % where it says 95 %. The intervals here cover 94 to 98 %, for
-normal, lognormal and 0/1 scores, ratios and BLEU, and 99.5 % where a score varies by seed *on* each example and not
-otherwise: that variance is in both sources and counts twice, which errs on the wide side. Of eight methods that equal
-the reference, one or more are said to differ in 5 % of cases or fewer, and as rarely an order is among nine alike.
+over three seeds, or over seeds and examples, covers 75 % instead of the nominal 95 %. The intervals here cover 94 to
+98 %, for normal, lognormal and 0/1 scores, ratios and BLEU, and 99.5 % where a score varies by seed only *within* each
+example: that variance is in both sources and counts twice, which is conservative. Among eight methods equal to the
+reference, one or more differ significantly in at most 5 % of cases, and so does any pair of nine equal methods.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaincinv, ndtr, ndtri, stdtr, stdtrit
 
-Floats = NDArray[np.float64]
+from harness.formulas import Floats
+
 CONFIDENCE = 0.95
 RESAMPLES = 1000  # of the test examples, and permutations: a standard error to about 2 %
 SIGNIFICANT = 1 - CONFIDENCE
 _Z = float(ndtri((1 + CONFIDENCE) / 2))
-_EQUAL = 1e-9  # relative: differences that are the same but for rounding
+_EQUAL = 1e-9  # relative: differences that are equal up to rounding
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class Estimate:
     low: float | None
     high: float | None
     n: int
-    seed_se: float | None = None  # standard error of the mean that comes with the seeds
-    example_se: float | None = None  # and with the test examples; None: the interval does not cover them
-    examples: int | None = None  # how many there are
+    seed_se: float | None = None  # standard error of the mean over seeds
+    example_se: float | None = None  # standard error over test examples; None: the interval does not cover them
+    examples: int | None = None  # how many test examples
 
     def excludes(self, value: float) -> bool:
         """Whether there is an interval and the value lies outside it."""
@@ -54,7 +55,7 @@ class Estimate:
 
     @property
     def covers(self) -> str:
-        """Which randomness the interval covers, in words; empty without one."""
+        """Which randomness the interval covers; empty without an interval."""
         if self.low is None:
             return ""
         return "seeds" if self.example_se is None else "seeds and test examples"
@@ -62,14 +63,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference(Estimate):
-    """A paired difference; ``p_value`` as it is, ``p_adjusted`` by Holm over the family it is shown in."""
+    """A paired difference; ``p_value`` is uncorrected, ``p_adjusted`` Holm-corrected over the family it is shown in."""
 
     p_value: float | None = None
     p_adjusted: float | None = None
 
     @property
     def significant(self) -> bool:
-        """Whether it holds after the correction for the family."""
+        """Whether it is significant after the correction for the family."""
         return self.p_adjusted is not None and self.p_adjusted <= SIGNIFICANT
 
 
@@ -82,13 +83,13 @@ def t_quantile(n: int) -> float:
 def estimate(
     scores_S: Sequence[float], replicates_B: Floats | None = None, examples: int | None = None
 ) -> Estimate | None:
-    """Mean of one score per seed with its interval; None for no score.
+    """Mean of one score per seed with its interval; None without any score.
 
     Args:
         scores_S: a score for each seed.
-        replicates_B: the mean over seeds on resampled test examples; None where the score cannot be resampled: the
-            interval then covers the seed's randomness alone.
-        examples: how many were resampled.
+        replicates_B: the mean over seeds on resampled test examples; None if the score cannot be resampled: the
+            interval then covers only the randomness of the seed.
+        examples: number of test examples that were resampled.
     """
     if not len(scores_S):
         return None
@@ -100,7 +101,7 @@ def estimate(
         examples = None
     if n == 1:
         return Estimate(mean, None, None, 1, None, example_se, examples)
-    # Not numpy: a report has tens of thousands of means of a few seeds.
+    # Plain Python, not numpy: a report has tens of thousands of means over a few seeds.
     seed_se = math.sqrt(math.fsum((score - mean) ** 2 for score in scores_S) / (n - 1) / n)
     half, tail = (
         half_width(seed_se, n, example_se or 0.0, examples or 2),
@@ -111,7 +112,7 @@ def estimate(
 
 
 def _spread(replicates_B: Floats, examples: int) -> tuple[float | None, float]:
-    """Standard error and skewness of a score over test examples; (None, 0) where it is undefined on nearly all."""
+    """Standard error and skewness of a score over test examples; (None, 0) if undefined on nearly all resamples."""
     replicates_B = replicates_B[np.isfinite(replicates_B)]
     if len(replicates_B) < 2:
         return None, 0.0
@@ -120,12 +121,12 @@ def _spread(replicates_B: Floats, examples: int) -> tuple[float | None, float]:
     if variance == 0:
         return 0.0, 0.0
     skewness = float(errors_B**2 @ errors_B) / len(errors_B) / variance**1.5
-    # Resampling E of E has (E - 1)/E of the variance.
+    # Resampling E of E examples has (E - 1)/E of the variance.
     return math.sqrt(variance * examples / (examples - 1)), skewness
 
 
 def half_width(seed_se: float, n: int, example_se: float, examples: int) -> float:
-    """Half of the 95 % interval of a mean with two sources of error: their t's, weighted by their variances."""
+    """Half of the 95 % interval of a mean with two sources of error: t quantiles weighted by variance."""
     variance = seed_se**2 + example_se**2
     if variance == 0:
         return 0.0
@@ -133,17 +134,17 @@ def half_width(seed_se: float, n: int, example_se: float, examples: int) -> floa
 
 
 def long_tail(seed_se: float, example_se: float, skewness: float) -> float:
-    """By how much the interval is longer on one side (above where positive) for the skewness of the examples.
+    """By how much the skewness of the examples extends the interval on one side (above if positive).
 
     The t interval of a skewed mean misses on the side of the long tail, by (2 z² + 1)/6 × its skewness standard errors
     to first order (Johnson, Modified t tests and confidence intervals for asymmetrical populations, JASA 73, 1978;
-    Hall, On the removal of skewness by transformation, JRSS B 54, 1992). Those also shorten the other side; here it is
-    kept, since the skewness of few examples comes out too small.
+    Hall, On the removal of skewness by transformation, JRSS B 54, 1992). They also shorten the other side; here it is
+    kept, because the skewness of few examples is underestimated.
 
     Args:
-        seed_se: standard error of the mean that comes with the seeds.
-        example_se: and with the examples.
-        skewness: of the mean over resampled examples.
+        seed_se: standard error of the mean over seeds.
+        example_se: standard error of the mean over examples.
+        skewness: skewness of the mean over resampled examples.
     """
     variance = seed_se**2 + example_se**2
     return (2 * _Z**2 + 1) / 6 * skewness * example_se**3 / variance if variance > 0 else 0.0
@@ -151,7 +152,7 @@ def long_tail(seed_se: float, example_se: float, skewness: float) -> float:
 
 @lru_cache(maxsize=16)
 def resample_weights(examples: int) -> NDArray[np.float32]:
-    """(B, E): how often each example is drawn in each resample; the same for every trial with as many examples."""
+    """(B, E): how often each example is drawn in each resample; the same for all trials with this many examples."""
     rng = np.random.default_rng(0)
     draws = rng.integers(0, examples, (RESAMPLES, examples))
     return np.stack([np.bincount(draw, minlength=examples) for draw in draws]).astype(np.float32)
@@ -159,9 +160,9 @@ def resample_weights(examples: int) -> NDArray[np.float32]:
 
 @lru_cache(maxsize=16)
 def swaps(examples: int) -> NDArray[np.float32]:
-    """(B/2, E) of 0 and 1: which examples two methods exchange in a permutation; the same for every pair.
+    """(B/2, E) of 0 and 1: which examples two methods exchange in each permutation; the same for every pair.
 
-    Each stands for its mirror image too, in which they exchange the others: the same difference with the other sign.
+    Each row also represents its complement, in which they exchange the other examples: the same difference negated.
     """
     return np.random.default_rng(1).integers(0, 2, (RESAMPLES // 2, examples)).astype(np.float32)
 
@@ -169,17 +170,17 @@ def swaps(examples: int) -> NDArray[np.float32]:
 def p_value(mean: float, seed_se: float | None, n: int, null_B: Floats | None) -> float | None:
     """Two-sided p-value of a paired difference; None for one seed, whose randomness is unknown.
 
-    Were both methods alike, the difference would be an error of the seeds plus one of the examples. The examples' part
-    is the paired permutation's: in every permutation the two methods exchange some examples. A permutation of three
-    seeds cannot go below 0.25, so the seeds' part is Student's t. Without a variance of seeds it is the plain
-    permutation test, without examples the paired t test. Where permutations are too few to tell how small a p-value
-    is, it is the one of a normal error of the examples, of the same variance.
+    Under the null hypothesis the difference is an error of the seeds plus an error of the examples. The examples' part
+    is that of a paired permutation test: in every permutation the two methods exchange some examples. A permutation of
+    three seeds cannot give a p-value below 0.25, so the seeds' part is Student's t. Without variance over seeds this is
+    the plain permutation test, without examples the paired t test. Where permutations are too few to resolve a small
+    p-value, the examples' error is taken as normal with the same variance.
 
     Args:
-        mean: the difference, a mean over seeds.
+        mean: the difference, averaged over seeds.
         seed_se: its standard error over seeds.
-        n: seeds.
-        null_B: the mean over seeds of the difference in each permutation of ``swaps``; None where the score cannot be
+        n: number of seeds.
+        null_B: the mean over seeds of the difference in each permutation of ``swaps``; None if the score cannot be
             resampled.
     """
     if n < 2 or seed_se is None:
@@ -195,7 +196,7 @@ def p_value(mean: float, seed_se: float | None, n: int, null_B: Floats | None) -
 
 
 def p_values(mean_N: Floats, seed_se_N: Floats, n: int, null_NB: Floats) -> list[float]:
-    """``p_value`` of many differences over as many seeds, at least two, at once."""
+    """``p_value`` of many differences at once, all over ``n`` seeds, at least two."""
     plain_N = np.isfinite(null_NB).all(axis=1) & (mean_N != 0) & (seed_se_N > _EQUAL * np.abs(mean_N))
     found_N = np.empty(len(mean_N))
     found_N[plain_N] = _permuted(mean_N[plain_N], seed_se_N[plain_N], n, null_NB[plain_N])
@@ -206,7 +207,9 @@ def p_values(mean_N: Floats, seed_se_N: Floats, n: int, null_NB: Floats) -> list
 
 def _permuted(mean_N: Floats, seed_se_N: Floats, n: int, null_NB: Floats) -> Floats:
     both_NB = np.concatenate([null_NB, -null_NB], axis=1)
-    p_N = 2 * _student((both_NB - np.abs(mean_N)[:, None]) / seed_se_N[:, None], n - 1).mean(axis=1)
+    t_NB = (both_NB - np.abs(mean_N)[:, None]) / seed_se_N[:, None]
+    # Student's t from a table, to 1e-6: permutations need no more, and it is ten times as fast as ``stdtr``.
+    p_N = 2 * np.interp(np.arctan(t_NB / math.sqrt(n - 1)), *_student_table(n - 1)).mean(axis=1)
     null_se_N = np.sqrt(np.mean(null_NB**2, axis=1))
     found_N: Floats = np.minimum(1.0, np.maximum(p_N, _tails(mean_N, seed_se_N, null_se_N, n - 1)))
     return found_N
@@ -214,22 +217,16 @@ def _permuted(mean_N: Floats, seed_se_N: Floats, n: int, null_NB: Floats) -> Flo
 
 @lru_cache(maxsize=16)
 def _student_table(freedom: int) -> tuple[Floats, Floats]:
-    """Student's t distribution over arctan(t / √freedom), of which it is a smooth function."""
+    """Student's t distribution tabulated over arctan(t / √freedom), of which it is a smooth function."""
     angle = np.linspace(-np.pi / 2, np.pi / 2, 8193)
     return angle, stdtr(freedom, math.sqrt(freedom) * np.tan(angle))
 
 
-def _student(t_B: Floats, freedom: int) -> Floats:
-    """``stdtr`` from a table, to 1e-6: permutations need no more, and it is ten times as fast."""
-    found: Floats = np.interp(np.arctan(t_B / math.sqrt(freedom)), *_student_table(freedom))
-    return found
-
-
 def _tails(mean_N: Floats, seed_se_N: Floats, example_se_N: Floats, freedom: int) -> Floats:
-    """Chance that a t error of the seeds and a normal one of the examples come to ± ``mean`` or more.
+    """Probability that a t error of the seeds plus a normal error of the examples reaches ± ``mean`` or more.
 
-    Student's t is normal with a variance of its own, freedom / χ²; given that, the sum is normal too. The mean over χ²
-    is taken on an even grid of its logarithm, on which such an integrand's sum converges exponentially.
+    Student's t is normal with a random variance, freedom / χ²; given that variance, the sum is normal. The mean over χ²
+    is taken on an even grid of its logarithm, on which the sum of such an integrand converges exponentially.
     """
     spread_Q, weight_Q = _chi_square(freedom)
     variance_NQ = example_se_N[:, None] ** 2 + seed_se_N[:, None] ** 2 * spread_Q
@@ -249,9 +246,9 @@ def _chi_square(freedom: int) -> tuple[Floats, Floats]:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's step-down adjustment: reject where ≤ 0.05 and the chance of any false rejection is at most 5 %.
+    """Holm's step-down adjustment: rejecting at ≤ 0.05 keeps the chance of any false rejection at 5 % or below.
 
-    None (no test) is left out of the family. Holm 1979, https://www.jstor.org/stable/4615733.
+    None (no test) is not part of the family. Holm 1979, https://www.jstor.org/stable/4615733.
     """
     tested = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
@@ -265,14 +262,14 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 def ahead(scores_RS: Floats, resampled: tuple[Floats, int] | None, higher_is_better: bool) -> NDArray[np.bool_]:
     """(R, R): whether row i is ahead of row j, by the paired differences of all pairs after Holm's correction.
 
-    The examples' part of the null is normal here, with the variance that permutations have: the limit of ``p_value``,
+    The examples' part of the null is normal here, with the variance of the permutations: the limit of ``p_value``,
     computed for all pairs at once.
 
     Args:
-        scores_RS: by row and seed, NaN where a seed has not finished; pairs are compared over the seeds both have.
-        resampled: each row's mean over seeds on resampled examples (R, B), and how many examples they are of. A row
-            that cannot be resampled is NaN; its comparisons cover seeds alone. None: none can.
-        higher_is_better: of the scores.
+        scores_RS: by row and seed, NaN if a seed has not finished; pairs are compared over the seeds that both have.
+        resampled: each row's mean over seeds on resampled examples (R, B), and the number of examples. A row that
+            cannot be resampled is NaN; its comparisons cover only seeds. None: no row can be resampled.
+        higher_is_better: direction of the scores.
     """
     rows = len(scores_RS)
     found = np.zeros((rows, rows), bool)
@@ -300,10 +297,10 @@ def ahead(scores_RS: Floats, resampled: tuple[Floats, int] | None, higher_is_bet
 def _permuted_se(
     replicates_RB: Floats, examples: int, mean_N: Floats, first_N: NDArray[np.int64], second_N: NDArray[np.int64]
 ) -> Floats:
-    """(N,) Spread of the difference of each pair when examples are exchanged; 0 where a row is not resampled.
+    """(N,) Standard error of each pair's difference when examples are exchanged; 0 if a row is not resampled.
 
-    The mean of E differences d with random signs has the variance Σ d² / E²: that of their resampled mean, plus
-    mean² / E.
+    The mean of E differences d with random signs has the variance Σ d² / E², which is that of their resampled
+    mean plus mean² / E.
     """
     rows = len(replicates_RB)
     finite_RB = np.isfinite(replicates_RB)
@@ -319,7 +316,7 @@ def _permuted_se(
 
 
 def rank_ranges(ahead_RR: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """First and last rank each row may hold: behind all that are ahead of it, before all it is ahead of."""
+    """Best and worst possible rank of each row: behind all rows ahead of it, before all rows it is ahead of."""
     rows = len(ahead_RR)
     return [(1 + int(ahead_RR[:, i].sum()), rows - int(ahead_RR[i].sum())) for i in range(rows)]
 
@@ -327,15 +324,15 @@ def rank_ranges(ahead_RR: NDArray[np.bool_]) -> list[tuple[int, int]]:
 def interquartile_mean(scores: Sequence[float]) -> float:
     """Mean of the middle half of the scores (Agarwal et al. 2021, https://arxiv.org/abs/2108.13264).
 
-    Each score is 1/n of the whole; what lies between a quarter and three quarters counts, so where n is not a multiple
-    of four the outermost scores of the middle half count in part: of two scores it is their mean, of three the middle
-    one has a weight of 2/3 and the others 1/6 each.
+    Each score is 1/n of the whole, and the part between the quartiles counts. If n is not a multiple of four, the
+    outermost scores of the middle half count partly: for two scores this is their mean; of three the middle one has a
+    weight of 2/3 and the others 1/6 each.
 
     Raises:
-        ValueError: there is no score.
+        ValueError: there are no scores.
     """
     if not len(scores):
-        raise ValueError("the interquartile mean of no score")
+        raise ValueError("the interquartile mean needs at least one score")
     n = len(scores)
     place = np.arange(n)
     inside = np.minimum(place + 1, 0.75 * n) - np.maximum(place, 0.25 * n)

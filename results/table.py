@@ -1,4 +1,4 @@
-"""The leaderboard: a run's records → rows of (setting, label, grouping): means over seeds, differences, ranks."""
+"""The leaderboard: a run's records → rows by (setting, label, grouping): means over seeds, differences, ranks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from harness.errors import UserError, did_you_mean
+from harness.formulas import Floats
 from harness.record import MetricInfo, Plan, PlannedTrial, Run
-from results.matched import Pairs, pairs, set_apart
+from results.matched import Pairs, exclude_unmatched, pairs
 from results.resample import Resampled, examples_of
-from results.rows import RIGHT, WRONG, Row, candidates_of, choose, make_row
-from results.stats import Difference, Floats, ahead, holm, rank_ranges
+from results.rows import RIGHT, WRONG, Row, make_row, search_of
+from results.stats import Difference, ahead, holm, rank_ranges
 
 __all__ = ["RIGHT", "WRONG", "Delta", "Leaderboard", "Row", "Unfinished", "build_leaderboard"]
 
@@ -34,7 +35,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A planned trial without a result: why it failed or cannot be read, or None where it has not run."""
+    """A planned trial without a result; ``reason``: why it failed or could not be read, None if it has not run."""
 
     trial: PlannedTrial
     status: str
@@ -43,7 +44,7 @@ class Unfinished:
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """All that the report shows in tables. Rows of a setting lie together, best mean of the primary metric first."""
+    """What the report shows in tables. Rows are grouped by setting, best mean of the primary metric first."""
 
     run: Run
     primary: MetricInfo
@@ -51,7 +52,7 @@ class Leaderboard:
     deltas: tuple[Delta, ...]
     failed: tuple[Unfinished, ...]
     missing: tuple[Unfinished, ...]
-    # Per-example files that could not be read: their rows' intervals cover seeds alone.
+    # Per-example files that could not be read: the intervals of their rows cover only seeds.
     unreadable: tuple[str, ...] = ()
 
     @property
@@ -60,17 +61,23 @@ class Leaderboard:
         return tuple(dict.fromkeys(trial.setting for trial in self.run.plan.trials))
 
     @property
+    def ranking_metrics(self) -> list[MetricInfo]:
+        """The metrics of the tables, the primary one first; the wrong-input perplexity has its own section."""
+        others = [info for info in self.run.plan.metrics if info is not self.primary and info.name != WRONG]
+        return [self.primary, *others]
+
+    @property
     def reference_name(self) -> str:
-        """What the others are compared with, as the plan labels it."""
+        """The label of the reference method."""
         method = self.run.plan.reference_method
         return next((trial.label for trial in self.run.plan.trials if trial.method == method), method)
 
     def of(self, setting: str) -> list[Row]:
-        """The rows of one setting that may be compared, best first."""
+        """The ranked rows of one setting, best first; rows excluded from ranking are left out."""
         return [row for row in self.rows if row.setting == setting and not row.apart]
 
     def apart(self, setting: str) -> list[Row]:
-        """The rows of one setting that may not be compared with the others."""
+        """The rows of one setting that are excluded from ranking."""
         return [row for row in self.rows if row.setting == setting and row.apart]
 
 
@@ -79,7 +86,7 @@ def build_leaderboard(run: Run) -> Leaderboard:
 
     Raises:
         UserError: the plan's primary metric is not among its metrics.
-        ValueError: two trials of the plan are the same row, learning rate and seed, so that one would hide the other.
+        ValueError: two trials of the plan share row, learning rate and seed, so one would hide the other.
     """
     plan = run.plan
     primary = _primary(plan)
@@ -92,18 +99,14 @@ def build_leaderboard(run: Run) -> Leaderboard:
     rows: list[Row] = []
     deltas: list[Delta] = []
     unreadable: list[str] = []
-    searches = [[candidates_of(trials, run) for trials in groups.values()] for groups in settings.values()]
-    chosen = [[choose(candidates) for candidates in setting] for setting in searches]
-    records = [[record for one in setting for record in one.finished] for setting in chosen]
+    searches = [[search_of(trials, run) for trials in groups.values()] for groups in settings.values()]
+    records = [[record for search in setting for record in search.chosen.finished] for setting in searches]
     examples = examples_of(run, list(itertools.chain(*records)), plan.metrics)
-    # One thread: the products here are small, and several threads wait for each other longer than they compute.
+    # One thread: the matrix products are small, and several threads would wait longer than they compute.
     with threadpool_limits(1, user_api="blas"):
-        for groups, candidates, best, finished in zip(settings.values(), searches, chosen, records, strict=True):
+        for setting, finished in zip(searches, records, strict=True):
             resampled = Resampled(finished, plan.metrics, itertools.islice(examples, len(finished)))
-            made = [
-                make_row(trials, own, rate, run, resampled, plan.metrics)
-                for trials, own, rate in zip(groups.values(), candidates, best, strict=True)
-            ]
+            made = [make_row(search, plan.reference_method, resampled) for search in setting]
             found, steps = _compared(made, plan, primary, resampled)
             rows += sorted(found, key=_best_first(primary))
             deltas += steps
@@ -122,13 +125,13 @@ def _primary(plan: Plan) -> MetricInfo:
 
 def _compared(rows: list[Row], plan: Plan, primary: MetricInfo, resampled: Resampled) -> tuple[list[Row], list[Delta]]:
     """The rows of one setting, ranked and compared with the reference, and the steps from agnostic to specific."""
-    ranked = _ranked(set_apart(rows), primary, resampled)
+    ranked = _ranked(exclude_unmatched(rows), primary, resampled)
     found = _against_reference(ranked, plan, primary, resampled)
     return found, _deltas(found, plan, resampled)
 
 
 def _ranked(rows: list[Row], primary: MetricInfo, resampled: Resampled) -> list[Row]:
-    """Rank the rows that may be compared and have the primary score."""
+    """Rank the comparable rows that have the primary score."""
     chosen = [index for index, row in enumerate(rows) if not row.apart and primary.name in row.metrics]
     if not chosen:
         return rows
@@ -174,11 +177,11 @@ def _against_reference(rows: list[Row], plan: Plan, primary: MetricInfo, resampl
 
 
 def _with_reference(row: Row, reference: Row) -> tuple[Pairs, tuple[str, ...]]:
-    """The pairs of a row with the reference; none where one of them is set apart, for the reasons it has already."""
+    """The pairs of a row with the reference; none if one is excluded from ranking, which has its own reason."""
     if row is reference or row.apart:
         return [], ()
     if reference.apart:
-        return [], (f"not compared with {reference.name}, which is set apart",)
+        return [], (f"not compared with {reference.name}, which is excluded from ranking",)
     return pairs(row, reference)
 
 

@@ -1,4 +1,4 @@
-"""What the numbers show and do not show, in sentences."""
+"""Sentences on what the numbers show and do not show."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ RANK_RULE = (
     "with one seed ties with all. Differences from one row are fewer comparisons than all pairs: one of them may be "
     "significant where the ranks tie."
 )
-_SETTINGS_IN_WORDS = 4  # more are left to their tables
+_SETTINGS_IN_WORDS = 4  # for further settings see their tables
 _NAMED = 4  # rows named in a sentence
-_FEW_SEEDS = 4  # up to here a tie may well be for want of seeds
-_ENOUGH_SEEDS = 5  # what is named beside it
+_FEW_SEEDS = 4  # up to here a tie may be due to too few seeds
+_ENOUGH_SEEDS = 5  # given for comparison
 _SEED_REASON = re.compile(r"^seeds? [0-9, ]+ do(?:es)? not match .*?: ")
 
 
 def headline(board: Leaderboard) -> list[str]:
-    """For each setting, one sentence on the ranks and one on the comparison with the reference."""
+    """For each setting, a sentence on the ranks and one on the comparison with the reference."""
     if not any(row.finished for row in board.rows):
         return ["No trial has finished: there is nothing to compare yet."]
     several = len(board.settings) > 1
@@ -44,7 +44,7 @@ def _leader(board: Leaderboard, setting: str) -> str:
     label, metric = board.primary.label, board.primary.name
     ranked = [(row, row.rank) for row in board.of(setting) if row.rank]
     if not ranked:
-        return f"Nothing is ranked: no finished trial has a test {label} that may be compared."
+        return f"Nothing is ranked: no finished trial has a test {label} that is comparable."
     best = ranked[0][0]
     mean = f"{best.name} has the best mean test {label}, {estimate_text(best.metrics[metric])}"
     if len(ranked) == 1:
@@ -54,14 +54,11 @@ def _leader(board: Leaderboard, setting: str) -> str:
     tied = [row for row, (first, _) in ranked[1:] if first == 1]
     behind = [row for row, (first, _) in ranked if first > 1]
     if not tied:
-        return f"{mean}, and is shown to be ahead of {_all_others(len(behind))}."
+        others = "the only other row" if len(behind) == 1 else f"all {len(behind)} others"
+        return f"{mean}, and is shown to be ahead of {others}."
     if not behind:
         return f"{mean}, but all {len(ranked)} rows tie: none is shown to be ahead."
     return f"{mean}, and ties for the first rank with {_names(tied)}. Shown to be behind: {_names(behind)}."
-
-
-def _all_others(count: int) -> str:
-    return "the only other row" if count == 1 else f"all {count} others"
 
 
 def _names(rows: list[Row]) -> str:
@@ -81,7 +78,7 @@ def _reference(board: Leaderboard, setting: str) -> str:
     against = f"Against {reference.name} on the same data, paired by seed"
     if not any(verdicts):
         return f"{against}, there is one seed: no difference can be tested."
-    kinds = {"better": "better", "worse": "worse", "tie": "not told apart", "": "on one seed only"}
+    kinds = {"better": "better", "worse": "worse", "tie": "not significantly different", "": "on one seed only"}
     if len(compared) == 1:
         return f"{against}, the only other row is {kinds[verdicts[0]]}."
     counts = ", ".join(f"{verdicts.count(kind)} {words}" for kind, words in kinds.items() if kind in verdicts)
@@ -89,7 +86,7 @@ def _reference(board: Leaderboard, setting: str) -> str:
 
 
 def caveats(board: Leaderboard) -> list[str]:
-    """What a reader must know before believing the tables."""
+    """What a reader must know before trusting the tables."""
     return [
         *_intervals(board),
         *few_seeds(board),
@@ -119,7 +116,9 @@ def _intervals(board: Leaderboard) -> list[str]:
     start = f"Intervals are {PERCENT} and cover {seeds}"
     both = [estimate for estimate in shown if estimate.example_se is not None]
     if not both:
-        return [f"{start}. They do not cover the choice of test examples: no per-example scores give the test score."]
+        return [
+            f"{start}. They do not cover the choice of test examples: no per-example scores reproduce the test score."
+        ]
     examples = sorted({estimate.examples for estimate in both if estimate.examples})
     count = f"{examples[0]:,}" if len(examples) == 1 else f"{examples[0]:,} to {examples[-1]:,}"
     words = f"{start}, and the choice of the {count} test examples, by resampling them"
@@ -128,7 +127,7 @@ def _intervals(board: Leaderboard) -> list[str]:
 
 
 def few_seeds(board: Leaderboard) -> list[str]:
-    """How large a difference must be where seeds are few: the first step of Holm's correction, by the seeds alone."""
+    """How large a difference must be when seeds are few: the first step of Holm's correction, over seeds alone."""
     most = max((row.metrics[board.primary.name].n for row in _scored(board)), default=0)
     ranked = max(sum(row.rank is not None for row in board.of(setting)) for setting in board.settings)
     pairs = ranked * (ranked - 1) // 2
@@ -154,7 +153,7 @@ def _gaps(board: Leaderboard) -> list[str]:
         lines.append(f"{planned - gaps.total()} of {planned} trials finished ({parts}). Incomplete rows are marked.")
     unscored = [row for row in board.rows if row.finished and row.rank is None and not row.apart]
     if unscored:
-        lines.append(f"Not ranked, for want of a test {board.primary.label}: {_names(unscored)}.")
+        lines.append(f"Not ranked, because the test {board.primary.label} is missing: {_names(unscored)}.")
     return lines
 
 
@@ -167,19 +166,20 @@ def _apart(board: Leaderboard) -> list[str]:
         for reason in dict.fromkeys(_SEED_REASON.sub("", reason) for reason in row.apart):
             by_reason.setdefault(reason, []).append(row)
     parts = "; ".join(f"{_names(alike)}: {reason}" for reason, alike in by_reason.items())
-    verb = "is" if len(rows) == 1 else "are"
-    return [f"{_count(len(rows), 'row')} {verb} set apart from the ranked ones, not comparable with them. {parts}."]
+    verb, pronoun = ("is", "it is") if len(rows) == 1 else ("are", "they are")
+    start = f"{_count(len(rows), 'row')} {verb} excluded from ranking, because {pronoun} not comparable with the others"
+    return [f"{start}. {parts}."]
 
 
 def _conditions(board: Leaderboard) -> list[str]:
-    """What differs between the trials shown and is in no fingerprint."""
+    """Differences between the trials shown that no fingerprint covers: device, code and package versions."""
     records = [record for row in board.rows for record in row.finished]
     lines = []
     devices = _distinct(records, lambda record: record.device)
     if len(devices) > 1:
         lines.append(
             f"The trials ran on {len(devices)} kinds of device ({'; '.join(devices)}): compare memory, speed and time "
-            "only within one of them."
+            "only on the same device."
         )
     differing = []
     revisions = _distinct(records, lambda record: record.git_revision)
@@ -190,7 +190,7 @@ def _conditions(board: Leaderboard) -> list[str]:
         if len(versions) > 1:
             differing.append(f"{package} {', '.join(versions)}")
     if differing:
-        lines.append(f"The trials did not all run the same software: {'; '.join(differing)}.")
+        lines.append(f"The trials ran different software versions: {'; '.join(differing)}.")
     return lines
 
 
@@ -201,13 +201,13 @@ def _distinct(records: Iterable[TrialRecord], read: Callable[[TrialRecord], str 
 def _files(board: Leaderboard) -> list[str]:
     lines = []
     if board.run.broken:
-        lines.append(f"{_count(len(board.run.broken), 'record file')} could not be read; named below.")
+        lines.append(f"{_count(len(board.run.broken), 'record file')} could not be read; listed below.")
     if board.run.foreign:
-        lines.append(f"{_count(len(board.run.foreign), 'record')} that the plan does not name left out; named below.")
+        lines.append(f"{_count(len(board.run.foreign), 'record')} that the plan does not name left out; listed below.")
     if board.unreadable:
         lines.append(
-            f"{_count(len(board.unreadable), 'file')} of per-example scores could not be read, named below: intervals "
-            "and tests of their rows cover seeds alone."
+            f"{_count(len(board.unreadable), 'file')} of per-example scores could not be read, listed below: intervals "
+            "and tests of their rows cover only seeds."
         )
     return lines
 

@@ -114,7 +114,14 @@ def fake_record(trial: PlannedTrial, trainable: int, quality: float) -> TrialRec
         trial_id=trial.trial_id,
         experiment="synthetic",
         status="finished",
-        spec={"label": trial.label},
+        spec={
+            "adapter": {
+                "method": trial.method,
+                "label": trial.label,
+                "grouping_name": trial.grouping,
+                "config": {},
+            }
+        },
         seed=trial.seed,
         metrics={"validation": {"perplexity": perplexity}, "test": test},
         history=history,

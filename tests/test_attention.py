@@ -246,7 +246,7 @@ def test_a_series_is_one_row_of_tokens(tmp_path: Path) -> None:
 
 def test_weights_that_are_no_shares_or_are_not_given_are_refused(tmp_path: Path) -> None:
     built = untrained(tmp_path)
-    with pytest.raises(UserError, match="a llama model does not give the attention weights"):
+    with pytest.raises(UserError, match="a llama model does not return the attention weights"):
         attention_of(built, built.splits.test[0], CAPTION)  # still SDPA
     give_weights(built)
     attention = built.model.language_model.model.layers[1].self_attn
@@ -307,13 +307,13 @@ def test_what_is_missing_is_named_before_anything_is_built(recorded: Recorded, t
     attempt("best.safetensors: no such file")
     folder = tmp_path / "trials" / recorded.record.trial_id
     save_file({"other": torch.zeros(1)}, folder / "best.safetensors")
-    attempt("examples.parquet: cannot be read")
+    attempt("examples.parquet: could not be read")
     (folder / "examples.parquet").write_bytes((recorded.trial / "examples.parquet").read_bytes())
     attempt(r"best\.safetensors: not the weights of this trial: .*missing")
     spec = json.loads(json.dumps(recorded.record.spec))
     spec["task"] |= {"modalities": {}}
     write_record(tmp_path, recorded.record.model_copy(update={"spec": spec}))
-    attempt(r"task scenes has text alone \(image, text\)")
+    attempt(r"task scenes has only text \(image, text\)")
     assert not (folder / FILE_NAME).exists()
 
 

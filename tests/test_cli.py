@@ -183,7 +183,7 @@ def test_an_mlflow_server_out_of_reach_is_told_within_seconds(harness: Harness, 
     began = time.monotonic()
     outcome = harness("run", experiment_file(ONE + "tracking: {mlflow_uri: 'http://127.0.0.1:9'}\n"))
     assert time.monotonic() - began < 20
-    assert_refused(outcome, "tracking.mlflow_uri: 'http://127.0.0.1:9' cannot be used: ")
+    assert_refused(outcome, "tracking.mlflow_uri: 'http://127.0.0.1:9' could not be used: ")
 
 
 def test_markup_in_a_message_is_shown_as_it_is(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,7 +146,7 @@ def test_examples_that_do_not_fit_at_all_are_counted(tmp_path: Path, monkeypatch
     monkeypatch.setattr(module, "MOST_BYTES", 600)
     found = build_attention(attended_run(tmp_path))
     assert (found.detail, len(found.samples)) == ("sum", 2)
-    assert found.left_out == ("1 examples: their maps are too large for this page",)
+    assert found.left_out == ("1 examples: their maps would exceed the size limit of this page",)
 
 
 def test_more_methods_and_examples_than_are_shown_are_named(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_files_that_are_wrong_are_named_and_the_others_shown(tmp_path: Path) -> 
     assert found.methods == (f"{best_first(board)[3].name}, seed 0",)
     assert fourth.trial_id in {trial.trial_id for trial in board.run.plan.trials}
     assert [line.split(": ")[0] for line in found.unreadable] == [str(broken), str(stale), str(shape)]
-    assert found.unreadable[1].endswith("of another run of the trial; record it again with harness attention")
+    assert found.unreadable[1].endswith("from another run of the trial; record it again with harness attention")
     assert "(2, 3, 4, 15)" in found.unreadable[2]
 
 

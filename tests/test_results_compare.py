@@ -64,7 +64,7 @@ def test_the_sentence_follows_the_direction_of_the_metric(run: Run) -> None:
     back = compare(run, LORA, "ia3 agnostic")
     assert back.sentence(back.metrics[0]).startswith(f"CIDEr: {LORA} is better than IA3 agnostic by 0.6")
     tie = compare(run, LORA, FULL)
-    assert tie.sentence(tie.metrics[0]) == f"CIDEr: {LORA} and {FULL} are not told apart."
+    assert tie.sentence(tie.metrics[0]) == f"CIDEr: {LORA} and {FULL} are not significantly different."
 
 
 def test_examples_are_covered_where_their_columns_give_the_score(tmp_path: Path) -> None:
@@ -91,14 +91,14 @@ def test_rows_that_do_not_match_are_not_compared(tmp_path: Path) -> None:
     found = compare(written(tmp_path, other_examples), LORA, FULL)
     assert found.differences == {}
     assert found.refusal == (
-        f"{LORA} and {FULL} may not be compared: seeds 0, 1, 2 do not match: training examples differ."
+        f"{LORA} and {FULL} are not comparable: seeds 0, 1, 2 do not match: training examples differ."
     )
 
 
 @pytest.mark.parametrize(("one", "other"), [(LORA, FULL), (FULL, LORA)])
 def test_a_row_that_has_not_finished_is_not_compared(tmp_path: Path, one: str, other: str) -> None:
     found = compare(written(tmp_path, lambda trial, record: None if trial.method == "lora" else record), one, other)
-    assert found.refusal == f"{one} and {other} may not be compared: {LORA} has no finished trial to compare."
+    assert found.refusal == f"{one} and {other} are not comparable: {LORA} has no finished trial to compare."
 
 
 def test_a_seed_of_one_alone_is_named_and_left_out(tmp_path: Path) -> None:
@@ -118,9 +118,9 @@ def test_two_trials_are_compared_on_their_seed(run: Run) -> None:
         difference = found.differences["cider"]
         assert difference.mean == pytest.approx(scores(run, LORA, "cider")[1] - scores(run, FULL, "cider")[1])
         assert (difference.n, difference.low, difference.p_value) == (1, None, None)
-        assert found.sentence(found.metrics[0]).startswith("CIDEr: one seed has no interval")
+        assert found.sentence(found.metrics[0]).startswith("CIDEr: one seed gives no interval")
     refused = compare(run, one, ids[("Full fine-tuning", "", 2)])
-    assert refused.refusal.endswith("may not be compared: they have no seed in common (1 and 2).")
+    assert refused.refusal.endswith("are not comparable: they have no seed in common (1 and 2).")
 
 
 def test_the_best_learning_rate_is_compared_and_any_of_them_by_its_trial(tmp_path: Path) -> None:
@@ -151,9 +151,9 @@ def test_one_of_several_settings_is_chosen_by_a_part_of_its_name(tmp_path: Path)
     with pytest.raises(UserError, match=r"2 settings; choose one with --setting: 'examples=64', 'examples=128'"):
         compare(run, LORA, FULL)
     assert compare(run, LORA, FULL, "128").one.row.setting == "examples=128"
-    with pytest.raises(UserError, match=r"--setting: 'examples' may be 'examples=64', 'examples=128'"):
+    with pytest.raises(UserError, match=r"--setting: 'examples' is ambiguous: 'examples=64', 'examples=128'"):
         compare(run, LORA, FULL, "examples")
-    with pytest.raises(UserError, match=r"--setting: there is no 'exmples=64'; .*did you mean 'examples=64'"):
+    with pytest.raises(UserError, match=r"--setting: unknown setting 'exmples=64'; .*did you mean 'examples=64'"):
         compare(run, LORA, FULL, "exmples=64")
     by_id = [trial.trial_id for trial in run.plan.trials if trial.method in {"none", "full"} and trial.seed == 0]
     with pytest.raises(UserError, match=r"share no setting \(found: 'examples=64' and 'examples=128'\)"):
@@ -164,7 +164,7 @@ def test_one_of_several_settings_is_chosen_by_a_part_of_its_name(tmp_path: Path)
     ("one", "other", "says"),
     [
         ("LoRA r=8", FULL, r"'LoRA r=8' is neither a row of the leaderboard nor a trial id; .*did you mean 'LoRA r=4"),
-        ("lora", FULL, r"'lora' may be 'LoRA r=4 agnostic', 'LoRA r=4 specific'; write more of the name"),
+        ("lora", FULL, r"'lora' is ambiguous: 'LoRA r=4 agnostic', 'LoRA r=4 specific'; write more of the name"),
         ("full", FULL, r"'Full fine-tuning' and 'Full fine-tuning' have trials in common"),
     ],
 )

@@ -10,7 +10,8 @@ import pytest
 from sweep_fixture import ScoreOf, write_sweep
 
 from harness.record import TrialRecord, read_run
-from results.crossover import Curve, Gap, Sweep, build_sweeps, locate
+from results.crossover import Gap, locate
+from results.sweeps import Curve, Sweep, build_sweeps
 from results.table import build_leaderboard
 
 BUDGETS = (64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0)

@@ -1,4 +1,4 @@
-"""Two leaderboards: what changed, against scipy's tests, and what may not be compared."""
+"""Two leaderboards: what changed, against scipy's tests, and which rows are not comparable."""
 
 from __future__ import annotations
 
@@ -156,15 +156,15 @@ def test_rows_on_other_data_are_not_comparable(tmp_path: Path, field: str, value
     old, new = board(tmp_path / "old"), board(tmp_path / "new", smuggled)
     change = of(old, new)
     assert (change.verdict, change.reason, change.difference) == ("not comparable", reason, None)
-    assert any(note.startswith("now set apart: ") for note in change.notes)
-    assert "no longer set apart" in of(new, old).notes
+    assert any(note.startswith("now excluded from ranking: ") for note in change.notes)
+    assert "no longer excluded from ranking" in of(new, old).notes
     assert of(old, new, "IA3 agnostic").verdict == "unchanged"
 
 
 def test_a_row_without_data_or_score_is_not_comparable(tmp_path: Path) -> None:
     old = board(tmp_path / "old")
     new = board(tmp_path / "new", lambda t, r: r.model_copy(update={"data": None}) if t.method == "lora" else r)
-    assert of(old, new).reason == "what was trained on is not recorded"
+    assert of(old, new).reason == "the training data are not recorded"
     new = board(tmp_path / "later", lambda t, r: None if t.method == "lora" else r)
     change = of(old, new)
     assert (change.verdict, change.reason, change.new_mean) == ("not comparable", "no CIDEr in the new one", None)
@@ -184,7 +184,7 @@ def test_rows_that_came_and_went_and_changed_ranks(tmp_path: Path) -> None:
 def test_metrics_must_be_shared(tmp_path: Path) -> None:
     old = board(tmp_path / "old")
     new = board(tmp_path / "new", primary_metric="perplexity")
-    with pytest.raises(UserError, match=r"different primary metrics \(cider, perplexity\); choose one .* --metric"):
+    with pytest.raises(UserError, match=r"different primary metrics \(cider, perplexity\); choose one .* \(--metric\)"):
         diff(old, new)
     assert diff(old, new, "bleu_4").metric.label == "BLEU-4"
     with pytest.raises(
@@ -192,5 +192,5 @@ def test_metrics_must_be_shared(tmp_path: Path) -> None:
     ):
         diff(old, new, "blue_4")
     turned = tuple(info.model_copy(update={"higher_is_better": not info.higher_is_better}) for info in old.metrics)
-    with pytest.raises(UserError, match=r"'cider' is better when higher in one of the leaderboards"):
+    with pytest.raises(UserError, match=r"'cider' is better when higher in one leaderboard"):
         diff(old, old.model_copy(update={"metrics": turned}))

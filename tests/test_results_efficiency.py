@@ -117,7 +117,7 @@ def test_times_on_different_devices_are_not_compared(tmp_path: Path) -> None:
     (setting,) = efficiency_of(tmp_path, budgets=(64,), change=moved).settings
     assert [front.cost.name for front in setting.fronts] == ["parameters", "memory"]
     assert setting.notes == (
-        "trained on different devices (CPU, 2 cores (synthetic); GPU): their training times may not be compared",
+        "trained on different devices (CPU, 2 cores (synthetic); GPU): their training times are not comparable",
     )
 
 
@@ -153,7 +153,7 @@ def test_the_interquartile_mean_across_tasks(tmp_path: Path, primary: str) -> No
     assert lora.relative.low == pytest.approx(0.86 - 4.302653 * 0.01 / math.sqrt(3))
     assert lora.notes == ()
     assert "Full fine-tuning" not in [row.name for row in across.rows]
-    assert "The intervals cover the seeds alone" in across.words
+    assert "The intervals cover only the seeds" in across.words
 
 
 def test_a_row_without_a_task_says_so(tmp_path: Path) -> None:

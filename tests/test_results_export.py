@@ -16,9 +16,9 @@ from run_fixture import fake_plan, write_run
 
 from harness.record import PlannedTrial, TrialRecord, read_run
 from results import published
-from results.export import write_exports
 from results.export_latex import escape
 from results.published import PublishedLeaderboard, read_published
+from results.report import write_exports
 from results.table import Leaderboard, build_leaderboard
 
 PAGE = (Path(__file__).parent.parent / "docs" / "leaderboard.md").read_text(encoding="utf-8")
@@ -106,7 +106,7 @@ def latex_rows(text: str) -> list[list[list[str]]]:
 
 def test_latex_is_balanced_and_escaped(files: dict[str, Path]) -> None:
     text = files["leaderboard.tex"].read_text(encoding="utf-8")
-    assert text.startswith("% synthetic: made by `harness report`")
+    assert text.startswith("% synthetic: written by `harness report`")
     assert "booktabs" in text
     bare = re.sub(r"\\[\\{}]", "", re.sub(r"^%.*$", "", text, flags=re.MULTILINE))
     depth = 0

@@ -34,15 +34,13 @@ def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page_module, "all_plots", lambda *_: dict.fromkeys(kinds, Drawings()))
 
 
-def run_with(
-    folder: Path, inputs: list[Parts] | list[str], metrics: tuple[MetricInfo, ...] = (), **columns: Any
-) -> Path:
+def run_with(folder: Path, inputs: list[Parts], metrics: tuple[MetricInfo, ...] = (), **columns: Any) -> Path:
     """A run of two methods with eight test examples; ``columns`` have their values."""
     methods = METHODS[-2:]
     changes: dict[str, Any] = {"metrics": metrics, "primary_metric": metrics[0].name} if metrics else {}
     plan = fake_plan(seeds=(0,), methods=methods, **changes)
     write_run(folder, plan)
-    written = [parts if isinstance(parts, str) else json.dumps(parts) for parts in inputs]
+    written = [json.dumps(parts) for parts in inputs]
     for trial in plan.trials:
         texts = [f"{trial.method} says {number}" for number in range(COUNT)]
         values = {name: [None, *own] for name, own in {"inputs": written, **columns}.items()}
@@ -115,10 +113,10 @@ def test_a_recording_that_is_too_large_or_gone_is_a_note(tmp_path: Path, monkeyp
     path.write_bytes(b"RIFF" + bytes(2045))
     part = only_input(tmp_path, path)
     assert (part.kind, part.uri) == ("note", "")
-    assert part.text == "long.wav: 2 KiB, more than 2 KiB: not put into this page"
+    assert part.text == "long.wav: 2 KiB, more than 2 KiB: not embedded in this page"
     path.unlink()
-    assert only_input(tmp_path, path).text == "long.wav: cannot be read: No such file or directory"
-    assert "input: long.wav: cannot be read" in write_report([tmp_path]).html.read_text()
+    assert only_input(tmp_path, path).text == "long.wav: could not be read: No such file or directory"
+    assert "input: long.wav: could not be read" in write_report([tmp_path]).html.read_text()
 
 
 @pytest.mark.parametrize("name", ["series.csv", "atoms.xyz", "array.npy", "no_suffix"])
@@ -131,7 +129,7 @@ def test_other_files_are_named_and_not_shown(tmp_path: Path, name: str) -> None:
 def test_a_picture_that_crashes_its_decoder_costs_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     Image.new("L", (10, 10)).save(tmp_path / "bomb.png")  # Pillow's DecompressionBombError is no OSError
-    assert only_input(tmp_path, tmp_path / "bomb.png").text == "bomb.png: no picture that can be read"
+    assert only_input(tmp_path, tmp_path / "bomb.png").text == "bomb.png: the picture could not be read"
 
 
 def test_pictures_are_shown_as_the_model_sees_them(tmp_path: Path) -> None:
@@ -147,12 +145,6 @@ def test_pictures_are_shown_as_the_model_sees_them(tmp_path: Path) -> None:
         shown[name] = Image.open(tmp_path / "shown.png")
     assert shown["deep.png"].getpixel((1, 1)) == (128, 128, 128)
     assert shown["turned.jpg"].size == (20, 40)
-
-
-def test_inputs_of_older_run_folders_are_files_by_context(tmp_path: Path) -> None:
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
-    run_with(tmp_path, [json.dumps({"image": str(tmp_path / "red.png")})] * COUNT)
-    assert [(part.context, part.kind) for part in gallery_of(tmp_path).samples[0].inputs] == [("image", "picture")]
 
 
 MIXED = (
@@ -200,7 +192,7 @@ def test_a_mixture_shows_as_many_examples_of_each_task(tmp_path: Path) -> None:
     drawn = [sample.example_id for sample in gallery_of(tmp_path).samples]
     assert sorted(drawn) == sorted(ids)
     assert gallery_of(tmp_path).members == ("speech", "coco_captions")
-    assert "for each of speech, coco_captions its own" in write_report([tmp_path]).html.read_text()
+    assert "separately for each of speech, coco_captions" in write_report([tmp_path]).html.read_text()
 
     even = [f"{task}/{number}" for task in ("speech", "coco_captions") for number in range(40)]
     assert Counter(one.partition("/")[0] for one in draw_ids(even, ["speech", "coco_captions"], 8)) == {
@@ -220,4 +212,4 @@ def test_outputs_are_in_the_order_of_the_leaderboard_up_to_a_limit(
     assert [output.row.name for output in build_gallery(board).samples[0].outputs] == names
     monkeypatch.setattr(gallery_module, "_MOST_ROWS", 1)
     assert [output.row.name for output in build_gallery(board).samples[0].outputs] == names[:1]
-    assert "Methods in the order of the leaderboard: the first 1 of 2." in write_report([tmp_path]).html.read_text()
+    assert "Methods are in the order of the leaderboard: the first 1 of 2." in write_report([tmp_path]).html.read_text()

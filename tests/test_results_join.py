@@ -47,10 +47,9 @@ def write_grid(
     folder: Path,
     specs: Sequence[dict[str, Any]],
     change: Callable[[TrialRecord], TrialRecord | None] = lambda record: record,
-    old: bool = False,
     **plan: Any,
 ) -> Path:
-    """A run folder whose plan names its trials by the specs, and a record of each. ``old``: without learning rates."""
+    """A run folder whose plan names its trials by the specs, and a record of each."""
     by_id = {identity(content): content for content in specs}
     labels, settings = naming.labels(by_id), naming.settings(by_id)
     trials = tuple(
@@ -61,7 +60,7 @@ def write_grid(
             grouping=content["adapter"]["grouping_name"],
             setting=settings[trial_id],
             seed=content["seed"],
-            learning_rate=None if old else content["optimizer"]["learning_rate"],
+            learning_rate=content["optimizer"]["learning_rate"],
         )
         for trial_id, content in by_id.items()
     )
@@ -145,7 +144,7 @@ def test_what_is_unknown_is_not_mixed_with_what_is_known(tmp_path: Path) -> None
         ("LoRA r=4", "run=b", 0),
         ("Full fine-tuning", "run=b", 0),
     ]
-    # Here the setting is known from the full trial; LoRA may be another one than a's, "none" is nobody else's.
+    # Here the setting is known from the full trial; LoRA may differ from a's; "none" is only in c.
     c = write_grid(tmp_path / "c", [spec("lora", dropout=0.5), spec("full"), spec("none")], only("full"))
     assert names(read_runs([a, c]).plan.trials)[2:] == [("LoRA r=4", "run=c", 0), ("none", "", 0)]
 
@@ -207,12 +206,11 @@ def test_the_finished_record_of_a_trial_wins(tmp_path: Path) -> None:
         )
 
 
-def test_metrics_are_all_of_them_and_the_newer_description_holds(tmp_path: Path) -> None:
+def test_the_metrics_of_all_folders_are_joined_in_order(tmp_path: Path) -> None:
     wer = METRICS[0].model_copy(update={"name": "wer", "corpus": "ratio"})
-    bleu = METRICS[3].model_copy(update={"corpus": "bleu"})
     a = write_grid(tmp_path / "a", [spec("lora")])
-    b = write_grid(tmp_path / "b", [spec("full")], metrics=(wer, bleu, *METRICS[:3]))
-    assert read_runs([a, b]).plan.metrics == (*METRICS[:3], bleu, wer)
+    b = write_grid(tmp_path / "b", [spec("full")], metrics=(wer, *METRICS[:3]))
+    assert read_runs([a, b]).plan.metrics == (*METRICS, wer)
 
 
 def test_broken_and_foreign_files_of_all_folders_are_named(tmp_path: Path) -> None:
@@ -224,24 +222,6 @@ def test_broken_and_foreign_files_of_all_folders_are_named(tmp_path: Path) -> No
     assert run.foreign == (fake_plan().trials[0].trial_id,)
 
 
-def test_a_record_without_a_usable_spec_keeps_its_plans_names(tmp_path: Path) -> None:
-    a = write_run(tmp_path / "a", fake_plan(seeds=(0,)))
-    b = write_run(tmp_path / "b", fake_plan(seeds=(1,)))
-    run = read_runs([a, b])
-    assert len(run.records) == 16
-    assert {trial.setting for trial in run.plan.trials} == {f"examples=1024 epochs=8 run={name}" for name in "ab"}
-
-
-def test_a_run_of_an_older_plan_joins_by_its_records(tmp_path: Path) -> None:
-    a = write_grid(tmp_path / "a", [spec("lora", rate=0.01), spec("full")], old=True)
-    b = write_grid(tmp_path / "b", [spec("lora", rate=0.1)])
-    assert [(trial.label, trial.learning_rate) for trial in read_runs([a, b]).plan.trials] == [
-        ("LoRA r=4", 0.01),
-        ("Full fine-tuning", 0.01),
-        ("LoRA r=4", 0.1),
-    ]
-
-
 def refused(folders: Sequence[Path], message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         read_runs(folders)
@@ -249,9 +229,9 @@ def refused(folders: Sequence[Path], message: str) -> None:
 
 def test_what_is_no_run_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a = write_grid(tmp_path / "quickstart", [spec("lora")])
-    hint = "a run folder is what `harness run` wrote"
+    hint = "a run folder is what `harness run` writes"
     near = f"{hint}; did you mean '{a}'?"
-    refused([], f"no run folder is given; {hint}")
+    refused([], f"no run folder given; {hint}")
     refused([a, tmp_path / "quickstrt"], f"{tmp_path / 'quickstrt'}: no such folder; {near}")
     (tmp_path / "quickstart-old").mkdir()
     refused([tmp_path / "quickstart-old"], f"{tmp_path / 'quickstart-old'}: no plan.json here; {near}")
@@ -279,4 +259,4 @@ def test_runs_that_cannot_be_one_table_are_refused_with_both_files(tmp_path: Pat
     first = a / "plan.json"
     refused([a, b], f"{b / 'plan.json'}: primary_metric: found 'perplexity', but {first} has 'cider'; {same}")
     refused([a, c], f"{c / 'plan.json'}: reference_method: found 'none', but {first} has 'full'; {same}")
-    refused([a, d], f"{first} and {d / 'plan.json'}: metrics: perplexity: higher is better in one of them only")
+    refused([a, d], f"{first} and {d / 'plan.json'}: metrics: perplexity: higher is better in only one of them")

@@ -69,7 +69,7 @@ KINDS: dict[str, tuple[Smuggle, str]] = {
     "weights of another trial": (with_data(started_from=("x",)), "adapter groups trained before, on other data"),
     "not recorded": (
         lambda record: record.model_copy(update={"data": None}),
-        "what was trained on is not recorded",
+        "the training data are not recorded",
     ),
     "other seed": (lambda record: record.model_copy(update={"seed": 7}), "seed differs (7, 0)"),
     "evaluation": (with_spec("eval", num_beams=4), "eval.num_beams differs (4, 1)"),
@@ -202,10 +202,10 @@ def test_a_reference_without_a_record_of_its_data_sets_nobody_else_apart(tmp_pat
 
     board = board_of(tmp_path, change=change)
     assert [row.name for row in board.rows if row.apart] == ["Full fine-tuning"]
-    assert "what was trained on is not recorded" in row_of(board, "Full fine-tuning").apart[0]
+    assert "the training data are not recorded" in row_of(board, "Full fine-tuning").apart[0]
     row = row_of(board, "LoRA r=4 specific")
     assert row.rank is not None
-    assert (row.differences, row.notes) == ({}, ("not compared with Full fine-tuning, which is set apart",))
+    assert (row.differences, row.notes) == ({}, ("not compared with Full fine-tuning, which is excluded from ranking",))
 
 
 def test_without_the_reference_the_most_common_kind_is_the_measure(tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from sweep_fixture import METHODS, write_sweep
 
 from harness.record import TrialRecord, read_run
 from results import plots as plots_module
-from results.crossover import build_sweeps
 from results.efficiency import EXAMPLES, MEMORY, PARAMETERS, TIME, build_efficiency
 from results.plots import MOST_DRAWN, Drawings, all_plots
 from results.plots_pareto import Box, Name, cost_ticks, pareto_figure, place, tick_text
 from results.plots_style import MOST_PANELS, STYLE, log_ticks, looks_of
 from results.plots_sweeps import option_sweeps, sweep_figure
+from results.sweeps import build_sweeps
 from results.table import Leaderboard, build_leaderboard
 
 RANKS = tuple(

@@ -195,15 +195,15 @@ def test_every_learning_rate_is_shown_with_its_outcome(tmp_path: Path) -> None:
         ("LoRA r=4 agnostic", 0.01): ("2/2", False, ""),
         ("LoRA r=4 specific", 0.001): ("1/2", False, "1 failed"),
         ("LoRA r=4 specific", 0.01): ("2/2", True, ""),
-        ("Full fine-tuning", 0.001): ("2/2", False, "the only one run"),
-        ("Full fine-tuning", 0.01): ("–", False, "declared: tried before"),
+        ("Full fine-tuning", 0.001): ("2/2", False, "only candidate"),
+        ("Full fine-tuning", 0.01): ("–", False, "declared as tried before"),
     }
     assert '<span class="badge">chosen</span>' in write_report([tmp_path]).html.read_text()
 
 
 def test_without_a_search_one_sentence_says_so(run: Path) -> None:
     assert search_lines(build_leaderboard(read_run(run))) == []
-    assert "The plan names no learning rates." in write_report([run]).html.read_text()
+    assert "The plan has no learning rates." in write_report([run]).html.read_text()
 
 
 def test_gallery_is_the_same_examples_for_all_and_blind_to_scores(run: Path) -> None:
@@ -232,7 +232,7 @@ def test_unreadable_scores_and_pictures_are_named(run: Path) -> None:
         picture.write_bytes(b"not a picture")
     text = write_report([run]).html.read_text()
     assert f"Could not be read: {trial.trial_id}: " in text
-    assert "no picture that can be read" in text
+    assert "the picture could not be read" in text
 
 
 def test_runs_without_generated_text_have_no_gallery(run: Path) -> None:

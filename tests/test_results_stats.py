@@ -282,7 +282,7 @@ def test_interquartile_mean(scores: list[float], expected: float) -> None:
 def test_interquartile_mean_of_many_is_scipys_trimmed_mean() -> None:
     scores = np.random.default_rng(0).normal(size=48)
     assert interquartile_mean(scores.tolist()) == pytest.approx(stats.trim_mean(scores, 0.25))
-    with pytest.raises(ValueError, match="of no score"):
+    with pytest.raises(ValueError, match="at least one score"):
         interquartile_mean([])
 
 

@@ -224,7 +224,7 @@ def test_while_a_search_runs_its_row_is_apart_and_says_what_is_missing(tmp_path:
     assert row.apart == (
         "learning-rate search effort differs (1 tried, Full fine-tuning 3); 2 of 3 learning rates have not ended",
     )
-    assert row.notes == ("2 of 3 learning rates have not ended: another one may yet be chosen",)
+    assert row.notes == ("2 of 3 learning rates have not ended: another one may still be chosen",)
     assert len(board.missing) == 8
     assert {one.trial.learning_rate for one in board.missing} == {0.001, 0.1}
 
@@ -246,7 +246,7 @@ def test_seeds_that_no_rate_has_come_to_yet_leave_the_search_as_it_is(tmp_path: 
 
     row = row_of(board_of(tmp_path, search_plan(METHOD_NAMES), change), "LoRA r=4 agnostic")
     assert (row.effort, row.apart, row.incomplete) == (3, (), True)
-    assert row.notes[0] == "3 of 3 learning rates have not ended: another one may yet be chosen"
+    assert row.notes[0] == "3 of 3 learning rates have not ended: another one may still be chosen"
 
 
 def test_a_rate_at_which_training_fails_was_tried_and_is_not_chosen(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_rate_at_which_training_fails_was_tried_and_is_not_chosen(tmp_path: Pa
     board = board_of(tmp_path, search_plan(METHOD_NAMES), change)
     row = row_of(board, "LoRA r=4 agnostic")
     assert (row.chosen.learning_rate, row.effort, row.apart) == (0.001, 3, ())
-    assert row.notes == ("learning rate 0.1 stood back from the choice: 1 of 2 trials failed",)
+    assert row.notes == ("learning rate 0.1 was excluded from selection: 1 of 2 trials failed",)
     assert [(one.trial.learning_rate, one.status, one.reason) for one in board.failed] == [
         (0.1, "failed", "loss is nan")
     ] * 2

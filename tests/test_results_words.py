@@ -79,7 +79,7 @@ def test_rows_apart_are_counted_with_their_reasons() -> None:
 
     board = board_of(fake_plan(), change)
     assert (
-        "2 rows are set apart from the ranked ones, not comparable with them. "
+        "2 rows are excluded from ranking, because they are not comparable with the others. "
         "LoRA r=4 specific and LoRA r=4 agnostic: order of the examples differs." in joined(board)
     )
     assert not any("LoRA" in sentence for sentence in words.headline(board))
@@ -94,7 +94,7 @@ def test_other_devices_and_software_are_named() -> None:
 
     found = joined(board_of(fake_plan(), change))
     assert "The trials ran on 2 kinds of device (CPU, 2 cores (synthetic); GPU)" in found
-    assert "did not all run the same software: 2 revisions of the code; torch 2.12.0, 2.13.0." in found
+    assert "ran different software versions: 2 revisions of the code; torch 2.12.0, 2.13.0." in found
     assert "software" not in joined(board_of(fake_plan()))
     assert "kinds of device" not in joined(board_of(fake_plan()))
 
@@ -129,7 +129,7 @@ def test_the_headline_counts_verdicts_after_correction() -> None:
     sentence = words.headline(replace(board, rows=(reference, *rows)))[1]
     assert sentence == (
         "Against Full fine-tuning on the same data, paired by seed and corrected for 7 comparisons, the other "
-        "rows are: 2 better, 1 worse, 3 not told apart, 1 on one seed only."
+        "rows are: 2 better, 1 worse, 3 not significantly different, 1 on one seed only."
     )
 
 

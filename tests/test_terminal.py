@@ -181,7 +181,7 @@ def test_the_leaderboard_fits_eighty_characters_and_shows_missing_as_missing(tmp
     assert "…" not in text
     assert "synthetic: scores on the test split" in text
     assert re.search(r"\n +\d(–8)? +none +9\.\d+ \[[\d.]+, [\d.]+\] +– +1\.\d+ +9,312 +2/2", text)
-    assert "not ranked" not in text
+    assert "excluded from ranking" not in text
 
 
 def test_rows_apart_stand_below_the_table_of_their_setting(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_rows_apart_stand_below_the_table_of_their_setting(tmp_path: Path) -> No
     text = shown(leaderboard_table(build_leaderboard(read_run(write_run(tmp_path, plan, fewer_steps)))), width=80)
     first, second = text.split("\nexamples=128\n")
     assert "\nexamples=64\n" in first
-    table, below = first.split("not ranked: ")
+    table, below = first.split("excluded from ranking: ")
     assert "BitFit" not in table
     assert " ".join(below.split()) == (
         "BitFit specific, BitFit agnostic: seeds 0, 1 do not match Full fine-tuning: number of optimizer steps differs "
@@ -216,6 +216,8 @@ def test_a_long_reason_is_cut(tmp_path: Path) -> None:
         return made.model_copy(update={"data": changed})
 
     board = build_leaderboard(read_run(write_run(tmp_path, fake_plan(settings=("",)), other)))
-    (line,) = [line for line in shown(leaderboard_table(board), width=2000).splitlines() if "not ranked" in line]
+    (line,) = [
+        line for line in shown(leaderboard_table(board), width=2000).splitlines() if "excluded from ranking" in line
+    ]
     assert line.rstrip().endswith(" …")
     assert len(line.rstrip()) < 300

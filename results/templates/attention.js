@@ -1,4 +1,4 @@
-// Attention heat maps: method, layer, head and tokens are chosen here, and the map is drawn from #attention-data.
+// Attention heat maps: select method, layer, head and tokens; the map is drawn from #attention-data.
 (() => {
   const data = JSON.parse(document.getElementById("attention-data").textContent);
   const section = document.getElementById("attention");
@@ -9,7 +9,7 @@
   const percent = (share) => `${Number((100 * share).toPrecision(3))} %`;
   const range = (length) => Array.from({ length }, (_, number) => number);
 
-  // Unpacked when it is first shown.
+  // Unpacked when first shown.
   const mapOf = (id) => {
     const map = data.methods[method.value].maps[id];
     if (map && typeof map.patches === "string") {
@@ -20,7 +20,7 @@
     return map;
   };
 
-  // Mean over the chosen layers, heads and tokens: of every patch, and of what goes to the whole input.
+  // Mean over the selected layers, heads and tokens: for every patch, and for the whole input.
   const mean = (map, tokens) => {
     const layers = layer.value === "" ? range(map.layers) : [Number(layer.value)];
     const heads = head.value === "" ? range(map.heads) : [Number(head.value)];
@@ -72,7 +72,7 @@
     const buttons = (map ? map.tokens : []).map((token, number) => {
       const button = Object.assign(document.createElement("button"), { type: "button", value: number });
       button.textContent = token.trim() || "·";
-      if (!token.trim()) button.setAttribute("aria-label", `token ${number + 1}, no visible text of its own`);
+      if (!token.trim()) button.setAttribute("aria-label", `token ${number + 1}, without visible text`);
       button.setAttribute("aria-pressed", "false");
       button.addEventListener("click", () => {
         button.setAttribute("aria-pressed", String(button.getAttribute("aria-pressed") === "false"));

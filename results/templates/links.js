@@ -1,4 +1,4 @@
-// A link to something inside a folded part opens it; the row of a trial is marked by the style sheet (:target).
+// A link into a closed <details> opens it; the style sheet marks the row of the linked trial (:target).
 (() => {
   const reveal = () => {
     const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));

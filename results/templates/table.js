@@ -1,13 +1,13 @@
-// Sorts every table by its headings, filters the leaderboard's rows, and keeps both in the address: a link shows the same.
+// Sorts tables by their headings, filters the rows of the leaderboard, and keeps both in the URL, so that links reproduce the view.
 (() => {
-  const drawn = 100; // rows of a long table, as the style sheet has it
+  const drawn = 100; // rows of a long table; the same number as in the style sheet
   const number = new Intl.NumberFormat("en");
   const state = new URLSearchParams(location.search);
   const remember = () => {
     const query = state.toString();
     try {
       history.replaceState(null, "", (query ? `?${query}` : location.pathname) + location.hash);
-    } catch { /* a page in a closed frame keeps its address */ }
+    } catch { /* a page in a sandboxed frame cannot change its URL */ }
   };
 
   // Cells without a value stay last in both directions.
@@ -30,7 +30,7 @@
     for (const other of heading.parentNode.cells) other.removeAttribute("aria-sort");
     heading.setAttribute("aria-sort", direction);
     const body = table.tBodies[0];
-    body.remove(); // 2,000 rows moved one by one in the page take seconds
+    body.remove(); // moving 2,000 rows one by one in the document takes seconds
     body.replaceChildren(...keyed.map(([, row]) => row));
     table.append(body);
   };
@@ -51,7 +51,7 @@
     if (heading) sort(heading, direction === "descending" ? direction : "ascending");
   }
 
-  // Of a long table the rest is drawn when it is asked for.
+  // The rest of a long table is drawn on request.
   const more = new Map();
   const offer = (table, rows) => {
     const button = more.get(table);
@@ -72,7 +72,7 @@
     offer(table, rows);
   }
 
-  // A row is shown when it has the method, lies in the setting and holds every word that is looked for.
+  // A row is shown if it has the selected method and setting and contains every word of the search.
   const form = document.querySelector("#leaderboard form");
   const blocks = Array.from(document.querySelectorAll("#leaderboard .setting"), (element) => ({
     element,

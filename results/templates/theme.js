@@ -1,8 +1,8 @@
-// The system's theme unless a button says otherwise; the choice is kept where the browser lets a page keep anything.
+// The theme of the system unless a button overrides it; the choice is stored where the browser allows it.
 (() => {
   const key = "report-theme";
   let choice = "auto";
-  try { choice = localStorage.getItem(key) ?? "auto"; } catch { /* a page in a closed frame has no storage */ }
+  try { choice = localStorage.getItem(key) ?? "auto"; } catch { /* a page in a sandboxed frame has no storage */ }
   document.documentElement.classList.add("scripted");
   const apply = () => {
     if (choice === "auto") delete document.documentElement.dataset.theme;
@@ -20,7 +20,7 @@
     const button = event.target.closest(".themes button");
     if (!button) return;
     choice = button.dataset.choice;
-    try { localStorage.setItem(key, choice); } catch { /* it then holds until the page is closed */ }
+    try { localStorage.setItem(key, choice); } catch { /* then it holds until the page is closed */ }
     apply();
   });
 })();
