@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_adapter_contract import CONTEXTS, adapters_of, disturb, every_method, method_of, tiny_llama
 from torch import Tensor
 
 from adapters.attach import Adapters
 from adapters.generation import layouts_while_generating
 from harness.registry import ADAPTERS, Entry
+from tests.contracts.test_adapter_contract import CONTEXTS, adapters_of, disturb, every_method, method_of, tiny_llama
 
 IMAGE, TEXT = 0, 1
 # One row per kind of layout: two long segments, interleaved, image last, and text alone.
