@@ -18,8 +18,7 @@ from adapters.base import AdapterMethod, Config
 from harness import cli, registry
 from harness.listing import Option, options_of
 from harness.registry import ADAPTERS
-from tests.cli.test_app import assert_refused
-from tests.support.cli import Harness, Outcome, caller
+from tests.support.cli import Harness, Outcome, assert_refused, caller
 
 TINY = ("--model", "builtin/tiny-llama")
 

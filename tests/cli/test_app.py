@@ -17,7 +17,7 @@ from rich.console import Console
 from harness import cli, tracking
 from harness.errors import UserError
 from harness.tracking import open_grid
-from tests.support.cli import Harness, Outcome, caller
+from tests.support.cli import Harness, Outcome, assert_refused, caller
 
 ROOT = Path(__file__).parents[2]
 Write = Callable[[str], Path]
@@ -50,16 +50,6 @@ def harness(
     monkeypatch.setattr(tracking, "default_uri", lambda runs: database)
 
     return caller(monkeypatch, capsys)
-
-
-def assert_refused(outcome: Outcome, says: str) -> None:
-    """Exit code 2 and one message; nothing was computed."""
-    assert outcome.code == 2
-    assert says in outcome.err
-    assert outcome.err.startswith("error: ")
-    assert outcome.err.count("error: ") == 1
-    assert "Traceback" not in outcome.err
-    assert list(Path.cwd().rglob("trials")) == []
 
 
 def coco_folder(root: Path) -> Path:

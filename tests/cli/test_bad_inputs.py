@@ -32,7 +32,7 @@ from harness.preflight import check_data
 from tasks.captioning import CocoCaptions
 from tasks.modalities import image as image_module
 from tasks.speech import Speech
-from tests.cli.test_prepare import checked
+from tests.support.preparing import checked
 
 Change = Callable[[Path], object]
 NOBODY = 65534

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Callable
@@ -10,13 +9,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from harness import prepare as prepare_module
 from harness.errors import UserError
-from harness.prepare import prepare
 from harness.registry import MODALITIES, TASKS
 from tasks.captioning import CocoCaptions
+from tests.support.preparing import checked
 
 Write = Callable[[str], Path]
 ADAPTERS = "adapters: [{method: none, learning_rate: 1e-3}]\n"
@@ -90,18 +88,6 @@ def numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiment_file: Wr
         return experiment_file(task + ADAPTERS + more)
 
     return write
-
-
-def checked(target: str | Path, *options: str, check: bool = True) -> tuple[bool, str]:
-    """Whether nothing is wrong, and all that is said, on a screen so wide that nothing is cut."""
-    screen = io.StringIO()
-    try:
-        prepare(str(target), options, check, Console(file=screen, width=300))
-    except UserError as error:
-        if not str(error).endswith("listed above"):
-            raise
-        return False, f"{screen.getvalue()}{error}"
-    return True, screen.getvalue()
 
 
 def line_of(text: str, start: str) -> list[str]:

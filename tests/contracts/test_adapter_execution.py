@@ -15,7 +15,8 @@ from torch import Tensor
 from adapters.attach import Adapters
 from adapters.generation import layouts_while_generating
 from harness.registry import ADAPTERS, Entry
-from tests.contracts.test_adapter_contract import CONTEXTS, adapters_of, disturb, every_method, method_of, tiny_llama
+from tests.support.adapters import disturb
+from tests.support.registered import CONTEXTS, adapters_of, drawn_llama, every_method, method_of
 
 IMAGE, TEXT = 0, 1
 # One row per kind of layout: two long segments, interleaved, image last, and text alone.
@@ -32,10 +33,10 @@ LENGTH = ROWS.shape[1]
 
 def adapted(entry: Entry, grouping: Any = "specific", layers: int = 2) -> tuple[Any, Adapters]:
     """A tiny model with a disturbed adapter."""
-    model = tiny_llama()
+    model = drawn_llama()
     model.model.layers = model.model.layers[:layers]
     adapters = adapters_of(entry, model, grouping)
-    disturb(adapters, 0.2)
+    disturb(adapters.parameters(), scale=0.2)
     adapters.attach(model)
     adapters.eval()
     return model, adapters

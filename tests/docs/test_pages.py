@@ -14,7 +14,7 @@ import harness
 from adapters.families import FAMILIES
 from harness.listing import options_of
 from harness.registry import ADAPTERS, METRICS, TASKS
-from tests.adapters.methods.test_paper_methods import tiny_llama
+from tests.support.models import tiny_llama
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "adapters.md"

@@ -30,7 +30,7 @@ from harness.projector import Projector
 from harness.sections import Backbone, Budget
 from tasks.base import Config, Example, Part, Split, Task
 from tasks.modalities.image import Image as ImageModality
-from tests.adapters.methods.test_paper_methods import disturb
+from tests.support.adapters import disturb
 
 CPU = torch.device("cpu")
 METHODS: dict[str, AdapterMethod] = {

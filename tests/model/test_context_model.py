@@ -21,8 +21,9 @@ from adapters.lora import LoRA, LoRAConfig
 from adapters.router import Router
 from harness.contexts import Segment, resolve_grouping
 from harness.model import IGNORED, Batch, ContextModel
-from tests.adapters.methods.test_paper_methods import adapt, disturb, each_model, embeds, tiny_llama
+from tests.support.adapters import adapt, disturb, embeds
 from tests.support.batches import batch_of, model_of, prompt_of, ungroup
+from tests.support.models import each_model, tiny_llama
 
 EOS, N = 2, 4
 METHODS: dict[str, AdapterMethod] = {

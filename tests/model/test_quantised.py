@@ -19,7 +19,7 @@ from adapters.lora import LoRA, LoRAConfig
 from adapters.roles import ROLES, find_targets
 from harness.contexts import Segment
 from harness.errors import UserError
-from tests.adapters.methods.test_paper_methods import adapt, disturb, each_method
+from tests.support.adapters import adapt, disturb, each_method
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
 

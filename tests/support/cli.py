@@ -39,3 +39,13 @@ def caller(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
         return Outcome(code, captured.out, captured.err)
 
     return call
+
+
+def assert_refused(outcome: Outcome, says: str) -> None:
+    """Exit code 2 and one message; nothing was computed."""
+    assert outcome.code == 2
+    assert says in outcome.err
+    assert outcome.err.startswith("error: ")
+    assert outcome.err.count("error: ") == 1
+    assert "Traceback" not in outcome.err
+    assert list(Path.cwd().rglob("trials")) == []

@@ -23,9 +23,10 @@ from harness.engine import Engine
 from harness.measure import PeakMemory
 from harness.model import IGNORED, Batch, ContextModel
 from harness.sections import Optimizer
-from tests.adapters.methods.test_paper_methods import disturb, tiny_llama
+from tests.support.adapters import disturb
 from tests.support.batches import batch_of
 from tests.support.batches import model_of as context_model_of
+from tests.support.models import tiny_llama
 from tests.support.trials import partition_everything
 
 STEPS = 5

@@ -13,7 +13,7 @@ import torch
 from harness.build import Built, build
 from harness.evaluate import Likelihood, exchanged, generate, likelihood
 from tasks.base import Example
-from tests.adapters.methods.test_paper_methods import disturb
+from tests.support.adapters import disturb
 from tests.support.trials import spec_of
 
 CPU = torch.device("cpu")

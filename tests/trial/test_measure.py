@@ -15,9 +15,6 @@ from torch import nn
 from adapters import roles
 from adapters.attach import Adapters
 from adapters.base import AdapterMethod
-from adapters.bitfit import BitFit, BitFitConfig
-from adapters.ia3 import IA3, IA3Config
-from adapters.lora import LoRA, LoRAConfig
 from adapters.router import Router
 from harness import backbones, measure
 from harness.build import assemble, count_parameters
@@ -25,6 +22,7 @@ from harness.contexts import resolve_grouping
 from harness.experiment import load_experiment
 from harness.parts import make_modalities
 from harness.plan import TrialSpec, expand
+from tests.support.paper_table import PAPER_LAYER, each_row
 
 CPU = torch.device("cpu")
 QUICKSTART = Path(__file__).parents[2] / "experiments" / "quickstart.yaml"
@@ -157,26 +155,6 @@ def test_specific_has_as_many_parameters_for_each_of_two_groups() -> None:
 
 
 # ── The paper's Table 3
-
-
-PAPER_LAYER = {
-    "q": (768, 768),
-    "k": (768, 768),
-    "v": (768, 768),
-    "o": (768, 768),
-    "up": (768, 6144),
-    "down": (3072, 768),
-}
-TABLE_3 = [
-    (IA3(IA3Config()), 55_296, 110_592),
-    (BitFit(BitFitConfig()), 119_808, 239_616),
-    (LoRA(LoRAConfig(rank=1)), 202_752, 405_504),
-    (LoRA(LoRAConfig(rank=8)), 1_622_016, 3_244_032),
-    (LoRA(LoRAConfig(rank=64)), 12_976_128, 25_952_256),
-]
-each_row = pytest.mark.parametrize(
-    ("method", "agnostic", "specific"), TABLE_3, ids=lambda x: getattr(x, "label", str)()
-)
 
 
 @each_row

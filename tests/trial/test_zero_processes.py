@@ -35,9 +35,9 @@ from harness.engine import Engine, join_process_group
 from harness.model import IGNORED, Batch, ContextModel
 from harness.registry import ADAPTERS
 from harness.sections import Optimizer
-from tests.adapters.methods.test_paper_methods import tiny_llama
 from tests.support.batches import batch_of
 from tests.support.batches import model_of as context_model_of
+from tests.support.models import tiny_llama
 from tests.support.trials import partition_everything
 
 STEPS, RANKS, TIMEOUT_S = 3, 2, 250

@@ -16,26 +16,10 @@ from transformers import DynamicCache
 import harness
 from adapters.lora import LoRA, LoRAConfig
 from harness.errors import UserError
-from tests.adapters.methods.test_paper_methods import adapt as attach_by_hand
-from tests.adapters.methods.test_paper_methods import disturb, each_model, embeds, tiny_llama, tiny_opt
-
-IMAGE, TEXT = 0, 1
-IDS_T = torch.tensor([TEXT] + [IMAGE] * 5 + [TEXT] * 5)  # as test_adapters' TWO_LONG
-ROWS_BT = torch.stack([IDS_T, IDS_T.flip(0), torch.tensor([TEXT, IMAGE] * 5 + [TEXT])])
-LORA = {"method": "lora", "rank": 3, "alpha": 5.0}
-
-
-def adapted_model(model: Any, spec: Any = None, grouping: Any = "specific", **options: Any) -> harness.AdaptedModel:
-    adapted = harness.adapt(model, spec or LORA, grouping=grouping, **options)
-    disturb(adapted.adapters.parameters())
-    return adapted
-
-
-@torch.no_grad()
-def logits(adapted: Any, x_BTD: Tensor, ids: Tensor, **kwargs: Any) -> Tensor:
-    logits_BTV: Tensor = adapted(inputs_embeds=x_BTD, context_ids=ids, **kwargs).logits
-    return logits_BTV
-
+from tests.support.adapted import IDS_T, IMAGE, LORA, ROWS_BT, TEXT, adapted_model, logits, traces
+from tests.support.adapters import adapt as attach_by_hand
+from tests.support.adapters import disturb, embeds
+from tests.support.models import each_model, tiny_llama, tiny_opt
 
 # ── Forward
 
@@ -281,11 +265,6 @@ def test_a_conversation_goes_on_from_the_cache_that_generation_left() -> None:
 
 
 # ── Detaching
-
-
-def traces(model: Any) -> dict[str, Any]:
-    """Everything a module knows, hooks and attributes included, but for the values of its tensors."""
-    return {name: sorted((key, str(value)) for key, value in vars(m).items()) for name, m in model.named_modules()}
 
 
 @pytest.mark.parametrize("failed", [False, True], ids=["after use", "after an exception in forward"])

@@ -19,8 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import harness
 from adapters.checkpoint import JSON_NAME, TENSORS_NAME
 from harness.errors import UserError
-from tests.adapters.library.test_adapted_model import IDS_T, LORA, ROWS_BT, adapted_model, logits, traces
-from tests.adapters.methods.test_paper_methods import disturb, embeds, tiny_llama, tiny_opt
+from tests.support.adapted import IDS_T, LORA, ROWS_BT, adapted_model, logits, traces
+from tests.support.adapters import disturb, embeds
+from tests.support.models import tiny_llama, tiny_opt
 
 PER_GROUP = {"image": {"method": "lora+bitfit", "rank": 2, "where": ["q", "v"]}, "text": {"method": "ia3"}}
 Q_A = "adapters.layers.model/layers/0/self_attn/q_proj.changes.lora.deltas.group_image.lora_A"
@@ -61,7 +62,9 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> No
 def test_a_fresh_process_computes_the_same_logits(saved: tuple[Path, Tensor], tmp_path: Path) -> None:
     script = (
         "import sys, harness; from safetensors.torch import save_file\n"
-        "from tests.adapters.library.test_adapted_model import *\n"
+        "from tests.support.adapted import ROWS_BT, logits\n"
+        "from tests.support.adapters import embeds\n"
+        "from tests.support.models import tiny_llama\n"
         "adapted = harness.load_adapter(tiny_llama(), sys.argv[1])\n"
         "save_file({'logits': logits(adapted, embeds(), ROWS_BT)}, sys.argv[2])"
     )

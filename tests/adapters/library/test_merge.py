@@ -19,8 +19,9 @@ from adapters.merge import merge_into
 from adapters.roles import Target
 from adapters.router import Router
 from harness.errors import UserError
-from tests.adapters.library.test_adapted_model import IDS_T, LORA, adapted_model, logits, traces
-from tests.adapters.methods.test_paper_methods import disturb, each_model, embeds, tiny_llama, tiny_opt
+from tests.support.adapted import IDS_T, LORA, adapted_model, logits, traces
+from tests.support.adapters import disturb, embeds
+from tests.support.models import each_model, tiny_llama, tiny_opt
 
 # GPT-2 stores weights the other way round and has q, k and v in one layer.
 GPT2_ROLES = {"transformer.h.*.attn.c_attn": ["q", "k", "v"], "transformer.h.*.mlp.c_proj": "down"}

@@ -20,8 +20,9 @@ from torch import Tensor
 import harness
 from adapters.peft_io import CONFIG, TENSORS, export_peft
 from harness import UserError
-from tests.adapters.methods.test_paper_methods import disturb, embeds, tiny_llama, tiny_opt
-from tests.adapters.methods.test_peft_equality import relative, tiny_gpt2
+from tests.support.adapters import disturb, embeds
+from tests.support.models import tiny_gpt2, tiny_llama, tiny_opt
+from tests.support.peft import relative
 
 MODELS: dict[str, Callable[[], Any]] = {"llama": tiny_llama, "opt": tiny_opt, "gpt2": tiny_gpt2}
 CONTEXT_IDS = torch.tensor([1] + [0] * 5 + [1] * 5)  # image is 0, text 1

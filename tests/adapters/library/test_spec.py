@@ -9,8 +9,9 @@ import torch
 
 import harness
 from harness.errors import UserError
-from tests.adapters.library.test_adapted_model import IDS_T, LORA, adapted_model, logits
-from tests.adapters.methods.test_paper_methods import disturb, embeds, tiny_llama, tiny_opt
+from tests.support.adapted import IDS_T, LORA, adapted_model, logits
+from tests.support.adapters import disturb, embeds
+from tests.support.models import tiny_llama, tiny_opt
 
 # Trainable parameters of one group on tiny_llama, both layers: (in + out) of q, k, v, o, gate, up, down.
 SUMS = {"q": 64, "k": 48, "v": 48, "o": 64, "gate": 80, "up": 80, "down": 80}

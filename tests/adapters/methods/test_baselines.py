@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from adapters.baselines import Full, FullConfig, NoAdapter
-from tests.adapters.methods.test_paper_methods import tiny_llama, tiny_opt
+from tests.support.models import tiny_llama, tiny_opt
 
 
 def trained(model: Any, method: Any) -> set[str]:

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from adapters.bottleneck import Bottleneck, BottleneckConfig
 from adapters.roles import Target
 from harness.errors import UserError
-from tests.adapters.methods.test_layer_methods import tiny_gpt2
-from tests.adapters.methods.test_paper_methods import adapt, tiny_llama, tiny_opt
+from tests.support.adapters import adapt
+from tests.support.models import tiny_gpt2, tiny_llama, tiny_opt
 
 
 def bottleneck(**options: Any) -> Bottleneck:

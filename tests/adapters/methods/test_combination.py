@@ -24,7 +24,8 @@ from harness.experiment import load_experiment
 from harness.parts import method_of
 from harness.plan import describe, expand
 from harness.record import MetricInfo
-from tests.adapters.methods.test_paper_methods import embeds, tiny_llama
+from tests.support.adapters import embeds
+from tests.support.models import tiny_llama
 
 Write = Callable[[str], Path]
 METRICS = (MetricInfo(name="perplexity", label="Perplexity", higher_is_better=False),)

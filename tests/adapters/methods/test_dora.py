@@ -1,4 +1,4 @@
-"""DoRA: equal to Hugging Face PEFT's, its norm, its options. The equations themselves: tests/test_layer_methods.py.
+"""DoRA: equal to Hugging Face PEFT's, its norm, its options. The equations themselves: test_layer_methods.py.
 
 Shapes: B rows, T positions, I and O input and output features of a layer.
 """
@@ -19,33 +19,15 @@ from adapters import dora
 from adapters.dora import DoRA, DoRAConfig, DoRADelta
 from adapters.roles import Target
 from harness.errors import UserError
-from tests.adapters.methods.test_layer_methods import tiny_gpt2, with_biases
-from tests.adapters.methods.test_paper_methods import adapt, disturb, embeds, tiny_llama, tiny_opt
-
-MODULES = {
-    tiny_llama: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    tiny_opt: ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
-    tiny_gpt2: ["c_attn", "c_proj", "c_fc"],
-}
+from tests.support.adapters import adapt, disturb, embeds
+from tests.support.models import tiny_llama, with_biases
+from tests.support.peft import MODULES, check_equal
 
 
 def delta_of(layer: Any, rows: tuple[int, ...] | None = None, **options: Any) -> Any:
     outside, inside = layer.weight.shape
     target = Target("linear", "v", inside, len(rows or range(outside)), rows, layer)
     return DoRA(DoRAConfig(rank=3, **options)).delta(target, torch.Generator().manual_seed(0))
-
-
-def check_equal(model: Any, peft_model: Any, theirs: Any, pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """PEFT trains the same parameters, and logits and their gradients are equal."""
-    assert {id(p) for _, p in pairs} == {id(p) for p in peft_model.parameters() if p.requires_grad}
-    logits = [m(inputs_embeds=embeds().double(), use_cache=False).logits for m in (model, theirs)]
-    for each in logits:
-        each.square().sum().backward()
-    torch.testing.assert_close(logits[0], logits[1], rtol=1e-10, atol=1e-10)
-    for ours, peft in pairs:
-        assert ours.grad is not None
-        torch.testing.assert_close(ours.grad, peft.grad, rtol=1e-8, atol=1e-8)
-        assert ours.grad.any()
 
 
 @pytest.mark.parametrize("make_model", MODULES, ids=lambda f: f.__name__)

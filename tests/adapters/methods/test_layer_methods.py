@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import GemmaConfig, GemmaForCausalLM
 
 from adapters.attach import AdaptedLayer, Adapters
 from adapters.base import AdapterMethod
@@ -25,7 +25,8 @@ from adapters.router import Router
 from adapters.vera import VeRA, VeRAConfig
 from harness.contexts import Segment, resolve_grouping
 from harness.errors import UserError
-from tests.adapters.methods.test_paper_methods import GROUPINGS, adapt, disturb, embeds, tiny_llama, tiny_opt
+from tests.support.adapters import GROUPINGS, adapt, disturb, embeds
+from tests.support.models import tiny_gpt2, tiny_llama, tiny_opt, with_biases
 
 DORA, VERA, LN = DoRA(DoRAConfig(rank=3, alpha=5.0)), VeRA(VeRAConfig(rank=5)), LNTuning(LNTuning.Config())
 SERIAL = Bottleneck(BottleneckConfig(bottleneck_size=4))
@@ -33,12 +34,6 @@ PARALLEL = Bottleneck(BottleneckConfig(bottleneck_size=4, placement="parallel", 
 METHODS: dict[str, AdapterMethod] = {"dora": DORA, "vera": VERA, "ln": LN, "serial": SERIAL, "parallel": PARALLEL}
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 CONTEXTS = ("image", "audio", "text")
-
-
-def tiny_gpt2(seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2)
-    return GPT2LMHeadModel(config).eval().requires_grad_(False)
 
 
 def tiny_gemma() -> Any:
@@ -49,13 +44,6 @@ def tiny_gemma() -> Any:
     )  # fmt: skip
     model = GemmaForCausalLM(config).eval().requires_grad_(False)
     disturb(p for name, p in model.named_parameters() if "norm" in name)  # from zeros, which would hide the 1 + weight
-    return model
-
-
-def with_biases(make_model: Any) -> Any:
-    """Biases that are not zero, as they are in a model that was just made."""
-    model = make_model()
-    disturb(p for name, p in model.named_parameters() if name.endswith("bias"))
     return model
 
 

@@ -15,7 +15,7 @@ from adapters.llava import LLaVA, LLaVAConfig
 from adapters.lora import LoRA
 from harness.errors import UserError
 from harness.stages import stage_ends
-from tests.adapters.methods.test_paper_methods import tiny_llama
+from tests.support.models import tiny_llama
 
 
 def test_the_projector_first_then_the_language_model_with_it() -> None:

@@ -20,7 +20,8 @@ from adapters.roles import Target
 from adapters.router import Router
 from harness.contexts import Segment, resolve_grouping
 from harness.errors import UserError
-from tests.adapters.methods.test_paper_methods import adapt, disturb, embeds, tiny_llama
+from tests.support.adapters import adapt, disturb, embeds
+from tests.support.models import tiny_llama
 
 STARTS = ("pissa", "olora")
 INSIDE, OUTSIDE = 12, 8

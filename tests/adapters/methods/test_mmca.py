@@ -14,7 +14,6 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from adapters import mmca
 from adapters.attach import Adapters
@@ -25,29 +24,11 @@ from adapters.mmca import MMCA, MMCAConfig, MultiModalAttention
 from adapters.router import Router
 from harness.contexts import resolve_grouping
 from harness.errors import UserError
-from tests.adapters.methods.test_paper_methods import tiny_llama, tiny_opt
+from tests.support.models import tiny_gpt2, tiny_llama, tiny_neox, tiny_opt
+from tests.support.three_contexts import CONTEXTS, embeds, logits
 
-CONTEXTS = ("image", "question", "answer")
 IDS = torch.tensor([[2, 0, 0, 1, 1, 0, 2, 2], [0, 0, 1, 0, 1, 2, 0, 2]])  # rows with different layouts
 ATTENDED = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1]]).bool()
-
-
-def tiny_gpt2() -> Any:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0, resid_pdrop=0.0,
-        embd_pdrop=0.0, initializer_range=0.2, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config).eval().requires_grad_(False)
-
-
-def tiny_neox() -> Any:
-    torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
-    return GPTNeoXForCausalLM(config).eval().requires_grad_(False)
 
 
 FAMILIES = {"llama": tiny_llama, "opt": tiny_opt, "gpt2": tiny_gpt2, "gpt_neox": tiny_neox}
@@ -60,17 +41,6 @@ def attach(model: Any, config: MMCAConfig | None = None, contexts: tuple[str, ..
     adapters = Adapters(model, {}, router, seed=0, ungrouped=method)
     adapters.attach(model)
     return adapters
-
-
-def embeds(rows: int = 2, length: int = 8) -> Tensor:
-    return torch.randn(rows, length, 32, generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def logits(model: Any, adapters: Adapters, x_BTD: Tensor, ids_XT: Tensor, **options: Any) -> Tensor:
-    adapters.router.set_context_ids(ids_XT)
-    logits_BTV: Tensor = model(inputs_embeds=x_BTD, use_cache=False, **options).logits
-    return logits_BTV
 
 
 def by_loops(query: Tensor, key: Tensor, value: Tensor, text: tuple[int, ...], itself: bool) -> Tensor:

@@ -22,8 +22,9 @@ from adapters.moka import CrossModal, MokA, MokAConfig
 from adapters.router import Router
 from harness.contexts import resolve_grouping
 from harness.errors import UserError
-from tests.adapters.methods.test_mmca import embeds, logits
-from tests.adapters.methods.test_paper_methods import disturb, tiny_llama, tiny_opt
+from tests.support.adapters import disturb
+from tests.support.models import tiny_llama, tiny_opt
+from tests.support.three_contexts import embeds, logits
 
 CONTEXTS = ("image", "question", "answer")
 IMAGE, QUESTION, ANSWER = 0, 1, 2

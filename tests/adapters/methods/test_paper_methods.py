@@ -13,67 +13,18 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from adapters import roles
-from adapters.attach import AdaptedLayer, Adapters
+from adapters.attach import AdaptedLayer
 from adapters.base import AdapterMethod
-from adapters.bitfit import BitFit, BitFitConfig
+from adapters.bitfit import BitFitConfig
 from adapters.ia3 import IA3, IA3Config
 from adapters.lora import LoRA, LoRAConfig
 from adapters.router import Router
 from harness.contexts import Segment, resolve_grouping
 from harness.errors import UserError
-
-LORA, BITFIT, IA3_ = LoRA(LoRAConfig(rank=3, alpha=5.0)), BitFit(BitFitConfig()), IA3(IA3Config())
-METHODS: dict[str, AdapterMethod] = {"lora": LORA, "bitfit": BITFIT, "ia3": IA3_}
-each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-TWO_LONG = (Segment(0, 1, "text"), Segment(1, 6, "image"), Segment(6, 11, "text"))
-
-
-def tiny_llama(seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
-
-
-def tiny_opt(seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    config = OPTConfig(
-        vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, word_embed_proj_dim=32, dropout=0.0, init_std=0.2,
-    )  # fmt: skip
-    return OPTForCausalLM(config).eval().requires_grad_(False)
-
-
-MODELS = {"llama": tiny_llama, "opt": tiny_opt}
-each_model = pytest.mark.parametrize("make_model", MODELS.values(), ids=MODELS)
-
-
-def disturb(parameters: Any, seed: int = 2, scale: float = 0.3) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in parameters:
-            p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype), alpha=scale)
-
-
-def adapt(model: Any, methods: AdapterMethod | Mapping[str, AdapterMethod], grouping: Any = "specific") -> Adapters:
-    """Attach with random parameters and the layout TWO_LONG."""
-    router = Router(resolve_grouping(grouping, ("image", "text"))[0])
-    router.set_layout(TWO_LONG)
-    by_group = methods if isinstance(methods, Mapping) else dict.fromkeys(router.groups, methods)
-    adapters = Adapters(model, by_group, router, seed=0)
-    disturb(adapters.parameters())
-    adapters.attach(model)
-    return adapters
-
-
-def embeds(rows: int = 3, length: int = 11) -> Tensor:
-    return torch.randn(rows, length, 32, generator=torch.Generator().manual_seed(1))
-
+from tests.support.adapters import BITFIT, GROUPINGS, LORA, METHODS, adapt, disturb, each_method, embeds
+from tests.support.models import MODELS, each_model, tiny_llama, tiny_opt
 
 # ── Algorithm 1, in float64: every group's change of every token, chosen by a one-hot over groups
 
@@ -99,13 +50,6 @@ LAYOUTS: dict[str, Sequence[tuple[int, str]]] = {
     "interleaved": [(1, "text"), (2, "image"), (1, "audio"), (3, "image"), (2, "text"), (1, "audio"), (2, "image")],
     "an empty context": [(2, "text"), (0, "audio"), (7, "text")],
     "one context alone": [(9, "image")],
-}
-GROUPINGS: dict[str, Any] = {
-    "agnostic": "agnostic",
-    "specific": "specific",
-    "image and audio share a group": {"image": "vision", "audio": "vision", "text": "language"},
-    "image has none": {"image": None, "audio": "sound", "text": "language"},
-    "only audio has one": {"image": None, "audio": "sound", "text": None},
 }
 
 

@@ -22,8 +22,8 @@ from adapters.peft_bridge import PeftBridge, PeftBridgeConfig, make_config
 from adapters.router import Router
 from adapters.spec import choose
 from harness import UserError
-from tests.adapters.methods.test_paper_methods import disturb, embeds, tiny_llama, tiny_opt
-from tests.adapters.methods.test_peft_equality import tiny_gpt2
+from tests.support.adapters import disturb, embeds
+from tests.support.models import tiny_gpt2, tiny_llama, tiny_opt
 
 QV = {"target_modules": ["q_proj", "v_proj"]}
 # Methods of every kind: additive, multiplicative, with shared projections, copies of a layer, shared layers.

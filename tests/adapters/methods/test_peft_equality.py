@@ -12,21 +12,12 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import harness
 from adapters.attach import AdaptedLayer
-from tests.adapters.methods.test_paper_methods import disturb, tiny_llama, tiny_opt
-
-
-def tiny_gpt2(seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2, resid_pdrop=0.0,
-        embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config).eval().requires_grad_(False)
-
+from tests.support.adapters import disturb
+from tests.support.models import tiny_gpt2, tiny_llama, tiny_opt
+from tests.support.peft import relative
 
 MODELS = {"llama": tiny_llama, "opt": tiny_opt, "gpt2": tiny_gpt2}
 # All linear layers of a block; which of them IA3 scales, and of which it scales the input.
@@ -57,11 +48,6 @@ def adapted_by_us(model: Any, spec: dict[str, Any]) -> harness.AdaptedModel:
 def our_layers(adapted: harness.AdaptedModel) -> list[tuple[AdaptedLayer, Any]]:
     layers = [layer for layer in adapted.adapters.layers.values() if isinstance(layer, AdaptedLayer)]
     return [(layer, next(iter(layer.changes.values())).delta("all")) for layer in layers]
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    assert expected.abs().max() > 0
-    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 def run(model: Any, x_BTD: Tensor, **kwargs: Any) -> Tensor:

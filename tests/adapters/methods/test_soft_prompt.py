@@ -25,8 +25,8 @@ from adapters.router import Router
 from adapters.soft_prompt import SoftPrompt, SoftPromptConfig, SoftPrompts
 from harness.contexts import Segment, resolve_grouping
 from harness.errors import UserError
-from tests.adapters.methods.test_mmca import tiny_gpt2, tiny_neox
-from tests.adapters.methods.test_paper_methods import disturb, tiny_llama, tiny_opt
+from tests.support.adapters import disturb
+from tests.support.models import tiny_gpt2, tiny_llama, tiny_neox, tiny_opt
 
 CONTEXTS = ("image", "text")
 P = 3

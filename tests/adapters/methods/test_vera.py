@@ -15,9 +15,9 @@ from adapters.ln_tuning import LNTuning
 from adapters.roles import Target
 from adapters.router import Router
 from adapters.vera import VeRA, VeRAConfig
-from tests.adapters.methods.test_dora import MODULES, check_equal
-from tests.adapters.methods.test_layer_methods import with_biases
-from tests.adapters.methods.test_paper_methods import adapt, embeds, tiny_llama, tiny_opt
+from tests.support.adapters import adapt, embeds
+from tests.support.models import tiny_llama, tiny_opt, with_biases
+from tests.support.peft import MODULES, check_equal
 
 
 @pytest.mark.parametrize("make_model", MODULES, ids=lambda f: f.__name__)

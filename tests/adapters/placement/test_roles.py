@@ -27,9 +27,10 @@ from harness.contexts import resolve_grouping
 from harness.errors import UserError
 from harness.experiment import load_experiment
 from harness.plan import TrialSpec, expand
-from tests.adapters.methods.test_paper_methods import disturb, embeds, tiny_llama, tiny_opt
-from tests.adapters.placement.test_families import logits, tiny
-from tests.trial.test_measure import each_row
+from tests.support.adapters import disturb, embeds
+from tests.support.families import logits, tiny
+from tests.support.models import tiny_llama, tiny_opt
+from tests.support.paper_table import each_row
 
 Write = Callable[[str], Path]
 Q = frozenset({"q"})

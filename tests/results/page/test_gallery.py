@@ -20,7 +20,7 @@ from results.gallery import Gallery, Input, build_gallery, draw_ids
 from results.plots import Drawings
 from results.report import write_report
 from results.table import build_leaderboard
-from tests.results.test_report import Page
+from tests.support.pages import Page
 from tests.support.runs import METHODS, fake_plan, write_examples, write_run
 
 COUNT = 8

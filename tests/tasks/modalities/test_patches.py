@@ -10,7 +10,7 @@ from PIL import Image as PilImage
 from tasks.modalities.image import TINY, Image
 from tasks.modalities.patches import Grid, grid_of
 from tasks.modalities.pretrained_vision import PretrainedVision
-from tests.tasks.modalities.test_vision_encoders import FAMILIES, save
+from tests.support.vision import FAMILIES, save
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 # Of a picture twice as wide as high; the crops are the middle square, and 32/40 of it.
