@@ -219,14 +219,24 @@ def test_the_plan_of_the_paper_setting_needs_no_network(harness: Harness, monkey
     assert row(outcome.out, "LoRA r=64 specific")[2] == f"{lora:,}"
 
 
-def test_a_plan_shows_any_group_name_that_is_accepted(harness: Harness, experiment_file: Write) -> None:
-    text = SCENES + "adapters: [{method: lora, learning_rate: 1e-3, grouping: {image: train, text: keys}}]\n"
-    outcome = harness("plan", experiment_file(text))
-    if outcome.code != 2:  # refusing such names is right too
-        assert "LoRA r=8 image=train text=keys" in outcome.out
-        assert outcome.code == 0
-    else:
-        assert_refused(outcome, "train")
+def grouping_of(image: str) -> str:
+    return f"{SCENES}adapters: [{{method: lora, learning_rate: 1e-3, grouping: {{image: {image}, text: keys}}}}]\n"
+
+
+@pytest.mark.parametrize("name", ["train", "keys", "none"])
+def test_a_group_may_have_any_name_even_that_of_a_modules_method(
+    harness: Harness, experiment_file: Write, name: str
+) -> None:
+    outcome = harness("plan", experiment_file(grouping_of(name)))
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"LoRA r=8 image={name} text=keys" in outcome.out
+
+
+@pytest.mark.parametrize("name", ["a.b", "image text", "'1'", "''"])
+def test_a_group_name_that_is_no_name_is_refused(harness: Harness, experiment_file: Write, name: str) -> None:
+    outcome = harness("plan", experiment_file(grouping_of(name)))
+    assert_refused(outcome, "experiment.yaml, line 2, adapters[0].grouping: group of context 'image'")
+    assert name.strip("'") in outcome.err
 
 
 def run_folder(outcome: Outcome) -> str:

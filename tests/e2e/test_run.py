@@ -79,9 +79,9 @@ def test_a_failing_trial_leaves_the_others_running_and_is_told(
 
 def test_every_finished_trial_is_measured_in_full(grid: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = grid
-    for name, record in records(folder).items():
-        if record.status != "finished":
-            continue
+    finished = {name: record for name, record in records(folder).items() if record.status == "finished"}
+    assert len(finished) == 3
+    for name, record in finished.items():
         expected = {"perplexity", "perplexity_wrong_input", "bleu_4", "meteor", "rouge_l", "cider"}
         assert expected <= set(record.metrics["test"]), name
         assert record.metrics["validation"]["perplexity"] == min(e.validation_perplexity for e in record.history)

@@ -27,6 +27,7 @@ from harness.contexts import Segment, resolve_grouping
 from harness.errors import UserError
 from tests.support.adapters import GROUPINGS, adapt, disturb, embeds
 from tests.support.models import tiny_gpt2, tiny_llama, tiny_opt, with_biases
+from tests.support.tiers import pairwise
 
 DORA, VERA, LN = DoRA(DoRAConfig(rank=3, alpha=5.0)), VeRA(VeRAConfig(rank=5)), LNTuning(LNTuning.Config())
 SERIAL = Bottleneck(BottleneckConfig(bottleneck_size=4))
@@ -103,9 +104,7 @@ LAYOUTS = {
 KINDS = ("dora", "dora of a part", "vera", "vera of a part", "ln", "serial", "parallel")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("grouping", GROUPINGS.values(), ids=GROUPINGS)
-@pytest.mark.parametrize("kind", KINDS)
+@pairwise(kind={kind: kind for kind in KINDS}, grouping=GROUPINGS, layout=LAYOUTS)
 def test_forward_and_gradients_equal_the_papers_equations(kind: str, grouping: Any, layout: list[list[int]]) -> None:
     """float64 on both sides, so 1e-12 relative is rounding only. A group without a token has zeros, not None."""
     layer, target = layer_of(kind)

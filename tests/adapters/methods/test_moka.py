@@ -25,6 +25,7 @@ from harness.errors import UserError
 from tests.support.adapters import disturb
 from tests.support.models import tiny_llama, tiny_opt
 from tests.support.three_contexts import embeds, logits
+from tests.support.tiers import pairwise
 
 CONTEXTS = ("image", "question", "answer")
 IMAGE, QUESTION, ANSWER = 0, 1, 2
@@ -73,10 +74,12 @@ def by_loops(x_BTI: Tensor, change: Any, groups: list[list[str | None]], config:
     return update
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("instruction", [False, True])
-@pytest.mark.parametrize("ids_XT", ROWS.values(), ids=ROWS)
-@pytest.mark.parametrize("grouping", GROUPINGS.values(), ids=GROUPINGS)
+@pairwise(
+    grouping=GROUPINGS,
+    ids_XT=ROWS,
+    instruction={"an instruction": True, "no instruction": False},
+    padded={"padded": True, "not padded": False},
+)
 def test_forward_and_gradients_equal_the_equations(
     grouping: Any, ids_XT: Tensor, instruction: bool, padded: bool
 ) -> None:

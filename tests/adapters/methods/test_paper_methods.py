@@ -25,6 +25,7 @@ from harness.contexts import Segment, resolve_grouping
 from harness.errors import UserError
 from tests.support.adapters import BITFIT, GROUPINGS, LORA, METHODS, adapt, disturb, each_method, embeds
 from tests.support.models import MODELS, each_model, tiny_llama, tiny_opt
+from tests.support.tiers import pairwise
 
 # ── Algorithm 1, in float64: every group's change of every token, chosen by a one-hot over groups
 
@@ -53,9 +54,7 @@ LAYOUTS: dict[str, Sequence[tuple[int, str]]] = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("grouping", GROUPINGS.values(), ids=GROUPINGS)
-@pytest.mark.parametrize("kind", ["lora", "bitfit", "ia3 k", "ia3 down"])
+@pairwise(kind={kind: kind for kind in ("lora", "bitfit", "ia3 k", "ia3 down")}, grouping=GROUPINGS, layout=LAYOUTS)
 def test_forward_and_gradients_equal_the_papers_algorithm(
     kind: str, grouping: Any, layout: Sequence[tuple[int, str]]
 ) -> None:
@@ -219,9 +218,11 @@ IA3_PATHS = {
 }
 
 
-@pytest.mark.parametrize("where", ["A", "F", "AF"])
-@pytest.mark.parametrize("family", ["llama", "opt"])
-@pytest.mark.parametrize("name", METHODS)
+@pairwise(
+    name={name: name for name in METHODS},
+    family={name: name for name in MODELS},
+    where={"A": "A", "F": "F", "AF": "AF"},
+)
 def test_attention_feed_forward_or_both(name: str, family: str, where: Any) -> None:
     model = MODELS[family]()
     config = {"lora": LoRAConfig, "bitfit": BitFitConfig, "ia3": IA3Config}[name](where=where)
