@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -115,8 +116,9 @@ def imports(source: str, package: str = "", modules: frozenset[str] = frozenset(
                 yield inner if inner in modules else base
 
 
-def imported_by(module: str) -> set[str]:
-    return set(imports(MODULES[module].read_text(encoding="utf-8"), module.rpartition(".")[0]))
+@cache
+def imported_by(module: str) -> frozenset[str]:
+    return frozenset(imports(MODULES[module].read_text(encoding="utf-8"), module.rpartition(".")[0]))
 
 
 def matches(module: str, pattern: str) -> bool:

@@ -16,12 +16,24 @@ from harness.plan import TrialSpec
 from harness.registry import ADAPTERS, Entry
 from harness.sections import AdapterChoice, Backbone, Budget, Evaluation, Optimizer, TaskChoice
 from tests.support.adapters import disturb
-from tests.support.registered import CONTEXTS, adapters_of, drawn_llama, every_method, method_of
+from tests.support.registered import CONTEXTS, adapters_of, built_in, drawn_llama, every_method, method_of
 
 LENGTH = 9
 
-every_grouping = pytest.mark.parametrize(
-    "grouping", ["agnostic", "specific", {"image": None, "text": "language"}], ids=str
+GROUPINGS = {"agnostic": "agnostic", "specific": "specific", "text alone": {"image": None, "text": "language"}}
+# Whatever a plugin registers is checked with each grouping, a built-in method in the fast tests with two of the three.
+every_method_and_grouping = pytest.mark.parametrize(
+    ("entry", "grouping"),
+    [
+        pytest.param(
+            entry,
+            grouping,
+            id=f"{name}-{grouping_name}",
+            marks=[pytest.mark.slow] if built_in(entry) and (number + place) % 3 == 2 else [],
+        )
+        for number, (name, entry) in enumerate(ADAPTERS.entries().items())
+        for place, (grouping_name, grouping) in enumerate(GROUPINGS.items())
+    ],
 )
 
 
@@ -50,8 +62,7 @@ def test_its_options_refuse_unknown_keys_and_cannot_be_changed(entry: Entry) -> 
         config_class().anything = 1
 
 
-@every_method
-@every_grouping
+@every_method_and_grouping
 def test_at_initialisation_it_is_the_identity_bit_for_bit(entry: Entry, grouping: Any) -> None:
     """Or says that it is not (soft prompts, another attention)."""
     model = drawn_llama()
@@ -60,8 +71,7 @@ def test_at_initialisation_it_is_the_identity_bit_for_bit(entry: Entry, grouping
     assert torch.equal(logits(model), bare) is method_of(entry).identity_at_start
 
 
-@every_method
-@every_grouping
+@every_method_and_grouping
 def test_it_counts_its_parameters_without_building_them(entry: Entry, grouping: Any) -> None:
     with torch.device("meta"):
         empty = adapters_of(entry, drawn_llama(), grouping)
@@ -85,8 +95,7 @@ def test_its_initialisation_depends_on_the_seed_alone(entry: Entry) -> None:
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-@every_method
-@every_grouping
+@every_method_and_grouping
 def test_attached_it_changes_the_output_and_detached_it_leaves_no_trace(entry: Entry, grouping: Any) -> None:
     model = drawn_llama()
     bare, weights = logits(model), {name: x.clone() for name, x in model.state_dict().items()}

@@ -62,6 +62,7 @@ def test_it_imports_the_harness_by_its_front_door() -> None:
     assert modules == {"__future__", "typing", "torch", "harness"}
 
 
+@pytest.mark.slow
 def test_installed_it_is_listed_planned_and_held_to_the_contract(installed: Path, tmp_path: Path) -> None:
     experiment = tmp_path / "ssf.yaml"
     experiment.write_text(EXPERIMENT, encoding="utf-8")

@@ -18,6 +18,21 @@ LAYOUT = (Segment(0, 1, "text"), Segment(1, 5, "image"), Segment(5, 9, "text"))
 every_method = pytest.mark.parametrize("entry", ADAPTERS.entries().values(), ids=ADAPTERS.entries())
 
 
+def built_in(entry: Entry) -> bool:
+    return entry.origin.startswith("context-peft-harness ")
+
+
+def every_plugin_and(*fast: str) -> pytest.MarkDecorator:
+    """Every method; the built-in ones that are not among ``fast`` are slow tests."""
+    return pytest.mark.parametrize(
+        "entry",
+        [
+            pytest.param(entry, id=name, marks=[pytest.mark.slow] if built_in(entry) and name not in fast else [])
+            for name, entry in ADAPTERS.entries().items()
+        ],
+    )
+
+
 def drawn_llama() -> Any:
     """With weights as small as Llama's own initialisation draws them."""
     return tiny_llama(initializer_range=0.02)

@@ -35,8 +35,17 @@ OPTIONS = Optimizer(
     learning_rate=2e-2, per_device_train_batch_size=4, adam_beta1=0.8, weight_decay=0.1, max_grad_norm=0.2,
     lr_scheduler_type="cosine", warmup_ratio=0.4,
 )  # fmt: skip
-each_stage = pytest.mark.parametrize("stage", [0, 1, 2, 3])
+# ZeRO-1 and -2 are one class of DeepSpeed's, and what is trained is one list of parameters to it.
+each_stage = pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
 each_kind = pytest.mark.parametrize("kind", ["lora", "full"])
+each_kind_and_stage = pytest.mark.parametrize(
+    ("kind", "stage"),
+    [
+        pytest.param(kind, stage, marks=pytest.mark.slow if (kind == "full" and stage != 3) or stage == 1 else [])
+        for kind in ("lora", "full")
+        for stage in (0, 1, 2, 3)
+    ],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -96,8 +105,7 @@ def engine_of(kind: str, stage: int = 0, options: Optimizer = OPTIONS) -> Engine
     return Engine(model_of(kind), options, total_steps=STEPS // options.gradient_accumulation_steps, zero_stage=stage)
 
 
-@each_stage
-@each_kind
+@each_kind_and_stage
 def test_every_zero_stage_trains_as_plain_pytorch_does(kind: str, stage: int, tmp_path: Path) -> None:
     """fp32, 5 steps: 1e-4 relative on the losses and 1e-4 absolute on weights that moved by 1e-2 and more."""
     expected, norms, model = plain_losses(kind)
@@ -146,8 +154,7 @@ def test_clipping_can_be_switched_off() -> None:
     engine.close()
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-@each_kind
+@each_kind_and_stage
 def test_bf16_learns(kind: str, stage: int) -> None:
     options = OPTIONS.model_copy(update={"bf16": True, "max_grad_norm": 1.0, "lr_scheduler_type": "constant"})
     engine = engine_of(kind, stage, options)
@@ -215,8 +222,7 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
 # ── Checkpoints
 
 
-@each_stage
-@each_kind
+@each_kind_and_stage
 def test_a_resumed_engine_continues_bit_exactly(kind: str, stage: int, tmp_path: Path) -> None:
     first = engine_of(kind, stage)
     for batch in batches()[:3]:
@@ -325,7 +331,7 @@ def test_memory_by_kind_is_that_of_the_tensors(kind: str) -> None:
     engine.close()
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_memory_under_zero_counts_every_parameter_once(stage: int) -> None:
     """One process: nothing is shared with others, so the figures are those of stage 0."""
     engine, plain = engine_of("lora", stage), engine_of("lora", 0)
