@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("harness", "tasks", "adapters", "results", "clusters")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 80

@@ -124,6 +124,7 @@ def test_a_broken_promise_is_caught(
     assert all("\n" not in problem for problem in problems)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("module", "plugin"),
     [(contract_task, GoodTask), (contract_modality, Series), (contract_metric, GoodMetric)],

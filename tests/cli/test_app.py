@@ -95,6 +95,7 @@ WRONG = {
 }  # fmt: skip
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_experiments_end_before_any_compute(harness: Harness, experiment_file: Write, case: str) -> None:
     text, says = WRONG[case]
@@ -190,6 +191,7 @@ def row(text: str, name: str) -> list[str]:
     return re.split(r"  +", line.strip())[1:]
 
 
+@pytest.mark.quick
 def test_the_plan_of_the_quickstart(harness: Harness) -> None:
     outcome = harness("plan", ROOT / "experiments" / "quickstart.yaml")
     assert (outcome.code, outcome.err) == (0, "")
@@ -271,6 +273,7 @@ def test_an_experiment_never_takes_the_folder_of_another(harness: Harness, tmp_p
     assert run_folder(harness("plan", tmp_path / "grid.yaml", "-o", runs)) == str(runs / "grid")
 
 
+@pytest.mark.quick
 def test_tasks_are_listed(harness: Harness) -> None:
     outcome = harness("tasks")
     assert outcome.code == 0

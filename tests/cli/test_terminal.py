@@ -15,6 +15,8 @@ from harness.terminal import SHOWN_TRIALS, LiveTable, leaderboard_table, plan_ta
 from results.table import build_leaderboard
 from tests.support.runs import fake_plan, fake_record, write_run
 
+pytestmark = pytest.mark.quick
+
 
 def console(width: int = 100, terminal: bool = False) -> Console:
     return Console(file=io.StringIO(), width=width, force_terminal=terminal, legacy_windows=False)

@@ -18,6 +18,8 @@ from harness.sections import AdapterChoice, Backbone, Budget, Evaluation, Optimi
 from tests.support.adapters import disturb
 from tests.support.registered import CONTEXTS, adapters_of, built_in, drawn_llama, every_method, method_of
 
+pytestmark = pytest.mark.quick
+
 LENGTH = 9
 
 GROUPINGS = {"agnostic": "agnostic", "specific": "specific", "text alone": {"image": None, "text": "language"}}

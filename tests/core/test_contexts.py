@@ -10,6 +10,8 @@ import pytest
 from harness.contexts import resolve_grouping
 from harness.errors import UserError
 
+pytestmark = pytest.mark.quick
+
 CONTEXTS = ("image", "question", "answer")
 
 

@@ -23,6 +23,8 @@ from harness.record import (
     write_record,
 )
 
+pytestmark = pytest.mark.quick
+
 
 def record(trial_id: str = "abc", **changes: Any) -> TrialRecord:
     fields: dict[str, Any] = {

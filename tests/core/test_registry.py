@@ -14,6 +14,8 @@ from harness import registry
 from harness.errors import UserError, did_you_mean
 from harness.registry import ADAPTERS, METRICS, MODALITIES, TASKS, Entry, Registry
 
+pytestmark = pytest.mark.quick
+
 
 class Installed(EntryPoint):
     """An entry point of a distribution that is not installed."""

@@ -16,6 +16,8 @@ from harness.listing import options_of
 from harness.registry import ADAPTERS, METRICS, TASKS
 from tests.support.models import tiny_llama
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "adapters.md"
 TEXT = DOCUMENT.read_text(encoding="utf-8")

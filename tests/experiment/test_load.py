@@ -12,6 +12,8 @@ import pytest
 from harness.errors import UserError
 from harness.experiment import Experiment, load_experiment
 
+pytestmark = pytest.mark.quick
+
 Write = Callable[[str], Path]
 RATE = "optimizer: {learning_rate: 1e-3}\n"
 ONE = "task: scenes\nadapters: [{method: none}]\n" + RATE

@@ -17,6 +17,8 @@ from harness.errors import UserError
 from harness.inputs import Inputs
 from tasks.base import Example
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = [Example(f"{n:05d}", {}, tuple(f"caption {k} of {n}" for k in range(5))) for n in range(3000)]
 digest = Inputs(Path("no run folder")).digest

@@ -25,6 +25,8 @@ from tests.support.adapters import adapt, disturb, embeds
 from tests.support.batches import batch_of, model_of, prompt_of, ungroup
 from tests.support.models import each_model, tiny_llama
 
+pytestmark = pytest.mark.quick
+
 EOS, N = 2, 4
 METHODS: dict[str, AdapterMethod] = {
     "lora": LoRA(LoRAConfig(rank=3)),

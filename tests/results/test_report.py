@@ -20,6 +20,8 @@ from results.table import build_leaderboard
 from tests.support.pages import Page
 from tests.support.runs import METHODS, draw_pictures, fake_plan, write_examples, write_run
 
+pytestmark = pytest.mark.quick
+
 EVIL = '<script>alert("caption")</script>'
 
 

@@ -21,10 +21,11 @@ from tasks.base import Metric, Scores
 TASK = {"name": "scenes", "train_examples": 64, "validation_examples": 12, "test_examples": 12}
 LORA = {"method": "lora", "rank": 2, "grouping": "specific", "learning_rate": 6e-3}
 FULL = {"method": "full", "learning_rate": 3e-3}
+BITFIT = {"method": "bitfit", "grouping": {"image": "vision", "text": None}, "learning_rate": 0.1}
 OTHERS = [
     {"method": "none", "learning_rate": 3e-3},
     {"method": "ia3", "learning_rate": 0.2},
-    {"method": "bitfit", "grouping": {"image": "vision", "text": None}, "learning_rate": 0.1},
+    BITFIT,
 ]
 
 

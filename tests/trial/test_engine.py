@@ -143,6 +143,7 @@ def test_gradients_are_accumulated(stage: int) -> None:
     engine.close()
 
 
+@pytest.mark.quick
 def test_clipping_can_be_switched_off() -> None:
     options = OPTIONS.model_copy(update={"max_grad_norm": 0.0, "adam_epsilon": 0.1})
     expected = plain_losses("lora", options)[0]

@@ -38,8 +38,15 @@ def killed_in_epoch(number: int) -> Callable[[Progress], None]:
     return report
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("adapter", [LORA, FULL], ids=lambda a: a["method"])
+@pytest.mark.parametrize(
+    ("adapter", "bf16"),
+    [
+        pytest.param(LORA, True, id="lora in bf16"),
+        pytest.param(FULL, False, id="full in fp32"),
+        pytest.param(LORA, False, id="lora in fp32", marks=pytest.mark.slow),
+        pytest.param(FULL, True, id="full in bf16", marks=pytest.mark.slow),
+    ],
+)
 def test_a_trial_that_died_resumes_to_the_same_end(
     adapter: dict[str, Any], bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

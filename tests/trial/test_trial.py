@@ -20,7 +20,7 @@ from harness.plan import TrialSpec
 from harness.record import TrialRecord, read_record, record_path
 from harness.trial import Progress
 from tasks.metrics import spice
-from tests.support.trials import FULL, OTHERS, Recorder, examples_of, finished_trial, run, spec_of
+from tests.support.trials import BITFIT, FULL, OTHERS, Recorder, examples_of, finished_trial, run, spec_of
 
 PERPLEXITIES = {"perplexity", "perplexity_one_reference", "perplexity_wrong_input"}
 
@@ -33,6 +33,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrialRecord, Pat
 # ── What a trial leaves behind
 
 
+@pytest.mark.quick
 def test_the_record_is_complete_and_is_what_lies_on_disk(finished: Any) -> None:
     record, folder, tracker, _ = finished
     assert (record.status, record.reason, record.warnings) == ("finished", None, ())
@@ -86,6 +87,7 @@ def test_progress_grows_and_names_the_phases(finished: Any) -> None:
     assert [p.validation_perplexity for p in ends] == [e.validation_perplexity for e in record.history]
 
 
+@pytest.mark.quick
 def test_per_example_scores_add_up_to_the_corpus_metrics(finished: Any) -> None:
     record, folder, _, _ = finished
     table = examples_of(folder, record)
@@ -138,7 +140,10 @@ def test_a_trial_repeated_gives_the_same_numbers(finished: Any, tmp_path: Path) 
     pd.testing.assert_frame_equal(examples_of(tmp_path, again), examples_of(folder, record))
 
 
-@pytest.mark.parametrize("adapter", [FULL, *OTHERS], ids=lambda a: a["method"])
+@pytest.mark.parametrize(
+    "adapter",
+    [pytest.param(a, id=a["method"], marks=[] if a in (FULL, BITFIT) else pytest.mark.slow) for a in (FULL, *OTHERS)],
+)
 def test_every_method_of_a_seed_sees_the_same_data(finished: Any, adapter: dict[str, Any], tmp_path: Path) -> None:
     record, _, _, _ = finished
     other = run(spec_of(tmp_path, adapter), tmp_path)
@@ -166,7 +171,7 @@ def test_optimizer_steps_are_counted_not_micro_batches(tmp_path: Path) -> None:
     assert progress[-1].fraction == 1
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_the_zero_stage_does_not_change_the_result(finished: Any, stage: int, tmp_path: Path) -> None:
     """It is no part of the trial's id. Sums in another order: 1e-3 relative after 12 steps."""
     record, _, _, _ = finished

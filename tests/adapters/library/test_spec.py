@@ -13,6 +13,8 @@ from tests.support.adapted import IDS_T, LORA, adapted_model, logits
 from tests.support.adapters import disturb, embeds
 from tests.support.models import tiny_llama, tiny_opt
 
+pytestmark = pytest.mark.quick
+
 # Trainable parameters of one group on tiny_llama, both layers: (in + out) of q, k, v, o, gate, up, down.
 SUMS = {"q": 64, "k": 48, "v": 48, "o": 64, "gate": 80, "up": 80, "down": 80}
 LORA_1 = 2 * sum(SUMS.values())

@@ -29,6 +29,8 @@ from tests.support.adapters import GROUPINGS, adapt, disturb, embeds
 from tests.support.models import tiny_gpt2, tiny_llama, tiny_opt, with_biases
 from tests.support.tiers import pairwise
 
+pytestmark = pytest.mark.quick
+
 DORA, VERA, LN = DoRA(DoRAConfig(rank=3, alpha=5.0)), VeRA(VeRAConfig(rank=5)), LNTuning(LNTuning.Config())
 SERIAL = Bottleneck(BottleneckConfig(bottleneck_size=4))
 PARALLEL = Bottleneck(BottleneckConfig(bottleneck_size=4, placement="parallel", non_linearity="gelu", scale=2.0))

@@ -27,6 +27,8 @@ from harness.errors import UserError
 from tests.support.models import tiny_gpt2, tiny_llama, tiny_neox, tiny_opt
 from tests.support.three_contexts import CONTEXTS, embeds, logits
 
+pytestmark = pytest.mark.quick
+
 IDS = torch.tensor([[2, 0, 0, 1, 1, 0, 2, 2], [0, 0, 1, 0, 1, 2, 0, 2]])  # rows with different layouts
 ATTENDED = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1]]).bool()
 

@@ -27,6 +27,8 @@ from tests.support.models import tiny_llama, tiny_opt
 from tests.support.three_contexts import embeds, logits
 from tests.support.tiers import pairwise
 
+pytestmark = pytest.mark.quick
+
 CONTEXTS = ("image", "question", "answer")
 IMAGE, QUESTION, ANSWER = 0, 1, 2
 ROWS = {

@@ -27,6 +27,8 @@ from tests.support.adapters import BITFIT, GROUPINGS, LORA, METHODS, adapt, dist
 from tests.support.models import MODELS, each_model, tiny_llama, tiny_opt
 from tests.support.tiers import pairwise
 
+pytestmark = pytest.mark.quick
+
 # ── Algorithm 1, in float64: every group's change of every token, chosen by a one-hot over groups
 
 

@@ -19,6 +19,8 @@ from tests.support.adapters import disturb
 from tests.support.models import tiny_gpt2, tiny_llama, tiny_opt
 from tests.support.peft import relative
 
+pytestmark = pytest.mark.quick
+
 MODELS = {"llama": tiny_llama, "opt": tiny_opt, "gpt2": tiny_gpt2}
 # All linear layers of a block; which of them IA3 scales, and of which it scales the input.
 LINEAR = {

@@ -28,6 +28,8 @@ from harness.errors import UserError
 from tests.support.adapters import disturb
 from tests.support.models import tiny_gpt2, tiny_llama, tiny_neox, tiny_opt
 
+pytestmark = pytest.mark.quick
+
 CONTEXTS = ("image", "text")
 P = 3
 IDS = torch.tensor([[1, 0, 0, 0, 1, 1, 1], [0, 0, 1, 0, 1, 0, 1]])  # rows with different layouts

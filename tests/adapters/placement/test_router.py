@@ -8,6 +8,8 @@ import torch
 from adapters.router import Router
 from harness.contexts import Segment, Span
 
+pytestmark = pytest.mark.quick
+
 
 def router(**grouping: str | None) -> Router:
     return Router(grouping)

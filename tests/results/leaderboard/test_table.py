@@ -13,6 +13,8 @@ from results.table import Leaderboard, Row, build_leaderboard
 from results.words import caveats, headline
 from tests.support.runs import METHODS, Change, fake_plan, write_run
 
+pytestmark = pytest.mark.quick
+
 
 def board_of(folder: Path, plan: Plan | None = None, change: Change = lambda _, record: record) -> Leaderboard:
     return build_leaderboard(read_run(write_run(folder, plan or fake_plan(), change)))

@@ -26,6 +26,8 @@ from results.stats import (
     t_quantile,
 )
 
+pytestmark = pytest.mark.quick
+
 
 def resampled(scores_E: Floats) -> Floats:
     """(B,) means of resampled examples."""

@@ -9,6 +9,8 @@ import pytest
 
 from tasks.metrics.error_rate import ErrorRate, normalise
 
+pytestmark = pytest.mark.quick
+
 
 def edit_distance(reference: list[str] | str, hypothesis: list[str] | str) -> int:
     """Levenshtein's distance by its recurrence, row by row (Wagner and Fischer 1974)."""

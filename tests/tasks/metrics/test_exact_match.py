@@ -6,6 +6,8 @@ import pytest
 
 from tasks.metrics.exact_match import ExactMatch
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     ("prediction", "reference", "match"),
