@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: venv quickstart test test-browser test-slow test-real-data lint docs clean
+
+.PHONY: venv quickstart quick test test-browser test-slow test-real-data coverage lint docs clean
 
 venv: $(STAMP)
 
@@ -18,6 +19,9 @@ $(STAMP): pyproject.toml
 quickstart: venv  ## a real grid on this machine, then its leaderboard
 	$(BIN)/harness run experiments/quickstart.yaml
 
+quick: venv  ## one test of each kind, under a minute
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "quick and not slow"
+
 test: venv  ## the fast tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -29,6 +33,9 @@ test-slow: venv  ## minutes each: rebuilds the built-in backbones and more
 
 test-real-data: venv  ## needs COCO_ROOT and COCO_CAPTIONS
 	$(BIN)/python -m pytest -m real_data -n 2
+
+coverage: venv  ## lines and branches that the fast tests run, in all their processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-report=html
 
 lint: venv
 	$(BIN)/ruff check .
@@ -43,4 +50,4 @@ $(DOCS_STAMP): $(STAMP)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build htmlcov .coverage .coverage.* *.egg-info .mypy_cache .ruff_cache .pytest_cache

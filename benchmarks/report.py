@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
+from harness.files import write_atomically
 from harness.record import (
     Data,
     Epoch,
@@ -35,7 +36,6 @@ from harness.record import (
     PlannedTrial,
     Throughput,
     TrialRecord,
-    write_atomically,
     write_record,
 )
 

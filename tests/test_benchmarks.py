@@ -11,12 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT))  # benchmarks/ is not installed
-
-from benchmarks import adapters as report  # noqa: E402
-from benchmarks import adapters_timing as timing  # noqa: E402
-from benchmarks.adapters_cases import FROZEN, Bench, Case, Key, Size  # noqa: E402
+from benchmarks import adapters as report
+from benchmarks import adapters_timing as timing
+from benchmarks.adapters_cases import FROZEN, Bench, Case, Key, Size
 
 TINY = Size(width=64, feed_forward=96, heads=4, layers=2, rows=3, length=32)
 

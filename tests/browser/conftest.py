@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from page_fixture import write_rich_run
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from results.report import write_report
+from tests.support.rich_run import write_rich_run
 
 FLAGS = (
     "--no-sandbox",

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attention_fixture import SIDE, TOKENS, attended_run, best_first, example_of, weights_of, write_attention
 from axe_playwright_python.sync_playwright import Axe
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from playwright.sync_api import Browser, Locator, Page
 
 from results import attention as module
 from results.attention import build_attention
+from tests.support.attention import SIDE, TOKENS, attended_run, best_first, example_of, weights_of, write_attention
 
 pytestmark = pytest.mark.browser
 TEMPLATES = Path(module.__file__).parent / "templates"

@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Open
 from playwright.sync_api import Page, expect
-from run_fixture import METHODS, fake_plan, fake_record
 
 from harness.record import Run
 from results import page as page_module
 from results.plots_style import Drawings
 from results.table import build_leaderboard
+from tests.browser.conftest import Open
+from tests.support.runs import METHODS, fake_plan, fake_record
 
 pytestmark = pytest.mark.browser
 TIMED = """async (act) => {

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Open
-from page_fixture import SETTINGS
 from playwright.sync_api import Page, expect
+
+from tests.browser.conftest import Open
+from tests.support.rich_run import SETTINGS
 
 pytestmark = pytest.mark.browser
 ALL = 16  # rows of two settings, four of them apart

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from conftest import Open
-from page_fixture import rich_plan
 from playwright.sync_api import Page, expect
+
+from tests.browser.conftest import Open
+from tests.support.rich_run import rich_plan
 
 pytestmark = pytest.mark.browser
 # What repeats as it is would only take axe's time.

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_adapter_contract import CONTEXTS, adapters_of, disturb, every_method, method_of, tiny_llama
 from torch import Tensor
 
 from adapters.attach import Adapters
 from adapters.generation import layouts_while_generating
-from adapters.registry import ADAPTERS
 from harness.registry import Entry
+from tests.support.adapters import disturb
+from tests.support.registered import CONTEXTS, adapters_of, drawn_llama, every_method, every_plugin_and, method_of
 
 IMAGE, TEXT = 0, 1
 # One row per kind of layout: two long segments, interleaved, image last, and text alone.
@@ -29,14 +29,16 @@ ROWS = torch.tensor(
     ]
 )
 LENGTH = ROWS.shape[1]
+# Each way to compute once: low rank, scale, norm of the weight, block, groups that join, attention, prompt, PEFT.
+KINDS = ("lora", "ia3", "dora", "bottleneck", "moka", "mmca", "soft_prompt", "peft")
 
 
 def adapted(entry: Entry, grouping: Any = "specific", layers: int = 2) -> tuple[Any, Adapters]:
     """A tiny model with a disturbed adapter."""
-    model = tiny_llama()
+    model = drawn_llama()
     model.model.layers = model.model.layers[:layers]
     adapters = adapters_of(entry, model, grouping)
-    disturb(adapters, 0.2)
+    disturb(adapters.parameters(), scale=0.2)
     adapters.attach(model)
     adapters.eval()
     return model, adapters
@@ -146,8 +148,8 @@ def test_specific_with_equal_weights_is_agnostic(entry: Entry) -> None:
         assert ((found_BTV - expected_BTV).abs().max() / expected_BTV.abs().max()).item() < tolerance
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@every_method
+@pytest.mark.parametrize("use_reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
+@every_plugin_and(*KINDS)
 def test_activation_checkpointing_gives_the_same_gradients(entry: Entry, use_reentrant: bool) -> None:
     model, adapters = adapted(entry)
     model.train()
@@ -171,7 +173,7 @@ def test_activation_checkpointing_gives_the_same_gradients(entry: Entry, use_ree
         torch.testing.assert_close(found[name], grad, rtol=1e-5, atol=1e-5 * grad.abs().max().item() + 1e-7)
 
 
-@every_method
+@every_plugin_and(*KINDS)
 @torch.no_grad()
 def test_sdpa_and_eager_attention_agree(entry: Entry) -> None:
     model, adapters = adapted(entry)
@@ -182,14 +184,8 @@ def test_sdpa_and_eager_attention_agree(entry: Entry) -> None:
     torch.testing.assert_close(logits(model, adapters, embeds(), ROWS), found_BTV, rtol=1e-4, atol=1e-4)
 
 
-# The paper's methods each time; the others, up to 24 s each, with the slow tests.
-@pytest.mark.parametrize(
-    "entry",
-    [
-        pytest.param(entry, id=name, marks=[] if name in {"lora", "bitfit", "ia3"} else pytest.mark.slow)
-        for name, entry in ADAPTERS.entries().items()
-    ],
-)
+# Up to 24 s each.
+@every_plugin_and("lora")
 def test_a_compiled_model_computes_the_same(entry: Entry) -> None:
     """Captured by dynamo and AOT autograd, run by their eager backend: what needs no compiler on the machine."""
     torch._dynamo.reset()
@@ -207,7 +203,7 @@ def test_a_compiled_model_computes_the_same(entry: Entry) -> None:
     torch.testing.assert_close(other_BTV, logits(model, adapters, embeds(), ROWS.flip(0)), rtol=1e-4, atol=1e-4)
 
 
-@every_method
+@every_plugin_and(*KINDS)
 @torch.no_grad()
 def test_autocast_is_close_to_full_precision(entry: Entry) -> None:
     """bf16 has 8 bits: 5 % of the largest logit over two layers."""
@@ -219,7 +215,7 @@ def test_autocast_is_close_to_full_precision(entry: Entry) -> None:
     assert ((found_BTV - expected_BTV).abs().max() / expected_BTV.abs().max()).item() < 5e-2
 
 
-@every_method
+@every_plugin_and(*KINDS)
 @torch.no_grad()
 def test_padding_on_either_side_equals_one_row_at_a_time(entry: Entry) -> None:
     model, adapters = adapted(entry)
@@ -238,8 +234,8 @@ def test_padding_on_either_side_equals_one_row_at_a_time(entry: Entry) -> None:
         torch.testing.assert_close(found_BTV[:1, place], alone_1TV, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("num_beams", [1, 3])
-@every_method
+@pytest.mark.parametrize("num_beams", [pytest.param(1, marks=pytest.mark.slow), 3])
+@every_plugin_and(*KINDS)
 @torch.no_grad()
 def test_generation_with_a_cache_equals_full_recomputation(entry: Entry, num_beams: int) -> None:
     """Rows of different layouts; greedy and beams."""

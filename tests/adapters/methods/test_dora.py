@@ -1,0 +1,172 @@
+"""DoRA: equal to Hugging Face PEFT's, its norm, its options. The equations themselves: test_layer_methods.py.
+
+Shapes: B rows, T positions, I and O input and output features of a layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adapters import dora
+from adapters.dora import DoRA, DoRAConfig, DoRADelta
+from adapters.roles import Target
+from harness.errors import UserError
+from tests.support.adapters import adapt, disturb, embeds
+from tests.support.models import tiny_llama, with_biases
+from tests.support.peft import MODULES, check_equal
+
+
+def delta_of(layer: Any, rows: tuple[int, ...] | None = None, **options: Any) -> Any:
+    outside, inside = layer.weight.shape
+    target = Target("linear", "v", inside, len(rows or range(outside)), rows, layer)
+    return DoRA(DoRAConfig(rank=3, **options)).delta(target, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("make_model", MODULES, ids=lambda f: f.__name__)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+def test_agnostic_equals_pefts_layers_in_forward_and_gradients(make_model: Any) -> None:
+    """Float64, a bias in every OPT and GPT-2 layer, a fused and transposed one in GPT-2."""
+    model, theirs = with_biases(make_model).double(), with_biases(make_model).double()
+    adapters = adapt(model, DoRA(DoRAConfig(rank=3, alpha=5.0)), "agnostic").double()
+    config = LoraConfig(r=3, lora_alpha=5, use_dora=True, target_modules=MODULES[make_model])
+    peft_model: Any = get_peft_model(theirs, config)
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for name, parameter in adapters.named_parameters():
+        _, path, _, _, _, _, kind = name.split(".")
+        inside = "weight" if kind != "lora_magnitude_vector" else "default.weight"
+        kind = kind if inside == "default.weight" else f"{kind}.default"
+        pairs.append((parameter, theirs.get_parameter(f"{path.replace('/', '.')}.{kind}.{inside}")))
+        pairs[-1][1].data.copy_(parameter.data)
+    check_equal(model, peft_model, theirs, pairs)
+
+
+def test_it_starts_with_the_norm_of_every_row_of_the_weight() -> None:
+    linear = nn.Linear(12, 8)
+    delta = delta_of(linear, rows=(1, 4, 5))
+    torch.testing.assert_close(delta.lora_magnitude_vector, linear.weight[[1, 4, 5]].norm(dim=1))
+    assert torch.equal(delta.ratio(), torch.ones(3))
+    assert set(delta.state_dict()) == {"lora_A", "lora_B", "lora_magnitude_vector"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_it_starts_as_the_identity_in_half_precision_too(dtype: torch.dtype) -> None:
+    linear = nn.Linear(12, 8).to(dtype)
+    delta = delta_of(linear)
+    assert delta.lora_magnitude_vector.dtype == torch.float32
+    y_BTO = linear(torch.randn(2, 5, 12, dtype=dtype))
+    for adapter in (delta, delta.to(dtype)):
+        assert torch.equal(adapter(torch.randn(2, 5, 12, dtype=dtype), y_BTO), y_BTO)
+
+
+def test_a_row_of_zeros_in_the_weight_stays_one_and_has_finite_gradients() -> None:
+    linear = nn.Linear(12, 8)
+    nn.init.zeros_(linear.weight[2])
+    delta = delta_of(linear)
+    x_BTI = torch.randn(2, 5, 12)
+    y_BTO = delta(x_BTI, linear(x_BTI))
+    assert torch.equal(y_BTO, linear(x_BTI))
+    y_BTO.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in delta.parameters())
+
+
+@pytest.mark.parametrize(("grad", "norms"), [(True, 2), (False, 1)])
+def test_each_groups_norm_is_computed_once_however_many_spans_it_has(grad: bool, norms: int) -> None:
+    """And for a group without a token only where gradients are wanted."""
+    model = tiny_llama()
+    adapters = adapt(model, DoRA(DoRAConfig(rank=3, where=("q",))))
+    adapters.router.set_context_ids(torch.tensor([[1, 1, 1, 1, 1, 1]]))
+    with patch.object(DoRADelta, "ratio", autospec=True, side_effect=DoRADelta.ratio) as ratio:
+        with torch.set_grad_enabled(grad):
+            model(inputs_embeds=embeds(3, 6), use_cache=False)
+        assert ratio.call_count == 2 * norms  # two layers
+        ratio.reset_mock()
+        adapters.router.set_context_ids(torch.tensor([[1, 0, 1, 0, 1, 0]]))
+        model(inputs_embeds=embeds(3, 6), use_cache=False)
+        assert ratio.call_count == 2 * 2
+
+
+def test_under_autocast_the_norm_keeps_full_precision() -> None:
+    delta = delta_of(nn.Linear(64, 32))
+    disturb(delta.parameters())
+    expected_O = delta.ratio()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(delta.ratio(), expected_O)
+
+
+def test_dropout_acts_in_training_only_and_on_the_low_rank_path_only() -> None:
+    linear = nn.Linear(6, 4)
+    plain, dropping = delta_of(linear), delta_of(linear, dropout=0.5)
+    x_BTI = torch.ones(1, 400, 6)
+    torch.manual_seed(0)
+    # With B zero and another magnitude, W x is all there is.
+    for delta in (plain, dropping):
+        disturb([delta.lora_magnitude_vector])
+    torch.testing.assert_close(dropping(x_BTI, linear(x_BTI)), plain(x_BTI, linear(x_BTI)))
+    for delta in (plain, dropping):
+        disturb([delta.lora_B])
+    dropped_BTO, expected_BTO = dropping(x_BTI, linear(x_BTI)), plain(x_BTI, linear(x_BTI))
+    assert dropped_BTO[0].unique(dim=0).shape[0] > 30
+    torch.testing.assert_close(dropped_BTO.mean(dim=1), expected_BTO.mean(dim=1), rtol=0.2, atol=0.2)
+    torch.testing.assert_close(dropping.eval()(x_BTI, linear(x_BTI)), expected_BTO)
+
+
+def test_it_is_built_and_runs_without_memory() -> None:
+    with torch.device("meta"):
+        delta = delta_of(nn.Linear(12, 8), rows=(1, 4, 5))
+        y_BTO = delta(torch.empty(2, 5, 12), torch.empty(2, 5, 3))
+    assert (y_BTO.shape, y_BTO.device.type) == ((2, 5, 3), "meta")
+    assert sum(p.numel() for p in delta.parameters()) == 3 * (12 + 3) + 3
+
+
+def test_a_weight_that_cannot_be_read_is_an_error_that_names_the_layer() -> None:
+    linear: Any = nn.Linear(12, 8)
+    linear.weight = nn.Parameter(torch.zeros(8, 12, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(UserError, match=r"layer linear \(Linear\) has no weight matrix that can be read"):
+        delta_of(linear)
+
+
+def test_a_rank_larger_than_the_layer_is_an_error() -> None:
+    with pytest.raises(
+        UserError, match=r"rank 17 is larger than layer .*k_proj \(k\), .* 32 inputs and 16 outputs; allowed: 1 to 16"
+    ):
+        adapt(tiny_llama(), DoRA(DoRAConfig(rank=17)))
+
+
+@pytest.mark.parametrize("rows", [None, (1, 4, 5)])
+def test_what_a_method_before_it_changed_is_merged_as_it_is_computed(rows: tuple[int, ...] | None) -> None:
+    """BitFit then DoRA: the added bias is scaled with ``W x``, the layer's own bias is not."""
+    linear = nn.Linear(12, 8).double()
+    delta = delta_of(linear, rows).double()
+    disturb(delta.parameters())
+    part = list(rows or range(8))
+    added_O, x_BTI = torch.randn(len(part)).double(), torch.randn(2, 5, 12).double()
+    expected_BTO = delta(x_BTI, linear(x_BTI)[..., part] + added_O)
+    weight_OI, bias_O = delta.merge(linear.weight[part], linear.bias[part] + added_O)
+    torch.testing.assert_close(F.linear(x_BTI, weight_OI, bias_O), expected_BTO, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank\n.*greater than 0"),
+        ({"alpha": 0.0}, "alpha\n.*greater than 0"),
+        ({"dropout": 1.0}, "dropout\n.*less than 1"),
+        ({"where": "B"}, "where.*\n.*'A', 'F' or 'AF'"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        DoRAConfig(**options)
+
+
+def test_labels() -> None:
+    assert DoRA(DoRAConfig()).label() == "DoRA r=8"
+    assert DoRA(dora.DoRAConfig(rank=2, where=("q", "v"))).label() == "DoRA r=2 q,v"

@@ -1,0 +1,207 @@
+"""``harness check``: every check of the contracts can fail, and says what is wrong; what is right passes all."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from adapters.registry import ADAPTERS
+from harness import contract_metric, contract_modality, contract_task
+from harness.contract import check_plugins, problems_of, promise, run_checks
+from harness.contract_metric import REFERENCES, MetricSubject
+from harness.contract_modality import ModalitySubject
+from harness.contract_process import elsewhere
+from harness.contract_task import TaskSubject
+from harness.errors import UserError
+from harness.registry import Entry
+from tasks.modalities.series import Series
+from tasks.registry import METRICS, MODALITIES, TASKS
+from tests.support.broken_plugins import METRIC_CASES, MODALITY_CASES, TASK_CASES, GoodMetric, GoodTask
+
+CASES = TASK_CASES | MODALITY_CASES | METRIC_CASES
+CHECKS = {
+    contract_task: (*contract_task.FIRST, *contract_task.THEN),
+    contract_modality: (*contract_modality.FIRST, *contract_modality.THEN),
+    contract_metric: (*contract_metric.FIRST, *contract_metric.THEN),
+}
+FILE = """
+from collections.abc import Mapping
+from pathlib import Path
+
+from harness import Example, Metric, Part, Scores, Task, TaskConfig
+
+
+class EchoConfig(TaskConfig):
+    words: tuple[str, ...] = ("one", "two")
+
+
+class Echo(Task):
+    contexts = ("question", "answer")
+    modalities: Mapping[str, str] = {}
+    metrics = ("same_words",)
+    Config = EchoConfig
+
+    @classmethod
+    def sample(cls, folder):
+        return {}
+
+    def prepare(self):
+        pass
+
+    def examples(self, split):
+        return [Example(f"{split} {w}", (Part("question", f"say {w}"),), (w,)) for w in self.config.words]
+
+
+class SameWords(Metric):
+    labels = {"same_words": "Same words"}
+
+    def score(self, predictions, references):
+        if predictions.keys() != references.keys() or not all(references.values()):
+            raise ValueError("ids differ, or there is no reference")
+        right = {key: float(predictions[key] in texts) for key, texts in references.items()}
+        rows = {key: {"same_words": value} for key, value in right.items()}
+        return Scores({"same_words": sum(right.values()) / len(right)}, rows)
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_plugins_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    for registry in (TASKS, MODALITIES, METRICS, ADAPTERS):
+        monkeypatch.setattr(registry, "added", [])
+
+
+def subject_of(plugin: type, folder: Path) -> Any:
+    """What the checks of a plugin's kind are given."""
+    if issubclass(plugin, GoodTask):
+        return TaskSubject(plugin, f"{plugin.__module__}:{plugin.__name__}", folder)
+    if issubclass(plugin, Series):
+        files = [folder / "train1.csv", folder / "train2.csv"]
+        for number, path in enumerate(files, 1):
+            path.write_text("1\n" * 9 * number + "2\n", encoding="utf-8")
+        return ModalitySubject(plugin, files, folder)
+    return MetricSubject(plugin, REFERENCES)
+
+
+def checked(target: Path | str) -> tuple[bool, str]:
+    """Whether ``harness check`` passes, and what it prints."""
+    console = Console(file=io.StringIO(), width=80)
+    passed = check_plugins(str(target), console)
+    return passed, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def written(folder: Path, *changes: tuple[str, str]) -> Path:
+    """The file of plugins, with changes."""
+    text = FILE
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    path = folder / "echo.py"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_every_check_has_a_plugin_that_it_must_catch() -> None:
+    assert set(CASES) == {check for checks in CHECKS.values() for check in checks}
+
+
+@pytest.mark.parametrize(
+    ("check", "plugin", "words"),
+    [
+        pytest.param(check, *case, id=f"{check.__name__}-{number}")
+        for check, cases in CASES.items()
+        for number, case in enumerate(cases)
+    ],
+)
+def test_a_broken_promise_is_caught(
+    check: Callable[[Any], Iterator[str]], plugin: type, words: str, tmp_path: Path
+) -> None:
+    problems = problems_of(check, subject_of(plugin, tmp_path))
+    with pytest.raises(AssertionError, match=words):
+        raise AssertionError("\n".join(problems))
+    assert all("\n" not in problem for problem in problems)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("module", "plugin"),
+    [(contract_task, GoodTask), (contract_modality, Series), (contract_metric, GoodMetric)],
+    ids=["task", "modality", "metric"],
+)
+def test_what_is_right_passes_every_check(module: Any, plugin: type, tmp_path: Path) -> None:
+    results = list(run_checks(module.FIRST, module.THEN, subject_of(plugin, tmp_path)))
+    assert {result.promise: result.problems for result in results} == {promise(c): () for c in CHECKS[module]}
+
+
+def test_what_needs_something_broken_is_said_not_to_be_checked(tmp_path: Path) -> None:
+    ((broken, _), *_) = TASK_CASES[contract_task.sample_gives_options]
+    results = list(run_checks(contract_task.FIRST, contract_task.THEN, subject_of(broken, tmp_path)))
+    assert all(result.problems for result in results[: len(contract_task.FIRST)])
+    assert [result.problems for result in results[len(contract_task.FIRST) :]] == [None] * len(contract_task.THEN)
+
+
+def test_a_file_of_a_task_and_a_metric_is_checked(tmp_path: Path) -> None:
+    passed, printed = checked(written(tmp_path))
+    assert passed, printed
+    lines = printed.splitlines()
+    assert lines[0].startswith("task echo  ")
+    assert "metric same_words  " in printed
+    count = len(CHECKS[contract_task]) + 1 + len(CHECKS[contract_metric])
+    assert lines[-1] == f"{count} checks passed, 0 did not"
+    assert sum(line.startswith("  ✓ ") for line in lines) == count
+    assert [entry.name for entry in TASKS.added] == ["echo"]
+
+
+def test_what_fails_is_printed_in_one_sentence_without_a_traceback(tmp_path: Path) -> None:
+    path = written(tmp_path, ("right = {key:", "right = {1 / 0:"), ('"question", f"say', '"query", f"say'))
+    passed, printed = checked(path)
+    assert not passed
+    line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if "1 / 0" in text)
+    assert f"      ZeroDivisionError: division by zero ({path}:{line})\n" in printed
+    assert "train example 'train one': an input of context 'query'; allowed: answer, question" in printed
+    assert "✗ Inputs are of known contexts" in printed
+    assert "… and 1 more" in printed
+    assert "not checked, as what it needs is broken" in printed
+    assert "Traceback" not in printed
+
+
+def test_another_process_tells_of_torch_and_of_the_order_of_a_set(tmp_path: Path) -> None:
+    path = written(
+        tmp_path, ("self.config.words]", "set(map(str, range(9)))]"), ("from pathlib", "import torch\nfrom pathlib")
+    )
+    subjects = [
+        TaskSubject(TASKS.load(f"{path}:Echo"), f"{path}:Echo", tmp_path),
+        TaskSubject(TASKS.load("tasks.trends:Trends"), "tasks.trends:Trends", tmp_path),
+    ]
+    for subject in subjects:
+        subject.task.prepare()
+    found = elsewhere(subjects, tmp_path / "cache")
+    assert [words.partition(" ")[0] for words in found[f"{path}:Echo"]] == ["importing", "another"]
+    assert found["tasks.trends:Trends"] == []
+
+
+def test_a_process_that_fails_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "gone.py").write_text("", encoding="utf-8")
+    subject = TaskSubject(GoodTask, f"{tmp_path / 'gone.py'}:Gone", tmp_path)
+    assert "another process failed: harness.errors.UserError: " in elsewhere([subject], tmp_path)[subject.target][0]
+
+
+def test_a_package_is_found_by_its_distribution_or_its_module() -> None:
+    with pytest.raises(UserError, match=r"no installed package 'no-such' registers plugins; allowed: .*context-peft-h"):
+        checked("no-such")
+    with pytest.raises(UserError, match=r"^adapters: registers adapter methods only, so nothing was checked$"):
+        checked("adapters")
+    with pytest.raises(UserError, match=r"gone\.py'; allowed: a Python file"):
+        checked("gone.py")
+
+
+def test_a_plugin_that_cannot_be_imported_is_a_failed_check() -> None:
+    TASKS.added = [Entry("gone", "tasks.trends:Gone", "gone-tasks", "1.0")]
+    passed, printed = checked("gone_tasks")
+    assert not passed
+    assert "✗ It can be imported, and is of its kind" in printed
+    assert "module 'tasks.trends' has no attribute 'Gone'" in printed

@@ -1,0 +1,225 @@
+"""What a person sees: the plan, the live table, a line per trial where there is no terminal, the leaderboard."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from harness.live import SHOWN_TRIALS, LiveTable, trial_name
+from harness.record import Parameters, PlannedTrial, TrialRecord, read_run
+from harness.terminal import leaderboard_table, plan_table
+from results.table import build_leaderboard
+from tests.support.runs import fake_plan, fake_record, write_run
+
+pytestmark = pytest.mark.quick
+
+
+def console(width: int = 100, terminal: bool = False) -> Console:
+    return Console(file=io.StringIO(), width=width, force_terminal=terminal, legacy_windows=False)
+
+
+def output(of: Console) -> str:
+    assert isinstance(of.file, io.StringIO)
+    return of.file.getvalue()
+
+
+def shown(item: Any, width: int = 100) -> str:
+    plain = Console(file=io.StringIO(), width=width)
+    plain.print(item)
+    return output(plain)
+
+
+def planned(number: int, **changes: Any) -> PlannedTrial:
+    fields: dict[str, Any] = {"label": f"LoRA r={number}", "method": "lora", "grouping": "specific", "setting": ""}
+    return PlannedTrial(trial_id=f"t{number}", seed=0, **fields | changes)
+
+
+def record(trial: PlannedTrial, **changes: Any) -> TrialRecord:
+    return fake_record(trial, 30_000, 0.9).model_copy(update=changes)
+
+
+def table(count: int, already: int = 0, terminal: bool = True) -> LiveTable:
+    return LiveTable(console(terminal=terminal), [planned(n) for n in range(count)], already)
+
+
+def running(live: LiveTable, number: int, fraction: float, **progress: Any) -> None:
+    live.started(f"t{number}")
+    live.progressed(f"t{number}", {"phase": "train", "fraction": fraction, **progress})
+
+
+def trials_in(text: str) -> list[str]:
+    return re.findall(r"LoRA r=(\d+) ", text)
+
+
+def test_the_live_table_counts_and_estimates() -> None:
+    live = table(4, already=12)
+    assert "0 of 4 trials, 12 from before, 0 failed" in shown(live)
+    assert "estimating the time left" in shown(live)
+    running(live, 0, 0.5, epoch=2, train_loss=1.25, validation_perplexity=5.5)
+    running(live, 1, 1.0)
+    live.ended(record(planned(1), metrics={"test": {"perplexity": 4.25}}, wall_time_s=3.0))
+    running(live, 2, 0.5)
+    live.ended(record(planned(2), status="out_of_memory", reason="too large", metrics={}))
+    text = shown(live, width=120)
+    assert "2 of 4 trials, 12 from before, 1 failed" in text
+    assert re.search(r"about [\d.]+ s left", text)
+    assert re.search(r"LoRA r=0 specific +0 +train +2 +1\.250 +5\.500", text)
+    assert "test 4.250 in 3.0 s" in text
+    assert "out_of_memory: too large" in text
+    assert "LoRA r=3" not in text  # it waits
+
+
+def test_time_left_is_in_proportion_to_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("harness.live.time.monotonic", lambda: now[0])
+    live = table(4)
+    running(live, 0, 1.0)
+    now[0] += 60
+    # A quarter of the grid took a minute.
+    assert "0 of 4 trials, 0 failed · 1 min 00 s · about 3 min 00 s left" in shown(live)
+
+
+def test_progress_keeps_what_a_message_leaves_out() -> None:
+    live = table(1)
+    running(live, 0, 0.5, epoch=3, train_loss=1.25, validation_perplexity=5.5)
+    live.progressed("t0", {"phase": "test", "fraction": 1.0, "epoch": 0, "train_loss": None})
+    assert re.search(r"test +3 +1\.250 +5\.500", shown(live))
+
+
+def test_running_trials_come_with_the_latest_ended_ones() -> None:
+    live = table(30)
+    for number in range(20):
+        running(live, number, 1.0)
+        live.ended(record(planned(number)))
+    for number in range(20, 22):
+        running(live, number, 0.5)
+    assert trials_in(shown(live)) == [str(number) for number in range(10, 22)]
+
+
+@pytest.mark.parametrize("at_once", [SHOWN_TRIALS - 1, SHOWN_TRIALS, SHOWN_TRIALS + 8])
+def test_the_live_table_stays_within_its_rows(at_once: int) -> None:
+    live = table(60)
+    for number in range(30):
+        running(live, number, 1.0)
+        live.ended(record(planned(number)))
+    for number in range(30, 30 + at_once):
+        running(live, number, 0.5)
+    assert len(trials_in(shown(live))) == SHOWN_TRIALS
+
+
+def test_without_a_terminal_there_is_a_line_per_ended_trial() -> None:
+    live = table(2, terminal=False)
+    with live:
+        running(live, 0, 1.0)
+        live.ended(record(planned(0), metrics={"test": {"perplexity": 4.25}}, wall_time_s=65.0))
+        live.started("t1")
+        live.ended(record(planned(1), status="failed", reason="ValueError: no", metrics={}))
+    assert output(live.console).splitlines() == [
+        "[1/2] LoRA r=0 specific seed 0: test perplexity 4.250 in 1 min 05 s",
+        "[2/2] LoRA r=1 specific seed 0: failed: ValueError: no",
+    ]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_square_brackets_in_a_reason_are_shown_as_they_are(terminal: bool) -> None:
+    live = table(1, terminal=terminal)
+    live.started("t0")
+    reason = "KeyError: [image] and [/tmp/x]"
+    live.ended(record(planned(0), status="failed", reason=reason, metrics={}))
+    assert reason in (shown(live, width=140) if terminal else output(live.console))
+
+
+def test_on_a_terminal_the_table_is_drawn_and_taken_away() -> None:
+    live = table(1)
+    with live:
+        running(live, 0, 0.5)
+        live._live.refresh()
+        assert "0 of 1 trials" in output(live.console)
+    assert output(live.console).endswith("\x1b[2K")
+
+
+def test_a_trial_is_named_by_method_grouping_setting_and_seed() -> None:
+    assert trial_name(planned(4, setting="examples=64")) == "LoRA r=4 specific examples=64 seed 0"
+    assert trial_name(planned(4, label="none", grouping="")) == "none seed 0"
+
+
+def test_the_plan_joins_seeds_and_shows_what_is_trained() -> None:
+    plan = fake_plan(seeds=(0, 1, 5), settings=("",))
+    counts = Parameters(trainable=12_345, adapter=2_345, projector=10_000, language_model=1, encoder=1, total=9_876_543)
+    parameters = {trial.trial_id: None if trial.method == "full" else counts for trial in plan.trials}
+    states = {trial.trial_id: "finished" if trial.seed == 0 else "to run" for trial in plan.trials}
+    text = shown(plan_table(plan, parameters, states), width=110)
+    assert "synthetic: 24 trials" in text
+    row = r"LoRA r=4 specific +0, 1, 5 +12,345 +2,345 +10,000 +9,876,543 +1 finished, 2 to run"
+    assert re.search(row, text)
+    assert re.search(r"Full fine-tuning +0, 1, 5 +unknown +unknown +unknown +unknown ", text)
+    assert "setting" not in text
+
+
+def test_the_plan_shows_settings_where_they_vary() -> None:
+    plan = fake_plan(settings=("examples=64", "examples=128"))
+    ids = [trial.trial_id for trial in plan.trials]
+    text = shown(plan_table(plan, dict.fromkeys(ids), dict.fromkeys(ids, "to run")), width=120)
+    assert re.search(r"LoRA r=4 agnostic +examples=64 +0, 1", text)
+    assert re.search(r"LoRA r=4 agnostic +examples=128 +0, 1", text)
+
+
+def test_the_leaderboard_fits_eighty_characters_and_shows_missing_as_missing(tmp_path: Path) -> None:
+    def without_cider(trial: PlannedTrial, made: TrialRecord) -> TrialRecord:
+        if trial.method != "none":
+            return made
+        test = {name: value for name, value in made.metrics["test"].items() if name != "cider"}
+        return made.model_copy(update={"metrics": {"test": test}})
+
+    plan = fake_plan(settings=("",), primary_metric="perplexity")
+    board = build_leaderboard(read_run(write_run(tmp_path, plan, without_cider)))
+    text = shown(leaderboard_table(board), width=80)
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "…" not in text
+    assert "synthetic: scores on the test split" in text
+    assert re.search(r"\n +\d(–8)? +none +9\.\d+ \[[\d.]+, [\d.]+\] +– +1\.\d+ +9,312 +2/2", text)
+    assert "excluded from ranking" not in text
+
+
+def test_rows_apart_stand_below_the_table_of_their_setting(tmp_path: Path) -> None:
+    def fewer_steps(trial: PlannedTrial, made: TrialRecord) -> TrialRecord:
+        assert made.data is not None
+        if (trial.method, trial.setting) != ("bitfit", "examples=64"):
+            return made
+        return made.model_copy(update={"data": made.data.model_copy(update={"steps": 99})})
+
+    plan = fake_plan(settings=("examples=64", "examples=128"))
+    text = shown(leaderboard_table(build_leaderboard(read_run(write_run(tmp_path, plan, fewer_steps)))), width=80)
+    first, second = text.split("\nexamples=128\n")
+    assert "\nexamples=64\n" in first
+    table, below = first.split("excluded from ranking: ")
+    assert "BitFit" not in table
+    assert " ".join(below.split()) == (
+        "BitFit specific, BitFit agnostic: seeds 0, 1 do not match Full fine-tuning: number of optimizer steps differs "
+        "(99, 256)"
+    )
+    assert len(re.findall(r"^ +\d\S* +BitFit", second, re.MULTILINE)) == 2
+    assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_a_long_reason_is_cut(tmp_path: Path) -> None:
+    def other(trial: PlannedTrial, made: TrialRecord) -> TrialRecord:
+        assert made.data is not None
+        if trial.method != "lora":
+            return made
+        every = {"examples_fingerprint": "x", "order_fingerprint": "x", "evaluation_fingerprint": "x", "steps": 9}
+        changed = made.data.model_copy(update=every | {"started_from": (str(trial.seed),)})
+        changed = changed.model_copy(update={"steps": 10**100 + trial.seed})
+        return made.model_copy(update={"data": changed})
+
+    board = build_leaderboard(read_run(write_run(tmp_path, fake_plan(settings=("",)), other)))
+    (line,) = [
+        line for line in shown(leaderboard_table(board), width=2000).splitlines() if "excluded from ranking" in line
+    ]
+    assert line.rstrip().endswith(" …")
+    assert len(line.rstrip()) < 300

@@ -1,0 +1,304 @@
+# ruff: noqa: E501 - one wrong input per line reads as a table
+"""Experiment files: axes expand, and everything wrong is named with its file, line and key path."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.errors import UserError
+from harness.experiment import Experiment
+from harness.plan import expand
+
+pytestmark = pytest.mark.quick
+
+Write = Callable[[str], Path]
+RATE = "optimizer: {learning_rate: 1e-3}\n"
+ONE = "task: scenes\nadapters: [{method: none}]\n" + RATE
+
+
+def adapters(entries: str, contexts_of: str = "scenes") -> str:
+    """An experiment whose second line is the list of adapters."""
+    return f"task: {contexts_of}\nadapters: [{entries}]\n{RATE}"
+
+
+def groupings(experiment: Experiment) -> list[tuple[str, dict[str, str | None]]]:
+    return [(choice.grouping_name, choice.grouping) for choice in experiment.adapters[0]]
+
+
+def test_lists_are_axes_and_the_first_key_varies_slowest(experiment_file: Write) -> None:
+    text = adapters("{method: lora, rank: [4, 8], grouping: [agnostic, specific]}, {method: none}")
+    chosen = Experiment.from_yaml(experiment_file(text)).adapters[0]
+    assert [(c.label, c.grouping_name) for c in chosen] == [
+        ("LoRA r=4", "agnostic"), ("LoRA r=4", "specific"), ("LoRA r=8", "agnostic"), ("LoRA r=8", "specific"),
+        ("none", ""),
+    ]  # fmt: skip
+
+
+def test_a_list_of_roles_is_one_place_and_a_list_of_places_is_an_axis(experiment_file: Write) -> None:
+    text = adapters("{method: lora, where: [q, v]}, {method: lora, where: [A, F]}, {method: ia3, where: [[k], [v]]}")
+    chosen = Experiment.from_yaml(experiment_file(text)).adapters[0]
+    assert [c.label for c in chosen] == ["LoRA r=8 q,v", "LoRA r=8 A", "LoRA r=8 F", "IA3 k", "IA3 v"]
+
+
+def test_the_rates_tried_before_are_one_value_of_all_variants(experiment_file: Write) -> None:
+    text = adapters("{method: [none, full], learning_rate: [1e-3, 2e-3], tried_learning_rates: [6e-3, 1.2e-2]}")
+    chosen = Experiment.from_yaml(experiment_file(text)).adapters[0]
+    assert [c.learning_rate for c in chosen] == [1e-3, 2e-3] * 2
+    assert {c.tried_learning_rates for c in chosen} == {(6e-3, 1.2e-2)}
+
+
+def test_every_section_has_axes(experiment_file: Write) -> None:
+    experiment = Experiment.from_yaml(
+        experiment_file(
+            "task: {name: scenes, data_seed: [0, 1]}\n"
+            "backbone: {encoders: {image: [builtin/tiny-vision, ./swin]}, projector_dropout: [0.0, 0.1]}\n"
+            "adapters: [{method: [none, full]}]\n"
+            "budget: {examples: [128, all], epochs: [1, 2]}\n"
+            "optimizer: {learning_rate: [1e-3, 1e-4]}\n"
+            "seeds: [3, 1]\n"
+        )
+    )
+    assert [task.config["data_seed"] for task in experiment.tasks] == [0, 1]
+    assert [(b.encoders["image"], b.projector_dropout) for b in experiment.backbones] == [
+        ("builtin/tiny-vision", 0.0), ("builtin/tiny-vision", 0.1), ("./swin", 0.0), ("./swin", 0.1),
+    ]  # fmt: skip
+    assert [[choice.method for choice in choices] for choices in experiment.adapters] == [["none", "full"]] * 2
+    assert [(b.examples, b.epochs) for b in experiment.budgets] == [(128, 1), (128, 2), ("all", 1), ("all", 2)]
+    assert [optimizer.learning_rate for optimizer in experiment.optimizers] == [1e-3, 1e-4]
+    assert experiment.seeds == (3, 1)
+
+
+def test_a_mapping_under_grouping_is_one_grouping(experiment_file: Write) -> None:
+    experiment = Experiment.from_yaml(
+        experiment_file(adapters("{method: lora, grouping: {image: vision, text: null}}"))
+    )
+    assert groupings(experiment) == [("image=vision text=-", {"image": "vision", "text": None})]
+
+
+def test_a_list_of_groupings_may_mix_words_and_mappings(experiment_file: Write) -> None:
+    text = adapters("{method: lora, grouping: [specific, {image: a, text: a}]}")
+    assert groupings(Experiment.from_yaml(experiment_file(text))) == [
+        ("specific", {"image": "image", "text": "text"}),
+        ("image=a text=a", {"image": "a", "text": "a"}),
+    ]
+
+
+def test_agnostic_is_the_default_and_methods_without_groups_have_none(experiment_file: Write) -> None:
+    experiment = Experiment.from_yaml(experiment_file(adapters("{method: ia3}, {method: full}")))
+    assert groupings(experiment) == [
+        ("agnostic", {"image": "all", "text": "all"}),
+        ("", {"image": None, "text": None}),
+    ]
+
+
+@pytest.mark.parametrize("written", ["1e-3", "1E-3", "1.0e-3", "0.001", ".1e-2", "+1e-3"])
+def test_numbers_with_an_exponent_are_numbers(experiment_file: Write, written: str) -> None:
+    text = f"task: scenes\nadapters: [{{method: none}}]\noptimizer: {{learning_rate: {written}}}\n"
+    assert Experiment.from_yaml(experiment_file(text)).optimizers[0].learning_rate == pytest.approx(1e-3)
+
+
+def test_the_name_is_the_file_name_unless_given(experiment_file: Write) -> None:
+    assert Experiment.from_yaml(experiment_file(ONE)).name == "experiment"
+    assert Experiment.from_yaml(experiment_file(ONE + "name: grid.v2\n")).name == "grid.v2"
+
+
+@pytest.mark.parametrize(
+    ("variable", "expected"), [("/data/set", "/data/set"), (None, "here"), ("", "here")], ids=["set", "unset", "empty"]
+)
+def test_environment_variables_and_their_defaults(
+    experiment_file: Write, monkeypatch: pytest.MonkeyPatch, variable: str | None, expected: str
+) -> None:
+    if variable is None:
+        monkeypatch.delenv("SOME_ROOT", raising=False)
+    else:
+        monkeypatch.setenv("SOME_ROOT", variable)
+    text = "task: {name: coco_captions, root: '${SOME_ROOT:-here}/mini'}\nadapters: [{method: none}]\n" + RATE
+    assert Experiment.from_yaml(experiment_file(text)).tasks[0].config["root"] == f"{expected}/mini"
+
+
+def test_an_unset_variable_is_named(experiment_file: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SOME_ROOT", raising=False)
+    path = experiment_file("task:\n  name: coco_captions\n  root: ${SOME_ROOT}\nadapters: [{method: none}]\n")
+    message = f"{path}, line 3, task.root: environment variable SOME_ROOT is not set"
+    with pytest.raises(UserError, match=re.escape(message)):
+        Experiment.from_yaml(path)
+
+
+# For each: the file, the line and key path the message must name, and what else it must say.
+METHODS_LINE = "bitfit, bottleneck, dora, full, ia3, llava, ln_tuning, lora, mmca, moka, none, peft, soft_prompt, vera"
+TASKS_LINE = "audio_captions, coco_captions, mixture, scenes, speech, text, trends, vqa"
+WRONG = {
+    "unknown key at top level": (ONE + "budgte: {examples: 3}\n", 4, "budgte", "unknown key 'budgte'; allowed: adapters, backbone, budget, eval, name, optimizer, plugins, resources, seeds, task, tracking; did you mean 'budget'?"),
+    "unknown key in a section": (ONE + "budget:\n  epochs: 1\n  exampels: 3\n", 6, "budget.exampels", "unknown key 'exampels'; allowed: epochs, examples, max_input_length, max_target_length, references; did you mean 'examples'?"),
+    "unknown key in an adapter": ("task: scenes\nadapters:\n  - {method: none}\n  - method: lora\n    rnak: 4\n" + RATE, 5, "adapters[1].rnak", "unknown key 'rnak'; allowed: alpha, dropout, grouping, init_from, init_lora_weights, learning_rate, method, rank, tried_learning_rates, use_rslora, where; did you mean 'rank'?"),
+    "unknown key in the task": ("task:\n  name: scenes\n  data_sed: 1\nadapters: [{method: none}]\n", 3, "task.data_sed", "unknown key 'data_sed'; allowed: data_seed, test_examples, train_examples, validation_examples; did you mean 'data_seed'?"),
+    "option of another method": (adapters("{method: bitfit, rank: 4}"), 2, "adapters[0].rank", "unknown key 'rank'; allowed: grouping, init_from, learning_rate, method, tried_learning_rates, where"),
+    "key given twice": (ONE + "seeds: [0]\nseeds: [1]\n", 5, "seeds", "key given twice"),
+    "key given twice in an adapter": (adapters("{method: lora, rank: 4, rank: 8}"), 2, "adapters[0].rank", "key given twice"),
+    "unknown adapter": (adapters("{method: none}, {method: lroa}"), 2, "adapters[1].method", "unknown adapter 'lroa'; allowed: " + METHODS_LINE + "; did you mean 'lora'?"),
+    "unknown task": ("task: scens\nadapters: [{method: none}]\n", 1, "task", "unknown task 'scens'; allowed: " + TASKS_LINE + "; did you mean 'scenes'?"),
+    "unknown task by name": ("adapters: [{method: none}]\ntask:\n  name: cocoa_captions\n", 3, "task.name", "unknown task 'cocoa_captions'; allowed: " + TASKS_LINE + "; did you mean 'coco_captions'?"),
+    "no task": ("adapters: [{method: none}]\n", 1, "task", "this key is required"),
+    "no task name": ("task: {data_seed: 0}\nadapters: [{method: none}]\n", 1, "task", "'name' is required; allowed: " + TASKS_LINE),
+    "no method": (adapters("{rank: 4}"), 2, "adapters[0]", "'method' is required; allowed: " + METHODS_LINE),
+    "missing task option": ("task: coco_captions\nadapters: [{method: none}]\n", 1, "task", "exactly one of root (a folder) and dataset (a hub id or shards) is needed"),
+    "wrong type": (ONE + "budget: {examples: many}\n", 4, "budget.examples", "input should be a valid integer or input should be 'all'; found 'many'"),
+    "a fraction for an integer": (ONE + "budget: {epochs: 1.5}\n", 4, "budget.epochs", "input should be a valid integer; found 1.5"),
+    "true for an integer": (ONE + "budget: {epochs: true}\n", 4, "budget.epochs", "valid integer; found True"),
+    "text for a number": (adapters("{method: none, learning_rate: fast}"), 2, "adapters[0].learning_rate", "input should be a valid number; found 'fast'"),
+    "a word that is not offered": (ONE + "resources: {zero_stage: 4}\n", 4, "resources.zero_stage", "input should be 0, 1, 2 or 3; found 4"),
+    "a section that is a number": (ONE + "budget: 3\n", 4, "budget", "input should be an object; found 3"),
+    "an adapter that is a word": (adapters("lora"), 2, "adapters[0]", "input should be an object; found 'lora'"),
+    "no adapters": (adapters(""), 2, "adapters", "at least 1 item"),
+    "wrong value within an axis": (adapters("{method: lora, rank: [4, four]}"), 2, "adapters[0].rank", "valid integer; found 'four'"),
+    "a list where no axis is": (ONE + "eval: {max_new_tokens: [1, 2]}\n", 4, "eval.max_new_tokens", "valid integer"),
+    "empty axis": (ONE + "budget: {examples: []}\n", 4, "budget.examples", "empty axis; give at least one value"),
+    "empty axis in an adapter": (adapters("{method: lora, rank: []}"), 2, "adapters[0].rank", "empty axis"),
+    "repeated value": (adapters("{method: lora, rank: [4, 8, 4]}"), 2, "adapters[0].rank", "a value is given twice: [4, 8, 4]"),
+    "seeds repeated": (ONE + "seeds: [0, 1, 0]\n", 4, "seeds", "a seed is given twice: [0, 1, 0]"),
+    "no seed": (ONE + "seeds: []\n", 4, "seeds", "at least 1 item"),
+    "negative seed": (ONE + "seeds: [0, -1]\n", 4, "seeds[1]", "greater than or equal to 0; found -1"),
+    "seed beyond the generators": (ONE + "seeds: [99999999999999999999999]\n", 4, "seeds[0]", "found 9999"),
+    "rank 0": (adapters("{method: lora, rank: 0}"), 2, "adapters[0].rank", "input should be greater than 0; found 0"),
+    "no examples": (ONE + "budget: {examples: 0}\n", 4, "budget.examples", "input should be greater than 0"),
+    "learning rate 0": (adapters("{method: none, learning_rate: 0}"), 2, "adapters[0].learning_rate", "greater than 0; found 0"),
+    "learning rate nan": (adapters("{method: none, learning_rate: .nan}"), 2, "adapters[0].learning_rate", "found nan"),
+    # JSON has no infinity: it would reach the worker as null.
+    "learning rate inf": (adapters("{method: none, learning_rate: .inf}"), 2, "adapters[0].learning_rate", "found inf"),
+    "tried rates that are no list": (adapters("{method: none, tried_learning_rates: 1e-3}"), 2, "adapters[0].tried_learning_rates", "input should be a valid array; found 0.001"),
+    "a tried rate of 0": (adapters("{method: none, tried_learning_rates: [1e-3, 0]}"), 2, "adapters[0].tried_learning_rates[1]", "greater than 0; found 0"),
+    "a tried rate that is a list": (adapters("{method: none, tried_learning_rates: [[1e-3]]}"), 2, "adapters[0].tried_learning_rates[0]", "input should be a valid number; found [0.001]"),
+    "a tried rate that is a word": (adapters("{method: none, tried_learning_rates: [low]}"), 2, "adapters[0].tried_learning_rates[0]", "input should be a valid number; found 'low'"),
+    "a key nearly of tried rates": (adapters("{method: none, tried_learning_rate: [1e-3]}"), 2, "adapters[0].tried_learning_rate", "unknown key 'tried_learning_rate'; allowed: grouping, init_from, learning_rate, method, tried_learning_rates; did you mean 'tried_learning_rates'?"),
+    "alpha inf": (adapters("{method: lora, alpha: .inf}"), 2, "adapters[0].alpha", "found inf"),
+    "missing learning rate": ("task: scenes\nadapters: [{method: none, learning_rate: 1e-3}, {method: lora}, {method: full}]\n", 1, "optimizer.learning_rate", "no learning rate for LoRA r=8, full fine-tuning; set optimizer.learning_rate, or learning_rate in the adapter"),
+    "unknown grouping": (adapters("{method: lora, grouping: specfic}"), 2, "adapters[0].grouping", "found 'specfic'; allowed: agnostic, specific; did you mean 'specific'?"),
+    "unknown context": (adapters("{method: lora, grouping: {imag: a, text: b}}"), 2, "adapters[0].grouping", "unknown context 'imag'; allowed: image, text; did you mean 'image'?"),
+    "context left out": (adapters("{method: lora, grouping: {image: a}}"), 2, "adapters[0].grouping", "context 'text' is missing"),
+    "group that is no name": (adapters("{method: lora, grouping: {image: a-b, text: b}}"), 2, "adapters[0].grouping", "group of context 'image' must be a name (letters, digits, _) or null; found 'a-b'"),
+    "empty grouping": (adapters("{method: lora, grouping: {}}"), 2, "adapters[0].grouping", "context 'image' is missing"),
+    "grouping false": (adapters("{method: lora, grouping: false}"), 2, "adapters[0].grouping", "found False"),
+    "grouping without groups": (adapters("{method: none, grouping: specific}"), 2, "adapters[0].grouping", "none has no adapter groups; leave 'grouping' out"),
+    "name with a slash": (ONE + "name: a/b\n", 4, "name", "string should match pattern"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_named_with_its_place(experiment_file: Write, case: str) -> None:
+    text, line, key_path, says = WRONG[case]
+    path = experiment_file(text)
+    with pytest.raises(UserError, match=re.escape(says)) as caught:
+        Experiment.from_yaml(path)
+    assert str(caught.value).startswith(f"{path}, line {line}, {key_path}: ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "task: [scenes\n",
+        "\ttask: scenes\n",
+        "task: scenes\n---\ntask: scenes\n",
+        "task: !python/name:os.system scenes\n",
+        "? [a, b]\n: 3\n",
+        ONE + "name: 2020-13-45\n",
+        "task: &task [*task]\n",
+    ],
+    ids=["open bracket", "tab", "two documents", "a tag", "a list as key", "no such date", "contains itself"],
+)
+def test_what_is_not_plain_yaml_is_refused(experiment_file: Write, text: str) -> None:
+    path = experiment_file(text)
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        Experiment.from_yaml(path)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "- task: scenes\n", "scenes\n"])
+def test_an_experiment_is_a_mapping(experiment_file: Write, text: str) -> None:
+    with pytest.raises(UserError, match="an experiment is a mapping; allowed keys: name, task, adapters"):
+        Experiment.from_yaml(experiment_file(text))
+
+
+def test_a_missing_file_names_its_neighbours(experiment_file: Write) -> None:
+    path = experiment_file(ONE)
+    with pytest.raises(UserError, match=f"no such file; this folder has: {re.escape(str(path))}"):
+        Experiment.from_yaml(path.with_name("experimnet.yaml"))
+
+
+def test_a_folder_or_a_picture_is_no_experiment(tmp_path: Path) -> None:
+    picture = tmp_path / "picture.yaml"
+    picture.write_bytes(b"\x89PNG\xff\xfe")
+    for path in (tmp_path, picture):
+        with pytest.raises(UserError, match=re.escape(f"{path}: cannot be read")):
+            Experiment.from_yaml(path)
+
+
+def test_keys_brought_in_by_a_merge_are_known(experiment_file: Write) -> None:
+    text = "task: scenes\nadapters:\n  - &base {method: lora, rank: 4}\n  - {<<: *base, rank: 8}\n" + RATE
+    assert [c.config["rank"] for c in Experiment.from_yaml(experiment_file(text)).adapters[0]] == [4, 8]
+
+
+def test_a_context_of_the_paper_setting_needs_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COCO_ROOT", raising=False)
+    coco = Experiment.from_yaml(Path(__file__).parents[2] / "experiments" / "coco.yaml")
+    assert len(coco.adapters[0]) * len(coco.seeds) == 36
+    assert coco.budgets[0].examples == "all"
+
+
+def test_a_list_that_an_option_takes_is_one_value_and_a_list_of_lists_an_axis(experiment_file: Write) -> None:
+    def scales(text: str) -> list[object]:
+        tasks = Experiment.from_yaml(experiment_file(text)).tasks
+        return [
+            (task.config["augmentation"]["crop_scale"], task.config["augmentation"]["brightness"]) for task in tasks
+        ]
+
+    head = "adapters: [{method: none}]\noptimizer: {learning_rate: 1}\ntask:\n  name: coco_captions\n  root: /x\n"
+    one = "  augmentation: {crop_scale: [0.5, 1.0], brightness: [0.1, 0.2]}\n"
+    assert scales(head + one) == [([0.5, 1.0], 0.1), ([0.5, 1.0], 0.2)]
+    several = "  augmentation: {crop_scale: [[0.5, 1.0], [0.8, 1.0]]}\n"
+    assert scales(head + several) == [([0.5, 1.0], 0.0), ([0.8, 1.0], 0.0)]
+    text = "adapters: [{method: none}]\noptimizer: {learning_rate: 1}\ntask: {name: speech, root: /x, train: [a, b]}\n"
+    assert [task.config["train"] for task in Experiment.from_yaml(experiment_file(text)).tasks] == [["a", "b"]]
+
+
+# ── From Python: the same names and the same checks
+
+
+def test_sections_from_python_are_the_same_experiment(experiment_file: Write) -> None:
+    sections: dict[str, Any] = {
+        "name": "grid",
+        "task": {"name": "scenes", "data_seed": 3},
+        "adapters": (
+            {"method": "none", "learning_rate": 1e-2},
+            {"method": "lora", "rank": [4, 8], "grouping": ["agnostic", {"image": "a", "text": None}]},
+        ),
+        "budget": {"examples": [64, 128]},
+        "optimizer": {"learning_rate": 1e-3},
+        "seeds": range(2),
+    }
+    built = Experiment(**sections)
+    read = Experiment.from_yaml(experiment_file(built.text))
+    assert [s.trial_id for s in expand(built)] == [s.trial_id for s in expand(read)]
+    assert (built.name, built.file) == ("grid", None)
+    assert Experiment(task="scenes", adapters=[{"method": "none", "learning_rate": 1}]).name == "experiment"
+
+
+PYTHON_WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "an unknown section": ({"budgte": {}}, "budgte: unknown key 'budgte'; allowed: .*did you mean 'budget'"),
+    "an unknown option": ({"adapters": [{"method": "lora", "rnak": 4}]}, r"adapters\[0\]\.rnak: unknown key 'rnak'"),
+    "text for a number": ({"budget": {"epochs": "4"}}, r"budget\.epochs: input should be a valid integer; found '4'"),
+    "an object": ({"budget": {"epochs": object()}}, "numbers, strings, lists and mappings; found <object"),
+    "no adapters": ({"adapters": []}, "adapters: .*at least 1 item"),
+    "an unknown task": ({"task": "scens"}, "task: unknown task 'scens'; allowed: .*did you mean 'scenes'"),
+}
+
+
+@pytest.mark.parametrize("case", PYTHON_WRONG)
+def test_wrong_sections_from_python_are_named_with_their_key(case: str) -> None:
+    change, message = PYTHON_WRONG[case]
+    sections: dict[str, Any] = {"task": "scenes", "adapters": [{"method": "none", "learning_rate": 1}]}
+    with pytest.raises(UserError, match=f"^{message}|^experiment: options are {message}"):
+        Experiment(**(sections | change))

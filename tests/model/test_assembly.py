@@ -1,0 +1,348 @@
+"""Assembly: groups of two trained trials in a third one, bit for bit; whatever does not fit is said before."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+from harness import assembly
+from harness.build import Built, build, empty_model
+from harness.engine import load_weights
+from harness.errors import UserError
+from harness.evaluate import Evaluator
+from harness.experiment import Experiment
+from harness.parts import empty_encoders
+from harness.plan import TrialSpec, describe, expand
+from harness.preflight import check_models
+from harness.record import MetricInfo, TrialRecord, read_record, write_record
+from harness.sections import Evaluation
+from tests.support.trials import run, scored_by, spec_of
+
+CPU = torch.device("cpu")
+SIZES = {"train_examples": 8, "validation_examples": 4, "test_examples": 4}
+SCENES, TRENDS = {"name": "scenes", **SIZES}, {"name": "trends", **SIZES}
+MIXTURE = {"name": "mixture", "tasks": [SCENES, TRENDS]}
+LORA: dict[str, Any] = {"method": "lora", "rank": 2, "grouping": "specific", "learning_rate": 6e-3}
+SECTIONS: dict[str, Any] = {"budget": {"examples": "all", "epochs": 2}, "eval": {"max_new_tokens": 4}}
+
+
+def made(folder: Path, task: Any, adapter: Any = LORA, **sections: Any) -> TrialSpec:
+    """With the stand-in metric for every task."""
+    spec = spec_of(folder, adapter, metric="", task=task, **(SECTIONS | sections))
+    return scored_by(spec)
+
+
+def assembled(folder: Path, init_from: Any, task: Any = MIXTURE, adapter: Any = LORA, **sections: Any) -> TrialSpec:
+    return made(folder, task, {**adapter, "init_from": init_from}, **sections)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / "best.safetensors")
+
+
+def save_as_finished(spec: TrialSpec, run_folder: Path) -> Path:
+    """What a trial leaves behind, of a model that was built and not trained: enough to be refused."""
+    folder = run_folder / "trials" / spec.trial_id
+    folder.mkdir(parents=True)
+    model = empty_model(spec, empty_encoders(spec)).to_empty(device="cpu")
+    tensors = {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad}
+    safetensors.torch.save_file(tensors, folder / "best.safetensors")
+    record = TrialRecord(
+        trial_id=spec.trial_id, experiment="unit", status="finished", spec=spec.model_dump(mode="json"), seed=spec.seed,
+        wall_time_s=1.0, started_at="2026-01-01T00:00:00Z",
+    )  # fmt: skip
+    write_record(run_folder, record)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folders of two trained trials: pictures and series."""
+    folder = tmp_path_factory.mktemp("sources")
+    found = []
+    for task in (SCENES, TRENDS):
+        spec = made(folder, task)
+        record = run(spec, folder)
+        assert record.status == "finished", record.reason
+        found.append(folder / "trials" / spec.trial_id)
+    return found[0], found[1]
+
+
+@pytest.fixture
+def copy(sources: tuple[Path, Path], tmp_path: Path) -> Path:
+    """Of the pictures' trial, to be spoiled."""
+    return Path(shutil.copytree(sources[0], tmp_path / "elsewhere" / "copy"))
+
+
+@pytest.fixture(scope="module")
+def init_from(sources: tuple[Path, Path]) -> dict[str, str]:
+    scenes, trends = map(str, sources)
+    return {"image": scenes, "series": trends, "text": scenes}
+
+
+@pytest.fixture(scope="module")
+def built(init_from: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return build(assembled(tmp_path_factory.mktemp("assembled"), init_from), CPU)
+
+
+# ── What is taken over
+
+
+def test_groups_and_projectors_are_the_trained_ones_bit_for_bit(built: Built, sources: tuple[Path, Path]) -> None:
+    scenes, trends = map(weights, sources)
+    for name, p in built.model.named_parameters():
+        if p.requires_grad:
+            source = trends if "series" in name else scenes
+            assert torch.equal(p, source[name]), name
+            assert p.abs().max() > 0
+
+
+def test_groups_that_are_not_named_start_as_in_any_trial(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    """Also where the group has another name there; its projector comes with it."""
+    adapter = {**LORA, "grouping": {"image": "vision", "series": "series", "text": "text"}}
+    origin = {"vision": {"trial": str(sources[0]), "group": "image"}}
+    model = build(assembled(tmp_path, origin, adapter=adapter), CPU).model
+    fresh = dict(build(made(tmp_path, MIXTURE, adapter), CPU).model.named_parameters())
+    scenes, taken = weights(sources[0]), 0
+    for name, p in model.named_parameters():
+        if "group_vision" in name or name.startswith("projectors.image."):
+            taken += 1
+            assert torch.equal(p, scenes[name.replace("group_vision", "group_image")]), name
+        else:
+            assert torch.equal(p, fresh[name]), name
+    assert taken == sum("image" in name for name in scenes)
+
+
+def test_pictures_are_described_as_in_the_trial_they_come_from(built: Built, sources: Any, tmp_path: Path) -> None:
+    source, fresh = build(made(tmp_path, SCENES), CPU), build(made(tmp_path, MIXTURE), CPU)
+    load_weights(sources[0] / "best.safetensors", {n: p for n, p in source.model.named_parameters() if p.requires_grad})
+    nll = {}
+    for name, one in (("source", source), ("assembled", built), ("fresh", fresh)):
+        one.model.eval()
+        examples = sorted((e for e in one.splits.test if e.member in {"", "scenes"}), key=lambda e: e.id)
+        nll[name] = Evaluator(one.model, one.batches, Evaluation(), CPU).likelihood(examples).nll
+        assert len(nll[name]) == 4
+    np.testing.assert_allclose(nll["assembled"], nll["source"], rtol=1e-6)
+    assert not np.allclose(nll["fresh"], nll["source"], rtol=1e-2)
+
+
+def test_training_goes_on_from_there_and_the_record_says_from_where(
+    init_from: dict[str, str], sources: Any, tmp_path: Path
+) -> None:
+    spec = assembled(tmp_path, init_from)
+    record = run(spec, tmp_path)
+    assert record.status == "finished", record.reason
+    scenes, trends = map(weights, sources)
+    trained = weights(tmp_path / "trials" / record.trial_id)
+    for name, tensor in trained.items():
+        source = (trends if "series" in name else scenes)[name]
+        assert not torch.equal(tensor, source), name
+        if "lora_A" in name:  # which was drawn large, and moved by little
+            assert (tensor - source).norm() < source.norm(), name
+    origins = read_record(tmp_path / "trials" / record.trial_id / "record.json").spec["adapter"]["init_from"]
+    assert {group: (origin["trial"], origin["group"]) for group, origin in origins.items()} == {
+        group: (folder, group) for group, folder in init_from.items()
+    }
+    assert [origins[group]["projectors"] for group in init_from] == [["image"], ["series"], []]
+    assert record.spec["adapter"]["label"] == "LoRA r=2 assembled"
+
+
+# ── Which trial it is
+
+
+def test_the_trial_is_another_one_where_the_weights_are_and_not_where_the_folder_is(
+    sources: tuple[Path, Path], copy: Path, tmp_path: Path
+) -> None:
+    scenes = sources[0]
+    ids = [assembled(tmp_path, {"image": str(folder)}).trial_id for folder in (scenes, copy)]
+    assert ids[0] == ids[1]
+    tensors = weights(copy)
+    next(iter(tensors.values())).add_(1)
+    safetensors.torch.save_file(tensors, copy / "best.safetensors")
+    other = assembled(tmp_path, {"image": str(copy)}).trial_id
+    text = assembled(tmp_path, {"image": {"trial": str(scenes), "group": "text"}}).trial_id
+    assert len({ids[0], other, text, made(tmp_path, MIXTURE).trial_id}) == 4
+
+
+def test_the_leaderboard_tells_assembled_and_fresh_ones_apart(
+    sources: tuple[Path, Path], experiment_file: Callable[[str], Path]
+) -> None:
+    """An axis: from nothing, with the pictures' group, with both."""
+    given = [None, {"image": str(sources[0])}, {"image": str(sources[0]), "series": str(sources[1])}]
+    path = experiment_file(yaml.safe_dump({"task": MIXTURE, "adapters": [{**LORA, "init_from": given}]}))
+    specs = expand(Experiment.from_yaml(path))
+    perplexity = MetricInfo(name="perplexity", label="Perplexity", higher_is_better=False)
+    labels = [trial.label for trial in describe(Experiment.from_yaml(path), specs, (perplexity,), "").trials]
+    image, series = (
+        f"{group}={folder.name}:{group}" for group, folder in zip(("image", "series"), sources, strict=True)
+    )
+    assert labels == [
+        "LoRA r=2",
+        f"LoRA r=2 assembled init_from={image}",
+        f"LoRA r=2 assembled init_from={image}, {series}",
+    ]
+
+
+# ── Wrong input, when the experiment is read
+
+
+@pytest.mark.parametrize(
+    ("init_from", "reason"),
+    [
+        ("SCENES", r"init_from: found '.*'; allowed: group → folder of a finished trial"),
+        ({}, r"init_from: found {}; allowed: group → folder"),
+        ({"image": 3}, r"init_from\.image: found 3; allowed: a trial's folder, or trial and group"),
+        ({"imge": "SCENES"}, r"init_from\.imge: no such adapter group; allowed: image, series, text; did you mean 'im"),
+        ({"image": {"trial": "SCENES", "grup": "a"}}, r"image\.grup: unknown key 'grup'; .*did you mean 'group'"),
+        ({"image": {"trial": "SCENES", "group": "imag"}}, r"no adapter group 'imag'; allowed: image, text; did you"),
+        ({"series": "SCENES"}, r"init_from\.series: .*: that trial has no adapter group 'series'; allowed: im"),
+        ({"image": "nowhere"}, r"init_from\.image: /.*/nowhere: no trial has its record there; allowed: <run"),
+        ({"image": "RUN"}, r"no trial has its record there; this run has /.*/trials/\w{12}, /"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_taken_over_is_said(
+    init_from: Any, reason: str, sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    text = json.dumps(init_from).replace("SCENES", str(sources[0])).replace("RUN", str(sources[0].parent.parent))
+    with pytest.raises(UserError, match=rf"experiment.yaml, line \d+, adapters\[0\]\..*{reason}"):
+        assembled(tmp_path, json.loads(text))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "reason"),
+    [
+        ({**LORA, "rank": 3, "dropout": 0.1}, "other options: rank is 3 here, 2 there, dropout is 0.1 here, 0.0 there"),
+        ({"method": "dora", "grouping": "specific", "learning_rate": 1.0}, "method differs: dora here, lora there"),
+        ({"method": "full", "learning_rate": 1.0}, "full has no adapter groups, so none can be taken over"),
+    ],
+)  # fmt: skip
+def test_another_method_or_other_options_are_said(adapter: Any, reason: str, sources: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=reason):
+        assembled(tmp_path, {"image": str(sources[0])}, adapter=adapter)
+
+
+def test_a_trial_that_is_not_finished_or_broken_is_said(copy: Path, tmp_path: Path) -> None:
+    record = read_record(copy / "record.json")
+    old = record.model_copy(update={"spec": {"adapter": {"method": "lora"}}})
+    (copy / "record.json").write_text(old.model_dump_json())
+    with pytest.raises(UserError, match=r"record.json: its spec is of another version of the harness"):
+        assembled(tmp_path, {"image": str(copy)})
+    (copy / "record.json").write_text(record.model_dump_json())
+    (copy / "best.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UserError, match=r"best.safetensors: cannot be read: "):
+        assembled(tmp_path, {"image": str(copy)})
+    (copy / "best.safetensors").unlink()
+    with pytest.raises(UserError, match=r"best.safetensors: no such file; the trial's weights are needed"):
+        assembled(tmp_path, {"image": str(copy)})
+    failed = record.model_copy(update={"status": "failed", "reason": "lightning"})
+    (copy / "record.json").write_text(failed.model_dump_json())
+    with pytest.raises(UserError, match=r"its trial is failed \(lightning\); allowed: a finished one"):
+        assembled(tmp_path, {"image": str(copy)})
+    (copy / "record.json").write_text("{}")
+    with pytest.raises(UserError, match=r"record.json: not a trial record"):
+        assembled(tmp_path, {"image": str(copy)})
+
+
+# ── Wrong input, before a trial is started
+
+
+@pytest.mark.parametrize(
+    ("there", "reason"),
+    [
+        ({"language_model": "OTHER"}, "language_model is 'builtin/tiny-llama' here, '/.*' there"),
+        ({"encoders": {"image": "OTHER"}}, "encoders.image is 'builtin/tiny-vision' here, '/.*' there"),
+        ({"projector": "mlp", "projector_positions": 16},
+         "projector is 'linear' here, 'mlp' there, projector_positions is None here, 16 there"),
+        ({"roles": {"x": "q"}}, "roles is None here, {'x': 'q'} there"),
+    ],
+)  # fmt: skip
+def test_another_backbone_is_said(there: dict[str, Any], reason: str, copy: Path, tmp_path: Path) -> None:
+    content = json.loads((copy / "record.json").read_text())
+    content["spec"]["backbone"] |= json.loads(json.dumps(there).replace("OTHER", str(tmp_path)))
+    (copy / "record.json").write_text(json.dumps(content))
+    spec = assembled(tmp_path, {"image": str(copy)}, SCENES)
+    with pytest.raises(UserError, match=rf"adapters: LoRA r=2 assembled: init_from.image: .*other options: {reason}"):
+        check_models([spec])
+
+
+def test_the_encoder_and_projector_do_not_matter_to_a_group_of_text(copy: Path, tmp_path: Path) -> None:
+    content = json.loads((copy / "record.json").read_text())
+    content["spec"]["backbone"] |= {"projector": "mlp", "encoders": {"image": "another"}}
+    (copy / "record.json").write_text(json.dumps(content))
+    check_models([assembled(tmp_path, {"text": str(copy)}, SCENES)])
+    with pytest.raises(UserError, match=r"other options: encoders\.image is"):
+        check_models([assembled(tmp_path, {"image": str(copy)}, SCENES)])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda tensors: tensors.pop(next(n for n in tensors if "group_image" in n)),
+         r"lacks adapters.layers\S+ \(1 tensors\)"),
+        (lambda tensors: tensors.update({"projectors.image.more": torch.zeros(1)}),
+         r"has too many: projectors.image.more"),
+        (lambda tensors: tensors.update({"projectors.image.layers.1.bias": torch.zeros(5)}),
+         r"shape of projectors.image.layers.1.bias differs: \(96,\) here, \(5,\) there"),
+    ],
+)  # fmt: skip
+def test_every_tensor_is_accounted_for(change: Any, reason: str, copy: Path, tmp_path: Path) -> None:
+    tensors = weights(copy)
+    change(tensors)
+    safetensors.torch.save_file(tensors, copy / "best.safetensors")
+    with pytest.raises(UserError, match=rf"init_from.image: .*best.safetensors: {reason}"):
+        check_models([assembled(tmp_path, {"image": str(copy)}, SCENES)])
+
+
+def test_weights_that_changed_since_the_plan_are_not_loaded(sources: Any, copy: Path, tmp_path: Path) -> None:
+    spec = assembled(tmp_path, {"image": str(copy)}, SCENES)
+    shutil.copy(sources[1] / "best.safetensors", copy / "best.safetensors")
+    with pytest.raises(UserError, match="not the weights that this trial was planned with"):
+        build(spec, CPU)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "seed", "reason"),
+    [
+        ({"method": "moka", "rank": 2}, 0, r"moka: all groups share \S*lora_B, so none"),
+        ({"method": "lora+full", "rank": 2}, 0, "trains the language model's own weights, which two trials"),
+        ({"method": "vera", "rank": 4}, 1, r"draws frozen weights from the seed \(shared.\S+\), .*: 1 here, 0 there"),
+        ({"method": "vera", "rank": 4}, 0, None),
+        ({"method": "soft_prompt"}, 1, None),
+        ({"method": "lora+bitfit", "rank": 2}, 1, None),
+    ],
+    ids=lambda value: value["method"] if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_whose_groups_can_be_parted(adapter: Any, seed: int, reason: str | None, tmp_path: Path) -> None:
+    adapter = {"grouping": "specific", "learning_rate": 1.0, **adapter}
+    source = save_as_finished(made(tmp_path, SCENES, adapter), tmp_path / "source")
+    spec = assembled(tmp_path, {"image": str(source)}, SCENES, adapter, seeds=[seed])
+    if reason is not None:
+        with pytest.raises(UserError, match=rf"adapters: .* assembled: init_from.image: .*{reason}"):
+            check_models([spec.model_copy(update={"seed": 0}), spec] if seed else [spec])
+        return
+    check_models([spec])
+    model = build(spec, CPU).model
+    taken = [p for name, p in model.named_parameters() if "group_image" in name]
+    assert taken
+    assert all(not p.any() for p in taken)  # zeros, as they were saved
+    assert any(p.any() for name, p in model.named_parameters() if "group_text" in name)
+
+
+def test_frozen_weights_are_compared_with_those_drawn_there(tmp_path: Path) -> None:
+    """With a bottleneck beside it, VeRA's projections depend on how many groups were drawn before."""
+    adapter = {**LORA, "method": "bottleneck+vera", "bottleneck_size": 2}
+    source = save_as_finished(made(tmp_path, SCENES, adapter), tmp_path / "source")
+    spec = assembled(tmp_path, {"image": str(source)}, adapter=adapter)
+    with pytest.raises(UserError, match=r"bottleneck\+vera drew other frozen weights there \(shared.\S*vera_A\)"):
+        assembly.load(spec, build(made(tmp_path, MIXTURE, adapter), CPU).model)
+    same = assembled(tmp_path, {"image": str(source)}, task=SCENES, adapter=adapter)
+    assembly.load(same, build(made(tmp_path, SCENES, adapter), CPU).model)

@@ -1,0 +1,315 @@
+"""A good task and metric, and plugins that break one promise each: check → (plugin, the words it is caught with)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from harness import contract_metric, contract_modality, contract_task
+from harness.errors import UserError
+from tasks.base import Config, Example, Metric, Part, Scores, Split, Task
+from tasks.encoder import Encoder
+from tasks.modalities.series import Series
+
+
+class GoodConfig(Config):
+    root: Path
+
+
+class GoodTask(Task):
+    contexts = ("series", "text")
+    modalities: Mapping[str, str] = {"series": "series"}
+    metrics = ("captions",)
+    Config = GoodConfig
+    config: GoodConfig
+
+    @classmethod
+    def sample(cls, folder: Path) -> dict[str, Any]:
+        for split in ("train", "validation", "test"):
+            for number in (1, 2):
+                (folder / f"{split}{number}.csv").write_text(f"1\n2\n{number}\n", encoding="utf-8")
+        return {"root": folder}
+
+    def prepare(self) -> None:
+        """Nothing to do."""
+
+    def examples(self, split: Split) -> Sequence[Example]:
+        return [self.example(f"{split}{number}") for number in (1, 2)]
+
+    def example(self, name: str) -> Example:
+        return Example(name, (Part("series", self.config.root / f"{name}.csv"),), (f"the series {name}",))
+
+
+class GoodMetric(Metric):
+    """Exact match."""
+
+    labels: ClassVar[Mapping[str, str]] = {"exact": "Exact"}
+
+    def score(self, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Scores:
+        if set(predictions) != set(references) or not all(references.values()):
+            raise ValueError("ids differ, or there is no reference")
+        return self.scores({key: float(predictions[key] in texts) for key, texts in references.items()})
+
+    def scores(self, exact: dict[str, float]) -> Scores:
+        mean = sum(exact.values()) / len(exact)
+        return Scores({"exact": mean}, {key: {"exact": value} for key, value in exact.items()})
+
+
+def make(base: type, **members: Any) -> type:
+    """A plugin that differs from a good one in a few members."""
+    return type("Broken", (base,), {"__module__": __name__, **members})
+
+
+def with_example(**fields: Any) -> type:
+    """A task whose examples have other fields."""
+
+    def example(self: GoodTask, name: str) -> Example:
+        good = GoodTask.example(self, name)
+        return Example(**{"id": name, "inputs": good.inputs, "references": good.references, **fields})
+
+    return make(GoodTask, example=example)
+
+
+class LaxConfig(GoodConfig):
+    model_config: ClassVar = {"extra": "ignore"}
+
+
+class ForgetfulConfig(GoodConfig):
+    def model_dump_json(self, **options: Any) -> str:
+        return '{"root": "elsewhere"}'
+
+
+class Growing(GoodTask):
+    asked = 0
+
+    def examples(self, split: Split) -> Sequence[Example]:
+        self.asked += 1
+        return super().examples(split) * min(self.asked, 4)
+
+
+def in_place(self: Task, context: str, item: Any, rng: np.random.Generator) -> Any:
+    item += rng.normal()
+    return item
+
+
+SHARED = Path(__file__)
+# Check → plugins that it must catch, each with the words that say why.
+TASK_CASES: dict[Callable[..., Any], list[tuple[type, str]]] = {
+    contract_task.sample_gives_options: [
+        (make(GoodTask, sample=classmethod(lambda cls, folder: {})), r"ValidationError: root: Field required"),
+        (make(GoodTask, Config=dict), r"Config is <class 'dict'>; it must be a subclass of harness.TaskConfig"),
+    ],
+    contract_task.sample_can_be_read: [
+        (make(GoodTask, example=lambda self, name: None), r"train holds a NoneType"),
+        (
+            make(GoodTask, prepare=lambda self: 1 / 0),
+            r"^ZeroDivisionError: division by zero \(.*broken_plugins.py:\d+\)$",
+        ),
+    ],
+    contract_task.contexts_are_distinct: [
+        (make(GoodTask, contexts=("series", "series", "text")), r"'series' is there twice"),
+        (make(GoodTask, contexts=("text", "series")), r"the last context, 'series', is read from files"),
+        (make(GoodTask, contexts=("serie", "text")), r"name 'series'; allowed: serie, text; did you mean 'serie'\?"),
+        (make(GoodTask, contexts=()), r"contexts are \(\); one or more names"),
+    ],
+    contract_task.names_are_registered: [
+        (make(GoodTask, modalities={"series": "serie"}), r"unknown modality 'serie'.*did you mean 'series'\?"),
+        (make(GoodTask, metrics=("caption",)), r"unknown metric 'caption'.*did you mean 'captions'\?"),
+        (make(GoodTask, metrics="captions"), r"metrics is one string, 'captions'; a tuple"),
+    ],
+    contract_task.options_are_strict: [(make(GoodTask, Config=LaxConfig), r"'no_such_option' was taken")],
+    contract_task.options_survive_json: [(make(GoodTask, Config=ForgetfulConfig), r"came back as .*elsewhere")],
+    contract_task.it_is_repeatable: [(Growing, r"train is different when asked again")],
+    contract_task.splits_are_not_empty: [(make(GoodTask, examples=lambda *_: []), r"validation has no example")],
+    contract_task.ids_are_unique: [
+        (with_example(id="1"), r"id '1' is in train and again in validation"),
+        (with_example(id=1), r"train has the id 1; allowed: text"),
+    ],
+    contract_task.splits_share_no_file: [
+        (with_example(inputs=(("series", SHARED),)), r"broken_plugins.py is in train and in validation")
+    ],
+    contract_task.inputs_are_of_their_context: [
+        (with_example(inputs=(("serie", "a"),)), r"context 'serie'; .* did you mean 'series'"),
+        (with_example(inputs=(("series", "a.csv"),)), r"'series' is 'a.csv'; series reads it, so it must be a Path"),
+        (with_example(inputs=(("series", SHARED / "no"),)), r"train example 'train1': .*/no is no file"),
+        (with_example(inputs=(("text", SHARED),)), r"'text' is .*no modality reads it, so it must be a string"),
+    ],
+    contract_task.files_can_be_decoded: [
+        (with_example(inputs=(("series", SHARED),)), r"UserError: .*broken_plugins.py")
+    ],
+    contract_task.references_are_texts: [
+        (with_example(references=()), r"references are \(\); one or more"),
+        (with_example(references="one"), r"references are 'one'; one or more"),
+        (with_example(references=("one", " ")), r"a reference is ' '; allowed"),
+    ],
+    contract_task.targets_are_known: [(with_example(target="series"), r"its target is 'series'; allowed: text")],
+    contract_task.augment_is_drawn: [
+        (make(GoodTask, augment=in_place, augmented={"series"}), r"augment changed the series it was given"),
+        (
+            make(GoodTask, augment=lambda self, c, item, rng: item + np.random.normal(), augmented={"series"}),
+            r"augment made two things of one series and one seed",
+        ),
+        (make(GoodTask, augment=lambda *_: "text", augmented={"series"}), r"turned a ndarray into a str"),
+        (make(GoodTask, augment=lambda self, c, item, rng: item + rng.normal()), r"`augmented` does not name"),
+    ],
+    contract_task.members_have_shares: [
+        (with_example(member="other"), r"its member is 'other'"),
+        (make(GoodTask, shares=lambda self, sizes: {"": 0.5}), r"are \{'': 0.5\}; .* adding up to 1"),
+    ],
+}
+
+
+class Features(Encoder):
+    """An encoder whose features a test sets."""
+
+    def __init__(self, make_features: Callable[[Any, int], Any], width: int = 2, weights: int = 0) -> None:
+        super().__init__()
+        self.make_features, self.width = make_features, width
+        if weights:
+            self.weight = torch.nn.Parameter(torch.zeros(weights))
+
+    def encode(self, items: Sequence[Any]) -> list[Any]:
+        return [self.make_features(item, len(items)) for item in items]
+
+
+def encodes(make_features: Callable[[Any, int], Any], **members: Any) -> type:
+    return make(Series, encoder=lambda *_: Features(make_features).eval(), **members)
+
+
+def empty(**options: Any) -> Callable[..., Encoder]:
+    return lambda *_: Features(lambda item, n: torch.zeros(1, 2), **options)
+
+
+def load_lenient(self: Series, path: Path) -> Any:
+    return np.zeros(3) if path.suffix == ".csv" else None
+
+
+def load_coarse(self: Series, path: Path) -> Any:
+    try:
+        return Series().load(path)
+    except UserError:
+        raise UserError("cannot read it") from None
+
+
+MODALITY_CASES: dict[Callable[..., Any], list[tuple[type, str]]] = {
+    contract_modality.files_are_read: [(make(Series, load=lambda *_: None), r"train1.csv was decoded to nothing")],
+    contract_modality.default_encoder_is_there: [
+        (make(Series, encoder=lambda *_: Features(lambda item, n: 0)), r"in training mode"),
+        (make(Series, encoder=lambda *_: torch.nn.Linear(1, 1)), r"gave a Linear; it must be a harness.Encoder"),
+        (make(Series, encoder=lambda *_: Features(max, weights=1).double().eval()), r"weights are torch.float64"),
+        (make(Series, default_encoder="builtin/other"), r"UserError: 'builtin/other' is not an encoder of series"),
+    ],
+    contract_modality.loading_is_repeatable: [
+        (make(Series, load=lambda *_: np.random.normal(size=3)), r"decoded to different items"),
+        (encodes(lambda item, n: torch.randn(1, 2)), r"other features when it is encoded again"),
+    ],
+    contract_modality.broken_files_are_named: [
+        (make(Series, load=load_lenient), r"a garbage file was decoded without a word"),
+        (make(Series, load=load_coarse), r"about a missing file does not name it: cannot read it"),
+        (
+            make(Series, load=lambda self, path: np.array(path.read_text().split())),
+            r"a missing file raised FileNotFoundError",
+        ),
+    ],
+    contract_modality.features_have_their_shape: [
+        (encodes(lambda item, n: torch.zeros(1, 3)), r"shape \(1, 3\); allowed: \(1 or more, 2\)"),
+        (encodes(lambda item, n: torch.full((1, 2), torch.nan)), r"not finite"),
+        (encodes(lambda item, n: torch.zeros(1, 2).double()), r"features are torch.float64"),
+        (encodes(lambda item, n: torch.zeros(1, 2, device="meta")), r"features are on meta, the encoder on cpu"),
+        (make(Series, encoder=lambda *_: make(Features, encode=lambda *_: [])(max).eval()), r"2 items gave 0 features"),
+    ],
+    contract_modality.features_know_no_batch: [
+        (encodes(lambda item, n: torch.full((1, 2), float(n))), r"off by up to 1 from those alone"),
+        (encodes(lambda item, n: torch.zeros(n, 2)), r"\(1, 2\) alone, \(2, 2\) with others"),
+    ],
+    contract_modality.empty_encoder_agrees: [
+        (make(Series, empty_encoder=empty(width=3)), r"the width is 3 without weights and 12 with them"),
+        (make(Series, empty_encoder=empty(width=12, weights=5)), r"5 parameters without weights and 0 with"),
+        (
+            make(Series, empty_encoder=lambda *_: make(Features, check=lambda *_: "too long")(max, width=12)),
+            r"train1.csv: check says that it cannot be encoded: too long",
+        ),
+    ],
+    contract_modality.unknown_encoders_are_refused: [
+        (encodes(lambda item, n: 0), r"took 'builtin/no-such-encoder' without a word"),
+        (make(Series, encoder=lambda *_: {}["name"]), r"raised KeyError: 'name'; a UserError is needed"),
+    ],
+}
+
+
+def scores(corpus: float | None, rows: Callable[[dict[str, float]], Any] = lambda exact: {}) -> type:
+    """A metric with this corpus score, and rows made of the right ones."""
+    found = {} if corpus is None else {"exact": corpus}
+    return make(GoodMetric, scores=lambda self, exact: Scores(found, rows(exact)))
+
+
+def score_by_position(self: Any, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Scores:
+    exact = [float(text in texts) for text, texts in zip(predictions.values(), references.values(), strict=True)]
+    return Scores({"exact": sum(exact) / len(exact)}, {key: {"exact": exact[i]} for i, key in enumerate(references)})
+
+
+def score_words(self: Any, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Scores:
+    words = [text.split()[0] for text in predictions.values()]
+    return Scores({"exact": float(len(words))})
+
+
+def counted(kind: str, counts: Callable[[dict[str, float]], Any], name: str = "exact") -> type:
+    """A metric that says how it is made of its examples, and gives these counts."""
+
+    def score(self: GoodMetric, exact: dict[str, float]) -> Scores:
+        return replace(GoodMetric.scores(self, exact), counts=counts(exact))
+
+    return make(GoodMetric, corpus={name: kind}, scores=score)
+
+
+METRIC_CASES: dict[Callable[..., Any], list[tuple[type, str]]] = {
+    contract_metric.perfect_is_scored: [
+        (scores(None), r"the corpus has no score"),
+        (
+            make(GoodMetric, score=lambda *_: 1 / 0),
+            r"ZeroDivisionError: division by zero \(.*broken_plugins.py:\d+\)",
+        ),
+    ],
+    contract_metric.labels_name_scores: [
+        (make(GoodMetric, labels={}), r"labels are empty"),
+        (make(GoodMetric, labels={"em": "EM"}), r"labels name 'em'; the corpus has exact, and no note"),
+        (make(GoodMetric, lower_is_better={"em"}), r"lower_is_better names 'em'; the corpus has exact"),
+    ],
+    contract_metric.right_beats_wrong: [
+        (make(GoodMetric, lower_is_better={"exact"}), r"exact is 1 for right and 0 for wrong .* lower is better"),
+        (scores(0.5), r"exact is 0.5 for right and 0.5 for wrong predictions; higher is better"),
+    ],
+    contract_metric.examples_have_scores: [(scores(1.0, lambda exact: {"1": {"exact": 1.0}}), r"has the ids \['1'\]")],
+    contract_metric.counts_give_the_score: [
+        (counted("share", lambda exact: {}), r"formula 'share' for exact; allowed: bleu, mean, meteor, ratio"),
+        (counted("ratio", lambda exact: {}), r"exact: counts have no 'exact' of any example; ratio needs it"),
+        (counted("ratio", lambda e: {k: {"exact": (v,)} for k, v in e.items()}), r"1 numbers .*; ratio needs 2"),
+        (
+            counted("ratio", lambda e: {k: {"exact": (v, 2.0)} for k, v in e.items()}),
+            r"exact is 1 for right predictions; ratio makes 0.5 of the counts",
+        ),
+        (counted("ratio", lambda exact: {}, "exactly"), r"corpus names 'exactly'; the scores are exact"),
+        (make(GoodMetric, corpus={"exact": "mean"}, scores=lambda *_: Scores({"exact": 1.0})), r"per_example has no"),
+    ],
+    contract_metric.scores_are_finite: [
+        (scores(float("nan")), r"exact of the corpus is nan for right predictions"),
+        (scores(1.0, lambda e: {key: {"exact": -np.inf} for key in e}), r"example '1' is -inf for empty predictions"),
+    ],
+    contract_metric.empty_is_a_score: [
+        (make(GoodMetric, score=score_words), r"IndexError: list index out of range"),
+        (scores(None), r"nothing but empty predictions has no score"),
+    ],
+    contract_metric.ids_must_match: [
+        (scores_any := make(GoodMetric, score=lambda *_: Scores({"exact": 1.0})), r"unknown id: scored without a word"),
+        (scores_any, r"no reference of '1': scored without a word"),
+        (make(GoodMetric, score=lambda self, p, r: [p[key] for key in r]), r"no prediction for '1': raised KeyError"),
+    ],
+    contract_metric.order_does_not_matter: [
+        (make(GoodMetric, score=score_by_position), r"exact is 1.0 and 0.0 with the examples in another order")
+    ],
+}

@@ -1,0 +1,23 @@
+"""``harness prepare`` in this process."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from rich.console import Console
+
+from harness.errors import UserError
+from harness.prepare import prepare
+
+
+def checked(target: str | Path, *options: str, check: bool = True) -> tuple[bool, str]:
+    """Whether nothing is wrong, and all that is said, on a screen so wide that nothing is cut."""
+    screen = io.StringIO()
+    try:
+        prepare(str(target), options, check, Console(file=screen, width=300))
+    except UserError as error:
+        if not str(error).endswith("listed above"):
+            raise
+        return False, f"{screen.getvalue()}{error}"
+    return True, screen.getvalue()

@@ -1,0 +1,320 @@
+"""MLflow, the real one, on SQLite: parent and child runs, going on after a restart, and failures that cost no trial."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from harness.errors import UserError
+from harness.files import write_atomically
+from harness.record import write_record
+from harness.tracking import PARENT_TAG, Grid, MlflowTracker, check_uri, close_grid, default_uri, open_grid, redacted
+from tests.support.tracking import Trial, artifacts, finished_record, four_trials, new_grid, write_plan
+
+DEAD_SERVER = "http://127.0.0.1:9"  # the discard port: refused at once
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of run folders with one database, whose schema takes seconds to make."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def trials() -> list[Trial]:
+    return four_trials()
+
+
+@pytest.fixture(scope="module")
+def client(runs: Path) -> MlflowClient:
+    return MlflowClient(tracking_uri=default_uri(runs))
+
+
+@pytest.fixture
+def grid(runs: Path, request: pytest.FixtureRequest) -> Grid:
+    return new_grid(runs, request.node.name)
+
+
+def test_a_grid_is_one_parent_run_in_its_experiment(grid: Grid, client: MlflowClient, runs: Path) -> None:
+    parent = client.get_run(grid.parent_run_id)
+    folder = runs / "test_a_grid_is_one_parent_run_in_its_experiment"
+    assert client.get_experiment(grid.experiment_id).name == folder.name
+    assert parent.info.run_name == folder.name
+    assert parent.info.status == "RUNNING"
+    assert parent.data.tags["harness.kind"] == "grid"
+    assert parent.data.tags["harness.run_folder"] == str(folder)
+    assert f"`harness report {folder}`" in parent.data.tags["mlflow.note.content"]
+    assert (runs / "mlflow.db").is_file()
+
+
+def test_a_trial_is_a_child_run_with_everything_in_it(
+    grid: Grid, client: MlflowClient, tmp_path: Path, trials: list[Trial]
+) -> None:
+    spec, planned = trials[0]
+    folder = tmp_path / "trials" / planned.trial_id
+    tracker = MlflowTracker(grid, spec, planned, folder)
+    assert tracker.run_id is not None
+    assert client.get_run(tracker.run_id).info.status == "RUNNING"
+    tracker.metrics({"train_loss": 2.5, "validation_perplexity": 9.5}, step=2)
+    tracker.metrics({"train_loss": 2.0, "validation_perplexity": 9.0}, step=4)
+    record = finished_record(planned, tracker.run_id)
+    write_record(tmp_path, record)
+    (folder / "log.txt").write_text("a line\n", encoding="utf-8")
+    tracker.finish(record, folder)
+    assert tracker.warnings == ()
+
+    run = client.get_run(tracker.run_id)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "LoRA r=4 specific examples=64 lr=0.006 seed=0")
+    expected = {
+        PARENT_TAG: grid.parent_run_id,
+        "harness.kind": "trial",
+        "harness.trial_id": planned.trial_id,
+        "harness.label": "LoRA r=4",
+        "harness.setting": "examples=64",
+        "harness.status": "finished",
+        "harness.device": "cpu",
+        "harness.git_revision": "0123456789ab",
+    }
+    assert expected.items() <= run.data.tags.items()
+    params = {
+        "task": "scenes", "method": "lora", "grouping": "specific", "rank": "4", "examples": "64", "epochs": "1",
+        "learning_rate": "0.006", "seed": "0", "language_model": "builtin/tiny-llama",
+        "adapter.grouping.image": "image", "optimizer.bf16": "False",
+    }  # fmt: skip
+    assert params.items() <= run.data.params.items()
+    assert not [key for key, value in run.data.params.items() if key.endswith(".target") or value in ("", "None", "[]")]
+    losses = client.get_metric_history(tracker.run_id, "epoch/train_loss")
+    assert [(metric.step, metric.value) for metric in losses] == [(2, 2.5), (4, 2.0)]
+    assert {metric.step for metric in run.data._metric_objs if not metric.key.startswith("epoch/")} == {0}
+    inputs = {input_.tags[0].value: input_.dataset for input_ in run.inputs.dataset_inputs}
+    assert {context: dataset.digest for context, dataset in inputs.items()} == {
+        "training": "e" * 36,
+        "evaluation": "v" * 36,
+    }
+    assert (inputs["training"].name, inputs["training"].profile) == ("scenes training", '{"num_rows": 64}')
+    assert run.data.metrics == {
+        "epoch/train_loss": 2.0, "epoch/validation_perplexity": 9.0, "validation/perplexity": 8.0,
+        "test/perplexity": 7.5, "test/cider": 0.5, "wall_time_s": 1.5, "best_epoch": 1,
+        "parameters/trainable": 30, "parameters/adapter": 20,
+        "parameters/projector": 10, "parameters/language_model": 100, "parameters/encoder": 50, "parameters/total": 180,
+        "memory/weights_bytes": 4, "memory/gradients_bytes": 3, "memory/optimizer_bytes": 2,
+        "memory/activations_bytes": 1, "throughput/examples_per_s": 12.5, "throughput/tokens_per_s": 100.0,
+        "throughput/measured_steps": 4,
+    }  # fmt: skip
+    assert sorted(file.path for file in client.list_artifacts(tracker.run_id)) == ["log.txt", "record.json"]
+
+
+def test_a_failed_trial_says_why_and_counts_as_failed(
+    grid: Grid, client: MlflowClient, tmp_path: Path, trials: list[Trial]
+) -> None:
+    spec, planned = trials[0]
+    tracker = MlflowTracker(grid, spec, planned, tmp_path)
+    parts = ("parameters", "memory", "throughput", "data", "best_epoch")
+    changes: dict[str, Any] = {"metrics": {}, "history": (), **dict.fromkeys(parts)}
+    tracker.finish(finished_record(planned, None, status="out_of_memory", reason="too large", **changes), tmp_path)
+    assert tracker.warnings == ()
+    assert tracker.run_id is not None
+    run = client.get_run(tracker.run_id)
+    assert run.info.status == "FAILED"
+    assert run.data.tags["harness.reason"] == "too large"
+    assert run.data.tags["harness.status"] == "out_of_memory"
+    assert run.data.metrics == {"wall_time_s": 1.5}
+
+
+def test_run_again_goes_on_with_the_same_runs(
+    grid: Grid, client: MlflowClient, runs: Path, tmp_path: Path, trials: list[Trial]
+) -> None:
+    spec, planned = trials[0]
+    first = MlflowTracker(grid, spec, planned, tmp_path)
+    first.finish(finished_record(planned, None, status="failed", reason="killed"), tmp_path)
+    close_grid(grid, complete=False, artifacts=[])
+    assert client.get_run(grid.parent_run_id).info.status == "FAILED"
+
+    again = new_grid(runs, "test_run_again_goes_on_with_the_same_runs")
+    assert again == grid
+    second = MlflowTracker(again, spec, planned, tmp_path)
+    assert second.run_id == first.run_id
+    assert second.run_id is not None
+    running = client.get_run(second.run_id)
+    assert running.info.status == "RUNNING"
+    assert {"harness.status", "harness.reason"}.isdisjoint(running.data.tags)  # what it failed of the first time
+    other = MlflowTracker(again, *trials[1], tmp_path / "other")
+    assert other.run_id != second.run_id
+    second.finish(finished_record(planned, None), tmp_path)
+    assert client.get_run(second.run_id).info.status == "FINISHED"
+    children = client.search_runs([again.experiment_id], f"tags.`{PARENT_TAG}` = '{again.parent_run_id}'")
+    assert {run.info.run_id for run in children} == {first.run_id, other.run_id}
+
+
+def test_a_grid_that_is_run_again_is_running_again(grid: Grid, client: MlflowClient, runs: Path) -> None:
+    close_grid(grid, complete=False, artifacts=[])
+    again = new_grid(runs, "test_a_grid_that_is_run_again_is_running_again")
+    assert client.get_run(again.parent_run_id).info.status == "RUNNING"
+
+
+def test_a_run_id_of_another_server_is_not_taken_for_one_of_this(grid: Grid, runs: Path) -> None:
+    name = "test_a_run_id_of_another_server_is_not_taken_for_one_of_this"
+    (runs / name / "mlflow_run_id").write_text("0" * 32, encoding="utf-8")
+    again = new_grid(runs, name)
+    assert again.experiment_id == grid.experiment_id
+    assert again.parent_run_id not in ("0" * 32, grid.parent_run_id)
+    assert (runs / name / "mlflow_run_id").read_text(encoding="utf-8") == again.parent_run_id
+
+
+def test_what_a_run_again_changes_is_told_and_a_deleted_run_is_not_taken_up_again(
+    grid: Grid, client: MlflowClient, runs: Path, tmp_path: Path, trials: list[Trial]
+) -> None:
+    spec, planned = trials[0]
+    first = MlflowTracker(grid, spec, planned, tmp_path)
+    renamed = planned.model_copy(update={"label": "LoRA r=4 alpha=8"})
+    options = {"label": "LoRA r=4 alpha=8", "grouping_name": "image=image"}
+    respelled = spec.model_copy(update={"adapter": spec.adapter.model_copy(update=options)})
+    again = MlflowTracker(grid, respelled, renamed, tmp_path)
+    assert (again.run_id, again.warnings) == (first.run_id, ())
+    run = client.get_run(str(again.run_id))
+    assert run.data.tags["harness.label"] == "LoRA r=4 alpha=8"
+    assert run.info.run_name.startswith("LoRA r=4 alpha=8 specific")
+    client.delete_run(run.info.run_id)
+    client.delete_run(grid.parent_run_id)
+    other = new_grid(runs, "test_what_a_run_again_changes_is_told_and_a_deleted_run_is_not_taken_up_again")
+    assert other.parent_run_id != grid.parent_run_id
+    third = MlflowTracker(other, spec, planned, tmp_path)
+    assert third.warnings == ()
+    assert third.run_id not in (None, first.run_id)
+
+
+def test_plan_experiment_and_report_are_artifacts_of_the_parent_run_and_not_doubled_by_another_run(
+    runs: Path, client: MlflowClient, trials: list[Trial]
+) -> None:
+    folder = runs / "with-report"
+    write_plan(folder, trials)
+    for file in ("index.html", "leaderboard.csv", "figures/curve.png"):
+        write_atomically(folder / "report" / file, file)
+    for text in ("first", "second"):
+        write_atomically(folder / "report" / "index.html", text)
+        grid = new_grid(runs, "with-report")
+        assert {"plan.json", "experiment.yaml"} <= set(artifacts(client, grid.parent_run_id))  # while it runs
+        write_record(folder, finished_record(trials[0][1], None))
+        write_record(folder, finished_record(trials[1][1], None, status="failed", reason="killed"))
+        files = [path for path in (folder / "report").rglob("*") if path.is_file()]
+        assert close_grid(grid, complete=text == "second", artifacts=files) is None
+    assert artifacts(client, grid.parent_run_id) == [
+        "experiment.yaml", "plan.json", "report/figures/curve.png", "report/index.html", "report/leaderboard.csv",
+    ]  # fmt: skip
+    page = client.download_artifacts(grid.parent_run_id, "report/index.html")
+    assert Path(page).read_text(encoding="utf-8") == "second"
+    run = client.get_run(grid.parent_run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == {"trials/planned": 4, "trials/finished": 1, "trials/failed": 1}
+
+
+def test_a_trial_whose_process_died_does_not_run_for_ever(
+    grid: Grid, client: MlflowClient, runs: Path, trials: list[Trial]
+) -> None:
+    folder = runs / "test_a_trial_whose_process_died_does_not_run_for_ever"
+    died, cut = (MlflowTracker(grid, *trial, folder / "trials" / trial[1].trial_id) for trial in trials[:2])
+    write_record(folder, finished_record(trials[0][1], None, status="failed", reason="the worker process died"))
+    assert close_grid(grid, complete=False, artifacts=[]) is None
+    one, other = (client.get_run(str(tracker.run_id)) for tracker in (died, cut))
+    assert (one.info.status, one.data.tags["harness.reason"]) == ("FAILED", "the worker process died")
+    assert artifacts(client, one.info.run_id) == ["record.json"]
+    assert (other.info.status, other.data.tags["harness.reason"]) == (
+        "KILLED",
+        "the process ended before the trial finished",
+    )
+
+
+class Failing:
+    """A client whose connection is lost after some calls."""
+
+    def __init__(self, client: Any, calls: int) -> None:
+        self._client, self.calls = client, calls
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            self.calls -= 1
+            if self.calls < 0:
+                raise MlflowException("the database\nis locked")
+            return getattr(self._client, name)(*args, **options)
+
+        return call
+
+
+def test_a_server_lost_mid_way_costs_a_warning(
+    grid: Grid, client: MlflowClient, tmp_path: Path, trials: list[Trial]
+) -> None:
+    spec, planned = trials[0]
+    tracker = MlflowTracker(grid, spec, planned, tmp_path)
+    failing = Failing(client, calls=1)
+    tracker._client = failing
+    for step in (2, 4, 6):
+        tracker.metrics({"train_loss": 2.0}, step=step)
+    tracker.finish(finished_record(planned, tracker.run_id), tmp_path)
+    assert tracker.warnings == ("MLflow logging stopped: MlflowException: the database is locked",)
+    assert failing.calls == -1  # after the first failure nothing more is tried
+    assert tracker.run_id is not None
+    assert [metric.step for metric in client.get_metric_history(tracker.run_id, "epoch/train_loss")] == [2]
+
+
+@pytest.mark.parametrize("uri", [DEAD_SERVER, "sqlite:////dev/null/mlflow.db"])
+def test_a_trial_survives_a_tracking_uri_that_is_gone(uri: str, tmp_path: Path, trials: list[Trial]) -> None:
+    spec, planned = trials[0]
+    tracker = MlflowTracker(Grid(uri, "1", "0" * 32), spec, planned, tmp_path)
+    tracker.metrics({"train_loss": 2.0}, step=1)
+    tracker.finish(finished_record(planned, None), tmp_path)
+    assert tracker.run_id is None
+    assert len(tracker.warnings) == 1
+    assert tracker.warnings[0].startswith("MLflow logging stopped: ")
+
+
+def test_a_server_lost_at_the_end_is_told_and_does_not_take_the_last_screen_with_it() -> None:
+    reason = close_grid(Grid(DEAD_SERVER, "1", "0" * 32), complete=True, artifacts=[])
+    assert reason is not None
+    assert reason.startswith("API request to http://127.0.0.1:9/")
+
+
+@pytest.mark.parametrize(
+    "uri", [DEAD_SERVER, "sqlite:////dev/null/mlflow.db", "bogus://nowhere"], ids=["refused", "no folder", "scheme"]
+)
+def test_a_tracking_uri_that_cannot_be_used_is_the_users_error_within_seconds(uri: str, tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(UserError, match=re.escape(f"tracking.mlflow_uri: '{uri}' could not be used: ")):
+        open_grid(uri, "grid", tmp_path)
+    assert time.monotonic() - began < 20
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_password_is_not_shown() -> None:
+    uri = "postgresql://user:s3cret@127.0.0.1:9/mlflow"
+    assert redacted(uri) == "postgresql://user:***@127.0.0.1:9/mlflow"
+    assert redacted("sqlite:////tmp/mlflow.db") == "sqlite:////tmp/mlflow.db"
+    with pytest.raises(UserError, match=r"user:\*\*\*@127\.0\.0\.1") as caught:
+        check_uri(uri)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_password_is_in_no_artifact_warning_or_log(
+    runs: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    trials: list[Trial], caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    uri = "postgresql://user:s3cret@db/mlflow"
+    write_atomically(runs / "secret" / "experiment.yaml", f"tracking: {{mlflow_uri: '{uri}'}}\n")
+    monkeypatch.setattr("harness.tracking.connect", lambda _: client)
+    grid = open_grid(uri, "secret", runs / "secret")
+    kept = Path(client.download_artifacts(grid.parent_run_id, "experiment.yaml")).read_text(encoding="utf-8")
+    assert kept == "tracking: {mlflow_uri: 'postgresql://user:***@db/mlflow'}\n"
+
+    def refuse(_: str) -> None:
+        raise ConnectionError(f"no route to {uri}")
+
+    monkeypatch.setattr("harness.tracking.connect", refuse)
+    tracker = MlflowTracker(grid, *trials[0], tmp_path)
+    assert "user:***@db" in tracker.warnings[0]
+    assert "user:***@db" in caplog.text
+    assert "s3cret" not in f"{tracker.warnings} {caplog.text} {client.get_run(grid.parent_run_id).data}"

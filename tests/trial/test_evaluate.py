@@ -1,0 +1,123 @@
+"""Perplexity over references against one at a time, wrong inputs, generation in batches."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from harness.build import Built, build
+from harness.evaluate import Evaluator, Likelihood, exchanged
+from harness.sections import Evaluation
+from tasks.base import Example
+from tests.support.adapters import disturb
+from tests.support.trials import spec_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """The built-in backbones with disturbed adapters on 12 drawn pictures."""
+    ready = build(spec_of(tmp_path_factory.mktemp("evaluate")), CPU)
+    disturb(ready.model.adapters.parameters(), scale=0.05)
+    ready.model.eval()
+    return ready
+
+
+def evaluator(built: Built, batch_size: int = 16, **more: Any) -> Evaluator:
+    options = Evaluation(per_device_eval_batch_size=batch_size, max_new_tokens=8)
+    return Evaluator(built.model, built.batches, options, CPU, **more)
+
+
+@torch.no_grad()
+def one_at_a_time(built: Built, examples: list[Example], shown: list[Example]) -> tuple[list[float], list[int]]:
+    """The tokenizer, the model and a sum, without batches: log softmax in float64, picked by hand."""
+    nll, tokens = [], []
+    tokenizer, eos = built.batches.language_model.tokenizer, built.batches.language_model.eos_id
+    for example, other in zip(examples, shown, strict=True):
+        total, count = 0.0, 0
+        for text in example.references:
+            ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], eos]
+            batch = built.batches.make([other], [text])
+            logits: list[Any] = []
+            handle = built.model.language_model.register_forward_hook(lambda _m, _a, y, kept=logits: kept.append(y))
+            built.model(batch)
+            handle.remove()
+            log_p_TV = logits[0].logits[0].double().log_softmax(dim=-1)
+            total -= sum(log_p_TV[position, token].item() for position, token in enumerate(ids))
+            count += len(ids)
+        nll.append(total)
+        tokens.append(count)
+    return nll, tokens
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 512])
+def test_likelihood_sums_over_references_whatever_the_batches(built: Built, batch_size: int) -> None:
+    examples, ticks = built.splits.test, list[None]()
+    expected_nll, expected_tokens = one_at_a_time(built, examples, examples)
+    found = evaluator(built, batch_size, tick=lambda: ticks.append(None)).likelihood(examples)
+    np.testing.assert_allclose(found.nll, expected_nll, rtol=1e-5)
+    assert found.tokens.tolist() == expected_tokens
+    assert found.perplexity == pytest.approx(math.exp(sum(expected_nll) / sum(expected_tokens)), rel=1e-5)
+    assert len(ticks) == math.ceil(5 * len(examples) / batch_size)
+
+
+def test_with_wrong_inputs_the_references_stay_and_the_pictures_change(built: Built) -> None:
+    examples = built.splits.test
+    others = exchanged(examples, seed=0)
+    assert others is not None
+    expected_nll, expected_tokens = one_at_a_time(built, examples, others)
+    found = evaluator(built).likelihood(examples, others)
+    np.testing.assert_allclose(found.nll, expected_nll, rtol=1e-5)
+    assert found.tokens.tolist() == expected_tokens
+    own = evaluator(built).likelihood(examples)
+    assert not np.allclose(found.nll, own.nll, rtol=1e-4)
+
+
+def test_generation_does_not_depend_on_the_batches(built: Built) -> None:
+    examples = built.splits.test
+    found = evaluator(built, 5).generate(examples)
+    assert list(found) == [example.id for example in examples]
+    for example in examples[:4]:
+        alone = evaluator(built, 1).generate([example])
+        assert alone == {example.id: found[example.id]}
+    special = set(built.batches.language_model.tokenizer.all_special_tokens)
+    assert not any(token in text for text in found.values() for token in special)
+    assert any(found.values())
+
+
+def numbered(count: int) -> list[Example]:
+    return [Example(str(i), {"image": Path(f"{i}.png")}, ("text",)) for i in range(count)]
+
+
+@pytest.mark.parametrize("count", range(2, 51))
+def test_exchanging_is_a_derangement_that_uses_every_input_once(count: int) -> None:
+    examples = numbered(count)
+    for seed in range(3):
+        others = exchanged(examples, seed)
+        assert others is not None
+        assert sorted(int(other.id) for other in others) == list(range(count))
+        assert all(other.id != example.id for other, example in zip(others, examples, strict=True))
+        assert others == exchanged(examples, seed)
+    if count > 5:
+        assert exchanged(examples, 0) != exchanged(examples, 1)
+
+
+def test_a_single_example_has_none_to_exchange_with() -> None:
+    assert exchanged(numbered(1), seed=0) is None
+
+
+def test_perplexity_weighs_tokens_not_examples() -> None:
+    found = Likelihood(np.array([10.0, 1.0]), np.array([2, 8]), np.zeros(2), np.ones(2)).perplexity
+    assert found == pytest.approx(math.exp(1.1))
+
+
+@pytest.mark.parametrize("nll", [math.nan, math.inf, 1e6])
+def test_a_perplexity_that_is_no_finite_number_is_an_error(nll: float) -> None:
+    with pytest.raises(FloatingPointError, match=r"perplexity is not finite .*a lower learning_rate may help"):
+        _ = Likelihood(np.array([nll, 1.0]), np.array([2, 8]), np.zeros(2), np.ones(2)).perplexity

@@ -1,0 +1,179 @@
+"""Trials that are killed and resumed, and every way to fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from harness import build, parts, tracking, trial
+from harness.engine import Engine
+from harness.record import PlannedTrial, TrialRecord, read_record, record_path
+from harness.trial import Progress
+from tests.support.trials import FULL, LORA, Recorder, examples_of, finished_trial, run, spec_of
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrialRecord, Path, Recorder, list[Progress]]:
+    return finished_trial(tmp_path_factory.mktemp("finished"))
+
+
+# ── Crash and resume
+
+
+class Killed(BaseException):
+    """What no handler of errors may catch, as SIGKILL is."""
+
+
+def killed_in_epoch(number: int) -> Callable[[Progress], None]:
+    def report(progress: Progress) -> None:
+        if progress.phase == "train" and progress.epoch == number:
+            raise Killed(f"killed in epoch {number}")
+
+    return report
+
+
+@pytest.mark.parametrize(
+    ("adapter", "bf16"),
+    [
+        pytest.param(LORA, True, id="lora in bf16"),
+        pytest.param(FULL, False, id="full in fp32"),
+        pytest.param(LORA, False, id="lora in fp32", marks=pytest.mark.slow),
+        pytest.param(FULL, True, id="full in bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_a_trial_that_died_resumes_to_the_same_end(
+    adapter: dict[str, Any], bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "REPORT_INTERVAL_S", 0.0)  # report every step
+    optimizer = {"per_device_train_batch_size": 8, "lr_scheduler_type": "cosine", "warmup_ratio": 0.3, "bf16": bf16}
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "died").mkdir()
+    spec = spec_of(tmp_path, adapter, optimizer=optimizer)
+    expected = run(spec, tmp_path / "whole")
+    assert expected.status == "finished", expected.reason
+    with pytest.raises(Killed, match="killed in epoch"):
+        run(spec, tmp_path / "died", killed_in_epoch(2), checkpoint_interval_s=0.0)
+    folder = tmp_path / "died" / "trials" / spec.trial_id
+    assert not (folder / "record.json").exists()
+    assert sorted(path.name for path in folder.glob("checkpoint/epoch-*")) == ["epoch-1"]
+
+    epochs: list[int] = []
+    resumed = run(
+        spec, tmp_path / "died", lambda p: epochs.append(p.epoch) if p.phase == "train" else None,
+        checkpoint_interval_s=0.0,
+    )  # fmt: skip
+    assert set(epochs) == {2, 3}
+    assert resumed.history == expected.history
+    assert resumed.metrics == expected.metrics
+    assert resumed.best_epoch == expected.best_epoch
+    assert resumed.data == expected.data
+    pd.testing.assert_frame_equal(examples_of(tmp_path / "died", resumed), examples_of(tmp_path / "whole", expected))
+    assert not (folder / "checkpoint").exists()
+
+
+def test_without_a_checkpoint_a_trial_that_died_starts_anew(
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "REPORT_INTERVAL_S", 0.0)
+    with pytest.raises(Killed, match="killed in epoch"):
+        run(spec_of(tmp_path), tmp_path, killed_in_epoch(2), checkpoint_interval_s=3600.0)
+    assert run(spec_of(tmp_path), tmp_path).metrics == finished[0].metrics
+
+
+# ── Ways to fail
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def train_step(_engine: Engine, _batch: Any) -> float:
+        raise error
+
+    monkeypatch.setattr(Engine, "train_step", train_step)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (ValueError("two\n  lines"), "failed", "ValueError: two lines"),
+        (MemoryError("no room"), "out_of_memory", "MemoryError: no room"),
+        (torch.OutOfMemoryError("CUDA is full"), "out_of_memory", "OutOfMemoryError: CUDA is full"),
+    ],
+    ids=["error", "memory", "GPU memory"],
+)
+def test_a_trial_that_fails_says_why(
+    error: BaseException, status: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, error)
+    tracker = Recorder()
+    record = run(spec_of(tmp_path), tmp_path, tracker=tracker)
+    assert (record.status, record.reason) == (status, reason)
+    assert record.metrics == {}
+    assert read_record(record_path(tmp_path, record.trial_id)) == record == tracker.finished[0]
+    log = (tmp_path / "trials" / record.trial_id / "log.txt").read_text(encoding="utf-8")
+    assert "Traceback (most recent call last)" in log
+    assert "train_step" in log
+
+
+def test_a_picture_that_cannot_be_decoded_stops_the_trial_with_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
+    spec = spec_of(tmp_path)
+    task = parts.make_task(spec)
+    task.prepare()
+    picture = build.choose_splits(spec, task).test[0].files[0][1]
+    picture.write_bytes(b"not a picture")
+    record = run(spec, tmp_path)
+    assert record.status == "failed"
+    assert str(picture) in (record.reason or "")
+    assert record.history == ()
+
+
+def test_after_a_failure_the_same_process_runs_the_next_trial_as_if_nothing_had_been(
+    finished: Any, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        failing(patch, RuntimeError("first"))
+        assert run(spec_of(tmp_path), tmp_path).status == "failed"
+    again = run(spec_of(tmp_path), tmp_path)
+    assert again.status == "finished"
+    assert again.metrics == finished[0].metrics
+
+
+def test_a_tracking_server_that_fails_costs_a_warning_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: Any, **__: Any) -> None:
+        raise ConnectionError("server is gone")
+
+    started = SimpleNamespace(info=SimpleNamespace(run_id="run-2"))
+    client = SimpleNamespace(create_run=lambda *_, **__: started, log_batch=gone)
+    monkeypatch.setattr(tracking, "connect", lambda _uri: client)
+    spec = spec_of(tmp_path, budget={"examples": 8, "epochs": 1})
+    planned = PlannedTrial(
+        trial_id=spec.trial_id, label="LoRA r=2", method="lora", grouping="specific", setting="", seed=0
+    )
+    folder = tmp_path / "trials" / spec.trial_id
+    tracker = tracking.MlflowTracker(tracking.Grid("any", "1", "parent"), spec, planned, folder)
+    record = run(spec, tmp_path, tracker=tracker)
+    assert record.status == "finished"
+    assert record.warnings == ("MLflow logging stopped: ConnectionError: server is gone",)
+    assert record.mlflow_run_id == "run-2"
+    assert read_record(record_path(tmp_path, spec.trial_id)) == record
+
+
+def test_texts_longer_than_allowed_are_cut_and_counted_in_a_warning(tmp_path: Path) -> None:
+    budget = {"examples": 8, "epochs": 1, "max_target_length": 5}
+    record = run(spec_of(tmp_path, budget=budget), tmp_path)
+    (warning,) = record.warnings
+    assert "target texts were longer than max_target_length=5 tokens and were cut" in warning
+    assert examples_of(tmp_path, record)["tokens"].max() <= 5 * 6  # five references of five tokens and EOS
+
+
+def test_more_examples_than_there_are_is_a_failure_that_says_how_many(tmp_path: Path) -> None:
+    record = run(spec_of(tmp_path, budget={"examples": 65, "epochs": 1}), tmp_path)
+    assert record.status == "failed"
+    assert "UserError: budget.examples: task scenes: asks for 65 examples, there are 64" in (record.reason or "")
