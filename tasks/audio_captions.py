@@ -23,16 +23,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from harness.errors import ProblemList, UserError
-from tasks.audio_files import (
-    SPLITS,
-    AudioFiles,
-    MissingFileError,
-    check_splits,
-    read_table,
-    require_folder,
-    write_tone,
-)
-from tasks.base import Config, Example, FileTask, Part, Split
+from tasks.audio_files import AudioFiles, read_table, write_tone
+from tasks.base import Config, Example, Part, Split
+from tasks.data_files import MissingFileError, require_folder
+from tasks.splits import FileTask
 
 _log = logging.getLogger(__name__)
 
@@ -87,31 +81,21 @@ class AudioCaptions(FileTask):
                 csv.writer(file).writerows(rows)
         return {"root": str(folder)}
 
-    def read_splits(self) -> Mapping[Split, tuple[Example, ...]]:
+    def read_splits(self, problems: ProblemList) -> Mapping[Split, list[Example]]:
         """The clips of a split in the order of their first captions."""
-        root = self.config.root.expanduser()
-        problems = ProblemList()
+        require_folder(self.root, "captions and recordings")
+        tables = self.root / self.config.csv_folder
+        layout = self.config.layout if self.config.layout != "auto" else find_layout(tables)
+        files = AudioFiles(self.root)
         splits: dict[Split, list[Example]] = {}
-        try:
-            require_folder(root, "captions and recordings")
-            tables = root / self.config.csv_folder
-            layout = self.config.layout if self.config.layout != "auto" else find_layout(tables)
-            files = AudioFiles(root)
-            for split, name in _NAMES[layout].items():
-                table, folder = tables / _csv_name(layout, name), root / self.config.audio_folder / name
-                try:
-                    require_folder(folder, f"recordings for {split}")
-                    splits[split] = self._read(layout, table, folder, files, problems)
-                except UserError as error:
-                    problems.add(error)
-            if not problems.messages:  # a row that was refused may be why a split is empty
-                check_splits(root, splits, problems)
-        except UserError as error:
-            problems.add(error)
-        except OSError as error:
-            problems.add(f"{error.filename}: cannot be read: {error.strerror}")
-        problems.raise_any()
-        return {split: tuple(splits[split]) for split in SPLITS}
+        for split, name in _NAMES[layout].items():
+            table, folder = tables / _csv_name(layout, name), self.root / self.config.audio_folder / name
+            try:
+                require_folder(folder, f"recordings for {split}")
+                splits[split] = self._read(layout, table, folder, files, problems)
+            except UserError as error:
+                problems.add(error)
+        return splits
 
     def _read(
         self, layout: Layout, table: Path, folder: Path, files: AudioFiles, problems: ProblemList

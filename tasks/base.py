@@ -8,15 +8,16 @@ nothing else about it. Imports no torch: an experiment is planned without it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from harness import hub
+from harness.errors import UserError, did_you_mean
 from harness.record import Formula
 
 if TYPE_CHECKING:
@@ -122,34 +123,13 @@ class Task(ABC):
         return {member: size / total for member, size in sizes.items()}
 
 
-class FileTask(Task):
-    """A task whose data lie in files: all splits are read and checked in one go, when they are first asked for."""
-
-    @abstractmethod
-    def read_splits(self) -> Mapping[Split, Sequence[Example]]:
-        """All splits, each in a fixed order.
-
-        Raises:
-            UserError: something is missing or broken; all problems at once.
-        """
-
-    @cached_property
-    def _splits(self) -> Mapping[Split, Sequence[Example]]:
-        return self.read_splits()
-
-    def prepare(self) -> None:
-        """Read and check every split; nothing is downloaded."""
-        _ = self._splits
-
-    def examples(self, split: Split) -> Sequence[Example]:
-        """The examples of a split, in the order of its files."""
-        return self._splits[split]
-
-
 class Modality(ABC):
     """One kind of input file: how it is read, and which frozen encoders turn it into tokens."""
 
-    default_encoder: ClassVar[str]  # where an experiment names none
+    default_encoder: ClassVar[str]  # of an experiment that names none
+    # The modality's own encoders: a name that begins with "builtin/" → what makes the encoder, with its weights (True)
+    # or without them, by its configuration alone (False).
+    built_in: ClassVar[Mapping[str, Callable[[bool], Encoder]]] = {}
 
     @abstractmethod
     def load(self, path: Path) -> Any:
@@ -159,21 +139,37 @@ class Modality(ABC):
             UserError: it cannot be decoded; the message names it.
         """
 
-    @abstractmethod
+    def pretrained(self, name: str, weights: bool, trust_remote_code: bool) -> Encoder:
+        """An encoder from a local folder or the hub; by default there are none.
+
+        Raises:
+            UserError: it could not be loaded, or is not an encoder of this modality.
+        """
+        kind = type(self).__name__
+        raise UserError(f"backbone.encoders: {name!r} is not an encoder of {kind}; {did_you_mean(name, self.built_in)}")
+
     def encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
         """Load a frozen encoder (one of the modality's own, a local folder, or a hub id), in fp32, evaluation mode.
 
         Raises:
-            UserError: it cannot be had, or is no encoder of this modality.
+            UserError: it could not be loaded, or is not an encoder of this modality.
         """
+        return self._encoder(name, True, trust_remote_code)
 
-    @abstractmethod
     def empty_encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
-        """The same without weights, by its configuration alone: to count parameters and to ``check`` items.
+        """The same without weights: to count its parameters and to ``check`` items.
 
         Raises:
             UserError: as ``encoder`` does.
         """
+        return self._encoder(name, False, trust_remote_code)
+
+    def _encoder(self, name: str, weights: bool, trust_remote_code: bool) -> Encoder:
+        if name in self.built_in:
+            return self.built_in[name](weights).eval()
+        if hub.is_builtin(name):
+            return Modality.pretrained(self, name, weights, trust_remote_code)  # which rejects it
+        return self.pretrained(name, weights, trust_remote_code).eval()
 
     def remark(self, item: Any) -> str | None:
         """What ``load`` had to convert, in words that many files share ("grey-scale, read as RGB"); None: nothing."""

@@ -13,8 +13,7 @@ and shards by ``tasks/coco_sources.py``.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -25,11 +24,12 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from harness.errors import ProblemList, UserError, did_you_mean
-from tasks.base import Config, Example, Split, Task
+from tasks.base import Config, Example, Split
 from tasks.coco_format import read_captioned, read_captions, write_annotations
 from tasks.coco_sources import DatasetSource, materialise
 from tasks.karpathy import read_karpathy
 from tasks.modalities.augmentation import Augmentation
+from tasks.splits import FileTask, in_test_half
 
 Splits = Mapping[Split, tuple[Example, ...]]
 
@@ -66,7 +66,7 @@ class CocoCaptionsConfig(Config):
         return self
 
 
-class CocoCaptions(Task):
+class CocoCaptions(FileTask):
     """Caption a picture; several people's captions are the references."""
 
     contexts = ("image", "text")
@@ -92,37 +92,26 @@ class CocoCaptions(Task):
             write_annotations(folder, name, images, captions)
         return {"root": str(folder)}
 
-    def prepare(self) -> None:
-        """Read and check every split. COCO is not downloaded: its images are 19 GB and under licences of their own.
-
-        Raises:
-            UserError: something is missing or broken; all problems of a file at once.
-        """
-        _ = self._splits
-
-    def examples(self, split: Split) -> Sequence[Example]:
-        """The images of a split in the order of its annotation file."""
-        return self._splits[split]
-
     def augment(self, context: str, item: Image.Image, rng: np.random.Generator) -> Image.Image:
         """Change a picture as ``augmentation`` says."""
         return self.config.augmentation.apply(item, rng)
 
-    @cached_property
-    def _splits(self) -> Splits:
-        config = self.config
+    def read_splits(self, problems: ProblemList) -> Splits:
+        """The images of a split in the order of its annotation file.
+
+        COCO is not downloaded: its images are 19 GB and under licences of their own.
+        """
         splits = dict(self._read())
-        if config.test is not None:
-            splits["test"] = self._read_test(config.test)
+        if self.config.test is not None:
+            splits["test"] = self._read_test(self.config.test)
         elif "test" not in splits:
             whole = splits["validation"]
-            splits["validation"] = tuple(example for example in whole if not _in_test_half(example.id))
-            splits["test"] = tuple(example for example in whole if _in_test_half(example.id))
-        _check(self._root, splits)
+            splits["validation"] = tuple(example for example in whole if not in_test_half(example.id))
+            splits["test"] = tuple(example for example in whole if in_test_half(example.id))
         return splits
 
     @cached_property
-    def _root(self) -> Path:
+    def root(self) -> Path:
         """The folder that is read: the one that is given, or the one that the data set is written to."""
         if self.config.dataset is not None:
             return materialise(self.config.dataset)
@@ -132,14 +121,14 @@ class CocoCaptions(Task):
         """All splits of the source, without a test split that is named or cut from the validation images."""
         config = self.config
         if config.karpathy is not None:
-            return read_karpathy(config.karpathy.expanduser(), self._root)
+            return read_karpathy(config.karpathy.expanduser(), self.root)
         if config.dataset is not None:
-            return _read_folder(self._root, {split: split for split in config.dataset.splits})
-        return _read_folder(self._root, {"train": config.train, "validation": config.validation})
+            return _read_folder(self.root, {split: split for split in config.dataset.splits})
+        return _read_folder(self.root, {"train": config.train, "validation": config.validation})
 
     def _read_test(self, name: str) -> tuple[Example, ...]:
         domain = self.config.test_domain
-        root = self.config.test_root.expanduser() if self.config.test_root is not None else self._root
+        root = self.config.test_root.expanduser() if self.config.test_root is not None else self.root
         captioned = read_captioned(root, name)
         domains = {image.domain for image in captioned if image.domain is not None}
         if domain is not None and domain not in domains:
@@ -160,20 +149,3 @@ def _read_folder(root: Path, names: Mapping[Split, str]) -> Splits:
     problems.messages = list(dict.fromkeys(problems.messages))  # a folder that is missing is so for every split
     problems.raise_any()
     return splits
-
-
-def _in_test_half(example_id: str) -> bool:
-    return hashlib.sha256(example_id.encode()).digest()[0] % 2 == 1
-
-
-def _check(place: object, splits: Splits) -> None:
-    problems = ProblemList()
-    seen: dict[str, Split] = {}
-    for split, examples in splits.items():
-        if not examples:
-            problems.add(f"{place}: the {split} split has no images; at least one is needed")
-        for example in examples:
-            if seen.setdefault(example.id, split) != split:
-                where = f"{seen[example.id]} and in {split}"
-                problems.add(f"{place}: image {example.id} is in {where}; splits may not overlap")
-    problems.raise_any()

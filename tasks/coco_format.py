@@ -18,8 +18,9 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
-from harness.errors import ProblemList, UserError, did_you_mean
+from harness.errors import ProblemList, UserError
 from tasks.base import Example, Part
+from tasks.data_files import DataFiles, require_file, require_folder
 
 # COCO's ids are numbers; those of other sets in its format are names.
 Id = Annotated[str, Field(coerce_numbers_to_str=True)]
@@ -73,16 +74,17 @@ def read_captioned(root: Path, name: str) -> tuple[Captioned, ...]:
     path = root / "annotations" / f"captions_{name}.json"
     try:
         require_folder(path.parent, "annotations")
-        _require_annotations(path)
+        require_file(path, "annotation file")
         content = parse_json(path, _CaptionFile)
         require_folder(root / name, "images")
-        return _combine(path, content, Pictures(root / name, root))
+        return _combine(path, content, root, name)
     except OSError as error:  # no permission, a file system that is gone
         raise UserError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from error
 
 
-def _combine(path: Path, content: _CaptionFile, pictures: Pictures) -> tuple[Captioned, ...]:
+def _combine(path: Path, content: _CaptionFile, root: Path, name: str) -> tuple[Captioned, ...]:
     problems = ProblemList()
+    files = DataFiles(root)
     if not content.images:
         problems.add(f"{path}: images: the list is empty; at least one image is needed")
     references: dict[str, list[str]] = {}
@@ -105,7 +107,7 @@ def _combine(path: Path, content: _CaptionFile, pictures: Pictures) -> tuple[Cap
         if image.id not in told:
             problems.add(f"{path}: images[{number}]: image {image.id} has no caption; every image needs one or more")
         try:
-            picture = pictures.find(image.file_name, f"{path}: images[{number}].file_name")
+            picture = files.find(root / name, image.file_name, f"{path}: images[{number}].file_name")
         except UserError as error:
             problems.add(error)
         else:
@@ -113,66 +115,6 @@ def _combine(path: Path, content: _CaptionFile, pictures: Pictures) -> tuple[Cap
             captioned.append(Captioned(example, image.domain))
     problems.raise_any()
     return tuple(captioned)
-
-
-class Pictures:
-    """Finds the files that an annotation file names, without leaving the data set.
-
-    Args:
-        folder: what the names are relative to.
-        root: the data set; symbolic links may lead from ``folder`` to other places in it. ``folder`` itself may be a
-            link to anywhere: whoever has set up the data has made it, not whoever has written the annotations.
-    """
-
-    def __init__(self, folder: Path, root: Path) -> None:
-        self.folder = folder
-        self._allowed = (folder.resolve(), root.resolve())
-        self._inside: dict[Path, bool] = {}  # folder → does it lie where it may
-
-    def find(self, name: str, where: str) -> Path:
-        """The path of an existing file.
-
-        Args:
-            name: as the annotation file gives it.
-            where: the beginning of an error message.
-
-        Raises:
-            UserError: there is none, or it lies elsewhere.
-        """
-        if name.startswith("/") or ".." in name.split("/") or "\0" in name:
-            raise UserError(f"{where}: {name!r} leads out of {self.folder}; allowed: names inside it")
-        picture = self.folder / name
-        if not picture.is_file():
-            raise UserError(f"{where}: {name!r} is not in {self.folder}")
-        parent = picture.parent
-        if parent not in self._inside:  # resolving every file would take longer than reading the annotations
-            self._inside[parent] = self._is_inside(parent)
-        if not self._inside[parent] or (picture.is_symlink() and not self._is_inside(picture)):
-            raise UserError(f"{where}: {name!r} is a link that leads out of {self.folder} to {picture.resolve()}")
-        return picture
-
-    def _is_inside(self, path: Path) -> bool:
-        return any(path.resolve().is_relative_to(allowed) for allowed in self._allowed)
-
-
-def require_folder(folder: Path, what: str) -> None:
-    """Insist that a folder exists.
-
-    Raises:
-        UserError: it does not; the message names the folders beside the first part that is missing.
-    """
-    if folder.is_dir():
-        return
-    parent = next(parent for parent in folder.absolute().parents if parent.is_dir())
-    present = (entry.name for entry in parent.iterdir() if entry.is_dir())
-    missing = folder.absolute().relative_to(parent).parts[0]
-    raise UserError(f"{folder}: the folder of {what} does not exist; in {parent} {did_you_mean(missing, present)}")
-
-
-def _require_annotations(path: Path) -> None:
-    if not path.is_file():
-        present = (entry.name for entry in path.parent.glob("*.json"))
-        raise UserError(f"{path}: the annotation file does not exist; {did_you_mean(path.name, present)}")
 
 
 def parse_json(path: Path, content: type[Content]) -> Content:

@@ -20,7 +20,8 @@ from pydantic import BaseModel
 
 from harness.errors import ProblemList, UserError, did_you_mean
 from tasks.base import Example, Part, Split
-from tasks.coco_format import Pictures, parse_json, require_folder
+from tasks.coco_format import parse_json
+from tasks.data_files import DataFiles, require_file, require_folder
 
 SPLITS: dict[str, Split] = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
 
@@ -69,17 +70,14 @@ def read_karpathy(path: Path, root: Path) -> dict[Split, tuple[Example, ...]]:
         UserError: the file or folder is missing, has another format, an unknown split, an id twice, a picture that is
             not there, or an empty caption; all problems at once.
     """
-    try:
-        if not path.is_file():
-            raise UserError(f"{path}: Karpathy's JSON does not exist; see docs/tasks/coco_captions.md for its address")
-        require_folder(root, "images")
-        return _combine(path, parse_json(path, _KarpathyFile), Pictures(root, root))
-    except OSError as error:
-        raise UserError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from error
+    require_file(path, "file with Karpathy's splits (docs/tasks/coco_captions.md has its address)")
+    require_folder(root, "images")
+    return _combine(path, parse_json(path, _KarpathyFile), root)
 
 
-def _combine(path: Path, content: _KarpathyFile, pictures: Pictures) -> dict[Split, tuple[Example, ...]]:
+def _combine(path: Path, content: _KarpathyFile, root: Path) -> dict[Split, tuple[Example, ...]]:
     problems = ProblemList()
+    files = DataFiles(root)
     splits: dict[Split, list[Example]] = {"train": [], "validation": [], "test": []}
     seen: set[int | None] = set()
     for number, image in enumerate(content.images):
@@ -96,7 +94,8 @@ def _combine(path: Path, content: _KarpathyFile, pictures: Pictures) -> dict[Spl
         if image.split not in SPLITS:
             problems.add(f"{where}.split: unknown split {image.split!r}; {did_you_mean(image.split, SPLITS)}")
         try:
-            picture = _find(image, pictures, where)
+            places = [place for place in image.places if (root / place).is_file()] or image.places
+            picture = files.find(root, places[0], f"{where}.filename")
         except UserError as error:
             problems.add(error)
         else:
@@ -104,8 +103,3 @@ def _combine(path: Path, content: _KarpathyFile, pictures: Pictures) -> dict[Spl
             splits[SPLITS.get(image.split, "train")].append(example)
     problems.raise_any()
     return {split: tuple(examples) for split, examples in splits.items()}
-
-
-def _find(image: _Image, pictures: Pictures, where: str) -> Path:
-    places = [place for place in image.places if (pictures.folder / place).is_file()] or image.places
-    return pictures.find(places[0], f"{where}.filename")

@@ -16,18 +16,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 from pydantic import Field, PositiveFloat, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from harness.errors import UserError, did_you_mean
+from harness.errors import ProblemList, UserError, did_you_mean
 from harness.registry import TASKS
 from tasks.base import Config, Example, Split, Task
+from tasks.splits import SPLITS, check_splits
 
 _KEYS = ("name", "as", "weight")  # of an entry; all others are the task's own options
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*$")
-_SHOWN = 3
 
 
 class Member(Config):
@@ -167,9 +167,11 @@ class Mixture(Task):
                 for key, task in self._members.items()
                 for example in task.examples(split)
             )
-            for split in get_args(Split)
+            for split in SPLITS
         }
-        _check_disjoint(splits)
+        problems = ProblemList()
+        check_splits("task.tasks", splits, problems)
+        problems.raise_any()
         return splits
 
 
@@ -191,25 +193,3 @@ def _modalities(members: Mapping[str, Task]) -> dict[str, str]:
                 found = [f"{m or 'text'} in {k!r}" for k, m in ((other, known), (key, modality))]
                 raise UserError(f"context {context!r}: {' and '.join(found)}; allowed: one modality of a context")
     return {context: modality for context, (_, modality) in first.items() if modality is not None}
-
-
-def _check_disjoint(splits: Mapping[Split, Sequence[Example]]) -> None:
-    """See that no file is in two splits.
-
-    Raises:
-        UserError: one is, such as a picture of two data sets that are split differently.
-    """
-    seen: dict[Path, tuple[Split, str]] = {}
-    shared: dict[Path, str] = {}
-    for split, examples in splits.items():
-        for example in examples:
-            for _, path in example.files:
-                other, member = seen.setdefault(path, (split, example.member))
-                if other != split:
-                    shared[path] = f"{path} is in {other} of {member!r} and in {split} of {example.member!r}"
-    if shared:
-        more = f" … and {len(shared) - _SHOWN} more" if len(shared) > _SHOWN else ""
-        raise UserError(
-            "\n".join(list(shared.values())[:_SHOWN]) + f"{more}; what is tested may not be trained on: choose splits "
-            "of the tasks that agree"
-        )

@@ -26,17 +26,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 from harness.errors import ProblemList, UserError, did_you_mean
-from tasks.audio_files import (
-    SPLITS,
-    AudioFiles,
-    check_splits,
-    read_table,
-    read_text,
-    require_folder,
-    spoken_text,
-    write_tone,
-)
-from tasks.base import Config, Example, FileTask, Part, Split
+from tasks.audio_files import AudioFiles, read_table, read_text, spoken_text, write_tone
+from tasks.base import Config, Example, Part, Split
+from tasks.data_files import require_folder
+from tasks.splits import SPLITS, FileTask
 
 # The names that Hugging Face's audiofolder knows for a split (datasets.data_files.SPLIT_KEYWORDS).
 SPLIT_NAMES: Mapping[str, Split] = {
@@ -99,23 +92,12 @@ class Speech(FileTask):
                 write_tone(folder / "recordings" / f"{digit}_{speaker}_0.wav", 300 + 200 * digit + 20 * number)
         return {"root": str(folder)}
 
-    def read_splits(self) -> Mapping[Split, tuple[Example, ...]]:
+    def read_splits(self, problems: ProblemList) -> Splits:
         """The recordings of a split in the order of their table, or of their names."""
-        root = self.config.root.expanduser()
-        problems = ProblemList()
-        try:
-            require_folder(root, "recordings")
-            layout = self.config.layout if self.config.layout != "auto" else find_layout(root)
-            _check_options(self.config, layout)
-            splits = _READERS[layout](root, self.config, AudioFiles(root), problems)
-            if not problems.messages:  # a row that was refused may be why a split is empty
-                check_splits(root, splits, problems)
-        except UserError as error:
-            problems.add(error)
-        except OSError as error:
-            problems.add(f"{error.filename}: cannot be read: {error.strerror}")
-        problems.raise_any()
-        return {split: tuple(splits[split]) for split in SPLITS}
+        require_folder(self.root, "recordings")
+        layout = self.config.layout if self.config.layout != "auto" else find_layout(self.root)
+        _check_options(self.config, layout)
+        return _READERS[layout](self.root, self.config, AudioFiles(self.root), problems)
 
 
 def find_layout(root: Path) -> Layout:

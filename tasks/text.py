@@ -14,14 +14,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from difflib import get_close_matches
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from pydantic import field_validator
 
-from harness.errors import ProblemList, did_you_mean
-from tasks.base import Config, Example, FileTask, Part, Split
+from harness.errors import ProblemList
+from tasks.base import Config, Example, Part, Split
+from tasks.data_files import leaves_folder, nearest, require_folder
+from tasks.splits import FileTask, check_disjoint
 from tasks.text_lines import Conversation, read_lines
 
 
@@ -40,9 +41,7 @@ class TextConfig(Config):
     @field_validator("train", "validation", "test")
     @classmethod
     def _stays_in_root(cls, value: str | None) -> str | None:
-        if value is not None and (
-            not value or PurePosixPath(value).is_absolute() or ".." in PurePosixPath(value).parts
-        ):
+        if value is not None and (not value or leaves_folder(value)):
             raise ValueError(f"must be the name or the pattern of files inside the root; found {value!r}")
         return value
 
@@ -71,32 +70,29 @@ class Text(FileTask):
             (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         return {"root": str(folder), "validation": "validation.jsonl", "test": "test.jsonl"}
 
-    def read_splits(self) -> dict[Split, tuple[Example, ...]]:
+    def read_splits(self, problems: ProblemList) -> dict[Split, tuple[Example, ...]]:
         """The lines of a split, in the order of the file names and of the lines."""
-        root = self.config.root.expanduser()
-        problems = ProblemList()
+        root = self.root
+        require_folder(root, "conversations")
         names: dict[Split, str | None] = {
             "train": self.config.train,
             "validation": self.config.validation,
             "test": self.config.test,
         }
         files = {split: _find(root, name, problems) for split, name in names.items() if name is not None}
-        _check_disjoint(files, problems)
+        check_disjoint(root, "the file", files, problems)
         lines: dict[Split, list[Conversation]] = {
             split: [line for path in paths for line in read_lines(path, path.relative_to(root).as_posix(), problems)]
             for split, paths in files.items()
         }
-        problems.raise_any()
+        if problems.messages:
+            return {}
         if "validation" not in lines:
             lines["validation"] = [line for line in lines["train"] if _hash(line)[0] % 10 == 0]
             lines["train"] = [line for line in lines["train"] if _hash(line)[0] % 10 != 0]
         if "test" not in lines:
             lines["test"] = [line for line in lines["validation"] if _hash(line)[1] % 2 == 1]
             lines["validation"] = [line for line in lines["validation"] if _hash(line)[1] % 2 == 0]
-        for split in names:
-            if not lines[split]:
-                problems.add(f"{root}: no line is in the split {split}; name files for train, validation and test")
-        problems.raise_any()
         return {split: tuple(map(self._example, lines[split])) for split in names}
 
     def _example(self, line: Conversation) -> Example:
@@ -125,19 +121,9 @@ def _find(root: Path, name: str, problems: ProblemList) -> list[Path]:
         problems.add(f"{root}: {name!r} cannot be looked for: {error}")
         return []
     if not found:
-        present = [path.relative_to(root).as_posix() for path in root.rglob("*.json*")] if root.is_dir() else []
-        what = "no file has this name or pattern" if root.is_dir() else "the folder does not exist"
-        near = get_close_matches(name, present, n=10, cutoff=0)
-        problems.add(f"{root}: {name!r}: {what}; {did_you_mean(name, near)}")
+        present = [path.relative_to(root).as_posix() for path in root.rglob("*.json*")]
+        problems.add(f"{root}: {name!r}: no file has this name or pattern; {nearest(name, present)}")
     return found
-
-
-def _check_disjoint(files: Mapping[Split, list[Path]], problems: ProblemList) -> None:
-    seen: dict[Path, Split] = {}
-    for split, paths in files.items():
-        for path in paths:
-            if seen.setdefault(path, split) != split:
-                problems.add(f"{path} is in {seen[path]} and in {split}; splits may not overlap")
 
 
 def _sum(number: int) -> dict[str, Any]:

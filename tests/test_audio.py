@@ -280,7 +280,7 @@ def test_a_published_whisper_takes_half_a_minute(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["encoder", "empty_encoder"])
 def test_encoders_that_cannot_be_had_are_refused(tmp_path: Path, method: str) -> None:
     make = getattr(Audio(), method)
-    with pytest.raises(UserError, match=r"'builtin/tiny-vision' is not a built-in audio encoder; .*tiny-audio"):
+    with pytest.raises(UserError, match=r"'builtin/tiny-vision' is not an encoder of Audio; .*tiny-audio"):
         make("builtin/tiny-vision")
     with pytest.raises(UserError, match=r"nowhere"):
         make(str(tmp_path / "nowhere"))

@@ -306,7 +306,7 @@ def test_what_an_encoder_cannot_take_stops_an_experiment(recordings: Path) -> No
 # The second row of train/metadata.csv, and what the messages must say.
 BROKEN_TRANSCRIPTS = {
     "recording that is missing": (b"c.wav,two", "train/metadata.csv: line 3: file_name: 'c.wav' is not in"),
-    "recording that is there twice": (b"a.wav,two", "train/metadata.csv: line 3: file_name: 'a.wav' is there already"),
+    "recording that is there twice": (b"a.wav,two", "train/metadata.csv: line 3: file_name: 'a.wav' is already listed"),
     "empty transcript": (b'b.wav," "', "train/metadata.csv: line 3: transcription: found ' '"),
     "name that climbs out": (
         b"../../secret.wav,two",

@@ -330,5 +330,7 @@ def test_augmentation_is_the_tasks_own() -> None:
 
 def test_what_one_task_trains_on_another_may_not_test_on() -> None:
     Mixture(config_of(fake("Fake", "a"), fake("Fake", "b"))).prepare()
-    with pytest.raises(UserError, match="/c is in train of 'b' and in test of 'a'; what is tested"):
+    with pytest.raises(
+        UserError, match=r"task\.tasks: .*/c is in train \('b/.*'\) and in test \('a/.*'\); splits may not overlap"
+    ):
         Mixture(config_of(fake("Fake", "a"), fake("Fake", "b", train="/c", test="/d"))).prepare()

@@ -140,9 +140,9 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         "did you mean 'transcript'?",
         f"{tmp_path}/test/metadata.csv: line 2: transcription: found ' ?! '; a text with a letter or digit is needed",
         f"{table}: line 3: file_name: 'gone.wav' is not in {tmp_path}/train",
-        f"{table}: line 4: file_name: 'train0.wav' is there already: {table}: line 2: file_name; "
-        "a file may be there once",
-        f"{table}: line 5: file_name: '../test/test0.wav' leads out of {tmp_path}; allowed: files inside it",
+        f"{table}: line 4: file_name: 'train0.wav' is already listed: {table}: line 2: file_name; "
+        "a file may be listed once",
+        f"{table}: line 5: file_name: '../test/test0.wav' leads out of {tmp_path}/train; allowed: files inside it",
     ]
 
 
@@ -152,7 +152,7 @@ def test_folders_and_tables_that_do_not_fit(tmp_path: Path) -> None:
     assert "did you mean 'validation'?" in told
     (tmp_path / "validaton").rename(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "metadata.csv").unlink()
-    with pytest.raises(UserError, match="no examples for validation; every split needs one or more"):
+    with pytest.raises(UserError, match="no examples for validation; every split needs at least one"):
         speech(tmp_path).prepare()
     (tmp_path / "train" / "metadata.jsonl").write_text("{}")
     with pytest.raises(UserError, match=r"several metadata files: .*train/metadata\.csv, train/metadata\.jsonl"):
@@ -212,7 +212,7 @@ def test_a_broken_librispeech(tmp_path: Path) -> None:
     found = problems(speech(tmp_path, test=["test-claen"])).split("\n")
     table = f"{chapter}/80-121123.trans.txt"
     expected = [
-        f"{table}: line 2: '80-121123-0000.flac' is there already: {table}: line 1;",
+        f"{table}: line 2: '80-121123-0000.flac' is already listed: {table}: line 1;",
         f"{table}: line 3: '80-121123-0002.flac' is not in {chapter}",
         f"{table}: line 4: '../../x.flac' leads out of {tmp_path}",
         f"{table}: line 5: found ''; a text with a letter or digit is needed",
@@ -227,7 +227,7 @@ def test_a_broken_librispeech(tmp_path: Path) -> None:
 
 def test_a_folder_in_two_splits_is_refused(tmp_path: Path) -> None:
     librispeech(tmp_path, ["train-clean-100", "dev-clean", "test-clean"])
-    with pytest.raises(UserError, match=r"82-121123-0000\.flac' is there already: .*82-121123\.trans\.txt: line 1"):
+    with pytest.raises(UserError, match=r"82-121123-0000\.flac' is already listed: .*82-121123\.trans\.txt: line 1"):
         speech(tmp_path, validation=["test-clean"]).prepare()
 
 
@@ -282,7 +282,7 @@ def test_a_broken_fsdd(tmp_path: Path) -> None:
     (folder / "1_a_1.wav").symlink_to(folder / "7_a_12.wav")
     told = problems(speech(tmp_path))
     assert "seven_b_1.wav: the name is not {digit}_{speaker}_{index}.wav, as in 7_jackson_32.wav" in told
-    assert "'7_a_12.wav' is there already: " in told
+    assert "'7_a_12.wav' is already listed: " in told
     assert "speakers found: a, b; three are needed, one for a split" in told
 
 

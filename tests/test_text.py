@@ -210,13 +210,13 @@ def test_files_that_are_missing_empty_or_in_two_splits(tmp_path: Path) -> None:
         UserError, match=r"'trian.jsonl': no file has this name or pattern; .*did you mean 'train.jsonl'"
     ):
         text(tmp_path, train="trian.jsonl").prepare()
-    with pytest.raises(UserError, match=r"nowhere: 'train.jsonl': the folder does not exist"):
+    with pytest.raises(UserError, match=r"nowhere: the folder of conversations does not exist"):
         text(tmp_path / "nowhere").prepare()
-    with pytest.raises(UserError, match=r"train\.jsonl: 'train.jsonl': the folder does not exist"):
+    with pytest.raises(UserError, match=r"train\.jsonl: the folder of conversations is a file"):
         text(tmp_path / "train.jsonl").prepare()
     with pytest.raises(UserError, match=r"train\.jsonl is in train and in validation; splits may not overlap"):
         text(tmp_path, validation="*.jsonl").prepare()
-    with pytest.raises(UserError, match=r"no line is in the split (train|validation); name files"):
+    with pytest.raises(UserError, match=r"no examples for (train|validation)"):
         text(tmp_path).prepare()
     write(tmp_path / "val.jsonl")
     with pytest.raises(UserError, match=r"val\.jsonl: the file has no lines"):

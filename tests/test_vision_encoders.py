@@ -257,9 +257,7 @@ def test_broken_folders_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
     for method in (Image().encoder, Image().empty_encoder):
-        with pytest.raises(
-            UserError, match=r"'builtin/tiny-visio' is not a built-in image encoder; .*'builtin/tiny-vi"
-        ):
+        with pytest.raises(UserError, match=r"'builtin/tiny-visio' is not an encoder of Image; .*'builtin/tiny-vi"):
             method("builtin/tiny-visio")
         with pytest.raises(
             UserError, match=r"'google/vit-of-nobody' cannot be had, neither as a folder nor from the hub"

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,10 +29,33 @@ TOKEN_POINTS = 32  # points that one token stands for
 BINS = 12
 
 
+def distances(_weights: bool) -> Encoder:
+    """The encoder, which has no weights. The class is in here: planning an experiment should not wait for torch."""
+    import torch
+
+    from harness import Encoder
+
+    class Distances(Encoder):
+        """Shape distributions (Osada et al. 2002, https://doi.org/10.1145/571647.571648), which no rotation changes.
+
+        A token for every 32 points: how far they are from the middle of the cloud, and from one another, as two
+        histograms (square roots of shares) in units of the mean distance from the middle.
+        """
+
+        width = 2 * BINS
+
+        def encode(self, items: Sequence[NDArray[np.float64]]) -> list[torch.Tensor]:
+            """Features (N, 24) of each cloud."""
+            return [torch.from_numpy(_features(points)) for points in items]
+
+    return Distances()
+
+
 class PointCloud(Modality):
     """Points in space, of an ASCII .xyz file; arrays of shape (P, 3)."""
 
     default_encoder = ENCODER
+    built_in: ClassVar = {ENCODER: distances}
 
     def load(self, path: Path) -> NDArray[np.float64]:
         """Read all points.
@@ -55,43 +77,6 @@ class PointCloud(Modality):
         if not points or not np.isfinite(points).all():
             raise UserError(f"{path}: allowed: one point or more, of finite numbers")
         return np.array(points)
-
-    def encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
-        """The one encoder there is.
-
-        Raises:
-            UserError: another name.
-        """
-        if name != ENCODER:
-            raise UserError(f"{name!r} is not an encoder of point clouds; allowed: {ENCODER}")
-        return _distances()().eval()
-
-    def empty_encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
-        """The same: it has no weights."""
-        return self.encoder(name, trust_remote_code)
-
-
-@lru_cache
-def _distances() -> type[Encoder]:
-    """The encoder's class, in a function as it needs torch: planning an experiment should not wait for that."""
-    import torch
-
-    from harness import Encoder
-
-    class Distances(Encoder):
-        """Shape distributions (Osada et al. 2002, https://doi.org/10.1145/571647.571648), which no rotation changes.
-
-        A token for every 32 points: how far they are from the middle of the cloud, and from one another, as two
-        histograms (square roots of shares) in units of the mean distance from the middle.
-        """
-
-        width = 2 * BINS
-
-        def encode(self, items: Sequence[NDArray[np.float64]]) -> list[torch.Tensor]:
-            """Features (N, 24) of each cloud."""
-            return [torch.from_numpy(_features(points)) for points in items]
-
-    return Distances
 
 
 def _features(points_P3: NDArray[np.float64]) -> NDArray[np.float32]:

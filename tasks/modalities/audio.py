@@ -5,7 +5,6 @@ Shapes: S samples, C channels.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harness import hub
-from harness.errors import UserError, did_you_mean
+from harness.errors import UserError
 from tasks.base import Modality
 from tasks.modalities.recording import SAMPLING_RATE, Recording
 
@@ -37,10 +36,17 @@ _UNKNOWN_SIZE = 0x7FFF_0000
 _UNKNOWN_FRAMES = 2**63 - 1  # SF_COUNT_MAX: a FLAC stream without a length
 
 
+def _tiny_audio(weights: bool) -> Encoder:
+    from tasks.modalities.tiny_audio import TinyAudio
+
+    return TinyAudio.load(Path(hub.place(TINY)), weights)
+
+
 class Audio(Modality):
     """A recording, its channels averaged, resampled to 16 kHz."""
 
     default_encoder: ClassVar = TINY
+    built_in: ClassVar = {TINY: _tiny_audio}
 
     def load(self, path: Path) -> Recording:
         """Decode the whole recording.
@@ -71,39 +77,15 @@ class Audio(Modality):
             raise UserError(f"{path}: has samples that are NaN or infinite")
         return Recording(_resample(samples_SC.mean(axis=1), rate), rate, channels)
 
-    def encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
-        """Whisper's encoder, the Audio Spectrogram Transformer, or the built-in one.
+    def pretrained(self, name: str, weights: bool, trust_remote_code: bool) -> Encoder:
+        """Whisper's encoder, or the Audio Spectrogram Transformer.
 
         Raises:
-            UserError: it cannot be had, or is no audio encoder.
+            UserError: it could not be loaded, or is not an audio encoder.
         """
-        _check_builtin(name)
-        if name == TINY:
-            from tasks.modalities.tiny_audio import TinyAudio
+        from tasks.modalities import pretrained_audio
 
-            return TinyAudio.load(Path(hub.place(name)))
-        from tasks.modalities.pretrained_audio import load
-
-        return load(name, trust_remote_code)
-
-    def empty_encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
-        """The same without weights.
-
-        Raises:
-            UserError: its configuration cannot be had, or is no audio encoder's.
-        """
-        _check_builtin(name)
-        if name == TINY:
-            import torch
-
-            from tasks.modalities.tiny_audio import TinyAudio
-
-            config = json.loads((Path(hub.place(name)) / "config.json").read_text(encoding="utf-8"))
-            with torch.device("meta"):
-                return TinyAudio(config["width"], config["layers"], config["heads"])
-        from tasks.modalities.pretrained_audio import empty
-
-        return empty(name, trust_remote_code)
+        return (pretrained_audio.load if weights else pretrained_audio.empty)(name, trust_remote_code)
 
     def remark(self, item: Recording) -> str | None:
         """Say which channels and sampling rate were converted."""
@@ -113,11 +95,6 @@ class Audio(Modality):
         if item.original_rate != SAMPLING_RATE:
             said.append(f"{item.original_rate:,} Hz, resampled to {SAMPLING_RATE:,} Hz")
         return "; ".join(said) or None
-
-
-def _check_builtin(name: str) -> None:
-    if hub.is_builtin(name) and name != TINY:
-        raise UserError(f"backbone.encoders: {name!r} is not a built-in audio encoder; {did_you_mean(name, [TINY])}")
 
 
 def _check_header(path: Path, file: soundfile.SoundFile) -> None:

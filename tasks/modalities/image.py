@@ -5,7 +5,6 @@ Shapes: B pictures, C channels, H × W pixels, N tokens, D features.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -14,7 +13,7 @@ from PIL import ExifTags, ImageOps
 from PIL import Image as PilImage
 
 from harness import hub
-from harness.errors import UserError, did_you_mean
+from harness.errors import UserError
 from tasks.base import Modality
 
 if TYPE_CHECKING:
@@ -26,10 +25,17 @@ _REMARK = "harness_remark"  # key of what was converted in a picture's info
 _MODES = {"1": "black and white", "L": "grey-scale", "P": "palette of colours"}  # Pillow's modes in words
 
 
+def _tiny_vision(weights: bool) -> Encoder:
+    from tasks.modalities.tiny_vision import TinyVision
+
+    return TinyVision.load(Path(hub.place(TINY)), weights)
+
+
 class Image(Modality):
     """A picture, turned as its EXIF orientation says, transparency laid on white, colours as 8-bit RGB."""
 
     default_encoder: ClassVar = TINY
+    built_in: ClassVar = {TINY: _tiny_vision}
 
     def load(self, path: Path) -> PilImage.Image:
         """Decode the whole picture.
@@ -59,44 +65,15 @@ class Image(Modality):
         remark: str | None = item.info.get(_REMARK)
         return remark
 
-    def encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
+    def pretrained(self, name: str, weights: bool, trust_remote_code: bool) -> Encoder:
         """Swin V2, ViT, CLIP, SigLIP, DINOv2 and whatever else ``AutoModel`` and ``AutoImageProcessor`` load.
 
         Raises:
-            UserError: it cannot be had, or is no vision encoder.
+            UserError: it could not be loaded, or is not a vision encoder.
         """
-        _check_builtin(name)
-        if name == TINY:
-            from tasks.modalities.tiny_vision import TinyVision
+        from tasks.modalities import pretrained_vision
 
-            return TinyVision.load(Path(hub.place(name)))
-        from tasks.modalities.pretrained_vision import load
-
-        return load(name, trust_remote_code)
-
-    def empty_encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
-        """The same without weights.
-
-        Raises:
-            UserError: its configuration cannot be had, or is no vision encoder's.
-        """
-        _check_builtin(name)
-        if name == TINY:
-            import torch
-
-            from tasks.modalities.tiny_vision import TinyVision
-
-            config = json.loads((Path(hub.place(name)) / "config.json").read_text(encoding="utf-8"))
-            with torch.device("meta"):
-                return TinyVision(config["width"], config["layers"], config["heads"])
-        from tasks.modalities.pretrained_vision import empty
-
-        return empty(name, trust_remote_code)
-
-
-def _check_builtin(name: str) -> None:
-    if hub.is_builtin(name) and name != TINY:
-        raise UserError(f"backbone.encoders: {name!r} is not a built-in image encoder; {did_you_mean(name, [TINY])}")
+        return (pretrained_vision.load if weights else pretrained_vision.empty)(name, trust_remote_code)
 
 
 def _rgb(picture: PilImage.Image) -> PilImage.Image:

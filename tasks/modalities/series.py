@@ -15,13 +15,19 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.errors import UserError, did_you_mean
+from harness.errors import UserError
 from tasks.base import Modality
 
 if TYPE_CHECKING:
     from tasks.encoder import Encoder
 
 PATCHES = "builtin/series"
+
+
+def _patches(_weights: bool) -> Encoder:  # it has none
+    from tasks.modalities.series_patches import SeriesPatches
+
+    return SeriesPatches()
 
 
 class Series(Modality):
@@ -32,6 +38,7 @@ class Series(Modality):
     """
 
     default_encoder: ClassVar = PATCHES
+    built_in: ClassVar = {PATCHES: _patches}
 
     def load(self, path: Path) -> NDArray[np.float64]:
         """Read the whole series, float64 of shape (T,).
@@ -51,26 +58,6 @@ class Series(Modality):
         if len(broken):
             raise UserError(f"{path}: value {broken[0] + 1} is {values[broken[0]]}; allowed: finite numbers")
         return values
-
-    def encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
-        """The one built-in encoder.
-
-        Raises:
-            UserError: another name.
-        """
-        if name != PATCHES:
-            raise UserError(f"{name!r} is not an encoder of series; {did_you_mean(name, [PATCHES])}")
-        from tasks.modalities.series_patches import SeriesPatches
-
-        return SeriesPatches().eval()
-
-    def empty_encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
-        """The same one: it has no weights.
-
-        Raises:
-            UserError: another name.
-        """
-        return self.encoder(name, trust_remote_code)
 
 
 def _read_npy(path: Path) -> NDArray[np.float64]:

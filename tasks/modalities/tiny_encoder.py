@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import ClassVar, Self
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from harness.errors import UserError
@@ -33,8 +34,8 @@ class TinyEncoder(Encoder):
         save_file(weights, folder / _WEIGHTS)
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Load what ``save`` wrote, in evaluation mode.
+    def load(cls, folder: Path, weights: bool = True) -> Self:
+        """Load what ``save`` wrote, in evaluation mode; without its weights, on the ``meta`` device.
 
         Raises:
             UserError: a file is missing, is of another model, or its weights do not fit its configuration.
@@ -44,6 +45,9 @@ class TinyEncoder(Encoder):
             kind = config.pop("model_type")
             if kind != cls.model_type:
                 raise UserError(f"{folder / _CONFIG}: model_type is {kind!r}; allowed: {cls.model_type}")
+            if not weights:
+                with torch.device("meta"):
+                    return cls(**config).eval()
             encoder = cls(**config)
             encoder.load_state_dict(load_file(folder / _WEIGHTS), strict=True)
         except UserError:
