@@ -1,6 +1,6 @@
-"""Audio files as data sets list them: tables (CSV, JSON lines) with the place of every row, and the files they name.
+"""Audio files as data sets list them: tables (CSV, JSON Lines) with the location of every row, and the files they name.
 
-Nothing is decoded here; that is the modality ``audio``.
+Nothing is decoded here; the modality ``audio`` does that.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from tasks.data_files import DataFiles
 
 
 class Row(NamedTuple):
-    """One row of a table, with its place in words ("/data/metadata.csv: line 3")."""
+    """One row of a table, with its location as messages give it ("/data/metadata.csv: line 3")."""
 
     where: str
     values: Mapping[str, Any]
 
     def text(self, column: str) -> str:
-        """The text of a column, white space collapsed and otherwise as it is.
+        """The text of a column, with white space collapsed and otherwise unchanged.
 
         Raises:
-            UserError: it is no text, or has no letter or digit (nothing that could be scored).
+            UserError: it is not a text, or has no letter or digit (nothing that could be scored).
         """
         found = self.values[column]
         if not isinstance(found, str):
@@ -37,7 +37,7 @@ class Row(NamedTuple):
         """A name or number, as text.
 
         Raises:
-            UserError: there is none.
+            UserError: it is empty.
         """
         found = self.values[column]
         if found is None or not str(found).strip():
@@ -49,7 +49,7 @@ def spoken_text(text: str, where: str) -> str:
     """Collapse white space.
 
     Raises:
-        UserError: there is no letter or digit in it.
+        UserError: it has no letter or digit.
     """
     if not any(character.isalnum() for character in text):
         raise UserError(f"{where}: found {text[:80]!r}; a text with a letter or digit is needed")
@@ -60,7 +60,7 @@ def read_text(path: Path) -> str:
     """Read a UTF-8 file, with or without byte-order mark.
 
     Raises:
-        UserError: it cannot be read; for bytes that are not UTF-8 with their line.
+        UserError: it cannot be read; for bytes that are not UTF-8, the message gives their line.
     """
     try:
         content = path.read_bytes()
@@ -86,7 +86,7 @@ def read_table(path: Path, columns: Sequence[str], problems: ProblemList) -> lis
 
 
 def _csv(path: Path, text: str, columns: Sequence[str], problems: ProblemList) -> list[Row]:
-    # strict: without it an unclosed quotation mark silently swallows the rows after it.
+    # strict: otherwise an unclosed quotation mark silently swallows the rows after it.
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows = []
     try:
@@ -97,7 +97,7 @@ def _csv(path: Path, text: str, columns: Sequence[str], problems: ProblemList) -
             return []
         for values in reader:
             row = Row(f"{path}: line {reader.line_num}", values)
-            if None in values:  # where DictReader keeps what is too much
+            if None in values:  # where DictReader keeps surplus fields
                 problems.add(f"{row.where}: more fields than the {len(header)} of the header; quote commas")
             elif absent := [column for column in columns if values[column] is None]:
                 problems.add(f"{row.where}: the row ends before {', '.join(absent)}")
@@ -151,7 +151,7 @@ class AudioFiles(DataFiles):
 
 
 def write_tone(path: Path, frequency_hz: float, seconds: float = 0.2, sampling_rate_hz: int = 8000) -> None:
-    """Write a sine as 16-bit mono audio; the suffix of the path says the format."""
+    """Write a sine as 16-bit mono audio, in the format that the suffix of the path names."""
     import numpy as np
     import soundfile
 

@@ -27,7 +27,7 @@ Split = Literal["train", "validation", "test"]
 
 
 class Config(BaseModel):
-    """Base of every plugin's options: typed, frozen, unknown keys refused."""
+    """Base of every plugin's options: typed, frozen, unknown keys rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -41,17 +41,17 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """One item of a split: what stands before the answer, and one or more reference answers.
+    """One item of a split: the input before the answer, and one or more reference answers.
 
-    ``inputs`` are in sequence order; a context may come again (the turns of a conversation). A mapping context → value
-    is taken too.
+    ``inputs`` are in sequence order; a context may occur more than once (the turns of a conversation). A
+    mapping context → value is accepted too.
     """
 
-    id: str  # stable: budgets, fingerprints and per-example scores go by it
+    id: str  # stable: the key of budgets, fingerprints and per-example scores
     inputs: tuple[Part, ...]
     references: tuple[str, ...]
     target: str | None = None  # context of the answer; None: the last one of the task
-    member: str = ""  # of a mixture: which of its tasks this example is of
+    member: str = ""  # in a mixture: the task that this example comes from
 
     def __post_init__(self) -> None:
         pairs = self.inputs.items() if isinstance(self.inputs, Mapping) else self.inputs
@@ -67,14 +67,15 @@ class Task(ABC):
     """Where examples come from and how answers to them are scored.
 
     ``contexts`` are the token domains; the last one is the answer's. A context that ``modalities`` names is read from
-    files by that modality, any other one is text. Tasks that learn these from their options set them in ``__init__``.
+    files by that modality, any other one is text. Tasks whose contexts depend on their options set them in
+    ``__init__``.
     """
 
     contexts: tuple[str, ...]
     modalities: Mapping[str, str]  # context → modality's registry name
     metrics: tuple[str, ...]  # registry names of what scores generated text
     Config: ClassVar[type[Config]]
-    # Contexts whose items `augment` changes: they are encoded anew for every training draw.
+    # Contexts whose items `augment` changes: they are encoded again for every training draw.
     augmented: frozenset[str] = frozenset()
 
     def __init__(self, config: Any) -> None:
@@ -91,10 +92,10 @@ class Task(ABC):
 
     @abstractmethod
     def prepare(self) -> None:
-        """Bring the data to this machine (idempotent, safe for several processes at once).
+        """Make the data available on this machine (idempotent, safe to call from several processes).
 
         Raises:
-            UserError: it cannot be had; the message names the file or folder.
+            UserError: the data could not be loaded; the message names the file or folder.
         """
 
     @abstractmethod
@@ -106,7 +107,7 @@ class Task(ABC):
         """
 
     def augment(self, context: str, item: Any, rng: np.random.Generator) -> Any:
-        """Change a decoded item for one training draw; never called for evaluation. By default as it is."""
+        """Change a decoded item for one training draw; never called for evaluation. By default unchanged."""
         return item
 
     def members(self) -> Mapping[str, Task]:
@@ -114,7 +115,7 @@ class Task(ABC):
         return {"": self}
 
     def shares(self, sizes: Mapping[str, int]) -> Mapping[str, float]:
-        """The share of training draws by member, adding up to 1; by default as its training examples are many.
+        """Each member's share of the training draws; they sum to 1. By default in proportion to its training examples.
 
         Args:
             sizes: member → training examples.
@@ -172,32 +173,33 @@ class Modality(ABC):
         return self.pretrained(name, weights, trust_remote_code).eval()
 
     def remark(self, item: Any) -> str | None:
-        """What ``load`` had to convert, in words that many files share ("grey-scale, read as RGB"); None: nothing."""
+        """What ``load`` had to convert, the same text for all such files ("grey-scale, read as RGB"); None: nothing."""
         return None
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of one split: over the corpus, per example id, and what a reader must know beside them."""
+    """Scores of one split: over the corpus and per example id, with notes that a reader needs."""
 
     corpus: dict[str, float]
     per_example: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # "SPICE was not computed: …"
-    # By example id what a corpus score is made of the sums of, where it is no mean: {"wer": (edits, words)}. See
-    # Metric.corpus.
+    # For corpus scores that are not a mean: example id → the counts whose sums give the score, {"wer": (edits, words)}.
+    # See Metric.corpus.
     counts: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
 
 
 class Metric(ABC):
     """Scores generated texts against references."""
 
-    # What the leaderboard shows: metric name → label, as in {"bleu_4": "BLEU-4"}; the first one where there is room for
-    # one. Other scores are kept in the records only. Higher is better, but for those in lower_is_better.
+    # What the leaderboard shows: metric name → label, as in {"bleu_4": "BLEU-4"}; only the first one where space
+    # is short. Other scores are kept in the records only. Higher is better, except for those in lower_is_better.
     labels: ClassVar[Mapping[str, str]]
     lower_is_better: ClassVar[frozenset[str]] = frozenset()
-    # How a corpus score is made of the examples, where it is not the mean of theirs: {"wer": "ratio"}, with (numerator,
-    # denominator) of every example in Scores.counts. harness/formulas.py says what the other formulas need. Intervals
-    # over test examples come from it; a score that it does not give again has intervals over seeds alone.
+    # How a corpus score is computed from the examples, if it is not the mean of theirs: {"wer": "ratio"}, with
+    # (numerator, denominator) of every example in Scores.counts. harness/formulas.py lists the other formulas and what
+    # they need. Intervals over test examples are computed with it; a score that it does not reproduce has intervals
+    # over seeds only.
     corpus: ClassVar[Mapping[str, Formula]] = {}
 
     @abstractmethod

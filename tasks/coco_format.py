@@ -6,7 +6,7 @@
          "annotations": [{"id": 770337, "image_id": 391895,
                           "caption": "A man with a red helmet on a small moped on a dirt road."}, ...]}
 
-Whatever comes in another format is written in this one (``write_annotations``) and read by the one reader.
+Data in other formats are written in this one (``write_annotations``) and read by the same reader.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _CaptionFile(BaseModel):
 
 
 class Captioned(NamedTuple):
-    """An image of an annotation file: its example, and its domain where the file tells one."""
+    """An image of an annotation file: its example, and its domain if the file gives one."""
 
     example: Example
     domain: str | None
@@ -55,12 +55,12 @@ def read_captions(root: Path, name: str) -> tuple[Example, ...]:
 
     Returns:
         One example for each image in the order of the file, its id the image's, its references the captions with
-        white space collapsed (COCO's own hold stray line breaks).
+        white space collapsed (COCO's own contain stray line breaks).
 
     Raises:
-        UserError: a file or folder is missing or may not be read, the JSON is broken or of another format, an id is
-            twice there, an image has no caption or no file or one that lies elsewhere, a caption is empty or of an
-            image that is not listed. All problems of the file at once.
+        UserError: a file or folder is missing or cannot be read, the JSON is broken or has another format, an id occurs
+            twice, an image has no caption or no file or one outside the data set, a caption is empty or belongs to
+            an image that is not listed. All problems of the file at once.
     """
     return tuple(captioned.example for captioned in read_captioned(root, name))
 
@@ -90,11 +90,11 @@ def _combine(path: Path, content: _CaptionFile, root: Path, name: str) -> tuple[
     references: dict[str, list[str]] = {}
     for number, image in enumerate(content.images):
         if image.id in references:
-            problems.add(f"{path}: images[{number}].id: {image.id} is there twice; ids are unique")
+            problems.add(f"{path}: images[{number}].id: {image.id} is listed twice; ids are unique")
         references[image.id] = []
-    told = set()  # with an empty caption too: one problem, not two
+    captioned_ids = set()  # including those with an empty caption: one problem, not two
     for number, annotation in enumerate(content.annotations):
-        told.add(annotation.image_id)
+        captioned_ids.add(annotation.image_id)
         caption = " ".join(annotation.caption.split())
         if annotation.image_id not in references:
             problems.add(f"{path}: annotations[{number}].image_id: {annotation.image_id} is not among the images")
@@ -104,7 +104,7 @@ def _combine(path: Path, content: _CaptionFile, root: Path, name: str) -> tuple[
             references[annotation.image_id].append(caption)
     captioned = []
     for number, image in enumerate(content.images):
-        if image.id not in told:
+        if image.id not in captioned_ids:
             problems.add(f"{path}: images[{number}]: image {image.id} has no caption; every image needs one or more")
         try:
             picture = files.find(root / name, image.file_name, f"{path}: images[{number}].file_name")
@@ -118,7 +118,7 @@ def _combine(path: Path, content: _CaptionFile, root: Path, name: str) -> tuple[
 
 
 def parse_json(path: Path, content: type[Content]) -> Content:
-    """Read a JSON file of known format.
+    """Read a JSON file and validate its format.
 
     Raises:
         UserError: the JSON is broken or has another format; everything that is wrong at once.

@@ -71,8 +71,8 @@ class DataFiles:
         """The path of an existing file.
 
         Args:
-            folder: what the name is relative to. It may itself be a link to anywhere: whoever has set up the data has
-                made it, not whoever has written the annotations.
+            folder: what the name is relative to. It may itself be a link to anywhere: the user who set up the data
+                created it, not the author of the annotations.
             name: as the annotation gives it.
             where: the beginning of an error message.
 

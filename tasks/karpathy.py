@@ -7,8 +7,8 @@
                                     "imgid": 0, "sentid": 770337}, ...]}, ...],
          "dataset": "coco"}
 
-``restval`` is the rest of COCO's validation images and is trained on, as everybody does: 113,287 images to train,
-5,000 to validate, 5,000 to test. Flickr's files have neither ``filepath`` nor ``cocoid``; their images lie in one
+``restval`` is the rest of COCO's validation images and is used for training, as usual: 113,287 images to train,
+5,000 to validate, 5,000 to test. Flickr's files have neither ``filepath`` nor ``cocoid``; their images are in one
 folder.
 """
 
@@ -44,7 +44,7 @@ class _Image(BaseModel):
 
     @property
     def places(self) -> list[str]:
-        """Where the picture may lie below the root: COCO's releases of 2014 and 2017 name the same ones differently."""
+        """Where the picture may be below the root: COCO's releases of 2014 and 2017 name the same ones differently."""
         name = f"{self.filepath}/{self.filename}" if self.filepath else self.filename
         if self.cocoid is None:
             return [name]
@@ -67,8 +67,8 @@ def read_karpathy(path: Path, root: Path) -> dict[Split, tuple[Example, ...]]:
         are the raw sentences with white space collapsed.
 
     Raises:
-        UserError: the file or folder is missing, has another format, an unknown split, an id twice, a picture that is
-            not there, or an empty caption; all problems at once.
+        UserError: the file or folder is missing, or it has another format, an unknown split, a repeated id, a missing
+            picture or an empty caption; all problems at once.
     """
     require_file(path, "file with Karpathy's splits (docs/tasks/coco_captions.md has its address)")
     require_folder(root, "images")
@@ -83,9 +83,9 @@ def _combine(path: Path, content: _KarpathyFile, root: Path) -> dict[Split, tupl
     for number, image in enumerate(content.images):
         where = f"{path}: images[{number}]"
         if image.id is None:
-            problems.add(f"{where}: neither cocoid nor imgid is there; one of them is the image's id")
+            problems.add(f"{where}: neither cocoid nor imgid is given; one of them is the image's id")
         elif image.id in seen:
-            problems.add(f"{where}: image {image.id} is there twice; ids are unique")
+            problems.add(f"{where}: image {image.id} is listed twice; ids are unique")
         seen.add(image.id)
         captions = tuple(" ".join(sentence.raw.split()) for sentence in image.sentences)
         if not captions:

@@ -2,10 +2,11 @@
 
     task: {name: mixture, temperature: 2, tasks: [{name: scenes, train_examples: 64}, {name: trends}]}
 
-A member's examples are its own, their ids behind its name ("scenes/10000000"). Of the training draws it gets the share
-n^(1/T) / Σ n^(1/T), where n are its training examples: T = 1 in proportion, larger ones ever more equal. T5 (Raffel et
-al. 2020, arXiv 1910.10683, section 3.5.2 "Temperature-scaled mixing", there with a limit on n), after multilingual BERT
-(https://github.com/google-research/bert/blob/master/multilingual.md). Or the share is as its ``weight``.
+A member's examples are unchanged, except that its name is prepended to their ids ("scenes/10000000"). Its share of the
+training draws is n^(1/T) / Σ n^(1/T), where n is the number of its training examples: T = 1 is proportional, larger T
+is more equal. T5 (Raffel et al. 2020, arXiv 1910.10683, section 3.5.2 "Temperature-scaled mixing", there with a limit
+on n), after multilingual BERT (https://github.com/google-research/bert/blob/master/multilingual.md). Alternatively the
+share is proportional to its ``weight``.
 """
 
 from __future__ import annotations
@@ -84,17 +85,17 @@ class MixtureConfig(Config):
     """Which tasks, and how often each is drawn."""
 
     tasks: tuple[Member, ...]  # each with its name, its options, and `as` and `weight`
-    # T of the shares; null: 1, or as the weights say.
+    # T of the shares; null: 1, or the weights are used.
     temperature: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = Field(default=None, validate_default=True)
 
     @field_validator("tasks")
     @classmethod
     def _keys_and_weights(cls, tasks: tuple[Member, ...]) -> tuple[Member, ...]:
         if len(tasks) < 2:
-            raise ValueError("a mixture has at least two tasks")
+            raise ValueError("a mixture needs at least two tasks")
         keys = [member.key for member in tasks]
         if twice := next((key for key in keys if keys.count(key) > 1), None):
-            raise ValueError(f"two tasks are called {twice!r}; give one of them another name with 'as'")
+            raise ValueError(f"two tasks are named {twice!r}; rename one of them with 'as'")
         if all(member.weight is None for member in tasks):
             return tasks
         return tuple(member.model_copy(update={"weight": member.weight or 1.0}) for member in tasks)
@@ -123,11 +124,11 @@ class Mixture(Task):
         self._members = {member.key: member.task() for member in config.tasks}
         for number, (key, task) in enumerate(self._members.items()):
             if set(task.members()) != {""}:
-                raise UserError(f"tasks[{number}]: {key!r} is a mixture itself; name its tasks here instead")
+                raise UserError(f"tasks[{number}]: {key!r} is itself a mixture; list its tasks here instead")
         self.modalities = _modalities(self._members)
         contexts = dict.fromkeys(context for task in self._members.values() for context in task.contexts)
         answers = {task.contexts[-1] for task in self._members.values()}
-        # Files, then other inputs, then answers: the last context must be one of an answer.
+        # Files, then other inputs, then answers: the last context must be an answer's.
         self.contexts = tuple(sorted(contexts, key=lambda c: (c in answers, c not in self.modalities)))
 
     @classmethod
@@ -136,17 +137,17 @@ class Mixture(Task):
         return {"tasks": [{"name": name, **TASKS.load(TASKS.find(name).target).sample(folder)} for name in _SAMPLE]}
 
     def prepare(self) -> None:
-        """Prepare every task, and see that none tests on a file that another one trains on.
+        """Prepare every task, and check that none tests on a file that another one trains on.
 
         Raises:
-            UserError: the data of one cannot be had, or a file is in two splits.
+            UserError: the data of one could not be loaded, or a file is in two splits.
         """
         for task in self._members.values():
             task.prepare()
         _ = self._splits
 
     def examples(self, split: Split) -> Sequence[Example]:
-        """Of all tasks, one after the other."""
+        """The examples of all tasks, one task after the other."""
         return self._splits[split]
 
     def members(self) -> Mapping[str, Task]:
@@ -154,7 +155,7 @@ class Mixture(Task):
         return self._members
 
     def shares(self, sizes: Mapping[str, int]) -> Mapping[str, float]:
-        """In proportion to the weights, or to n^(1/temperature)."""
+        """Proportional to the weights, or to n^(1/temperature)."""
         weights = {member.key: member.weight for member in self.config.tasks}
         claims = {key: weights[key] or n ** (1 / (self.config.temperature or 1)) for key, n in sizes.items()}
         return {key: claim / sum(claims.values()) for key, claim in claims.items()}
@@ -184,12 +185,12 @@ def _modalities(members: Mapping[str, Task]) -> dict[str, str]:
     Raises:
         UserError: two tasks read a context differently.
     """
-    first: dict[str, tuple[str, str | None]] = {}  # context → who has it first, and its modality there
+    first: dict[str, tuple[str, str | None]] = {}  # context → the first member that has it, and its modality there
     for key, task in members.items():
         for context in task.contexts:
             modality = task.modalities.get(context)
             other, known = first.setdefault(context, (key, modality))
             if known != modality:
                 found = [f"{m or 'text'} in {k!r}" for k, m in ((other, known), (key, modality))]
-                raise UserError(f"context {context!r}: {' and '.join(found)}; allowed: one modality of a context")
+                raise UserError(f"context {context!r}: {' and '.join(found)}; allowed: one modality per context")
     return {context: modality for context, (_, modality) in first.items() if modality is not None}

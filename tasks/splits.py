@@ -1,4 +1,4 @@
-"""Tasks that read their splits from files, and the checks that every one of them passes: one obvious place for both."""
+"""Tasks that read their splits from files, and the checks that apply to all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations and instructions as JSON Lines, one example a line, in the three forms Hugging Face's tools train on
+"""Conversations and instructions as JSON Lines, one example per line, in the three forms of Hugging Face's TRL
 (https://huggingface.co/docs/trl/dataset_formats):
 
     {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What color is the sky?"},
@@ -27,13 +27,13 @@ from tasks.text_lines import Conversation, read_lines
 
 
 class TextConfig(Config):
-    """Where the lines are, and what stands around a turn."""
+    """Where the lines are, and the template of each turn."""
 
     root: Path  # the folder of the files
     train: str = "train.jsonl"  # a file below the root, or several by a pattern: "train-*.jsonl", "**/train.jsonl"
-    validation: str | None = None  # none: a tenth of the training lines, by a hash of what stands before the answer
+    validation: str | None = None  # none: a tenth of the training lines, by a hash of the turns before the answer
     test: str | None = None  # none: half of the validation lines, by the same hash
-    # What the model reads of a turn before the answer. The answer itself is trained as it is.
+    # How a turn before the answer is presented to the model. The answer itself has no template.
     system_template: str = "{content}\n"
     user_template: str = "{content}\n"
     assistant_template: str = "{content}\n"  # of earlier answers
@@ -49,12 +49,12 @@ class TextConfig(Config):
     @classmethod
     def _has_the_content_once(cls, value: str) -> str:
         if value.count("{content}") != 1:
-            raise ValueError(f"must have {{content}} in it once; found {value!r}")
+            raise ValueError(f"must contain {{content}} exactly once; found {value!r}")
         return value
 
 
 class Text(FileTask):
-    """Follow an instruction, or answer in a conversation. A context is a role; it comes again with every turn."""
+    """Follow an instruction, or answer in a conversation. A context is a role; it occurs in every turn of that role."""
 
     contexts = ("system", "user", "assistant")
     modalities: Mapping[str, str] = {}
@@ -64,7 +64,7 @@ class Text(FileTask):
 
     @classmethod
     def sample(cls, folder: Path) -> dict[str, Any]:
-        """Sums, in each of the three forms; one split a file."""
+        """Sums, in each of the three forms; one file per split."""
         for name, numbers in (("train", range(9)), ("validation", range(9, 13)), ("test", range(13, 17))):
             lines = [json.dumps(_sum(number)) for number in numbers]
             (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -109,16 +109,16 @@ class Text(FileTask):
 
 
 def _hash(line: Conversation) -> bytes:
-    """Of what stands before the answer: a question that is asked twice is not in two splits."""
+    """Hash of the turns before the answer, so that a repeated question is never in two splits."""
     return hashlib.sha256(json.dumps(line.turns).encode()).digest()
 
 
 def _find(root: Path, name: str, problems: ProblemList) -> list[Path]:
-    """The files of a split in the order of their names."""
+    """The files of a split, sorted by name."""
     try:
         found = sorted(path for path in root.glob(name) if path.is_file())
     except (OSError, ValueError) as error:
-        problems.add(f"{root}: {name!r} cannot be looked for: {error}")
+        problems.add(f"{root}: {name!r} is not a valid pattern: {error}")
         return []
     if not found:
         present = [path.relative_to(root).as_posix() for path in root.rglob("*.json*")]
@@ -135,4 +135,4 @@ def _sum(number: int) -> dict[str, Any]:
         return {"prompt": f"{a} + {b} =", "completion": f" {answer}"}
     turns = [("system", "You can add."), ("user", "1 + 1?"), ("assistant", "2"), ("user", f"{a} + {b}?")]
     messages = [{"role": role, "content": text} for role, text in (*turns, ("assistant", answer))]
-    return {"messages": messages[number % 2 :]}  # without the system message every other time
+    return {"messages": messages[number % 2 :]}  # every other one without the system message

@@ -29,29 +29,29 @@ from tasks.data_files import require_folder
 from tasks.splits import FileTask, check_disjoint, in_test_half
 from tasks.vqa_formats import FORMATS, Question, detect
 
-_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # part of file names: it cannot lead out of the root
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # part of a file name: cannot lead out of the root
 
 
 class VQAConfig(Config):
-    """Where questions and images lie, and how a question is put."""
+    """Where questions and images are, and how a question is presented."""
 
     root: Path  # the folder that holds the question files and the image folders
-    format: Literal["vqav2", "gqa"] | None = None  # none: by the question files that are there
+    format: Literal["vqav2", "gqa"] | None = None  # none: detected from the question files
     train: _Name | None = None  # none: train2014 of VQAv2, train_balanced of GQA
     validation: _Name | None = None  # none: val2014, val_balanced
     test: _Name | None = None  # none: half of the validation images, chosen by a hash of their ids
-    question_template: str = "{question}\n"  # the text of the question; the answer follows as it is, without a space
+    question_template: str = "{question}\n"  # the text of the question; the answer follows unchanged, without a space
 
     @field_validator("question_template")
     @classmethod
     def _has_the_question_once(cls, value: str) -> str:
         if value.count("{question}") != 1:
-            raise ValueError(f"must have {{question}} in it once; found {value!r}")
+            raise ValueError(f"must contain {{question}} exactly once; found {value!r}")
         return value
 
 
 class VQA(FileTask):
-    """Answer a question on a picture. All people's answers are references: the metric needs to know how many agree."""
+    """Answer a question about a picture. The answers of all people are references: the metric counts how many agree."""
 
     contexts = ("image", "question", "answer")
     modalities: Mapping[str, str] = {"image": "image"}
@@ -61,7 +61,7 @@ class VQA(FileTask):
 
     @classmethod
     def sample(cls, folder: Path) -> dict[str, Any]:
-        """Plain pictures in VQAv2's layout and what colour they are."""
+        """Plain pictures in VQAv2's layout, with questions about their colour."""
         _write_vqav2(folder, "train2014", range(1, 5), questions=2)
         _write_vqav2(folder, "val2014", range(15, 23), questions=1)
         return {"root": str(folder)}

@@ -19,7 +19,7 @@ from tasks.data_files import DataFiles, require_file, require_folder
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question on one image; ``answers`` are as people gave them, repeats included."""
+    """One question about one image; ``answers`` are those of all people, repeats included."""
 
     id: str
     image_id: str
@@ -83,7 +83,7 @@ def read_vqav2(root: Path, name: str, problems: ProblemList) -> list[Question]:
     """Read VQAv2's two files; the image 458752 of ``train2014`` is ``train2014/COCO_train2014_000000458752.jpg``.
 
     Returns:
-        What could be read, in the order of the question file; everything else is among the problems.
+        What could be read, in the order of the question file; everything else is added to the problems.
     """
     path, answers_path = root / _QUESTIONS.format(name=name), root / _ANNOTATIONS.format(name=name)
     asked = _parse(path, TypeAdapter(_QuestionFile), problems)
@@ -101,7 +101,7 @@ def read_vqav2(root: Path, name: str, problems: ProblemList) -> list[Question]:
             continue
         if annotation.image_id != question.image_id:
             problems.add(
-                f"{where} is on image {question.image_id}, but {answers_path.name} says image {annotation.image_id}"
+                f"{where} is about image {question.image_id}, but {answers_path.name} has image {annotation.image_id}"
             )
         image = images.find(f"COCO_{name}_{question.image_id:012d}.jpg", key)
         answers = [answer.answer for answer in annotation.answers]
@@ -112,17 +112,17 @@ def read_vqav2(root: Path, name: str, problems: ProblemList) -> list[Question]:
 
 
 def read_gqa(root: Path, name: str, problems: ProblemList) -> list[Question]:
-    """Read one of GQA's question files in one piece (``train_balanced``, …); all images are in ``images``.
+    """Read one of GQA's question files that are a single file (``train_balanced``, …); all images are in ``images``.
 
     Returns:
-        What could be read, in the order of the file; everything else is among the problems.
+        What could be read, in the order of the file; everything else is added to the problems.
     """
     path = root / _GQA.format(name=name)
     questions = _parse(path, TypeAdapter(dict[str, _GqaQuestion]), problems)
     if questions is None:
         return []
     if not questions:
-        problems.add(f"{path}: there are no questions; at least one is needed")
+        problems.add(f"{path}: no questions; at least one is needed")
     images = _Images(root, root / "images", path, problems)
     found: list[Question] = []
     for key, question in questions.items():
@@ -142,7 +142,7 @@ FORMATS: Mapping[str, Format] = {
 
 
 def detect(root: Path) -> str:
-    """The format whose official training or validation questions lie in the folder.
+    """The format whose official training or validation questions are in the folder.
 
     Raises:
         UserError: it holds the questions of none or of several formats.
@@ -157,11 +157,11 @@ def detect(root: Path) -> str:
         return found[0]
     wanted = ", ".join(form.question_file.format(name=form.train) for form in FORMATS.values())
     what = f"questions of {' and '.join(found)}" if found else f"neither of {wanted}"
-    raise UserError(f"{root}: {what}; name the data set: `format: {' | '.join(FORMATS)}`")
+    raise UserError(f"{root}: {what}; set the data set: `format: {' | '.join(FORMATS)}`")
 
 
 class _Images:
-    """The images of one split; a missing one is reported once, with the first question on it."""
+    """The images of one split; a missing one is reported once, with the first question about it."""
 
     def __init__(self, root: Path, folder: Path, questions: Path, problems: ProblemList) -> None:
         self.folder, self.questions, self.problems = folder, questions, problems
@@ -187,12 +187,12 @@ class _Images:
 
 
 def _by_id(path: Path, key: str, items: Iterable[Any], problems: ProblemList) -> dict[str, Any]:
-    """Items by question id; the second of an id is a problem, and so is it if there are none."""
+    """Items by question id; a repeated id is a problem, and so is an empty list."""
     found: dict[str, Any] = {}
     for number, item in enumerate(items):
         question_id = str(item.question_id)
         if question_id in found:
-            problems.add(f"{path}: {key}[{number}].question_id: {question_id} is there twice; ids are unique")
+            problems.add(f"{path}: {key}[{number}].question_id: {question_id} is listed twice; ids are unique")
         found.setdefault(question_id, item)
     if not found:
         problems.add(f"{path}: {key}: the list is empty; at least one is needed")
@@ -202,7 +202,7 @@ def _by_id(path: Path, key: str, items: Iterable[Any], problems: ProblemList) ->
 def _question(
     where: str, key: str, image_id: str, image: Path, text: str, answers: list[str], problems: ProblemList
 ) -> Question:
-    """Collapse white space (a stray line break is no part of an answer) and report what is empty."""
+    """Collapse white space (a stray line break is not part of an answer) and report what is empty."""
     text = " ".join(text.split())
     cleaned = tuple(" ".join(answer.split()) for answer in answers)
     if not text:
@@ -235,7 +235,7 @@ def _parse(path: Path, adapter: TypeAdapter[_Parsed], problems: ProblemList) -> 
 
 
 def _excerpt(data: bytes, message: str) -> str:
-    """What stands around the place that a JSON error names; these files are one line of megabytes."""
+    """The text around the position of a JSON error; these files are one line of megabytes."""
     place = re.search(r"line (\d+) column (\d+)", message)
     if place is None:
         return ""

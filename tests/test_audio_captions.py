@@ -125,7 +125,7 @@ def test_tables_and_recordings_in_folders_of_their_own(tmp_path: Path, data_set:
 def test_both_data_sets_in_one_folder(tmp_path: Path) -> None:
     audiocaps(tmp_path)
     clotho(tmp_path)
-    with pytest.raises(UserError, match=r"are both there; say which: layout: audiocaps"):
+    with pytest.raises(UserError, match=r"are both present; .* layout: audiocaps"):
         task_of(tmp_path).prepare()
     assert task_of(tmp_path, layout="clotho").examples("test")[0].id.startswith("evaluation/")
     assert task_of(tmp_path, layout="audiocaps").examples("test")[0].id == "-test_aaaa_30"
@@ -141,7 +141,7 @@ def test_missing_clips_are_an_error_unless_they_may_be_skipped(
     assert first == (
         f"{tmp_path}/train.csv: line 2: youtube_id: '-train_aaaa.wav' is not in {tmp_path}/train, "
         "nor as {youtube_id}_{start_time}, Y{youtube_id} or {audiocap_id} (.wav, .flac, .ogg, .opus, .mp3); "
-        "missing: skip leaves such clips out"
+        "missing: skip omits such clips"
     )
     assert second.startswith(f"{tmp_path}/val.csv: line 3: youtube_id: 'val-bbbb_.wav' is not in {tmp_path}/val")
 
@@ -150,7 +150,7 @@ def test_missing_clips_are_an_error_unless_they_may_be_skipped(
         task.prepare()
         assert [len(task.examples(split)) for split in SPLITS] == [1, 1, 2]
     assert [record.getMessage() for record in caplog.records] == [  # once, however often it is read
-        f"{tmp_path}/{split}.csv: 1 of 2 clips are not in {tmp_path}/{split}: left out" for split in ("train", "val")
+        f"{tmp_path}/{split}.csv: 1 of 2 clips are not in {tmp_path}/{split}: omitted" for split in ("train", "val")
     ]
 
 
@@ -191,7 +191,7 @@ def test_all_that_is_wrong_with_audiocaps_is_told_at_once(tmp_path: Path) -> Non
     (tmp_path / "test.csv").write_text("audiocap_id,youtube,start_time,caption\n")
     table = f"{tmp_path}/train.csv: line"
     expected = [
-        f"{table} 3: audiocap_id: 1 is there already: {table} 2; it is unique",
+        f"{table} 3: audiocap_id: 1 is already used: {table} 2; ids are unique",
         f"{table} 4: caption: found ' ... '; a text with a letter or digit is needed",
         f"{table} 5: youtube_id: found ''; a name is needed",
         f"{table} 6: youtube_id: 'linked.wav' is a link that leads out of {tmp_path}/train to "

@@ -95,11 +95,11 @@ def _change(number: int, **values: Any) -> Callable[[list[dict[str, Any]]], None
         (_change(1, split="validation"), r"images\[1\]\.split: unknown split 'validation'; allowed: restval, test"),
         (_change(1, filename="gone.jpg"), r"images\[1\]\.filename: 'val2014/gone\.jpg' is not in"),
         (_change(1, filename="../../secret.jpg"), r"images\[1\]\.filename: 'val2014/\.\./\.\./secret\.jpg' leads out"),
-        (_change(1, cocoid=100), r"images\[1\]: image 100 is there twice"),
+        (_change(1, cocoid=100), r"images\[1\]: image 100 is listed twice"),
         (_change(1, sentences=[]), r"images\[1\]\.sentences: image 101 has no caption"),
         (_change(1, sentences=[{"raw": "  "}]), r"images\[1\]\.sentences\[0\]\.raw is empty"),
         (lambda images: images[1].pop("filename"), r"images\.1\.filename: Field required"),
-        (lambda images: [images[1].pop(key) for key in ("imgid", "cocoid")], r"neither cocoid nor imgid is there"),
+        (lambda images: [images[1].pop(key) for key in ("imgid", "cocoid")], r"neither cocoid nor imgid is given"),
         (lambda images: images.pop(2), r"no examples for validation"),
     ],
 )

@@ -148,7 +148,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
 
 def test_folders_and_tables_that_do_not_fit(tmp_path: Path) -> None:
     audiofolder(tmp_path, {"train": 1, "validaton": 1, "test": 1})
-    assert "validaton/metadata.csv: its folder is no split; " in (told := problems(speech(tmp_path)))
+    assert "validaton/metadata.csv: its folder is not a split; " in (told := problems(speech(tmp_path)))
     assert "did you mean 'validation'?" in told
     (tmp_path / "validaton").rename(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "metadata.csv").unlink()
@@ -163,9 +163,9 @@ def test_split_folders_and_a_division_by_options_exclude_each_other(tmp_path: Pa
     audiofolder(tmp_path, {"train": 1, "validation": 1, "test": 1})
     with pytest.raises(UserError, match=r"no column 'speaker'"):
         speech(tmp_path, speaker_column="speaker").prepare()
-    with pytest.raises(UserError, match=r"test_speakers: no option of layout audiofolder; allowed: speaker_column"):
+    with pytest.raises(UserError, match=r"test_speakers: not an option of layout audiofolder; allowed: speaker_column"):
         speech(tmp_path, test_speakers=["a"]).prepare()
-    with pytest.raises(UserError, match=r"speaker_column: the folders of .* are the splits"):
+    with pytest.raises(UserError, match=r"speaker_column: the folders of .* already define the splits"):
         speech(tmp_path, speaker_column="transcription").prepare()
     other = tmp_path / "other"
     flat(other, [["train/a.wav", "x", "me"], ["b.wav", "x", "me"]])
@@ -216,7 +216,7 @@ def test_a_broken_librispeech(tmp_path: Path) -> None:
         f"{table}: line 3: '80-121123-0002.flac' is not in {chapter}",
         f"{table}: line 4: '../../x.flac' leads out of {tmp_path}",
         f"{table}: line 5: found ''; a text with a letter or digit is needed",
-        f"{table}: no line for 80-121123-0001.flac, which is beside it",
+        f"{table}: no line for 80-121123-0001.flac in the same folder",
         "81-121123.trans.txt: line 1: not UTF-8 (byte 0xe9)",
         "test-claen: the folder of test does not exist; ",
     ]
@@ -257,14 +257,14 @@ def test_fsdd_is_divided_by_speakers(tmp_path: Path) -> None:
     [
         (
             {"validation_speakers": ["bo"], "test_speakers": ["teo"]},
-            r"test_speakers: 'teo' is no speaker of .*'theo'\?",
+            r"test_speakers: 'teo' is not a speaker of .*'theo'\?",
         ),
-        ({"test_speakers": ["theo"]}, r"validation_speakers: found none; give validation_speakers and test_speakers"),
-        ({"validation_speakers": ["bo"], "test_speakers": ["bo"]}, r"test_speakers: 'bo' is named twice"),
+        ({"test_speakers": ["theo"]}, r"validation_speakers: found none; .* validation_speakers and test_speakers"),
+        ({"validation_speakers": ["bo"], "test_speakers": ["bo"]}, r"test_speakers: 'bo' is listed twice"),
         ({"validation_speakers": ["bo"], "test_speakers": ["jackson", "theo"]}, r"no examples for train"),
         (
             {"text_column": "text"},
-            r"text_column: no option of layout fsdd; allowed: test_speakers, validation_speakers",
+            r"text_column: not an option of layout fsdd; allowed: test_speakers, validation_speakers",
         ),
         ({"layout": "librispeech"}, r"train-clean-100: the folder of train does not exist"),
         ({"layout": "audiofolder"}, r"no metadata\.csv or metadata\.jsonl in it"),
@@ -283,7 +283,7 @@ def test_a_broken_fsdd(tmp_path: Path) -> None:
     told = problems(speech(tmp_path))
     assert "seven_b_1.wav: the name is not {digit}_{speaker}_{index}.wav, as in 7_jackson_32.wav" in told
     assert "'7_a_12.wav' is already listed: " in told
-    assert "speakers found: a, b; three are needed, one for a split" in told
+    assert "speakers found: a, b; at least three are needed" in told
 
 
 def test_no_layout_or_two(tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_no_layout_or_two(tmp_path: Path) -> None:
         speech(tmp_path / "gone").prepare()
     fsdd(tmp_path, ["a", "b", "c"])
     audiofolder(tmp_path, {"train": 1})
-    with pytest.raises(UserError, match="could be audiofolder or fsdd; say which: layout: audiofolder"):
+    with pytest.raises(UserError, match=r"could be audiofolder or fsdd; .* layout: audiofolder"):
         speech(tmp_path).prepare()
     assert len(speech(tmp_path, layout="fsdd").examples("train")) == 2
 

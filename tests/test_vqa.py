@@ -96,7 +96,7 @@ def test_the_template_says_how_a_question_is_put(root: Path) -> None:
     task = vqa(root, question_template="Q: {question} {0}\nA:")
     assert task.examples("train")[0].inputs[1].value == "Q: What color is this? {0}\nA:"
     for template in ("Q:", "{question}{question}"):
-        with pytest.raises(ValidationError, match=r"must have \{question\} in it once"):
+        with pytest.raises(ValidationError, match=r"must contain \{question\} exactly once"):
             vqa(root, question_template=template)
 
 
@@ -123,7 +123,7 @@ def test_a_byte_order_mark_is_taken(root: Path) -> None:
         (
             QUESTIONS,
             lambda c: c["questions"].append(c["questions"][0]),
-            r"questions\[8\]\.question_id: 1000 is there twice",
+            r"questions\[8\]\.question_id: 1000 is listed twice",
         ),
         (
             ANNOTATIONS,
@@ -137,7 +137,7 @@ def test_a_byte_order_mark_is_taken(root: Path) -> None:
         (
             QUESTIONS,
             lambda c: c["questions"][2].update(image_id=77),
-            r"question 2000 is on image 77, but .* says image 2",
+            r"question 2000 is about image 77, but .* image 2",
         ),
         (QUESTIONS, lambda c: c["questions"][2].pop("image_id"), r"questions\.2\.image_id: .*required"),
         (
@@ -211,7 +211,7 @@ def test_missing_files_and_folders_name_what_is_there(root: Path) -> None:
 def test_two_data_sets_in_one_folder_need_the_format(root: Path) -> None:
     write_gqa(root, "train_balanced", range(1, 3))
     write_gqa(root, "val_balanced", range(10, 30))
-    with pytest.raises(UserError, match=r"questions of vqav2 and gqa; name the data set: `format: vqav2 \| gqa`"):
+    with pytest.raises(UserError, match=r"questions of vqav2 and gqa; .*`format: vqav2 \| gqa`"):
         vqa(root).prepare()
     assert vqa(root, format="vqav2").examples("train")[0].id == "1000"
     assert vqa(root, format="gqa").examples("train")[0].id == "00000010"
@@ -243,7 +243,7 @@ def test_splits_may_not_share_images_or_be_empty(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no examples for (validation|test)"):
         vqa(tmp_path).prepare()
     (tmp_path / "val_balanced_questions.json").write_text("{}")
-    with pytest.raises(UserError, match=r"val_balanced_questions\.json: there are no questions"):
+    with pytest.raises(UserError, match=r"val_balanced_questions\.json: no questions"):
         vqa(tmp_path).prepare()
 
 

@@ -1,4 +1,4 @@
-"""Recordings: any file libsndfile reads (WAV, FLAC, OGG, MP3, …), as mono at 16 kHz; three kinds of encoder.
+"""Recordings: any file that libsndfile reads (WAV, FLAC, OGG, MP3, …), as mono at 16 kHz; three kinds of encoder.
 
 Shapes: S samples, C channels.
 """
@@ -28,10 +28,10 @@ MAX_SECONDS = 600
 MAX_SAMPLES = 120_000_000  # of all channels together: 480 MB decoded
 MIN_RATE, MAX_RATE = 1_000, 384_000  # Hz
 
-# How libsndfile words it that a header promises more bytes, or frames, than the file has.
+# libsndfile's log messages for a header that promises more bytes, or frames, than the file has.
 _SHORT = re.compile(r"^\s*(?:data|SSND|Data Size|riff)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
 _SHORT_FRAMES = re.compile(r"Calculated frame count (\d+) does not match value from 'ds64' chunk of (\d+)")
-# Sizes from here on are what programs write into a pipe, where they cannot come back to fill in the real one.
+# Programs that write into a pipe, and cannot fill in the real size afterwards, use sizes from here on.
 _UNKNOWN_SIZE = 0x7FFF_0000
 _UNKNOWN_FRAMES = 2**63 - 1  # SF_COUNT_MAX: a FLAC stream without a length
 
@@ -53,7 +53,7 @@ class Audio(Modality):
 
         Raises:
             UserError: the file is missing, shorter than its header says, too long (``MAX_SECONDS``, ``MAX_SAMPLES``),
-                has no samples or such as are no numbers, or is nothing libsndfile knows.
+                has no samples or ones that are not finite, or has a format that libsndfile does not know.
         """
         import soundfile
 
@@ -66,7 +66,7 @@ class Audio(Modality):
                 rate, promised = file.samplerate, file.frames
         except UserError:
             raise
-        except Exception as error:  # soundfile's own, and those of a header that makes no sense
+        except Exception as error:  # soundfile's own, and those caused by invalid headers
             raise UserError(f"{path}: cannot be decoded as audio: {error}") from error
         frames, channels = samples_SC.shape
         if frames < promised:
@@ -88,7 +88,7 @@ class Audio(Modality):
         return (pretrained_audio.load if weights else pretrained_audio.empty)(name, trust_remote_code)
 
     def remark(self, item: Recording) -> str | None:
-        """Say which channels and sampling rate were converted."""
+        """Report which channels and sampling rate were converted."""
         said = []
         if item.channels > 1:
             said.append(f"{'stereo' if item.channels == 2 else f'{item.channels} channels'}, averaged to mono")
@@ -98,15 +98,15 @@ class Audio(Modality):
 
 
 def _check_header(path: Path, file: soundfile.SoundFile) -> None:
-    """Refuse what the header alone shows to be wrong, before memory is given to it.
+    """Reject files whose header is already wrong, before memory is allocated for them.
 
-    libsndfile takes a WAV file that ends early for a shorter recording, and says so in its log only.
+    libsndfile reads a truncated WAV file as a shorter recording, and reports it in its log only.
     """
     rate, frames = file.samplerate, file.frames
     if not MIN_RATE <= rate <= MAX_RATE:
         raise UserError(f"{path}: sampling rate {rate:,} Hz; allowed: {MIN_RATE:,} to {MAX_RATE:,} Hz")
     if frames == _UNKNOWN_FRAMES:
-        raise UserError(f"{path}: its header does not say how long it is (written into a pipe?); convert it once more")
+        raise UserError(f"{path}: its header does not give its length (written into a pipe?); convert it again")
     if frames > MAX_SECONDS * rate:
         raise UserError(f"{path}: {frames / rate:,.0f} s long; allowed: at most {MAX_SECONDS} s")
     if frames * file.channels > MAX_SAMPLES:

@@ -1,4 +1,4 @@
-"""Pictures: any file Pillow reads, as upright 8-bit RGB; the vision encoders of ``transformers``, and a tiny one.
+"""Pictures: any file that Pillow reads, as upright 8-bit RGB; the vision encoders of ``transformers``, and a tiny one.
 
 Shapes: B pictures, C channels, H × W pixels, N tokens, D features.
 """
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from tasks.encoder import Encoder
 
 TINY = "builtin/tiny-vision"
-MAX_PIXELS = 89_478_485  # Pillow's own limit, where it only warns: 256 MiB of RGB
-_REMARK = "harness_remark"  # key of what was converted in a picture's info
-_MODES = {"1": "black and white", "L": "grey-scale", "P": "palette of colours"}  # Pillow's modes in words
+MAX_PIXELS = 89_478_485  # the limit at which Pillow only warns: 256 MiB of RGB
+_REMARK = "harness_remark"  # key in a picture's info: what was converted
+_MODES = {"1": "black and white", "L": "grey-scale", "P": "palette of colours"}  # names of Pillow's modes
 
 
 def _tiny_vision(weights: bool) -> Encoder:
@@ -32,7 +32,7 @@ def _tiny_vision(weights: bool) -> Encoder:
 
 
 class Image(Modality):
-    """A picture, turned as its EXIF orientation says, transparency laid on white, colours as 8-bit RGB."""
+    """A picture as 8-bit RGB, rotated by its EXIF orientation, with transparent parts on white."""
 
     default_encoder: ClassVar = TINY
     built_in: ClassVar = {TINY: _tiny_vision}
@@ -41,8 +41,8 @@ class Image(Modality):
         """Decode the whole picture.
 
         Raises:
-            UserError: the file is missing, truncated, too large (``MAX_PIXELS``), not a picture Pillow knows, or has
-                pixels whose range nothing tells (32-bit integers and floats).
+            UserError: the file is missing, truncated, too large (``MAX_PIXELS``), not a format that Pillow knows, or
+                has pixels without a defined range (32-bit integers and floats).
         """
         try:
             with PilImage.open(path) as picture:
@@ -57,11 +57,11 @@ class Image(Modality):
                 return _rgb(picture)
         except UserError:
             raise
-        except Exception as error:  # each of Pillow's decoders fails with exceptions of its own
+        except Exception as error:  # each of Pillow's decoders has its own exceptions
             raise UserError(f"{path}: cannot be decoded as a picture: {error}") from error
 
     def remark(self, item: PilImage.Image) -> str | None:
-        """What ``load`` converted: another orientation, colours or depth than upright 8-bit RGB."""
+        """What ``load`` converted: orientation, colours or bit depth."""
         remark: str | None = item.info.get(_REMARK)
         return remark
 
@@ -77,22 +77,22 @@ class Image(Modality):
 
 
 def _rgb(picture: PilImage.Image) -> PilImage.Image:
-    """The upright RGB picture; what had to be converted stands in its ``info``."""
+    """The upright RGB picture; what had to be converted is noted in its ``info``."""
     upright = ImageOps.exif_transpose(picture)
     turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-    remarks = ["turned as its EXIF orientation says"] if turned else []
+    remarks = ["rotated by its EXIF orientation"] if turned else []
     if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # MPO: a JPEG with previews of itself
-        remarks.append("several frames, the first is taken")
+        remarks.append("several frames, only the first is used")
     if upright.mode.startswith("I;16"):
         # Pillow's own conversion clips at 255: nearly every 16-bit picture would turn white.
         found = PilImage.fromarray((np.asarray(upright) >> 8).astype(np.uint8)).convert("RGB")
         remarks.append("16-bit grey-scale, read as 8-bit RGB")
     elif upright.has_transparency_data:
-        # The colour stored under a transparent pixel is arbitrary; what people see is what lies behind it.
+        # The colour stored under a transparent pixel is arbitrary; people see what is behind it.
         layer = upright.convert("RGBA")
         white = PilImage.new("RGBA", layer.size, "white")
         found = PilImage.alpha_composite(white, layer).convert("RGB")
-        remarks.append("transparent, laid on white")
+        remarks.append("transparent, put on white")
     else:
         found = upright.convert("RGB")
         if upright.mode != "RGB":

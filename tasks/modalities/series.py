@@ -31,9 +31,9 @@ def _patches(_weights: bool) -> Encoder:  # it has none
 
 
 class Series(Modality):
-    """Numbers in the order of time, equally far apart.
+    """Numbers in the order of time, equally spaced.
 
-    A CSV file holds one number a line, or all of them in one line; no header. An ``.npy`` file holds one dimension of
+    A CSV file holds one number per line, or all of them in one line; no header. An ``.npy`` file holds one dimension of
     integers or floats.
     """
 
@@ -44,7 +44,7 @@ class Series(Modality):
         """Read the whole series, float64 of shape (T,).
 
         Raises:
-            UserError: the file is missing, empty, of another shape, or holds something that is not a finite number.
+            UserError: the file is missing or empty, has another shape, or holds something that is not a finite number.
         """
         try:
             values = _read_npy(path) if path.suffix == ".npy" else _read_csv(path)
@@ -53,7 +53,7 @@ class Series(Modality):
         except (OSError, ValueError, EOFError, csv.Error) as error:
             raise UserError(f"{path}: cannot be read as a series: {error}") from error
         if not len(values):
-            raise UserError(f"{path}: holds no number; a series has at least one")
+            raise UserError(f"{path}: no numbers; a series needs at least one")
         broken = np.flatnonzero(~np.isfinite(values))
         if len(broken):
             raise UserError(f"{path}: value {broken[0] + 1} is {values[broken[0]]}; allowed: finite numbers")

@@ -1,4 +1,4 @@
-"""What the built-in encoders share: a configuration of three numbers, and a folder they are saved in."""
+"""Base class of the built-in encoders: a configuration of three numbers, saved with the weights in a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WEIGHTS = "model.safetensors"
 
 
 class TinyEncoder(Encoder):
-    """A small encoder that this project trains itself."""
+    """A small encoder that this project trains."""
 
     model_type: ClassVar[str]
 
@@ -38,7 +38,7 @@ class TinyEncoder(Encoder):
         """Load what ``save`` wrote, in evaluation mode; without its weights, on the ``meta`` device.
 
         Raises:
-            UserError: a file is missing, is of another model, or its weights do not fit its configuration.
+            UserError: a file is missing, belongs to another model, or its weights do not fit its configuration.
         """
         try:
             config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
@@ -52,7 +52,7 @@ class TinyEncoder(Encoder):
             encoder.load_state_dict(load_file(folder / _WEIGHTS), strict=True)
         except UserError:
             raise
-        except Exception as error:  # each library below fails with exceptions of its own on a broken file
+        except Exception as error:  # each library has its own exceptions for broken files
             reason = " ".join(str(error).split())
             raise UserError(
                 f"{folder}: not a {cls.__name__} encoder as `harness backbones build` makes it: {reason}"
