@@ -42,7 +42,6 @@ from tasks.scene_drawing import (
     place,
 )
 
-BUILT_IN = Path(__file__).parent / "pretrained"
 LANGUAGE_MODEL = "tiny-llama"
 ENCODER = "tiny-vision"
 

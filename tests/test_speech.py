@@ -169,7 +169,7 @@ def test_split_folders_and_a_division_by_options_exclude_each_other(tmp_path: Pa
         speech(tmp_path, speaker_column="transcription").prepare()
     other = tmp_path / "other"
     flat(other, [["train/a.wav", "x", "me"], ["b.wav", "x", "me"]])
-    with pytest.raises(UserError, match=r"metadata\.csv: line 3: 'b\.wav' is in no split folder, others are"):
+    with pytest.raises(UserError, match=r"metadata\.csv: line 3: 'b\.wav' is not in a split folder"):
         speech(other).prepare()
 
 
