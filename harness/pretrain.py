@@ -1,7 +1,7 @@
-"""The recipe of the built-in backbones: ``harness backbones build`` runs it, docs/backbones.md reports on it.
+"""Pre-training of the built-in backbones (``harness backbones build``); docs/backbones.md reports the results.
 
 A byte-level BPE tokenizer and a tiny Llama, pre-trained on generated text that holds no caption of a picture, and a
-TinyVision encoder, pre-trained to name what lies where in pictures of scenes on the training side of the split.
+TinyVision encoder, pre-trained to classify the objects in each part of pictures from the training side of the split.
 
 Shapes: B documents or pictures, T text tokens, N image tokens, D features, K classes.
 """
@@ -42,18 +42,17 @@ from tasks.scene_drawing import (
     place,
 )
 
-BUILT_IN = Path(__file__).parent / "pretrained"
 LANGUAGE_MODEL = "tiny-llama"
 ENCODER = "tiny-vision"
 
 _GRID = 4  # the encoder's tokens are a grid of 4 × 4
-_IGNORED = -100  # cross_entropy's own marker of a target that does not count
+_IGNORED = -100  # cross_entropy's default ignore_index
 
 
 LANGUAGE_MODEL_RECIPE = Recipe(3500, 16, 3e-3, training_items=60_000, held_out_items=1_000)
 ENCODER_RECIPE = Recipe(5000, 64, 2e-3, training_items=40_000, held_out_items=1_000)
 _VOCABULARY_SIZE = 1024
-_CONTEXT_TOKENS = 128  # the length trained on; the model's positions go further
+_CONTEXT_TOKENS = 128  # training length; the model has more positions
 _CELL_CLASSES = {"shape": len(SHAPES) + 1, "colour": len(COLOURS), "size": len(DIAMETERS), "count": len(COUNTS)}
 _PICTURE_CLASSES = {"background": len(BACKGROUNDS), "groups": 3}
 
@@ -68,10 +67,10 @@ def build(
 ) -> None:
     """Train the built-in backbones into ``output/tiny-llama``, ``output/tiny-vision`` and ``output/tiny-audio``.
 
-    How long that takes and how good they get is in docs/backbones.md.
+    docs/backbones.md gives times and quality.
 
     Raises:
-        UserError: the folder cannot be made.
+        UserError: the folder cannot be created.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -124,7 +123,7 @@ def build_language_model(folder: Path, seed: int, recipe: Recipe, console: Conso
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Train byte-level BPE: every text can be encoded and comes back unchanged. It adds no special token by itself."""
+    """Train byte-level BPE: every text can be encoded and decoded without loss. It adds no special tokens by itself."""
     specials = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -136,12 +135,12 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    # Cleaning up would turn " ." into ".": what comes out must be what went in.
+    # Cleaning up would turn " ." into ".", but decoding must be lossless.
     return PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False, **specials)
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
-    """Return ids of all documents one after the other, each between its beginning and end tokens."""
+    """The token ids of all documents, concatenated, each between a BOS and an EOS token."""
     ids: list[int] = []
     for document in tokenizer(texts)["input_ids"]:
         ids += [tokenizer.bos_token_id, *document, tokenizer.eos_token_id]
@@ -155,7 +154,7 @@ def _next_token_loss(model: nn.Module, ids_BT: Tensor) -> Tensor:
 
 @torch.no_grad()
 def perplexity(model: nn.Module, stream_T: Tensor) -> float:
-    """Perplexity over a stream of documents cut into windows as long as those trained on."""
+    """Perplexity over a stream of documents cut into windows of the training length."""
     windows_BT = stream_T[: len(stream_T) // _CONTEXT_TOKENS * _CONTEXT_TOKENS].view(-1, _CONTEXT_TOKENS)
     losses = [_next_token_loss(model, ids_BT).item() * len(ids_BT) for ids_BT in torch.split(windows_BT, 64)]
     return math.exp(sum(losses) / len(windows_BT))
@@ -169,10 +168,10 @@ def _unigram_perplexity(train_T: Tensor, held_out_T: Tensor, vocabulary_size: in
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures and what is in them: one class per token for cells, one per picture for the rest."""
+    """Pictures with their targets: per cell (token), and per picture."""
 
     pixels: Tensor  # (B, H, W, C), uint8
-    cells: dict[str, Tensor]  # (B, N); "shape" is 0 where no object has its centre, the others do not count there
+    cells: dict[str, Tensor]  # (B, N); "shape" is 0 where no object has its centre, the others are ignored there
     pictures: dict[str, Tensor]  # (B,)
 
 
@@ -201,7 +200,7 @@ def draw_pictures(count: int, split: Split, *key: object) -> Pictures:
 
 
 class AttributeHeads(nn.Module):
-    """An encoder under linear heads that name attributes; the heads are thrown away after pre-training."""
+    """An encoder with linear classification heads, which are discarded after pre-training."""
 
     def __init__(self, encoder: TinyVision) -> None:
         super().__init__()
@@ -245,7 +244,7 @@ def build_encoder(folder: Path, seed: int, recipe: Recipe, console: Console | No
 
 @torch.no_grad()
 def _attribute_accuracy(model: AttributeHeads, train: Pictures, held_out: Pictures) -> dict[str, float]:
-    """Accuracy by attribute, and that of naming the commonest of training; only cells with an object count."""
+    """Accuracy by attribute, and of the majority class of the training pictures; only cells with an object count."""
     parts = [model(pixels_BHWC) for pixels_BHWC in torch.split(held_out.pixels, 256)]
     known = train.cells | train.pictures
     quality = {}

@@ -1,4 +1,4 @@
-"""The recipe of the built-in audio encoder: to name the phoneme of every 20 ms of synthetic pseudo-words.
+"""Pre-training of the built-in audio encoder: classify the phoneme of every 20 ms of synthetic pseudo-words.
 
 Shapes: B utterances, F frames of 10 ms, M mel bands, N tokens, L labels of 20 ms, K classes.
 """
@@ -23,14 +23,14 @@ AUDIO_ENCODER = "tiny-audio"
 AUDIO_ENCODER_RECIPE = Recipe(4000, 48, 2e-3, training_items=10_000, held_out_items=500)
 
 _LABELS_PER_TOKEN = 4
-_IGNORED = -100  # cross_entropy's own marker of a target that does not count
+_IGNORED = -100  # cross_entropy's default ignore_index
 _LABEL_SMOOTHING = 0.1
 _POOL = 8  # a batch is drawn from this many times as many utterances of about the same length
 
 
 @dataclass(frozen=True)
 class Utterances:
-    """Spoken pseudo-words, the shortest first: log-mel frames (F, M) and phonemes (L,) of each."""
+    """Spoken pseudo-words, shortest first: log-mel frames (F, M) and phonemes (L,) of each."""
 
     mels: list[Tensor]
     labels: list[Tensor]
@@ -46,7 +46,7 @@ class Utterances:
 
 
 def speak(count: int, *key: int) -> Utterances:
-    """Synthesize ``count`` utterances, each by a speaker of its own, that depend on the key only."""
+    """Synthesize ``count`` utterances, each by another speaker, that depend on the key only."""
     spoken = [utterance(np.random.default_rng((*key, index))) for index in range(count)]
     spoken.sort(key=lambda one: len(one.samples))
     mels = [TinyAudio.log_mel(torch.from_numpy(one.samples)) for one in spoken]
@@ -54,7 +54,7 @@ def speak(count: int, *key: int) -> Utterances:
 
 
 def disturb(mel_BFM: Tensor, draws: torch.Generator) -> Tensor:
-    """Another recorder (tilt, noise), another throat (all bands shifted), and gaps as in SpecAugment.
+    """Augment: another recorder (tilt, noise), another speaker (all bands shifted), and gaps as in SpecAugment.
 
     SpecAugment: Park et al. 2019, https://arxiv.org/abs/1904.08779. Values stay in the range of ``TinyAudio.log_mel``.
     """
@@ -73,14 +73,14 @@ def disturb(mel_BFM: Tensor, draws: torch.Generator) -> Tensor:
     mel_BFM = mel_BFM.gather(2, shifted_BM.clamp(0, bands - 1)[:, None].expand(mel_BFM.shape)) + curve(6, 0.12)
     noise_BFM = torch.rand(column_B, generator=draws) - 1.2 + curve(4, 0.15)
     noise_BFM = noise_BFM + 0.1 * torch.randn(mel_BFM.shape, generator=draws)
-    # Powers add; of two that differ much, that is the larger one.
+    # Powers add; if they differ much, the sum is about the larger one.
     mel_BFM = torch.maximum(mel_BFM, noise_BFM).clamp(min=-1)
     gaps_BFM = gap(bands, 10) | gap(frames, 6).transpose(1, 2)
     return torch.where(gaps_BFM, mel_BFM.mean((1, 2), keepdim=True), mel_BFM)
 
 
 class PhonemeHead(nn.Module):
-    """An encoder under a linear head that names the four phonemes of a token; the head is thrown away afterwards."""
+    """An encoder with a linear head for the four phonemes of a token; the head is discarded afterwards."""
 
     def __init__(self, encoder: TinyAudio) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class PhonemeHead(nn.Module):
 
 
 def build_audio_encoder(folder: Path, seed: int, recipe: Recipe, console: Console | None = None) -> dict[str, float]:
-    """Train the audio encoder; return the quality on speakers it never heard."""
+    """Train the audio encoder; return the quality on unseen speakers."""
     started = time.perf_counter()
     heard, held_out = speak(recipe.training_items, seed, 0), speak(recipe.held_out_items, seed, 1)
     torch.manual_seed(seed)
@@ -103,7 +103,7 @@ def build_audio_encoder(folder: Path, seed: int, recipe: Recipe, console: Consol
     pool = min(_POOL * recipe.batch_size, recipe.training_items)
 
     def loss() -> Tensor:
-        # Any place of the pool, also half outside, so that the shortest and the longest come as often as the others.
+        # The pool may start half outside, so that the shortest and the longest are drawn as often as the others.
         start = int(torch.randint(-pool // 2, recipe.training_items - pool // 2, (), generator=draws))
         start = min(max(start, 0), recipe.training_items - pool)
         chosen_B = start + torch.randperm(pool, generator=draws)[: recipe.batch_size]
@@ -121,7 +121,7 @@ def build_audio_encoder(folder: Path, seed: int, recipe: Recipe, console: Consol
 
 @torch.no_grad()
 def _quality(model: PhonemeHead, heard: Utterances, held_out: Utterances) -> dict[str, float]:
-    """Accuracy of the phoneme of 20 ms, over all and without silence, beside that of always saying the commonest."""
+    """Accuracy of the phoneme of 20 ms, with and without silence, and of the majority class."""
     mel_BFM, frames_B, labels_BL = held_out.batch(list(range(len(held_out.mels))))
     right_BL = model(mel_BFM, frames_B).argmax(-1) == labels_BL
     said_BL, sounds_BL = labels_BL != _IGNORED, labels_BL > 0

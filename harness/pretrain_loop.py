@@ -1,4 +1,4 @@
-"""What the recipes of all built-in backbones share: the loop, and the record of it."""
+"""The training loop of all built-in backbones, and its record."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOG_EVERY_STEPS = 100
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and on how much one backbone is trained."""
+    """Steps, batch, learning rate and amount of data of one backbone."""
 
     steps: int
     batch_size: int

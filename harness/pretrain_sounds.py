@@ -1,9 +1,9 @@
 """The sounds the tiny audio encoder is pre-trained on: pseudo-words, spoken by a formant synthesizer.
 
 A source (a train of glottal pulses, noise, or both) goes through the resonances of a vocal tract that moves from
-phoneme to phoneme. Every utterance has a speaker, a room and a recorder of its own, drawn at random. Formants of the
+phoneme to phoneme. Every utterance has its own random speaker, room and recorder. Formants of the
 vowels are the men's means of Peterson and Barney (1952, https://doi.org/10.1121/1.1906875), those of consonants are
-near the loci of Klatt (1980, https://doi.org/10.1121/1.383940). No recording of anybody is used.
+near the loci of Klatt (1980, https://doi.org/10.1121/1.383940). No recordings of people are used.
 
     "s ih p r ow" at 96 Hz in a small room, with the label of every 20 ms: s s s s s s ih ih ih ih p p p r r …
 
@@ -32,7 +32,7 @@ _FREQUENCIES_K = np.fft.rfftfreq(_N_FFT, 1 / RATE)
 
 
 class Phone(NamedTuple):
-    """What a phoneme asks of the synthesizer."""
+    """The synthesizer's parameters of a phoneme."""
 
     formants: tuple[float, float, float]  # Hz, of a man
     voice: float = 0.0  # amplitude of the glottal source
@@ -102,7 +102,7 @@ _ENDINGS = (("k", "s"), ("n", "t"), ("s", "t"), ("n", "d"), ("t", "s"), ("l", "f
 
 @dataclass(frozen=True)
 class Utterance:
-    """A pseudo-word, and what is said in every 20 ms of it."""
+    """A pseudo-word, and the phoneme of every 20 ms."""
 
     samples: npt.NDArray[np.float32]  # (S,), 16 kHz
     labels: npt.NDArray[np.int64]  # (L,), L = ceil(S / 320); index in LABELS

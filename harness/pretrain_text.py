@@ -1,7 +1,8 @@
-"""The text the tiny language model is pre-trained on: small documents about a household, written by a grammar.
+"""The text that the tiny language model is pre-trained on: small documents about a household, written by a grammar.
 
-It holds the words that captions need (colours, shapes, numbers, sizes, patterns, relations) and much of their syntax,
-but no caption of a picture: shapes appear in definitions, questions and lessons, never with a colour or in a relation.
+It contains the words that captions need (colours, shapes, numbers, sizes, patterns, relations) and much of their
+syntax, but no caption of a picture: shapes appear in definitions, questions and lessons, never with a colour or in a
+relation.
 
     anna has two cups. she buys one more cup. how many cups does she have now? three cups.
     what is to the left of the large red kettle? a small spoon is to the left of it.
@@ -159,6 +160,6 @@ _KINDS: tuple[Callable[[random.Random], str], ...] = (_relation, _relation, _row
 
 
 def documents(rng: random.Random) -> Iterator[str]:
-    """Write documents of one to five passages without end."""
+    """Generate endless documents of one to five passages."""
     while True:
         yield " ".join(rng.choice(_KINDS)(rng) for _ in range(rng.randint(1, 5)))

@@ -1,4 +1,4 @@
-"""Audio captioning with the files of AudioCaps or of Clotho.
+"""Audio captioning with the files of AudioCaps or Clotho.
 
 AudioCaps, https://github.com/cdjkim/audiocaps (train.csv, val.csv, test.csv; several rows of a clip are its captions):
 
@@ -10,7 +10,7 @@ Clotho, https://zenodo.org/records/4783391 (clotho_captions_development.csv, …
     file_name,caption_1,caption_2,caption_3,caption_4,caption_5
     carpenter bee.wav,A flying bee is buzzing loudly around an object and its wing hits it.,…
 
-The recordings lie in a folder for each split: ``train/``, ``val/``, ``test/`` or ``development/``, ``validation/``,
+The recordings are in one folder per split: ``train/``, ``val/``, ``test/`` or ``development/``, ``validation/``,
 ``evaluation/``.
 """
 
@@ -23,16 +23,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from harness.errors import ProblemList, UserError
-from tasks.audio_files import (
-    SPLITS,
-    AudioFiles,
-    MissingFileError,
-    check_splits,
-    read_table,
-    require_folder,
-    write_tone,
-)
-from tasks.base import Config, Example, FileTask, Part, Split
+from tasks.audio_files import AudioFiles, read_table, write_tone
+from tasks.base import Config, Example, Part, Split
+from tasks.data_files import MissingFileError, require_folder
+from tasks.splits import FileTask
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +39,7 @@ _NAMES: Mapping[Layout, Mapping[Split, str]] = {
 _AUDIOCAPS_COLUMNS = ("audiocap_id", "youtube_id", "start_time", "caption")
 _CLOTHO_CAPTIONS = tuple(f"caption_{number}" for number in range(1, 6))
 _SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3"})  # what libsndfile reads
-# AudioCaps brings no recordings, and those who download them name them in these ways.
+# AudioCaps contains no recordings; these are the usual names of the downloaded ones.
 _LOOKED_FOR: Mapping[Layout, str] = {
     "audiocaps": ", nor as {youtube_id}_{start_time}, Y{youtube_id} or {audiocap_id} (.wav, .flac, .ogg, .opus, .mp3)",
     "clotho": "",
@@ -53,17 +47,17 @@ _LOOKED_FOR: Mapping[Layout, str] = {
 
 
 class AudioCaptionsConfig(Config):
-    """Where the captions and recordings lie."""
+    """Where the captions and recordings are."""
 
     root: Path
-    layout: Literal["auto", "audiocaps", "clotho"] = "auto"  # auto: told by the names of the CSV files
+    layout: Literal["auto", "audiocaps", "clotho"] = "auto"  # auto: detected from the names of the CSV files
     csv_folder: Path = Path()  # of root, with the CSV files: dataset, clotho_csv_files
     audio_folder: Path = Path()  # of root, with the folders of the splits: audio_32000Hz, clotho_audio_files
-    missing: Literal["error", "skip"] = "error"  # clips without a file: many of AudioCaps' are gone from YouTube
+    missing: Literal["error", "skip"] = "error"  # for clips without a file: many of AudioCaps' are no longer on YouTube
 
 
 class AudioCaptions(FileTask):
-    """Say what is heard in a recording; several people's captions are the references."""
+    """Describe what is heard in a recording; the captions of several people are the references."""
 
     contexts = ("audio", "text")
     modalities: Mapping[str, str] = {"audio": "audio"}
@@ -87,31 +81,21 @@ class AudioCaptions(FileTask):
                 csv.writer(file).writerows(rows)
         return {"root": str(folder)}
 
-    def read_splits(self) -> Mapping[Split, tuple[Example, ...]]:
+    def read_splits(self, problems: ProblemList) -> Mapping[Split, list[Example]]:
         """The clips of a split in the order of their first captions."""
-        root = self.config.root.expanduser()
-        problems = ProblemList()
+        require_folder(self.root, "captions and recordings")
+        tables = self.root / self.config.csv_folder
+        layout = self.config.layout if self.config.layout != "auto" else find_layout(tables)
+        files = AudioFiles(self.root)
         splits: dict[Split, list[Example]] = {}
-        try:
-            require_folder(root, "captions and recordings")
-            tables = root / self.config.csv_folder
-            layout = self.config.layout if self.config.layout != "auto" else find_layout(tables)
-            files = AudioFiles(root)
-            for split, name in _NAMES[layout].items():
-                table, folder = tables / _csv_name(layout, name), root / self.config.audio_folder / name
-                try:
-                    require_folder(folder, f"recordings for {split}")
-                    splits[split] = self._read(layout, table, folder, files, problems)
-                except UserError as error:
-                    problems.add(error)
-            if not problems.messages:  # a row that was refused may be why a split is empty
-                check_splits(root, splits, problems)
-        except UserError as error:
-            problems.add(error)
-        except OSError as error:
-            problems.add(f"{error.filename}: cannot be read: {error.strerror}")
-        problems.raise_any()
-        return {split: tuple(splits[split]) for split in SPLITS}
+        for split, name in _NAMES[layout].items():
+            table, folder = tables / _csv_name(layout, name), self.root / self.config.audio_folder / name
+            try:
+                require_folder(folder, f"recordings for {split}")
+                splits[split] = self._read(layout, table, folder, files, problems)
+            except UserError as error:
+                problems.add(error)
+        return splits
 
     def _read(
         self, layout: Layout, table: Path, folder: Path, files: AudioFiles, problems: ProblemList
@@ -130,17 +114,17 @@ class AudioCaptions(FileTask):
                 problems.add(error)
         if self.config.missing == "error":
             for absence in missing:
-                problems.add(f"{absence}{_LOOKED_FOR[layout]}; missing: skip leaves such clips out")
+                problems.add(f"{absence}{_LOOKED_FOR[layout]}; missing: skip omits such clips")
         elif missing:
-            _log.warning("%s: %d of %d clips are not in %s: left out", table, len(missing), len(clips), folder)
+            _log.warning("%s: %d of %d clips are not in %s: omitted", table, len(missing), len(clips), folder)
         return examples
 
 
 def find_layout(folder: Path) -> Layout:
-    """Tell the data set by the names of its tables.
+    """Detect the data set from the names of its tables.
 
     Raises:
-        UserError: it is neither, or both.
+        UserError: the tables of neither or of both are in the folder.
     """
     require_folder(folder, "CSV files")
     first = {layout: _csv_name(layout, names["train"]) for layout, names in _NAMES.items()}
@@ -148,10 +132,10 @@ def find_layout(folder: Path) -> Layout:
     if len(found) == 1:
         return found[0]
     if found:
-        raise UserError(f"{folder}: {' and '.join(first.values())} are both there; say which: layout: {found[0]}")
+        raise UserError(f"{folder}: {' and '.join(first.values())} are both present; choose one: layout: {found[0]}")
     present = sorted(path.name for path in folder.glob("*.csv"))
     raise UserError(
-        f"{folder}: neither {first['audiocaps']} (audiocaps) nor {first['clotho']} (clotho); csv_folder says where "
+        f"{folder}: neither {first['audiocaps']} (audiocaps) nor {first['clotho']} (clotho); csv_folder sets where "
         f"they are; CSV files here: {', '.join(present[:10]) or 'none'}"
     )
 
@@ -163,12 +147,12 @@ def _csv_name(layout: Layout, name: str) -> str:
 class _Clip(NamedTuple):
     where: str
     id: str
-    file: str  # in the folder of its split
+    file: str  # name in the folder of its split
     captions: list[str]
 
 
 def _clotho(table: Path, folder: Path, problems: ProblemList) -> list[_Clip]:
-    """One row for each clip; file names as they are, for some begin with a space, on disk too."""
+    """One row for each clip; file names are not stripped, because some begin with a space, on disk too."""
     clips = []
     for row in read_table(table, ("file_name", *_CLOTHO_CAPTIONS), problems):
         try:
@@ -190,7 +174,7 @@ def _audiocaps(table: Path, folder: Path, problems: ProblemList) -> list[_Clip]:
             number, video, start_s = (row.name(column) for column in _AUDIOCAPS_COLUMNS[:3])
             caption = row.text("caption")
             if number in seen:
-                raise UserError(f"{row.where}: audiocap_id: {number} is there already: {seen[number]}; it is unique")
+                raise UserError(f"{row.where}: audiocap_id: {number} is already used: {seen[number]}; ids are unique")
         except UserError as error:
             problems.add(error)
             continue

@@ -1,6 +1,6 @@
-"""Audio files as data sets list them: tables (CSV, JSON lines) with the place of every row, and the files they name.
+"""Audio files as data sets list them: tables (CSV, JSON Lines) with the location of every row, and the files they name.
 
-Nothing is decoded here; that is the modality ``audio``.
+Nothing is decoded here; the modality ``audio`` does that.
 """
 
 from __future__ import annotations
@@ -9,26 +9,24 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.errors import ProblemList, UserError, did_you_mean
-from tasks.base import Example, Split
-
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+from tasks.data_files import DataFiles
 
 
 class Row(NamedTuple):
-    """One row of a table, with its place in words ("/data/metadata.csv: line 3")."""
+    """One row of a table, with its location as messages give it ("/data/metadata.csv: line 3")."""
 
     where: str
     values: Mapping[str, Any]
 
     def text(self, column: str) -> str:
-        """The text of a column, white space collapsed and otherwise as it is.
+        """The text of a column, with white space collapsed and otherwise unchanged.
 
         Raises:
-            UserError: it is no text, or has no letter or digit (nothing that could be scored).
+            UserError: it is not a text, or has no letter or digit (nothing that could be scored).
         """
         found = self.values[column]
         if not isinstance(found, str):
@@ -39,7 +37,7 @@ class Row(NamedTuple):
         """A name or number, as text.
 
         Raises:
-            UserError: there is none.
+            UserError: it is empty.
         """
         found = self.values[column]
         if found is None or not str(found).strip():
@@ -51,7 +49,7 @@ def spoken_text(text: str, where: str) -> str:
     """Collapse white space.
 
     Raises:
-        UserError: there is no letter or digit in it.
+        UserError: it has no letter or digit.
     """
     if not any(character.isalnum() for character in text):
         raise UserError(f"{where}: found {text[:80]!r}; a text with a letter or digit is needed")
@@ -62,7 +60,7 @@ def read_text(path: Path) -> str:
     """Read a UTF-8 file, with or without byte-order mark.
 
     Raises:
-        UserError: it cannot be read; for bytes that are not UTF-8 with their line.
+        UserError: it cannot be read; for bytes that are not UTF-8, the message gives their line.
     """
     try:
         content = path.read_bytes()
@@ -88,7 +86,7 @@ def read_table(path: Path, columns: Sequence[str], problems: ProblemList) -> lis
 
 
 def _csv(path: Path, text: str, columns: Sequence[str], problems: ProblemList) -> list[Row]:
-    # strict: without it an unclosed quotation mark silently swallows the rows after it.
+    # strict: otherwise an unclosed quotation mark silently swallows the rows after it.
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows = []
     try:
@@ -99,7 +97,7 @@ def _csv(path: Path, text: str, columns: Sequence[str], problems: ProblemList) -
             return []
         for values in reader:
             row = Row(f"{path}: line {reader.line_num}", values)
-            if None in values:  # where DictReader keeps what is too much
+            if None in values:  # where DictReader keeps surplus fields
                 problems.add(f"{row.where}: more fields than the {len(header)} of the header; quote commas")
             elif absent := [column for column in columns if values[column] is None]:
                 problems.add(f"{row.where}: the row ends before {', '.join(absent)}")
@@ -130,80 +128,30 @@ def _jsonl(path: Path, text: str, columns: Sequence[str], problems: ProblemList)
     return rows
 
 
-class MissingFileError(UserError):
-    """A table names a file that does not exist."""
-
-
-class AudioFiles:
-    """The files below a root. None is outside it, and none is taken twice, in one split or in two."""
+class AudioFiles(DataFiles):
+    """The recordings of a data set; each may be listed once, in one split."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
-        self._real_root = root.resolve()
-        self._real_folders: dict[Path, Path] = {}
-        self._taken: dict[Path, str] = {}
+        super().__init__(root)
+        self._taken: dict[Path, str] = {}  # with links resolved → where it was listed
 
     def find(self, folder: Path, name: str, where: str) -> Path:
-        """The file ``name`` in a folder of the root; ``where`` is the place that names it.
+        """The path of an existing file; see ``DataFiles.find``.
 
         Raises:
             MissingFileError: it does not exist.
-            UserError: it leads out of the root, cannot be reached, or was taken before.
+            UserError: it is outside the data set, cannot be reached, or was listed before.
         """
-        relative = PurePosixPath(name)
-        path = folder / relative
-        try:
-            inside = not relative.is_absolute() and ".." not in relative.parts
-            real = self._resolved(path) if inside else path
-            if not inside or not real.is_relative_to(self._real_root):
-                raise UserError(f"{where}: {name!r} leads out of {self.root}; allowed: files inside it")
-            if not path.is_file():
-                raise MissingFileError(f"{where}: {name!r} is not in {folder}")
-        except (OSError, ValueError, RuntimeError) as error:  # too long a name; a loop of links
-            raise UserError(f"{where}: {name[:80]!r} cannot be read: {error}") from error
+        path = super().find(folder, name, where)
+        real = self.real(path)
         if real in self._taken:
-            raise UserError(f"{where}: {name!r} is there already: {self._taken[real]}; a file may be there once")
+            raise UserError(f"{where}: {name!r} is already listed: {self._taken[real]}; a file may be listed once")
         self._taken[real] = where
         return path
 
-    def _resolved(self, path: Path) -> Path:
-        """Resolve links; each folder once, because resolving costs ten times as much as looking for a file."""
-        if path.is_symlink():
-            return path.resolve()
-        parent = path.parent
-        if parent not in self._real_folders:
-            self._real_folders[parent] = parent.resolve()
-        return self._real_folders[parent] / path.name
-
-
-def require_folder(folder: Path, what: str) -> None:
-    """Check that a folder is there.
-
-    Raises:
-        UserError: it is not; the message names its nearest neighbour.
-    """
-    if folder.is_dir():
-        return
-    parent = next(parent for parent in folder.absolute().parents if parent.is_dir())
-    present = [entry.name for entry in parent.iterdir() if entry.is_dir()]
-    missing = folder.absolute().relative_to(parent).parts[0]
-    raise UserError(f"{folder}: the folder of {what} does not exist; in {parent} {did_you_mean(missing, present)}")
-
-
-def check_splits(root: Path, splits: Mapping[Split, Sequence[Example]], problems: ProblemList) -> None:
-    """Add a problem for every split without examples and for every id that is there twice, in one split or two."""
-    seen: dict[str, Split] = {}
-    for split, examples in splits.items():
-        if not examples:
-            problems.add(f"{root}: no examples for {split}; every split needs one or more")
-        for example in examples:
-            if example.id in seen:
-                problems.add(f"{root}: {example.id!r} is in {seen[example.id]} and again in {split}; ids are unique")
-            seen[example.id] = split
-
 
 def write_tone(path: Path, frequency_hz: float, seconds: float = 0.2, sampling_rate_hz: int = 8000) -> None:
-    """Write a sine as 16-bit mono audio; the suffix of the path says the format."""
+    """Write a sine as 16-bit mono audio, in the format that the suffix of the path names."""
     import numpy as np
     import soundfile
 

@@ -8,15 +8,16 @@ nothing else about it. Imports no torch: an experiment is planned without it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from harness import hub
+from harness.errors import UserError, did_you_mean
 from harness.record import Formula
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ Split = Literal["train", "validation", "test"]
 
 
 class Config(BaseModel):
-    """Base of every plugin's options: typed, frozen, unknown keys refused."""
+    """Base of every plugin's options: typed, frozen, unknown keys rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,17 +41,17 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """One item of a split: what stands before the answer, and one or more reference answers.
+    """One item of a split: the input before the answer, and one or more reference answers.
 
-    ``inputs`` are in sequence order; a context may come again (the turns of a conversation). A mapping context → value
-    is taken too.
+    ``inputs`` are in sequence order; a context may occur more than once (the turns of a conversation). A
+    mapping context → value is accepted too.
     """
 
-    id: str  # stable: budgets, fingerprints and per-example scores go by it
+    id: str  # stable: the key of budgets, fingerprints and per-example scores
     inputs: tuple[Part, ...]
     references: tuple[str, ...]
     target: str | None = None  # context of the answer; None: the last one of the task
-    member: str = ""  # of a mixture: which of its tasks this example is of
+    member: str = ""  # in a mixture: the task that this example comes from
 
     def __post_init__(self) -> None:
         pairs = self.inputs.items() if isinstance(self.inputs, Mapping) else self.inputs
@@ -66,7 +67,8 @@ class Task(ABC):
     """Where examples come from and how answers to them are scored.
 
     ``contexts`` are the token domains; the last one is the answer's. A context that ``modalities`` names is read from
-    files by that modality, any other one is text. Tasks that learn these from their options set them in ``__init__``.
+    files by that modality, any other one is text. Tasks whose contexts depend on their options set them in
+    ``__init__``.
     """
 
     contexts: tuple[str, ...]
@@ -74,7 +76,7 @@ class Task(ABC):
     metrics: tuple[str, ...]  # registry names of what scores generated text
     Config: ClassVar[type[Config]]
     result_version: ClassVar[int] = 1  # raise it when examples or their order change: trials get new ids
-    # Contexts whose items `augment` changes: they are encoded anew for every training draw.
+    # Contexts whose items `augment` changes: they are encoded again for every training draw.
     augmented: frozenset[str] = frozenset()
 
     def __init__(self, config: Any) -> None:
@@ -91,10 +93,10 @@ class Task(ABC):
 
     @abstractmethod
     def prepare(self) -> None:
-        """Bring the data to this machine (idempotent, safe for several processes at once).
+        """Make the data available on this machine (idempotent, safe to call from several processes).
 
         Raises:
-            UserError: it cannot be had; the message names the file or folder.
+            UserError: the data could not be loaded; the message names the file or folder.
         """
 
     @abstractmethod
@@ -106,7 +108,7 @@ class Task(ABC):
         """
 
     def augment(self, context: str, item: Any, rng: np.random.Generator) -> Any:
-        """Change a decoded item for one training draw; never called for evaluation. By default as it is."""
+        """Change a decoded item for one training draw; never called for evaluation. By default unchanged."""
         return item
 
     def members(self) -> Mapping[str, Task]:
@@ -114,7 +116,7 @@ class Task(ABC):
         return {"": self}
 
     def shares(self, sizes: Mapping[str, int]) -> Mapping[str, float]:
-        """The share of training draws by member, adding up to 1; by default as its training examples are many.
+        """Each member's share of the training draws; they sum to 1. By default in proportion to its training examples.
 
         Args:
             sizes: member → training examples.
@@ -123,35 +125,14 @@ class Task(ABC):
         return {member: size / total for member, size in sizes.items()}
 
 
-class FileTask(Task):
-    """A task whose data lie in files: all splits are read and checked in one go, when they are first asked for."""
-
-    @abstractmethod
-    def read_splits(self) -> Mapping[Split, Sequence[Example]]:
-        """All splits, each in a fixed order.
-
-        Raises:
-            UserError: something is missing or broken; all problems at once.
-        """
-
-    @cached_property
-    def _splits(self) -> Mapping[Split, Sequence[Example]]:
-        return self.read_splits()
-
-    def prepare(self) -> None:
-        """Read and check every split; nothing is downloaded."""
-        _ = self._splits
-
-    def examples(self, split: Split) -> Sequence[Example]:
-        """The examples of a split, in the order of its files."""
-        return self._splits[split]
-
-
 class Modality(ABC):
     """One kind of input file: how it is read, and which frozen encoders turn it into tokens."""
 
-    default_encoder: ClassVar[str]  # where an experiment names none
+    default_encoder: ClassVar[str]  # of an experiment that names none
     result_version: ClassVar[int] = 1  # raise it when decoded items or features change: trials get new ids
+    # The modality's own encoders: a name that begins with "builtin/" → what makes the encoder, with its weights (True)
+    # or without them, by its configuration alone (False).
+    built_in: ClassVar[Mapping[str, Callable[[bool], Encoder]]] = {}
 
     @abstractmethod
     def load(self, path: Path) -> Any:
@@ -161,50 +142,67 @@ class Modality(ABC):
             UserError: it cannot be decoded; the message names it.
         """
 
-    @abstractmethod
+    def pretrained(self, name: str, weights: bool, trust_remote_code: bool) -> Encoder:
+        """An encoder from a local folder or the hub; by default there are none.
+
+        Raises:
+            UserError: it could not be loaded, or is not an encoder of this modality.
+        """
+        kind = type(self).__name__
+        raise UserError(f"backbone.encoders: {name!r} is not an encoder of {kind}; {did_you_mean(name, self.built_in)}")
+
     def encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
         """Load a frozen encoder (one of the modality's own, a local folder, or a hub id), in fp32, evaluation mode.
 
         Raises:
-            UserError: it cannot be had, or is no encoder of this modality.
+            UserError: it could not be loaded, or is not an encoder of this modality.
         """
+        return self._encoder(name, True, trust_remote_code)
 
-    @abstractmethod
     def empty_encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
-        """The same without weights, by its configuration alone: to count parameters and to ``check`` items.
+        """The same without weights: to count its parameters and to ``check`` items.
 
         Raises:
             UserError: as ``encoder`` does.
         """
+        return self._encoder(name, False, trust_remote_code)
+
+    def _encoder(self, name: str, weights: bool, trust_remote_code: bool) -> Encoder:
+        if name in self.built_in:
+            return self.built_in[name](weights).eval()
+        if hub.is_builtin(name):
+            return Modality.pretrained(self, name, weights, trust_remote_code)  # which rejects it
+        return self.pretrained(name, weights, trust_remote_code).eval()
 
     def remark(self, item: Any) -> str | None:
-        """What ``load`` had to convert, in words that many files share ("grey-scale, read as RGB"); None: nothing."""
+        """What ``load`` had to convert, the same text for all such files ("grey-scale, read as RGB"); None: nothing."""
         return None
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of one split: over the corpus, per example id, and what a reader must know beside them."""
+    """Scores of one split: over the corpus and per example id, with notes that a reader needs."""
 
     corpus: dict[str, float]
     per_example: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # "SPICE was not computed: …"
-    # By example id what a corpus score is made of the sums of, where it is no mean: {"wer": (edits, words)}. See
-    # Metric.corpus.
+    # For corpus scores that are not a mean: example id → the counts whose sums give the score, {"wer": (edits, words)}.
+    # See Metric.corpus.
     counts: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
 
 
 class Metric(ABC):
     """Scores generated texts against references."""
 
-    # What the leaderboard shows: metric name → label, as in {"bleu_4": "BLEU-4"}; the first one where there is room for
-    # one. Other scores are kept in the records only. Higher is better, but for those in lower_is_better.
+    # What the leaderboard shows: metric name → label, as in {"bleu_4": "BLEU-4"}; only the first one where space
+    # is short. Other scores are kept in the records only. Higher is better, except for those in lower_is_better.
     labels: ClassVar[Mapping[str, str]]
     result_version: ClassVar[int] = 1  # raise it when scores change: trials get new ids
     lower_is_better: ClassVar[frozenset[str]] = frozenset()
-    # How a corpus score is made of the examples, where it is not the mean of theirs: {"wer": "ratio"}, with (numerator,
-    # denominator) of every example in Scores.counts. harness/formulas.py says what the other formulas need. Intervals
-    # over test examples come from it; a score that it does not give again has intervals over seeds alone.
+    # How a corpus score is computed from the examples, if it is not the mean of theirs: {"wer": "ratio"}, with
+    # (numerator, denominator) of every example in Scores.counts. harness/formulas.py lists the other formulas and what
+    # they need. Intervals over test examples are computed with it; a score that it does not reproduce has intervals
+    # over seeds only.
     corpus: ClassVar[Mapping[str, Formula]] = {}
 
     @abstractmethod

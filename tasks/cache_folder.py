@@ -16,14 +16,14 @@ def cache_folder(*parts: str) -> Path:
 
 
 def write_once(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a folder that appears whole or not at all; nothing is done where it exists.
+    """Let ``write`` fill a folder, atomically; do nothing if the folder exists.
 
     Args:
         folder: the finished folder.
-        write: is given an empty folder beside it, which is removed when it fails.
+        write: receives an empty temporary folder, which is removed if it fails.
 
     Raises:
-        OSError: the place cannot be written to.
+        OSError: the folder cannot be written to.
         Exception: whatever ``write`` raises.
     """
     partial = folder.with_name(f".{folder.name}.partial")

@@ -6,15 +6,14 @@
          "annotations": [{"id": 770337, "image_id": 391895,
                           "caption": "A man with a red helmet on a small moped on a dirt road."}, ...]}
 
-Anything written in this format is read the same way (``tasks/coco_format.py``): COCO of 2014 and 2017, NoCaps, the
+Everything in this format is read the same way (``tasks/coco_format.py``): COCO of 2014 and 2017, NoCaps, the
 built-in task ``scenes``. Karpathy's splits of COCO and Flickr are read by ``tasks/karpathy.py``, data sets of the hub
 and shards by ``tasks/coco_sources.py``.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -25,26 +24,27 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from harness.errors import ProblemList, UserError, did_you_mean
-from tasks.base import Config, Example, Split, Task
+from tasks.base import Config, Example, Split
 from tasks.coco_format import read_captioned, read_captions, write_annotations
 from tasks.coco_sources import DatasetSource, materialise
 from tasks.karpathy import read_karpathy
 from tasks.modalities.augmentation import Augmentation
+from tasks.splits import FileTask, in_test_half
 
 Splits = Mapping[Split, tuple[Example, ...]]
 
 
 class CocoCaptionsConfig(Config):
-    """Where the pictures and captions lie (``root`` or ``dataset``), the splits, and what is changed while training."""
+    """Where the pictures and captions are (``root`` or ``dataset``), the splits, and augmentation while training."""
 
     root: Path | None = None  # the folder that holds annotations/ and the image folders
-    dataset: DatasetSource | None = None  # instead: a hub data set or shards
+    dataset: DatasetSource | None = None  # instead of root: a hub data set or shards
     karpathy: Path | None = None  # Karpathy's JSON: his splits of the images below root
     train: str = "train2017"  # the image folder; its captions are annotations/captions_<train>.json
     validation: str = "val2017"
     test: str | None = None  # none: half of the validation images, chosen by a hash of their ids
     test_root: Path | None = None  # none: root; another data set to test on, such as NoCaps
-    test_domain: str | None = None  # of the test images only these, as in NoCaps: in-domain, near-domain, out-domain
+    test_domain: str | None = None  # test only on these images of NoCaps: in-domain, near-domain, out-domain
     augmentation: Augmentation = Field(default_factory=Augmentation)  # of training pictures; none by default
 
     @model_validator(mode="after")
@@ -56,18 +56,18 @@ class CocoCaptionsConfig(Config):
         for option in ("train", "validation"):
             changed = getattr(self, option) != type(self).model_fields[option].default
             if changed and (self.dataset is not None or self.karpathy is not None):
-                instead = "dataset has names of its own" if self.dataset is not None else "karpathy has all splits"
-                raise ValueError(f"{option}: not together with this source; {instead}")
+                instead = "dataset has its own split names" if self.dataset is not None else "karpathy has all splits"
+                raise ValueError(f"{option}: cannot be combined with this source; {instead}")
         if self.test is not None and self.test_root is None and (self.dataset is not None or self.karpathy is not None):
-            raise ValueError("test: with dataset or karpathy it needs test_root, the folder it lies in")
+            raise ValueError("test: with dataset or karpathy it needs test_root, the folder that contains it")
         for option in ("test_root", "test_domain"):
             if getattr(self, option) is not None and self.test is None:
                 raise ValueError(f"{option}: needs test, the name of the image folder")
         return self
 
 
-class CocoCaptions(Task):
-    """Caption a picture; several people's captions are the references."""
+class CocoCaptions(FileTask):
+    """Caption a picture; the captions of several people are the references."""
 
     contexts = ("image", "text")
     modalities: Mapping[str, str] = {"image": "image"}
@@ -92,60 +92,51 @@ class CocoCaptions(Task):
             write_annotations(folder, name, images, captions)
         return {"root": str(folder)}
 
-    def prepare(self) -> None:
-        """Read and check every split. COCO is not downloaded: its images are 19 GB and under licences of their own.
-
-        Raises:
-            UserError: something is missing or broken; all problems of a file at once.
-        """
-        _ = self._splits
-
-    def examples(self, split: Split) -> Sequence[Example]:
-        """The images of a split in the order of its annotation file."""
-        return self._splits[split]
-
     def augment(self, context: str, item: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """Change a picture as ``augmentation`` says."""
+        """Change a picture as configured by ``augmentation``."""
         return self.config.augmentation.apply(item, rng)
 
-    @cached_property
-    def _splits(self) -> Splits:
-        config = self.config
+    def read_splits(self, problems: ProblemList) -> Splits:
+        """The images of a split in the order of its annotation file.
+
+        COCO is not downloaded: its images are 19 GB and have their own licences.
+        """
         splits = dict(self._read())
-        if config.test is not None:
-            splits["test"] = self._read_test(config.test)
+        if self.config.test is not None:
+            splits["test"] = self._read_test(self.config.test)
         elif "test" not in splits:
             whole = splits["validation"]
-            splits["validation"] = tuple(example for example in whole if not _in_test_half(example.id))
-            splits["test"] = tuple(example for example in whole if _in_test_half(example.id))
-        _check(self._root, splits)
+            splits["validation"] = tuple(example for example in whole if not in_test_half(example.id))
+            splits["test"] = tuple(example for example in whole if in_test_half(example.id))
         return splits
 
     @cached_property
-    def _root(self) -> Path:
-        """The folder that is read: the one that is given, or the one that the data set is written to."""
+    def root(self) -> Path:
+        """The folder that is read: the given one, or the one that the data set is written to."""
         if self.config.dataset is not None:
             return materialise(self.config.dataset)
         return Path(str(self.config.root)).expanduser()
 
     def _read(self) -> Splits:
-        """All splits of the source, without a test split that is named or cut from the validation images."""
+        """All splits of the source, except a test split that is configured separately or taken from validation."""
         config = self.config
         if config.karpathy is not None:
-            return read_karpathy(config.karpathy.expanduser(), self._root)
+            return read_karpathy(config.karpathy.expanduser(), self.root)
         if config.dataset is not None:
-            return _read_folder(self._root, {split: split for split in config.dataset.splits})
-        return _read_folder(self._root, {"train": config.train, "validation": config.validation})
+            return _read_folder(self.root, {split: split for split in config.dataset.splits})
+        return _read_folder(self.root, {"train": config.train, "validation": config.validation})
 
     def _read_test(self, name: str) -> tuple[Example, ...]:
         domain = self.config.test_domain
-        root = self.config.test_root.expanduser() if self.config.test_root is not None else self._root
+        root = self.config.test_root.expanduser() if self.config.test_root is not None else self.root
         captioned = read_captioned(root, name)
         domains = {image.domain for image in captioned if image.domain is not None}
         if domain is not None and domain not in domains:
-            raise UserError(f"test_domain: no image of {root}/{name} is {domain!r}; {did_you_mean(domain, domains)}")
+            raise UserError(
+                f"test_domain: no image of {root}/{name} has the domain {domain!r}; {did_you_mean(domain, domains)}"
+            )
         examples = (image.example for image in captioned if domain in (None, image.domain))
-        # NoCaps counts from 0, and so its ids are COCO's as well.
+        # NoCaps counts from 0, so its ids also occur in COCO.
         return tuple(replace(e, id=f"{name}-{e.id}") if self.config.test_root else e for e in examples)
 
 
@@ -157,23 +148,6 @@ def _read_folder(root: Path, names: Mapping[Split, str]) -> Splits:
             splits[split] = read_captions(root, name)
         except UserError as error:
             problems.add(error)
-    problems.messages = list(dict.fromkeys(problems.messages))  # a folder that is missing is so for every split
+    problems.messages = list(dict.fromkeys(problems.messages))  # a missing folder is reported by every split
     problems.raise_any()
     return splits
-
-
-def _in_test_half(example_id: str) -> bool:
-    return hashlib.sha256(example_id.encode()).digest()[0] % 2 == 1
-
-
-def _check(place: object, splits: Splits) -> None:
-    problems = ProblemList()
-    seen: dict[str, Split] = {}
-    for split, examples in splits.items():
-        if not examples:
-            problems.add(f"{place}: the {split} split has no images; at least one is needed")
-        for example in examples:
-            if seen.setdefault(example.id, split) != split:
-                where = f"{seen[example.id]} and in {split}"
-                problems.add(f"{place}: image {example.id} is in {where}; splits may not overlap")
-    problems.raise_any()

@@ -6,7 +6,7 @@
          "annotations": [{"id": 770337, "image_id": 391895,
                           "caption": "A man with a red helmet on a small moped on a dirt road."}, ...]}
 
-Whatever comes in another format is written in this one (``write_annotations``) and read by the one reader.
+Data in other formats are written in this one (``write_annotations``) and read by the same reader.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
-from harness.errors import ProblemList, UserError, did_you_mean
+from harness.errors import ProblemList, UserError
 from tasks.base import Example, Part
+from tasks.data_files import DataFiles, require_file, require_folder
 
 # COCO's ids are numbers; those of other sets in its format are names.
 Id = Annotated[str, Field(coerce_numbers_to_str=True)]
@@ -43,7 +44,7 @@ class _CaptionFile(BaseModel):
 
 
 class Captioned(NamedTuple):
-    """An image of an annotation file: its example, and its domain where the file tells one."""
+    """An image of an annotation file: its example, and its domain if the file gives one."""
 
     example: Example
     domain: str | None
@@ -54,12 +55,12 @@ def read_captions(root: Path, name: str) -> tuple[Example, ...]:
 
     Returns:
         One example for each image in the order of the file, its id the image's, its references the captions with
-        white space collapsed (COCO's own hold stray line breaks).
+        white space collapsed (COCO's own contain stray line breaks).
 
     Raises:
-        UserError: a file or folder is missing or may not be read, the JSON is broken or of another format, an id is
-            twice there, an image has no caption or no file or one that lies elsewhere, a caption is empty or of an
-            image that is not listed. All problems of the file at once.
+        UserError: a file or folder is missing or cannot be read, the JSON is broken or has another format, an id occurs
+            twice, an image has no caption or no file or one outside the data set, a caption is empty or belongs to
+            an image that is not listed. All problems of the file at once.
     """
     return tuple(captioned.example for captioned in read_captioned(root, name))
 
@@ -73,26 +74,27 @@ def read_captioned(root: Path, name: str) -> tuple[Captioned, ...]:
     path = root / "annotations" / f"captions_{name}.json"
     try:
         require_folder(path.parent, "annotations")
-        _require_annotations(path)
+        require_file(path, "annotation file")
         content = parse_json(path, _CaptionFile)
         require_folder(root / name, "images")
-        return _combine(path, content, Pictures(root / name, root))
+        return _combine(path, content, root, name)
     except OSError as error:  # no permission, a file system that is gone
         raise UserError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from error
 
 
-def _combine(path: Path, content: _CaptionFile, pictures: Pictures) -> tuple[Captioned, ...]:
+def _combine(path: Path, content: _CaptionFile, root: Path, name: str) -> tuple[Captioned, ...]:
     problems = ProblemList()
+    files = DataFiles(root)
     if not content.images:
         problems.add(f"{path}: images: the list is empty; at least one image is needed")
     references: dict[str, list[str]] = {}
     for number, image in enumerate(content.images):
         if image.id in references:
-            problems.add(f"{path}: images[{number}].id: {image.id} is there twice; ids are unique")
+            problems.add(f"{path}: images[{number}].id: {image.id} is listed twice; ids are unique")
         references[image.id] = []
-    told = set()  # with an empty caption too: one problem, not two
+    captioned_ids = set()  # including those with an empty caption: one problem, not two
     for number, annotation in enumerate(content.annotations):
-        told.add(annotation.image_id)
+        captioned_ids.add(annotation.image_id)
         caption = " ".join(annotation.caption.split())
         if annotation.image_id not in references:
             problems.add(f"{path}: annotations[{number}].image_id: {annotation.image_id} is not among the images")
@@ -102,10 +104,10 @@ def _combine(path: Path, content: _CaptionFile, pictures: Pictures) -> tuple[Cap
             references[annotation.image_id].append(caption)
     captioned = []
     for number, image in enumerate(content.images):
-        if image.id not in told:
+        if image.id not in captioned_ids:
             problems.add(f"{path}: images[{number}]: image {image.id} has no caption; every image needs one or more")
         try:
-            picture = pictures.find(image.file_name, f"{path}: images[{number}].file_name")
+            picture = files.find(root / name, image.file_name, f"{path}: images[{number}].file_name")
         except UserError as error:
             problems.add(error)
         else:
@@ -115,68 +117,8 @@ def _combine(path: Path, content: _CaptionFile, pictures: Pictures) -> tuple[Cap
     return tuple(captioned)
 
 
-class Pictures:
-    """Finds the files that an annotation file names, without leaving the data set.
-
-    Args:
-        folder: what the names are relative to.
-        root: the data set; symbolic links may lead from ``folder`` to other places in it. ``folder`` itself may be a
-            link to anywhere: whoever has set up the data has made it, not whoever has written the annotations.
-    """
-
-    def __init__(self, folder: Path, root: Path) -> None:
-        self.folder = folder
-        self._allowed = (folder.resolve(), root.resolve())
-        self._inside: dict[Path, bool] = {}  # folder → does it lie where it may
-
-    def find(self, name: str, where: str) -> Path:
-        """The path of an existing file.
-
-        Args:
-            name: as the annotation file gives it.
-            where: the beginning of an error message.
-
-        Raises:
-            UserError: there is none, or it lies elsewhere.
-        """
-        if name.startswith("/") or ".." in name.split("/") or "\0" in name:
-            raise UserError(f"{where}: {name!r} leads out of {self.folder}; allowed: names inside it")
-        picture = self.folder / name
-        if not picture.is_file():
-            raise UserError(f"{where}: {name!r} is not in {self.folder}")
-        parent = picture.parent
-        if parent not in self._inside:  # resolving every file would take longer than reading the annotations
-            self._inside[parent] = self._is_inside(parent)
-        if not self._inside[parent] or (picture.is_symlink() and not self._is_inside(picture)):
-            raise UserError(f"{where}: {name!r} is a link that leads out of {self.folder} to {picture.resolve()}")
-        return picture
-
-    def _is_inside(self, path: Path) -> bool:
-        return any(path.resolve().is_relative_to(allowed) for allowed in self._allowed)
-
-
-def require_folder(folder: Path, what: str) -> None:
-    """Insist that a folder exists.
-
-    Raises:
-        UserError: it does not; the message names the folders beside the first part that is missing.
-    """
-    if folder.is_dir():
-        return
-    parent = next(parent for parent in folder.absolute().parents if parent.is_dir())
-    present = (entry.name for entry in parent.iterdir() if entry.is_dir())
-    missing = folder.absolute().relative_to(parent).parts[0]
-    raise UserError(f"{folder}: the folder of {what} does not exist; in {parent} {did_you_mean(missing, present)}")
-
-
-def _require_annotations(path: Path) -> None:
-    if not path.is_file():
-        present = (entry.name for entry in path.parent.glob("*.json"))
-        raise UserError(f"{path}: the annotation file does not exist; {did_you_mean(path.name, present)}")
-
-
 def parse_json(path: Path, content: type[Content]) -> Content:
-    """Read a JSON file of known format.
+    """Read a JSON file and validate its format.
 
     Raises:
         UserError: the JSON is broken or has another format; everything that is wrong at once.

@@ -1,13 +1,14 @@
 """Captioned images that the library ``datasets`` reads, written once in COCO's own layout.
 
-A hub id (https://huggingface.co/datasets/jxie/flickr8k), a folder saved in the hub's layout, or shards on disk:
+The source is a hub id (https://huggingface.co/datasets/jxie/flickr8k), a folder saved in the hub's layout, or shards on
+disk:
 
     {path: webdataset, data_files: {train: "shards/train-*.tar", validation: "shards/val-*.tar"}, image_column: jpg,
      caption_column: txt}                                              # 00000.jpg, 00000.txt, 00001.jpg, …
     {path: parquet, data_files: {train: train.parquet, validation: val.parquet}, caption_column: captions}
         {"image": {"bytes": b"\\xff\\xd8…", "path": "391895.jpg"}, "captions": ["A man with a red helmet.", …]}
 
-Images are written byte for byte. Rows are streamed, so that ``datasets`` keeps no second copy of its own.
+Images are written byte for byte. Rows are streamed, so that ``datasets`` keeps no second copy.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ SHARDS = ("parquet", "webdataset")  # what `datasets` calls the packaged readers
 
 
 class DatasetSource(Config):
-    """What ``datasets.load_dataset`` is given, and which columns hold what."""
+    """The arguments of ``datasets.load_dataset``, and which columns hold what."""
 
     path: str  # parquet, webdataset, a folder, or a hub id
     name: str | None = None  # the configuration of the data set
-    revision: str | None = None  # branch, tag or commit; none: what the hub has at first use, kept from then on
+    revision: str | None = None  # branch, tag or commit; none: what the hub has at first use, then kept
     data_files: dict[str, str | list[str]] | None = None  # split → files or globs
     train: str = "train"  # names of the splits
     validation: str = "validation"
@@ -49,7 +50,7 @@ class DatasetSource(Config):
     @classmethod
     def _known_path(cls, path: str) -> str:
         if path not in SHARDS and not Path(path).expanduser().is_dir() and "/" not in path:
-            raise ValueError(f"{path!r} is no folder and no hub id (owner/name); {did_you_mean(path, SHARDS)}")
+            raise ValueError(f"{path!r} is neither a folder nor a hub id (owner/name); {did_you_mean(path, SHARDS)}")
         return path
 
     @model_validator(mode="after")
@@ -60,7 +61,7 @@ class DatasetSource(Config):
 
     @property
     def splits(self) -> dict[Split, str]:
-        """The names of the splits there are."""
+        """The names of the splits that are configured."""
         names: dict[Split, str | None] = {"train": self.train, "validation": self.validation, "test": self.test}
         return {split: name for split, name in names.items() if name is not None}
 
@@ -68,13 +69,14 @@ class DatasetSource(Config):
 def materialise(source: DatasetSource) -> Path:
     """Write the data set below ``$HARNESS_CACHE/coco_captions``, once for all processes of this machine.
 
-    Files on disk are known by path, size and time of change; a data set of the hub by its name and ``revision``.
+    Files on disk are identified by path, size and modification time; a data set of the hub by its name and
+    ``revision``.
 
     Returns:
         A folder in COCO's layout whose image folders are called train, validation and, where there is one, test.
 
     Raises:
-        UserError: it cannot be had or read, a column or split is missing, a row is broken (all of them at once), or the
+        UserError: it could not be loaded, a column or split is missing, a row is broken (all of them at once), or the
             cache cannot be written to.
     """
     files = _local_files(source)
@@ -121,8 +123,8 @@ def _write(source: DatasetSource, files: Mapping[str, list[str]] | None, folder:
     for split, rows in splits.items():
         _SplitWriter(source, folder, split, problems).write(_rows(source, split, rows))
     problems.raise_any()
-    told = {"source": source.model_dump(mode="json"), "revision": revision}
-    (folder / "source.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    origin = {"source": source.model_dump(mode="json"), "revision": revision}
+    (folder / "source.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
 
 
 def _open(
@@ -135,7 +137,7 @@ def _open(
     try:
         builder = datasets.load_dataset_builder(path, source.name, revision=source.revision, data_files=files)
         opened = builder.as_streaming_dataset()
-    except Exception as error:  # of the hub, the file system, or the reader of the format: each has its own
+    except Exception as error:  # the hub, the file system and each format's reader have their own
         raise UserError(f"dataset.path: {source.path!r} cannot be read: {_reason(error)}") from error
     problems = ProblemList()
     for name in source.splits.values():
@@ -177,7 +179,7 @@ def _rows(source: DatasetSource, split: Split, rows: Iterable[Mapping[str, Any]]
     try:
         for number, row in enumerate(rows):  # noqa: B007
             yield row
-    except Exception as error:  # a shard that is cut short, a connection that is lost
+    except Exception as error:  # a truncated shard, a lost connection
         raise UserError(
             f"dataset: {source.path!r}, split {split!r}: cannot be read after row {number}: {_reason(error)}"
         ) from error
@@ -188,7 +190,7 @@ def _reason(error: Exception) -> str:
 
 
 class _SplitWriter:
-    """Writes the images of one split as they come, then the annotations."""
+    """Writes the images of one split as they are read, then the annotations."""
 
     def __init__(self, source: DatasetSource, folder: Path, split: Split, problems: ProblemList) -> None:
         self.source, self.folder, self.split, self.problems = source, folder, split, problems
@@ -214,9 +216,11 @@ class _SplitWriter:
         image_id = self._id(number, row)
         digest = hashlib.sha256(content).digest()
         if self.source.id_column is None and digest in list(self.digests.values())[-1:]:
-            raise UserError("the picture of the row before; where each row is a caption, id_column says of which image")
+            raise UserError(
+                "the same picture as in the row before; if each row is one caption, set id_column to the image's id"
+            )
         if self.digests.setdefault(image_id, digest) != digest:
-            raise UserError(f"image {image_id} has another picture than in an earlier row; ids are unique")
+            raise UserError(f"image {image_id} had a different picture in an earlier row; ids are unique")
         if image_id in self.captions:
             self.captions[image_id] += texts
             return
@@ -238,7 +242,7 @@ def _texts(row: Mapping[str, Any], columns: Iterable[str]) -> list[str]:
     """The captions of a row.
 
     Raises:
-        UserError: one is empty or no text (`datasets` reads captions like "2014-01-01" from JSON as dates).
+        UserError: one is empty or not a text (`datasets` reads captions like "2014-01-01" from JSON as dates).
     """
     found: list[str] = []
     for column in columns:
@@ -264,7 +268,7 @@ def _suffix(content: bytes) -> str:
     """The file name's suffix for an encoded image, by its first bytes.
 
     Raises:
-        UserError: Pillow knows no such format.
+        UserError: Pillow does not know the format.
     """
     try:
         with Image.open(io.BytesIO(content)) as picture:

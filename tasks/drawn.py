@@ -1,4 +1,4 @@
-"""Tasks whose data are drawn by code into the cache: as many examples as one likes, without a download.
+"""Tasks whose data are drawn by code into the cache: any number of examples, without a download.
 
 Example ``i`` of a split depends on (data_seed, split, i) alone, so a larger set begins with the smaller one.
 """
@@ -23,7 +23,7 @@ _MAX_EXAMPLES = 10_000_000
 
 
 class DrawnConfig(Config):
-    """How many examples; the seed decides which."""
+    """How many examples of each split, and the seed that determines them."""
 
     train_examples: int = Field(default=2048, ge=1, le=_MAX_EXAMPLES)
     validation_examples: int = Field(default=512, ge=1, le=_MAX_EXAMPLES)

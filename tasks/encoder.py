@@ -1,4 +1,4 @@
-"""What a frozen encoder is to the rest: decoded items in, features out. Shapes: N tokens of an item, D features."""
+"""The contract of frozen encoders: decoded items in, features out. Shapes: N tokens of an item, D features."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 class Encoder(nn.Module, ABC):
     """A frozen encoder with its own preprocessing.
 
-    What it makes of an item does not depend on the other items of the batch (to rounding), so that it can be kept.
+    The features of an item do not depend on the other items of the batch (up to rounding), so that they can be cached.
 
     Attributes:
         width: D.
@@ -26,9 +26,9 @@ class Encoder(nn.Module, ABC):
         """Features (N, D) of each item on the encoder's device; N may differ from item to item."""
 
     def check(self, item: Any) -> str | None:
-        """Why this item cannot be encoded (a recording that is too long), in words; None: it can.
+        """The reason why this item cannot be encoded (a recording that is too long); None: it can.
 
-        Needs no weights: it is asked of an empty encoder before anything is computed.
+        Needs no weights: it is called on an empty encoder before anything is computed.
         """
         return None
 

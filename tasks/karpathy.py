@@ -7,8 +7,8 @@
                                     "imgid": 0, "sentid": 770337}, ...]}, ...],
          "dataset": "coco"}
 
-``restval`` is the rest of COCO's validation images and is trained on, as everybody does: 113,287 images to train,
-5,000 to validate, 5,000 to test. Flickr's files have neither ``filepath`` nor ``cocoid``; their images lie in one
+``restval`` is the rest of COCO's validation images and is used for training, as usual: 113,287 images to train,
+5,000 to validate, 5,000 to test. Flickr's files have neither ``filepath`` nor ``cocoid``; their images are in one
 folder.
 """
 
@@ -20,7 +20,8 @@ from pydantic import BaseModel
 
 from harness.errors import ProblemList, UserError, did_you_mean
 from tasks.base import Example, Part, Split
-from tasks.coco_format import Pictures, parse_json, require_folder
+from tasks.coco_format import parse_json
+from tasks.data_files import DataFiles, require_file, require_folder
 
 SPLITS: dict[str, Split] = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
 
@@ -43,7 +44,7 @@ class _Image(BaseModel):
 
     @property
     def places(self) -> list[str]:
-        """Where the picture may lie below the root: COCO's releases of 2014 and 2017 name the same ones differently."""
+        """Where the picture may be below the root: COCO's releases of 2014 and 2017 name the same ones differently."""
         name = f"{self.filepath}/{self.filename}" if self.filepath else self.filename
         if self.cocoid is None:
             return [name]
@@ -66,28 +67,25 @@ def read_karpathy(path: Path, root: Path) -> dict[Split, tuple[Example, ...]]:
         are the raw sentences with white space collapsed.
 
     Raises:
-        UserError: the file or folder is missing, has another format, an unknown split, an id twice, a picture that is
-            not there, or an empty caption; all problems at once.
+        UserError: the file or folder is missing, or it has another format, an unknown split, a repeated id, a missing
+            picture or an empty caption; all problems at once.
     """
-    try:
-        if not path.is_file():
-            raise UserError(f"{path}: Karpathy's JSON does not exist; see docs/tasks/coco_captions.md for its address")
-        require_folder(root, "images")
-        return _combine(path, parse_json(path, _KarpathyFile), Pictures(root, root))
-    except OSError as error:
-        raise UserError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from error
+    require_file(path, "file with Karpathy's splits (docs/tasks/coco_captions.md has its address)")
+    require_folder(root, "images")
+    return _combine(path, parse_json(path, _KarpathyFile), root)
 
 
-def _combine(path: Path, content: _KarpathyFile, pictures: Pictures) -> dict[Split, tuple[Example, ...]]:
+def _combine(path: Path, content: _KarpathyFile, root: Path) -> dict[Split, tuple[Example, ...]]:
     problems = ProblemList()
+    files = DataFiles(root)
     splits: dict[Split, list[Example]] = {"train": [], "validation": [], "test": []}
     seen: set[int | None] = set()
     for number, image in enumerate(content.images):
         where = f"{path}: images[{number}]"
         if image.id is None:
-            problems.add(f"{where}: neither cocoid nor imgid is there; one of them is the image's id")
+            problems.add(f"{where}: neither cocoid nor imgid is given; one of them is the image's id")
         elif image.id in seen:
-            problems.add(f"{where}: image {image.id} is there twice; ids are unique")
+            problems.add(f"{where}: image {image.id} is listed twice; ids are unique")
         seen.add(image.id)
         captions = tuple(" ".join(sentence.raw.split()) for sentence in image.sentences)
         if not captions:
@@ -96,7 +94,8 @@ def _combine(path: Path, content: _KarpathyFile, pictures: Pictures) -> dict[Spl
         if image.split not in SPLITS:
             problems.add(f"{where}.split: unknown split {image.split!r}; {did_you_mean(image.split, SPLITS)}")
         try:
-            picture = _find(image, pictures, where)
+            places = [place for place in image.places if (root / place).is_file()] or image.places
+            picture = files.find(root, places[0], f"{where}.filename")
         except UserError as error:
             problems.add(error)
         else:
@@ -104,8 +103,3 @@ def _combine(path: Path, content: _KarpathyFile, pictures: Pictures) -> dict[Spl
             splits[SPLITS.get(image.split, "train")].append(example)
     problems.raise_any()
     return {split: tuple(examples) for split, examples in splits.items()}
-
-
-def _find(image: _Image, pictures: Pictures, where: str) -> Path:
-    places = [place for place in image.places if (pictures.folder / place).is_file()] or image.places
-    return pictures.find(places[0], f"{where}.filename")

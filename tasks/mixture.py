@@ -2,10 +2,11 @@
 
     task: {name: mixture, temperature: 2, tasks: [{name: scenes, train_examples: 64}, {name: trends}]}
 
-A member's examples are its own, their ids behind its name ("scenes/10000000"). Of the training draws it gets the share
-n^(1/T) / Σ n^(1/T), where n are its training examples: T = 1 in proportion, larger ones ever more equal. T5 (Raffel et
-al. 2020, arXiv 1910.10683, section 3.5.2 "Temperature-scaled mixing", there with a limit on n), after multilingual BERT
-(https://github.com/google-research/bert/blob/master/multilingual.md). Or the share is as its ``weight``.
+A member's examples are unchanged, except that its name is prepended to their ids ("scenes/10000000"). Its share of the
+training draws is n^(1/T) / Σ n^(1/T), where n is the number of its training examples: T = 1 is proportional, larger T
+is more equal. T5 (Raffel et al. 2020, arXiv 1910.10683, section 3.5.2 "Temperature-scaled mixing", there with a limit
+on n), after multilingual BERT (https://github.com/google-research/bert/blob/master/multilingual.md). Alternatively the
+share is proportional to its ``weight``.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 from pydantic import Field, PositiveFloat, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from harness.errors import UserError, did_you_mean
+from harness.errors import ProblemList, UserError, did_you_mean
 from harness.registry import Plugin
 from tasks.base import Config, Example, Split, Task
 from tasks.registry import TASKS
+from tasks.splits import SPLITS, check_splits
 
 _KEYS = ("name", "as", "weight")  # of an entry; all others are the task's own options
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*$")
-_SHOWN = 3
 
 
 class Member(Config):
@@ -84,17 +85,17 @@ class MixtureConfig(Config):
     """Which tasks, and how often each is drawn."""
 
     tasks: tuple[Member, ...]  # each with its name, its options, and `as` and `weight`
-    # T of the shares; null: 1, or as the weights say.
+    # T of the shares; null: 1, or the weights are used.
     temperature: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = Field(default=None, validate_default=True)
 
     @field_validator("tasks")
     @classmethod
     def _keys_and_weights(cls, tasks: tuple[Member, ...]) -> tuple[Member, ...]:
         if len(tasks) < 2:
-            raise ValueError("a mixture has at least two tasks")
+            raise ValueError("a mixture needs at least two tasks")
         keys = [member.key for member in tasks]
         if twice := next((key for key in keys if keys.count(key) > 1), None):
-            raise ValueError(f"two tasks are called {twice!r}; give one of them another name with 'as'")
+            raise ValueError(f"two tasks are named {twice!r}; rename one of them with 'as'")
         if all(member.weight is None for member in tasks):
             return tasks
         return tuple(member.model_copy(update={"weight": member.weight or 1.0}) for member in tasks)
@@ -123,11 +124,11 @@ class Mixture(Task):
         self._members = {member.key: member.task() for member in config.tasks}
         for number, (key, task) in enumerate(self._members.items()):
             if set(task.members()) != {""}:
-                raise UserError(f"tasks[{number}]: {key!r} is a mixture itself; name its tasks here instead")
+                raise UserError(f"tasks[{number}]: {key!r} is itself a mixture; list its tasks here instead")
         self.modalities = _modalities(self._members)
         contexts = dict.fromkeys(context for task in self._members.values() for context in task.contexts)
         answers = {task.contexts[-1] for task in self._members.values()}
-        # Files, then other inputs, then answers: the last context must be one of an answer.
+        # Files, then other inputs, then answers: the last context must be an answer's.
         self.contexts = tuple(sorted(contexts, key=lambda c: (c in answers, c not in self.modalities)))
 
     @classmethod
@@ -136,17 +137,17 @@ class Mixture(Task):
         return {"tasks": [{"name": name, **TASKS.load(TASKS.find(name).target).sample(folder)} for name in _SAMPLE]}
 
     def prepare(self) -> None:
-        """Prepare every task, and see that none tests on a file that another one trains on.
+        """Prepare every task, and check that none tests on a file that another one trains on.
 
         Raises:
-            UserError: the data of one cannot be had, or a file is in two splits.
+            UserError: the data of one could not be loaded, or a file is in two splits.
         """
         for task in self._members.values():
             task.prepare()
         _ = self._splits
 
     def examples(self, split: Split) -> Sequence[Example]:
-        """Of all tasks, one after the other."""
+        """The examples of all tasks, one task after the other."""
         return self._splits[split]
 
     def members(self) -> Mapping[str, Task]:
@@ -154,7 +155,7 @@ class Mixture(Task):
         return self._members
 
     def shares(self, sizes: Mapping[str, int]) -> Mapping[str, float]:
-        """In proportion to the weights, or to n^(1/temperature)."""
+        """Proportional to the weights, or to n^(1/temperature)."""
         weights = {member.key: member.weight for member in self.config.tasks}
         claims = {key: weights[key] or n ** (1 / (self.config.temperature or 1)) for key, n in sizes.items()}
         return {key: claim / sum(claims.values()) for key, claim in claims.items()}
@@ -167,9 +168,11 @@ class Mixture(Task):
                 for key, task in self._members.items()
                 for example in task.examples(split)
             )
-            for split in get_args(Split)
+            for split in SPLITS
         }
-        _check_disjoint(splits)
+        problems = ProblemList()
+        check_splits("task.tasks", splits, problems)
+        problems.raise_any()
         return splits
 
 
@@ -182,34 +185,12 @@ def _modalities(members: Mapping[str, Task]) -> dict[str, str]:
     Raises:
         UserError: two tasks read a context differently.
     """
-    first: dict[str, tuple[str, str | None]] = {}  # context → who has it first, and its modality there
+    first: dict[str, tuple[str, str | None]] = {}  # context → the first member that has it, and its modality there
     for key, task in members.items():
         for context in task.contexts:
             modality = task.modalities.get(context)
             other, known = first.setdefault(context, (key, modality))
             if known != modality:
                 found = [f"{m or 'text'} in {k!r}" for k, m in ((other, known), (key, modality))]
-                raise UserError(f"context {context!r}: {' and '.join(found)}; allowed: one modality of a context")
+                raise UserError(f"context {context!r}: {' and '.join(found)}; allowed: one modality per context")
     return {context: modality for context, (_, modality) in first.items() if modality is not None}
-
-
-def _check_disjoint(splits: Mapping[Split, Sequence[Example]]) -> None:
-    """See that no file is in two splits.
-
-    Raises:
-        UserError: one is, such as a picture of two data sets that are split differently.
-    """
-    seen: dict[Path, tuple[Split, str]] = {}
-    shared: dict[Path, str] = {}
-    for split, examples in splits.items():
-        for example in examples:
-            for _, path in example.files:
-                other, member = seen.setdefault(path, (split, example.member))
-                if other != split:
-                    shared[path] = f"{path} is in {other} of {member!r} and in {split} of {example.member!r}"
-    if shared:
-        more = f" … and {len(shared) - _SHOWN} more" if len(shared) > _SHOWN else ""
-        raise UserError(
-            "\n".join(list(shared.values())[:_SHOWN]) + f"{more}; what is tested may not be trained on: choose splits "
-            "of the tasks that agree"
-        )

@@ -6,7 +6,7 @@ A scene is one to three groups of equal objects, side by side or one above the o
           groups=(Group("star", "red", "large", 2), Group("circle", "blue", "small", 1)))
 
 Which split a scene belongs to is decided by a hash of its content alone, so no scene is ever in two splits, whatever
-the seed. Objects lie in a grid of 3 × 3 cells of 16 pixels and never overlap.
+the seed. Objects are placed in a grid of 3 × 3 cells of 16 pixels and never overlap.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _COLOUR_JITTER = 12
 
 @dataclass(frozen=True)
 class Group:
-    """Equal objects that lie together."""
+    """Equal objects placed together."""
 
     shape: str
     colour: str
@@ -105,7 +105,7 @@ def draw_scene(rng: random.Random, split: Split) -> Scene:
             group = Group(
                 rng.choice(SHAPES), rng.choice(tuple(COLOURS)), rng.choice(tuple(DIAMETERS)), rng.choice(COUNTS)
             )
-            # Two groups of the same colour and shape could not be told apart in a caption without sizes.
+            # Two groups of the same colour and shape could not be distinguished in a caption without sizes.
             if all((group.shape, group.colour) != (other.shape, other.colour) for other in groups):
                 groups.append(group)
         axis: Axis = "none" if wanted == 1 else rng.choice(("horizontal", "vertical"))
@@ -115,7 +115,7 @@ def draw_scene(rng: random.Random, split: Split) -> Scene:
 
 
 def place(scene: Scene, rng: random.Random) -> tuple[PlacedObject, ...]:
-    """Choose where every object lies: a cell each, and some pixels off its middle."""
+    """Choose the position of every object: one cell each, a few pixels off its centre."""
     if scene.axis == "none":
         group = scene.groups[0]
         cells = rng.sample([(x, y) for x in range(3) for y in range(3)], group.count)

@@ -18,7 +18,7 @@ from tasks.scene_drawing import Group, Scene
 
 @dataclass(frozen=True)
 class _Direction:
-    """How one reads along an axis. ``forms`` say where what comes first lies, seen from what comes after it."""
+    """A reading direction along an axis. ``forms`` describe where the first group is, relative to the next one."""
 
     forms: tuple[str, ...]
     inverse_forms: tuple[str, ...]
@@ -55,7 +55,7 @@ _VERTICAL_BACK = _Direction(
 )
 
 
-# a, b, c: the groups in the order of reading; near: how one lies towards the next; far: the inverse.
+# a, b, c: the groups in reading order; near: the relation of one to the next; far: the inverse.
 _SINGLE = (
     "{a}",
     "there {a_is} {a}",
@@ -90,7 +90,7 @@ _BACKGROUND = (
     "{clause}, against a {background} background.",
     "on a {background} background, {clause}.",
 )
-# Names said more than once are chosen more often; "" leaves the size out.
+# Words listed several times are chosen more often; "" omits the size.
 _SIZE_WORDS = {"small": ("small", "small", "small", "little", ""), "large": ("large", "large", "large", "big", "")}
 _NUMBER_WORDS = {2: ("two", "two", "two", "a pair of"), 3: ("three",)}
 
@@ -126,7 +126,7 @@ def _related(scene: Scene, rng: random.Random) -> str:
 
 
 def _words(name: str, group: Group, rng: random.Random) -> dict[str, str]:
-    """A group in words, and the verbs that agree with it."""
+    """The noun phrase of a group, and the verbs that agree with it."""
     many = group.count > 1
     noun = group.shape + ("es" if group.shape.endswith("s") else "s") * many
     described = " ".join(word for word in (rng.choice(_SIZE_WORDS[group.size]), group.colour, noun) if word)

@@ -1,4 +1,4 @@
-"""The built-in task: caption pictures drawn by code, as many as one likes, without a download.
+"""The built-in image task: caption pictures drawn by code, in any number, without a download.
 
 They are written in COCO's own layout (see ``tasks/coco_format.py``) below ``$HARNESS_CACHE``, by default
 ``~/.cache/harness``, and read by the same reader:

@@ -26,17 +26,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 from harness.errors import ProblemList, UserError, did_you_mean
-from tasks.audio_files import (
-    SPLITS,
-    AudioFiles,
-    check_splits,
-    read_table,
-    read_text,
-    require_folder,
-    spoken_text,
-    write_tone,
-)
-from tasks.base import Config, Example, FileTask, Part, Split
+from tasks.audio_files import AudioFiles, read_table, read_text, spoken_text, write_tone
+from tasks.base import Config, Example, Part, Split
+from tasks.data_files import require_folder
+from tasks.splits import SPLITS, FileTask
 
 # The names that Hugging Face's audiofolder knows for a split (datasets.data_files.SPLIT_KEYWORDS).
 SPLIT_NAMES: Mapping[str, Split] = {
@@ -59,12 +52,12 @@ Splits = dict[Split, list[Example]]
 
 
 class SpeechConfig(Config):
-    """Where the recordings lie, and which are for what."""
+    """Where the recordings are, and which of them form each split."""
 
     root: Path  # holds metadata.csv or train/ …, or train-clean-100/ …, or recordings/
-    layout: Literal["auto", "audiofolder", "librispeech", "fsdd"] = "auto"  # auto: told by the files in root
-    text_column: str = "transcription"  # audiofolder: where the transcript is
-    speaker_column: str | None = None  # audiofolder without split folders: no speaker is then in two splits
+    layout: Literal["auto", "audiofolder", "librispeech", "fsdd"] = "auto"  # auto: detected from the files in root
+    text_column: str = "transcription"  # audiofolder: the column of the transcript
+    speaker_column: str | None = None  # audiofolder without split folders: keeps each speaker in one split
     validation_speakers: tuple[str, ...] = ()  # fsdd, or with speaker_column; empty: chosen, see docs/tasks/speech.md
     test_speakers: tuple[str, ...] = ()
     train: tuple[str, ...] = ("train-clean-100",)  # librispeech: folders of root
@@ -82,7 +75,7 @@ _OPTIONS_OF: Mapping[Layout, frozenset[str]] = {
 
 
 class Speech(FileTask):
-    """Write down what is said in a recording."""
+    """Transcribe a recording."""
 
     contexts = ("audio", "text")
     modalities: Mapping[str, str] = {"audio": "audio"}
@@ -99,30 +92,19 @@ class Speech(FileTask):
                 write_tone(folder / "recordings" / f"{digit}_{speaker}_0.wav", 300 + 200 * digit + 20 * number)
         return {"root": str(folder)}
 
-    def read_splits(self) -> Mapping[Split, tuple[Example, ...]]:
+    def read_splits(self, problems: ProblemList) -> Splits:
         """The recordings of a split in the order of their table, or of their names."""
-        root = self.config.root.expanduser()
-        problems = ProblemList()
-        try:
-            require_folder(root, "recordings")
-            layout = self.config.layout if self.config.layout != "auto" else find_layout(root)
-            _check_options(self.config, layout)
-            splits = _READERS[layout](root, self.config, AudioFiles(root), problems)
-            if not problems.messages:  # a row that was refused may be why a split is empty
-                check_splits(root, splits, problems)
-        except UserError as error:
-            problems.add(error)
-        except OSError as error:
-            problems.add(f"{error.filename}: cannot be read: {error.strerror}")
-        problems.raise_any()
-        return {split: tuple(splits[split]) for split in SPLITS}
+        require_folder(self.root, "recordings")
+        layout = self.config.layout if self.config.layout != "auto" else find_layout(self.root)
+        _check_options(self.config, layout)
+        return _READERS[layout](self.root, self.config, AudioFiles(self.root), problems)
 
 
 def find_layout(root: Path) -> Layout:
-    """Tell the layout of a folder by what is in it.
+    """Detect the layout of a folder from its content.
 
     Raises:
-        UserError: it is none, or could be several.
+        UserError: no layout fits, or several do.
     """
     found: list[Layout] = []
     if _tables(root):
@@ -134,7 +116,7 @@ def find_layout(root: Path) -> Layout:
     if len(found) == 1:
         return found[0]
     if found:
-        raise UserError(f"{root}: could be {' or '.join(found)}; say which: layout: {found[0]}")
+        raise UserError(f"{root}: could be {' or '.join(found)}; choose one: layout: {found[0]}")
     raise UserError(
         f"{root}: no known layout: no metadata.csv or metadata.jsonl in it or in its folders (audiofolder), no "
         "train-clean-100/84/121123/84-121123.trans.txt or the like (librispeech), no recordings/ (fsdd); it holds "
@@ -143,13 +125,13 @@ def find_layout(root: Path) -> Layout:
 
 
 def _check_options(config: SpeechConfig, layout: Layout) -> None:
-    """Refuse options that would silently be ignored."""
+    """Reject options that would silently be ignored."""
     usable = _OPTIONS_OF[layout]
     if layout == "audiofolder" and config.speaker_column is None:
         usable -= {"validation_speakers", "test_speakers"}
     for option, field in SpeechConfig.model_fields.items():
         if option not in {"root", "layout", *usable} and getattr(config, option) != field.default:
-            raise UserError(f"{option}: no option of layout {layout}; {did_you_mean(option, usable)}")
+            raise UserError(f"{option}: not an option of layout {layout}; {did_you_mean(option, usable)}")
 
 
 def _tables(root: Path) -> list[Path]:
@@ -168,10 +150,10 @@ class _Recording(NamedTuple):
 
 
 def read_audiofolder(root: Path, config: SpeechConfig, files: AudioFiles, problems: ProblemList) -> Splits:
-    """Read the recordings that metadata files name, by their first folder or, where that is no split, divided.
+    """Read the recordings that metadata files name; their first folder is the split, or they are divided.
 
     Raises:
-        UserError: there is no metadata file or too many, or only some recordings are in split folders.
+        UserError: there is no metadata file, or there are too many, or only some recordings are in split folders.
     """
     tables = _tables(root)
     folders = [table.parent for table in tables]
@@ -184,7 +166,7 @@ def read_audiofolder(root: Path, config: SpeechConfig, files: AudioFiles, proble
     recordings = []
     for table in tables:
         if table.parent != root and table.parent.name not in SPLIT_NAMES:
-            problems.add(f"{table}: its folder is no split; {did_you_mean(table.parent.name, SPLIT_NAMES)}")
+            problems.add(f"{table}: its folder is not a split; {did_you_mean(table.parent.name, SPLIT_NAMES)}")
             continue
         for row in read_table(table, columns, problems):
             try:
@@ -199,16 +181,18 @@ def read_audiofolder(root: Path, config: SpeechConfig, files: AudioFiles, proble
 
 
 def _divided(root: Path, config: SpeechConfig, recordings: list[_Recording]) -> Splits:
-    """By the folder, where it says the split; else by the speaker, where a column says it; else by the file's name."""
+    """Assign each recording to a split by its folder, else by its speaker if a column gives it, else by its name."""
     folders = [SPLIT_NAMES.get(PurePosixPath(recording.example.id).parts[0]) for recording in recordings]
     if any(folders):
         if None in folders:
             where, _, example = recordings[folders.index(None)]
             raise UserError(
-                f"{where}: {example.id!r} is in no split folder, others are; allowed: {', '.join(SPLIT_NAMES)}"
+                f"{where}: {example.id!r} is not in a split folder, but others are; allowed: {', '.join(SPLIT_NAMES)}"
             )
         if config.speaker_column is not None:
-            raise UserError(f"speaker_column: the folders of {root} are the splits; allowed: no speaker_column")
+            raise UserError(
+                f"speaker_column: the folders of {root} already define the splits; allowed: no speaker_column"
+            )
     named = _named_speakers(root, config, [recording.speaker for recording in recordings])
     splits: Splits = {split: [] for split in SPLITS}
     for (_, speaker, example), folder in zip(recordings, folders, strict=True):
@@ -217,7 +201,7 @@ def _divided(root: Path, config: SpeechConfig, recordings: list[_Recording]) -> 
 
 
 def split_by_hash(key: str) -> Split:
-    """Eight tenths are for training, one each for validation and test; what is added later moves none."""
+    """80 % train, 10 % validation, 10 % test, by a hash; adding recordings moves no other one to another split."""
     tenth = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 10
     return "test" if tenth == 0 else "validation" if tenth == 1 else "train"
 
@@ -232,12 +216,12 @@ def _named_speakers(root: Path, config: SpeechConfig, speakers: Iterable[str]) -
     for split, names in chosen.items():
         option = f"{split}_speakers"
         if not names:
-            raise UserError(f"{option}: found none; give validation_speakers and test_speakers, or neither")
+            raise UserError(f"{option}: found none; set both validation_speakers and test_speakers, or neither")
         for name in names:
             if name not in known:
-                raise UserError(f"{option}: {name!r} is no speaker of {root}; {did_you_mean(name, known)}")
+                raise UserError(f"{option}: {name!r} is not a speaker of {root}; {did_you_mean(name, known)}")
             if name in named:
-                raise UserError(f"{option}: {name!r} is named twice; no speaker may be in two splits")
+                raise UserError(f"{option}: {name!r} is listed twice; no speaker may be in two splits")
             named[name] = split
     return {speaker: named.get(speaker, "train") for speaker in known}
 
@@ -258,19 +242,19 @@ def read_librispeech(root: Path, config: SpeechConfig, files: AudioFiles, proble
 
 
 def _chapter(table: Path, lower_case: bool, files: AudioFiles, problems: ProblemList) -> list[Example]:
-    """Read the utterances of one chapter; each recording has a line and each line a recording."""
+    """Read the utterances of one chapter; recordings and lines correspond one to one."""
     examples = []
     try:
         lines = read_text(table).split("\n")
     except UserError as error:
         problems.add(error)
         return []
-    untold = {path.stem for path in table.parent.glob("*.flac")}
+    unlisted = {path.stem for path in table.parent.glob("*.flac")}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         utterance, _, text = line.partition(" ")
-        untold.discard(utterance)
+        unlisted.discard(utterance)
         try:
             where = f"{table}: line {number}"
             path = files.find(table.parent, f"{utterance}.flac", where)
@@ -278,8 +262,8 @@ def _chapter(table: Path, lower_case: bool, files: AudioFiles, problems: Problem
             examples.append(Example(utterance, (Part("audio", path),), (text,)))
         except UserError as error:
             problems.add(error)
-    for stem in sorted(untold):
-        problems.add(f"{table}: no line for {stem}.flac, which is beside it")
+    for stem in sorted(unlisted):
+        problems.add(f"{table}: no line for {stem}.flac in the same folder")
     return examples
 
 
@@ -287,7 +271,7 @@ def read_fsdd(root: Path, config: SpeechConfig, files: AudioFiles, problems: Pro
     """Read the recordings in the order of their names; no speaker is in two splits.
 
     Raises:
-        UserError: there are fewer than three speakers, or the options name one that is not there.
+        UserError: there are fewer than three speakers, or the options name an unknown one.
     """
     folder = root / "recordings"
     require_folder(folder, "recordings")
@@ -307,7 +291,9 @@ def read_fsdd(root: Path, config: SpeechConfig, files: AudioFiles, problems: Pro
 
     speakers = sorted({recording.speaker for recording in recordings})
     if len(speakers) < 3:
-        raise UserError(f"{folder}: speakers found: {', '.join(speakers) or 'none'}; three are needed, one for a split")
+        raise UserError(
+            f"{folder}: speakers found: {', '.join(speakers) or 'none'}; at least three are needed, one per split"
+        )
     named = _named_speakers(root, config, speakers)
     if not named:
         named = {**dict.fromkeys(speakers, "train"), speakers[-2]: "validation", speakers[-1]: "test"}

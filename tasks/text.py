@@ -1,4 +1,4 @@
-"""Conversations and instructions as JSON Lines, one example a line, in the three forms Hugging Face's tools train on
+"""Conversations and instructions as JSON Lines, one example per line, in the three forms of Hugging Face's TRL
 (https://huggingface.co/docs/trl/dataset_formats):
 
     {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What color is the sky?"},
@@ -14,25 +14,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from difflib import get_close_matches
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from pydantic import field_validator
 
-from harness.errors import ProblemList, did_you_mean
-from tasks.base import Config, Example, FileTask, Part, Split
+from harness.errors import ProblemList
+from tasks.base import Config, Example, Part, Split
+from tasks.data_files import leaves_folder, nearest, require_folder
+from tasks.splits import FileTask, check_disjoint
 from tasks.text_lines import Conversation, read_lines
 
 
 class TextConfig(Config):
-    """Where the lines are, and what stands around a turn."""
+    """Where the lines are, and the template of each turn."""
 
     root: Path  # the folder of the files
     train: str = "train.jsonl"  # a file below the root, or several by a pattern: "train-*.jsonl", "**/train.jsonl"
-    validation: str | None = None  # none: a tenth of the training lines, by a hash of what stands before the answer
+    validation: str | None = None  # none: a tenth of the training lines, by a hash of the turns before the answer
     test: str | None = None  # none: half of the validation lines, by the same hash
-    # What the model reads of a turn before the answer. The answer itself is trained as it is.
+    # How a turn before the answer is presented to the model. The answer itself has no template.
     system_template: str = "{content}\n"
     user_template: str = "{content}\n"
     assistant_template: str = "{content}\n"  # of earlier answers
@@ -40,9 +41,7 @@ class TextConfig(Config):
     @field_validator("train", "validation", "test")
     @classmethod
     def _stays_in_root(cls, value: str | None) -> str | None:
-        if value is not None and (
-            not value or PurePosixPath(value).is_absolute() or ".." in PurePosixPath(value).parts
-        ):
+        if value is not None and (not value or leaves_folder(value)):
             raise ValueError(f"must be the name or the pattern of files inside the root; found {value!r}")
         return value
 
@@ -50,12 +49,12 @@ class TextConfig(Config):
     @classmethod
     def _has_the_content_once(cls, value: str) -> str:
         if value.count("{content}") != 1:
-            raise ValueError(f"must have {{content}} in it once; found {value!r}")
+            raise ValueError(f"must contain {{content}} exactly once; found {value!r}")
         return value
 
 
 class Text(FileTask):
-    """Follow an instruction, or answer in a conversation. A context is a role; it comes again with every turn."""
+    """Follow an instruction, or answer in a conversation. A context is a role; it occurs in every turn of that role."""
 
     contexts = ("system", "user", "assistant")
     modalities: Mapping[str, str] = {}
@@ -65,38 +64,35 @@ class Text(FileTask):
 
     @classmethod
     def sample(cls, folder: Path) -> dict[str, Any]:
-        """Sums, in each of the three forms; one split a file."""
+        """Sums, in each of the three forms; one file per split."""
         for name, numbers in (("train", range(9)), ("validation", range(9, 13)), ("test", range(13, 17))):
             lines = [json.dumps(_sum(number)) for number in numbers]
             (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         return {"root": str(folder), "validation": "validation.jsonl", "test": "test.jsonl"}
 
-    def read_splits(self) -> dict[Split, tuple[Example, ...]]:
+    def read_splits(self, problems: ProblemList) -> dict[Split, tuple[Example, ...]]:
         """The lines of a split, in the order of the file names and of the lines."""
-        root = self.config.root.expanduser()
-        problems = ProblemList()
+        root = self.root
+        require_folder(root, "conversations")
         names: dict[Split, str | None] = {
             "train": self.config.train,
             "validation": self.config.validation,
             "test": self.config.test,
         }
         files = {split: _find(root, name, problems) for split, name in names.items() if name is not None}
-        _check_disjoint(files, problems)
+        check_disjoint(root, "the file", files, problems)
         lines: dict[Split, list[Conversation]] = {
             split: [line for path in paths for line in read_lines(path, path.relative_to(root).as_posix(), problems)]
             for split, paths in files.items()
         }
-        problems.raise_any()
+        if problems.messages:
+            return {}
         if "validation" not in lines:
             lines["validation"] = [line for line in lines["train"] if _hash(line)[0] % 10 == 0]
             lines["train"] = [line for line in lines["train"] if _hash(line)[0] % 10 != 0]
         if "test" not in lines:
             lines["test"] = [line for line in lines["validation"] if _hash(line)[1] % 2 == 1]
             lines["validation"] = [line for line in lines["validation"] if _hash(line)[1] % 2 == 0]
-        for split in names:
-            if not lines[split]:
-                problems.add(f"{root}: no line is in the split {split}; name files for train, validation and test")
-        problems.raise_any()
         return {split: tuple(map(self._example, lines[split])) for split in names}
 
     def _example(self, line: Conversation) -> Example:
@@ -113,31 +109,21 @@ class Text(FileTask):
 
 
 def _hash(line: Conversation) -> bytes:
-    """Of what stands before the answer: a question that is asked twice is not in two splits."""
+    """Hash of the turns before the answer, so that a repeated question is never in two splits."""
     return hashlib.sha256(json.dumps(line.turns).encode()).digest()
 
 
 def _find(root: Path, name: str, problems: ProblemList) -> list[Path]:
-    """The files of a split in the order of their names."""
+    """The files of a split, sorted by name."""
     try:
         found = sorted(path for path in root.glob(name) if path.is_file())
     except (OSError, ValueError) as error:
-        problems.add(f"{root}: {name!r} cannot be looked for: {error}")
+        problems.add(f"{root}: {name!r} is not a valid pattern: {error}")
         return []
     if not found:
-        present = [path.relative_to(root).as_posix() for path in root.rglob("*.json*")] if root.is_dir() else []
-        what = "no file has this name or pattern" if root.is_dir() else "the folder does not exist"
-        near = get_close_matches(name, present, n=10, cutoff=0)
-        problems.add(f"{root}: {name!r}: {what}; {did_you_mean(name, near)}")
+        present = [path.relative_to(root).as_posix() for path in root.rglob("*.json*")]
+        problems.add(f"{root}: {name!r}: no file has this name or pattern; {nearest(name, present)}")
     return found
-
-
-def _check_disjoint(files: Mapping[Split, list[Path]], problems: ProblemList) -> None:
-    seen: dict[Path, Split] = {}
-    for split, paths in files.items():
-        for path in paths:
-            if seen.setdefault(path, split) != split:
-                problems.add(f"{path} is in {seen[path]} and in {split}; splits may not overlap")
 
 
 def _sum(number: int) -> dict[str, Any]:
@@ -149,4 +135,4 @@ def _sum(number: int) -> dict[str, Any]:
         return {"prompt": f"{a} + {b} =", "completion": f" {answer}"}
     turns = [("system", "You can add."), ("user", "1 + 1?"), ("assistant", "2"), ("user", f"{a} + {b}?")]
     messages = [{"role": role, "content": text} for role, text in (*turns, ("assistant", answer))]
-    return {"messages": messages[number % 2 :]}  # without the system message every other time
+    return {"messages": messages[number % 2 :]}  # every other one without the system message

@@ -11,7 +11,7 @@ from harness.errors import ProblemList, did_you_mean
 
 ROLES = ("system", "user", "assistant")
 Turn = tuple[str, str]  # role, text
-# The key that tells a form, and how the form is written.
+# The key that identifies a form → an example of the form.
 _FORMS = {
     "messages": '{"messages": [{"role": …, "content": …}, …]}',
     "instruction": '{"instruction": …, "input": …, "output": …}',
@@ -26,18 +26,18 @@ class Conversation:
     id: str
     turns: tuple[Turn, ...]
     references: tuple[str, ...]
-    verbatim: bool  # prompt and completion stand together as they are: no template
+    verbatim: bool  # prompt and completion are concatenated unchanged: no template
 
 
 def read_lines(path: Path, name: str, problems: ProblemList) -> list[Conversation]:
-    """Read one file; blank lines are skipped, a byte order mark and CRLF are taken.
+    """Read one file; blank lines are skipped, a byte order mark and CRLF are accepted.
 
     Args:
-        name: of the file below the root; the id of a line is ``name:number``, counted from 1.
-        problems: gets what is wrong with a line, with its number.
+        name: the file's path below the root; the id of a line is ``name:number``, counted from 1.
+        problems: receives what is wrong with a line, with its number.
 
     Returns:
-        The lines that are right, in order.
+        The valid lines, in order.
     """
     try:
         data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
@@ -45,11 +45,11 @@ def read_lines(path: Path, name: str, problems: ProblemList) -> list[Conversatio
         problems.add(f"{path}: cannot be read: {error.strerror}")
         return []
     if data.lstrip().startswith(b"["):
-        problems.add(f"{path}: is one JSON array; one object a line is needed (`jq -c '.[]'` writes them)")
+        problems.add(f"{path}: is a JSON array; one object per line is needed (`jq -c '.[]'` writes them)")
         return []
     found: list[Conversation] = []
     known = len(problems.messages)
-    for number, raw in enumerate(data.split(b"\n"), 1):  # nothing else ends a line: U+2028 may stand in a text
+    for number, raw in enumerate(data.split(b"\n"), 1):  # nothing else ends a line: a text may contain U+2028
         if not raw.strip():
             continue
         conversation = _Line(f"{path}: line {number}", problems).read(raw, f"{name}:{number}")
@@ -119,7 +119,7 @@ class _Line:
 
     def _instruction(self, record: dict[str, Any]) -> list[Turn]:
         asked = self._text(record, "instruction")
-        if record.get("input") not in (None, ""):  # Alpaca has "" where there is none
+        if record.get("input") not in (None, ""):  # Alpaca uses "" for none
             asked = f"{asked}\n{self._text(record, 'input')}"
         return [("user", asked), ("assistant", self._text(record, "output"))]
 
@@ -141,7 +141,7 @@ class _Line:
         return turns
 
     def _check_order(self, roles: list[str]) -> None:
-        """A system message may come first; then user and assistant take turns, and the assistant has the last word."""
+        """A system message may come first; then user and assistant alternate, and the assistant comes last."""
         if not roles:
             return
         turns = roles[1:] if roles[0] == "system" else roles
@@ -149,9 +149,9 @@ class _Line:
         wrong = next((n for n, (role, wanted) in enumerate(zip(turns, expected, strict=False)) if role != wanted), None)
         if wrong is not None:
             place = wrong + len(roles) - len(turns)
-            self.complain(f"message {place} is the {turns[wrong]}'s where the {expected[wrong]}'s is due")
+            self.complain(f"message {place} has the role {turns[wrong]}; {expected[wrong]} was expected")
         elif len(turns) % 2 or not turns:
-            self.complain(f"the last message is the {roles[-1]}'s; an answer of the assistant is needed")
+            self.complain(f"the last message has the role {roles[-1]}; an answer of the assistant is needed")
 
     def _references(self, record: dict[str, Any]) -> list[str]:
         texts = record.get("references", [])
@@ -162,7 +162,7 @@ class _Line:
         return [self._text(numbered, key) for key in numbered]
 
     def _text(self, holder: dict[str, Any], key: str, prefix: str = "") -> str:
-        """The text of a key; empty if it has none, which is reported."""
+        """The text of a key; if it has none, this is reported and the text is empty."""
         text = holder.get(key)
         if not isinstance(text, str):
             self.complain(f"{prefix}{key}: a text is needed; found {_shown(text)}")
@@ -170,7 +170,7 @@ class _Line:
         if not text.strip():
             self.complain(f"{prefix}{key} is empty")
         elif any("\ud800" <= letter <= "\udfff" for letter in text):
-            self.complain(f"{prefix}{key}: half of a surrogate pair, which is no Unicode text; found {_shown(text)}")
+            self.complain(f"{prefix}{key}: half of a surrogate pair, which is not Unicode text; found {_shown(text)}")
         return text
 
 

@@ -1,4 +1,4 @@
-"""What a series of the task ``trends`` does, how it is drawn, and how it is said.
+"""The content of a series of the task ``trends``, how it is drawn, and how it is described.
 
 A trend is one to three movements, one after the other, smooth or noisy:
 
@@ -44,7 +44,7 @@ _NOUNS = {
     "drop": "a {size} step down",
 }
 _HOW = {"small": "a little", "large": "a lot", "": ""}
-# v: what it does; n: the same as a thing; both in the order of time.
+# v: verb phrases; n: the same as noun phrases; both in the order of time.
 _FORMS = {
     1: ("it {v[0]}", "the series {v[0]}", "there is {n[0]}", "one can see {n[0]}", "{n[0]} and nothing else"),
     2: (

@@ -1,13 +1,14 @@
-"""The built-in task on time series: describe curves drawn by code, as many as one likes, without a download.
+"""The built-in task on time series: describe curves drawn by code, in any number, without a download.
 
-They are written below ``$HARNESS_CACHE``, by default ``~/.cache/harness``, one number a line, with a line of JSON each:
+They are written below ``$HARNESS_CACHE``, by default ``~/.cache/harness``, one number per line, with one line of JSON
+for each series:
 
     trends/<key>/train/10000000.csv
     trends/<key>/train.jsonl: {"id": "10000000", "file": "train/10000000.csv", "descriptions":
         ["it goes up a lot, then it stays level.", "a large rise is followed by a level part, with noise.", ...]}
 
-Series ``i`` of a split depends on (data_seed, split, i) alone, so a larger set begins with the smaller one. What a
-curve does decides its split (``tasks/trend_drawing.py``): no combination of movements is in two, whatever the seed.
+Series ``i`` of a split depends on (data_seed, split, i) alone, so a larger set begins with the smaller one. A hash
+of its movements determines its split (``tasks/trend_drawing.py``): no combination is in two splits, whatever the seed.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Trends(DrawnTask):
         """The series of a split in the order of their numbers.
 
         Raises:
-            UserError: they were not prepared, or someone changed their list.
+            UserError: they were not prepared, or their list was changed.
         """
         path = self.folder / f"{split}.jsonl"
         try:

@@ -16,9 +16,7 @@ root/train_balanced_questions.json:
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,32 +24,34 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from harness.errors import ProblemList
-from tasks.base import Config, Example, FileTask, Part, Split
+from tasks.base import Config, Example, Part, Split
+from tasks.data_files import require_folder
+from tasks.splits import FileTask, check_disjoint, in_test_half
 from tasks.vqa_formats import FORMATS, Question, detect
 
-_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # part of file names: it cannot lead out of the root
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # part of a file name: cannot lead out of the root
 
 
 class VQAConfig(Config):
-    """Where questions and images lie, and how a question is put."""
+    """Where questions and images are, and how a question is presented."""
 
     root: Path  # the folder that holds the question files and the image folders
-    format: Literal["vqav2", "gqa"] | None = None  # none: by the question files that are there
+    format: Literal["vqav2", "gqa"] | None = None  # none: detected from the question files
     train: _Name | None = None  # none: train2014 of VQAv2, train_balanced of GQA
     validation: _Name | None = None  # none: val2014, val_balanced
     test: _Name | None = None  # none: half of the validation images, chosen by a hash of their ids
-    question_template: str = "{question}\n"  # the text of the question; the answer follows as it is, without a space
+    question_template: str = "{question}\n"  # the text of the question; the answer follows unchanged, without a space
 
     @field_validator("question_template")
     @classmethod
     def _has_the_question_once(cls, value: str) -> str:
         if value.count("{question}") != 1:
-            raise ValueError(f"must have {{question}} in it once; found {value!r}")
+            raise ValueError(f"must contain {{question}} exactly once; found {value!r}")
         return value
 
 
 class VQA(FileTask):
-    """Answer a question on a picture. All people's answers are references: the metric needs to know how many agree."""
+    """Answer a question about a picture. The answers of all people are references: the metric counts how many agree."""
 
     contexts = ("image", "question", "answer")
     modalities: Mapping[str, str] = {"image": "image"}
@@ -61,52 +61,31 @@ class VQA(FileTask):
 
     @classmethod
     def sample(cls, folder: Path) -> dict[str, Any]:
-        """Plain pictures in VQAv2's layout and what colour they are."""
+        """Plain pictures in VQAv2's layout, with questions about their colour."""
         _write_vqav2(folder, "train2014", range(1, 5), questions=2)
         _write_vqav2(folder, "val2014", range(15, 23), questions=1)
         return {"root": str(folder)}
 
-    def read_splits(self) -> dict[Split, tuple[Example, ...]]:
+    def read_splits(self, problems: ProblemList) -> dict[Split, tuple[Example, ...]]:
         """The questions of a split in the order of its file."""
-        root = self.config.root.expanduser()
+        root = self.root
+        require_folder(root, "questions and images")
         form = FORMATS[self.config.format or detect(root)]
-        problems = ProblemList()
         train = form.read(root, self.config.train or form.train, problems)
         validation = form.read(root, self.config.validation or form.validation, problems)
         if self.config.test is None:
-            test = [question for question in validation if _in_test_half(question.image_id)]
-            validation = [question for question in validation if not _in_test_half(question.image_id)]
+            test = [question for question in validation if in_test_half(question.image_id)]
+            validation = [question for question in validation if not in_test_half(question.image_id)]
         else:
             test = form.read(root, self.config.test, problems)
         splits: dict[Split, list[Question]] = {"train": train, "validation": validation, "test": test}
-        _check_disjoint(root, splits, problems)
-        problems.raise_any()
-        for split, questions in splits.items():
-            if not questions:
-                problems.add(f"{root}: no question is in the split {split}; name files for validation and for test")
-        problems.raise_any()
+        images = {split: [question.image_id for question in questions] for split, questions in splits.items()}
+        check_disjoint(root, "image", images, problems)
         return {split: tuple(map(self._example, questions)) for split, questions in splits.items()}
 
     def _example(self, question: Question) -> Example:
         text = self.config.question_template.replace("{question}", question.text)
         return Example(question.id, (Part("image", question.image), Part("question", text)), question.answers)
-
-
-def _in_test_half(image_id: str) -> bool:
-    return hashlib.sha256(image_id.encode()).digest()[0] % 2 == 1
-
-
-def _check_disjoint(root: Path, splits: dict[Split, list[Question]], problems: ProblemList) -> None:
-    images: dict[str, Split] = {}
-    ids: Counter[str] = Counter()
-    for split, questions in splits.items():
-        ids.update({question.id for question in questions})
-        for image in dict.fromkeys(question.image_id for question in questions):
-            if images.setdefault(image, split) != split:
-                problems.add(f"{root}: image {image} is in {images[image]} and in {split}; splits may not overlap")
-    for key, count in ids.items():
-        if count > 1:
-            problems.add(f"{root}: question {key} is in {count} splits; ids are unique")
 
 
 def _write_vqav2(root: Path, name: str, image_ids: Sequence[int], questions: int) -> None:

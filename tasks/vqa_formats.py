@@ -8,18 +8,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from harness.errors import ProblemList, UserError, did_you_mean
+from harness.errors import ProblemList, UserError
+from tasks.data_files import DataFiles, require_file, require_folder
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question on one image; ``answers`` are as people gave them, repeats included."""
+    """One question about one image; ``answers`` are those of all people, repeats included."""
 
     id: str
     image_id: str
@@ -83,7 +83,7 @@ def read_vqav2(root: Path, name: str, problems: ProblemList) -> list[Question]:
     """Read VQAv2's two files; the image 458752 of ``train2014`` is ``train2014/COCO_train2014_000000458752.jpg``.
 
     Returns:
-        What could be read, in the order of the question file; everything else is among the problems.
+        What could be read, in the order of the question file; everything else is added to the problems.
     """
     path, answers_path = root / _QUESTIONS.format(name=name), root / _ANNOTATIONS.format(name=name)
     asked = _parse(path, TypeAdapter(_QuestionFile), problems)
@@ -92,7 +92,7 @@ def read_vqav2(root: Path, name: str, problems: ProblemList) -> list[Question]:
         return []
     annotations = _by_id(answers_path, "annotations", annotated.annotations, problems)
     found: list[Question] = []
-    folder, images = root / name, dict[int, Path]()  # one path for all questions on an image
+    images = _Images(root, root / name, path, problems)
     for key, question in _by_id(path, "questions", asked.questions, problems).items():
         where = f"{path}: question {key}"
         annotation = annotations.pop(key, None)
@@ -101,43 +101,37 @@ def read_vqav2(root: Path, name: str, problems: ProblemList) -> list[Question]:
             continue
         if annotation.image_id != question.image_id:
             problems.add(
-                f"{where} is on image {question.image_id}, but {answers_path.name} says image {annotation.image_id}"
+                f"{where} is about image {question.image_id}, but {answers_path.name} has image {annotation.image_id}"
             )
-        if question.image_id not in images:
-            images[question.image_id] = folder / f"COCO_{name}_{question.image_id:012d}.jpg"
-        image = images[question.image_id]
+        image = images.find(f"COCO_{name}_{question.image_id:012d}.jpg", key)
         answers = [answer.answer for answer in annotation.answers]
         found.append(_question(where, key, str(question.image_id), image, question.question, answers, problems))
     for key in annotations:
         problems.add(f"{answers_path}: the annotation of question {key} has no question in {path.name}")
-    _check_images(folder, path, found, problems)
     return found
 
 
 def read_gqa(root: Path, name: str, problems: ProblemList) -> list[Question]:
-    """Read one of GQA's question files in one piece (``train_balanced``, …); all images are in ``images``.
+    """Read one of GQA's question files that are a single file (``train_balanced``, …); all images are in ``images``.
 
     Returns:
-        What could be read, in the order of the file; everything else is among the problems.
+        What could be read, in the order of the file; everything else is added to the problems.
     """
-    path, folder = root / _GQA.format(name=name), root / "images"
+    path = root / _GQA.format(name=name)
     questions = _parse(path, TypeAdapter(dict[str, _GqaQuestion]), problems)
     if questions is None:
         return []
     if not questions:
-        problems.add(f"{path}: there are no questions; at least one is needed")
+        problems.add(f"{path}: no questions; at least one is needed")
+    images = _Images(root, root / "images", path, problems)
     found: list[Question] = []
     for key, question in questions.items():
         where = f"{path}: question {key}"
         if question.answer is None:
             problems.add(f"{where} has no answer; GQA gives those of train, val and testdev only")
             continue
-        if len(PurePosixPath(question.imageId).parts) != 1 or question.imageId in (".", ".."):
-            problems.add(f"{where}: imageId: {question.imageId!r} leads out of {folder}; allowed: names inside it")
-            continue
-        image = folder / f"{question.imageId}.jpg"
+        image = images.find(f"{question.imageId}.jpg", key)
         found.append(_question(where, key, question.imageId, image, question.question, [question.answer], problems))
-    _check_images(folder, path, found, problems)
     return found
 
 
@@ -148,15 +142,12 @@ FORMATS: Mapping[str, Format] = {
 
 
 def detect(root: Path) -> str:
-    """The format whose official training or validation questions lie in the folder.
+    """The format whose official training or validation questions are in the folder.
 
     Raises:
-        UserError: it is no folder, cannot be read, or holds the questions of none or of several formats.
+        UserError: it holds the questions of none or of several formats.
     """
-    try:
-        present = {entry.name for entry in root.iterdir()}
-    except OSError as error:
-        raise UserError(f"{root}: the folder of questions and images cannot be read: {error.strerror}") from error
+    present = {entry.name for entry in root.iterdir()}
     found = [
         key
         for key, form in FORMATS.items()
@@ -166,16 +157,42 @@ def detect(root: Path) -> str:
         return found[0]
     wanted = ", ".join(form.question_file.format(name=form.train) for form in FORMATS.values())
     what = f"questions of {' and '.join(found)}" if found else f"neither of {wanted}"
-    raise UserError(f"{root}: {what}; name the data set: `format: {' | '.join(FORMATS)}`")
+    raise UserError(f"{root}: {what}; set the data set: `format: {' | '.join(FORMATS)}`")
+
+
+class _Images:
+    """The images of one split; a missing one is reported once, with the first question about it."""
+
+    def __init__(self, root: Path, folder: Path, questions: Path, problems: ProblemList) -> None:
+        self.folder, self.questions, self.problems = folder, questions, problems
+        self._files = DataFiles(root)
+        self._found: dict[str, Path] = {}  # one path for all questions on an image
+        self._reachable = True
+        try:
+            require_folder(folder, "images")
+        except UserError as error:
+            problems.add(error)
+            self._reachable = False
+
+    def find(self, name: str, question: str) -> Path:
+        """The path of an image; whatever is wrong with it is added to the problems."""
+        if name not in self._found:
+            self._found[name] = self.folder / name
+            try:
+                if self._reachable:
+                    self._files.find(self.folder, name, f"{self.questions}: question {question}: image")
+            except UserError as error:
+                self.problems.add(error)
+        return self._found[name]
 
 
 def _by_id(path: Path, key: str, items: Iterable[Any], problems: ProblemList) -> dict[str, Any]:
-    """Items by question id; the second of an id is a problem, and so is it if there are none."""
+    """Items by question id; a repeated id is a problem, and so is an empty list."""
     found: dict[str, Any] = {}
     for number, item in enumerate(items):
         question_id = str(item.question_id)
         if question_id in found:
-            problems.add(f"{path}: {key}[{number}].question_id: {question_id} is there twice; ids are unique")
+            problems.add(f"{path}: {key}[{number}].question_id: {question_id} is listed twice; ids are unique")
         found.setdefault(question_id, item)
     if not found:
         problems.add(f"{path}: {key}: the list is empty; at least one is needed")
@@ -185,7 +202,7 @@ def _by_id(path: Path, key: str, items: Iterable[Any], problems: ProblemList) ->
 def _question(
     where: str, key: str, image_id: str, image: Path, text: str, answers: list[str], problems: ProblemList
 ) -> Question:
-    """Collapse white space (a stray line break is no part of an answer) and report what is empty."""
+    """Collapse white space (a stray line break is not part of an answer) and report what is empty."""
     text = " ".join(text.split())
     cleaned = tuple(" ".join(answer.split()) for answer in answers)
     if not text:
@@ -197,25 +214,10 @@ def _question(
     return Question(key, image_id, image, text, cleaned)
 
 
-def _check_images(folder: Path, path: Path, questions: list[Question], problems: ProblemList) -> None:
-    """Report each missing image once, with the first question on it."""
-    if not folder.is_dir():
-        present = (entry.name for entry in folder.parent.iterdir() if entry.is_dir())
-        problems.add(f"{folder}: the folder of images does not exist; in {folder.parent} {_near(folder.name, present)}")
-        return
-    first = {question.image: question for question in reversed(questions)}
-    for image in dict.fromkeys(question.image for question in questions):
-        if not image.is_file():
-            problems.add(f"{path}: question {first[image].id}: its image {image.name} is not in {folder}")
-
-
 def _parse(path: Path, adapter: TypeAdapter[_Parsed], problems: ProblemList) -> _Parsed | None:
     """Parse a JSON file; whatever is wrong with it is added to the problems."""
-    if not path.is_file():
-        present = (entry.name for entry in path.parent.glob("*.json"))
-        problems.add(f"{path}: the file does not exist; {_near(path.name, present)}")
-        return None
     try:
+        require_file(path, "file")
         data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
         return adapter.validate_json(data)
     except ValidationError as error:
@@ -225,21 +227,18 @@ def _parse(path: Path, adapter: TypeAdapter[_Parsed], problems: ProblemList) -> 
             else:
                 key = ".".join(map(str, problem["loc"])) or "the whole file"
                 problems.add(f"{path}: {key}: {problem['msg']}; found {str(problem['input'])[:80]!r}")
+    except UserError as error:
+        problems.add(error)
     except OSError as error:
         problems.add(f"{path}: cannot be read: {error.strerror}")
     return None
 
 
 def _excerpt(data: bytes, message: str) -> str:
-    """What stands around the place that a JSON error names; these files are one line of megabytes."""
+    """The text around the position of a JSON error; these files are one line of megabytes."""
     place = re.search(r"line (\d+) column (\d+)", message)
     if place is None:
         return ""
     line, column = int(place[1]), int(place[2])
     text = data.split(b"\n")[line - 1]
     return f": {text[max(0, column - 60) : column + 60].decode('utf-8', errors='replace')!r}"
-
-
-def _near(found: str, present: Iterable[str]) -> str:
-    """As ``did_you_mean``, but of a folder of thousands of names only the nearest ten."""
-    return did_you_mean(found, get_close_matches(found, list(present), n=10, cutoff=0))

@@ -16,13 +16,13 @@ from harness import AdapterConfig, AdapterMethod, Delta, Target
 
 
 class SSFConfig(AdapterConfig):
-    """Options: what may stand beside ``method: ssf`` in an experiment."""
+    """Options of ``method: ssf`` in an experiment."""
 
     train: Literal["scale", "shift", "both"] = "both"
 
 
 class SSFDelta(Delta):
-    """What one group does to one layer."""
+    """The change that one group makes to one layer."""
 
     def __init__(self, out_features: int, train: str) -> None:
         super().__init__()
@@ -30,13 +30,13 @@ class SSFDelta(Delta):
         self.beta = nn.Parameter(torch.zeros(out_features)) if train != "scale" else None
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
-        """``gamma ⊙ y + beta``, of this group's tokens only; parameters may be of a wider type than the value."""
+        """``gamma ⊙ y + beta``, for this group's tokens only; parameters may have a wider type than the value."""
         if self.gamma is not None:
             value_BTD = value_BTD * self.gamma.to(value_BTD.dtype)
         return value_BTD if self.beta is None else value_BTD + self.beta.to(value_BTD.dtype)
 
     def merge(self, weight_OI: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor]:
-        """``gamma ⊙ (W x + b) + beta`` is a linear layer again."""
+        """``gamma ⊙ (W x + b) + beta`` is again a linear layer."""
         if self.gamma is not None:
             weight_OI, bias_O = weight_OI * self.gamma[:, None], bias_O * self.gamma
         return weight_OI, bias_O if self.beta is None else bias_O + self.beta
@@ -50,7 +50,7 @@ class SSF(AdapterMethod):
     config: SSFConfig
 
     def label(self) -> str:
-        """How the leaderboard calls it."""
+        """Its name on the leaderboard."""
         return "SSF" if self.config.train == "both" else f"SSF {self.config.train} only"
 
     def roles(self) -> frozenset[str]:

@@ -1,8 +1,8 @@
-"""What is a cloud of points of? A modality, its encoder and a task in one file, which draws its own data:
+"""Name the object behind a cloud of points: a modality, its encoder and a task in one file, which draws its own data:
 
 python point_clouds.py clouds
 
-clouds/train/ball-000.xyz: one point a line, x y z
+clouds/train/ball-000.xyz: one point per line, x y z
     0.4127 -1.0231 0.2208
     1.1936 0.0417 0.5519
 """
@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,14 +25,37 @@ if TYPE_CHECKING:
 THINGS = ("ball", "box", "plate", "pencil")  # words that builtin/tiny-llama knows
 QUESTION = "what is this?"
 ENCODER = "builtin/distances"  # names that begin with builtin/ are never looked for on the hub
-TOKEN_POINTS = 32  # points that one token stands for
+TOKEN_POINTS = 32  # points per token
 BINS = 12
 
 
+def distances(_weights: bool) -> Encoder:
+    """The encoder, which has no weights. The class is in here: planning an experiment should not wait for torch."""
+    import torch
+
+    from harness import Encoder
+
+    class Distances(Encoder):
+        """Shape distributions (Osada et al. 2002, https://doi.org/10.1145/571647.571648), invariant to rotation.
+
+        A token for every 32 points: their distances from the centre of the cloud and from each other, as two
+        histograms (square roots of shares) in units of the mean distance from the centre.
+        """
+
+        width = 2 * BINS
+
+        def encode(self, items: Sequence[NDArray[np.float64]]) -> list[torch.Tensor]:
+            """Features (N, 24) of each cloud."""
+            return [torch.from_numpy(_features(points)) for points in items]
+
+    return Distances()
+
+
 class PointCloud(Modality):
-    """Points in space, of an ASCII .xyz file; arrays of shape (P, 3)."""
+    """Points in space, from an ASCII .xyz file; arrays of shape (P, 3)."""
 
     default_encoder = ENCODER
+    built_in: ClassVar = {ENCODER: distances}
 
     def load(self, path: Path) -> NDArray[np.float64]:
         """Read all points.
@@ -53,45 +75,8 @@ class PointCloud(Modality):
                 raise UserError(f"{path}: line {number}: found {line[:80]!r}; allowed: three numbers") from None
             points.append((x, y, z))
         if not points or not np.isfinite(points).all():
-            raise UserError(f"{path}: allowed: one point or more, of finite numbers")
+            raise UserError(f"{path}: allowed: at least one point, of finite numbers")
         return np.array(points)
-
-    def encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
-        """The one encoder there is.
-
-        Raises:
-            UserError: another name.
-        """
-        if name != ENCODER:
-            raise UserError(f"{name!r} is not an encoder of point clouds; allowed: {ENCODER}")
-        return _distances()().eval()
-
-    def empty_encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
-        """The same: it has no weights."""
-        return self.encoder(name, trust_remote_code)
-
-
-@lru_cache
-def _distances() -> type[Encoder]:
-    """The encoder's class, in a function as it needs torch: planning an experiment should not wait for that."""
-    import torch
-
-    from harness import Encoder
-
-    class Distances(Encoder):
-        """Shape distributions (Osada et al. 2002, https://doi.org/10.1145/571647.571648), which no rotation changes.
-
-        A token for every 32 points: how far they are from the middle of the cloud, and from one another, as two
-        histograms (square roots of shares) in units of the mean distance from the middle.
-        """
-
-        width = 2 * BINS
-
-        def encode(self, items: Sequence[NDArray[np.float64]]) -> list[torch.Tensor]:
-            """Features (N, 24) of each cloud."""
-            return [torch.from_numpy(_features(points)) for points in items]
-
-    return Distances
 
 
 def _features(points_P3: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -108,17 +93,17 @@ def _features(points_P3: NDArray[np.float64]) -> NDArray[np.float32]:
 
 def _histogram(distances: NDArray[np.float64], longest: float) -> NDArray[np.float64]:
     counts, _ = np.histogram(distances.clip(max=longest), bins=BINS, range=(0.0, longest))
-    return np.sqrt(counts / distances.size)  # of length 1, however the distances lie
+    return np.sqrt(counts / distances.size)  # unit length, whatever the distances
 
 
 class CloudsConfig(TaskConfig):
-    """Where the clouds lie."""
+    """Where the clouds are."""
 
     root: Path  # the folder with train/, validation/ and test/
 
 
 class Clouds(Task):
-    """Say what a cloud of points is of; the file's name knows."""
+    """Name the object that a cloud of points shows; the file's name begins with it."""
 
     contexts = ("cloud", "question", "answer")
     modalities: Mapping[str, str] = {"cloud": "point_cloud"}  # the others are text
@@ -133,7 +118,7 @@ class Clouds(Task):
         return {"root": folder}
 
     def prepare(self) -> None:
-        """See that the folders are there.
+        """Check that the folders exist.
 
         Raises:
             UserError: one is missing.
@@ -143,10 +128,10 @@ class Clouds(Task):
                 raise UserError(f"{self.config.root}: has no folder {split}; `python point_clouds.py FOLDER` draws one")
 
     def examples(self, split: Split) -> Sequence[Example]:
-        """The clouds of a split by name.
+        """The clouds of a split, sorted by name.
 
         Raises:
-            UserError: a file's name begins with no such thing.
+            UserError: a file's name does not begin with a known object.
         """
         examples = []
         for path in sorted((self.config.root / split).glob("*.xyz")):
@@ -159,7 +144,7 @@ class Clouds(Task):
 
 
 def draw(folder: Path, sizes: Mapping[Split, int]) -> None:
-    """Write as many clouds for each split, one thing after the other."""
+    """Write this many clouds for each split, cycling through the objects."""
     for number, (split, count) in enumerate(sizes.items()):
         (folder / split).mkdir(parents=True, exist_ok=True)
         for index in range(count):
@@ -169,7 +154,7 @@ def draw(folder: Path, sizes: Mapping[Split, int]) -> None:
 
 
 def _cloud(thing: str, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Points on a thing, turned and scaled at random."""
+    """Points on an object, randomly rotated and scaled."""
     count = int(rng.integers(64, 161))
     points = rng.normal(size=(count, 3))
     if thing == "ball":

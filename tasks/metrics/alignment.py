@@ -1,4 +1,4 @@
-"""Do predictions and references belong together? What every metric asks before it scores."""
+"""The check that every metric does first: predictions and references have the same ids."""
 
 from __future__ import annotations
 

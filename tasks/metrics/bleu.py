@@ -21,14 +21,14 @@ def bleu(references: NGrams, words: Ints, counts: Sequence[Counts]) -> tuple[lis
         words, counts: what ``references.count`` gave for the predictions.
 
     Returns:
-        By n the corpus score, and by n the scores of all examples; between 0 and 1. And (I, 10) what the corpus scores
-        are made of the sums of: matching n-grams of 1 to 4 words, n-grams of 1 to 4 words in the prediction, its words,
-        and the words of the reference that is closest to it in length, of two such the shorter one.
+        By n the corpus score, and by n the scores of all examples; between 0 and 1. And (I, 10) the counts whose sums
+        give the corpus scores: matching n-grams of 1 to 4 words, n-grams of 1 to 4 words in the prediction, its words,
+        and the words of the reference that is closest to it in length (of two, the shorter one).
     """
     correct = np.zeros((references.images, LONGEST), np.int64)
     for n, (table, (image, ngram, count)) in enumerate(zip(references.tables, counts, strict=True)):
         known, place = table.find(image, ngram)
-        # A count is clipped at the most that one reference of the image has.
+        # A count is clipped at the maximum over the image's references.
         most_P = np.maximum.reduceat(table.counts.count_R, table.first_P) if len(table.first_P) else table.first_P
         np.add.at(correct[:, n], image[known], np.minimum(count[known], most_P[place]))
     guesses = np.maximum(words[:, None] - np.arange(LONGEST), 0)

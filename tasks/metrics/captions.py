@@ -27,17 +27,17 @@ Counts: TypeAlias = dict[str, NDArray[Any]]
 
 
 class CaptionMetrics(Metric):
-    """COCO's caption metrics, equal to calling pycocoevalcap by hand; all in 0–1, but for CIDEr in 0–10.
+    """COCO's caption metrics, equal to calling pycocoevalcap directly; all in 0–1, except CIDEr in 0–10.
 
-    Where the library is silently wrong, this is not:
+    Differences where the library is silently wrong:
 
     - A prediction without words is legitimate: every metric scores it 0.
-    - A reference without words (punctuation, emoji) is left out; the library would reward an empty prediction for it.
-    - CIDEr weighs words by how few images use them, so it depends on the evaluated set and means nothing where all
-      images have the same references, one image above all: ``cider`` is then absent, where the library says 0.
+    - A reference without words (punctuation, emoji) is ignored; the library would reward an empty prediction for it.
+    - CIDEr weighs words by how few images use them, so it depends on the evaluated set and is meaningless if all
+      images have the same references (such as a single image): ``cider`` is then absent; the library returns 0.
 
-    ``cider_d`` is the same number as ``cider``: see docs/metrics.md. ``spice`` is there where its models are, and a
-    note says so where they are not. Safe to call from several threads; references are prepared once.
+    ``cider_d`` is the same number as ``cider``: see docs/metrics.md. ``spice`` is computed if its models are
+    installed; otherwise a note says so. Safe to call from several threads; references are prepared once.
 
     Args:
         with_meteor: whether to compute METEOR, which needs a Java process of half a gigabyte.
@@ -70,7 +70,7 @@ class CaptionMetrics(Metric):
         """
         check_aligned(predictions, references)
         notes = []
-        with ThreadPoolExecutor(1) as pool:  # so that Python counts while Java tokenises and aligns
+        with ThreadPoolExecutor(1) as pool:  # Python counts while Java tokenises and aligns
             tokenised = pool.submit(tokenise, [predictions[key] for key in references])
             known = prepare(tuple(tuple(captions) for captions in references.values()))
             if wordless := [key for key, captions in zip(references, known.tokenised, strict=True) if not captions]:

@@ -1,4 +1,4 @@
-"""How varied generated texts are: a model that says the same of every picture shows here, whatever its other scores."""
+"""Diversity of generated texts: detects a model that says the same about every picture, whatever its other scores."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tasks.metrics.ptb import tokenise
 
 
 class Diversity(Metric):
-    """distinct-1 and distinct-2, mean length and vocabulary of the predictions; the references are not looked at.
+    """distinct-1 and distinct-2, mean length and vocabulary of the predictions; the references are not used.
 
     ``distinct_n``: distinct n-grams / words, over all predictions together (Li et al. 2016,
     https://arxiv.org/abs/1510.03055, who divide by words for bigrams too). It falls as more text is counted, so only
-    runs over the same examples compare. Words are those of the captions metric: lower case, punctuation removed.
+    runs over the same examples are comparable. Words are those of the captions metric: lower case, punctuation removed.
     ``length`` is in words, for each example and as the mean; ``vocabulary`` is the number of distinct words.
     """
 

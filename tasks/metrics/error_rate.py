@@ -16,19 +16,19 @@ _without_punctuation = jiwer.RemovePunctuation()
 
 
 def normalise(text: str) -> str:
-    """Bring a text to the form in which errors are counted: lower case, no punctuation, single spaces.
+    """Normalise a text before errors are counted: lower case, no punctuation, single spaces.
 
     Corpora differ in case and punctuation for the same words (LibriSpeech is upper case without either), and neither
-    is heard. Punctuation is Unicode's class P, removed without a space: "don't" is the word "dont", "well-known" is
+    is audible. Punctuation is Unicode's class P, removed without a space: "don't" is the word "dont", "well-known" is
     "wellknown". An accented letter is one character (NFC). Numbers, symbols and abbreviations stay as they are:
-    writing them out needs the rules of a language, so "7" for "seven" is an error.
+    spelling them out needs language-specific rules, so "7" for "seven" is an error.
     """
     composed = unicodedata.normalize("NFC", text.lower())
     return " ".join(_without_punctuation(composed).split())
 
 
 class _Count(NamedTuple):
-    """Edits against one reference of that many words or characters."""
+    """Edits against one reference, and the reference's length in words or characters."""
 
     edits: int
     length: int
@@ -41,10 +41,10 @@ class _Count(NamedTuple):
 class ErrorRate(Metric):
     """Substitutions, deletions and insertions as a share of the reference: ``wer`` of words, ``cer`` of characters.
 
-    0 is perfect; insertions can lift a rate above 1. Over the corpus it is all edits by all reference words (not the
+    0 is perfect; insertions can raise a rate above 1. Over the corpus it is all edits / all reference words (not the
     mean of the examples' rates), as in speech recognition; characters include the spaces between words. Texts are
     normalised first (``normalise``). Of several references the one with the lowest rate counts, for words and for
-    characters separately, with its edits and its length; one without words is left out. An empty prediction is all
+    characters separately, with its edits and its length; one without words is ignored. An empty prediction is all
     deletions.
     """
 

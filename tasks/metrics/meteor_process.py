@@ -1,9 +1,9 @@
 """METEOR in one Java process per Python process: seconds and half a gigabyte to start, then less than 1 ms an image.
 
-The process ends at the exit of the interpreter, and by the end of its input when this process is killed.
+The process ends when the interpreter exits, or with its input when this process is killed.
 
-It runs without ``-norm``, which would normalise every reference anew for every prediction, a third of its time. The
-same normaliser is run on captions that it may change, beforehand and once: see ``normalise``.
+It runs without ``-norm``, which would normalise every reference again for every prediction, a third of its time. The
+same normaliser is run once beforehand on the captions that it may change: see ``normalise``.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from tasks.metrics.java import java_command, map_lines
 FOLDER = Path(library.__file__).parent
 JAR: str = library.METEOR_JAR
 Floats = NDArray[np.float64]
-# Requests under way at once. Their answers, of some 200 bytes, must fit into a pipe: Java would wait for us to read
-# them, and we for Java to read the requests.
+# Requests in flight. Their answers, of some 200 bytes each, must fit into a pipe; otherwise Java would wait for us to
+# read them, and we for Java to read the requests.
 _AT_ONCE = 64
-# Of METEOR 1.5 for English: the weight of content words (delta), and of words that match exactly, by their stem, as
-# synonyms, and as paraphrases.
+# Parameters of METEOR 1.5 for English: the weight of content words (delta), and of words that match exactly, by their
+# stem, as synonyms, and as paraphrases.
 _CONTENT = 0.75
 _WAYS = (1.0, 0.6, 0.8, 0.6)
 _UNCHANGED = re.compile("[a-z0-9 ]*")  # the normaliser leaves words of letters and digits as they are
 
 
 class _Meteor:
-    """A running METEOR, spoken to in its own words: ``SCORE`` gives the statistics of an image, ``EVAL`` the scores."""
+    """A running METEOR and its protocol: ``SCORE`` returns the statistics of an image, ``EVAL`` the scores."""
 
     def __init__(self) -> None:
-        # A file: nobody reads a pipe meanwhile, and a full one would block Java for ever.
+        # A file: nothing reads a pipe meanwhile, and a full one would block Java forever.
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process
         # `-a`: in a folder whose path has a space or an accent the jar does not find its own paraphrases.
         options = ("-", "-", "-stdio", "-l", "en", "-a", "data/paraphrase-en.gz")
@@ -56,7 +56,7 @@ class _Meteor:
         self.requests, self.answers = cast(IO[bytes], self.java.stdin), cast(IO[bytes], self.java.stdout)
 
     def score(self, requests: Sequence[str]) -> tuple[float, list[float], Floats]:
-        """Score requests, each ``reference ||| … ||| prediction``: the corpus score, that of every one, its counts."""
+        """Score requests, each ``reference ||| … ||| prediction``: the corpus score, the score of each, the counts."""
         statistics: list[str] = []
         for start in range(0, len(requests), _AT_ONCE):
             chunk = requests[start : start + _AT_ONCE]
@@ -73,7 +73,7 @@ class _Meteor:
 
     def _answer(self) -> str:
         line = self.answers.readline().decode().strip()
-        float(line.split(" ", 1)[0])  # anything but numbers is an error, which must not pass for statistics
+        float(line.split(" ", 1)[0])  # anything but a number is an error message and must not be taken for statistics
         return line
 
     def end(self) -> str:
@@ -87,9 +87,9 @@ class _Meteor:
 
 
 def _counts(statistics: Sequence[str]) -> Floats:
-    """The sums in METEOR's formula, (I, 6), from its own lines.
+    """The terms of METEOR's formula, (I, 6), from its output lines.
 
-    A line is: words of the prediction and of the reference, function words of both, four numbers for each way to match
+    A line is: words of the prediction and of the reference, function words of both, four numbers for each kind of match
     (content words of both, function words of both), chunks, matched words of both. Over the corpus METEOR adds no chunk
     for a prediction that is matched whole, as is its reference, in one chunk.
     """
@@ -114,7 +114,7 @@ def _end() -> str:
 
 
 def _forget() -> None:
-    # A forked child shares the pipes of its parent's process: two writers would get each other's scores.
+    # A forked child shares the pipes of its parent's Java process: two writers would read each other's scores.
     global _lock, _process
     _lock, _process = threading.Lock(), None
 
@@ -128,7 +128,7 @@ def normalise(captions: Iterable[str]) -> dict[str, str]:
 
     Returns:
         Caption → normalised, for those with other characters than lower-case letters, digits and spaces. The others
-        stay as they are and are left out.
+        are unchanged and omitted.
 
     Raises:
         RuntimeError: Java failed.
@@ -149,11 +149,11 @@ def meteor(
     Args:
         references: for every example its tokenised captions, at least one.
         predictions: for every example its tokenised prediction.
-        normalised: what ``normalise`` gave for the references, where that is known.
+        normalised: the result of ``normalise`` for the references, if known.
 
     Returns:
-        The corpus score, and the score of every example; between 0 and 1. And (I, 6) what the corpus score is made of
-        the sums of: matches and length of the prediction, matches and length of the reference, all weighted; chunks,
+        The corpus score, and the score of every example; between 0 and 1. And (I, 6) the counts whose sums give the
+        corpus score: matches and length of the prediction, matches and length of the reference, all weighted; chunks,
         and matched words.
 
     Raises:

@@ -1,9 +1,9 @@
-"""The n-grams of captions as arrays: what BLEU and CIDEr count, in the references once and then in every prediction.
+"""The n-grams of captions as arrays: what BLEU and CIDEr count, once in the references and then in every prediction.
 
-A word's id is its place in the vocabulary, an n-gram's id its place among the references' n-grams of that length, in
+A word's id is its index in the vocabulary, an n-gram's id its index among the references' n-grams of that length, in
 the order of (id of its first n - 1 words, its last word); those that no reference has are numbered after them.
 
-Legend: W words of all captions one after another, G distinct n-grams, C captions, I images (examples),
+Legend: W words of all captions concatenated, G distinct n-grams, C captions, I images (examples),
 P distinct (image, n-gram) pairs, R distinct (caption, n-gram) pairs.
 """
 

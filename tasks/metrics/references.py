@@ -1,7 +1,7 @@
-"""References as the caption metrics need them, prepared once for every distinct set: kept in memory and on disk.
+"""References as the caption metrics need them, prepared once for every distinct set, in memory and on disk.
 
-On disk is what Java made of them, as JSON below ``$HARNESS_CACHE/references``, by default ``~/.cache/harness``. The
-n-grams are counted anew in each process, which takes less time than reading them would save.
+Java's output is stored as JSON below ``$HARNESS_CACHE/references``, by default ``~/.cache/harness``. The
+n-grams are counted again in each process, which is faster than reading them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tasks.metrics import meteor_process, ngrams, ptb
 from tasks.metrics.meteor_process import normalise
 from tasks.metrics.ptb import tokenise
 
-# Part of a file's name: another format, tokenizer or normaliser is another file.
+# Part of the file name: another format, tokenizer or normaliser uses another file.
 _VERSION = ["1", ptb.JAR.name, meteor_process.JAR]
 
 Texts: TypeAlias = tuple[tuple[str, ...], ...]
@@ -32,8 +32,8 @@ Texts: TypeAlias = tuple[tuple[str, ...], ...]
 class References:
     """The references of some examples, in their order."""
 
-    tokenised: Texts  # without those that have no words; an example may have none left
-    normalised: Mapping[str, str]  # what METEOR reads instead, where it is another text
+    tokenised: Texts  # without those that have no words; an example may have none
+    normalised: Mapping[str, str]  # what METEOR reads instead, if different
 
     @cached_property
     def ngrams(self) -> ngrams.NGrams:
@@ -42,15 +42,15 @@ class References:
 
     @cached_property
     def all_alike(self) -> bool:
-        """Whether all examples have the same references, one example above all."""
+        """Whether all examples have the same references, such as a single example."""
         return len({frozenset(captions) for captions in self.tokenised}) < 2
 
 
 @lru_cache(maxsize=4)  # a trial's validation and test set, and those of another task; 5,000 images are some 50 MB
 def prepare(references: Texts) -> References:
-    """Tokenise and normalise references, or read the file in which an earlier process left them.
+    """Tokenise and normalise references, or read the file that an earlier process wrote.
 
-    Warns where the file cannot be written: the next process then does the work again.
+    Warns if the file cannot be written: the next process then repeats the work.
 
     Raises:
         RuntimeError: Java failed.
@@ -64,26 +64,26 @@ def prepare(references: Texts) -> References:
     try:
         _write(path, prepared)
     except OSError as error:
-        warnings.warn(f"tokenised references cannot be kept in {path.parent}: {error}", stacklevel=2)
+        warnings.warn(f"tokenised references cannot be cached in {path.parent}: {error}", stacklevel=2)
     return prepared
 
 
 def cache_file(references: Texts) -> Path:
-    """Where these references are kept: named by the SHA-256 of the texts, the format and the versions of the jars."""
+    """The cache file of these references, named by the SHA-256 of the texts, the format and the jars' versions."""
     cache = Path(os.environ.get("HARNESS_CACHE") or "~/.cache/harness").expanduser()
     key = hashlib.sha256(json.dumps([_VERSION, references]).encode()).hexdigest()
     return cache / "references" / f"{key}.json"
 
 
 def _write(path: Path, prepared: References) -> None:
-    """Write in one step, so that no process reads half a file: the SHA-256 of the second line, then JSON."""
+    """Write atomically: the SHA-256 of the second line, then JSON."""
     content = json.dumps(asdict(prepared)).encode()
     with atomic(path) as partial:
         partial.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
 
 
 def _read(path: Path) -> References | None:
-    """Read what ``_write`` wrote; None where there is nothing, or where it is not whole."""
+    """Read what ``_write`` wrote; None if it is missing or damaged."""
     try:
         digest, _, content = path.read_bytes().partition(b"\n")
     except OSError:

@@ -30,7 +30,7 @@ def rouge_l(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> 
 
 def _score(references: Sequence[str], prediction: str) -> float:
     words = prediction.split(" ")
-    places: dict[str, int] = {}  # word → a bit for every place where the prediction has it
+    places: dict[str, int] = {}  # word → one bit per position in the prediction
     for i, word in enumerate(words):
         places[word] = places.get(word, 0) | 1 << i
     precision = recall = 0.0
@@ -44,8 +44,8 @@ def _score(references: Sequence[str], prediction: str) -> float:
 
 
 def _longest_common_subsequence(places: dict[str, int], length: int, others: Sequence[str]) -> int:
-    """Its length, by bits: a whole row of the usual table in one addition (Hyyrö 2004, "Bit-parallel LCS-length
-    computation revisited"). A bit is cleared where the table grows by one from the place before.
+    """Its length, bit-parallel: a whole row of the usual table in one addition (Hyyrö 2004, "Bit-parallel LCS-length
+    computation revisited"). A bit is cleared where the table increases by one.
     """
     every = (1 << length) - 1
     row = every

@@ -1,8 +1,8 @@
-"""SPICE (Anderson et al. 2016, https://arxiv.org/abs/1607.08822): the jar of pycocoevalcap 1.2, where it can run.
+"""SPICE (Anderson et al. 2016, https://arxiv.org/abs/1607.08822): pycocoevalcap 1.2's jar, if it can run.
 
-It needs what is not shipped: Stanford CoreNLP 3.6.0 with its models, and a Java of version 8 to 14 (it writes its
-result with the JavaScript engine that Java 15 dropped). The library downloads the former when its class is made; here
-nothing is downloaded, and where something is missing ``missing`` says what.
+It needs what the library does not ship: Stanford CoreNLP 3.6.0 with its models, and a Java of version 8 to 14 (it
+writes its result with the JavaScript engine that Java 15 dropped). The library downloads the former when its class is
+created; here nothing is downloaded, and ``missing`` returns what is missing.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from pycocoevalcap.spice import get_stanford_models
 from pycocoevalcap.spice import spice as library
 
 FOLDER = Path(library.__file__).parent
-MODELS = "HARNESS_SPICE_MODELS"  # a folder with both jars; else the library's own, where it puts its download
-JAVA = "HARNESS_SPICE_JAVA"  # the program itself
+MODELS = "HARNESS_SPICE_MODELS"  # a folder with both jars; default: the library's own folder for its download
+JAVA = "HARNESS_SPICE_JAVA"  # path of the executable
 _JARS = (f"{get_stanford_models.JAR}.jar", f"{get_stanford_models.JAR}-models.jar")
 
 
 def missing() -> str | None:
-    """Why SPICE cannot be computed here, in a sentence; None: it can."""
+    """A sentence that says why SPICE cannot be computed; None: it can."""
     folder = _models()
     if lacking := [jar for jar in _JARS if not (folder / jar).is_file()]:
         return f"SPICE was not computed: {' and '.join(lacking)} not found in {folder} ({MODELS}); see docs/metrics.md"
     java = os.environ.get(JAVA)
     if not java or not os.access(java, os.X_OK):
-        found = f"{java!r} is no program" if java else "it is not set"
+        found = f"{java!r} is not a program" if java else "it is not set"
         return f"SPICE was not computed: {JAVA} must name a Java of version 8 to 14, {found}; see docs/metrics.md"
     return None
 
 
 def spice(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> tuple[float, list[float]]:
-    """Score tokenised captions in a Java process of its own; parses of captions are kept below ``$HARNESS_CACHE``.
+    """Score tokenised captions in a separate Java process; parses of captions are cached below ``$HARNESS_CACHE``.
 
     Args:
         references: for every example its tokenised captions, at least one.
@@ -74,11 +74,13 @@ def _models() -> Path:
 
 
 def _by_id(result: str, examples: int) -> list[float]:
-    """The F-score of every example by the id that the result gives, whatever its order."""
+    """The F-score of every example, in the order of their ids rather than of the result."""
     try:
         scores = {item["image_id"]: float(item["scores"]["All"]["f"]) for item in json.loads(result)}
     except (ValueError, TypeError, KeyError) as error:
-        raise RuntimeError(f"SPICE gave no F-score for every example ({type(error).__name__}: {error})") from error
+        raise RuntimeError(
+            f"SPICE did not return an F-score for every example ({type(error).__name__}: {error})"
+        ) from error
     if scores.keys() != set(range(examples)) or not np.isfinite(list(scores.values())).all():
         raise RuntimeError(f"SPICE was given {examples} examples and returned scores of {len(scores)}")
     return [scores[i] for i in range(examples)]

@@ -1,8 +1,8 @@
 """The VQA accuracy of Antol et al., https://arxiv.org/abs/1505.00468 and https://visualqa.org/evaluation.html.
 
-Every question was answered by ten people. An answer is right as far as three of them agree: min(people / 3, 1),
-averaged over the ten sets of nine people. Both sides are brought to one spelling first; the steps, their order and
-their oddities are those of the authors' evaluation, https://github.com/GT-Vision-Lab/VQA, written anew.
+Every question was answered by ten people. An answer is fully right if three of them gave it: min(people / 3, 1),
+averaged over the ten sets of nine people. Prediction and answers are normalised first; the steps, their order and
+their oddities are those of the authors' evaluation, https://github.com/GT-Vision-Lab/VQA, reimplemented.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from typing import ClassVar
 from tasks.base import Metric, Scores
 from tasks.metrics.alignment import check_aligned, name_ids
 
-_PUNCTUATION = (
-    ';/[]"{}()=+\\_-><@`,?!'  # not the apostrophe, not the colon (times), and the period has a rule of its own
-)
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # not the apostrophe, not the colon (times); the period has its own rule
 _NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
 _NUMBERS |= {"six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
 _ARTICLES = frozenset(("a", "an", "the"))
 
-# The contractions that the official table knows, by what follows the word. It leaves out those whose misspelling is
-# another word (we'll: well); those with a capital I are not here because it looks them up in lower case.
+# The contractions of the official table, by ending. It omits those whose misspelling is another word (we'll: well);
+# those with a capital I are omitted here because texts are in lower case when it looks them up.
 _CONTRACTIONS = {
     "n't": "ai are ca could did does do had has have is might must need ought sha should was were wo would",
     "n't've": "could had might should would",
@@ -49,15 +47,15 @@ _RIGHT_SPELLING = dict(_misspelt())
 
 
 class VQAAccuracy(Metric):
-    """The official accuracy, 0–1, of answers that ten people have given too.
+    """The official accuracy, 0–1, against the answers of ten people.
 
-    - As in the official evaluation, where all answers of a question are the same, nothing but the case is evened out:
-      of ten times "yes", "Yes" is right and "yes!" is wrong. Its author says that this keeps text read from pictures
+    - As in the official evaluation, if all answers to a question are the same, only the case is normalised:
+      for ten times "yes", "Yes" is right and "yes!" is wrong. Its author says that this keeps text read from pictures
       as it is (https://github.com/GT-Vision-Lab/VQA/issues/14).
-    - One reference (GQA) is outside of the formula, which would give 1/3 to the right answer: a match counts 1, after
-      the same spelling rules.
-    - Two to nine references go by the formula, averaged over the sets without one of them. With fewer than four even
-      an answer that all agree on stays below 1; a note says so.
+    - A single reference (GQA) does not use the formula, which would give 1/3 for the right answer: a match counts 1,
+      after the same normalisation.
+    - Two to nine references use the formula, averaged over the sets without one of them. With fewer than four, even an
+      answer that all agree on scores below 1; a note says so.
     """
 
     labels: ClassVar[Mapping[str, str]] = {"vqa_accuracy": "VQA accuracy"}
@@ -88,16 +86,16 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     others = len(given) - agreeing
     if len(given) == 1:
         return float(agreeing)
-    # Leave out each person once: it is one of those who agree, or one of the others.
+    # Leave out each person once: one of those who agree, or one of the others.
     return (agreeing * min(1.0, (agreeing - 1) / 3) + others * min(1.0, agreeing / 3)) / len(given)
 
 
 def normalise(text: str) -> str:
-    """The official spelling: punctuation, case, number words, articles, apostrophes.
+    """The official normalisation: punctuation, case, number words, articles, apostrophes.
 
-    A punctuation mark becomes a space; but all of a kind vanish if one of them touches a space, and all of every kind
-    if there is a comma between digits ("100,978", and then "red-brown" is "redbrown" too). A period goes unless a digit
-    follows.
+    A punctuation mark becomes a space; but all marks of a kind are removed if one of them touches a space, and all
+    marks of every kind if there is a comma between digits ("100,978", and then "red-brown" is "redbrown" too). A period
+    is removed unless a digit follows.
     """
     number = re.search(r"\d,\d", text) is not None
     marks: dict[str, str | int | None] = {

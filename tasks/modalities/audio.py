@@ -1,11 +1,10 @@
-"""Recordings: any file libsndfile reads (WAV, FLAC, OGG, MP3, …), as mono at 16 kHz; three kinds of encoder.
+"""Recordings: any file that libsndfile reads (WAV, FLAC, OGG, MP3, …), as mono at 16 kHz; three kinds of encoder.
 
 Shapes: S samples, C channels.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harness import hub
-from harness.errors import UserError, did_you_mean
+from harness.errors import UserError
 from tasks.base import Modality
 from tasks.modalities.recording import SAMPLING_RATE, Recording
 
@@ -29,25 +28,32 @@ MAX_SECONDS = 600
 MAX_SAMPLES = 120_000_000  # of all channels together: 480 MB decoded
 MIN_RATE, MAX_RATE = 1_000, 384_000  # Hz
 
-# How libsndfile words it that a header promises more bytes, or frames, than the file has.
+# libsndfile's log messages for a header that promises more bytes, or frames, than the file has.
 _SHORT = re.compile(r"^\s*(?:data|SSND|Data Size|riff)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
 _SHORT_FRAMES = re.compile(r"Calculated frame count (\d+) does not match value from 'ds64' chunk of (\d+)")
-# Sizes from here on are what programs write into a pipe, where they cannot come back to fill in the real one.
+# Programs that write into a pipe, and cannot fill in the real size afterwards, use sizes from here on.
 _UNKNOWN_SIZE = 0x7FFF_0000
 _UNKNOWN_FRAMES = 2**63 - 1  # SF_COUNT_MAX: a FLAC stream without a length
+
+
+def _tiny_audio(weights: bool) -> Encoder:
+    from tasks.modalities.tiny_audio import TinyAudio
+
+    return TinyAudio.load(Path(hub.place(TINY)), weights)
 
 
 class Audio(Modality):
     """A recording, its channels averaged, resampled to 16 kHz."""
 
     default_encoder: ClassVar = TINY
+    built_in: ClassVar = {TINY: _tiny_audio}
 
     def load(self, path: Path) -> Recording:
         """Decode the whole recording.
 
         Raises:
             UserError: the file is missing, shorter than its header says, too long (``MAX_SECONDS``, ``MAX_SAMPLES``),
-                has no samples or such as are no numbers, or is nothing libsndfile knows.
+                has no samples or ones that are not finite, or has a format that libsndfile does not know.
         """
         import soundfile
 
@@ -60,7 +66,7 @@ class Audio(Modality):
                 rate, promised = file.samplerate, file.frames
         except UserError:
             raise
-        except Exception as error:  # soundfile's own, and those of a header that makes no sense
+        except Exception as error:  # soundfile's own, and those caused by invalid headers
             raise UserError(f"{path}: cannot be decoded as audio: {error}") from error
         frames, channels = samples_SC.shape
         if frames < promised:
@@ -71,42 +77,18 @@ class Audio(Modality):
             raise UserError(f"{path}: has samples that are NaN or infinite")
         return Recording(_resample(samples_SC.mean(axis=1), rate), rate, channels)
 
-    def encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
-        """Whisper's encoder, the Audio Spectrogram Transformer, or the built-in one.
+    def pretrained(self, name: str, weights: bool, trust_remote_code: bool) -> Encoder:
+        """Whisper's encoder, or the Audio Spectrogram Transformer.
 
         Raises:
-            UserError: it cannot be had, or is no audio encoder.
+            UserError: it could not be loaded, or is not an audio encoder.
         """
-        _check_builtin(name)
-        if name == TINY:
-            from tasks.modalities.tiny_audio import TinyAudio
+        from tasks.modalities import pretrained_audio
 
-            return TinyAudio.load(Path(hub.place(name)))
-        from tasks.modalities.pretrained_audio import load
-
-        return load(name, trust_remote_code)
-
-    def empty_encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
-        """The same without weights.
-
-        Raises:
-            UserError: its configuration cannot be had, or is no audio encoder's.
-        """
-        _check_builtin(name)
-        if name == TINY:
-            import torch
-
-            from tasks.modalities.tiny_audio import TinyAudio
-
-            config = json.loads((Path(hub.place(name)) / "config.json").read_text(encoding="utf-8"))
-            with torch.device("meta"):
-                return TinyAudio(config["width"], config["layers"], config["heads"])
-        from tasks.modalities.pretrained_audio import empty
-
-        return empty(name, trust_remote_code)
+        return (pretrained_audio.load if weights else pretrained_audio.empty)(name, trust_remote_code)
 
     def remark(self, item: Recording) -> str | None:
-        """Say which channels and sampling rate were converted."""
+        """Report which channels and sampling rate were converted."""
         said = []
         if item.channels > 1:
             said.append(f"{'stereo' if item.channels == 2 else f'{item.channels} channels'}, averaged to mono")
@@ -115,21 +97,16 @@ class Audio(Modality):
         return "; ".join(said) or None
 
 
-def _check_builtin(name: str) -> None:
-    if hub.is_builtin(name) and name != TINY:
-        raise UserError(f"backbone.encoders: {name!r} is not a built-in audio encoder; {did_you_mean(name, [TINY])}")
-
-
 def _check_header(path: Path, file: soundfile.SoundFile) -> None:
-    """Refuse what the header alone shows to be wrong, before memory is given to it.
+    """Reject files whose header is already wrong, before memory is allocated for them.
 
-    libsndfile takes a WAV file that ends early for a shorter recording, and says so in its log only.
+    libsndfile reads a truncated WAV file as a shorter recording, and reports it in its log only.
     """
     rate, frames = file.samplerate, file.frames
     if not MIN_RATE <= rate <= MAX_RATE:
         raise UserError(f"{path}: sampling rate {rate:,} Hz; allowed: {MIN_RATE:,} to {MAX_RATE:,} Hz")
     if frames == _UNKNOWN_FRAMES:
-        raise UserError(f"{path}: its header does not say how long it is (written into a pipe?); convert it once more")
+        raise UserError(f"{path}: its header does not give its length (written into a pipe?); convert it again")
     if frames > MAX_SECONDS * rate:
         raise UserError(f"{path}: {frames / rate:,.0f} s long; allowed: at most {MAX_SECONDS} s")
     if frames * file.channels > MAX_SAMPLES:

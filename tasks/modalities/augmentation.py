@@ -1,4 +1,4 @@
-"""Random changes of training pictures, in the words of torchvision's transforms, done with Pillow.
+"""Random changes of training pictures, named as torchvision's transforms, done with Pillow.
 
 https://docs.pytorch.org/vision/stable/transforms.html: RandomResizedCrop, RandomHorizontalFlip, ColorJitter.
 """
@@ -41,7 +41,7 @@ class Augmentation(Config):
         return bool(self.horizontal_flip or self.crop_scale or jitter)
 
     def apply(self, picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """Change an RGB picture; its size stays, the given one is not touched, the draws are the generator's alone."""
+        """Change an RGB picture; its size is kept, the original is not modified, and ``rng`` is the only randomness."""
         if self.crop_scale is not None:
             box = crop_box(picture.size, self.crop_scale, self.crop_ratio, rng)
             picture = picture.resize(picture.size, Image.Resampling.BILINEAR, box=box)
@@ -71,8 +71,8 @@ def crop_box(
         rng: draws.
 
     Returns:
-        (left, top, right, bottom). Where ten draws do not fit into the picture: its middle, with the nearest allowed
-        proportions.
+        (left, top, right, bottom). If none of ten draws fits into the picture: its centre, with the nearest
+        allowed proportions.
     """
     width, height = size
     for _ in range(_ATTEMPTS):

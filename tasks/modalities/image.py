@@ -1,11 +1,10 @@
-"""Pictures: any file Pillow reads, as upright 8-bit RGB; the vision encoders of ``transformers``, and a tiny one.
+"""Pictures: any file that Pillow reads, as upright 8-bit RGB; the vision encoders of ``transformers``, and a tiny one.
 
 Shapes: B pictures, C channels, H × W pixels, N tokens, D features.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -14,29 +13,36 @@ from PIL import ExifTags, ImageOps
 from PIL import Image as PilImage
 
 from harness import hub
-from harness.errors import UserError, did_you_mean
+from harness.errors import UserError
 from tasks.base import Modality
 
 if TYPE_CHECKING:
     from tasks.encoder import Encoder
 
 TINY = "builtin/tiny-vision"
-MAX_PIXELS = 89_478_485  # Pillow's own limit, where it only warns: 256 MiB of RGB
-_REMARK = "harness_remark"  # key of what was converted in a picture's info
-_MODES = {"1": "black and white", "L": "grey-scale", "P": "palette of colours"}  # Pillow's modes in words
+MAX_PIXELS = 89_478_485  # the limit at which Pillow only warns: 256 MiB of RGB
+_REMARK = "harness_remark"  # key in a picture's info: what was converted
+_MODES = {"1": "black and white", "L": "grey-scale", "P": "palette of colours"}  # names of Pillow's modes
+
+
+def _tiny_vision(weights: bool) -> Encoder:
+    from tasks.modalities.tiny_vision import TinyVision
+
+    return TinyVision.load(Path(hub.place(TINY)), weights)
 
 
 class Image(Modality):
-    """A picture, turned as its EXIF orientation says, transparency laid on white, colours as 8-bit RGB."""
+    """A picture as 8-bit RGB, rotated by its EXIF orientation, with transparent parts on white."""
 
     default_encoder: ClassVar = TINY
+    built_in: ClassVar = {TINY: _tiny_vision}
 
     def load(self, path: Path) -> PilImage.Image:
         """Decode the whole picture.
 
         Raises:
-            UserError: the file is missing, truncated, too large (``MAX_PIXELS``), not a picture Pillow knows, or has
-                pixels whose range nothing tells (32-bit integers and floats).
+            UserError: the file is missing, truncated, too large (``MAX_PIXELS``), not a format that Pillow knows, or
+                has pixels without a defined range (32-bit integers and floats).
         """
         try:
             with PilImage.open(path) as picture:
@@ -51,71 +57,42 @@ class Image(Modality):
                 return _rgb(picture)
         except UserError:
             raise
-        except Exception as error:  # each of Pillow's decoders fails with exceptions of its own
+        except Exception as error:  # each of Pillow's decoders has its own exceptions
             raise UserError(f"{path}: cannot be decoded as a picture: {error}") from error
 
     def remark(self, item: PilImage.Image) -> str | None:
-        """What ``load`` converted: another orientation, colours or depth than upright 8-bit RGB."""
+        """What ``load`` converted: orientation, colours or bit depth."""
         remark: str | None = item.info.get(_REMARK)
         return remark
 
-    def encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
+    def pretrained(self, name: str, weights: bool, trust_remote_code: bool) -> Encoder:
         """Swin V2, ViT, CLIP, SigLIP, DINOv2 and whatever else ``AutoModel`` and ``AutoImageProcessor`` load.
 
         Raises:
-            UserError: it cannot be had, or is no vision encoder.
+            UserError: it could not be loaded, or is not a vision encoder.
         """
-        _check_builtin(name)
-        if name == TINY:
-            from tasks.modalities.tiny_vision import TinyVision
+        from tasks.modalities import pretrained_vision
 
-            return TinyVision.load(Path(hub.place(name)))
-        from tasks.modalities.pretrained_vision import load
-
-        return load(name, trust_remote_code)
-
-    def empty_encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
-        """The same without weights.
-
-        Raises:
-            UserError: its configuration cannot be had, or is no vision encoder's.
-        """
-        _check_builtin(name)
-        if name == TINY:
-            import torch
-
-            from tasks.modalities.tiny_vision import TinyVision
-
-            config = json.loads((Path(hub.place(name)) / "config.json").read_text(encoding="utf-8"))
-            with torch.device("meta"):
-                return TinyVision(config["width"], config["layers"], config["heads"])
-        from tasks.modalities.pretrained_vision import empty
-
-        return empty(name, trust_remote_code)
-
-
-def _check_builtin(name: str) -> None:
-    if hub.is_builtin(name) and name != TINY:
-        raise UserError(f"backbone.encoders: {name!r} is not a built-in image encoder; {did_you_mean(name, [TINY])}")
+        return (pretrained_vision.load if weights else pretrained_vision.empty)(name, trust_remote_code)
 
 
 def _rgb(picture: PilImage.Image) -> PilImage.Image:
-    """The upright RGB picture; what had to be converted stands in its ``info``."""
+    """The upright RGB picture; what had to be converted is noted in its ``info``."""
     upright = ImageOps.exif_transpose(picture)
     turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-    remarks = ["turned as its EXIF orientation says"] if turned else []
+    remarks = ["rotated by its EXIF orientation"] if turned else []
     if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # MPO: a JPEG with previews of itself
-        remarks.append("several frames, the first is taken")
+        remarks.append("several frames, only the first is used")
     if upright.mode.startswith("I;16"):
         # Pillow's own conversion clips at 255: nearly every 16-bit picture would turn white.
         found = PilImage.fromarray((np.asarray(upright) >> 8).astype(np.uint8)).convert("RGB")
         remarks.append("16-bit grey-scale, read as 8-bit RGB")
     elif upright.has_transparency_data:
-        # The colour stored under a transparent pixel is arbitrary; what people see is what lies behind it.
+        # The colour stored under a transparent pixel is arbitrary; people see what is behind it.
         layer = upright.convert("RGBA")
         white = PilImage.new("RGBA", layer.size, "white")
         found = PilImage.alpha_composite(white, layer).convert("RGB")
-        remarks.append("transparent, laid on white")
+        remarks.append("transparent, put on white")
     else:
         found = upright.convert("RGB")
         if upright.mode != "RGB":

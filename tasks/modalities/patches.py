@@ -19,7 +19,7 @@ Floats = NDArray[np.float64]
 
 
 class Grid(NamedTuple):
-    """Tokens read row by row, after ``leading`` ones that are no patches (class token, registers)."""
+    """Tokens read row by row, after ``leading`` ones that are not patches (class token, registers)."""
 
     leading: int
     rows: int
@@ -28,12 +28,12 @@ class Grid(NamedTuple):
 
 
 def grid_of(encoder: Encoder, item: Any, tokens: int) -> Grid | None:
-    """The grid that an encoder's tokens are, or None: no picture, padded, or not one token for each patch.
+    """The grid formed by an encoder's tokens; None: not a picture, padded, or not one token per patch.
 
     Args:
         encoder: with its processor.
         item: decoded, upright.
-        tokens: that the encoder makes of it.
+        tokens: number of tokens that the encoder makes of it.
     """
     if not isinstance(item, Image.Image) or not isinstance(encoder, TinyVision | PretrainedVision):
         return None
@@ -52,7 +52,7 @@ def grid_of(encoder: Encoder, item: Any, tokens: int) -> Grid | None:
 def _seen(
     encoder: TinyVision | PretrainedVision, size: tuple[int, int]
 ) -> tuple[int, int, tuple[float, float, float, float]] | None:
-    """H, W and the box, measured: processors crop and resize by options of their own, a ramp shows what they did."""
+    """H, W and the box, measured with a colour ramp, because processors crop and resize by their own options."""
     width, height = size
     ramp = np.zeros((height, width, 3), dtype=np.uint8)
     ramp[..., 0] = np.round(255 * (np.arange(width) + 0.5) / width)

@@ -1,7 +1,7 @@
 """Audio encoders of ``transformers``, by hub id or ``save_pretrained`` folder, each with its own feature extractor.
 
 Whisper's encoder (https://arxiv.org/abs/2212.04356) and the Audio Spectrogram Transformer (AST,
-https://arxiv.org/abs/2104.01778). Both compute on a fixed length, whatever the recording's.
+https://arxiv.org/abs/2104.01778). Both compute on a fixed length, independent of the recording's.
 
 Shapes: B recordings, N tokens, D features.
 """
@@ -23,7 +23,7 @@ from tasks.modalities.recording import SAMPLING_RATE, Recording
 
 
 class PretrainedAudio(Encoder):
-    """A model and its feature extractor; without an extractor it can be counted, and ``check`` recordings, only."""
+    """A model and its feature extractor; without an extractor it can only count parameters and ``check`` recordings."""
 
     def __init__(self, model: Any, extractor: Any = None) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class PretrainedAudio(Encoder):
         return [features_ND[: self.tokens(item)] for features_ND, item in zip(features_BND, items, strict=True)]
 
     def check(self, item: Recording) -> str | None:
-        """Refuse what the feature extractor would cut off."""
+        """Reject what the feature extractor would cut off."""
         if item.seconds > self.max_seconds:
             return f"{item.seconds:.1f} s long; {self.model.config.model_type} takes at most {self.max_seconds:g} s"
         return None
@@ -60,11 +60,11 @@ class WhisperEncoder(PretrainedAudio):
 
     @property
     def max_seconds(self) -> float:
-        """Two mel frames of 10 ms make a token: 30 s for the models that are published."""
+        """Two mel frames of 10 ms make a token: 30 s for the published models."""
         return float(self.model.config.max_source_positions / 50)
 
     def tokens(self, item: Recording) -> int:
-        """50 a second, the last one begun included."""
+        """50 per second, including the last incomplete one."""
         return math.ceil(len(item.samples) * 50 / SAMPLING_RATE)
 
 
@@ -72,7 +72,7 @@ class SpectrogramTransformer(PretrainedAudio):
     """AST: patches of a padded spectrogram of fixed length, after a class and a distillation token."""
 
     def check(self, item: Recording) -> str | None:
-        """Refuse also what is shorter than one frame of 25 ms, of which there is no spectrogram."""
+        """Also reject what is shorter than one frame of 25 ms, which has no spectrogram."""
         if len(item.samples) < 400:
             return f"{item.seconds * 1000:.1f} ms long; {self.model.config.model_type} takes at least 25 ms"
         return super().check(item)
@@ -83,7 +83,7 @@ class SpectrogramTransformer(PretrainedAudio):
         return float((self.model.config.max_length - 1) * 0.01 + 0.025)
 
     def tokens(self, item: Recording) -> int:
-        """All of them: attention has mixed the padding, on which it was trained, into every patch."""
+        """All of them: the model was trained with padding, and attention mixes it into every patch."""
         config = self.model.config
         across = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
         along = (config.max_length - config.patch_size) // config.time_stride + 1
@@ -100,7 +100,7 @@ def load(name: str, trust_remote_code: bool) -> PretrainedAudio:
     """Load weights and feature extractor.
 
     Raises:
-        UserError: one of them cannot be had, or the model is no audio encoder known here.
+        UserError: one of them could not be loaded, or the model is not a known audio encoder.
     """
     from transformers import AutoFeatureExtractor, AutoModel
 
@@ -139,5 +139,5 @@ def _kind(name: str, trust_remote_code: bool) -> type[PretrainedAudio]:
 
 
 def _half(model: Any) -> Any:
-    """The encoder of a model that also has a decoder; any other model as it is."""
+    """The encoder of a model that also has a decoder; any other model unchanged."""
     return model.encoder if hasattr(model, "decoder") else model

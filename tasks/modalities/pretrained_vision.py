@@ -19,10 +19,10 @@ from tasks.encoder import Encoder
 
 
 class PretrainedVision(Encoder):
-    """A vision tower and its processor; without a processor it can be counted only.
+    """A vision tower and its processor; without a processor it can only count parameters.
 
-    Features are those after the last layer. A pooler is never asked, and many checkpoints come without its weights: it
-    is left out.
+    Features are those after the last layer. The pooler is never used, and many checkpoints lack its weights, so it is
+    removed.
     """
 
     def __init__(self, model: Any, processor: Any = None) -> None:
@@ -35,7 +35,7 @@ class PretrainedVision(Encoder):
     @torch.no_grad()
     def encode(self, items: Sequence[Image.Image]) -> list[Tensor]:
         """Features (N, D) of each picture, in the encoder's precision; a convolutional grid is read row by row."""
-        # One by one: some processors pad or resize to the others of their batch.
+        # One by one: some processors pad or resize to match the others of the batch.
         pixels = [self.processor(images=item, return_tensors="pt")["pixel_values"] for item in items]
         alike = len({pixels_1CHW.shape for pixels_1CHW in pixels}) == 1
         weight = next(self.model.parameters())
@@ -47,10 +47,10 @@ class PretrainedVision(Encoder):
 
 
 def load(name: str, trust_remote_code: bool) -> PretrainedVision:
-    """Load weights and processor, and see that they fit by encoding a grey picture.
+    """Load weights and processor, and check that they fit by encoding a grey picture.
 
     Raises:
-        UserError: one of them cannot be had, they do not fit, weights are missing, or it is no vision encoder.
+        UserError: one of them could not be loaded, they do not fit, weights are missing, or it is not a vision encoder.
     """
     from transformers import AutoImageProcessor, AutoModel
 
@@ -61,7 +61,7 @@ def load(name: str, trust_remote_code: bool) -> PretrainedVision:
             place, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
         )
         processor = AutoImageProcessor.from_pretrained(place, backend="pil", trust_remote_code=trust_remote_code)
-    except Exception as error:  # of the files' readers too: each has its own
+    except Exception as error:  # each library that reads the files has its own
         raise UserError(hub.cannot(name, error)) from error
     tower = _tower(model)
     encoder = PretrainedVision(tower, processor).eval()
@@ -72,7 +72,7 @@ def load(name: str, trust_remote_code: bool) -> PretrainedVision:
         raise UserError(f"backbone.encoders: {name!r}: weights are missing: {', '.join(missing[:3])}{more}")
     try:
         (features_ND,) = encoder.encode([Image.new("RGB", (64, 48), "grey")])
-    except Exception as error:  # whatever the model says of pixels it does not expect
+    except Exception as error:  # models raise anything for pixels they do not expect
         reason = " ".join(str(error).split())
         raise UserError(
             f"backbone.encoders: {name!r}: model and image processor do not work together: {reason}"
@@ -96,24 +96,24 @@ def empty(name: str, trust_remote_code: bool) -> PretrainedVision:
     try:
         with torch.device("meta"):
             model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a configuration AutoModel does not know, a library that is not installed
-        raise UserError(f"{kind} is no vision encoder: {' '.join(str(error).split())[:300]}") from error
+    except Exception as error:  # a configuration that AutoModel does not know, a missing library
+        raise UserError(f"{kind} is not a vision encoder: {' '.join(str(error).split())[:300]}") from error
     tower = _tower(model)
     if tower.main_input_name != "pixel_values":
-        raise UserError(f"{kind} is no vision encoder: it takes {tower.main_input_name}, not pixel_values")
+        raise UserError(f"{kind} is not a vision encoder: it takes {tower.main_input_name}, not pixel_values")
     if getattr(tower.config, "mask_ratio", 0):
-        raise UserError(f"{kind} hides parts of every picture at random (mask_ratio); use an encoder that sees all")
+        raise UserError(f"{kind} masks random parts of every picture (mask_ratio); use an encoder without masking")
     if not _width(tower.config):
-        raise UserError(f"{kind} is no vision encoder: its configuration has neither hidden_size nor hidden_sizes")
+        raise UserError(f"{kind} is not a vision encoder: its configuration has neither hidden_size nor hidden_sizes")
     return PretrainedVision(tower)
 
 
 def _width(config: Any) -> int:
-    """D of the last layer (a convolutional network has one width for each stage); 0: the configuration has none."""
+    """D of the last layer (a convolutional network has one width for each stage); 0: not in the configuration."""
     stages = getattr(config, "hidden_sizes", None) or [0]
     return int(getattr(config, "hidden_size", None) or stages[-1])
 
 
 def _tower(model: Any) -> Any:
-    """The image half of a two-tower model (CLIP, SigLIP); any other model as it is."""
+    """The image half of a two-tower model (CLIP, SigLIP); any other model unchanged."""
     return getattr(model, "vision_model", model)

@@ -1,4 +1,4 @@
-"""A decoded recording: what the audio modality gives to its encoders. Shapes: S samples."""
+"""A decoded recording: what the audio modality passes to its encoders. Shapes: S samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SAMPLING_RATE = 16_000  # Hz: what speech encoders are trained on
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """A decoded recording, and what it was before."""
+    """A decoded recording, and its original rate and channels."""
 
     samples: npt.NDArray[np.float32]  # (S,), mono, at SAMPLING_RATE; full scale of integer formats is [-1, 1]
     original_rate: int = SAMPLING_RATE  # Hz
@@ -20,5 +20,5 @@ class Recording:
 
     @property
     def seconds(self) -> float:
-        """How long it is."""
+        """Its length."""
         return len(self.samples) / SAMPLING_RATE

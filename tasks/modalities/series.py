@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.errors import UserError, did_you_mean
+from harness.errors import UserError
 from tasks.base import Modality
 
 if TYPE_CHECKING:
@@ -24,20 +24,27 @@ if TYPE_CHECKING:
 PATCHES = "builtin/series"
 
 
-class Series(Modality):
-    """Numbers in the order of time, equally far apart.
+def _patches(_weights: bool) -> Encoder:  # it has none
+    from tasks.modalities.series_patches import SeriesPatches
 
-    A CSV file holds one number a line, or all of them in one line; no header. An ``.npy`` file holds one dimension of
+    return SeriesPatches()
+
+
+class Series(Modality):
+    """Numbers in the order of time, equally spaced.
+
+    A CSV file holds one number per line, or all of them in one line; no header. An ``.npy`` file holds one dimension of
     integers or floats.
     """
 
     default_encoder: ClassVar = PATCHES
+    built_in: ClassVar = {PATCHES: _patches}
 
     def load(self, path: Path) -> NDArray[np.float64]:
         """Read the whole series, float64 of shape (T,).
 
         Raises:
-            UserError: the file is missing, empty, of another shape, or holds something that is not a finite number.
+            UserError: the file is missing or empty, has another shape, or holds something that is not a finite number.
         """
         try:
             values = _read_npy(path) if path.suffix == ".npy" else _read_csv(path)
@@ -46,31 +53,11 @@ class Series(Modality):
         except (OSError, ValueError, EOFError, csv.Error) as error:
             raise UserError(f"{path}: cannot be read as a series: {error}") from error
         if not len(values):
-            raise UserError(f"{path}: holds no number; a series has at least one")
+            raise UserError(f"{path}: no numbers; a series needs at least one")
         broken = np.flatnonzero(~np.isfinite(values))
         if len(broken):
             raise UserError(f"{path}: value {broken[0] + 1} is {values[broken[0]]}; allowed: finite numbers")
         return values
-
-    def encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
-        """The one built-in encoder.
-
-        Raises:
-            UserError: another name.
-        """
-        if name != PATCHES:
-            raise UserError(f"{name!r} is not an encoder of series; {did_you_mean(name, [PATCHES])}")
-        from tasks.modalities.series_patches import SeriesPatches
-
-        return SeriesPatches().eval()
-
-    def empty_encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
-        """The same one: it has no weights.
-
-        Raises:
-            UserError: another name.
-        """
-        return self.encoder(name, trust_remote_code)
 
 
 def _read_npy(path: Path) -> NDArray[np.float64]:

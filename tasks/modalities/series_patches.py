@@ -1,4 +1,4 @@
-"""The built-in encoder of series: patches of normalised values, and the scale that normalising took away.
+"""The built-in encoder of series: patches of normalised values, and the scale that normalising removed.
 
 Shapes: T values of a series, N = ceil(T / 8) patches of P = 8 values, D = 12 features.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from tasks.encoder import Encoder
 
 PATCH = 8  # P, values
-# A deviation below this share of the largest value is rounding: the series is a constant.
+# A deviation below this share of the largest value is rounding: the series is constant.
 _FLAT = 1e-9
 
 
@@ -23,7 +23,7 @@ class SeriesPatches(Encoder):
     """Cut a series into patches, as PatchTST does (arXiv 2211.14730), without weights.
 
     Features of a patch: its 8 values, the series normalised to mean 0 and standard deviation 1 (a constant one to 0;
-    the last patch filled up with 0); asinh of the mean and of the standard deviation of the series, which is near
+    the last patch padded with 0); asinh of the mean and of the standard deviation of the series, which is near
     linear for small numbers, logarithmic for large ones, and keeps the sign; where the patch begins, from 0 at the
     start to 1 at the end; and which share of it are values.
     """

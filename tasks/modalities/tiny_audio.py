@@ -1,4 +1,4 @@
-"""The built-in audio encoder: small enough for a CPU, enough for single spoken words.
+"""The built-in audio encoder: small enough for a CPU, good enough for single spoken words.
 
 Shapes: B recordings, S samples, F frames of 10 ms, M mel bands, N tokens of 80 ms, D features.
 """
@@ -20,8 +20,8 @@ _WINDOW = 400  # samples: 25 ms
 _HOP = 160  # samples: 10 ms
 _N_FFT = 512
 _MEL_BANDS = 64
-_RANGE = 6.0  # powers of ten below the loudest value that are told apart (60 dB)
-_SILENCE = -4.0  # below the loudest mel power, in powers of ten, of anything that reaches full scale
+_RANGE = 6.0  # powers of ten below the loudest value that are distinguished (60 dB)
+_SILENCE = -4.0  # powers of ten; below the loudest mel power of any signal that reaches full scale
 _FRAMES_PER_TOKEN = 8
 _NEIGHBOURS = 8  # tokens to either side that attention sees
 
@@ -29,7 +29,7 @@ _NEIGHBOURS = 8  # tokens to either side that attention sees
 class TinyAudio(TinyEncoder):
     """Log-mel frames, three strided convolutions to a token every 80 ms, pre-norm transformer layers.
 
-    Attention sees 0.64 s to either side and knows no position, so that a long recording is a row of short ones.
+    Attention sees 0.64 s to either side and uses no positions, so that a long recording is encoded like short ones.
     """
 
     model_type = "tiny_audio"
@@ -53,7 +53,7 @@ class TinyAudio(TinyEncoder):
     def forward(self, mel_BFM: Tensor, frames_B: Tensor) -> Tensor:
         """Encode padded ``log_mel`` frames, of which ``frames_B`` count, into features_BND with N = ceil(F / 8).
 
-        What comes after an item's ceil(frames / 8) tokens means nothing.
+        Tokens after an item's first ceil(frames / 8) are undefined.
         """
         x_BMF = mel_BFM.transpose(1, 2)
         x_BMF = F.pad(x_BMF, (0, -x_BMF.shape[2] % _FRAMES_PER_TOKEN))
@@ -62,7 +62,7 @@ class TinyAudio(TinyEncoder):
         for convolution, norm in zip(self.stem, self.stem_norms, strict=True):
             x_BFD = F.gelu(norm(convolution(x_BMF).transpose(1, 2)))
             frames_B = (frames_B + 1) // 2
-            # Zeros after an item's end, as the convolution itself puts there when the item is alone.
+            # Zeros after an item's end, as the convolution pads when the item is alone.
             valid_BF = _valid(frames_B, x_BFD.shape[1])
             x_BMF = (x_BFD * valid_BF[:, :, None]).transpose(1, 2)
         x_BND = x_BMF.transpose(1, 2)
@@ -74,7 +74,7 @@ class TinyAudio(TinyEncoder):
 
     @torch.no_grad()
     def encode(self, items: Sequence[Recording]) -> list[Tensor]:
-        """Features (N, width) of each recording: a token for every 80 ms begun."""
+        """Features (N, width) of each recording: one token per 80 ms, including the last incomplete one."""
         mels_FM = [self.log_mel(torch.from_numpy(item.samples).to(self.device)) for item in items]
         frames_B = torch.tensor([len(mel_FM) for mel_FM in mels_FM], device=self.device)
         features_BND = self(nn.utils.rnn.pad_sequence(mels_FM, batch_first=True), frames_B)
@@ -82,7 +82,7 @@ class TinyAudio(TinyEncoder):
         return [features_ND[:count] for features_ND, count in zip(features_BND, counts, strict=True)]
 
     def check(self, item: Recording) -> str | None:
-        """Refuse what is longer than ``max_seconds``."""
+        """Reject recordings longer than ``max_seconds``."""
         if item.seconds > self.max_seconds:
             return f"{item.seconds:.1f} s long; builtin/tiny-audio takes at most {self.max_seconds:g} s"
         return None
@@ -107,7 +107,7 @@ class TinyAudio(TinyEncoder):
         power_FK = spectrum.abs().square().T
         mel_FM = power_FK @ torch.from_numpy(filters).to(power_FK)
         log_FM = mel_FM.clamp(min=1e-10).log10()
-        # Nothing but zeros is silence, not the loudest of sounds.
+        # All zeros is silence, not the loudest sound.
         loudest = log_FM.max().clamp(min=_SILENCE)
         return (log_FM - loudest).clamp(min=-_RANGE) / (_RANGE / 2) + 1
 
@@ -117,8 +117,8 @@ def _valid(frames_B: Tensor, length: int) -> Tensor:
 
 
 def _closed(valid_BN: Tensor) -> Tensor:
-    """Which pairs (query, key) attention leaves out: those far apart, and keys that are padding."""
+    """The pairs (query, key) that attention masks: distant ones, and keys that are padding."""
     place_N = torch.arange(valid_BN.shape[1], device=valid_BN.device)
     distance_NN = (place_N[:, None] - place_N).abs()
-    # A padded query sees itself: with nothing to see it would be NaN, which spreads.
+    # A padded query sees itself: with nothing to see it would become NaN, which spreads.
     return (distance_NN > _NEIGHBOURS) | (~valid_BN[:, None, :] & (distance_NN > 0))

@@ -1,4 +1,4 @@
-"""What the built-in encoders share: a configuration of three numbers, and a folder they are saved in."""
+"""Base class of the built-in encoders: a configuration of three numbers, saved with the weights in a folder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import ClassVar, Self
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from harness.errors import UserError
@@ -16,7 +17,7 @@ _WEIGHTS = "model.safetensors"
 
 
 class TinyEncoder(Encoder):
-    """A small encoder that this project trains itself."""
+    """A small encoder that this project trains."""
 
     model_type: ClassVar[str]
 
@@ -33,22 +34,25 @@ class TinyEncoder(Encoder):
         save_file(weights, folder / _WEIGHTS)
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Load what ``save`` wrote, in evaluation mode.
+    def load(cls, folder: Path, weights: bool = True) -> Self:
+        """Load what ``save`` wrote, in evaluation mode; without its weights, on the ``meta`` device.
 
         Raises:
-            UserError: a file is missing, is of another model, or its weights do not fit its configuration.
+            UserError: a file is missing, belongs to another model, or its weights do not fit its configuration.
         """
         try:
             config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
             kind = config.pop("model_type")
             if kind != cls.model_type:
                 raise UserError(f"{folder / _CONFIG}: model_type is {kind!r}; allowed: {cls.model_type}")
+            if not weights:
+                with torch.device("meta"):
+                    return cls(**config).eval()
             encoder = cls(**config)
             encoder.load_state_dict(load_file(folder / _WEIGHTS), strict=True)
         except UserError:
             raise
-        except Exception as error:  # each library below fails with exceptions of its own on a broken file
+        except Exception as error:  # each library has its own exceptions for broken files
             reason = " ".join(str(error).split())
             raise UserError(
                 f"{folder}: not a {cls.__name__} encoder as `harness backbones build` makes it: {reason}"

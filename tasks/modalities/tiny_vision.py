@@ -1,4 +1,4 @@
-"""The built-in vision encoder: small enough for a CPU, enough for the pictures of the task ``scenes``.
+"""The built-in vision encoder: small enough for a CPU, good enough for the pictures of the task ``scenes``.
 
 Shapes: B pictures, C channels, H × W pixels, N tokens (a 4 × 4 grid, row by row), D features.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class TinyVision(TinyEncoder):
     """A convolutional stem to a grid of 4 × 4 tokens, then pre-norm transformer layers.
 
-    The stem is what makes it learn in minutes: cutting the picture into patches did not (see docs/backbones.md).
+    The stem lets it learn in minutes; patches cut from the picture did not (see docs/backbones.md).
     """
 
     model_type = "tiny_vision"
@@ -60,7 +60,7 @@ class TinyVision(TinyEncoder):
 
     @classmethod
     def preprocess(cls, pictures: Sequence[Image]) -> Tensor:
-        """Resize RGB pictures to ``image_size``, whatever their proportions, and scale them to [-1, 1].
+        """Resize RGB pictures to ``image_size``, ignoring their proportions, and scale them to [-1, 1].
 
         Returns:
             pixel_values_BCHW, float32.
@@ -71,5 +71,5 @@ class TinyVision(TinyEncoder):
 
 
 def _convolution(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, ...]:
-    # Group norm, not batch norm: a picture's features do not depend on the batch it is in, so they can be cached.
+    # Group norm, not batch norm: a picture's features must not depend on its batch, so that they can be cached.
     return nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1), nn.GroupNorm(8, outputs), nn.GELU()

@@ -131,7 +131,7 @@ BROKEN_PICTURES: dict[str, tuple[Change, tuple[str, ...]]] = {
     "32-bit floats": (lambda root: Image.new("F", (4, 4), 0.5).save(picture(root), "tiff"), ("000000000003.jpg: pixel mode F",)),
     "annotation without its image": (set_first("annotations", image_id=77), ("annotations[0].image_id: 77 is not among the images",)),
     "image without annotation": (lambda root: edit(root, lambda c: c["images"].append({"id": 99, "file_name": "000000000003.jpg"})), ("image 99 has no caption",)),
-    "id twice": (set_first("images", id=3), ("captions_train2017.json: images[3].id: 3 is there twice",)),
+    "id twice": (set_first("images", id=3), ("captions_train2017.json: images[3].id: 3 is listed twice",)),
     "empty caption": (set_first("annotations", caption=" \n"), ("captions_train2017.json: annotations[0].caption of image 0 is empty",)),
     "no examples": (lambda root: edit(root, lambda c: c.update(images=[], annotations=[])), ("captions_train2017.json: images: the list is empty",)),
     "broken JSON": (lambda root: cut_in_half(root / "annotations" / "captions_train2017.json"), ("captions_train2017.json: line ", "broken JSON")),
@@ -158,7 +158,7 @@ CONVERTED: dict[str, tuple[Image.Image, str, str]] = {
     "grey-scale": (Image.new("L", (8, 8), 90), "jpeg", "grey-scale, read as RGB"),
     "CMYK": (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "jpeg", "CMYK, read as RGB"),
     "16-bit": (Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)), "png", "16-bit grey-scale, read as 8-bit RGB"),
-    "transparent": (Image.new("RGBA", (8, 8), (1, 2, 3, 4)), "png", "transparent, laid on white"),
+    "transparent": (Image.new("RGBA", (8, 8), (1, 2, 3, 4)), "png", "transparent, put on white"),
     "palette": (Image.new("P", (8, 8)), "png", "palette of colours, read as RGB"),
 }  # fmt: skip
 
@@ -267,7 +267,7 @@ BROKEN_RECORDINGS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "header alone": (lambda root: write_sound(recording(root), []), ("2_bob_0.wav: has no samples",)),
     "not a number": (lambda root: write_sound(recording(root), [0.0, np.nan], subtype="FLOAT"), ("2_bob_0.wav: has samples that are NaN or infinite",)),
     "name of another form": (lambda root: recording(root).rename(recording(root).with_name("two.wav")), ("two.wav: the name is not",)),
-    "a split without examples": (without_two_speakers, ("recordings: speakers found: ann, bob; three are needed",)),
+    "a split without examples": (without_two_speakers, ("recordings: speakers found: ann, bob; at least three are needed",)),
 }  # fmt: skip
 
 
@@ -307,7 +307,10 @@ def test_what_an_encoder_cannot_take_stops_an_experiment(recordings: Path) -> No
 # The second row of train/metadata.csv, and what the messages must say.
 BROKEN_TRANSCRIPTS = {
     "recording that is missing": (b"c.wav,two", "train/metadata.csv: line 3: file_name: 'c.wav' is not in"),
-    "recording that is there twice": (b"a.wav,two", "train/metadata.csv: line 3: file_name: 'a.wav' is there already"),
+    "recording that is listed twice": (
+        b"a.wav,two",
+        "train/metadata.csv: line 3: file_name: 'a.wav' is already listed",
+    ),
     "empty transcript": (b'b.wav," "', "train/metadata.csv: line 3: transcription: found ' '"),
     "name that climbs out": (
         b"../../secret.wav,two",

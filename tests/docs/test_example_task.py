@@ -89,7 +89,7 @@ def test_as_a_file_it_passes_the_check() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", r"one point or more"),
+        ("", r"at least one point"),
         ("1 2\n", r"line 1: found '1 2'; allowed: three numbers"),
         ("1 2 3\na b c\n", r"line 2: found 'a b c'"),
         ("1 2 nan\n", r"of finite numbers"),

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness import pretrain, pretrain_loop
 from harness.errors import UserError
-from harness.pretrain import BUILT_IN, ENCODER, ENCODER_RECIPE, LANGUAGE_MODEL, LANGUAGE_MODEL_RECIPE
+from harness.hub import PRETRAINED
+from harness.pretrain import ENCODER, ENCODER_RECIPE, LANGUAGE_MODEL, LANGUAGE_MODEL_RECIPE
 from harness.pretrain_audio import AUDIO_ENCODER_RECIPE
 from harness.pretrain_text import documents
 from tasks.modalities.tiny_vision import TinyVision
@@ -68,14 +69,14 @@ def test_the_same_seed_trains_the_same_weights(short_build: Path, tmp_path: Path
     ["two red stars.", "A MAN  riding\n a wave.\r\n", "naïve café – 漢字 🦙", "\x00\x1b", " leading", "", "<s></s>"],
 )
 def test_any_text_comes_back_unchanged(text: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(BUILT_IN / LANGUAGE_MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(PRETRAINED / LANGUAGE_MODEL)
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text
     assert not set(ids) & set(tokenizer.all_special_ids)
 
 
 def test_language_model_loads_as_any_hugging_face_model() -> None:
-    folder = BUILT_IN / LANGUAGE_MODEL
+    folder = PRETRAINED / LANGUAGE_MODEL
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     assert len({*special} - {None}) == 3
@@ -89,7 +90,7 @@ def test_language_model_loads_as_any_hugging_face_model() -> None:
 
 
 def test_language_model_has_its_recorded_perplexity() -> None:
-    folder = BUILT_IN / LANGUAGE_MODEL
+    folder = PRETRAINED / LANGUAGE_MODEL
     recorded = training(folder)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     rng = generator("pretrain", recorded["seed"], "held out")
@@ -101,14 +102,14 @@ def test_language_model_has_its_recorded_perplexity() -> None:
 
 def test_encoder_tokens_name_shape_and_colour_linearly() -> None:
     """A fresh linear probe on the tokens of the shipped encoder: the heads it was trained with are not in the file."""
-    encoder = TinyVision.load(BUILT_IN / ENCODER)
+    encoder = TinyVision.load(PRETRAINED / ENCODER)
     sides = (
         pretrain.draw_pictures(1500, "train", "probe", "train"),
         pretrain.draw_pictures(300, "validation", "probe", "held out"),
     )
     with torch.no_grad():
         features = [encoder(side.pixels.permute(0, 3, 1, 2).float() / 127.5 - 1) for side in sides]
-    recorded = training(BUILT_IN / ENCODER)["quality"]
+    recorded = training(PRETRAINED / ENCODER)["quality"]
     for attribute, classes in (("shape", len(SHAPES) + 1), ("colour", len(COLOURS))):
         occupied = [side.cells["shape"] > 0 for side in sides]
         inputs = [
@@ -124,8 +125,8 @@ def test_encoder_tokens_name_shape_and_colour_linearly() -> None:
 
 
 def test_encoder_is_small_and_does_not_mix_pictures() -> None:
-    encoder = TinyVision.load(BUILT_IN / ENCODER)
-    assert (BUILT_IN / ENCODER / "model.safetensors").stat().st_size < 2_000_000
+    encoder = TinyVision.load(PRETRAINED / ENCODER)
+    assert (PRETRAINED / ENCODER / "model.safetensors").stat().st_size < 2_000_000
     pictures = [PilImage.new("RGB", (100, 60), colour) for colour in ("red", "white")]
     pixels = encoder.preprocess(pictures)
     assert pixels.shape == (2, 3, encoder.image_size, encoder.image_size)
@@ -180,10 +181,10 @@ def test_a_folder_that_cannot_be_made_is_refused_before_training(tmp_path: Path)
 @pytest.mark.timeout(3600)
 def test_rebuilding_reaches_the_recorded_quality(tmp_path: Path) -> None:
     """Tolerance: 3 % of perplexity, 2 points of accuracy; another processor or thread count rounds differently."""
-    seed = training(BUILT_IN / ENCODER)["seed"]
+    seed = training(PRETRAINED / ENCODER)["seed"]
     pretrain.build(tmp_path, seed, audio_recipe=SHORT_SPEECH)  # tests/test_pretrain_audio.py has its own
     for name in (LANGUAGE_MODEL, ENCODER):
-        recorded, rebuilt = training(BUILT_IN / name), training(tmp_path / name)
+        recorded, rebuilt = training(PRETRAINED / name), training(tmp_path / name)
         assert rebuilt["recipe"] == recorded["recipe"]
         for measure, value in recorded["quality"].items():
             if measure.endswith("perplexity"):

@@ -125,7 +125,7 @@ def test_tables_and_recordings_in_folders_of_their_own(tmp_path: Path, data_set:
 def test_both_data_sets_in_one_folder(tmp_path: Path) -> None:
     audiocaps(tmp_path)
     clotho(tmp_path)
-    with pytest.raises(UserError, match=r"are both there; say which: layout: audiocaps"):
+    with pytest.raises(UserError, match=r"are both present; .* layout: audiocaps"):
         task_of(tmp_path).prepare()
     assert task_of(tmp_path, layout="clotho").examples("test")[0].id.startswith("evaluation/")
     assert task_of(tmp_path, layout="audiocaps").examples("test")[0].id == "-test_aaaa_30"
@@ -141,7 +141,7 @@ def test_missing_clips_are_an_error_unless_they_may_be_skipped(
     assert first == (
         f"{tmp_path}/train.csv: line 2: youtube_id: '-train_aaaa.wav' is not in {tmp_path}/train, "
         "nor as {youtube_id}_{start_time}, Y{youtube_id} or {audiocap_id} (.wav, .flac, .ogg, .opus, .mp3); "
-        "missing: skip leaves such clips out"
+        "missing: skip omits such clips"
     )
     assert second.startswith(f"{tmp_path}/val.csv: line 3: youtube_id: 'val-bbbb_.wav' is not in {tmp_path}/val")
 
@@ -150,7 +150,7 @@ def test_missing_clips_are_an_error_unless_they_may_be_skipped(
         task.prepare()
         assert [len(task.examples(split)) for split in SPLITS] == [1, 1, 2]
     assert [record.getMessage() for record in caplog.records] == [  # once, however often it is read
-        f"{tmp_path}/{split}.csv: 1 of 2 clips are not in {tmp_path}/{split}: left out" for split in ("train", "val")
+        f"{tmp_path}/{split}.csv: 1 of 2 clips are not in {tmp_path}/{split}: omitted" for split in ("train", "val")
     ]
 
 
@@ -158,7 +158,7 @@ def test_skipping_forgives_nothing_else(tmp_path: Path) -> None:
     audiocaps(tmp_path)
     for path in (tmp_path / "train").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match="no examples for train; every split needs one or more"):
+    with pytest.raises(UserError, match="no examples for train; every split needs at least one"):
         task_of(tmp_path, missing="skip").prepare()
     (tmp_path / "train").rmdir()
     with pytest.raises(UserError, match="train: the folder of recordings for train does not exist"):
@@ -191,12 +191,13 @@ def test_all_that_is_wrong_with_audiocaps_is_told_at_once(tmp_path: Path) -> Non
     (tmp_path / "test.csv").write_text("audiocap_id,youtube,start_time,caption\n")
     table = f"{tmp_path}/train.csv: line"
     expected = [
-        f"{table} 3: audiocap_id: 1 is there already: {table} 2; it is unique",
+        f"{table} 3: audiocap_id: 1 is already used: {table} 2; ids are unique",
         f"{table} 4: caption: found ' ... '; a text with a letter or digit is needed",
         f"{table} 5: youtube_id: found ''; a name is needed",
-        f"{table} 6: youtube_id: 'linked.wav' leads out of {tmp_path}; allowed: files inside it",
-        f"{table} 7: youtube_id: '../val/-val_aaaa.wav' leads out of {tmp_path}; allowed: files inside it",
-        f"{table} 9: youtube_id: 'twice.wav' is there already: {table} 8: youtube_id; a file may be there once",
+        f"{table} 6: youtube_id: 'linked.wav' is a link that leads out of {tmp_path}/train to "
+        f"{tmp_path.parent}/secret.wav",
+        f"{table} 7: youtube_id: '../val/-val_aaaa.wav' leads out of {tmp_path}/train; allowed: files inside it",
+        f"{table} 9: youtube_id: 'twice.wav' is already listed: {table} 8: youtube_id; a file may be listed once",
         f"{tmp_path}/val.csv: line 2: not UTF-8 (byte 0xe9); save the file as UTF-8",
         f"{tmp_path}/test.csv: line 1: no column 'youtube_id'; allowed: audiocap_id, caption, start_time, youtube; "
         "did you mean 'youtube'?",
@@ -224,7 +225,7 @@ def test_a_broken_clotho(tmp_path: Path) -> None:
     table = f"{tmp_path}/clotho_captions_development.csv: line"
     assert problems(task_of(tmp_path)) == [
         f"{table} 2: caption_5: found ''; a text with a letter or digit is needed",
-        f"{table} 4: file_name: '{name}' is there already: {table} 3: file_name; a file may be there once",
+        f"{table} 4: file_name: '{name}' is already listed: {table} 3: file_name; a file may be listed once",
         f"{tmp_path}/clotho_captions_validation.csv: line 1: no column 'caption_5'; allowed: caption5, caption_1, "
         "caption_2, caption_3, caption_4, file_name; did you mean 'caption5'?",
         f"{tmp_path}/clotho_captions_evaluation.csv: cannot be read: No such file or directory",

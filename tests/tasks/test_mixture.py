@@ -241,8 +241,8 @@ def test_a_batch_without_a_tasks_contexts_trains_the_others_alone(tmp_path: Path
 # ── Wrong input
 
 WRONG = {
-    "tasks: [scenes]": r"task\.tasks: a mixture has at least two tasks",
-    "tasks: [scenes, scenes]": r"task\.tasks: two tasks are called 'scenes'; .* 'as'",
+    "tasks: [scenes]": r"task\.tasks: a mixture needs at least two tasks",
+    "tasks: [scenes, scenes]": r"task\.tasks: two tasks are named 'scenes'; .* 'as'",
     "tasks: [scenes, {name: trend}]": r"tasks\[1\]\S* unknown task 'trend'; .*did you mean 'trends'",
     "tasks: [scenes, {train_examples: 3}]": r"tasks\[1\]\S*: a task needs its name; allowed: ",
     "tasks: [{name: scenes, train_exmples: 3}, trends]": r"tasks\[0\]\S* unknown key 'train_exmples'; allowed: as, ",
@@ -252,7 +252,7 @@ WRONG = {
     "tasks: [scenes, {name: trends, weight: 0}]": r"tasks\[1\]\S* input should be greater than 0; found 0",
     "temperature: 2, tasks: [scenes, {name: trends, weight: 2}]": r"temperature: either a temperature or weights",
     "temperature: 0.5, tasks: [scenes, trends]": r"temperature: .*greater than or equal to 1; found 0.5",
-    "tasks: [scenes, {name: mixture, as: inner, tasks: [scenes, trends]}]": r"tasks\[1\]: 'inner' is a mixture itself",
+    "tasks: [scenes, {name: mixture, as: inner, tasks: [scenes, trends]}]": r"tasks\[1\]: 'inner' is itself a mixture",
     "{}": r"task\.tasks: this key is required",
 }
 
@@ -331,5 +331,7 @@ def test_augmentation_is_the_tasks_own() -> None:
 
 def test_what_one_task_trains_on_another_may_not_test_on() -> None:
     Mixture(config_of(fake("Fake", "a"), fake("Fake", "b"))).prepare()
-    with pytest.raises(UserError, match="/c is in train of 'b' and in test of 'a'; what is tested"):
+    with pytest.raises(
+        UserError, match=r"task\.tasks: .*/c is in train \('b/.*'\) and in test \('a/.*'\); splits may not overlap"
+    ):
         Mixture(config_of(fake("Fake", "a"), fake("Fake", "b", train="/c", test="/d"))).prepare()

@@ -80,7 +80,7 @@ def test_templates_stand_around_each_turn(tmp_path: Path) -> None:
     )
     assert "".join(str(part.value) for part in example.inputs) == "<s>S{}Q: {content}\nA: A</s>Q: U\n"
     assert example.references == ("{B}",)
-    with pytest.raises(ValidationError, match=r"must have \{content\} in it once; found 'Q:'"):
+    with pytest.raises(ValidationError, match=r"must contain \{content\} exactly once; found 'Q:'"):
         text(tmp_path, user_template="Q:")
 
 
@@ -144,15 +144,15 @@ def test_splits_without_files_are_made_by_a_hash_of_the_question(tmp_path: Path)
             chat("human: a", "assistant: b"),
             r"messages\[0\]\.role: unknown role 'human'; allowed: assistant, system, user",
         ),
-        (chat("user: a", "assistant: b", "user: c"), r"the last message is the user's; an answer of the assistant"),
-        (chat("system: a"), r"the last message is the system's; an answer"),
-        (chat("assistant: a"), r"message 0 is the assistant's where the user's is due"),
-        (chat("user: a", "user: b", "assistant: c"), r"message 1 is the user's where the assistant's is due"),
+        (chat("user: a", "assistant: b", "user: c"), r"the last message has the role user; an answer of the assistant"),
+        (chat("system: a"), r"the last message has the role system; an answer"),
+        (chat("assistant: a"), r"message 0 has the role assistant; user"),
+        (chat("user: a", "user: b", "assistant: c"), r"message 1 has the role user; assistant"),
         (
             chat("system: a", "user: b", "assistant: c", "assistant: d"),
-            r"message 3 is the assistant's where the user's",
+            r"message 3 has the role assistant; user",
         ),
-        (chat("user: a", "system: b", "assistant: c"), r"message 1 is the system's where the assistant's is due"),
+        (chat("user: a", "system: b", "assistant: c"), r"message 1 has the role system; assistant"),
         (chat("user:  ", "assistant: b"), r"messages\[0\]\.content is empty"),
         ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\]\.content: a text is needed; found nothing"),
         (
@@ -177,7 +177,7 @@ def test_splits_without_files_are_made_by_a_hash_of_the_question(tmp_path: Path)
         ({"mesages": []}, r"found 'mesages'; allowed: .*\"instruction\".*; did you mean 'messages'\?"),
         ({**GOOD, "messages": []}, r"found 'prompt', 'completion', 'messages'; allowed: "),
         ({}, r"found no keys; allowed: "),
-        ([1], r"train\.jsonl: is one JSON array; one object a line is needed"),
+        ([1], r"train\.jsonl: is a JSON array; one object per line is needed"),
         (5, r"an object is needed; found 5"),
     ],
 )
@@ -210,18 +210,18 @@ def test_files_that_are_missing_empty_or_in_two_splits(tmp_path: Path) -> None:
         UserError, match=r"'trian.jsonl': no file has this name or pattern; .*did you mean 'train.jsonl'"
     ):
         text(tmp_path, train="trian.jsonl").prepare()
-    with pytest.raises(UserError, match=r"nowhere: 'train.jsonl': the folder does not exist"):
+    with pytest.raises(UserError, match=r"nowhere: the folder of conversations does not exist"):
         text(tmp_path / "nowhere").prepare()
-    with pytest.raises(UserError, match=r"train\.jsonl: 'train.jsonl': the folder does not exist"):
+    with pytest.raises(UserError, match=r"train\.jsonl: the folder of conversations is a file"):
         text(tmp_path / "train.jsonl").prepare()
     with pytest.raises(UserError, match=r"train\.jsonl is in train and in validation; splits may not overlap"):
         text(tmp_path, validation="*.jsonl").prepare()
-    with pytest.raises(UserError, match=r"no line is in the split (train|validation); name files"):
+    with pytest.raises(UserError, match=r"no examples for (train|validation)"):
         text(tmp_path).prepare()
     write(tmp_path / "val.jsonl")
     with pytest.raises(UserError, match=r"val\.jsonl: the file has no lines"):
         text(tmp_path, validation="val.jsonl").prepare()
-    with pytest.raises(UserError, match=r"'a\*\*': no file has this name|'a\*\*' cannot be looked for"):
+    with pytest.raises(UserError, match=r"'a\*\*': no file has this name|'a\*\*' is not a valid pattern"):
         text(tmp_path, train="a**").prepare()
 
 

@@ -95,13 +95,12 @@ def _change(number: int, **values: Any) -> Callable[[list[dict[str, Any]]], None
         (_change(1, split="validation"), r"images\[1\]\.split: unknown split 'validation'; allowed: restval, test"),
         (_change(1, filename="gone.jpg"), r"images\[1\]\.filename: 'val2014/gone\.jpg' is not in"),
         (_change(1, filename="../../secret.jpg"), r"images\[1\]\.filename: 'val2014/\.\./\.\./secret\.jpg' leads out"),
-        (_change(1, filepath="/etc", filename="passwd"), r"'/etc/passwd' leads out of"),
-        (_change(1, cocoid=100), r"images\[1\]: image 100 is there twice"),
+        (_change(1, cocoid=100), r"images\[1\]: image 100 is listed twice"),
         (_change(1, sentences=[]), r"images\[1\]\.sentences: image 101 has no caption"),
         (_change(1, sentences=[{"raw": "  "}]), r"images\[1\]\.sentences\[0\]\.raw is empty"),
         (lambda images: images[1].pop("filename"), r"images\.1\.filename: Field required"),
-        (lambda images: [images[1].pop(key) for key in ("imgid", "cocoid")], r"neither cocoid nor imgid is there"),
-        (lambda images: images.pop(2), r"the validation split has no images"),
+        (lambda images: [images[1].pop(key) for key in ("imgid", "cocoid")], r"neither cocoid nor imgid is given"),
+        (lambda images: images.pop(2), r"no examples for validation"),
     ],
 )
 def test_a_wrong_file_is_refused_with_the_place(
@@ -124,7 +123,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
     path = coco2014(tmp_path)
-    with pytest.raises(UserError, match=r"dataset_coc\.json: Karpathy's JSON does not exist; see docs/tasks/coco_cap"):
+    with pytest.raises(UserError, match=r"dataset_coc\.json: .*docs/tasks/coco_capt.*does not exist.*'dataset_coco"):
         karpathy(tmp_path, tmp_path / "dataset_coc.json").prepare()
     with pytest.raises(UserError, match=r"nowhere: the folder of images does not exist"):
         karpathy(tmp_path / "nowhere", path).prepare()

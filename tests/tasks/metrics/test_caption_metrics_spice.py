@@ -63,9 +63,9 @@ def test_every_image_gets_its_own_score_whatever_the_order(stand_in: Callable[[]
         ("sys.exit('no memory')", "SPICE failed with exit code 1: no memory"),
         ("result.pop()", "given 2 examples and returned scores of 1"),
         ("result[0]['image_id'] = 7", "given 2 examples and returned scores of 2"),
-        ("result[0]['scores']['All']['f'] = None", "gave no F-score for every example"),
+        ("result[0]['scores']['All']['f'] = None", "did not return an F-score for every example"),
         ("result[0]['scores']['All']['f'] = float('nan')", "given 2 examples and returned scores of 2"),
-        ("result[0] = {}", "gave no F-score for every example .KeyError"),
+        ("result[0] = {}", "did not return an F-score for every example .KeyError"),
     ],
 )
 def test_a_lost_score_is_an_error(stand_in: Callable[[str], None], change: str, message: str) -> None:
@@ -87,7 +87,9 @@ def test_missing_models_are_named_in_a_note(tmp_path: Path, monkeypatch: pytest.
     assert str(spice.FOLDER / "lib") in (spice.missing() or "")
 
 
-@pytest.mark.parametrize(("java", "found"), [("", "it is not set"), ("/nowhere/java", "'/nowhere/java' is no program")])
+@pytest.mark.parametrize(
+    ("java", "found"), [("", "it is not set"), ("/nowhere/java", "'/nowhere/java' is not a program")]
+)
 def test_a_missing_java_is_named_too(
     stand_in: Callable[[], None], monkeypatch: pytest.MonkeyPatch, java: str, found: str
 ) -> None:

@@ -61,7 +61,7 @@ def test_an_example_without_words_is_left_out_and_named() -> None:
     scores = Rouge().score({"a": "yes", "b": "thumbs up"}, {"a": ["yes"], "b": ["👍", "!"]})
     assert list(scores.per_example) == ["a"]
     assert scores.corpus["rouge1"] == 1.0
-    assert scores.notes == ("rouge: no reference of 'b' has a word; left out: 1 of 2",)
+    assert scores.notes == ("rouge: no reference of 'b' has a word; omitted: 1 of 2",)
     assert Rouge().score({"b": ""}, {"b": ["👍"]}).corpus == {}
 
 

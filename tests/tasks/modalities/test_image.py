@@ -103,7 +103,7 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path: Path) -> None:
         ("CMYK", (0, 255, 255, 0), "jpg", "CMYK, read as RGB"),
         ("YCbCr", (10, 20, 30), "tiff", "YCbCr, read as RGB"),
         ("LAB", (10, 20, 30), "tiff", "LAB, read as RGB"),
-        ("RGBA", (255, 0, 0, 9), "png", "transparent, laid on white"),
+        ("RGBA", (255, 0, 0, 9), "png", "transparent, put on white"),
         ("I;16", 4000, "png", "16-bit grey-scale, read as 8-bit RGB"),
         ("I;16B", 4000, "tiff", "16-bit grey-scale, read as 8-bit RGB"),
     ],
@@ -121,12 +121,12 @@ def test_frames_and_orientation_are_remarked_together(tmp_path: Path) -> None:
     first.save(tmp_path / "moving.gif", save_all=True, append_images=[second])
     picture = _load(tmp_path / "moving.gif")
     assert picture.getpixel((3, 3)) == RED
-    assert Image().remark(picture) == "several frames, the first is taken; palette of colours, read as RGB"
+    assert Image().remark(picture) == "several frames, only the first is used; palette of colours, read as RGB"
     exif = first.getexif()
     exif[0x0112] = 3  # upside down: the size stays
     first.convert("L").save(tmp_path / "turned.jpg", exif=exif)
     assert Image().remark(_load(tmp_path / "turned.jpg")) == (
-        "turned as its EXIF orientation says; grey-scale, read as RGB"
+        "rotated by its EXIF orientation; grey-scale, read as RGB"
     )
 
 

@@ -102,7 +102,7 @@ def test_known_encoders_are_counted_offline(name: str, parameters: int, width: i
     assert (sum(p.numel() for p in encoder.parameters()), encoder.width) == (parameters, width)
 
 
-# ── What is no vision encoder, or a broken one
+# ── What is not a vision encoder, or a broken one
 
 
 def language_model() -> Any:
@@ -124,9 +124,9 @@ def masking_model() -> Any:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (language_model, r"\(llama\) is no vision encoder: it takes input_ids, not pixel_values"),
-        (audio_model, r"\(audio-spectrogram-transformer\) is no vision encoder: it takes input_values"),
-        (masking_model, r"\(vit_mae\) hides parts of every picture at random"),
+        (language_model, r"\(llama\) is not a vision encoder: it takes input_ids, not pixel_values"),
+        (audio_model, r"\(audio-spectrogram-transformer\) is not a vision encoder: it takes input_values"),
+        (masking_model, r"\(vit_mae\) masks random parts of every picture"),
     ],
 )
 def test_other_models_are_refused_before_their_weights_are_loaded(
@@ -182,9 +182,7 @@ def test_broken_folders_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
     for method in (Image().encoder, Image().empty_encoder):
-        with pytest.raises(
-            UserError, match=r"'builtin/tiny-visio' is not a built-in image encoder; .*'builtin/tiny-vi"
-        ):
+        with pytest.raises(UserError, match=r"'builtin/tiny-visio' is not an encoder of Image; .*'builtin/tiny-vi"):
             method("builtin/tiny-visio")
         with pytest.raises(
             UserError, match=r"'google/vit-of-nobody' cannot be had, neither as a folder nor from the hub"

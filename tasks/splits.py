@@ -1,0 +1,112 @@
+"""Tasks that read their splits from files, and the checks that apply to all of them."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import get_args
+
+from harness.errors import ProblemList, UserError
+from tasks.base import Example, Split, Task
+
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+class FileTask(Task):
+    """A task whose data are files: all splits are read and checked together, when the first one is needed."""
+
+    @abstractmethod
+    def read_splits(self, problems: ProblemList) -> Mapping[Split, Sequence[Example]]:
+        """All splits, each in a fixed order; they are checked by ``check_splits`` afterwards.
+
+        Args:
+            problems: collects what is wrong while reading goes on; if there is anything, the splits are not used.
+
+        Raises:
+            UserError: nothing further can be read.
+            OSError: a file or folder could not be read.
+        """
+
+    @property
+    def root(self) -> Path:
+        """The folder of the data, which messages name: the option ``root``."""
+        return Path(self.config.root).expanduser()
+
+    @cached_property
+    def _splits(self) -> Mapping[Split, tuple[Example, ...]]:
+        problems = ProblemList()
+        splits: Mapping[Split, Sequence[Example]] = {}
+        try:
+            splits = self.read_splits(problems)
+            if not problems.messages:  # a rejected row may be the reason that a split is empty
+                check_splits(self.root, splits, problems)
+        except UserError as error:
+            problems.add(error)
+        except OSError as error:
+            problems.add(f"{error.filename}: cannot be read: {error.strerror}")
+        problems.raise_any()
+        return {split: tuple(splits[split]) for split in SPLITS}
+
+    def prepare(self) -> None:
+        """Read and check every split; nothing is downloaded.
+
+        Raises:
+            UserError: something is missing or broken; all problems at once.
+        """
+        _ = self._splits
+
+    def examples(self, split: Split) -> Sequence[Example]:
+        """The examples of a split, in the order of its files.
+
+        Raises:
+            UserError: as ``prepare``.
+        """
+        return self._splits[split]
+
+
+def check_splits(where: object, splits: Mapping[Split, Sequence[Example]], problems: ProblemList) -> None:
+    """Check that every split has examples, that no id occurs twice, and that no file is in two splits.
+
+    Args:
+        where: the beginning of each message: a folder, or a key of the experiment.
+        problems: receives what is wrong.
+    """
+    ids: dict[str, Split] = {}
+    files: dict[Path, tuple[Split, str]] = {}
+    shared: dict[Path, str] = {}
+    for split, examples in splits.items():
+        if not examples:
+            problems.add(f"{where}: no examples for {split}; every split needs at least one")
+        for example in examples:
+            if example.id in ids:
+                problems.add(f"{where}: id {example.id!r} is in {ids[example.id]} and again in {split}; ids are unique")
+            ids[example.id] = split
+            for _, path in example.files:
+                other, other_id = files.setdefault(path, (split, example.id))
+                if other != split:
+                    shared[path] = f"{path} is in {other} ({other_id!r}) and in {split} ({example.id!r})"
+    for message in shared.values():
+        problems.add(f"{where}: {message}; splits may not overlap")
+
+
+def check_disjoint(where: object, what: str, keys: Mapping[Split, Iterable[object]], problems: ProblemList) -> None:
+    """Check that no key (an image id, a file of many examples) is in two splits.
+
+    Args:
+        where: the beginning of each message.
+        what: a key is, such as "image".
+        problems: receives what is wrong.
+    """
+    seen: dict[object, Split] = {}
+    for split, of_split in keys.items():
+        for key in dict.fromkeys(of_split):
+            if seen.setdefault(key, split) != split:
+                problems.add(f"{where}: {what} {key} is in {seen[key]} and in {split}; splits may not overlap")
+
+
+def in_test_half(key: str) -> bool:
+    """Whether an image belongs to the half of the validation images that is tested on, by a hash of its id."""
+    return hashlib.sha256(key.encode()).digest()[0] % 2 == 1
