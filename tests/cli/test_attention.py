@@ -282,7 +282,7 @@ def test_a_setting_in_which_nothing_finished_is_passed_over(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("trials", "examples", "message"),
     [
-        (["{id}x"], 1, r"plan\.json: no trial '\w+x'; it has 1; did you mean '\w+'\?"),
+        (["{id}x"], 1, r"plan\.json: no trial '\w+x' among its 1; did you mean '\w+'\?"),
         (["{id}"], 0, "--examples: found 0; allowed: 1 or more"),
     ],
 )

@@ -114,14 +114,7 @@ def fake_record(trial: PlannedTrial, trainable: int, quality: float) -> TrialRec
         trial_id=trial.trial_id,
         experiment="synthetic",
         status="finished",
-        spec={
-            "adapter": {
-                "method": trial.method,
-                "label": trial.label,
-                "grouping_name": trial.grouping,
-                "config": {},
-            }
-        },
+        spec={"adapter": {"method": trial.method, "label": trial.label, "grouping_name": trial.grouping, "config": {}}},
         seed=trial.seed,
         metrics={"validation": {"perplexity": perplexity}, "test": test},
         history=history,

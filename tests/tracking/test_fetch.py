@@ -207,9 +207,9 @@ def test_a_download_that_fails_leaves_what_was_there(
 @pytest.mark.parametrize(
     ("uri", "says"),
     [
-        ("http://127.0.0.1:9", "--from: 'http://127.0.0.1:9' cannot be used: "),
-        ("sqlite:////nowhere/mlflow.db", "--from: sqlite:////nowhere/mlflow.db: there is no such file"),
-        ("bogus://there", "--from: 'bogus://there' cannot be used: "),
+        ("http://127.0.0.1:9", "--from: 'http://127.0.0.1:9' could not be used: "),
+        ("sqlite:////nowhere/mlflow.db", "--from: sqlite:////nowhere/mlflow.db: no such file"),
+        ("bogus://there", "--from: 'bogus://there' could not be used: "),
     ],
 )
 def test_a_server_that_cannot_be_reached_is_the_users_error(uri: str, says: str, tmp_path: Path) -> None:
