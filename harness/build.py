@@ -10,7 +10,7 @@ import torch
 
 from adapters.attach import Adapters
 from adapters.router import Router
-from harness import assembly, backbones, measure
+from harness import assembly, backbones, parameters
 from harness.batches import BatchMaker
 from harness.budget import Order, Shares, by_member, choose
 from harness.errors import UserError
@@ -102,7 +102,7 @@ def build(spec: TrialSpec, device: torch.device) -> Built:
         batches=BatchMaker(features, language_model, spec.budget, spec.backbone),
         splits=splits,
         order=order_of(spec, task, splits.train),
-        parameters=measure.count_parameters(model, encoders.values()),
+        parameters=parameters.count_parameters(model, encoders.values()),
     )
 
 
@@ -137,7 +137,7 @@ def count_parameters(spec: TrialSpec) -> Parameters:
         UserError: the configuration of a backbone cannot be had, or the adapter does not fit the language model.
     """
     encoders = empty_encoders(spec)
-    return measure.count_parameters(empty_model(spec, encoders), encoders.values())
+    return parameters.count_parameters(empty_model(spec, encoders), encoders.values())
 
 
 def empty_model(spec: TrialSpec, encoders: Mapping[str, Encoder]) -> ContextModel:

@@ -1,4 +1,4 @@
-"""What a trial costs: parameters, memory and throughput, measured on the live model."""
+"""What a trial costs: memory and throughput, measured on the live model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import importlib.metadata
 import platform
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -16,31 +16,12 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from harness.model import ContextModel
-from harness.record import Parameters, Throughput
+from harness.record import Throughput
 
 WARMUP_STEPS = 3
 _PROCESS_STATUS = Path("/proc/self/status")
 _CLEAR_REFERENCES = Path("/proc/self/clear_refs")
 PACKAGES = ("torch", "deepspeed", "ray", "transformers", "mlflow", "pycocoevalcap", "context-peft-harness")
-
-
-def count_parameters(model: ContextModel, encoders: Iterable[nn.Module]) -> Parameters:
-    """Count every parameter once; tied weights count once."""
-    encoder = sum(_count(module) for module in encoders)
-    return Parameters(
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        adapter=_count(model.adapters),
-        projector=_count(model.projectors),
-        language_model=_count(model.language_model),
-        encoder=encoder,
-        total=_count(model) + encoder,
-        by_group=model.adapters.parameters_by_group(),
-    )
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 class PeakMemory:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
+from harness.files import atomic
 from harness.record import Data, Memory, Parameters, PlannedTrial, Run, Throughput, TrialRecord
 
 _TYPES: dict[Any, pa.DataType] = {
@@ -105,6 +105,5 @@ def _ending(run: Run) -> Columns:
 def write_trials(run: Run, path: Path) -> None:
     """Write the table atomically: a reader, or a crash, sees either the whole old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    pq.write_table(trials_table(run), partial)
-    partial.replace(path)
+    with atomic(path) as partial:
+        pq.write_table(trials_table(run), partial)

@@ -16,7 +16,7 @@ from adapters import roles
 from adapters.attach import Adapters
 from adapters.base import AdapterMethod
 from adapters.router import Router
-from harness import backbones, measure
+from harness import backbones, measure, parameters
 from harness.build import assemble, count_parameters
 from harness.contexts import resolve_grouping
 from harness.experiment import Experiment
@@ -131,7 +131,7 @@ def test_parameters_counted_without_weights_are_those_of_the_live_model(spec: Tr
     language_model = backbones.load_language_model(spec.backbone)
     encoder = make_modalities(spec)["image"].encoder(spec.backbone.encoders["image"])
     model = assemble(spec, language_model.model, {"image": encoder.width})
-    live = measure.count_parameters(model, [encoder])
+    live = parameters.count_parameters(model, [encoder])
     assert count_parameters(spec) == live
     base = sum(p.numel() for p in language_model.model.parameters())
     assert live.language_model == base
