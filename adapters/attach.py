@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from adapters.base import AdapterMethod, Change, Delta, ModelChange
-from adapters.roles import Target, find_targets
-from adapters.router import Router
-from harness.errors import UserError
+from adapters.placement.roles import Target, find_targets
+from adapters.placement.router import Router
+from harness.core.errors import UserError
 
 
 class AdaptedLayer(nn.Module):

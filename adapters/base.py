@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapters.roles import ATTENTION, FEED_FORWARD, Target
-from adapters.router import Layout, Router
-from harness.errors import UserError
+from adapters.placement.roles import ATTENTION, FEED_FORWARD, Target
+from adapters.placement.router import Layout, Router
+from harness.core.errors import UserError
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 Where = Literal["A", "F", "AF"] | Annotated[tuple[Role, ...], Field(min_length=1)]

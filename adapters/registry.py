@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from harness.cursor import Cursor
-from harness.errors import UserError, did_you_mean
-from harness.registry import Plugin, Registry
-from harness.validation import check
+from harness.core.cursor import Cursor
+from harness.core.errors import UserError, did_you_mean
+from harness.core.registry import Plugin, Registry
+from harness.core.validation import check
 
 if TYPE_CHECKING:
     from adapters.base import AdapterMethod
@@ -25,7 +25,7 @@ def _contract() -> type[AdapterMethod]:
 
 
 def _combine(classes: tuple[type[AdapterMethod], ...]) -> type[AdapterMethod]:
-    from adapters.combination import combine
+    from adapters.methods.combination import combine
 
     return combine(classes)
 

@@ -18,12 +18,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters.attach import Adapters
 from adapters.base import AdapterMethod
-from adapters.bitfit import BitFit, BitFitConfig
-from adapters.ia3 import IA3, IA3Config
-from adapters.lora import LoRA, LoRAConfig
-from adapters.router import Router
+from adapters.methods.bitfit import BitFit, BitFitConfig
+from adapters.methods.ia3 import IA3, IA3Config
+from adapters.methods.lora import LoRA, LoRAConfig
+from adapters.placement.router import Router
 from benchmarks.adapters_comparators import MaskLoRA, OneHotLoRA
-from harness.contexts import Segment, resolve_grouping
+from harness.core.contexts import Segment, resolve_grouping
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VOCABULARY = 512  # small, so that the head does not dominate the layers

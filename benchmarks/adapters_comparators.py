@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapters import base
-from adapters.lora import LoRA
-from adapters.roles import Target
-from adapters.router import Layout
+from adapters.methods.lora import LoRA
+from adapters.placement.roles import Target
+from adapters.placement.router import Layout
 
 
 class MaskChange(base.Change):

@@ -20,7 +20,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.adapters_cases import FROZEN, Bench, Case, Key, Size
-from harness.measure import saved_for_backward
+from harness.trial.measure import saved_for_backward
 
 
 @dataclass

@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
-from harness.files import write_atomically
-from harness.record import (
+from harness.core.files import write_atomically
+from harness.core.record import (
     Data,
     Epoch,
     Memory,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 _PUBLIC = {
-    "AdaptedModel": "adapters.adapted:AdaptedModel",
+    "AdaptedModel": "adapters.library.adapted_model:AdaptedModel",
     "AdapterConfig": "adapters.base:Config",
     "AdapterMethod": "adapters.base:AdapterMethod",
     "Delta": "adapters.base:Delta",
@@ -25,13 +25,13 @@ _PUBLIC = {
     "Part": "tasks.base:Part",
     "Scores": "tasks.base:Scores",
     "Split": "tasks.base:Split",
-    "Target": "adapters.roles:Target",
+    "Target": "adapters.placement.roles:Target",
     "Task": "tasks.base:Task",
     "TaskConfig": "tasks.base:Config",
-    "UserError": "harness.errors:UserError",
-    "adapt": "adapters.adapted:adapt",
-    "import_peft": "adapters.peft_io:import_peft",
-    "load_adapter": "adapters.adapted:load_adapter",
+    "UserError": "harness.core.errors:UserError",
+    "adapt": "adapters.library.adapted_model:adapt",
+    "import_peft": "adapters.library.peft_import:import_peft",
+    "load_adapter": "adapters.library.adapted_model:load_adapter",
 }
 __all__ = list(_PUBLIC)
 

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.errors import UserError
-from harness.files import write_atomically
-from results.export_latex import latex
-from results.export_text import markdown, table_csv
-from results.export_trials import write_trials
-from results.join import read_runs
-from results.page import html
-from results.published import publish
-from results.table import Leaderboard, build_leaderboard
+from harness.core.errors import UserError
+from harness.core.files import write_atomically
+from results.export.latex import latex
+from results.export.text import markdown, table_csv
+from results.export.trials import write_trials
+from results.leaderboard.join import read_runs
+from results.leaderboard.published import publish
+from results.leaderboard.table import Leaderboard, build_leaderboard
+from results.page.page import html
 
 
 @dataclass(frozen=True)

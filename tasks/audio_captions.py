@@ -22,10 +22,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from harness.errors import ProblemList, UserError
-from tasks.audio_files import AudioFiles, read_table, write_tone
+from harness.core.errors import ProblemList, UserError
 from tasks.base import Config, Example, Part, Split
-from tasks.data_files import MissingFileError, require_folder
+from tasks.formats.audio_tables import AudioFiles, read_table, write_tone
+from tasks.formats.data_files import MissingFileError, require_folder
 from tasks.splits import FileTask
 
 _log = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from harness import hub
-from harness.errors import UserError, did_you_mean
-from harness.record import Formula
+from harness.core import hub
+from harness.core.errors import UserError, did_you_mean
+from harness.core.record import Formula
 
 if TYPE_CHECKING:
     from tasks.encoder import Encoder
@@ -200,9 +200,9 @@ class Metric(ABC):
     result_version: ClassVar[int] = 1  # raise it when scores change: trials get new ids
     lower_is_better: ClassVar[frozenset[str]] = frozenset()
     # How a corpus score is computed from the examples, if it is not the mean of theirs: {"wer": "ratio"}, with
-    # (numerator, denominator) of every example in Scores.counts. harness/formulas.py lists the other formulas and what
-    # they need. Intervals over test examples are computed with it; a score that it does not reproduce has intervals
-    # over seeds only.
+    # (numerator, denominator) of every example in Scores.counts. harness/core/formulas.py lists the other formulas and
+    # what they need. Intervals over test examples are computed with it; a score that it does not reproduce has
+    # intervals over seeds only.
     corpus: ClassVar[Mapping[str, Formula]] = {}
 
     @abstractmethod

@@ -6,9 +6,9 @@
          "annotations": [{"id": 770337, "image_id": 391895,
                           "caption": "A man with a red helmet on a small moped on a dirt road."}, ...]}
 
-Everything in this format is read the same way (``tasks/coco_format.py``): COCO of 2014 and 2017, NoCaps, the
-built-in task ``scenes``. Karpathy's splits of COCO and Flickr are read by ``tasks/karpathy.py``, data sets of the hub
-and shards by ``tasks/coco_sources.py``.
+Everything in this format is read the same way (``tasks/formats/coco.py``): COCO of 2014 and 2017, NoCaps, the
+built-in task ``scenes``. Karpathy's splits of COCO and Flickr are read by ``tasks/formats/karpathy.py``, data sets of
+the hub and shards by ``tasks/formats/hub_datasets.py``.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, model_validator
 
-from harness.errors import ProblemList, UserError, did_you_mean
+from harness.core.errors import ProblemList, UserError, did_you_mean
 from tasks.base import Config, Example, Split
-from tasks.coco_format import read_captioned, read_captions, write_annotations
-from tasks.coco_sources import DatasetSource, materialise
-from tasks.karpathy import read_karpathy
+from tasks.formats.coco import read_captioned, read_captions, write_annotations
+from tasks.formats.hub_datasets import DatasetSource, materialise
+from tasks.formats.karpathy import read_karpathy
 from tasks.modalities.augmentation import Augmentation
 from tasks.splits import FileTask, in_test_half
 

@@ -22,8 +22,8 @@ from typing import Annotated, Any
 from pydantic import Field, PositiveFloat, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from harness.errors import ProblemList, UserError, did_you_mean
-from harness.registry import Plugin
+from harness.core.errors import ProblemList, UserError, did_you_mean
+from harness.core.registry import Plugin
 from tasks.base import Config, Example, Split, Task
 from tasks.registry import TASKS
 from tasks.splits import SPLITS, check_splits

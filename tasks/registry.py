@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness.registry import Registry
+from harness.core.registry import Registry
 from tasks.base import Metric, Modality, Task
 
 TASKS: Registry[Task] = Registry("task", "harness.tasks", lambda: Task)

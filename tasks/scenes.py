@@ -1,6 +1,6 @@
 """The built-in image task: caption pictures drawn by code, in any number, without a download.
 
-They are written in COCO's own layout (see ``tasks/coco_format.py``) below ``$HARNESS_CACHE``, by default
+They are written in COCO's own layout (see ``tasks/formats/coco.py``) below ``$HARNESS_CACHE``, by default
 ``~/.cache/harness``, and read by the same reader:
 
     scenes/<key>/train/000010000000.png
@@ -16,10 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks import scene_drawing, scene_grammar
 from tasks.base import Example, Split
-from tasks.coco_format import read_captions, write_annotations
-from tasks.drawn import FIRST_ID, DrawnTask
+from tasks.drawing import scene as scene_drawing
+from tasks.drawing import scene_captions
+from tasks.drawing.task import FIRST_ID, DrawnTask
+from tasks.formats.coco import read_captions, write_annotations
 
 CAPTIONS_PER_PICTURE = 5
 
@@ -48,5 +49,5 @@ class Scenes(DrawnTask):
             name = f"{image_id:012d}.png"
             picture.save(folder / split / name)
             images.append({"id": image_id, "file_name": name, "height": picture.height, "width": picture.width})
-            captions[image_id] = scene_grammar.captions(scene, rng, CAPTIONS_PER_PICTURE)
+            captions[image_id] = scene_captions.captions(scene, rng, CAPTIONS_PER_PICTURE)
         write_annotations(folder, split, images, captions)

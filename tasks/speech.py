@@ -25,10 +25,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
-from harness.errors import ProblemList, UserError, did_you_mean
-from tasks.audio_files import AudioFiles, read_table, read_text, spoken_text, write_tone
+from harness.core.errors import ProblemList, UserError, did_you_mean
 from tasks.base import Config, Example, Part, Split
-from tasks.data_files import require_folder
+from tasks.formats.audio_tables import AudioFiles, read_table, read_text, spoken_text, write_tone
+from tasks.formats.data_files import require_folder
 from tasks.splits import SPLITS, FileTask
 
 # The names that Hugging Face's audiofolder knows for a split (datasets.data_files.SPLIT_KEYWORDS).

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import get_args
 
-from harness.errors import ProblemList, UserError
+from harness.core.errors import ProblemList, UserError
 from tasks.base import Example, Split, Task
 
 SPLITS: tuple[Split, ...] = get_args(Split)

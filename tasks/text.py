@@ -19,11 +19,11 @@ from typing import Any
 
 from pydantic import field_validator
 
-from harness.errors import ProblemList
+from harness.core.errors import ProblemList
 from tasks.base import Config, Example, Part, Split
-from tasks.data_files import leaves_folder, nearest, require_folder
+from tasks.formats.conversations import Conversation, read_lines
+from tasks.formats.data_files import leaves_folder, nearest, require_folder
 from tasks.splits import FileTask, check_disjoint
-from tasks.text_lines import Conversation, read_lines
 
 
 class TextConfig(Config):

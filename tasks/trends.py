@@ -8,7 +8,7 @@ for each series:
         ["it goes up a lot, then it stays level.", "a large rise is followed by a level part, with noise.", ...]}
 
 Series ``i`` of a split depends on (data_seed, split, i) alone, so a larger set begins with the smaller one. A hash
-of its movements determines its split (``tasks/trend_drawing.py``): no combination is in two splits, whatever the seed.
+of its movements determines its split (``tasks/drawing/trend.py``): no combination is in two splits, whatever the seed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from harness.errors import UserError
-from tasks import trend_drawing
+from harness.core.errors import UserError
 from tasks.base import Example, Part, Split
-from tasks.drawn import FIRST_ID, DrawnTask
+from tasks.drawing import trend as trend_drawing
+from tasks.drawing.task import FIRST_ID, DrawnTask
 
 DESCRIPTIONS_PER_SERIES = 5
 

@@ -23,11 +23,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from harness.errors import ProblemList
+from harness.core.errors import ProblemList
 from tasks.base import Config, Example, Part, Split
-from tasks.data_files import require_folder
+from tasks.formats.data_files import require_folder
+from tasks.formats.vqa import FORMATS, Question, detect
 from tasks.splits import FileTask, check_disjoint, in_test_half
-from tasks.vqa_formats import FORMATS, Question, detect
 
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # part of a file name: cannot lead out of the root
 

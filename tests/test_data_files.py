@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import UserError
-from tasks.data_files import DataFiles, MissingFileError, leaves_folder, require_file, require_folder
+from harness.core.errors import UserError
+from tasks.formats.data_files import DataFiles, MissingFileError, leaves_folder, require_file, require_folder
 
 
 def test_a_missing_folder_names_the_nearest_one(tmp_path: Path) -> None:

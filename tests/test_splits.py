@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import ProblemList, Problems, UserError
+from harness.core.errors import ProblemList, Problems, UserError
 from tasks.base import Config, Example, Part, Split
 from tasks.splits import FileTask, check_disjoint, check_splits
 

@@ -8,17 +8,17 @@ from typing import Any, ClassVar, TypeAlias
 
 from numpy.typing import NDArray
 
-from harness.record import Formula
+from harness.core.record import Formula
 from tasks.base import Metric, Scores
-from tasks.metrics import spice
 from tasks.metrics.alignment import check_aligned, name_ids
-from tasks.metrics.bleu import bleu
-from tasks.metrics.cider import cider
-from tasks.metrics.meteor_process import meteor
-from tasks.metrics.ngrams import Ints
-from tasks.metrics.ptb import tokenise
-from tasks.metrics.references import References, prepare
-from tasks.metrics.rouge_l import rouge_l
+from tasks.metrics.coco import spice
+from tasks.metrics.coco.bleu import bleu
+from tasks.metrics.coco.cider import cider
+from tasks.metrics.coco.meteor import meteor
+from tasks.metrics.coco.ngrams import Ints
+from tasks.metrics.coco.ptb import tokenise
+from tasks.metrics.coco.references import References, prepare
+from tasks.metrics.coco.rouge_l import rouge_l
 
 # metric → corpus score, score per example
 Columns: TypeAlias = dict[str, tuple[float, Sequence[float]]]

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from tasks.base import Metric, Scores
 from tasks.metrics.alignment import check_aligned
-from tasks.metrics.ptb import tokenise
+from tasks.metrics.coco.ptb import tokenise
 
 
 class Diversity(Metric):

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 
 import jiwer
 
-from harness.record import Formula
+from harness.core.record import Formula
 from tasks.base import Metric, Scores
 from tasks.metrics.alignment import check_aligned, name_ids
 

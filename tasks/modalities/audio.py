@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from harness import hub
-from harness.errors import UserError
+from harness.core import hub
+from harness.core.errors import UserError
 from tasks.base import Modality
-from tasks.modalities.recording import SAMPLING_RATE, Recording
+from tasks.modalities.encoders.recording import SAMPLING_RATE, Recording
 
 if TYPE_CHECKING:
     import soundfile
@@ -37,7 +37,7 @@ _UNKNOWN_FRAMES = 2**63 - 1  # SF_COUNT_MAX: a FLAC stream without a length
 
 
 def _tiny_audio(weights: bool) -> Encoder:
-    from tasks.modalities.tiny_audio import TinyAudio
+    from tasks.modalities.encoders.tiny_audio import TinyAudio
 
     return TinyAudio.load(Path(hub.place(TINY)), weights)
 
@@ -83,7 +83,7 @@ class Audio(Modality):
         Raises:
             UserError: it could not be loaded, or is not an audio encoder.
         """
-        from tasks.modalities import pretrained_audio
+        from tasks.modalities.encoders import pretrained_audio
 
         return (pretrained_audio.load if weights else pretrained_audio.empty)(name, trust_remote_code)
 

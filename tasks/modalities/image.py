@@ -12,8 +12,8 @@ import numpy as np
 from PIL import ExifTags, ImageOps
 from PIL import Image as PilImage
 
-from harness import hub
-from harness.errors import UserError
+from harness.core import hub
+from harness.core.errors import UserError
 from tasks.base import Modality
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _MODES = {"1": "black and white", "L": "grey-scale", "P": "palette of colours"} 
 
 
 def _tiny_vision(weights: bool) -> Encoder:
-    from tasks.modalities.tiny_vision import TinyVision
+    from tasks.modalities.encoders.tiny_vision import TinyVision
 
     return TinyVision.load(Path(hub.place(TINY)), weights)
 
@@ -71,7 +71,7 @@ class Image(Modality):
         Raises:
             UserError: it could not be loaded, or is not a vision encoder.
         """
-        from tasks.modalities import pretrained_vision
+        from tasks.modalities.encoders import pretrained_vision
 
         return (pretrained_vision.load if weights else pretrained_vision.empty)(name, trust_remote_code)
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tasks.encoder import Encoder
-from tasks.modalities.pretrained_vision import PretrainedVision
-from tasks.modalities.tiny_vision import TinyVision
+from tasks.modalities.encoders.pretrained_vision import PretrainedVision
+from tasks.modalities.encoders.tiny_vision import TinyVision
 
 Floats = NDArray[np.float64]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.errors import UserError
+from harness.core.errors import UserError
 from tasks.base import Modality
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ PATCHES = "builtin/series"
 
 
 def _patches(_weights: bool) -> Encoder:  # it has none
-    from tasks.modalities.series_patches import SeriesPatches
+    from tasks.modalities.encoders.series_patches import SeriesPatches
 
     return SeriesPatches()
 

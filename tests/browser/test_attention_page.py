@@ -13,8 +13,8 @@ from axe_playwright_python.sync_playwright import Axe
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from playwright.sync_api import Browser, Locator, Page
 
-from results import attention as module
-from results.attention import build_attention
+from results.page import attention as module
+from results.page.attention import build_attention
 from tests.support.attention import SIDE, TOKENS, attended_run, best_first, example_of, weights_of, write_attention
 
 pytestmark = pytest.mark.browser

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from harness.record import Run
-from results import page as page_module
-from results.plots_style import Drawings
-from results.table import build_leaderboard
+from harness.core.record import Run
+from results.leaderboard.table import build_leaderboard
+from results.page import page as page_module
+from results.page.plots.style import Drawings
 from tests.browser.conftest import Open
 from tests.support.runs import METHODS, fake_plan, fake_record
 

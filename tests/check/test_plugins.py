@@ -11,23 +11,25 @@ import pytest
 from rich.console import Console
 
 from adapters.registry import ADAPTERS
-from harness import contract_metric, contract_modality, contract_task
-from harness.contract import check_plugins, problems_of, promise, run_checks
-from harness.contract_metric import REFERENCES, MetricSubject
-from harness.contract_modality import ModalitySubject
-from harness.contract_process import elsewhere
-from harness.contract_task import TaskSubject
-from harness.errors import UserError
-from harness.registry import Entry
+from harness.check import metric as metric_checks
+from harness.check import modality as modality_checks
+from harness.check import task as task_checks
+from harness.check.metric import REFERENCES, MetricSubject
+from harness.check.modality import ModalitySubject
+from harness.check.plugins import check_plugins, problems_of, promise, run_checks
+from harness.check.process import elsewhere
+from harness.check.task import TaskSubject
+from harness.core.errors import UserError
+from harness.core.registry import Entry
 from tasks.modalities.series import Series
 from tasks.registry import METRICS, MODALITIES, TASKS
 from tests.support.broken_plugins import METRIC_CASES, MODALITY_CASES, TASK_CASES, GoodMetric, GoodTask
 
 CASES = TASK_CASES | MODALITY_CASES | METRIC_CASES
 CHECKS = {
-    contract_task: (*contract_task.FIRST, *contract_task.THEN),
-    contract_modality: (*contract_modality.FIRST, *contract_modality.THEN),
-    contract_metric: (*contract_metric.FIRST, *contract_metric.THEN),
+    task_checks: (*task_checks.FIRST, *task_checks.THEN),
+    modality_checks: (*modality_checks.FIRST, *modality_checks.THEN),
+    metric_checks: (*metric_checks.FIRST, *metric_checks.THEN),
 }
 FILE = """
 from collections.abc import Mapping
@@ -129,7 +131,7 @@ def test_a_broken_promise_is_caught(
 @pytest.mark.quick
 @pytest.mark.parametrize(
     ("module", "plugin"),
-    [(contract_task, GoodTask), (contract_modality, Series), (contract_metric, GoodMetric)],
+    [(task_checks, GoodTask), (modality_checks, Series), (metric_checks, GoodMetric)],
     ids=["task", "modality", "metric"],
 )
 def test_what_is_right_passes_every_check(module: Any, plugin: type, tmp_path: Path) -> None:
@@ -138,10 +140,10 @@ def test_what_is_right_passes_every_check(module: Any, plugin: type, tmp_path: P
 
 
 def test_what_needs_something_broken_is_said_not_to_be_checked(tmp_path: Path) -> None:
-    ((broken, _), *_) = TASK_CASES[contract_task.sample_gives_options]
-    results = list(run_checks(contract_task.FIRST, contract_task.THEN, subject_of(broken, tmp_path)))
-    assert all(result.problems for result in results[: len(contract_task.FIRST)])
-    assert [result.problems for result in results[len(contract_task.FIRST) :]] == [None] * len(contract_task.THEN)
+    ((broken, _), *_) = TASK_CASES[task_checks.sample_gives_options]
+    results = list(run_checks(task_checks.FIRST, task_checks.THEN, subject_of(broken, tmp_path)))
+    assert all(result.problems for result in results[: len(task_checks.FIRST)])
+    assert [result.problems for result in results[len(task_checks.FIRST) :]] == [None] * len(task_checks.THEN)
 
 
 def test_a_file_of_a_task_and_a_metric_is_checked(tmp_path: Path) -> None:
@@ -150,7 +152,7 @@ def test_a_file_of_a_task_and_a_metric_is_checked(tmp_path: Path) -> None:
     lines = printed.splitlines()
     assert lines[0].startswith("task echo  ")
     assert "metric same_words  " in printed
-    count = len(CHECKS[contract_task]) + 1 + len(CHECKS[contract_metric])
+    count = len(CHECKS[task_checks]) + 1 + len(CHECKS[metric_checks])
     assert lines[-1] == f"{count} checks passed, 0 did not"
     assert sum(line.startswith("  ✓ ") for line in lines) == count
     assert [entry.name for entry in TASKS.added] == ["echo"]
@@ -187,7 +189,9 @@ def test_another_process_tells_of_torch_and_of_the_order_of_a_set(tmp_path: Path
 def test_a_process_that_fails_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "gone.py").write_text("", encoding="utf-8")
     subject = TaskSubject(GoodTask, f"{tmp_path / 'gone.py'}:Gone", tmp_path)
-    assert "another process failed: harness.errors.UserError: " in elsewhere([subject], tmp_path)[subject.target][0]
+    assert (
+        "another process failed: harness.core.errors.UserError: " in elsewhere([subject], tmp_path)[subject.target][0]
+    )
 
 
 def test_a_package_is_found_by_its_distribution_or_its_module() -> None:

@@ -16,8 +16,9 @@ from rich.console import Console
 
 from adapters.base import AdapterMethod, Config
 from adapters.registry import ADAPTERS
-from harness import cli, registry
-from harness.listing import Option, options_of
+from harness.cli import app
+from harness.cli.plugins import Option, options_of
+from harness.core import registry
 from tests.support.cli import Harness, Outcome, assert_refused, caller
 
 TINY = ("--model", "builtin/tiny-llama")
@@ -28,7 +29,7 @@ def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     """Runs ``harness adapters …`` in this process, in an empty folder, on a screen of 80 columns."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(cli, "console", Console(width=80))
+    monkeypatch.setattr(app, "console", Console(width=80))
 
     run = caller(monkeypatch, capsys, "adapters")
 
@@ -71,9 +72,11 @@ def test_one_method_in_detail(adapters: Harness) -> None:
     outcome = adapters("lora")
     assert (outcome.code, outcome.err) == (0, "")
     lines = [line.rstrip() for line in outcome.out.splitlines()]
-    assert lines[0] == f"lora  {ADAPTERS.load('adapters.lora:LoRA').summary}"
+    assert lines[0] == f"lora  {ADAPTERS.load('adapters.methods.lora:LoRA').summary}"
     rows = [re.split(r" {2,}", line.strip()) for line in lines if line.startswith("    ") and ": " not in line]
-    assert rows == [[o.name, o.default, o.allowed] for o in options_of(ADAPTERS.load("adapters.lora:LoRA").Config)]
+    assert rows == [
+        [o.name, o.default, o.allowed] for o in options_of(ADAPTERS.load("adapters.methods.lora:LoRA").Config)
+    ]
     assert ["rank", "8", "integer > 0"] in rows
     assert "    groups: a group of parameters for every context group" in lines
     assert "    at start: computes what the base model does" in lines
@@ -202,7 +205,7 @@ def _broken_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
 
     targets = {
         "absent": "no_such_module:Any",
-        "bitfit": "adapters.bitfit:BitFit",
+        "bitfit": "adapters.methods.bitfit:BitFit",
         "configless": f"{__name__}:WithoutConfig",
         "label": f"{__name__}:WithoutLabel",
         "stranger": "pathlib:Path",

@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from harness import cli, tracking
-from harness.errors import UserError
-from harness.tracking import open_grid
+from harness.cli import app
+from harness.core.errors import UserError
+from harness.tracking import grid
+from harness.tracking.grid import open_grid
 from tests.support.cli import Harness, Outcome, assert_refused, caller
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +32,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The URI of an MLflow database that has its schema already: making one takes seconds."""
     runs = tmp_path_factory.mktemp("runs")
     (runs / "first").mkdir()
-    return open_grid(tracking.default_uri(runs), "first", runs / "first").uri
+    return open_grid(grid.default_uri(runs), "first", runs / "first").uri
 
 
 @pytest.fixture
@@ -45,9 +46,9 @@ def harness(
 
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(cli, "_run_missing", compute)
-    monkeypatch.setattr(cli, "console", Console(width=200))
-    monkeypatch.setattr(tracking, "default_uri", lambda runs: database)
+    monkeypatch.setattr(app, "_run_missing", compute)
+    monkeypatch.setattr(app, "console", Console(width=200))
+    monkeypatch.setattr(grid, "default_uri", lambda runs: database)
 
     return caller(monkeypatch, capsys)
 
@@ -181,7 +182,7 @@ def test_markup_in_a_message_is_shown_as_it_is(harness: Harness, monkeypatch: py
     def fail() -> None:
         raise UserError("adapters[2].rank: found [bold] and [/etc]")
 
-    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(app, "app", fail)
     assert harness().err == "error: adapters[2].rank: found [bold] and [/etc]\n"
 
 

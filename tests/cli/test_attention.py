@@ -17,14 +17,14 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harness.attention import attention_of, default_trials, give_weights, record_attention, restore
-from harness.build import Built, build
-from harness.errors import UserError
-from harness.files import write_atomically
-from harness.plan import TrialSpec
-from harness.record import Plan, PlannedTrial, TrialRecord, read_run, write_record
-from results.attention import FILE_NAME, read_attention
-from results.gallery import draw_ids
+from harness.cli.attention import attention_of, default_trials, give_weights, record_attention, restore
+from harness.core.errors import UserError
+from harness.core.files import write_atomically
+from harness.core.record import Plan, PlannedTrial, TrialRecord, read_run, write_record
+from harness.experiment.plan import TrialSpec
+from harness.model.build import Built, build
+from results.page.attention import FILE_NAME, read_attention
+from results.page.gallery import draw_ids
 from tests.support.runs import METRICS, fake_plan, write_run
 from tests.support.trials import LORA, examples_of, run, spec_of
 

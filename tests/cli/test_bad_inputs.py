@@ -25,11 +25,11 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-from harness.build import build
-from harness.errors import UserError
-from harness.experiment import Experiment
-from harness.plan import TrialSpec, expand
-from harness.preflight import check_data
+from harness.core.errors import UserError
+from harness.experiment.load import Experiment
+from harness.experiment.plan import TrialSpec, expand
+from harness.model.build import build
+from harness.sweep.preflight import check_data
 from tasks.captioning import CocoCaptions
 from tasks.modalities import image as image_module
 from tasks.speech import Speech

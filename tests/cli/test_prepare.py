@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from harness import prepare as prepare_module
-from harness.errors import UserError
+from harness.cli import prepare as prepare_module
+from harness.core.errors import UserError
 from tasks.captioning import CocoCaptions
 from tasks.registry import MODALITIES, TASKS
 from tests.support.preparing import checked

@@ -15,10 +15,10 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
-from harness import cli_results
-from harness.record import PlannedTrial, TrialRecord, read_run
+from harness.cli import results
+from harness.core.record import PlannedTrial, TrialRecord, read_run
+from results.leaderboard.table import build_leaderboard
 from results.report import write_exports
-from results.table import build_leaderboard
 from tests.support.cli import Harness, Outcome, caller
 from tests.support.runs import fake_plan, write_run
 
@@ -29,7 +29,7 @@ COMMANDS = ["run", "plan", "status", "report", "compare", "attention", "leaderbo
 def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Harness:
     """Runs ``harness …`` in this process, in an empty folder, 80 characters wide."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli_results, "console", Console(width=80))
+    monkeypatch.setattr(results, "console", Console(width=80))
 
     return caller(monkeypatch, capsys)
 
@@ -51,7 +51,7 @@ def assert_refused(outcome: Outcome, says: str) -> None:
 
 def test_help_lists_every_command_without_loading_what_computes() -> None:
     code = (
-        "import sys; sys.argv = ['harness', '--help']\nfrom harness.cli import main\n"
+        "import sys; sys.argv = ['harness', '--help']\nfrom harness.cli.app import main\n"
         "try: main()\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'ray', 'mlflow', 'scipy', 'numpy', 'pyarrow', 'matplotlib'} & set(sys.modules)\n"
         "print(sorted(heavy), file=sys.stderr)"
@@ -112,7 +112,7 @@ def test_report_from_a_tracking_server(harness: Harness, run: Path, monkeypatch:
         asked.append((uri, name, into))
         return run
 
-    replace_module(monkeypatch, "tracking_fetch", fetch_run=fetch_run)
+    replace_module(monkeypatch, "tracking.fetch", fetch_run=fetch_run)
     outcome = harness("report", "grid", "--from", "mlflow:http://host:5000", "--output", "fetched")
     assert (outcome.code, outcome.err) == (0, "")
     assert asked == [("http://host:5000", "grid", Path("fetched/runs"))]
@@ -124,7 +124,7 @@ def test_attention_is_recorded_before_the_report(harness: Harness, run: Path, mo
         assert not (run / "report").exists()
         console.print(f"recorded {folder} {list(trials)} {examples}")
 
-    replace_module(monkeypatch, "attention", record_attention=record_attention)
+    replace_module(monkeypatch, "cli.attention", record_attention=record_attention)
     outcome = harness("attention", run, "--trial", "a", "--trial", "b", "--examples", "3")
     assert outcome.out.splitlines() == ["recorded runs/grid ['a', 'b'] 3", "runs/grid/report/index.html"]
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from harness.errors import UserError
-from harness.scoring import score
+from harness.cli.score import score
+from harness.core.errors import UserError
 from tasks.base import Scores
 from tasks.metrics.diversity import Diversity
 
@@ -68,7 +68,7 @@ def test_captions_are_scored_against_all_references_and_notes_go_to_stderr(
             seen.extend([predictions, references])
             return Scores({"length": 1.0}, {}, ("SPICE was not computed: [no models]",))
 
-    monkeypatch.setattr("harness.registry.Registry.load", lambda self, target: Noted)
+    monkeypatch.setattr("harness.core.registry.Registry.load", lambda self, target: Noted)
     printed = run("captions", files(), tmp_path / "out.json")
     assert seen == [{"b": "A dog, a dog", "7": "two dogs"}, {"7": ["A dog.", "one dog"], "b": ["a cat"]}]
     assert capsys.readouterr().err == "SPICE was not computed: [no models]\n"

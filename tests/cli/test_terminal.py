@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from harness.live import SHOWN_TRIALS, LiveTable, trial_name
-from harness.record import Parameters, PlannedTrial, TrialRecord, read_run
-from harness.terminal import leaderboard_table, plan_table
-from results.table import build_leaderboard
+from harness.cli.terminal import leaderboard_table, plan_table
+from harness.core.record import Parameters, PlannedTrial, TrialRecord, read_run
+from harness.sweep.live import SHOWN_TRIALS, LiveTable, trial_name
+from results.leaderboard.table import build_leaderboard
 from tests.support.runs import fake_plan, fake_record, write_run
 
 pytestmark = pytest.mark.quick
@@ -76,7 +76,7 @@ def test_the_live_table_counts_and_estimates() -> None:
 
 def test_time_left_is_in_proportion_to_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("harness.live.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("harness.sweep.live.time.monotonic", lambda: now[0])
     live = table(4)
     running(live, 0, 1.0)
     now[0] += 60

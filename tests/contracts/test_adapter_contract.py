@@ -11,11 +11,11 @@ from torch import Tensor
 
 from adapters.attach import count_trainable
 from adapters.registry import ADAPTERS
-from harness.build import assemble
-from harness.contexts import resolve_grouping
-from harness.plan import TrialSpec
-from harness.registry import Entry, Plugin
-from harness.sections import AdapterChoice, Backbone, Budget, Evaluation, Optimizer, TaskChoice
+from harness.core.contexts import resolve_grouping
+from harness.core.registry import Entry, Plugin
+from harness.experiment.plan import TrialSpec
+from harness.experiment.sections import AdapterChoice, Backbone, Budget, Evaluation, Optimizer, TaskChoice
+from harness.model.build import assemble
 from tests.support.adapters import disturb
 from tests.support.registered import CONTEXTS, adapters_of, built_in, drawn_llama, every_method, method_of
 

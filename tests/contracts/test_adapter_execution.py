@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from adapters.attach import Adapters
-from adapters.generation import layouts_while_generating
-from harness.registry import Entry
+from adapters.placement.generation import layouts_while_generating
+from harness.core.registry import Entry
 from tests.support.adapters import disturb
 from tests.support.registered import CONTEXTS, adapters_of, drawn_llama, every_method, every_plugin_and, method_of
 

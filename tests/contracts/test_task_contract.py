@@ -1,6 +1,7 @@
 """What every registered task, modality and metric promises: a new plugin gets these checks by registering.
 
-They are those of ``harness check``: ``harness/contract_task.py``, ``contract_modality.py``, ``contract_metric.py``.
+They are those of ``harness check``: ``harness/check/task.py``, ``harness/check/modality.py``,
+``harness/check/metric.py``.
 """
 
 from __future__ import annotations
@@ -11,18 +12,20 @@ from typing import Any
 
 import pytest
 
-from harness import contract_metric, contract_modality, contract_task
-from harness.contract import Samples, problems_of
-from harness.contract_metric import MetricSubject
-from harness.contract_modality import ModalitySubject
-from harness.contract_process import elsewhere
-from harness.registry import Entry, Registry
+from harness.check import metric as metric_checks
+from harness.check import modality as modality_checks
+from harness.check import task as task_checks
+from harness.check.metric import MetricSubject
+from harness.check.modality import ModalitySubject
+from harness.check.plugins import Samples, problems_of
+from harness.check.process import elsewhere
+from harness.core.registry import Entry, Registry
 from tasks.registry import METRICS, MODALITIES, TASKS
 
 CHECKS = {
-    TASKS: (*contract_task.FIRST, *contract_task.THEN),
-    MODALITIES: (*contract_modality.FIRST, *contract_modality.THEN),
-    METRICS: (*contract_metric.FIRST, *contract_metric.THEN),
+    TASKS: (*task_checks.FIRST, *task_checks.THEN),
+    MODALITIES: (*modality_checks.FIRST, *modality_checks.THEN),
+    METRICS: (*metric_checks.FIRST, *metric_checks.THEN),
 }
 CASES = [
     pytest.param(registry, entry, id=f"{registry.kind}-{entry.name}")

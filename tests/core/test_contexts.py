@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from harness.contexts import resolve_grouping
-from harness.errors import UserError
+from harness.core.contexts import resolve_grouping
+from harness.core.errors import UserError
 
 pytestmark = pytest.mark.quick
 

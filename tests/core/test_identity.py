@@ -18,19 +18,19 @@ from PIL import Image
 
 import harness
 from adapters.registry import ADAPTERS
-from harness import registry
-from harness.build import build
-from harness.errors import UserError
-from harness.experiment import Experiment
-from harness.plan import TrialSpec, expand
-from harness.registry import identity, plugins_in
+from harness.core import registry
+from harness.core.errors import UserError
+from harness.core.registry import identity, plugins_in
+from harness.experiment.load import Experiment
+from harness.experiment.plan import TrialSpec, expand
+from harness.model.build import build
 from tasks.base import Split, Task
 from tasks.scenes import Scenes
 from tasks.trends import Trends
 from tests.support.adapters import disturb, embeds
 from tests.support.models import tiny_llama
 
-METHOD = "from adapters.lora import LoRA\n\n\nclass Mine(LoRA):\n    '''A method of one's own.'''\n{}"
+METHOD = "from adapters.methods.lora import LoRA\n\n\nclass Mine(LoRA):\n    '''A method of one's own.'''\n{}"
 TASK = "from tasks.text import Text\n\n\nclass Chat(Text):\n    '''A task of one's own.'''\n{}"
 LAYOUT = torch.tensor([0] * 4 + [1] * 7)
 

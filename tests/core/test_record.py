@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from harness.files import write_atomically
-from harness.record import (
+from harness.core.files import write_atomically
+from harness.core.record import (
     MetricInfo,
     Plan,
     PlannedTrial,

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from adapters.registry import ADAPTERS
-from harness import registry
-from harness.errors import UserError, did_you_mean
-from harness.registry import Entry, Registry
+from harness.core import registry
+from harness.core.errors import UserError, did_you_mean
+from harness.core.registry import Entry, Registry
 from tasks.registry import METRICS, MODALITIES, TASKS
 
 pytestmark = pytest.mark.quick
@@ -54,20 +54,20 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> list[EntryPoint]:
         (
             ADAPTERS,
             {
-                "bitfit": "adapters.bitfit:BitFit",
-                "bottleneck": "adapters.bottleneck:Bottleneck",
-                "dora": "adapters.dora:DoRA",
-                "full": "adapters.baselines:Full",
-                "ia3": "adapters.ia3:IA3",
-                "llava": "adapters.llava:LLaVA",
-                "ln_tuning": "adapters.ln_tuning:LNTuning",
-                "lora": "adapters.lora:LoRA",
-                "mmca": "adapters.mmca:MMCA",
-                "moka": "adapters.moka:MokA",
-                "none": "adapters.baselines:NoAdapter",
-                "peft": "adapters.peft_bridge:PeftBridge",
-                "soft_prompt": "adapters.soft_prompt:SoftPrompt",
-                "vera": "adapters.vera:VeRA",
+                "bitfit": "adapters.methods.bitfit:BitFit",
+                "bottleneck": "adapters.methods.bottleneck:Bottleneck",
+                "dora": "adapters.methods.dora:DoRA",
+                "full": "adapters.methods.baselines:Full",
+                "ia3": "adapters.methods.ia3:IA3",
+                "llava": "adapters.methods.llava:LLaVA",
+                "ln_tuning": "adapters.methods.ln_tuning:LNTuning",
+                "lora": "adapters.methods.lora:LoRA",
+                "mmca": "adapters.methods.mmca:MMCA",
+                "moka": "adapters.methods.moka:MokA",
+                "none": "adapters.methods.baselines:NoAdapter",
+                "peft": "adapters.methods.peft_bridge:PeftBridge",
+                "soft_prompt": "adapters.methods.soft_prompt:SoftPrompt",
+                "vera": "adapters.methods.vera:VeRA",
             },
         ),
         (
@@ -132,21 +132,25 @@ def test_names_joined_by_plus_are_one_combination() -> None:
 def test_a_plugin_of_another_distribution_stands_beside_the_rest(installed: list[EntryPoint]) -> None:
     installed += [
         Installed("vera", "vera.plugin:Vera", "vera-plugin"),
-        Installed("lora", "adapters.lora:LoRA", "ours"),
+        Installed("lora", "adapters.methods.lora:LoRA", "ours"),
         Installed("local", "local:Local", None),
     ]
     assert list(ADAPTERS.entries().values()) == [
         Entry("local", "local:Local", "unknown distribution"),
-        Entry("lora", "adapters.lora:LoRA", "ours", "1.2"),
+        Entry("lora", "adapters.methods.lora:LoRA", "ours", "1.2"),
         Entry("vera", "vera.plugin:Vera", "vera-plugin", "1.2"),
     ]
     assert ADAPTERS.find("vera").origin == "vera-plugin 1.2"
 
 
 def test_two_distributions_may_not_share_a_name(installed: list[EntryPoint]) -> None:
-    installed += [Installed("lora", "adapters.lora:LoRA", "ours"), Installed("lora", "fast.lora:LoRA", "fast-lora")]
+    installed += [
+        Installed("lora", "adapters.methods.lora:LoRA", "ours"),
+        Installed("lora", "fast.lora:LoRA", "fast-lora"),
+    ]
     message = (
-        "adapter 'lora' is registered twice: adapters.lora:LoRA by ours 1.2 and fast.lora:LoRA by fast-lora 1.2; "
+        "adapter 'lora' is registered twice: adapters.methods.lora:LoRA by ours 1.2 and fast.lora:LoRA by fast-lora "
+        "1.2; "
         "uninstall one or rename it"
     )
     with pytest.raises(UserError, match=re.escape(message)):
@@ -155,7 +159,10 @@ def test_two_distributions_may_not_share_a_name(installed: list[EntryPoint]) -> 
 
 def test_the_same_class_found_twice_is_one_entry(installed: list[EntryPoint]) -> None:
     # An editable installation beside a stale one lists its entry points twice.
-    installed += [Installed("lora", "adapters.lora:LoRA", "ours"), Installed("lora", "adapters.lora:LoRA", "ours")]
+    installed += [
+        Installed("lora", "adapters.methods.lora:LoRA", "ours"),
+        Installed("lora", "adapters.methods.lora:LoRA", "ours"),
+    ]
     assert list(ADAPTERS.entries()) == ["lora"]
 
 

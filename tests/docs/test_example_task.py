@@ -16,9 +16,9 @@ import pytest
 from rich.console import Console
 
 from adapters.registry import ADAPTERS
-from harness.contract import check_plugins
-from harness.errors import UserError
-from harness.record import read_run
+from harness.check.plugins import check_plugins
+from harness.core.errors import UserError
+from harness.core.record import read_run
 from tasks.registry import METRICS, MODALITIES, TASKS
 
 ROOT = Path(__file__).parents[2]

@@ -11,9 +11,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 import harness
-from adapters.families import FAMILIES
+from adapters.placement.families import FAMILIES
 from adapters.registry import ADAPTERS
-from harness.listing import options_of
+from harness.cli.plugins import options_of
 from tasks.registry import METRICS, TASKS
 from tests.support.models import tiny_llama
 

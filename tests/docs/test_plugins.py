@@ -15,11 +15,13 @@ import pytest
 from typer.testing import CliRunner
 
 from adapters.registry import ADAPTERS
-from harness import contract_metric, contract_modality, contract_task
+from harness.check import metric as metric_checks
+from harness.check import modality as modality_checks
+from harness.check import task as task_checks
+from harness.check.plugins import promise
+from harness.check.process import another_process_agrees
 from harness.cli import app
-from harness.contract import promise
-from harness.contract_process import another_process_agrees
-from harness.record import read_run
+from harness.core.record import read_run
 from tasks.registry import METRICS, MODALITIES, TASKS
 
 TEXT = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text(encoding="utf-8")
@@ -99,7 +101,7 @@ def test_the_run_finishes(folder: Path) -> None:
 
 
 def test_the_list_of_checks_is_complete() -> None:
-    modules = {"task": contract_task, "modality": contract_modality, "metric": contract_metric}
+    modules = {"task": task_checks, "modality": modality_checks, "metric": metric_checks}
     for kind, module in modules.items():
         (listed,) = re.findall(rf"^A {kind}:\n\n((?:- .*\n)+)", TEXT, re.MULTILINE)
         checks = [*module.FIRST, *module.THEN, *([another_process_agrees] if kind == "task" else [])]

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from harness.errors import UserError
-from harness.experiment import Experiment
-from harness.plan import expand
+from harness.core.errors import UserError
+from harness.experiment.load import Experiment
+from harness.experiment.plan import expand
 
 pytestmark = pytest.mark.quick
 

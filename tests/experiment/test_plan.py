@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import UserError
-from harness.experiment import Experiment
-from harness.plan import TrialSpec, describe, expand
-from harness.record import MetricInfo, Plan
+from harness.core.errors import UserError
+from harness.core.record import MetricInfo, Plan
+from harness.experiment.load import Experiment
+from harness.experiment.plan import TrialSpec, describe, expand
 
 pytestmark = pytest.mark.quick
 
@@ -161,8 +161,9 @@ def test_a_grown_grid_keeps_its_old_ids(trials: Trials) -> None:
 def test_ids_do_not_depend_on_the_process(trials: Trials, experiment_file: Write) -> None:
     here = ids(trials(BASE))
     code = (
-        "import sys; from pathlib import Path; from harness.experiment import Experiment; "
-        "from harness.plan import expand; print([s.trial_id for s in expand(Experiment.from_yaml(Path(sys.argv[1])))])"
+        "import sys; from pathlib import Path; from harness.experiment.load import Experiment; "
+        "from harness.experiment.plan import expand; print([s.trial_id for s in "
+        "expand(Experiment.from_yaml(Path(sys.argv[1])))])"
     )
     command = [sys.executable, "-c", code, str(experiment_file(BASE))]
     there = subprocess.run(command, env={"PYTHONHASHSEED": "7"}, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -301,7 +302,7 @@ def test_expanding_takes_work_in_proportion_to_the_trials(trials: Trials, monkey
 
 def test_plans_and_results_need_neither_torch_nor_ray() -> None:
     code = (
-        "import sys, harness, harness.plan, harness.record, results.table, results.report\n"
+        "import sys, harness, harness.experiment.plan, harness.core.record, results.leaderboard.table, results.report\n"
         "print(*{'torch', 'ray', 'deepspeed', 'mlflow', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -14,17 +14,17 @@ import safetensors.torch
 import torch
 import yaml
 
-from harness import assembly
-from harness.build import Built, build, empty_model
-from harness.engine import load_weights
-from harness.errors import UserError
-from harness.evaluate import Evaluator
-from harness.experiment import Experiment
-from harness.parts import empty_encoders
-from harness.plan import TrialSpec, describe, expand
-from harness.preflight import check_models
-from harness.record import MetricInfo, TrialRecord, read_record, write_record
-from harness.sections import Evaluation
+from harness.core.errors import UserError
+from harness.core.record import MetricInfo, TrialRecord, read_record, write_record
+from harness.experiment.load import Experiment
+from harness.experiment.plan import TrialSpec, describe, expand
+from harness.experiment.sections import Evaluation
+from harness.model import assembly
+from harness.model.build import Built, build, empty_model
+from harness.model.components import empty_encoders
+from harness.sweep.preflight import check_models
+from harness.trial.engine import load_weights
+from harness.trial.evaluate import Evaluator
 from tests.support.trials import run, scored_by, spec_of
 
 CPU = torch.device("cpu")

@@ -18,9 +18,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from harness import backbones, hub
-from harness.errors import UserError
-from harness.sections import Backbone
+from harness.core import hub
+from harness.core.errors import UserError
+from harness.experiment.sections import Backbone
+from harness.model import backbones
 
 WORDS = ["a", "red", "blue", "circle", "square", "is", "left", "of", "the"]
 

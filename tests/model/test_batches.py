@@ -16,18 +16,18 @@ from PIL import Image
 
 from adapters.attach import Adapters
 from adapters.base import AdapterMethod
-from adapters.bitfit import BitFit, BitFitConfig
-from adapters.ia3 import IA3, IA3Config
-from adapters.lora import LoRA, LoRAConfig
-from adapters.router import Router
-from harness.backbones import load_language_model
-from harness.batches import BatchMaker
-from harness.errors import UserError
-from harness.evaluate import Evaluator
-from harness.features import Features
-from harness.model import IGNORED, ContextModel
-from harness.projector import Projector
-from harness.sections import Backbone, Budget, Evaluation
+from adapters.methods.bitfit import BitFit, BitFitConfig
+from adapters.methods.ia3 import IA3, IA3Config
+from adapters.methods.lora import LoRA, LoRAConfig
+from adapters.placement.router import Router
+from harness.core.errors import UserError
+from harness.experiment.sections import Backbone, Budget, Evaluation
+from harness.model.backbones import load_language_model
+from harness.model.batches import BatchMaker
+from harness.model.context_model import IGNORED, ContextModel
+from harness.model.features import Features
+from harness.model.projector import Projector
+from harness.trial.evaluate import Evaluator
 from tasks.base import Config, Example, Part, Split, Task
 from tasks.modalities.image import Image as ImageModality
 from tests.support.adapters import disturb

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness.budget import Order, choose, content_fingerprint
-from harness.errors import UserError
-from harness.inputs import Inputs
+from harness.core.errors import UserError
+from harness.model.budget import Order, choose, content_fingerprint
+from harness.model.inputs import Inputs
 from tasks.base import Example
 
 pytestmark = pytest.mark.quick
@@ -163,7 +163,7 @@ def test_the_order_fingerprint_notices_seed_epochs_batch_and_order() -> None:
 
 def test_fingerprints_are_equal_across_processes() -> None:
     code = """
-from harness.budget import Order, choose, content_fingerprint
+from harness.model.budget import Order, choose, content_fingerprint
 from tasks.base import Example
 examples = [Example(f"{n:05d}", {}, tuple(f"caption {k} of {n}" for k in range(5))) for n in range(3000)]
 chosen = choose(examples, 64, 7, "")

@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from adapters.attach import Adapters
 from adapters.base import AdapterMethod
-from adapters.bitfit import BitFit, BitFitConfig
-from adapters.ia3 import IA3, IA3Config
-from adapters.lora import LoRA, LoRAConfig
-from adapters.router import Router
-from harness.contexts import Segment, resolve_grouping
-from harness.model import IGNORED, Batch, ContextModel
+from adapters.methods.bitfit import BitFit, BitFitConfig
+from adapters.methods.ia3 import IA3, IA3Config
+from adapters.methods.lora import LoRA, LoRAConfig
+from adapters.placement.router import Router
+from harness.core.contexts import Segment, resolve_grouping
+from harness.model.context_model import IGNORED, Batch, ContextModel
 from tests.support.adapters import adapt, disturb, embeds
 from tests.support.batches import batch_of, model_of, prompt_of, ungroup
 from tests.support.models import each_model, tiny_llama

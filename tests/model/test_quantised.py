@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from adapters.attach import Adapters
 from adapters.base import AdapterMethod
-from adapters.lora import LoRA, LoRAConfig
-from adapters.roles import ROLES, find_targets
-from harness.contexts import Segment
-from harness.errors import UserError
+from adapters.methods.lora import LoRA, LoRAConfig
+from adapters.placement.roles import ROLES, find_targets
+from harness.core.contexts import Segment
+from harness.core.errors import UserError
 from tests.support.adapters import adapt, disturb, each_method
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")

@@ -12,11 +12,18 @@ import pytest
 import torch
 from scipy.signal import welch
 
-from harness import pretrain_loop, pretrain_sounds
-from harness.hub import PRETRAINED
-from harness.pretrain_audio import AUDIO_ENCODER, AUDIO_ENCODER_RECIPE, PhonemeHead, build_audio_encoder, disturb, speak
-from harness.pretrain_sounds import LABELS, RATE, pseudo_word, utterance
-from tasks.modalities.tiny_audio import TinyAudio
+from harness.core.hub import PRETRAINED
+from harness.pretraining import loop, sounds
+from harness.pretraining.audio import (
+    AUDIO_ENCODER,
+    AUDIO_ENCODER_RECIPE,
+    PhonemeHead,
+    build_audio_encoder,
+    disturb,
+    speak,
+)
+from harness.pretraining.sounds import LABELS, RATE, pseudo_word, utterance
+from tasks.modalities.encoders.tiny_audio import TinyAudio
 
 SHORT = replace(AUDIO_ENCODER_RECIPE, steps=20, batch_size=8, training_items=60, held_out_items=10, warmup_steps=2)
 
@@ -30,7 +37,7 @@ def _training(folder: Path) -> dict[str, Any]:
 def short_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("audio")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain_loop, "LOG_EVERY_STEPS", 1)
+        patch.setattr(loop, "LOG_EVERY_STEPS", 1)
         build_audio_encoder(folder, 3, SHORT)
     return folder
 
@@ -102,10 +109,10 @@ def test_words_are_pseudo_words() -> None:
 @pytest.mark.parametrize("name", ["iy", "aa", "uw", "eh"])
 def test_a_vowel_has_its_formants(name: str) -> None:
     """Half of the power below 4 kHz lies where the first two are; the speaker's tract and accent move them upwards."""
-    segment = pretrain_sounds._Segment(name, pretrain_sounds._PHONES[name], 0.6)
+    segment = sounds._Segment(name, sounds._PHONES[name], 0.6)
     near = []
     for seed in range(8):
-        samples = pretrain_sounds._speak([segment], np.array([0.6]), np.random.default_rng(seed))
+        samples = sounds._speak([segment], np.array([0.6]), np.random.default_rng(seed))
         frequencies, power = welch(samples, RATE, nperseg=1024)
         first, second = (hertz * np.array([0.8, 1.5]) for hertz in segment.phone.formants[:2])
         inside = [(low < frequencies) & (frequencies < high) for low, high in (first, second)]

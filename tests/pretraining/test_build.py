@@ -17,15 +17,15 @@ import torch
 from PIL import Image as PilImage
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness import pretrain, pretrain_loop
-from harness.errors import UserError
-from harness.hub import PRETRAINED
-from harness.pretrain import ENCODER, ENCODER_RECIPE, LANGUAGE_MODEL, LANGUAGE_MODEL_RECIPE
-from harness.pretrain_audio import AUDIO_ENCODER_RECIPE
-from harness.pretrain_text import documents
-from tasks.modalities.tiny_vision import TinyVision
-from tasks.scene_drawing import COLOURS, SHAPES, draw_scene, generator
-from tasks.scene_grammar import captions
+from harness.core.errors import UserError
+from harness.core.hub import PRETRAINED
+from harness.pretraining import build, loop
+from harness.pretraining.audio import AUDIO_ENCODER_RECIPE
+from harness.pretraining.build import ENCODER, ENCODER_RECIPE, LANGUAGE_MODEL, LANGUAGE_MODEL_RECIPE
+from harness.pretraining.text import documents
+from tasks.drawing.scene import COLOURS, SHAPES, draw_scene, generator
+from tasks.drawing.scene_captions import captions
+from tasks.modalities.encoders.tiny_vision import TinyVision
 
 SHORT_SPEECH = replace(AUDIO_ENCODER_RECIPE, steps=2, batch_size=4, training_items=8, held_out_items=4, warmup_steps=1)
 SHORT_TEXT = replace(
@@ -43,8 +43,8 @@ def training(folder: Path) -> dict[str, Any]:
 def short_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("backbones")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain_loop, "LOG_EVERY_STEPS", 1)
-        pretrain.build(folder, 3, SHORT_TEXT, SHORT_PICTURES, SHORT_SPEECH)
+        patch.setattr(loop, "LOG_EVERY_STEPS", 1)
+        build.build(folder, 3, SHORT_TEXT, SHORT_PICTURES, SHORT_SPEECH)
     return folder
 
 
@@ -57,7 +57,7 @@ def test_twenty_steps_reduce_the_loss(short_build: Path, name: str) -> None:
 
 
 def test_the_same_seed_trains_the_same_weights(short_build: Path, tmp_path: Path) -> None:
-    pretrain.build(tmp_path, 3, SHORT_TEXT, SHORT_PICTURES, SHORT_SPEECH)
+    build.build(tmp_path, 3, SHORT_TEXT, SHORT_PICTURES, SHORT_SPEECH)
     for name in (LANGUAGE_MODEL, ENCODER):
         weights = [(folder / name / "model.safetensors").read_bytes() for folder in (short_build, tmp_path)]
         assert weights[0] == weights[1]
@@ -95,7 +95,7 @@ def test_language_model_has_its_recorded_perplexity() -> None:
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     rng = generator("pretrain", recorded["seed"], "held out")
     texts = list(itertools.islice(documents(rng), recorded["recipe"]["held_out_items"]))
-    perplexity = pretrain.perplexity(model, pretrain.token_stream(tokenizer, texts))
+    perplexity = build.perplexity(model, build.token_stream(tokenizer, texts))
     assert perplexity == pytest.approx(recorded["quality"]["held_out_perplexity"], rel=1e-3)
     assert perplexity < recorded["quality"]["held_out_unigram_perplexity"] / 10
 
@@ -104,8 +104,8 @@ def test_encoder_tokens_name_shape_and_colour_linearly() -> None:
     """A fresh linear probe on the tokens of the shipped encoder: the heads it was trained with are not in the file."""
     encoder = TinyVision.load(PRETRAINED / ENCODER)
     sides = (
-        pretrain.draw_pictures(1500, "train", "probe", "train"),
-        pretrain.draw_pictures(300, "validation", "probe", "held out"),
+        build.draw_pictures(1500, "train", "probe", "train"),
+        build.draw_pictures(300, "validation", "probe", "held out"),
     )
     with torch.no_grad():
         features = [encoder(side.pixels.permute(0, 3, 1, 2).float() / 127.5 - 1) for side in sides]
@@ -174,7 +174,7 @@ def test_the_text_is_no_caption_but_knows_their_words() -> None:
 def test_a_folder_that_cannot_be_made_is_refused_before_training(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"file/backbones: cannot write the backbones there: .*Not a directory"):
-        pretrain.build(tmp_path / "file" / "backbones")
+        build.build(tmp_path / "file" / "backbones")
 
 
 @pytest.mark.slow
@@ -182,7 +182,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_training(tmp_path: Path)
 def test_rebuilding_reaches_the_recorded_quality(tmp_path: Path) -> None:
     """Tolerance: 3 % of perplexity, 2 points of accuracy; another processor or thread count rounds differently."""
     seed = training(PRETRAINED / ENCODER)["seed"]
-    pretrain.build(tmp_path, seed, audio_recipe=SHORT_SPEECH)  # tests/test_pretrain_audio.py has its own
+    build.build(tmp_path, seed, audio_recipe=SHORT_SPEECH)  # tests/test_pretrain_audio.py has its own
     for name in (LANGUAGE_MODEL, ENCODER):
         recorded, rebuilt = training(PRETRAINED / name), training(tmp_path / name)
         assert rebuilt["recipe"] == recorded["recipe"]

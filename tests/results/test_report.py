@@ -10,13 +10,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from harness.errors import UserError
-from harness.record import PlannedTrial, TrialRecord, read_run, write_record
-from results.gallery import build_gallery
-from results.page import search_lines
-from results.provenance import build_provenance
+from harness.core.errors import UserError
+from harness.core.record import PlannedTrial, TrialRecord, read_run, write_record
+from results.leaderboard.table import build_leaderboard
+from results.page.gallery import build_gallery
+from results.page.page import search_lines
+from results.page.provenance import build_provenance
 from results.report import write_report
-from results.table import build_leaderboard
 from tests.support.pages import Page
 from tests.support.runs import METHODS, draw_pictures, fake_plan, write_examples, write_run
 

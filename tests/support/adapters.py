@@ -11,11 +11,11 @@ from torch import Tensor
 
 from adapters.attach import Adapters
 from adapters.base import AdapterMethod
-from adapters.bitfit import BitFit, BitFitConfig
-from adapters.ia3 import IA3, IA3Config
-from adapters.lora import LoRA, LoRAConfig
-from adapters.router import Router
-from harness.contexts import Segment, resolve_grouping
+from adapters.methods.bitfit import BitFit, BitFitConfig
+from adapters.methods.ia3 import IA3, IA3Config
+from adapters.methods.lora import LoRA, LoRAConfig
+from adapters.placement.router import Router
+from harness.core.contexts import Segment, resolve_grouping
 
 LORA, BITFIT, IA3_ = LoRA(LoRAConfig(rank=3, alpha=5.0)), BitFit(BitFitConfig()), IA3(IA3Config())
 METHODS: dict[str, AdapterMethod] = {"lora": LORA, "bitfit": BITFIT, "ia3": IA3_}

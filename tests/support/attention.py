@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from harness.record import TrialRecord, read_run
-from results.attention import FILE_NAME, HEADER, RecordedAttention, RecordedExample
-from results.rows import Row
-from results.table import Leaderboard, build_leaderboard
+from harness.core.record import TrialRecord, read_run
+from results.leaderboard.rows import Row
+from results.leaderboard.table import Leaderboard, build_leaderboard
+from results.page.attention import FILE_NAME, HEADER, RecordedAttention, RecordedExample
 from tests.support.runs import METHODS, draw_pictures, fake_plan, write_run
 
 TOKENS = ("a", " red", " circle", " .")

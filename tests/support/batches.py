@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from adapters.attach import Adapters
-from adapters.router import Router
-from harness.contexts import Segment
-from harness.model import IGNORED, Batch, ContextModel, Items
-from harness.projector import Projector
-from harness.sections import Backbone
+from adapters.placement.router import Router
+from harness.core.contexts import Segment
+from harness.experiment.sections import Backbone
+from harness.model.context_model import IGNORED, Batch, ContextModel, Items
+from harness.model.projector import Projector
 
 BOS = 1
 

@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from harness import contract_metric, contract_modality, contract_task
-from harness.errors import UserError
+from harness.check import metric as metric_checks
+from harness.check import modality as modality_checks
+from harness.check import task as task_checks
+from harness.core.errors import UserError
 from tasks.base import Config, Example, Metric, Part, Scores, Split, Task
 from tasks.encoder import Encoder
 from tasks.modalities.series import Series
@@ -100,55 +102,53 @@ def in_place(self: Task, context: str, item: Any, rng: np.random.Generator) -> A
 SHARED = Path(__file__)
 # Check → plugins that it must catch, each with the words that say why.
 TASK_CASES: dict[Callable[..., Any], list[tuple[type, str]]] = {
-    contract_task.sample_gives_options: [
+    task_checks.sample_gives_options: [
         (make(GoodTask, sample=classmethod(lambda cls, folder: {})), r"ValidationError: root: Field required"),
         (make(GoodTask, Config=dict), r"Config is <class 'dict'>; it must be a subclass of harness.TaskConfig"),
     ],
-    contract_task.sample_can_be_read: [
+    task_checks.sample_can_be_read: [
         (make(GoodTask, example=lambda self, name: None), r"train holds a NoneType"),
         (
             make(GoodTask, prepare=lambda self: 1 / 0),
             r"^ZeroDivisionError: division by zero \(.*broken_plugins.py:\d+\)$",
         ),
     ],
-    contract_task.contexts_are_distinct: [
+    task_checks.contexts_are_distinct: [
         (make(GoodTask, contexts=("series", "series", "text")), r"'series' is there twice"),
         (make(GoodTask, contexts=("text", "series")), r"the last context, 'series', is read from files"),
         (make(GoodTask, contexts=("serie", "text")), r"name 'series'; allowed: serie, text; did you mean 'serie'\?"),
         (make(GoodTask, contexts=()), r"contexts are \(\); one or more names"),
     ],
-    contract_task.names_are_registered: [
+    task_checks.names_are_registered: [
         (make(GoodTask, modalities={"series": "serie"}), r"unknown modality 'serie'.*did you mean 'series'\?"),
         (make(GoodTask, metrics=("caption",)), r"unknown metric 'caption'.*did you mean 'captions'\?"),
         (make(GoodTask, metrics="captions"), r"metrics is one string, 'captions'; a tuple"),
     ],
-    contract_task.options_are_strict: [(make(GoodTask, Config=LaxConfig), r"'no_such_option' was taken")],
-    contract_task.options_survive_json: [(make(GoodTask, Config=ForgetfulConfig), r"came back as .*elsewhere")],
-    contract_task.it_is_repeatable: [(Growing, r"train is different when asked again")],
-    contract_task.splits_are_not_empty: [(make(GoodTask, examples=lambda *_: []), r"validation has no example")],
-    contract_task.ids_are_unique: [
+    task_checks.options_are_strict: [(make(GoodTask, Config=LaxConfig), r"'no_such_option' was taken")],
+    task_checks.options_survive_json: [(make(GoodTask, Config=ForgetfulConfig), r"came back as .*elsewhere")],
+    task_checks.it_is_repeatable: [(Growing, r"train is different when asked again")],
+    task_checks.splits_are_not_empty: [(make(GoodTask, examples=lambda *_: []), r"validation has no example")],
+    task_checks.ids_are_unique: [
         (with_example(id="1"), r"id '1' is in train and again in validation"),
         (with_example(id=1), r"train has the id 1; allowed: text"),
     ],
-    contract_task.splits_share_no_file: [
+    task_checks.splits_share_no_file: [
         (with_example(inputs=(("series", SHARED),)), r"broken_plugins.py is in train and in validation")
     ],
-    contract_task.inputs_are_of_their_context: [
+    task_checks.inputs_are_of_their_context: [
         (with_example(inputs=(("serie", "a"),)), r"context 'serie'; .* did you mean 'series'"),
         (with_example(inputs=(("series", "a.csv"),)), r"'series' is 'a.csv'; series reads it, so it must be a Path"),
         (with_example(inputs=(("series", SHARED / "no"),)), r"train example 'train1': .*/no is no file"),
         (with_example(inputs=(("text", SHARED),)), r"'text' is .*no modality reads it, so it must be a string"),
     ],
-    contract_task.files_can_be_decoded: [
-        (with_example(inputs=(("series", SHARED),)), r"UserError: .*broken_plugins.py")
-    ],
-    contract_task.references_are_texts: [
+    task_checks.files_can_be_decoded: [(with_example(inputs=(("series", SHARED),)), r"UserError: .*broken_plugins.py")],
+    task_checks.references_are_texts: [
         (with_example(references=()), r"references are \(\); one or more"),
         (with_example(references="one"), r"references are 'one'; one or more"),
         (with_example(references=("one", " ")), r"a reference is ' '; allowed"),
     ],
-    contract_task.targets_are_known: [(with_example(target="series"), r"its target is 'series'; allowed: text")],
-    contract_task.augment_is_drawn: [
+    task_checks.targets_are_known: [(with_example(target="series"), r"its target is 'series'; allowed: text")],
+    task_checks.augment_is_drawn: [
         (make(GoodTask, augment=in_place, augmented={"series"}), r"augment changed the series it was given"),
         (
             make(GoodTask, augment=lambda self, c, item, rng: item + np.random.normal(), augmented={"series"}),
@@ -157,7 +157,7 @@ TASK_CASES: dict[Callable[..., Any], list[tuple[type, str]]] = {
         (make(GoodTask, augment=lambda *_: "text", augmented={"series"}), r"turned a ndarray into a str"),
         (make(GoodTask, augment=lambda self, c, item, rng: item + rng.normal()), r"`augmented` does not name"),
     ],
-    contract_task.members_have_shares: [
+    task_checks.members_have_shares: [
         (with_example(member="other"), r"its member is 'other'"),
         (make(GoodTask, shares=lambda self, sizes: {"": 0.5}), r"are \{'': 0.5\}; .* adding up to 1"),
     ],
@@ -197,18 +197,18 @@ def load_coarse(self: Series, path: Path) -> Any:
 
 
 MODALITY_CASES: dict[Callable[..., Any], list[tuple[type, str]]] = {
-    contract_modality.files_are_read: [(make(Series, load=lambda *_: None), r"train1.csv was decoded to nothing")],
-    contract_modality.default_encoder_is_there: [
+    modality_checks.files_are_read: [(make(Series, load=lambda *_: None), r"train1.csv was decoded to nothing")],
+    modality_checks.default_encoder_is_there: [
         (make(Series, encoder=lambda *_: Features(lambda item, n: 0)), r"in training mode"),
         (make(Series, encoder=lambda *_: torch.nn.Linear(1, 1)), r"gave a Linear; it must be a harness.Encoder"),
         (make(Series, encoder=lambda *_: Features(max, weights=1).double().eval()), r"weights are torch.float64"),
         (make(Series, default_encoder="builtin/other"), r"UserError: .*'builtin/other' is not an encoder of "),
     ],
-    contract_modality.loading_is_repeatable: [
+    modality_checks.loading_is_repeatable: [
         (make(Series, load=lambda *_: np.random.normal(size=3)), r"decoded to different items"),
         (encodes(lambda item, n: torch.randn(1, 2)), r"other features when it is encoded again"),
     ],
-    contract_modality.broken_files_are_named: [
+    modality_checks.broken_files_are_named: [
         (make(Series, load=load_lenient), r"a garbage file was decoded without a word"),
         (make(Series, load=load_coarse), r"about a missing file does not name it: cannot read it"),
         (
@@ -216,18 +216,18 @@ MODALITY_CASES: dict[Callable[..., Any], list[tuple[type, str]]] = {
             r"a missing file raised FileNotFoundError",
         ),
     ],
-    contract_modality.features_have_their_shape: [
+    modality_checks.features_have_their_shape: [
         (encodes(lambda item, n: torch.zeros(1, 3)), r"shape \(1, 3\); allowed: \(1 or more, 2\)"),
         (encodes(lambda item, n: torch.full((1, 2), torch.nan)), r"not finite"),
         (encodes(lambda item, n: torch.zeros(1, 2).double()), r"features are torch.float64"),
         (encodes(lambda item, n: torch.zeros(1, 2, device="meta")), r"features are on meta, the encoder on cpu"),
         (make(Series, encoder=lambda *_: make(Features, encode=lambda *_: [])(max).eval()), r"2 items gave 0 features"),
     ],
-    contract_modality.features_know_no_batch: [
+    modality_checks.features_know_no_batch: [
         (encodes(lambda item, n: torch.full((1, 2), float(n))), r"off by up to 1 from those alone"),
         (encodes(lambda item, n: torch.zeros(n, 2)), r"\(1, 2\) alone, \(2, 2\) with others"),
     ],
-    contract_modality.empty_encoder_agrees: [
+    modality_checks.empty_encoder_agrees: [
         (make(Series, empty_encoder=empty(width=3)), r"the width is 3 without weights and 12 with them"),
         (make(Series, empty_encoder=empty(width=12, weights=5)), r"5 parameters without weights and 0 with"),
         (
@@ -235,7 +235,7 @@ MODALITY_CASES: dict[Callable[..., Any], list[tuple[type, str]]] = {
             r"train1.csv: check says that it cannot be encoded: too long",
         ),
     ],
-    contract_modality.unknown_encoders_are_refused: [
+    modality_checks.unknown_encoders_are_refused: [
         (encodes(lambda item, n: 0), r"took 'builtin/no-such-encoder' without a word"),
         (make(Series, encoder=lambda *_: {}["name"]), r"raised KeyError: 'name'; a UserError is needed"),
     ],
@@ -268,24 +268,24 @@ def counted(kind: str, counts: Callable[[dict[str, float]], Any], name: str = "e
 
 
 METRIC_CASES: dict[Callable[..., Any], list[tuple[type, str]]] = {
-    contract_metric.perfect_is_scored: [
+    metric_checks.perfect_is_scored: [
         (scores(None), r"the corpus has no score"),
         (
             make(GoodMetric, score=lambda *_: 1 / 0),
             r"ZeroDivisionError: division by zero \(.*broken_plugins.py:\d+\)",
         ),
     ],
-    contract_metric.labels_name_scores: [
+    metric_checks.labels_name_scores: [
         (make(GoodMetric, labels={}), r"labels are empty"),
         (make(GoodMetric, labels={"em": "EM"}), r"labels name 'em'; the corpus has exact, and no note"),
         (make(GoodMetric, lower_is_better={"em"}), r"lower_is_better names 'em'; the corpus has exact"),
     ],
-    contract_metric.right_beats_wrong: [
+    metric_checks.right_beats_wrong: [
         (make(GoodMetric, lower_is_better={"exact"}), r"exact is 1 for right and 0 for wrong .* lower is better"),
         (scores(0.5), r"exact is 0.5 for right and 0.5 for wrong predictions; higher is better"),
     ],
-    contract_metric.examples_have_scores: [(scores(1.0, lambda exact: {"1": {"exact": 1.0}}), r"has the ids \['1'\]")],
-    contract_metric.counts_give_the_score: [
+    metric_checks.examples_have_scores: [(scores(1.0, lambda exact: {"1": {"exact": 1.0}}), r"has the ids \['1'\]")],
+    metric_checks.counts_give_the_score: [
         (counted("share", lambda exact: {}), r"formula 'share' for exact; allowed: bleu, mean, meteor, ratio"),
         (counted("ratio", lambda exact: {}), r"exact: counts have no 'exact' of any example; ratio needs it"),
         (counted("ratio", lambda e: {k: {"exact": (v,)} for k, v in e.items()}), r"1 numbers .*; ratio needs 2"),
@@ -296,20 +296,20 @@ METRIC_CASES: dict[Callable[..., Any], list[tuple[type, str]]] = {
         (counted("ratio", lambda exact: {}, "exactly"), r"corpus names 'exactly'; the scores are exact"),
         (make(GoodMetric, corpus={"exact": "mean"}, scores=lambda *_: Scores({"exact": 1.0})), r"per_example has no"),
     ],
-    contract_metric.scores_are_finite: [
+    metric_checks.scores_are_finite: [
         (scores(float("nan")), r"exact of the corpus is nan for right predictions"),
         (scores(1.0, lambda e: {key: {"exact": -np.inf} for key in e}), r"example '1' is -inf for empty predictions"),
     ],
-    contract_metric.empty_is_a_score: [
+    metric_checks.empty_is_a_score: [
         (make(GoodMetric, score=score_words), r"IndexError: list index out of range"),
         (scores(None), r"nothing but empty predictions has no score"),
     ],
-    contract_metric.ids_must_match: [
+    metric_checks.ids_must_match: [
         (scores_any := make(GoodMetric, score=lambda *_: Scores({"exact": 1.0})), r"unknown id: scored without a word"),
         (scores_any, r"no reference of '1': scored without a word"),
         (make(GoodMetric, score=lambda self, p, r: [p[key] for key in r]), r"no prediction for '1': raised KeyError"),
     ],
-    contract_metric.order_does_not_matter: [
+    metric_checks.order_does_not_matter: [
         (make(GoodMetric, score=score_by_position), r"exact is 1.0 and 0.0 with the examples in another order")
     ],
 }

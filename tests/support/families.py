@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from adapters.roles import FAMILIES
+from adapters.placement.roles import FAMILIES
 from tests.support.adapters import disturb, embeds
 
 # Heads are 12 wide where a family lets them be, so that no size is right by accident.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from adapters.bitfit import BitFit, BitFitConfig
-from adapters.ia3 import IA3, IA3Config
-from adapters.lora import LoRA, LoRAConfig
+from adapters.methods.bitfit import BitFit, BitFitConfig
+from adapters.methods.ia3 import IA3, IA3Config
+from adapters.methods.lora import LoRA, LoRAConfig
 
 PAPER_LAYER = {
     "q": (768, 768),

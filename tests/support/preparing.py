@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from harness.errors import UserError
-from harness.prepare import prepare
+from harness.cli.prepare import prepare
+from harness.core.errors import UserError
 
 
 def checked(target: str | Path, *options: str, check: bool = True) -> tuple[bool, str]:

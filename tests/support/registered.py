@@ -8,10 +8,10 @@ import pytest
 
 from adapters.attach import Adapters
 from adapters.base import AdapterMethod
+from adapters.placement.router import Router
 from adapters.registry import ADAPTERS
-from adapters.router import Router
-from harness.contexts import Segment, resolve_grouping
-from harness.registry import Entry
+from harness.core.contexts import Segment, resolve_grouping
+from harness.core.registry import Entry
 from tests.support.models import tiny_llama
 
 CONTEXTS = ("image", "text")

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from statistics import fmean
 
-from harness.record import Plan, PlannedTrial, TrialRecord, record_path
+from harness.core.record import Plan, PlannedTrial, TrialRecord, record_path
 from tests.support.runs import METHODS, draw_pictures, fake_plan, write_examples, write_run
 
 SETTINGS = ("examples=256 epochs=8", "examples=1024 epochs=8")

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
-from harness.files import write_atomically
-from harness.record import (
+from harness.core.files import write_atomically
+from harness.core.record import (
     Data,
     Epoch,
     Memory,

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from harness import naming
-from harness.files import write_atomically
-from harness.record import Plan, PlannedTrial, TrialRecord, write_record
+from harness.core import naming
+from harness.core.files import write_atomically
+from harness.core.record import Plan, PlannedTrial, TrialRecord, write_record
 from tests.support.runs import METRICS, fake_record
 
 # label, method, grouping, options, trainable parameters

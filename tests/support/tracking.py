@@ -8,20 +8,11 @@ from typing import Any
 
 from mlflow import MlflowClient
 
-from harness.experiment import Experiment
-from harness.files import write_atomically
-from harness.plan import TrialSpec, describe, expand
-from harness.record import (
-    Data,
-    Memory,
-    MetricInfo,
-    Parameters,
-    Plan,
-    PlannedTrial,
-    Throughput,
-    TrialRecord,
-)
-from harness.tracking import Grid, default_uri, open_grid
+from harness.core.files import write_atomically
+from harness.core.record import Data, Memory, MetricInfo, Parameters, Plan, PlannedTrial, Throughput, TrialRecord
+from harness.experiment.load import Experiment
+from harness.experiment.plan import TrialSpec, describe, expand
+from harness.tracking.grid import Grid, default_uri, open_grid
 
 Trial = tuple[TrialSpec, PlannedTrial]
 EXPERIMENT = """\

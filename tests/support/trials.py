@@ -10,13 +10,13 @@ import pandas as pd
 import pytest
 import yaml
 
-from harness import engine as engine_module
-from harness.experiment import Experiment
-from harness.plan import TrialSpec, expand
-from harness.record import TrialRecord
-from harness.registry import Plugin
-from harness.sections import Optimizer, Resources
-from harness.trial import Progress, run_trial
+from harness.core.record import TrialRecord
+from harness.core.registry import Plugin
+from harness.experiment.load import Experiment
+from harness.experiment.plan import TrialSpec, expand
+from harness.experiment.sections import Optimizer, Resources
+from harness.trial import engine as engine_module
+from harness.trial.trial import Progress, run_trial
 from tasks.base import Metric, Scores
 
 TASK = {"name": "scenes", "train_examples": 64, "validation_examples": 12, "test_examples": 12}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import preflight
-from harness.errors import UserError
+from harness.core.errors import UserError
+from harness.sweep import preflight
 
 
 def test_without_bash_ray_would_wait_for_ever(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

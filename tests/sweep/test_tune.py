@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from harness.errors import UserError
-from harness.sections import Resources
-from harness.sweep import per_trial
+from harness.core.errors import UserError
+from harness.experiment.sections import Resources
+from harness.sweep.tune import per_trial
 
 
 def test_auto_takes_a_gpu_where_there_is_one() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import soundfile
 
-from harness.errors import Problems, UserError
+from harness.core.errors import Problems, UserError
 from tasks.audio_captions import AudioCaptions
 from tasks.base import Part, Split
 

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image as PilImage
 from pydantic import ValidationError
 
-from harness.errors import Problems, UserError
+from harness.core.errors import Problems, UserError
 from tasks.captioning import CocoCaptions
-from tasks.coco_format import read_captions
+from tasks.formats.coco import read_captions
 from tasks.modalities.image import Image
 
 

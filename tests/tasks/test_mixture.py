@@ -14,16 +14,16 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from harness.build import build, choose_splits, order_of
-from harness.engine import Engine
-from harness.errors import UserError
-from harness.experiment import Experiment
-from harness.features import Features
-from harness.parts import make_task
-from harness.plan import TrialSpec
-from harness.preflight import metrics_of
-from harness.record import TrialRecord
-from harness.registry import Registry
+from harness.core.errors import UserError
+from harness.core.record import TrialRecord
+from harness.core.registry import Registry
+from harness.experiment.load import Experiment
+from harness.experiment.plan import TrialSpec
+from harness.model.build import build, choose_splits, order_of
+from harness.model.components import make_task
+from harness.model.features import Features
+from harness.sweep.preflight import metrics_of
+from harness.trial.engine import Engine
 from tasks.base import Config, Example, Part, Split, Task
 from tasks.mixture import Mixture, MixtureConfig
 from tasks.registry import TASKS

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness.errors import UserError
+from harness.core.errors import UserError
 from tasks.base import Split
+from tasks.drawing.scene import COLOURS, IMAGE_SIZE, PLAIN, Group, Scene, draw_scene, generator, paint, place
+from tasks.drawing.scene_captions import captions
 from tasks.modalities.image import Image
-from tasks.scene_drawing import COLOURS, IMAGE_SIZE, PLAIN, Group, Scene, draw_scene, generator, paint, place
-from tasks.scene_grammar import captions
 from tasks.scenes import Scenes
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from harness.errors import Problems, UserError
+from harness.core.errors import Problems, UserError
 from tasks.base import Part, Split
 from tasks.speech import DIGITS, Speech, split_by_hash
 

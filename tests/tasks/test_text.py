@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from harness.errors import Problems, UserError
+from harness.core.errors import Problems, UserError
 from tasks.base import Example, Part
 from tasks.text import Text
 

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness.errors import UserError
+from harness.core.errors import UserError
 from tasks.base import Split
-from tasks.modalities.series import Series
-from tasks.trend_drawing import (
+from tasks.drawing.trend import (
     AMPLITUDES,
     KINDS,
     LENGTHS,
@@ -26,6 +25,7 @@ from tasks.trend_drawing import (
     draw_trend,
     generator,
 )
+from tasks.modalities.series import Series
 from tasks.trends import Trends
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image as PilImage
 from pydantic import ValidationError
 
-from harness.errors import Problems, UserError
+from harness.core.errors import Problems, UserError
 from tasks.base import Part
 from tasks.modalities.image import Image
 from tasks.vqa import VQA

@@ -19,12 +19,13 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from harness import tracking, tracking_fetch
-from harness.errors import UserError
-from harness.files import write_atomically
-from harness.record import read_run, write_record
-from harness.tracking import MlflowTracker, close_grid, default_uri, open_grid
-from harness.tracking_fetch import fetch_run
+from harness.core.errors import UserError
+from harness.core.files import write_atomically
+from harness.core.record import read_run, write_record
+from harness.tracking import fetch
+from harness.tracking import grid as tracking_grid
+from harness.tracking.fetch import fetch_run
+from harness.tracking.grid import MlflowTracker, close_grid, default_uri, open_grid
 from tests.support.tracking import Trial, finished_record, four_trials, write_plan
 
 
@@ -86,7 +87,7 @@ def logged(uri: str, trials: list[Trial], request: pytest.FixtureRequest) -> Pat
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    left_out = {"mlflow_run_id", "log.txt", tracking_fetch.MARKER}
+    left_out = {"mlflow_run_id", "log.txt", fetch.MARKER}
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name not in left_out)
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
@@ -102,14 +103,14 @@ def test_a_fetched_run_is_the_run_that_was_logged(uri: str, logged: Path, tmp_pa
     assert copy.records[trials[1][1].trial_id].reason == "second"
     assert files(fetched) == files(logged)
     assert {path.name for path in fetched.iterdir()} == {
-        "plan.json", "experiment.yaml", "trials", tracking_fetch.MARKER,
+        "plan.json", "experiment.yaml", "trials", fetch.MARKER,
     }  # fmt: skip
 
 
 def test_fetching_again_renews_and_takes_away(
     uri: str, logged: Path, tmp_path: Path, trials: list[Trial], client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "PAGE_SIZE", 2)  # more children than MLflow gives at once
+    monkeypatch.setattr(tracking_grid, "PAGE_SIZE", 2)  # more children than MLflow gives at once
     fetched = fetch_run(uri, logged.name, tmp_path)
     write_atomically(fetched / "report" / "index.html", "made here")
     log_trial(open_grid(uri, "experiment", logged), logged, trials[3])
@@ -191,14 +192,14 @@ def test_a_download_that_fails_leaves_what_was_there(
 ) -> None:
     fetched = fetch_run(uri, logged.name, tmp_path)
     before = files(fetched)
-    whole = tracking_fetch._download
+    whole = fetch._download
 
     def lossy(uri: str, run: Any, names: Any, folder: Path) -> list[str]:
         if folder.parent.name == "trials":
             raise MlflowException("connection reset")
         return whole(uri, run, names, folder)
 
-    monkeypatch.setattr(tracking_fetch, "_download", lossy)
+    monkeypatch.setattr(fetch, "_download", lossy)
     with pytest.raises(UserError, match=f"fetching '{logged.name}' from '{uri}' failed: connection reset"):
         fetch_run(uri, logged.name, tmp_path)
     assert files(fetched) == before

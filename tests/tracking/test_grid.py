@@ -11,10 +11,19 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from harness.errors import UserError
-from harness.files import write_atomically
-from harness.record import write_record
-from harness.tracking import PARENT_TAG, Grid, MlflowTracker, check_uri, close_grid, default_uri, open_grid, redacted
+from harness.core.errors import UserError
+from harness.core.files import write_atomically
+from harness.core.record import write_record
+from harness.tracking.grid import (
+    PARENT_TAG,
+    Grid,
+    MlflowTracker,
+    check_uri,
+    close_grid,
+    default_uri,
+    open_grid,
+    redacted,
+)
 from tests.support.tracking import Trial, artifacts, finished_record, four_trials, new_grid, write_plan
 
 DEAD_SERVER = "http://127.0.0.1:9"  # the discard port: refused at once
@@ -305,7 +314,7 @@ def test_a_password_is_in_no_artifact_warning_or_log(
 ) -> None:  # fmt: skip
     uri = "postgresql://user:s3cret@db/mlflow"
     write_atomically(runs / "secret" / "experiment.yaml", f"tracking: {{mlflow_uri: '{uri}'}}\n")
-    monkeypatch.setattr("harness.tracking.connect", lambda _: client)
+    monkeypatch.setattr("harness.tracking.grid.connect", lambda _: client)
     grid = open_grid(uri, "secret", runs / "secret")
     kept = Path(client.download_artifacts(grid.parent_run_id, "experiment.yaml")).read_text(encoding="utf-8")
     assert kept == "tracking: {mlflow_uri: 'postgresql://user:***@db/mlflow'}\n"
@@ -313,7 +322,7 @@ def test_a_password_is_in_no_artifact_warning_or_log(
     def refuse(_: str) -> None:
         raise ConnectionError(f"no route to {uri}")
 
-    monkeypatch.setattr("harness.tracking.connect", refuse)
+    monkeypatch.setattr("harness.tracking.grid.connect", refuse)
     tracker = MlflowTracker(grid, *trials[0], tmp_path)
     assert "user:***@db" in tracker.warnings[0]
     assert "user:***@db" in caplog.text

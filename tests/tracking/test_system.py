@@ -14,10 +14,10 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-from harness.files import write_atomically
-from harness.record import Memory, write_record
-from harness.tracking import Grid, MlflowTracker, close_grid
-from harness.tracking_system import SystemMetrics
+from harness.core.files import write_atomically
+from harness.core.record import Memory, write_record
+from harness.tracking.grid import Grid, MlflowTracker, close_grid
+from harness.tracking.system import SystemMetrics
 from tests.support.tracking import Trial, artifacts, finished_record, four_trials, new_grid
 
 PAGE = Path(__file__).parents[2] / "docs" / "mlflow.md"

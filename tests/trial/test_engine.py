@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from adapters.attach import Adapters
-from adapters.lora import LoRA, LoRAConfig
-from adapters.router import Router
-from harness.contexts import resolve_grouping
-from harness.engine import Engine
-from harness.measure import PeakMemory
-from harness.model import IGNORED, Batch, ContextModel
-from harness.sections import Optimizer
+from adapters.methods.lora import LoRA, LoRAConfig
+from adapters.placement.router import Router
+from harness.core.contexts import resolve_grouping
+from harness.experiment.sections import Optimizer
+from harness.model.context_model import IGNORED, Batch, ContextModel
+from harness.trial.engine import Engine
+from harness.trial.measure import PeakMemory
 from tests.support.adapters import disturb
 from tests.support.batches import batch_of
 from tests.support.batches import model_of as context_model_of

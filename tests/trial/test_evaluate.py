@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from harness.build import Built, build
-from harness.evaluate import Evaluator, Likelihood, exchanged
-from harness.sections import Evaluation
+from harness.experiment.sections import Evaluation
+from harness.model.build import Built, build
+from harness.trial.evaluate import Evaluator, Likelihood, exchanged
 from tasks.base import Example
 from tests.support.adapters import disturb
 from tests.support.trials import spec_of

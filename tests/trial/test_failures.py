@@ -11,10 +11,12 @@ import pandas as pd
 import pytest
 import torch
 
-from harness import build, parts, tracking, trial
-from harness.engine import Engine
-from harness.record import PlannedTrial, TrialRecord, read_record, record_path
-from harness.trial import Progress
+from harness.core.record import PlannedTrial, TrialRecord, read_record, record_path
+from harness.model import build, components
+from harness.tracking import grid
+from harness.trial import trial
+from harness.trial.engine import Engine
+from harness.trial.trial import Progress
 from tests.support.trials import FULL, LORA, Recorder, examples_of, finished_trial, run, spec_of
 
 
@@ -124,7 +126,7 @@ def test_a_picture_that_cannot_be_decoded_stops_the_trial_with_its_path(
 ) -> None:
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
     spec = spec_of(tmp_path)
-    task = parts.make_task(spec)
+    task = components.make_task(spec)
     task.prepare()
     picture = build.choose_splits(spec, task).test[0].files[0][1]
     picture.write_bytes(b"not a picture")
@@ -151,13 +153,13 @@ def test_a_tracking_server_that_fails_costs_a_warning_only(tmp_path: Path, monke
 
     started = SimpleNamespace(info=SimpleNamespace(run_id="run-2"))
     client = SimpleNamespace(create_run=lambda *_, **__: started, log_batch=gone)
-    monkeypatch.setattr(tracking, "connect", lambda _uri: client)
+    monkeypatch.setattr(grid, "connect", lambda _uri: client)
     spec = spec_of(tmp_path, budget={"examples": 8, "epochs": 1})
     planned = PlannedTrial(
         trial_id=spec.trial_id, label="LoRA r=2", method="lora", grouping="specific", setting="", seed=0
     )
     folder = tmp_path / "trials" / spec.trial_id
-    tracker = tracking.MlflowTracker(tracking.Grid("any", "1", "parent"), spec, planned, folder)
+    tracker = grid.MlflowTracker(grid.Grid("any", "1", "parent"), spec, planned, folder)
     record = run(spec, tmp_path, tracker=tracker)
     assert record.status == "finished"
     assert record.warnings == ("MLflow logging stopped: ConnectionError: server is gone",)

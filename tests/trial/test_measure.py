@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,16 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from adapters import roles
 from adapters.attach import Adapters
 from adapters.base import AdapterMethod
-from adapters.router import Router
-from harness import backbones, measure, parameters
-from harness.build import assemble, count_parameters
-from harness.contexts import resolve_grouping
-from harness.experiment import Experiment
-from harness.parts import make_modalities
-from harness.plan import TrialSpec, expand
+from adapters.placement import roles
+from adapters.placement.router import Router
+from harness.core.contexts import resolve_grouping
+from harness.experiment.load import Experiment
+from harness.experiment.plan import TrialSpec, expand
+from harness.model import backbones, parameters
+from harness.model.build import assemble, count_parameters
+from harness.model.components import make_modalities
+from harness.trial import measure
 from tests.support.paper_table import PAPER_LAYER, each_row
 
 CPU = torch.device("cpu")
@@ -184,14 +184,3 @@ def test_versions_name_this_python_and_this_torch() -> None:
     assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
     assert versions["torch"] == torch.__version__
     assert set(measure.PACKAGES) < set(versions)
-
-
-def test_the_revision_is_this_checkouts() -> None:
-    head = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    if head.returncode:
-        pytest.skip("not a git checkout")
-    revision = measure.git_revision()
-    assert revision is not None
-    assert head.stdout.strip().startswith(revision.removesuffix("+"))

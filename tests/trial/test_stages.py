@@ -12,11 +12,11 @@ import safetensors.torch
 import torch
 
 from adapters.registry import ADAPTERS
-from harness import stages, trial
-from harness.engine import Engine
-from harness.plan import TrialSpec
-from harness.record import TrialRecord
-from harness.trial import Progress
+from harness.core.record import TrialRecord
+from harness.experiment.plan import TrialSpec
+from harness.trial import stages, trial
+from harness.trial.engine import Engine
+from harness.trial.trial import Progress
 from tests.support.trials import FULL, LORA, examples_of, run, spec_of
 
 LLAVA = {"method": "llava", "learning_rate": 3e-3, "projector_learning_rate": 1e-2}

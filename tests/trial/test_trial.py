@@ -14,12 +14,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from harness import build, trial
-from harness.engine import Engine
-from harness.plan import TrialSpec
-from harness.record import TrialRecord, read_record, record_path
-from harness.trial import Progress
-from tasks.metrics import spice
+from harness.core.record import TrialRecord, read_record, record_path
+from harness.experiment.plan import TrialSpec
+from harness.model import build
+from harness.trial import trial
+from harness.trial.engine import Engine
+from harness.trial.trial import Progress
+from tasks.metrics.coco import spice
 from tests.support.trials import BITFIT, FULL, OTHERS, Recorder, examples_of, finished_trial, run, spec_of
 
 PERPLEXITIES = {"perplexity", "perplexity_one_reference", "perplexity_wrong_input"}

@@ -25,16 +25,16 @@ from transformers import get_scheduler
 
 from adapters import base
 from adapters.attach import Adapters
-from adapters.bitfit import BitFit
-from adapters.combination import combine
-from adapters.ia3 import IA3
-from adapters.lora import LoRA
+from adapters.methods.bitfit import BitFit
+from adapters.methods.combination import combine
+from adapters.methods.ia3 import IA3
+from adapters.methods.lora import LoRA
+from adapters.placement.router import Layout, Router
 from adapters.registry import ADAPTERS
-from adapters.router import Layout, Router
-from harness.contexts import Segment, resolve_grouping
-from harness.engine import Engine, join_process_group
-from harness.model import IGNORED, Batch, ContextModel
-from harness.sections import Optimizer
+from harness.core.contexts import Segment, resolve_grouping
+from harness.experiment.sections import Optimizer
+from harness.model.context_model import IGNORED, Batch, ContextModel
+from harness.trial.engine import Engine, join_process_group
 from tests.support.batches import batch_of
 from tests.support.batches import model_of as context_model_of
 from tests.support.models import tiny_llama

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 import harness
-from adapters.lora import LoRA, LoRAConfig
-from harness.errors import UserError
+from adapters.methods.lora import LoRA, LoRAConfig
+from harness.core.errors import UserError
 from tests.support.adapted import IDS_T, IMAGE, LORA, ROWS_BT, TEXT, adapted_model, logits, traces
 from tests.support.adapters import adapt as attach_by_hand
 from tests.support.adapters import disturb, embeds

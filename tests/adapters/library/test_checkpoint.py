@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import harness
-from adapters.checkpoint import JSON_NAME, TENSORS_NAME
-from adapters.ia3 import IA3
-from harness.errors import UserError
+from adapters.library.checkpoint import JSON_NAME, TENSORS_NAME
+from adapters.methods.ia3 import IA3
+from harness.core.errors import UserError
 from tests.support.adapted import IDS_T, LORA, ROWS_BT, adapted_model, logits, traces
 from tests.support.adapters import disturb, embeds
 from tests.support.models import tiny_llama, tiny_opt

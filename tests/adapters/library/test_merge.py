@@ -15,10 +15,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from adapters import base
 from adapters.attach import Adapters
-from adapters.merge import merge_into
-from adapters.roles import Target
-from adapters.router import Router
-from harness.errors import UserError
+from adapters.library.merge import merge_into
+from adapters.placement.roles import Target
+from adapters.placement.router import Router
+from harness.core.errors import UserError
 from tests.support.adapted import IDS_T, LORA, adapted_model, logits, traces
 from tests.support.adapters import disturb, embeds
 from tests.support.models import each_model, tiny_llama, tiny_opt

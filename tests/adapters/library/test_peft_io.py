@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import harness
-from adapters.peft_forms import CONFIG, TENSORS
+from adapters.library.peft_forms import CONFIG, TENSORS
 from harness import UserError
 from tests.support.adapters import disturb, embeds
 from tests.support.models import tiny_gpt2, tiny_llama, tiny_opt

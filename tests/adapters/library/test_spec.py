@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import harness
-from harness.errors import UserError
+from harness.core.errors import UserError
 from tests.support.adapted import IDS_T, LORA, adapted_model, logits
 from tests.support.adapters import disturb, embeds
 from tests.support.models import tiny_llama, tiny_opt

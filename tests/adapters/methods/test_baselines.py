@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from adapters.baselines import Full, FullConfig, NoAdapter
+from adapters.methods.baselines import Full, FullConfig, NoAdapter
 from tests.support.models import tiny_llama, tiny_opt
 
 

@@ -10,9 +10,9 @@ from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional as F
 
-from adapters.bottleneck import Bottleneck, BottleneckConfig
-from adapters.roles import Target
-from harness.errors import UserError
+from adapters.methods.bottleneck import Bottleneck, BottleneckConfig
+from adapters.placement.roles import Target
+from harness.core.errors import UserError
 from tests.support.adapters import adapt
 from tests.support.models import tiny_gpt2, tiny_llama, tiny_opt
 

@@ -13,17 +13,17 @@ from pydantic import ValidationError
 
 from adapters import base
 from adapters.attach import Adapters
-from adapters.bitfit import BitFit, BitFitConfig
-from adapters.combination import combine
-from adapters.lora import LoRA, LoRAConfig
-from adapters.router import Router
-from harness.build import count_parameters
-from harness.contexts import Segment, resolve_grouping
-from harness.errors import UserError
-from harness.experiment import Experiment
-from harness.parts import method_of
-from harness.plan import describe, expand
-from harness.record import MetricInfo
+from adapters.methods.bitfit import BitFit, BitFitConfig
+from adapters.methods.combination import combine
+from adapters.methods.lora import LoRA, LoRAConfig
+from adapters.placement.router import Router
+from harness.core.contexts import Segment, resolve_grouping
+from harness.core.errors import UserError
+from harness.core.record import MetricInfo
+from harness.experiment.load import Experiment
+from harness.experiment.plan import describe, expand
+from harness.model.build import count_parameters
+from harness.model.components import method_of
 from tests.support.adapters import embeds
 from tests.support.models import tiny_llama
 

@@ -15,10 +15,10 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapters import dora
-from adapters.dora import DoRA, DoRAConfig, DoRADelta
-from adapters.roles import Target
-from harness.errors import UserError
+from adapters.methods import dora
+from adapters.methods.dora import DoRA, DoRAConfig, DoRADelta
+from adapters.placement.roles import Target
+from harness.core.errors import UserError
 from tests.support.adapters import adapt, disturb, embeds
 from tests.support.models import tiny_llama, with_biases
 from tests.support.peft import MODULES, check_equal

@@ -15,16 +15,16 @@ from transformers import GemmaConfig, GemmaForCausalLM
 
 from adapters.attach import AdaptedLayer, Adapters
 from adapters.base import AdapterMethod
-from adapters.bottleneck import Bottleneck, BottleneckConfig
-from adapters.dora import DoRA, DoRAConfig
-from adapters.generation import layouts_while_generating
-from adapters.ln_tuning import LNTuning, NormDelta
-from adapters.merge import merge_into
-from adapters.roles import Target
-from adapters.router import Router
-from adapters.vera import VeRA, VeRAConfig
-from harness.contexts import Segment, resolve_grouping
-from harness.errors import UserError
+from adapters.library.merge import merge_into
+from adapters.methods.bottleneck import Bottleneck, BottleneckConfig
+from adapters.methods.dora import DoRA, DoRAConfig
+from adapters.methods.ln_tuning import LNTuning, NormDelta
+from adapters.methods.vera import VeRA, VeRAConfig
+from adapters.placement.generation import layouts_while_generating
+from adapters.placement.roles import Target
+from adapters.placement.router import Router
+from harness.core.contexts import Segment, resolve_grouping
+from harness.core.errors import UserError
 from tests.support.adapters import GROUPINGS, adapt, disturb, embeds
 from tests.support.models import tiny_gpt2, tiny_llama, tiny_opt, with_biases
 from tests.support.tiers import pairwise

@@ -9,12 +9,12 @@ import pytest
 from pydantic import ValidationError
 
 from adapters.base import Stage
-from adapters.baselines import Full, FullConfig
-from adapters.combination import combine
-from adapters.llava import LLaVA, LLaVAConfig
-from adapters.lora import LoRA
-from harness.errors import UserError
-from harness.stages import stage_ends
+from adapters.methods.baselines import Full, FullConfig
+from adapters.methods.combination import combine
+from adapters.methods.llava import LLaVA, LLaVAConfig
+from adapters.methods.lora import LoRA
+from harness.core.errors import UserError
+from harness.trial.stages import stage_ends
 from tests.support.models import tiny_llama
 
 

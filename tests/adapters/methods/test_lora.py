@@ -15,11 +15,11 @@ from pydantic import ValidationError
 from torch import nn
 
 from adapters.attach import Adapters
-from adapters.lora import LoRA, LoRAConfig, LoRADelta
-from adapters.roles import Target
-from adapters.router import Router
-from harness.contexts import Segment, resolve_grouping
-from harness.errors import UserError
+from adapters.methods.lora import LoRA, LoRAConfig, LoRADelta
+from adapters.placement.roles import Target
+from adapters.placement.router import Router
+from harness.core.contexts import Segment, resolve_grouping
+from harness.core.errors import UserError
 from tests.support.adapters import adapt, disturb, embeds
 from tests.support.models import tiny_llama
 

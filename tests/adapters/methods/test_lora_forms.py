@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from adapters.lora_forms import (
+from adapters.methods.lora_forms import (
     FEW_COLUMNS,
     MOST_MASKED_COLUMNS,
     SHORTEST_MEAN_SPAN,
@@ -24,8 +24,8 @@ from adapters.lora_forms import (
     order_of,
     pieces_of,
 )
-from adapters.router import Layout, Router
-from harness.contexts import Segment
+from adapters.placement.router import Layout, Router
+from harness.core.contexts import Segment
 
 GROUPS = ("image", "text")
 ROWS, INSIDE, OUTSIDE, RANK = 3, 12, 8, 3

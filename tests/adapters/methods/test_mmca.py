@@ -15,15 +15,15 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from adapters import mmca
 from adapters.attach import Adapters
-from adapters.combination import combine
-from adapters.generation import layouts_while_generating
-from adapters.lora import LoRA
-from adapters.mmca import MMCA, MMCAConfig, MultiModalAttention
-from adapters.router import Router
-from harness.contexts import resolve_grouping
-from harness.errors import UserError
+from adapters.methods import mmca
+from adapters.methods.combination import combine
+from adapters.methods.lora import LoRA
+from adapters.methods.mmca import MMCA, MMCAConfig, MultiModalAttention
+from adapters.placement.generation import layouts_while_generating
+from adapters.placement.router import Router
+from harness.core.contexts import resolve_grouping
+from harness.core.errors import UserError
 from tests.support.models import tiny_gpt2, tiny_llama, tiny_neox, tiny_opt
 from tests.support.three_contexts import CONTEXTS, embeds, logits
 

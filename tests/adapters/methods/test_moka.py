@@ -13,15 +13,15 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from adapters import roles
 from adapters.attach import AdaptedLayer, Adapters, count_trainable
 from adapters.base import AdapterMethod
-from adapters.generation import layouts_while_generating
-from adapters.lora import LoRA, LoRAConfig
-from adapters.moka import CrossModal, MokA, MokAConfig
-from adapters.router import Router
-from harness.contexts import resolve_grouping
-from harness.errors import UserError
+from adapters.methods.lora import LoRA, LoRAConfig
+from adapters.methods.moka import CrossModal, MokA, MokAConfig
+from adapters.placement import roles
+from adapters.placement.generation import layouts_while_generating
+from adapters.placement.router import Router
+from harness.core.contexts import resolve_grouping
+from harness.core.errors import UserError
 from tests.support.adapters import disturb
 from tests.support.models import tiny_llama, tiny_opt
 from tests.support.three_contexts import embeds, logits

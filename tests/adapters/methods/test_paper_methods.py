@@ -14,15 +14,15 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapters import roles
 from adapters.attach import AdaptedLayer
 from adapters.base import AdapterMethod
-from adapters.bitfit import BitFitConfig
-from adapters.ia3 import IA3, IA3Config
-from adapters.lora import LoRA, LoRAConfig
-from adapters.router import Router
-from harness.contexts import Segment, resolve_grouping
-from harness.errors import UserError
+from adapters.methods.bitfit import BitFitConfig
+from adapters.methods.ia3 import IA3, IA3Config
+from adapters.methods.lora import LoRA, LoRAConfig
+from adapters.placement import roles
+from adapters.placement.router import Router
+from harness.core.contexts import Segment, resolve_grouping
+from harness.core.errors import UserError
 from tests.support.adapters import BITFIT, GROUPINGS, LORA, METHODS, adapt, disturb, each_method, embeds
 from tests.support.models import MODELS, each_model, tiny_llama, tiny_opt
 from tests.support.tiers import pairwise

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 import harness
 from adapters.attach import Adapters, count_trainable
-from adapters.peft_bridge import PeftBridge, PeftBridgeConfig, make_config
+from adapters.methods.peft_bridge import PeftBridge, PeftBridgeConfig, make_config
+from adapters.placement.router import Router
 from adapters.registry import choose
-from adapters.router import Router
 from harness import UserError
-from harness.cursor import Cursor
+from harness.core.cursor import Cursor
 from tests.support.adapters import disturb, embeds
 from tests.support.models import tiny_gpt2, tiny_llama, tiny_opt
 

@@ -16,15 +16,15 @@ from transformers import DynamicCache
 
 from adapters.attach import Adapters
 from adapters.base import AdapterMethod
-from adapters.combination import combine
-from adapters.generation import layouts_while_generating
-from adapters.lora import LoRA, LoRAConfig
-from adapters.mmca import MMCA
-from adapters.moka import MokA
-from adapters.router import Router
-from adapters.soft_prompt import SoftPrompt, SoftPromptConfig, SoftPrompts
-from harness.contexts import Segment, resolve_grouping
-from harness.errors import UserError
+from adapters.methods.combination import combine
+from adapters.methods.lora import LoRA, LoRAConfig
+from adapters.methods.mmca import MMCA
+from adapters.methods.moka import MokA
+from adapters.methods.soft_prompt import SoftPrompt, SoftPromptConfig, SoftPrompts
+from adapters.placement.generation import layouts_while_generating
+from adapters.placement.router import Router
+from harness.core.contexts import Segment, resolve_grouping
+from harness.core.errors import UserError
 from tests.support.adapters import disturb
 from tests.support.models import tiny_gpt2, tiny_llama, tiny_neox, tiny_opt
 

@@ -11,10 +11,10 @@ from pydantic import ValidationError
 from torch import nn
 
 from adapters.attach import Adapters
-from adapters.ln_tuning import LNTuning
-from adapters.roles import Target
-from adapters.router import Router
-from adapters.vera import VeRA, VeRAConfig
+from adapters.methods.ln_tuning import LNTuning
+from adapters.methods.vera import VeRA, VeRAConfig
+from adapters.placement.roles import Target
+from adapters.placement.router import Router
 from tests.support.adapters import adapt, embeds
 from tests.support.models import tiny_llama, tiny_opt, with_biases
 from tests.support.peft import MODULES, check_equal

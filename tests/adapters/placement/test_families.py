@@ -19,12 +19,12 @@ from transformers.modeling_utils import AttentionInterface
 
 from adapters.attach import Adapters
 from adapters.base import AdapterMethod
-from adapters.bitfit import BitFit, BitFitConfig
-from adapters.generation import layouts_while_generating
-from adapters.lora import LoRA, LoRAConfig
-from adapters.roles import FAMILIES, ROLES, Target, find_targets
-from adapters.router import Router
-from harness.contexts import resolve_grouping
+from adapters.methods.bitfit import BitFit, BitFitConfig
+from adapters.methods.lora import LoRA, LoRAConfig
+from adapters.placement.generation import layouts_while_generating
+from adapters.placement.roles import FAMILIES, ROLES, Target, find_targets
+from adapters.placement.router import Router
+from harness.core.contexts import resolve_grouping
 from tests.support.adapters import BITFIT, IA3_, LORA, TWO_LONG, disturb, embeds
 from tests.support.families import _GROUPED, OPTIONS, logits, tiny
 from tests.support.tiers import some_fast

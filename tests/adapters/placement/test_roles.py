@@ -19,14 +19,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, GlmConfig, GlmForCaus
 
 from adapters.attach import Adapters
 from adapters.base import AdapterMethod
-from adapters.lora import LoRA, LoRAConfig
-from adapters.roles import ATTENTION, FEED_FORWARD, ROLES, Target, find_targets, parse_roles
-from adapters.router import Router
-from harness.build import count_parameters
-from harness.contexts import resolve_grouping
-from harness.errors import UserError
-from harness.experiment import Experiment
-from harness.plan import TrialSpec, expand
+from adapters.methods.lora import LoRA, LoRAConfig
+from adapters.placement.roles import ATTENTION, FEED_FORWARD, ROLES, Target, find_targets, parse_roles
+from adapters.placement.router import Router
+from harness.core.contexts import resolve_grouping
+from harness.core.errors import UserError
+from harness.experiment.load import Experiment
+from harness.experiment.plan import TrialSpec, expand
+from harness.model.build import count_parameters
 from tests.support.adapters import disturb, embeds
 from tests.support.families import logits, tiny
 from tests.support.models import tiny_llama, tiny_opt

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adapters.router import Router
-from harness.contexts import Segment, Span
+from adapters.placement.router import Router
+from harness.core.contexts import Segment, Span
 
 pytestmark = pytest.mark.quick
 

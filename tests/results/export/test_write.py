@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import BaseModel
 
-from harness.record import PlannedTrial, TrialRecord, read_run
-from results import published
-from results.export_latex import escape
-from results.published import PublishedLeaderboard, read_published
+from harness.core.record import PlannedTrial, TrialRecord, read_run
+from results.export.latex import escape
+from results.leaderboard import published
+from results.leaderboard.published import PublishedLeaderboard, read_published
+from results.leaderboard.table import Leaderboard, build_leaderboard
 from results.report import write_exports
-from results.table import Leaderboard, build_leaderboard
 from tests.support.runs import fake_plan, write_run
 
 PAGE = (Path(__file__).parents[3] / "docs" / "leaderboard.md").read_text(encoding="utf-8")

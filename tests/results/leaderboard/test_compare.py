@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from scipy.stats import ttest_rel
 
-from harness.errors import UserError
-from harness.record import PlannedTrial, Run, TrialRecord, read_run
-from results.compare import compare
+from harness.core.errors import UserError
+from harness.core.record import PlannedTrial, Run, TrialRecord, read_run
+from results.leaderboard.compare import compare
 from tests.support.runs import fake_plan, write_examples, write_run
 
 LORA, FULL = "LoRA r=4 specific", "Full fine-tuning"

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_ind, ttest_rel
 
-from harness.errors import UserError
-from harness.record import PlannedTrial, TrialRecord, read_run
-from results.diff import Change, diff
-from results.published import PublishedLeaderboard, publish
-from results.table import build_leaderboard
+from harness.core.errors import UserError
+from harness.core.record import PlannedTrial, TrialRecord, read_run
+from results.leaderboard.diff import Change, diff
+from results.leaderboard.published import PublishedLeaderboard, publish
+from results.leaderboard.table import build_leaderboard
 from tests.support.runs import fake_plan, write_run
 
 LORA = "LoRA r=4 specific"

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness.record import TrialRecord, read_run
-from results.efficiency import Efficiency, Front, build_efficiency
-from results.table import build_leaderboard
+from harness.core.record import TrialRecord, read_run
+from results.leaderboard.efficiency import Efficiency, Front, build_efficiency
+from results.leaderboard.table import build_leaderboard
 from tests.support.sweeps import METHODS, Change, ScoreOf, write_sweep
 
 MANY = (

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from harness import naming
-from harness.errors import UserError
-from harness.files import write_atomically
-from harness.record import PlannedTrial, TrialRecord, read_run, write_record
-from results.join import read_runs
-from results.table import build_leaderboard
+from harness.core import naming
+from harness.core.errors import UserError
+from harness.core.files import write_atomically
+from harness.core.record import PlannedTrial, TrialRecord, read_run, write_record
+from results.leaderboard.join import read_runs
+from results.leaderboard.table import build_leaderboard
 from tests.support.runs import METRICS, fake_plan, fake_record, write_run
 
 METHOD_LABELS = {"lora": "LoRA r=4", "full": "Full fine-tuning", "none": "none"}

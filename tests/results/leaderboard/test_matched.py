@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from harness.record import Plan, PlannedTrial, TrialRecord, read_run
-from results.matched import mismatch, pairs
-from results.table import Leaderboard, Row, build_leaderboard
+from harness.core.record import Plan, PlannedTrial, TrialRecord, read_run
+from results.leaderboard.matched import mismatch, pairs
+from results.leaderboard.table import Leaderboard, Row, build_leaderboard
 from tests.support.runs import METHODS, Change, fake_plan, fake_record, write_run
 
 PLUGIN = {

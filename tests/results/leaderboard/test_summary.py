@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from scipy.stats import t
 
-from harness.record import Plan, PlannedTrial, Run, TrialRecord
-from results import words
-from results.covers import DAGGER, coverage
-from results.stats import Difference, Estimate
-from results.table import Leaderboard, build_leaderboard
+from harness.core.record import Plan, PlannedTrial, Run, TrialRecord
+from results.leaderboard import summary
+from results.leaderboard.coverage import DAGGER, coverage
+from results.leaderboard.table import Leaderboard, build_leaderboard
+from results.statistics.intervals import Difference, Estimate
 from tests.support.runs import METHODS, Change, fake_data, fake_plan, fake_record
 
 BOTH = Estimate(1.0, 0.9, 1.1, 3, 0.01, 0.02, 50)
@@ -40,7 +40,7 @@ def with_primary(board: Leaderboard, estimates: list[Estimate]) -> Leaderboard:
 
 
 def joined(board: Leaderboard) -> str:
-    return " ".join(words.caveats(board))
+    return " ".join(summary.caveats(board))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def joined(board: Leaderboard) -> str:
     ],
 )
 def test_it_is_said_what_the_intervals_cover(estimates: list[Estimate], said: str, unsaid: str) -> None:
-    sentence = words.caveats(with_primary(board_of(fake_plan()), estimates))[0]
+    sentence = summary.caveats(with_primary(board_of(fake_plan()), estimates))[0]
     assert said in sentence
     assert unsaid not in sentence
 
@@ -82,7 +82,7 @@ def test_rows_apart_are_counted_with_their_reasons() -> None:
         "2 rows are excluded from ranking, because they are not comparable with the others. "
         "LoRA r=4 specific and LoRA r=4 agnostic: order of the examples differs." in joined(board)
     )
-    assert not any("LoRA" in sentence for sentence in words.headline(board))
+    assert not any("LoRA" in sentence for sentence in summary.headline(board))
 
 
 def test_other_devices_and_software_are_named() -> None:
@@ -126,7 +126,7 @@ def test_the_headline_counts_verdicts_after_correction() -> None:
         found = Difference(0.1 if p == 0.001 else -0.1, -1, 1, 5, p_value=p and p / 10, p_adjusted=p)
         rows.append(replace(row, differences={board.primary.name: found}))
     reference = next(row for row in board.rows if row.is_reference)
-    sentence = words.headline(replace(board, rows=(reference, *rows)))[1]
+    sentence = summary.headline(replace(board, rows=(reference, *rows)))[1]
     assert sentence == (
         "Against Full fine-tuning on the same data, paired by seed and corrected for 7 comparisons, the other "
         "rows are: 2 better, 1 worse, 3 not significantly different, 1 on one seed only."

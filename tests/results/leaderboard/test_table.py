@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import UserError
-from harness.files import write_atomically
-from harness.record import Plan, PlannedTrial, TrialRecord, read_run, record_path
-from results.table import Leaderboard, Row, build_leaderboard
-from results.words import caveats, headline
+from harness.core.errors import UserError
+from harness.core.files import write_atomically
+from harness.core.record import Plan, PlannedTrial, TrialRecord, read_run, record_path
+from results.leaderboard.summary import caveats, headline
+from results.leaderboard.table import Leaderboard, Row, build_leaderboard
 from tests.support.runs import METHODS, Change, fake_plan, write_run
 
 pytestmark = pytest.mark.quick

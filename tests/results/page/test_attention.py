@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from harness.record import read_run
-from results import attention as module
-from results.attention import Attention, build_attention, read_attention
-from results.table import build_leaderboard
+from harness.core.record import read_run
+from results.leaderboard.table import build_leaderboard
+from results.page import attention as module
+from results.page.attention import Attention, build_attention, read_attention
 from tests.support.attention import (
     LAYERS,
     SIDE,

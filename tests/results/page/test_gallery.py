@@ -13,13 +13,13 @@ import pytest
 import soundfile
 from PIL import Image
 
-from harness.record import MetricInfo, read_run
-from results import gallery as gallery_module
-from results import page as page_module
-from results.gallery import Gallery, Input, build_gallery, draw_ids
-from results.plots import Drawings
+from harness.core.record import MetricInfo, read_run
+from results.leaderboard.table import build_leaderboard
+from results.page import gallery as gallery_module
+from results.page import page as page_module
+from results.page.gallery import Gallery, Input, build_gallery, draw_ids
+from results.page.plots.all import Drawings
 from results.report import write_report
-from results.table import build_leaderboard
 from tests.support.pages import Page
 from tests.support.runs import METHODS, fake_plan, write_examples, write_run
 

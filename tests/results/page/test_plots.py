@@ -10,15 +10,15 @@ from xml.etree import ElementTree
 import matplotlib as mpl
 import pytest
 
-from harness.record import TrialRecord, read_run
-from results import plots as plots_module
-from results.efficiency import EXAMPLES, MEMORY, PARAMETERS, TIME, build_efficiency
-from results.plots import MOST_DRAWN, Drawings, all_plots
-from results.plots_pareto import Box, Name, cost_ticks, pareto_figure, place, tick_text
-from results.plots_style import MOST_PANELS, STYLE, log_ticks, looks_of
-from results.plots_sweeps import option_sweeps, sweep_figure
-from results.sweeps import build_sweeps
-from results.table import Leaderboard, build_leaderboard
+from harness.core.record import TrialRecord, read_run
+from results.leaderboard.efficiency import EXAMPLES, MEMORY, PARAMETERS, TIME, build_efficiency
+from results.leaderboard.sweeps import build_sweeps
+from results.leaderboard.table import Leaderboard, build_leaderboard
+from results.page.plots import all as plots_module
+from results.page.plots.all import MOST_DRAWN, Drawings, all_plots
+from results.page.plots.pareto import Box, Name, cost_ticks, pareto_figure, place, tick_text
+from results.page.plots.style import MOST_PANELS, STYLE, log_ticks, looks_of
+from results.page.plots.sweeps import option_sweeps, sweep_figure
 from tests.support.sweeps import METHODS, write_sweep
 
 RANKS = tuple(

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness.record import TrialRecord, read_run
-from results.crossover import Gap, locate
-from results.sweeps import Curve, Sweep, build_sweeps
-from results.table import build_leaderboard
+from harness.core.record import TrialRecord, read_run
+from results.leaderboard.sweeps import Curve, Sweep, build_sweeps
+from results.leaderboard.table import build_leaderboard
+from results.statistics.crossover import Gap, locate
 from tests.support.sweeps import ScoreOf, write_sweep
 
 BUDGETS = (64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0)

@@ -16,14 +16,14 @@ import pytest
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.rouge.rouge import Rouge as CocoRouge
 
-from harness.build import Splits
-from harness.evaluate import Likelihood
-from harness.formulas import score
-from harness.preflight import metrics_of
-from harness.record import MetricInfo
-from harness.scores import perplexities, score_members, write_examples
-from results.corpus import Examples, read_examples, read_many
-from results.stats import resample_weights
+from harness.core.formulas import score
+from harness.core.record import MetricInfo
+from harness.model.build import Splits
+from harness.sweep.preflight import metrics_of
+from harness.trial.evaluate import Likelihood
+from harness.trial.scores import perplexities, score_members, write_examples
+from results.statistics.example_scores import Examples, read_examples, read_many
+from results.statistics.intervals import resample_weights
 from tasks.base import Example, Metric, Scores
 from tasks.metrics.captions import CaptionMetrics
 from tasks.metrics.exact_match import ExactMatch
@@ -111,7 +111,7 @@ class Trial:
 def trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HARNESS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        for module in ("captions", "references"):
+        for module in ("captions", "coco.references"):
             patch.setattr(f"tasks.metrics.{module}.tokenise", list)
         return Trial()
 
@@ -253,8 +253,8 @@ def test_processes_read_what_one_reads_in_the_same_order(
     missing = tmp_path / "missing.parquet"
     sources = [(path, trial.corpus), (missing, trial.corpus), (path, {"speech/wer": trial.corpus["speech/wer"]})]
     alone = list(read_many(sources, trial.metrics))
-    monkeypatch.setattr("results.corpus._WORTH_PROCESSES", 1)
-    monkeypatch.setattr("results.corpus._PART", 1)
+    monkeypatch.setattr("results.statistics.example_scores._WORTH_PROCESSES", 1)
+    monkeypatch.setattr("results.statistics.example_scores._PART", 1)
     beside = list(read_many(sources, trial.metrics))
     for one, other in zip(alone, beside, strict=True):
         if isinstance(one, str):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from harness.formulas import Floats, score
-from harness.record import MetricInfo
-from results.stats import ahead, estimate, holm, p_value, resample_weights, swaps
+from harness.core.formulas import Floats, score
+from harness.core.record import MetricInfo
+from results.statistics.intervals import ahead, estimate, holm, p_value, resample_weights, swaps
 
 E = 100
 WEIGHTS_BE = resample_weights(E).astype(float)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from harness.formulas import Floats
-from results.format import duration, number, signed, size_text, verdict
-from results.stats import (
+from harness.core.formulas import Floats
+from results.leaderboard.format import duration, number, signed, size_text, verdict
+from results.statistics.intervals import (
     Difference,
     Estimate,
     ahead,

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from pycocoevalcap.cider.cider import Cider
 
-from harness.formulas import Floats
-from harness.record import MetricInfo, Run, TrialRecord, read_run
-from results.resample import Resampled, examples_of
-from results.stats import resample_weights, swaps
+from harness.core.formulas import Floats
+from harness.core.record import MetricInfo, Run, TrialRecord, read_run
+from results.statistics.intervals import resample_weights, swaps
+from results.statistics.resample import Resampled, examples_of
 from tests.support.runs import METHODS, METRICS, fake_plan, write_run
 
 E = 30
@@ -200,7 +200,7 @@ def test_permutations_are_those_of_exchanged_answers(grid: Grid, monkeypatch: py
         nulls.extend(null_NB)
         return [0.5] * len(null_NB)
 
-    monkeypatch.setattr("results.resample.p_values", keep)
+    monkeypatch.setattr("results.statistics.resample.p_values", keep)
     metrics = list(resampled.differences([grid.pairs(run)])[0])
     expected = []
     for swap_E in swaps(E)[:40]:

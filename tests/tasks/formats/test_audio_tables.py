@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from harness.errors import ProblemList, UserError
-from tasks.audio_files import AudioFiles, Row, read_table, write_tone
-from tasks.data_files import MissingFileError
+from harness.core.errors import ProblemList, UserError
+from tasks.formats.audio_tables import AudioFiles, Row, read_table, write_tone
+from tasks.formats.data_files import MissingFileError
 
 
 def rows_and_problems(path: Path, content: bytes | str) -> tuple[list[Row], list[str]]:

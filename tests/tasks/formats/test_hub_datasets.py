@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from harness.errors import Problems, UserError
+from harness.core.errors import Problems, UserError
 from tasks.captioning import CocoCaptions
-from tasks.coco_sources import DatasetSource, materialise
+from tasks.formats.hub_datasets import DatasetSource, materialise
 
 Row = dict[str, Any]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from harness.errors import Problems, UserError
+from harness.core.errors import Problems, UserError
 from tasks.captioning import CocoCaptions
 
 SPLITS = ("train", "validation", "test")

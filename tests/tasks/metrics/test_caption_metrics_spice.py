@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.metrics import spice
 from tasks.metrics.captions import CaptionMetrics
+from tasks.metrics.coco import spice
 
 # Takes the jar's own arguments and gives its own format, the last example first. Its score is the length of the texts.
 STAND_IN = f"""#!{sys.executable}

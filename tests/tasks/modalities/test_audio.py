@@ -20,10 +20,10 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from harness.errors import UserError
+from harness.core.errors import UserError
 from tasks.modalities import audio as audio_module
 from tasks.modalities.audio import Audio
-from tasks.modalities.recording import Recording
+from tasks.modalities.encoders.recording import Recording
 
 
 def _sine(hertz: float, rate: int, seconds: float = 0.5) -> npt.NDArray[np.float64]:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image as PilImage
 from PIL.PngImagePlugin import PngInfo
 
-from harness.errors import UserError
+from harness.core.errors import UserError
 from tasks.modalities import image as image_module
 from tasks.modalities.image import Image
 

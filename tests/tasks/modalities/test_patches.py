@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image as PilImage
 
+from tasks.modalities.encoders.pretrained_vision import PretrainedVision
 from tasks.modalities.image import TINY, Image
 from tasks.modalities.patches import Grid, grid_of
-from tasks.modalities.pretrained_vision import PretrainedVision
 from tests.support.vision import FAMILIES, save
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from harness.errors import UserError
+from harness.core.errors import UserError
+from tasks.modalities.encoders.series_patches import SeriesPatches
 from tasks.modalities.series import Series
-from tasks.modalities.series_patches import SeriesPatches
 
 
 def csv(folder: Path, text: str | bytes) -> Path:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.errors import UserError
-from harness.hub import PRETRAINED
+from harness.core.errors import UserError
+from harness.core.hub import PRETRAINED
 from tasks.modalities.audio import Audio
-from tasks.modalities.recording import Recording
-from tasks.modalities.tiny_audio import TinyAudio
+from tasks.modalities.encoders.recording import Recording
+from tasks.modalities.encoders.tiny_audio import TinyAudio
 
 SHIPPED = PRETRAINED / "tiny-audio"
 

@@ -17,7 +17,7 @@ import transformers as hf
 from PIL import Image as PilImage
 from safetensors.torch import load_file, save_file
 
-from harness.errors import UserError
+from harness.core.errors import UserError
 from tasks.modalities.image import TINY, Image
 from tests.support.vision import CLIP_TOWER, FAMILIES, Family, save
 

@@ -1,0 +1,96 @@
+"""Validates the inputs of an adapted model: input, context ids, and the contexts of the tokens in a KV cache.
+
+Shapes: B rows, T positions of this pass, K positions in the cache, D the model's width, X 1 or B rows.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, int64
+
+from harness.core.errors import UserError
+
+
+def only_input(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """The one of the two that is given: (B, T) or (B, T, D).
+
+    Raises:
+        UserError: neither or both are given, or the number of dimensions is wrong.
+    """
+    given = [tensor for tensor in (input_ids, inputs_embeds) if tensor is not None]
+    if len(given) != 1:
+        raise UserError(f"pass either input_ids (B, T) or inputs_embeds (B, T, D); found {len(given)} of the two")
+    dims = 2 if inputs_embeds is None else 3
+    if given[0].dim() != dims:
+        name = "input_ids" if inputs_embeds is None else "inputs_embeds"
+        raise UserError(f"{name}: found shape {tuple(given[0].shape)}; allowed: {dims} dimensions")
+    return given[0]
+
+
+def checked_context_ids(context_ids: Any, given: Tensor, contexts: Sequence[str]) -> Tensor:
+    """Context ids with a row dimension, (X, T), where X is 1 or B.
+
+    Args:
+        context_ids: the caller's, (T,) or (B, T).
+        given: the input that they belong to.
+        contexts: names of the contexts that they index.
+
+    Raises:
+        UserError: they are missing, or their dtype, shape, device or values are wrong.
+    """
+    rows, length = given.shape[:2]
+    if not isinstance(context_ids, Tensor):
+        found = "none" if context_ids is None else type(context_ids).__name__
+    elif context_ids.dtype != int64:
+        found = f"dtype {context_ids.dtype}"
+    elif tuple(context_ids.shape) not in ((length,), (rows, length)):
+        found = f"shape {tuple(context_ids.shape)}"
+    elif context_ids.device != given.device:
+        found = f"device {context_ids.device}"
+    elif bool(((context_ids < 0) | (context_ids >= len(contexts))).any()):
+        found = f"values from {int(context_ids.min())} to {int(context_ids.max())}"
+    else:
+        return context_ids if context_ids.dim() == 2 else context_ids[None]
+    names = ", ".join(f"{index} ({name})" for index, name in enumerate(contexts))
+    raise UserError(
+        f"context_ids: found {found}; allowed: int64 of shape ({length},) or ({rows}, {length}) on {given.device}, "
+        f"values {names}"
+    )
+
+
+def cached_positions(cache: Any) -> int:
+    """Number of positions in a KV cache; 0 for None."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+class CacheContexts:
+    """The contexts of the tokens in each KV cache, kept as long as the cache exists."""
+
+    def __init__(self) -> None:
+        self._seen: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
+
+    def remember(self, cache: Any, context_ids_XK: Tensor) -> None:
+        """Store the context ids (X, K) of a cache after a pass; does nothing if the pass used no cache."""
+        if cache is not None:
+            self._seen[cache] = context_ids_XK
+
+    def of(self, cache: Any, rows: int) -> Tensor | None:
+        """Context ids (X, K) of the positions in a cache; None if it is empty.
+
+        Raises:
+            UserError: another model filled it, or its number of rows has changed.
+        """
+        cached = cached_positions(cache)
+        if not cached:
+            return None
+        seen_XK = self._seen.get(cache)
+        known = 0 if seen_XK is None else seen_XK.shape[1]
+        if seen_XK is None or known < cached or seen_XK.shape[0] not in (1, rows):
+            raise UserError(
+                f"past_key_values: found {cached} positions for {rows} rows, {known} of them from this adapted model; "
+                "allowed: the cache of an earlier pass of this model over the same rows"
+            )
+        return seen_XK[:, :cached]  # the cache may have been cropped

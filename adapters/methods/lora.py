@@ -1,0 +1,171 @@
+"""LoRA per context group: ``h = W x + s B A x``, with ``s = alpha / r``, or ``alpha / sqrt(r)`` in rsLoRA.
+
+Hu et al. 2021, arXiv 2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732; PiSSA: Meng et al. 2024, arXiv
+2404.02948; OLoRA: Büyükakyüz 2024, arXiv 2406.01775; Context-LoRA in Context-PEFT, arXiv 2312.08900. The product
+``B A`` is never formed; ``low_rank`` in lora_forms computes the update for all groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adapters import base
+from adapters.methods.lora_forms import low_rank
+from adapters.placement.roles import Target
+from adapters.placement.router import Layout
+
+
+class LoRAConfig(base.Config):
+    """Options, named as in Hugging Face PEFT where it has them.
+
+    ``init_lora_weights``: ``true`` initialises A like ``nn.Linear``, ``gaussian`` from a normal distribution with
+    standard deviation 1 / rank; B is zero in both. ``pissa`` initialises from the ``rank`` largest singular values of W
+    and their vectors, ``olora`` from the first columns of W's QR decomposition. To start as the identity, their initial
+    pair (A₀, B₀) is subtracted, not from W, which is unchanged, but from the update, ``s (B A - B₀ A₀) x``: the same
+    training, at the cost of twice the rank.
+    """
+
+    rank: PositiveInt = 8
+    alpha: Annotated[float, Field(gt=0)] | None = None  # None: equal to rank
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    use_rslora: bool = False  # s = alpha / sqrt(rank) instead of alpha / rank
+    init_lora_weights: Literal[True, "gaussian", "pissa", "olora"] = True
+    where: base.Where = "AF"
+
+    @property
+    def scale(self) -> float:
+        """``s``."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    @property
+    def starts_from_weight(self) -> bool:
+        """Whether A and B are initialised from the layer's own weight."""
+        return self.init_lora_weights in {"pissa", "olora"}
+
+    @model_validator(mode="after")
+    def _no_dropout_of_what_the_base_computes(self) -> LoRAConfig:
+        if self.starts_from_weight and self.dropout:
+            raise ValueError(
+                f"dropout must be 0 with init_lora_weights: {self.init_lora_weights}, which starts from W; "
+                f"found {self.dropout}"
+            )
+        return self
+
+
+class LoRADelta(base.Delta):
+    """One low-rank pair. Shapes: R rank, S rank of the update: R, or 2 R if an initial pair is subtracted.
+
+    Args:
+        target: the layer.
+        config: options.
+        generator: source of A's initial values.
+
+    Raises:
+        UserError: the rank is larger than the layer, or the pair is initialised from a weight that is not readable.
+    """
+
+    start_A: Tensor
+    start_B: Tensor
+
+    def __init__(self, target: Target, config: LoRAConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        base.check_rank(config.rank, target)
+        self.lora_A = nn.Parameter(torch.empty(config.rank, target.in_features))
+        self.lora_B = nn.Parameter(torch.zeros(target.out_features, config.rank))
+        self.scale = config.scale
+        self.dropout = config.dropout
+        self.has_start = config.starts_from_weight
+        if self.has_start:
+            start_A, start_B = _from_weight(target.weight().detach().float(), config)
+            # Saved with the adapter: decomposing W again elsewhere could give other signs and rounding.
+            self.register_buffer("start_A", start_A)
+            self.register_buffer("start_B", start_B)
+            with torch.no_grad():
+                self.lora_A.copy_(start_A)
+                self.lora_B.copy_(start_B)
+        elif config.init_lora_weights == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / config.rank, generator=generator)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (S, I) and B (O, S) of the update ``scale · B A x``.
+
+        With an initial pair it is ``B A - B₀ A₀ = (B - B₀) A + B₀ (A - A₀)``, whose terms are exactly zero at first.
+        """
+        if not self.has_start:
+            return self.lora_A, self.lora_B
+        A_SI = torch.cat([self.lora_A, self.lora_A - self.start_A])
+        B_OS = torch.cat([self.lora_B - self.start_B, self.start_B], dim=1)
+        return A_SI, B_OS
+
+    def forward(self, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
+        """``y + scale · B A dropout(x)``."""
+        A_SI, B_OS = (factor.to(value_BTD.dtype) for factor in self.factors())
+        x_BTI = F.dropout(x_BTI.to(value_BTD.dtype), self.dropout, self.training)
+        return torch.add(value_BTD, F.linear(F.linear(x_BTI, A_SI), B_OS), alpha=self.scale)
+
+    def merge(self, weight_OI: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor]:
+        """``W + scale · B A``."""
+        A_SI, B_OS = self.factors()
+        return weight_OI + self.scale * B_OS @ A_SI, bias_O
+
+
+def _from_weight(weight_OI: Tensor, config: LoRAConfig) -> tuple[Tensor, Tensor]:
+    """A₀ (R, I) and B₀ (O, R) as in Hugging Face PEFT (peft/tuners/lora/layer.py: pissa_init, olora_init)."""
+    rank = config.rank
+    if config.init_lora_weights == "olora":
+        Q_OK, R_KI = torch.linalg.qr(weight_OI)
+        return R_KI[:rank].clone(), Q_OK[:, :rank].clone()
+    U_OK, S_K, V_KI = torch.linalg.svd(weight_OI, full_matrices=False)
+    root_R = (S_K[:rank] / config.scale).sqrt()
+    return root_R[:, None] * V_KI[:rank], U_OK[:, :rank] * root_R
+
+
+class LoRAChange(base.Change):
+    """All groups' pairs, in the form that is fastest for the layout (see lora_forms)."""
+
+    def forward(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
+        """``y + scale · B_c A_c dropout(x)``."""
+        deltas: dict[str, LoRADelta] = {group: self.delta(group) for group in self.groups}
+        first = deltas[self.groups[0]]
+        # All groups have the same options, so one dropout over all tokens is equivalent to one per group.
+        x_BTI = F.dropout(x_BTI, first.dropout, first.training)
+        pairs = {group: delta.factors() for group, delta in deltas.items()}
+        return low_rank(x_BTI, value_BTD, layout, pairs, first.scale)
+
+
+class LoRA(base.AdapterMethod):
+    """Low-rank adaptation of every linear layer in the chosen roles."""
+
+    summary = "low-rank update of the linear layers: W x + (alpha / r) B A x"
+    Config = LoRAConfig
+    config: LoRAConfig
+
+    def label(self) -> str:
+        """``LoRA r=4``, ``rsLoRA r=4 pissa``, plus `where` if it is not AF."""
+        start = "" if self.config.init_lora_weights is True else f" {self.config.init_lora_weights}"
+        name = "rsLoRA" if self.config.use_rslora else "LoRA"
+        return f"{name} r={self.config.rank}{start}" + base.place_label(self.config.where)
+
+    def roles(self) -> frozenset[str]:
+        """Attention, feed-forward or both."""
+        return base.roles_of(self.config.where)
+
+    def delta(self, target: Target, generator: torch.Generator) -> base.Delta:
+        """One low-rank pair."""
+        return LoRADelta(target, self.config, generator)
+
+    def change(
+        self, target: Target, deltas: Mapping[str, base.Delta], shared: nn.Module | None, generator: torch.Generator
+    ) -> base.Change:
+        """A change that computes all groups in one form."""
+        return LoRAChange(deltas)

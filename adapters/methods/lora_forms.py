@@ -1,0 +1,297 @@
+"""Computes ``y + s · B_g A_g x`` with a pair (A_g, B_g) per group of tokens, in one of four equivalent forms.
+
+- *whole*: one group owns every token. Two matrix products over all of them.
+- *spans*: groups own long runs of positions, alike in all rows. Products over slices, into slices of one result.
+- *masked*: groups × rank is small. All groups' products at once; a token's products with other groups are set to zero.
+- *sorted*: anything else. The tokens are sorted by group, and back.
+
+For backward every form keeps the layer's input and R numbers per token, for any number of groups: slices, masks and
+casts are recomputed, not kept. The forms differ by rounding only. They have no second derivative (asking for it is an
+error from PyTorch).
+
+Shapes: B rows, T positions, N = B · T tokens, M tokens of one group, I and O input and output features, R rank,
+G groups, K = G · R.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from adapters.placement.router import Layout
+
+# Measured on a CPU with 2,048 tokens of width 768; the masked form has groups × rank columns. Masking is fastest up to
+# FEW_COLUMNS. Slices are faster if runs have about SHORTEST_MEAN_SPAN positions or more. For shorter runs, masking is
+# faster than sorting up to MOST_MASKED_COLUMNS, where its products with zeros cost more than moving the tokens.
+FEW_COLUMNS = 16
+SHORTEST_MEAN_SPAN = 16
+MOST_MASKED_COLUMNS = 32
+
+Form = Literal["whole", "spans", "masked", "sorted"]
+
+
+class Piece(NamedTuple):
+    """A run of positions (or of sorted tokens) and the index of the group that owns it; None: none of the groups."""
+
+    group: int | None
+    start: int
+    stop: int
+
+
+class Order(NamedTuple):
+    """The tokens sorted by group, those without a group last."""
+
+    sorted_N: Tensor  # int64: index, in the concatenated rows, of the token at each place
+    back_N: Tensor  # int64: its inverse
+    pieces: tuple[Piece, ...]
+
+
+def low_rank(
+    x_BTI: Tensor,
+    value_BTO: Tensor,
+    layout: Layout,
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    scale: float,
+    form: Form | None = None,
+) -> Tensor:
+    """``value + scale · B_g A_g x`` for the group g that owns each token; ``value`` where none of ``pairs`` does.
+
+    Computed in the value's dtype; gradients have the dtype of their tensor. A group without a token has zero gradients,
+    not None: ZeRO needs a gradient for the same parameters on every rank and step.
+
+    Args:
+        x_BTI: the layer's input.
+        value_BTO: the layer's output, to which the products are added.
+        layout: which group owns each position.
+        pairs: group → A (R, I) and B (O, R); all groups have the same rank.
+        scale: factor of all products.
+        form: None: the fastest one for these shapes.
+
+    Returns:
+        The new value (B, T, O), in the value's dtype.
+    """
+    groups = tuple(pairs)
+    factors = [*(A_RI for A_RI, _ in pairs.values()), *(B_OR for _, B_OR in pairs.values())]
+    pieces = pieces_of(layout, groups)
+    form = form or form_of(layout, pieces, len(groups) * factors[0].shape[0])
+    changed: Tensor
+    if form in {"whole", "masked"}:
+        owner_TG = layout.lookup(groups).owner_XTG.flatten(0, 1) if form == "masked" else None
+        alone = pieces[0].group if form == "whole" and pieces else None
+        tokens = (x_BTI.flatten(0, 1), value_BTO.flatten(0, 1))
+        changed = _Joint.apply(*tokens, owner_TG, alone, scale, *factors)  # type: ignore[no-untyped-call]
+        return changed.view_as(value_BTO)
+    order = order_of(layout, groups, x_BTI.shape[0]) if form == "sorted" else None
+    changed = _Pieces.apply(x_BTI, value_BTO, pieces, order, scale, *factors)  # type: ignore[no-untyped-call]
+    return changed
+
+
+def form_of(layout: Layout, pieces: Sequence[Piece], columns: int) -> Form:
+    """The fastest form for a layout, its pieces (none if rows differ) and groups × rank columns."""
+    if layout.length == 0:
+        return "spans"  # an empty list of them
+    if len(pieces) == 1:
+        return "spans" if pieces[0].group is None else "whole"
+    long = layout.spans is not None and layout.length >= SHORTEST_MEAN_SPAN * len(pieces)
+    all_owned = all(
+        piece.group is not None for piece in pieces
+    )  # slices skip tokens of no group, which masking computes
+    if long and (columns > FEW_COLUMNS or not all_owned):
+        return "spans"
+    return "masked" if columns <= MOST_MASKED_COLUMNS else "sorted"
+
+
+def pieces_of(layout: Layout, groups: tuple[str, ...]) -> tuple[Piece, ...]:
+    """The layout's spans as pieces; empty if rows differ."""
+    spans = layout.spans or ()
+    return tuple(Piece(groups.index(s.group) if s.group in groups else None, s.start, s.stop) for s in spans)
+
+
+@lru_cache(maxsize=8)
+def order_of(layout: Layout, groups: tuple[str, ...], rows: int) -> Order:
+    """The layout's tokens sorted by group. Cached, because all layers of a pass need the same order."""
+    index_XT = layout.lookup(groups).index_XT
+    sorted_N = index_XT.expand(rows, -1).flatten().argsort(stable=True)
+    if layout.spans is None:
+        counts = [layout.positions[group].shape[0] for group in groups]
+    else:
+        counts = [rows * sum(s.stop - s.start for s in layout.spans if s.group == group) for group in groups]
+    stops = [sum(counts[: index + 1]) for index in range(len(counts))]
+    pieces = [Piece(index, stop - counts[index], stop) for index, stop in enumerate(stops)]
+    return Order(sorted_N, sorted_N.argsort(), (*pieces, Piece(None, stops[-1], sorted_N.shape[0])))
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Disable autocast: dtypes are set explicitly here, and autocast would change those of single products."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _scaled(product: Tensor, scale: float) -> Tensor:
+    return product if scale == 1 else product.mul_(scale)
+
+
+def _joined(factors: Sequence[Tensor], alone: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A (K, I) and B (O, K), concatenated over all groups, or those of group ``alone``."""
+    groups = len(factors) // 2
+    if alone is not None:
+        return factors[alone].to(dtype), factors[groups + alone].to(dtype)
+    return torch.cat([*factors[:groups]]).to(dtype), torch.cat([*factors[groups:]], dim=1).to(dtype)
+
+
+class _Joint(torch.autograd.Function):
+    """One pass over all tokens. Whole: ``alone`` is the group that acts. Masked: ``owner_TG`` is where each acts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_NI: Tensor, y_NO: Tensor, owner_TG: Tensor | None, alone: int | None, scale: float, *factors: Tensor
+    ) -> Tensor:
+        with _no_autocast(y_NO.device):
+            A_KI, B_OK = _joined(factors, alone, y_NO.dtype)
+            h_NK = kept_NR = x_NI.to(y_NO.dtype) @ A_KI.T
+            if owner_TG is not None:
+                h_NK = _masked(h_NK, owner_TG)
+                # Only the owning group's numbers are non-zero: the sum over the groups selects them.
+                kept_NR = h_NK.view(h_NK.shape[0], owner_TG.shape[1], -1).sum(dim=1)
+            ctx.owner_TG, ctx.alone, ctx.scale = owner_TG, alone, scale
+            ctx.save_for_backward(x_NI, kept_NR, *factors)
+            return torch.addmm(y_NO, h_NK, B_OK.T, alpha=scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_NO: Tensor) -> tuple[Tensor | None, ...]:
+        x_NI, h_NK, *factors = ctx.saved_tensors
+        groups, alone = len(factors) // 2, ctx.alone
+        with _no_autocast(g_NO.device):
+            A_KI, B_OK = _joined(factors, alone, g_NO.dtype)
+            gh_NK = _scaled(g_NO @ B_OK, ctx.scale)
+            if ctx.owner_TG is not None:
+                h_NK = _masked(h_NK.repeat(1, groups), ctx.owner_TG)
+                gh_NK = _masked(gh_NK, ctx.owner_TG)
+            gx_NI = (gh_NK @ A_KI).to(x_NI.dtype) if ctx.needs_input_grad[0] else None
+            gA_KI = gh_NK.T @ x_NI.to(g_NO.dtype)
+            gB_KO = _scaled(_outer(h_NK, g_NO), ctx.scale)
+        if alone is None:
+            grads = [*gA_KI.chunk(groups), *(g_RO.T for g_RO in gB_KO.chunk(groups))]
+        else:
+            grads = [torch.zeros_like(factor) for factor in factors]
+            grads[alone], grads[groups + alone] = gA_KI, gB_KO.T
+        return gx_NI, g_NO, None, None, None, *_in_dtype(grads, factors)
+
+
+def _masked(h_NK: Tensor, owner_TG: Tensor) -> Tensor:
+    """In place: zero where another group owns the token. ``owner_TG`` covers one row, or all rows concatenated."""
+    positions, groups = owner_TG.shape
+    h_NK.view(-1, positions, groups, h_NK.shape[1] // groups).mul_(owner_TG[..., None])
+    return h_NK
+
+
+def _outer(h_MR: Tensor, g_MO: Tensor) -> Tensor:
+    """``hᵀ g``, (R, O): B's gradient, transposed.
+
+    Autograd computes the transposed product, ``gᵀ h``, for which oneMKL takes up to nine times as long (rank 8).
+    """
+    return h_MR.T @ g_MO
+
+
+def _in_dtype(grads: Sequence[Tensor], of: Sequence[Tensor]) -> list[Tensor]:
+    return [grad.to(tensor.dtype) for grad, tensor in zip(grads, of, strict=True)]
+
+
+class _Pieces(torch.autograd.Function):
+    """Piece by piece: slices of every row, or, with an ``Order``, of the sorted tokens as one row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_BTI: Tensor, y_BTO: Tensor, pieces: tuple[Piece, ...], order: Order | None, scale: float,
+        *factors: Tensor,
+    ) -> Tensor:  # fmt: skip
+        groups, rank = len(factors) // 2, factors[0].shape[0]
+        ctx.pieces, ctx.order, ctx.scale = order.pieces if order else pieces, order, scale
+        with _no_autocast(y_BTO.device):
+            x_LMI = _sort(x_BTI.to(y_BTO.dtype), order)
+            out_LMO = y_BTO.clone(memory_format=torch.contiguous_format) if order is None else _sort(y_BTO, order)
+            h_LMR = x_LMI.new_empty(*x_LMI.shape[:2], rank)
+            for group, start, stop in ctx.pieces:
+                if group is not None:
+                    A_RI, B_OR = factors[group].to(y_BTO.dtype), factors[groups + group].to(y_BTO.dtype)
+                    _add_product(h_LMR[:, start:stop], x_LMI[:, start:stop], A_RI.T, beta=0)
+                    _add_product(out_LMO[:, start:stop], h_LMR[:, start:stop], B_OR.T, alpha=scale)
+        ctx.save_for_backward(x_BTI, h_LMR, *factors)
+        return _unsort(out_LMO, order).view_as(y_BTO)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_BTO: Tensor) -> tuple[Tensor | None, ...]:
+        x_BTI, h_LMR, *factors = ctx.saved_tensors
+        groups = len(factors) // 2
+        grads = [torch.zeros_like(factor, dtype=g_BTO.dtype) for factor in factors]
+        with _no_autocast(g_BTO.device):
+            x_LMI, g_LMO = _sort(x_BTI.to(g_BTO.dtype), ctx.order), _sort(g_BTO, ctx.order)
+            gh_LMR = torch.empty_like(h_LMR)
+            for group, start, stop in ctx.pieces:
+                if group is not None:
+                    slices = _Slices(*(value[:, start:stop] for value in (x_LMI, g_LMO, h_LMR, gh_LMR)))
+                    B_OR = factors[groups + group].to(g_BTO.dtype)
+                    _add_grads(slices, B_OR, grads[group], grads[groups + group], ctx.scale, x_LMI.numel())
+            gx_BTI = None
+            if ctx.needs_input_grad[0]:
+                gx_LMI = torch.empty_like(x_LMI, memory_format=torch.contiguous_format)
+                for group, start, stop in ctx.pieces:
+                    if group is None:
+                        gx_LMI[:, start:stop].zero_()
+                    else:
+                        A_RI = factors[group].to(g_BTO.dtype)
+                        _add_product(gx_LMI[:, start:stop], gh_LMR[:, start:stop], A_RI, beta=0)
+                gx_BTI = _unsort(gx_LMI, ctx.order).view_as(x_BTI).to(x_BTI.dtype)
+        return gx_BTI, g_BTO, None, None, None, *_in_dtype(grads, factors)
+
+
+class _Slices(NamedTuple):
+    """One piece in backward: the input, the output's gradient, the projection, and where its gradient is written."""
+
+    x_LMI: Tensor
+    g_LMO: Tensor
+    h_LMR: Tensor
+    gh_LMR: Tensor
+
+
+def _add_grads(slices: _Slices, B_OR: Tensor, gA_RI: Tensor, gB_OR: Tensor, scale: float, most_copied: int) -> None:
+    """Add one piece's part to the gradients of A and B, and write the gradient of its projection.
+
+    The rows' slices are concatenated, because one product over all of them is faster than a sum over rows; only as many
+    rows at a time as keep the copies smaller than the input's gradient, which is allocated afterwards.
+    """
+    numbers_per_row = slices.x_LMI.shape[1] * max(slices.x_LMI.shape[2], slices.g_LMO.shape[2])
+    at_once = max(1, most_copied // max(1, numbers_per_row))
+    for x, g, h, gh in zip(*(torch.split(value, at_once) for value in slices), strict=True):
+        g_NO = g.flatten(0, 1)
+        gh_NR = _scaled(g_NO @ B_OR, scale)
+        gh.copy_(gh_NR.view_as(gh))
+        gB_OR.T.add_(_outer(h.flatten(0, 1), g_NO), alpha=scale)
+        del g_NO
+        gA_RI.addmm_(gh_NR.T, x.flatten(0, 1))
+
+
+def _add_product(out_LMO: Tensor, x_LMI: Tensor, W_IO: Tensor, beta: float = 1, alpha: float = 1) -> None:
+    """``out = beta · out + alpha · x W`` in place; ``out`` may be a slice of every row."""
+    if out_LMO.shape[0] == 1:
+        out_LMO[0].addmm_(x_LMI[0], W_IO, beta=beta, alpha=alpha)
+    else:
+        out_LMO.baddbmm_(x_LMI, W_IO.expand(x_LMI.shape[0], -1, -1), beta=beta, alpha=alpha)
+
+
+def _sort(value_BTD: Tensor, order: Order | None) -> Tensor:
+    """All tokens as one row (1, N, D), sorted by group; unchanged without an order."""
+    return value_BTD if order is None else value_BTD.flatten(0, 1).index_select(0, order.sorted_N)[None]
+
+
+def _unsort(value_LMD: Tensor, order: Order | None) -> Tensor:
+    return value_LMD if order is None else value_LMD[0].index_select(0, order.back_N)

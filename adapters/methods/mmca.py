@@ -1,0 +1,186 @@
+"""Multi-modal causal attention: text attends to each modality with a separate softmax; the results are summed.
+
+DeepSpeed-VisualChat, Yao et al. 2023, arXiv 2309.14327, section 4.1: visual tokens attend only to themselves; textual
+tokens attend to all earlier tokens, with one attention matrix for text and another for images. For a text token at t
+
+    o_t = softmax_{s ≤ t, s text}(q_t K_s) V_s + Σ_m softmax_{s ≤ t, s in m}(q_t K_s) V_s
+
+over the other contexts m, unscaled, so weights sum to the number of visible sources. A source without an earlier token
+adds nothing, so text without other contexts has ordinary attention. The authors' code
+(https://github.com/deepspeedai/DeepSpeedExamples, applications/DeepSpeed-VisualChat, modeling_llama.py) lets an image
+token see its own position and no other image token (here: ``itself``). There it also sees earlier text, which the paper
+does not describe and this implementation does not do.
+
+Shapes: B rows, H heads, E features of a head, T queries, K keys (including the KV cache), X 1 or B rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from adapters import base
+from adapters.placement.router import Layout, Router
+from harness.core.errors import UserError, did_you_mean
+
+NAME = "harness_mmca"  # in transformers' attention registry; models that do not select it are unaffected
+_UNKNOWN = ("softcap", "s_aux", "position_bias")  # attention features of some families that are not supported
+
+
+class MMCAConfig(base.Config):
+    """Options."""
+
+    # contexts that together form the text source; every other context is a source of its own. None: the last context
+    text_contexts: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    non_text_attention: Literal["itself", "own_context"] = (
+        "itself"  # own_context: also earlier tokens of the same context
+    )
+
+
+class MultiModalAttention(base.ModelChange):
+    """Replaces one model's attention through transformers' registry of attention functions."""
+
+    def __init__(self, config: MMCAConfig, router: Router) -> None:
+        super().__init__()
+        text = config.text_contexts or router.contexts[-1:]
+        for context in text:
+            if context not in router.contexts:
+                raise UserError(f"text_contexts: unknown context {context!r}; {did_you_mean(context, router.contexts)}")
+        self.router = router
+        self.itself = config.non_text_attention == "itself"
+        # Source 0 is text.
+        self.source_of = [0 if context in text else 1 + index for index, context in enumerate(router.contexts)]
+
+    def attach(self, language_model: Any) -> Callable[[], None]:
+        """Replace the model's attention. Returns a function that restores it.
+
+        Raises:
+            UserError: the architecture does not use transformers' attention registry.
+        """
+        AttentionInterface.register(NAME, _attention)
+        AttentionMaskInterface.register(NAME, _mask)
+        before = language_model.config._attn_implementation
+        language_model.set_attn_implementation(NAME)
+        if language_model.config._attn_implementation != NAME:
+            raise UserError(f"mmca cannot replace the attention of a {language_model.config.model_type} model")
+        modules = list(language_model.modules())
+        _ATTENTION_OF.update(dict.fromkeys(modules, self))
+
+        def undo() -> None:
+            language_model.set_attn_implementation(before)
+            for module in modules:
+                del _ATTENTION_OF[module]
+
+        return undo
+
+    def weights(self, scores_BHTK: Tensor, allowed_BHTK: Tensor, layout: Layout) -> Tensor:
+        """Attention weights (B, H, T, K): the sum over sources of a softmax over the source's keys.
+
+        Args:
+            scores_BHTK: scaled products of queries and keys.
+            allowed_BHTK: True where causality and padding let a query see a key; all dimensions but the last may be 1.
+            layout: layout of the pass.
+        """
+        # A sliding-window cache holds only the latest keys; a static cache has unused slots after them (never allowed).
+        keys = scores_BHTK.shape[-1]
+        source_XK = torch.tensor(self.source_of, device=scores_BHTK.device)[layout.context_ids_XK]
+        of_query_XT1 = source_XK[:, -layout.length :, None]
+        first_key = max(source_XK.shape[1] - keys, 0)
+        key_XK = F.pad(source_XK[:, first_key:], (0, keys - source_XK.shape[1] + first_key))
+        seen_XTK = (of_query_XT1 == 0) | (of_query_XT1 == key_XK[:, None])
+        if self.itself:
+            place_K = torch.arange(first_key, first_key + keys, device=scores_BHTK.device)
+            own_TK = torch.arange(layout.past, layout.past + layout.length, device=place_K.device)[:, None] == place_K
+            seen_XTK = seen_XTK & ((of_query_XT1 == 0) | own_TK)
+        allowed_BHTK = allowed_BHTK & seen_XTK[:, None]
+        lowest = torch.finfo(scores_BHTK.dtype).min
+        weights_BHTK = torch.zeros_like(scores_BHTK)
+        for source in sorted(set(self.source_of)):
+            mask_BHTK = allowed_BHTK & (key_XK == source)[:, None, None]
+            # If a query sees no key of the source, softmax is uniform over masked keys; the product sets it to zero.
+            weights_BHTK = weights_BHTK + scores_BHTK.masked_fill(~mask_BHTK, lowest).softmax(dim=-1) * mask_BHTK
+        return weights_BHTK
+
+
+_ATTENTION_OF: WeakKeyDictionary[nn.Module, MultiModalAttention] = (
+    WeakKeyDictionary()
+)  # module of an adapted model → its attention
+
+
+def _attention(
+    module: nn.Module,
+    query_BHTE: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Called by transformers instead of its own attention. Returns output (B, T, H, E) and weights (B, H, T, K)."""
+    attention = _ATTENTION_OF.get(module)
+    if attention is None:
+        raise RuntimeError(
+            f"attention {NAME!r} was set on another model with the same config object, or on the original of this "
+            "copy; give every model its own config"
+        )
+    extra = [name for name in _UNKNOWN if kwargs.get(name) is not None]
+    if extra or attention_mask is None:
+        needs = " and ".join(extra) or "attention without a causal mask"
+        raise UserError(f"mmca cannot replace the attention of {type(module).__name__}, which needs {needs}")
+    layout = attention.router.layout_of(query_BHTE.shape[2])
+    shared_by = query_BHTE.shape[1] // key.shape[1]  # query heads of each key head
+    key_BHKE, value_BHKE = key.repeat_interleave(shared_by, dim=1), value.repeat_interleave(shared_by, dim=1)
+    scale = query_BHTE.shape[-1] ** -0.5 if scaling is None else scaling
+    scores_BHTK = query_BHTE @ key_BHKE.transpose(2, 3) * scale
+    scores_BHTK = scores_BHTK.to(torch.promote_types(scores_BHTK.dtype, torch.float32))
+    allowed_BHTK = attention_mask
+    if attention_mask.dtype != torch.bool:  # additive mask from the caller
+        scores_BHTK = scores_BHTK + attention_mask
+        allowed_BHTK = attention_mask > torch.finfo(attention_mask.dtype).min / 2
+    weights_BHTK = attention.weights(scores_BHTK, allowed_BHTK, layout).to(value.dtype)
+    weights_BHTK = F.dropout(weights_BHTK, dropout, module.training)
+    return (weights_BHTK @ value_BHKE).transpose(1, 2).contiguous(), weights_BHTK
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Causality and padding (B, 1, T, K), True where attended; never None, even if plain attention needs no mask."""
+    mask_B1TK: Tensor | None = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    return mask_B1TK
+
+
+class MMCA(base.AdapterMethod):
+    """Attention without own parameters: ``mmca`` trains the projector only, ``mmca+lora`` adapters too."""
+
+    summary = "multi-modal causal attention: one softmax per source modality, summed"
+    grouped = False
+    identity_at_start = False
+    Config = MMCAConfig
+    config: MMCAConfig
+
+    def label(self) -> str:
+        """``MMCA``, plus ``own context`` if non-text tokens attend to their whole context."""
+        return "MMCA" if self.config.non_text_attention == "itself" else "MMCA own context"
+
+    def model_change(
+        self,
+        language_model: nn.Module,
+        groups: Sequence[str],
+        router: Router,
+        shared: nn.Module | None,
+        generator: torch.Generator,
+    ) -> base.ModelChange:
+        """The replaced attention.
+
+        Raises:
+            UserError: ``text_contexts`` names an unknown context.
+        """
+        return MultiModalAttention(self.config, router)

@@ -1,0 +1,1 @@
+"""Which layer is adapted, and which adapter group each token uses."""

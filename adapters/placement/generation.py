@@ -1,0 +1,50 @@
+"""Layouts during generation: first that of the prompt, then that of the new tokens only; the KV cache holds the rest.
+
+Shapes: B rows (beams included), T positions of the prompt or of the new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapters.placement.router import Router
+
+
+@contextmanager
+def layouts_while_generating(language_model: nn.Module, router: Router, new_token_context: str) -> Iterator[None]:
+    """Keep the router's layout correct inside ``language_model.generate``. Set the prompt's layout before entering.
+
+    All beams of a row have the row's layout; reordering beams never mixes rows.
+
+    Args:
+        language_model: the model whose ``generate`` is called.
+        router: the router of its adapters, with the prompt's layout.
+        new_token_context: context of the generated tokens.
+    """
+    prompt_XT = router.layout.context_ids_XK
+    new_id = router.contexts.index(new_token_context)
+
+    def set_layout(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = kwargs.get("inputs_embeds")
+        new = given if given is not None else kwargs.get("input_ids", args[0] if args else None)
+        assert new is not None  # noqa: S101 - generate passes one of the two
+        cache = kwargs.get("past_key_values")
+        cached = 0 if cache is None else int(cache.get_seq_length())
+        rows, length = new.shape[0], new.shape[1]
+        first_XT = prompt_XT if prompt_XT.shape[0] == 1 else prompt_XT.repeat_interleave(rows // prompt_XT.shape[0], 0)
+        # The prompt, possibly in chunks, then new tokens. Without a cache every pass covers the whole sequence.
+        new_tokens = max(cached + length - first_XT.shape[1], 0)
+        tail_XT = torch.full((first_XT.shape[0], new_tokens), new_id, device=new.device)
+        all_XT = torch.cat([first_XT, tail_XT], dim=1)
+        router.set_context_ids(all_XT[:, cached : cached + length], all_XT[:, :cached] if cached else None)
+
+    handle = language_model.register_forward_pre_hook(set_layout, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

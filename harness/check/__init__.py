@@ -1,0 +1,1 @@
+"""``harness check``: the contract tests of every plugin."""

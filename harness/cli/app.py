@@ -1,0 +1,217 @@
+"""Trains and judges adapters by experiment files. Exit codes: 0 all trials finished, 1 not all did, 2 wrong input."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from harness.cli import results as cli_results
+from harness.core.errors import UserError
+from harness.experiment.load import Experiment
+
+if TYPE_CHECKING:
+    from harness.core.record import Parameters
+    from harness.sweep.run import Results
+
+EXPERIMENTS, RESULTS, PARTS = "Experiments", "Results", "Tasks, adapters, metrics and backbones"
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
+backbones_app = typer.Typer(no_args_is_help=True, help="The built-in backbones.")
+app.add_typer(cli_results.leaderboard_app, name="leaderboard", rich_help_panel=RESULTS)
+app.add_typer(backbones_app, name="backbones", rich_help_panel=PARTS)
+console = Console()
+errors = Console(stderr=True)
+
+ExperimentFile = Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml", help="The experiment.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run folders.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew, in a new run folder beside the old one.")]
+
+
+def main() -> None:
+    """Entry point: runs the command and turns a UserError into exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        errors.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@app.command(rich_help_panel=EXPERIMENTS)
+def run(file: ExperimentFile, output: Output = Path("runs"), fresh: Fresh = False) -> None:
+    """Run an experiment's trials and write the report. Run again, it does only what is missing."""
+    from harness.sweep.run import run_experiment
+
+    began = time.monotonic()
+    results = run_experiment(file, output, fresh=fresh, console=console)
+    if results.tracking_problem:
+        errors.print(f"[yellow]MLflow was not told of the end:[/] {_escape(results.tracking_problem)}", soft_wrap=True)
+    _last_screen(results, time.monotonic() - began)
+    if not results.complete:
+        raise typer.Exit(1)
+
+
+def _last_screen(results: Results, seconds: float) -> None:
+    from harness.cli.terminal import leaderboard_table
+    from harness.sweep.live import trial_name
+    from results.leaderboard.format import duration
+    from results.leaderboard.summary import few_seeds
+
+    board = results.board
+    console.print(leaderboard_table(board))
+    for sentence in few_seeds(board):
+        console.print(sentence, style="dim", highlight=False)
+    for item in (*board.failed, *board.missing):
+        console.print(
+            f"[red]{item.status}[/] {trial_name(item.trial)}: {_escape(item.reason or 'run again to finish it')}"
+        )
+    plan, records = board.run.plan, board.run.records
+    done = sum(record.status == "finished" for record in records.values())
+    console.print(f"{done} of {len(plan.trials)} trials finished; this call took {duration(seconds)}", highlight=False)
+    console.print(f"report:  {results.report}", highlight=False, soft_wrap=True)
+    console.print(f"MLflow:  {_mlflow_command(plan.mlflow_uri or '')}", highlight=False, soft_wrap=True)
+
+
+def _mlflow_command(uri: str) -> str:
+    if uri.startswith(("http://", "https://")):
+        return uri
+    program = Path(sys.executable).with_name("mlflow")
+    return shlex.join([str(program), "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", "5000"])
+
+
+@app.command("plan", rich_help_panel=EXPERIMENTS)
+def plan_command(file: ExperimentFile, output: Output = Path("runs"), fresh: Fresh = False) -> None:
+    """Show the trials and the parameters each trains; nothing is trained, downloaded or written."""
+    from harness.cli.terminal import plan_table
+    from harness.core.hub import HubUnreachableError
+    from harness.model.build import count_parameters
+    from harness.sweep.run import prepare as prepare_run
+
+    planned = prepare_run(Experiment.from_yaml(file), output, fresh)
+    parameters: dict[str, Parameters | None] = {}
+    known: dict[str, Parameters | None] = {}
+    notes: dict[str, None] = {}
+    for spec in planned.specs:
+        key = spec.model_dump_json(include={"task", "backbone", "adapter"})
+        if key not in known:
+            try:
+                known[key] = count_parameters(spec)
+            except HubUnreachableError as error:
+                known[key] = None
+                notes[str(error)] = None
+        parameters[spec.trial_id] = known[key]
+    records = planned.records()
+    states = {
+        spec.trial_id: records[spec.trial_id].status if spec.trial_id in records else "to run" for spec in planned.specs
+    }
+    console.print(plan_table(planned.plan, parameters, states))
+    for note in notes:
+        console.print(f"[yellow]parameters unknown:[/] {_escape(note)}", soft_wrap=True)
+    console.print(f"run folder: {planned.folder}", highlight=False, soft_wrap=True)
+
+
+app.command(rich_help_panel=EXPERIMENTS)(cli_results.status)
+for command in (cli_results.report, cli_results.compare, cli_results.attention):
+    app.command(rich_help_panel=RESULTS)(command)
+
+
+@app.command(rich_help_panel=PARTS)
+def tasks() -> None:
+    """List the tasks and their options."""
+    from harness.cli.plugins import list_plugins
+    from tasks.registry import TASKS
+
+    list_plugins(TASKS, console, ("contexts", "metrics"))
+
+
+@app.command(rich_help_panel=PARTS)
+def adapters(
+    method: Annotated[str | None, typer.Argument(help="Show this one in detail: lora, or lora+bitfit.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Count trainable parameters in this language model: built in, folder or hub id.")
+    ] = None,
+    contexts: Annotated[str, typer.Option(help="Their number counts where every context has a group.")] = "image,text",
+    options: Annotated[list[str] | None, typer.Option("--set", help="Count with OPTION=VALUE: rank=64.")] = None,
+) -> None:
+    """List the adapter methods and their options, or the trainable parameters they add to a language model."""
+    from adapters.registry import ADAPTERS
+    from harness.cli import plugins
+
+    if options and model is None:
+        raise UserError(
+            f"--set {options[0]}: it changes what is counted, which needs --model, such as builtin/tiny-llama"
+        )
+    counted = plugins.parse_contexts(contexts), plugins.parse_options(options or ())
+    count_for = None if model is None else plugins.CountFor(model, *counted)
+    if method is not None:
+        plugins.show_adapter(method, console, count_for)
+    elif count_for is not None:
+        plugins.count_adapters(console, count_for)
+    else:
+        plugins.list_plugins(ADAPTERS, console)
+
+
+@app.command(rich_help_panel=PARTS)
+def prepare(
+    target: Annotated[str, typer.Argument(metavar="TASK", help="A task's name, or an experiment file.")],
+    options: Annotated[list[str] | None, typer.Option("--set", help="The task's OPTION=VALUE: root=data/coco.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Read everything, and report all problems at once.")] = False,
+) -> None:
+    """Bring a task's data to this machine; with --check, read all of it."""
+    from harness.cli.prepare import prepare as prepare_task
+
+    prepare_task(target, options or (), check, console)
+
+
+@app.command(rich_help_panel=PARTS)
+def check(
+    target: Annotated[str, typer.Argument(metavar="PACKAGE", help="An installed package, or a Python file.")],
+) -> None:
+    """Try a package's tasks, modalities and metrics on what our own must pass. Exit code 1: something failed."""
+    from harness.check.plugins import check_plugins
+
+    if not check_plugins(target, console):
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=PARTS)
+def score(
+    metric: Annotated[str, typer.Argument(help="A metric's name, such as captions.")],
+    references: Annotated[Path, typer.Option(help="A caption file in COCO's format.")],
+    predictions: Annotated[Path, typer.Option(help="A results file in COCO's format.")],
+    output: Annotated[Path | None, typer.Option("--json", help="Write the scores there, those by example too.")] = None,
+) -> None:
+    """Score predictions against references, both in COCO's own file formats; nothing is trained."""
+    from harness.cli.score import score as score_files
+
+    score_files(metric, references, predictions, output, console)
+
+
+@backbones_app.command("list")
+def backbones_list() -> None:
+    """List the built-in backbones."""
+    from harness.core.hub import builtin_names
+
+    for name in builtin_names():
+        console.print(name, highlight=False)
+
+
+@backbones_app.command("build")
+def backbones_build(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the weights.")],
+    seed: Annotated[int, typer.Option(help="Of the text, the pictures and the initialisation.")] = 0,
+) -> None:
+    """Train the built-in backbones from nothing (docs/backbones.md has the recipe and its log)."""
+    from harness.pretraining.build import build
+
+    build(output, seed=seed)

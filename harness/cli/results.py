@@ -1,0 +1,172 @@
+"""Commands that read run folders and leaderboards: status, report, compare, leaderboard diff, attention."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from harness.core.errors import UserError
+
+if TYPE_CHECKING:
+    from results.leaderboard.published import PublishedLeaderboard
+
+RUNS = Path("runs")  # where `harness run` puts run folders by default
+MLFLOW = "mlflow:"
+console = Console()
+leaderboard_app = typer.Typer(no_args_is_help=True, help="What changed between two leaderboard.json.")
+
+RunFolder = Annotated[Path | None, typer.Argument(help="A run folder; by default the newest in ./runs.")]
+
+
+def _print(text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def newest_run() -> Path:
+    """The run folder in ./runs with the newest plan.
+
+    Raises:
+        UserError: there is no run folder.
+    """
+    plans = sorted(RUNS.glob("*/plan.json"), key=lambda path: (path.stat().st_mtime, path))
+    if not plans:
+        raise UserError(f"{RUNS.resolve()}: no run folder here; name one, such as runs/quickstart")
+    return plans[-1].parent
+
+
+def status(folder: RunFolder = None) -> None:
+    """Show the progress of a run, its failures and the leaderboard so far; writes nothing."""
+    from harness.cli.terminal import leaderboard_table, progress_lines
+    from results.leaderboard.join import read_runs
+    from results.leaderboard.progress import progress_of
+    from results.leaderboard.table import build_leaderboard
+
+    folder = folder or newest_run()
+    active = _at_work(folder)
+    run = read_runs([folder])
+    _print(f"{folder}: {run.plan.experiment}")
+    for line in progress_lines(progress_of(run, active), active):
+        _print(line)
+    for message in run.broken:
+        _print(f"could not be read: {message}")
+    if run.foreign:
+        _print(f"{len(run.foreign)} records belong to trials that are not in the plan")
+    if any(record.status == "finished" for record in run.records.values()):
+        console.print()
+        console.print(leaderboard_table(build_leaderboard(run)))
+
+
+def _at_work(folder: Path) -> bool:
+    """Whether a harness holds the lock of the folder, found by acquiring and releasing it."""
+    path = folder / ".lock"
+    if not path.exists():
+        return False
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        return True
+    except PermissionError:
+        _print(f"{path}: no permission to check whether a harness is running")
+        return False
+    lock.release()
+    return False
+
+
+def report(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Run folders such as runs/quickstart; with --from, run names.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the report; by default RUN/report.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("--from", metavar="mlflow:URI", help="Fetch the runs from this tracking server first.")
+    ] = None,
+) -> None:
+    """Write the report of a run, or of several as one leaderboard."""
+    from results.report import write_report
+
+    if output is not None and output.exists() and not output.is_dir():
+        raise UserError(f"--output: {output} is a file; name a folder")
+    folders = [Path(run) for run in runs] if source is None else _fetched(source, runs, output)
+    gc.disable()  # saves a fifth of the time: records are many long-lived objects, and this process ends soon
+    with console.status("writing the report …"):
+        written = write_report(folders, output)
+    for path in written.all:
+        _print(str(path))
+
+
+def _fetched(source: str, runs: list[str], output: Path | None) -> list[Path]:
+    """Run folders rebuilt from the artifacts of the tracking server, in the folder of the report."""
+    if not source.startswith(MLFLOW) or source == MLFLOW:
+        raise UserError(
+            f"--from: found {source!r}; allowed: {MLFLOW} followed by a tracking URI, such as {MLFLOW}http://host:5000"
+        )
+    if output is None:
+        raise UserError("--from: name a folder for the report and the fetched runs with --output")
+    from harness.tracking.fetch import fetch_run
+
+    return [fetch_run(source.removeprefix(MLFLOW), run, output / "runs") for run in runs]
+
+
+def compare(
+    one: Annotated[str, typer.Argument(metavar="A", help='A row: "LoRA r=4 specific" or a part of it; or a trial id.')],
+    other: Annotated[str, typer.Argument(metavar="B", help="What it is compared with.")],
+    runs: Annotated[
+        list[Path] | None, typer.Option("--run", help="A run folder, or several; by default the newest in ./runs.")
+    ] = None,
+    setting: Annotated[str | None, typer.Option(help="The setting, if there are several.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Show only this metric, such as cider.")] = None,
+) -> None:
+    """Compare two rows of a leaderboard, or two trials, paired by seed and test example."""
+    from harness.cli.terminal import comparison_view
+    from results.leaderboard.compare import compare as compare_rows
+    from results.leaderboard.join import read_runs
+
+    folders = runs or [newest_run()]
+    found = compare_rows(read_runs(folders), one, other, setting, metric)
+    _print(", ".join([*map(str, folders), *filter(None, [found.one.row.setting])]))
+    console.print(comparison_view(found))
+
+
+@leaderboard_app.command("diff")
+def leaderboard_diff(
+    old: Annotated[Path, typer.Argument(metavar="OLD.json", help="The leaderboard.json of a report.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW.json", help="A later one.")],
+    metric: Annotated[str | None, typer.Option(help="Metric to compare; by default the primary one.")] = None,
+) -> None:
+    """Show what changed between two leaderboards, and whether it is more than noise."""
+    from harness.cli.terminal import diff_view
+    from results.leaderboard.diff import diff
+
+    console.print(diff_view(diff(_published(old), _published(new), metric)))
+
+
+def _published(path: Path) -> PublishedLeaderboard:
+    from results.leaderboard.published import read_published
+
+    try:
+        return read_published(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; `harness report` writes leaderboard.json") from None
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def attention(
+    folder: Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart.")],
+    trials: Annotated[list[str] | None, typer.Option("--trial", metavar="ID", help="Only this trial.")] = None,
+    examples: Annotated[int, typer.Option(help="Test examples of each trial.")] = 4,
+) -> None:
+    """Record which parts of the input finished trials attend to, and add it to the report."""
+    from harness.cli.attention import record_attention
+    from results.report import write_report
+
+    record_attention(folder, trials or (), examples, console)
+    _print(str(write_report([folder]).html))

@@ -1,0 +1,211 @@
+"""Terminal output: the plan, the leaderboard, comparisons and diffs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from textwrap import shorten
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from harness.core.record import MetricInfo, Parameters, Plan, PlannedTrial
+from harness.sweep.live import trial_name
+from results.leaderboard.compare import Comparison, Side
+from results.leaderboard.diff import RULE, BoardDiff, Change
+from results.leaderboard.format import ABSENT, duration, estimate_text, number, p_text, rank_text
+from results.leaderboard.progress import Progress
+from results.leaderboard.table import Leaderboard, Row
+
+SHOWN_FAILURES = 10
+_REASON_LENGTH = 240  # characters of the reason why a row is excluded from ranking: three lines
+
+
+def plan_table(plan: Plan, parameters: Mapping[str, Parameters | None], states: Mapping[str, str]) -> Table:
+    """The trials, grouped by row, with the number of parameters that each will train.
+
+    Args:
+        plan: all trials.
+        parameters: by trial id; None if the configuration of a backbone could not be loaded.
+        states: by trial id: "finished", "failed", "to run".
+    """
+    table = _table(f"{plan.experiment}: {len(plan.trials)} trials")
+    rows: dict[tuple[str, str], list[PlannedTrial]] = {}
+    for trial in plan.trials:
+        rows.setdefault((f"{trial.label} {trial.grouping}".rstrip(), trial.setting), []).append(trial)
+    with_setting = any(setting for _, setting in rows)
+    for heading in ("method", "setting", "seeds") if with_setting else ("method", "seeds"):
+        table.add_column(heading)
+    for heading in ("trainable", "adapter", "projector", "total"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("state")
+    for (name, setting), trials in rows.items():
+        counts = parameters[trials[0].trial_id]
+        numbers = (counts.trainable, counts.adapter, counts.projector, counts.total) if counts else ()
+        cells = [f"{n:,}" for n in numbers] or ["unknown"] * 4
+        seeds = ", ".join(str(trial.seed) for trial in trials)
+        state = ", ".join(_counted([states[trial.trial_id] for trial in trials]))
+        table.add_row(name, *([setting] if with_setting else []), seeds, *cells, state)
+    return table
+
+
+def _table(title: str | None = None) -> Table:
+    return Table(
+        box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", title=title, title_justify="left"
+    )
+
+
+def _counted(words: Iterable[str]) -> list[str]:
+    all_words = list(words)
+    return [f"{all_words.count(word)} {word}" for word in dict.fromkeys(all_words)]
+
+
+def leaderboard_table(board: Leaderboard) -> Group:
+    """The leaderboard at the end of a run, with the columns that fit into 80 characters; the report has all.
+
+    A table for each setting; below it the rows excluded from ranking, with the reason.
+    """
+    shown = [info for info in board.run.plan.metrics if any(info.name in row.metrics for row in board.rows)]
+    # The first score of generated text among the metrics; in a mixture, that of its first task.
+    second = next((i for i in shown if "perplexity" not in i.name and i != board.primary), None)
+    parts: list[RenderableType] = [
+        Text(f"{board.run.plan.experiment}: scores on the test split, mean [95 % interval] over seeds", style="italic")
+    ]
+    for setting in board.settings:
+        parts += [Text(f"\n{setting}", style="bold")] if setting else []
+        if rows := board.of(setting):
+            parts.append(_setting_table(rows, board.primary, second))
+        mixed = [row for row in (*board.of(setting), *board.apart(setting)) if row.mixed_versions]
+        parts += [Text(f"{row.name}: {row.mixed_versions}", style="yellow") for row in mixed]
+        by_reason: dict[str, list[str]] = {}
+        for row in board.apart(setting):
+            by_reason.setdefault(shorten("; ".join(row.apart), _REASON_LENGTH, placeholder=" …"), []).append(row.name)
+        parts += [Text(f"excluded from ranking: {', '.join(names)}: {reason}") for reason, names in by_reason.items()]
+    return Group(*parts)
+
+
+def _setting_table(rows: Sequence[Row], primary: MetricInfo, second: MetricInfo | None) -> Table:
+    table = _table()
+    table.add_column("rank", justify="right", no_wrap=True)
+    table.add_column("method")
+    table.add_column(primary.label, justify="right", no_wrap=True)
+    for heading in filter(None, (second.label if second else "", "wrong / right input", "trainable", "seeds")):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        other = row.metrics.get(second.name) if second else None
+        cells = [row.rank_text or ABSENT, row.name, estimate_text(row.metrics.get(primary.name))]
+        cells += [number(other.mean) if other else ABSENT] if second else []
+        cells += [number(row.input_use.mean) if row.input_use else ABSENT]
+        cells += [f"{row.parameters.trainable:,}" if row.parameters else ABSENT, row.seeds]
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def progress_lines(progress: Progress, active: bool) -> Iterator[str]:
+    """Counts, running trials, the time left, and the first failures."""
+    failed = ", ".join(f"{count} {status}" for status, count in progress.failed.items())
+    counts = [f"{progress.finished} of {progress.planned} trials finished", failed]
+    counts += [f"{len(progress.running)} running", f"{progress.waiting} waiting"]
+    yield ", ".join(filter(None, counts))
+    if not active:
+        if progress.waiting:
+            yield "no harness is running in this folder: run the experiment again for the remaining trials"
+    elif progress.left_s is None:
+        yield "a harness is running in this folder; the time left can be estimated once a trial has finished"
+    else:
+        yield (
+            f"{duration(progress.mean_wall_time_s)} a trial, {max(1, len(progress.running))} at once: "
+            f"roughly {duration(progress.left_s)} left"
+        )
+    yield from (f"running: {trial_name(trial)}" for trial in progress.running)
+    for trial, record in progress.failures[:SHOWN_FAILURES]:
+        yield f"{record.status.replace('_', ' ')}: {trial_name(trial)}: {record.reason or 'no reason given'}"
+    if (rest := len(progress.failures) - SHOWN_FAILURES) > 0:
+        yield f"… and {rest} more that did not finish"
+
+
+def comparison_view(comparison: Comparison) -> Group:
+    """The paired difference in each metric with its interval, and a sentence on what it shows."""
+    one, other = comparison.one, comparison.other
+    head = [Text(f"{letter} = {_side(side)}", style="bold") for letter, side in (("A", one), ("B", other))]
+    if comparison.refusal:
+        return Group(*head, Text(comparison.refusal))
+    table = _table()
+    table.add_column("metric")
+    for heading in ("A", "B", "A − B [95 % interval]"):
+        table.add_column(heading, justify="right")
+    table.add_column("covers")
+    for heading in ("p", "seeds"):
+        table.add_column(heading, justify="right")
+    for info in comparison.metrics:
+        found = comparison.differences[info.name]
+        cells = [
+            info.label,
+            *map(number, comparison.means(info.name)),
+            estimate_text(found, True),
+            found.covers or ABSENT,
+        ]
+        table.add_row(*cells, p_text(found).removeprefix("p = ").removeprefix("p ") or ABSENT, str(found.n))
+    lines = [comparison.sentence(info) for info in comparison.metrics]
+    if any(found.p_value is not None for found in comparison.differences.values()):
+        count = f"{len(comparison.metrics)} metric{'s' * (len(comparison.metrics) > 1)} shown"
+        lines.append(
+            f"p: paired by seed and, where covered, by test example; after Holm's correction over the {count}."
+        )
+    return Group(*head, table, *(Text(line) for line in (*lines, *comparison.notes)))
+
+
+def _side(side: Side) -> str:
+    rate = side.row.chosen.learning_rate
+    tried = f", best of {side.row.effort}" if side.row.effort > 1 and side.name == side.row.name else ""
+    return side.name + ("" if rate is None else f" (learning rate {rate:g}{tried})")
+
+
+def diff_view(found: BoardDiff) -> Group:
+    """Old and new mean of each row, the change and whether it is noise; added and removed rows."""
+    direction = "higher" if found.metric.higher_is_better else "lower"
+    parts: list[RenderableType] = [Text(f"{found.metric.label}, {direction} is better; rows old → new", style="italic")]
+    for setting in dict.fromkeys(change.setting for change in found.changes):
+        parts += [Text(f"\n{setting}", style="bold")] if setting else []
+        parts.append(_diff_table([change for change in found.changes if change.setting == setting]))
+    lines = [
+        ": ".join(filter(None, (change.setting, change.name, "; ".join(change.notes))))
+        for change in found.changes
+        if change.notes
+    ]
+    lines += [f"added: {name}" for name in found.added] + [f"removed: {name}" for name in found.removed]
+    tested = any(change.difference for change in found.changes)
+    return Group(*parts, *(Text(line) for line in lines), *([Text(RULE, style="dim")] if tested else []))
+
+
+def _diff_table(changes: Sequence[Change]) -> Table:
+    table = _table()
+    table.add_column("method")
+    for heading in ("old", "new"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    tested = any(change.difference for change in changes)
+    if tested:
+        table.add_column("change [95 % interval]", justify="right", no_wrap=True)
+    for heading in ("verdict", "rank"):
+        table.add_column(heading)
+    for change in changes:
+        cells = [
+            change.name,
+            *(ABSENT if mean is None else number(mean) for mean in (change.old_mean, change.new_mean)),
+        ]
+        if tested:
+            cells.append(estimate_text(change.difference, True) if change.difference else "")
+        ranks = dict.fromkeys(rank_text(rank) or ABSENT for rank in (change.old_rank, change.new_rank))
+        table.add_row(*(Text(cell) for cell in (*cells, _verdict(change), " → ".join(ranks))))
+    return table
+
+
+def _verdict(change: Change) -> str:
+    if change.verdict == "not comparable":
+        return f"not comparable: {change.reason}"
+    if change.verdict == "untested":
+        return "one seed: not tested"
+    if change.difference is None:
+        return change.verdict
+    return f"{change.verdict} ({p_text(change.difference)}, {'paired' if change.paired else 'unpaired'})"

@@ -1,0 +1,114 @@
+"""Where a pretrained model comes from: built in (``builtin/tiny-llama``), a local folder, or a Hugging Face hub id.
+
+Language models and the encoders of modalities are found by the same functions. Imports nothing of ours but the error.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from harness.core.errors import UserError, did_you_mean
+
+PRETRAINED = Path(__file__).parent.parent / "pretrained"
+HUB_TIMEOUT_S = 10.0
+# Configurations of hub models that `harness plan` must be able to count offline, as published on the hub.
+KNOWN_CONFIGS = Path(__file__).parent.parent / "known_configs.json"
+
+
+class HubUnreachableError(UserError):
+    """A model that is not here and that the hub, which cannot be asked now, may have."""
+
+
+def is_builtin(name: str) -> bool:
+    """Whether the name is of the form ``builtin/…``."""
+    return name.startswith("builtin/")
+
+
+def builtin_names() -> list[str]:
+    """Names of the built-in models that have weights."""
+    return sorted(f"builtin/{path.parent.name}" for path in PRETRAINED.glob("*/config.json"))
+
+
+def looks_like_folder(name: str) -> bool:
+    """Whether the name is a path rather than a hub id."""
+    return name.startswith(("/", "./", "../", "~", "builtin/")) or Path(name).is_dir()
+
+
+def place(name: str) -> str:
+    """What ``from_pretrained`` is given: the folder of a built-in or local model, or the hub id itself."""
+    if is_builtin(name):
+        return str(PRETRAINED / name.removeprefix("builtin/"))
+    return str(Path(name).expanduser()) if looks_like_folder(name) else name
+
+
+def cannot(name: str, error: Exception) -> str:
+    """The message when a model cannot be had."""
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    hint = did_you_mean(name, builtin_names())
+    return f"backbone {name!r} cannot be had, neither as a folder nor from the hub ({reason}); {hint}"
+
+
+@cache
+def load_config(name: str, trust_remote_code: bool = False) -> Any:
+    """The ``transformers`` configuration behind a name, without weights.
+
+    The hub's local cache and the known ones go before the network.
+
+    Raises:
+        UserError: no such built-in, folder, or reachable hub id.
+    """
+    from transformers import AutoConfig
+
+    if looks_like_folder(name) and not Path(place(name)).is_dir():
+        raise UserError(f"{name!r}: no such folder; a backbone is a folder, a hub id, or {', '.join(builtin_names())}")
+    known = json.loads(KNOWN_CONFIGS.read_text(encoding="utf-8"))
+    try:
+        return AutoConfig.from_pretrained(place(name), trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError) as error:
+        if name in known:
+            return AutoConfig.for_model(**known[name])
+        ask_hub(name, error)
+    return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def ask_hub(name: str, reason: Exception) -> None:
+    """See in one short call whether the hub has the model: a download would retry for half a minute.
+
+    Raises:
+        UserError: it has not.
+        HubUnreachableError: it does not answer.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if looks_like_folder(name):
+        raise UserError(cannot(name, reason)) from reason
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
+    except RepositoryNotFoundError as error:
+        raise UserError(cannot(name, error)) from error
+    except Exception as error:  # of the HTTP library underneath, which has changed before
+        raise HubUnreachableError(cannot(name, error)) from error
+
+
+def check_reachable(name: str, trust_remote_code: bool = False) -> None:
+    """Fail now rather than in every trial: the model must be here or within reach.
+
+    Raises:
+        UserError: it is neither built in, nor a folder, nor in the hub's local cache, nor on the hub.
+    """
+    from transformers.utils import cached_file
+
+    if looks_like_folder(name):
+        if not is_builtin(name):
+            load_config(name, trust_remote_code)
+        elif not Path(place(name)).is_dir():
+            raise UserError(f"backbone: {name!r} is not built in; {did_you_mean(name, builtin_names())}")
+        return
+    try:
+        cached_file(name, "config.json", local_files_only=True)
+    except OSError as error:
+        ask_hub(name, error)

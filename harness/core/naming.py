@@ -1,0 +1,95 @@
+"""Names of trials: labels distinguish adapters; settings contain what else varies besides seed and learning rate.
+
+Works on specs as records store them (``TrialSpec`` as JSON), so that a plan and a report over several runs use the same
+names. No name contains the learning rate: trials that differ only in it are candidates of one search.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from harness.core.registry import identity
+
+Spec = Mapping[str, Any]
+_PLUGIN_KEY = re.compile(r"task\.(plugin$|modalities\.|metrics\.)")  # the task's name and options say what it is
+
+
+def labels(specs: Mapping[str, Spec]) -> dict[str, str]:
+    """By trial id: the label of the method, plus the options in which entries of one label and grouping differ."""
+    families: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    extras: dict[tuple[str, str], list[str]] = {}
+    place: dict[str, int] = {}  # index of a trial's options within its family
+    for trial_id, spec in specs.items():
+        options = _adapter_options(spec["adapter"])
+        known = families.setdefault(_family(spec), [])
+        if options not in known:
+            known.append(options)
+        place[trial_id] = known.index(options)
+    for family, known in families.items():
+        differing = [[key for key in own if any(other.get(key) != own[key] for other in known)] for own in known]
+        extras[family] = [
+            " ".join(f"{key}={own[key]}" for key in keys) for own, keys in zip(known, differing, strict=True)
+        ]
+    return {
+        trial_id: f"{spec['adapter']['label']} {extras[_family(spec)][place[trial_id]]}".rstrip()
+        for trial_id, spec in specs.items()
+    }
+
+
+def _family(spec: Spec) -> tuple[str, str]:
+    return spec["adapter"]["label"], spec["adapter"]["grouping_name"]
+
+
+def _adapter_options(adapter: Mapping[str, Any]) -> dict[str, Any]:
+    origins = adapter.get("init_from") or {}
+    named = ", ".join(f"{group}={PurePath(o['trial']).name}:{o['group']}" for group, o in origins.items())
+    plugins = " ".join(identity(adapter.get("plugins", ())))
+    return {**adapter["config"], **({"init_from": named} if named else {}), **({"plugin": plugins} if plugins else {})}
+
+
+def settings(specs: Mapping[str, Spec], without: Sequence[str] = ()) -> dict[str, str]:
+    """By trial id: what varies over the specs besides adapter, learning rate and seed: ``examples=512 epochs=8``.
+
+    Args:
+        specs: by trial id.
+        without: dotted keys to leave out, such as ``budget.examples``: trials of one sweep then share a setting.
+    """
+    flat = {trial_id: dict(flatten(conditions(spec))) for trial_id, spec in specs.items()}
+    keys = dict.fromkeys(key for values in flat.values() for key in values)
+    keys = dict.fromkeys(key for key in keys if key not in without and not _PLUGIN_KEY.match(key))
+    varying = [key for key in keys if len({repr(values.get(key)) for values in flat.values() if key in values}) > 1]
+    return {
+        trial_id: " ".join(f"{key.rpartition('.')[2]}={values[key]}" for key in varying if key in values)
+        for trial_id, values in flat.items()
+    }
+
+
+# What two trials of one setting may differ in: what they are ranked by, how many examples are scored at a time, and
+# the rate that was searched for.
+_LEFT_OUT = {
+    "eval": {"primary_metric", "per_device_eval_batch_size"},
+    "optimizer": {"learning_rate"},
+}
+
+
+def conditions(spec: Spec) -> dict[str, dict[str, Any]]:
+    """What must be alike for two adapters to be compared, by section: task, backbone, budget, optimizer, evaluation.
+
+    Plugins are in it by their ids, wherever their classes are.
+    """
+    return {
+        section: {key: identity(value) for key, value in content.items() if key not in _LEFT_OUT.get(section, ())}
+        for section, content in spec.items()
+        if section != "adapter" and isinstance(content, Mapping)
+    }
+
+
+def flatten(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Flatten nested mappings to pairs of dotted key and value."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in content.items():
+        pairs += flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+    return pairs

@@ -1,0 +1,245 @@
+"""What a trial leaves behind: the schema of its record, written atomically and read strictly.
+
+A run folder holds ``plan.json`` (what should exist), ``trials/<trial_id>/record.json`` (what does; its presence with
+status ``finished`` is the done marker) and ``trials/<trial_id>/examples.parquet`` (per-example scores). Imports nothing
+of ours but the error type, so that results can be read without torch, Ray or a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+
+from harness.core.files import write_atomically
+
+Status = Literal["finished", "failed", "out_of_memory", "pruned", "cancelled"]
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+# How a score of the whole split is made of its examples: see harness/core/formulas.py.
+Formula = Literal["mean", "ratio", "bleu", "meteor"]
+
+
+class MetricInfo(_Schema):
+    """How a metric is named, shown and ordered, and how it is made of the examples."""
+
+    name: str
+    label: str
+    higher_is_better: bool
+    corpus: Formula = "mean"
+
+
+class PlannedTrial(_Schema):
+    """One trial of the plan, as far as the report needs to know it."""
+
+    trial_id: str
+    label: str  # "LoRA r=4": the method and its options, without grouping, budget and seed
+    method: str  # registry name: "lora"
+    grouping: str  # "agnostic", "specific", "image=vision text=language"; "" where the method has no groups
+    setting: str  # what else was varied: "examples=1024 epochs=8"; rows of one table share it
+    seed: int
+    learning_rate: float | None = None  # trials that differ in it alone are candidates of one search
+    tried_learning_rates: tuple[float, ...] = ()  # candidates that were tried before this run, as the experiment says
+
+
+class Plan(_Schema):
+    """``plan.json``: every trial the experiment asks for, in order, and how its metrics read."""
+
+    schema_version: Literal[1] = 1
+    experiment: str
+    experiment_file: str
+    primary_metric: str
+    metrics: tuple[MetricInfo, ...]
+    reference_method: str = "full"  # the method the others are compared with
+    mlflow_uri: str | None = None  # without its password
+    trials: tuple[PlannedTrial, ...]
+
+
+class Epoch(_Schema):
+    """One pass over the training budget. Perplexity is exp(total NLL / total target tokens)."""
+
+    epoch: int  # from 1
+    step: int  # optimizer steps so far
+    train_loss: FiniteFloat
+    validation_perplexity: FiniteFloat
+    learning_rate: FiniteFloat
+
+
+class Parameters(_Schema):
+    """Parameter counts of the live model."""
+
+    trainable: int
+    adapter: int  # in adapter groups; 0 for none and full
+    projector: int
+    language_model: int
+    encoder: int
+    total: int
+    by_group: dict[str, int] = Field(default_factory=dict)
+
+
+class Memory(_Schema):
+    """Bytes by kind, of the model being trained; the frozen encoders, which run beforehand, are not in them.
+
+    The process figures are resident memory on a CPU (interpreter, and what earlier trials of the process left),
+    allocated memory on a GPU: their difference is this trial's.
+    """
+
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int  # saved for backward, the most in the first steps (those the clock leaves out)
+    process_peak_bytes: int | None = None  # absent where the system cannot reset its high-water mark
+    process_before_bytes: int | None = None  # the same figure before the model was built
+
+
+class Throughput(_Schema):
+    """Steady-state training speed: warm-up steps, evaluation and checkpoints excluded."""
+
+    examples_per_s: FiniteFloat
+    tokens_per_s: FiniteFloat  # positions the language model processed, padding excluded
+    measured_steps: int
+
+
+class Data(_Schema):
+    """Proof of what was seen: two trials are comparable only when these agree (see results/leaderboard/matched.py)."""
+
+    examples: int
+    examples_fingerprint: str  # SHA-256 over the sorted ids and content of the training examples
+    order_fingerprint: str  # SHA-256 over (epoch, example, reference) in training order
+    evaluation_fingerprint: str  # SHA-256 over the validation and test examples
+    steps: int  # optimizer steps
+    started_from: tuple[str, ...] = ()  # SHA-256 of the trained weights that adapter groups were taken from: more data
+
+
+class TrialRecord(_Schema):
+    """Everything known about one trial. A metric that was not measured is absent, never 0."""
+
+    schema_version: Literal[1] = 1
+    trial_id: str
+    experiment: str
+    status: Status
+    reason: str | None = None  # one line, for every status but finished
+    spec: dict[str, Any]  # the TrialSpec as resolved, defaults included
+    seed: int
+    metrics: dict[str, dict[str, FiniteFloat]] = Field(default_factory=dict)  # split → metric → value
+    history: tuple[Epoch, ...] = ()
+    best_epoch: int | None = None  # the epoch whose weights were tested: lowest validation perplexity
+    parameters: Parameters | None = None
+    memory: Memory | None = None
+    throughput: Throughput | None = None
+    data: Data | None = None
+    wall_time_s: FiniteFloat  # of all phases, those before a restart included
+    phases_s: dict[str, FiniteFloat] = Field(default_factory=dict)  # "build", "train", "validate", "test"
+    started_at: str  # ISO 8601, UTC
+    versions: dict[str, str] = Field(default_factory=dict)
+    git_revision: str | None = None
+    device: str = ""
+    warnings: tuple[str, ...] = ()
+    mlflow_run_id: str | None = None
+
+
+def record_path(run: Path, trial_id: str) -> Path:
+    """Where the record of a trial lies in its run folder."""
+    return run / "trials" / trial_id / "record.json"
+
+
+def write_record(run: Path, record: TrialRecord) -> None:
+    """Write the record atomically: the last act of a trial."""
+    write_atomically(record_path(run, record.trial_id), record.model_dump_json(indent=1) + "\n")
+
+
+def read_record(path: Path) -> TrialRecord:
+    """Read one record.
+
+    Raises:
+        ValueError: the file is not a record of this schema; the message names the file.
+    """
+    try:
+        return read_strictly(TrialRecord, path, "a trial record")
+    except OSError as error:
+        raise ValueError(f"{path}: not a trial record: {error}") from error
+
+
+def read_strictly(schema: type[S], path: Path, what: str) -> S:
+    """Read a JSON file as this schema.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not ``what``, such as "a trial record"; the message names the file and the place in it.
+    """
+    try:
+        return schema.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{path}: not {what}: {place}{': ' if place else ''}{first['msg']}") from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder as read: its plan, the records that belong to it, and the files that could not be read."""
+
+    folder: Path
+    plan: Plan
+    records: dict[str, TrialRecord]  # by trial id; only those the plan names
+    broken: tuple[str, ...]  # one message per unreadable record file
+    foreign: tuple[str, ...]  # trial ids on disk that the plan does not name (an earlier version of the experiment)
+    folders: Mapping[str, Path] = field(default_factory=dict)  # trial id → its run folder, where that is another one
+    notes: tuple[str, ...] = ()  # on joining several run folders
+
+    def trial_folder(self, trial_id: str) -> Path:
+        """Where a trial's files lie."""
+        return self.folders.get(trial_id, self.folder) / "trials" / trial_id
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder; broken files are named in the result, never skipped silently.
+
+    Raises:
+        FileNotFoundError: there is no plan in the folder.
+        ValueError: it is broken.
+    """
+    plan = _read_plan(folder / "plan.json")
+    planned = {trial.trial_id for trial in plan.trials}
+    records: dict[str, TrialRecord] = {}
+    broken: list[str] = []
+    foreign: list[str] = []
+    trials = folder / "trials"
+    if trials.exists() and not trials.is_dir():
+        broken.append(f"{trials}: not a folder of trials")
+    for name in sorted(path.name for path in trials.iterdir()) if trials.is_dir() else ():
+        path = record_path(folder, name)
+        if not os.path.lexists(path):  # a trial that has not ended; a link that leads nowhere is a broken record
+            continue
+        try:
+            record = read_record(path)
+        except ValueError as error:
+            broken.append(str(error))
+            continue
+        if name != record.trial_id:
+            broken.append(f"{path}: the record of trial {record.trial_id}, in another trial's folder")
+        elif record.trial_id in planned:
+            records[record.trial_id] = record
+        else:
+            foreign.append(record.trial_id)
+    return Run(folder, plan, records, tuple(broken), tuple(foreign))
+
+
+def _read_plan(path: Path) -> Plan:
+    try:
+        return read_strictly(Plan, path, "the plan of a run")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path}: not the plan of a run: {error}") from error

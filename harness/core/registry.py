@@ -1,0 +1,277 @@
+"""Plugins by name: one registry per kind, filled from entry points. The built-ins are registered the same way.
+
+A plugin's identity is its registered name, its distribution and its result version, never the place of its class: a
+class that moves to another module is the same plugin, with the same trial ids and saved adapters. How to load it
+(``target``) travels beside the identity, because entry points are invisible to a worker that was sent bare folders.
+
+An experiment may also name a Python file (``plugins:``), whose classes are registered for the process. Their
+distribution is the file's name and their result version a digest of its content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from harness.core.errors import UserError, did_you_mean
+from harness.core.revisions import distribution_revision
+
+T = TypeVar("T")
+
+
+class Plugin(BaseModel):
+    """A plugin as a spec names it: its identity (``id``), which code it was, and how to load it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str  # registered name
+    distribution: str  # that registers it; of a plugin file: the file name
+    result_version: int | str  # the author raises it when results change; of a file: a digest of its content
+    target: str  # "package.module:Class", or "/folder/file.py:Class"
+    version: str | None = None  # of the distribution
+    git_revision: str | None = None  # of the distribution, where it is known
+
+    @property
+    def id(self) -> str:
+        """``context-peft-harness:lora@1``."""
+        return f"{self.distribution}:{self.name}@{self.result_version}"
+
+
+def identity(content: Any) -> Any:
+    """JSON with every ``Plugin`` in it replaced by its id, for what must not depend on where a class is.
+
+    A mapping with exactly the fields of ``Plugin`` is one.
+    """
+    if isinstance(content, Mapping):
+        if content.keys() == Plugin.model_fields.keys():
+            return Plugin.model_validate(content).id
+        return {key: identity(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [identity(value) for value in content]
+    return content
+
+
+def plugins_in(content: Any) -> list[Plugin]:
+    """Every ``Plugin`` in JSON, in order."""
+    if isinstance(content, Mapping):
+        if content.keys() == Plugin.model_fields.keys():
+            return [Plugin.model_validate(content)]
+        content = list(content.values())
+    return [plugin for value in content for plugin in plugins_in(value)] if isinstance(content, list | tuple) else []
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered plugin, not imported yet."""
+
+    name: str
+    target: str  # "package.module:Class", or "/folder/file.py:Class"
+    distribution: str  # its name, or the path of the file
+    version: str | None = None
+
+    @property
+    def origin(self) -> str:
+        """``distribution 1.2``, or the path of the file."""
+        return f"{self.distribution} {self.version}" if self.version else self.distribution
+
+
+class Registry(Generic[T]):
+    """The plugins of one kind.
+
+    Args:
+        kind: what they are, for messages ("adapter").
+        group: entry point group ("harness.adapters").
+        contract: gives the class that every plugin subclasses; a function, so that listing imports nothing.
+        combine: makes one class of several, whose names are then joined by "+"; None: they cannot be combined.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        group: str,
+        contract: Callable[[], type[T]],
+        combine: Callable[[tuple[type[T], ...]], type[T]] | None = None,
+    ) -> None:
+        self.kind, self.group, self.contract, self.combine = kind, group, contract, combine
+        self.added: list[Entry] = []  # from files
+
+    def entries(self) -> dict[str, Entry]:
+        """All entries by name.
+
+        Raises:
+            UserError: two distributions register different classes under one name.
+        """
+        found: dict[str, Entry] = {}
+        installed = [
+            Entry(point.name, point.value, point.dist.name, point.dist.version)
+            if point.dist
+            else Entry(point.name, point.value, "unknown distribution")
+            for point in entry_points(group=self.group)
+        ]
+        for entry in (*installed, *self.added):
+            other = found.get(entry.name)
+            if other and other.target != entry.target:
+                raise UserError(
+                    f"{self.kind} {entry.name!r} is registered twice: {other.target} by {other.origin} and "
+                    f"{entry.target} by {entry.origin}; uninstall one or rename it"
+                )
+            found[entry.name] = entry
+        return dict(sorted(found.items()))
+
+    def find(self, name: str, where: str = "") -> Entry:
+        """The entry called ``name``.
+
+        Raises:
+            UserError: there is none; the message starts with ``where`` and offers the nearest name.
+        """
+        entries = self.entries()
+        if name not in entries:
+            prefix = f"{where}: " if where else ""
+            raise UserError(f"{prefix}unknown {self.kind} {name!r}; {did_you_mean(name, entries)}")
+        return entries[name]
+
+    def find_all(self, name: str, where: str = "") -> tuple[Entry, ...]:
+        """The entries of a name, several where it joins them by "+"; errors as in ``find``."""
+        names = name.split("+") if self.combine else [name]
+        return tuple(self.find(one, where) for one in names)
+
+    def plugins(self, name: str, where: str = "") -> tuple[Plugin, ...]:
+        """The plugins of a name, several where it joins them by "+". They are imported, for their result versions.
+
+        Raises:
+            UserError: as ``find`` and ``load`` do.
+        """
+        return tuple(self._identified(entry) for entry in self.find_all(name, where))
+
+    def plugin(self, name: str, where: str = "") -> Plugin:
+        """The one plugin of a name; errors as in ``plugins``."""
+        return self._identified(self.find(name, where))
+
+    def _identified(self, entry: Entry) -> Plugin:
+        if entry.target.rpartition(":")[0].endswith(".py"):
+            path = Path(entry.target.rpartition(":")[0])
+            return Plugin(name=entry.name, distribution=path.name, result_version=_digest(path), target=entry.target)
+        version = getattr(self.load(entry.target), "result_version", None)
+        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+            raise UserError(
+                f"{self.kind} {entry.target}: result_version: found {version!r}; allowed: an integer of 1 or more"
+            )
+        return Plugin(
+            name=entry.name,
+            distribution=entry.distribution,
+            result_version=version,
+            target=entry.target,
+            version=entry.version,
+            git_revision=_git_revision(entry.distribution),
+        )
+
+    def load(self, *targets: str) -> Any:
+        """Import the class behind ``package.module:Class``; of several, make their combination.
+
+        Raises:
+            UserError: one cannot be imported, does not follow the contract, or they cannot be combined.
+        """
+        classes = tuple(self._load(target) for target in targets)
+        if len(classes) == 1:
+            return classes[0]
+        if self.combine is None:
+            raise UserError(f"{self.kind} {' + '.join(targets)}: cannot be combined")
+        return self.combine(classes)
+
+    def _load(self, target: str) -> type[T]:
+        contract, plugin = self.contract(), _import(target, self.kind)
+        if not (isinstance(plugin, type) and issubclass(plugin, contract)):
+            raise UserError(
+                f"{self.kind} {target}: must be a subclass of {contract.__module__}.{contract.__qualname__}"
+            )
+        return plugin
+
+    def add(self, entry: Entry) -> None:
+        """Register a plugin for this process, in the place of an earlier one of the same class."""
+        self.added = [other for other in self.added if other.target != entry.target] + [entry]
+
+
+@cache
+def _git_revision(name: str) -> str | None:
+    try:
+        return distribution_revision(distribution(name))
+    except PackageNotFoundError:
+        return None
+
+
+def _import(target: str, kind: str) -> Any:
+    module_name, _, attribute = target.rpartition(":")
+    try:
+        if module_name.endswith(".py"):
+            return getattr(_load_file(Path(module_name)), attribute)
+        return getattr(importlib.import_module(module_name), attribute)
+    except Exception as error:  # whatever the plugin's module does when it is imported
+        raise UserError(f"{kind} {target}: cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def _load_file(path: Path) -> ModuleType:
+    """Run a file once per process and content."""
+    name = f"harness_plugin_{_digest(path)}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None  # noqa: S101 - true of every file called *.py
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # before it runs: dataclasses and pydantic look their module up
+        try:
+            spec.loader.exec_module(module)  # type: ignore[union-attr]
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def add_file(path: Path, where: str, registries: Iterable[Registry[Any]]) -> None:
+    """Register the plugins that a Python file defines, each under its attribute ``name`` or its name in snake_case.
+
+    Args:
+        path: of the file, which is run.
+        where: it is named, for messages.
+        registries: of the kinds of plugins it may define.
+
+    Raises:
+        UserError: there is no such file, it fails, or defines no plugin.
+    """
+    path, registries = path.resolve(), tuple(registries)
+    if path.suffix != ".py" or not path.is_file():
+        raise UserError(f"{where}: found {str(path)!r}; allowed: a Python file")
+    try:
+        module = _load_file(path)
+    except Exception as error:
+        raise UserError(f"{where}: {path}: cannot be imported: {type(error).__name__}: {error}") from error
+    found = False
+    for registry in registries:
+        for plugin in _defined_in(module, registry.contract()):
+            found = True
+            name = getattr(plugin, "name", None) or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", plugin.__name__).lower()
+            registry.add(Entry(name, f"{path}:{plugin.__name__}", str(path)))
+    if not found:
+        kinds = ", ".join(registry.contract().__name__ for registry in registries)
+        raise UserError(f"{where}: {path}: defines no plugin; allowed: subclasses of {kinds}")
+
+
+def _defined_in(module: ModuleType, contract: type) -> Sequence[type]:
+    """The subclasses of a contract that a module defines, without those that it imports."""
+    classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, contract)]
+    return [plugin for plugin in classes if plugin.__module__ == module.__name__ and not inspect.isabstract(plugin)]

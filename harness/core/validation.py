@@ -1,0 +1,74 @@
+"""Options from a user's input, checked against a typed section: the first error names its place and the nearest key."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import PurePath
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from harness.core.cursor import Cursor
+from harness.core.errors import UserError, did_you_mean
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def check(model: type[M], data: Mapping[str, Any], where: Cursor, also: Iterable[str] = (), hint: str = "") -> M:
+    """Validate options.
+
+    Args:
+        model: their typed form.
+        data: as the user wrote them.
+        where: they were written.
+        also: keys that stand beside them and are read by others, named in the error on an unknown key.
+        hint: added to the error where a list was given for a single value.
+
+    Raises:
+        UserError: a key is unknown or missing, or a value is of another type or out of range.
+    """
+    try:
+        text = json.dumps(dict(data), default=_as_text)
+    except TypeError as error:
+        place = str(where) or "experiment"
+        raise UserError(f"{place}: options are numbers, strings, lists and mappings; {error}") from None
+    try:
+        # By way of JSON, whose strict mode takes a string for a path and a list for a tuple, but not "4" for 4.
+        return model.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        raise UserError(_message(error, model, data, where, also, hint)) from None
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, PurePath | datetime.date):  # YAML reads 2020-01-01 as a date
+        return str(value)
+    raise TypeError(f"found {value!r}, which is a {type(value).__name__}")
+
+
+def _message(
+    error: ValidationError, model: type[BaseModel], data: Any, where: Cursor, also: Iterable[str], hint: str
+) -> str:
+    first = error.errors()[0]
+    # Alternatives of a union are named in pydantic's location ("int", "literal['all']"): keep what is in the input.
+    location = [part for part in first["loc"] if isinstance(part, int) or _is_key(data, part)]
+    missing = first["type"] == "missing"
+    place = where
+    for part in (*location, *(first["loc"][-1:] if missing else ())):
+        place /= part
+    if first["type"] == "extra_forbidden":
+        key = str(first["loc"][-1])
+        return f"{place}: unknown key {key!r}; {did_you_mean(key, (*model.model_fields, *also))}"
+    if missing:
+        return f"{place}: this key is required"
+    same = [e["msg"] for e in error.errors() if e["loc"][:1] == first["loc"][:1]]
+    text = " or ".join(dict.fromkeys(message[:1].lower() + message[1:] for message in same))
+    found = f"{place}: {text.replace('value error, ', '')}; found {first['input']!r}"
+    return f"{found}; {hint}" if hint and isinstance(first["input"], list) else found
+
+
+def _is_key(data: Any, key: str) -> bool:
+    if isinstance(data, list):
+        return any(_is_key(child, key) for child in data)
+    return isinstance(data, Mapping) and (key in data or any(_is_key(child, key) for child in data.values()))

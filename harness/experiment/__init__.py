@@ -1,0 +1,1 @@
+"""An experiment file → typed sections → the plan of its trials."""

@@ -1,0 +1,145 @@
+"""Where adapter groups are taken over from: ``init_from`` of an adapter, found and compared while planning; no torch.
+
+``init_from: {image: runs/coco/trials/ab12cd34ef56, text: {trial: …, group: all}}`` (see ``harness/model/assembly.py``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+
+from harness.core.cursor import Cursor
+from harness.core.errors import UserError, did_you_mean
+from harness.core.files import digest_of
+from harness.core.record import TrialRecord, read_record
+from harness.core.validation import check
+from harness.experiment.sections import AdapterChoice, Origin, Section
+
+WEIGHTS = "best.safetensors"  # as a trial leaves them
+Shapes = dict[str, tuple[int, ...]]
+
+
+class _Given(Section):
+    """An entry of ``init_from`` in its long form."""
+
+    trial: str  # folder, relative to where the command is run
+    group: str | None = None  # of that trial; by default the same name
+
+
+def find_origins(given: Any, choice: AdapterChoice, where: Cursor) -> dict[str, Origin]:
+    """Group → origin, as ``init_from`` of an adapter says.
+
+    Args:
+        given: the value in the file.
+        choice: the adapter, the rest of it resolved.
+        where: ``init_from`` is written.
+
+    Raises:
+        UserError: a group, a trial or its group is not there, or it was trained with another method or other options.
+    """
+    if not isinstance(given, Mapping) or not given:
+        raise UserError(f"{where}: found {given!r}; allowed: group → folder of a finished trial")
+    groups = [group for group in dict.fromkeys(choice.grouping.values()) if group is not None]
+    if not groups:
+        raise UserError(f"{where}: {choice.method} has no adapter groups, so none can be taken over")
+    origins = {}
+    for group, entry in given.items():
+        here = where / group
+        if group not in groups:
+            raise UserError(f"{here}: no such adapter group; {did_you_mean(str(group), groups)}")
+        if not isinstance(entry, str | Mapping):
+            raise UserError(f"{here}: found {entry!r}; allowed: a trial's folder, or trial and group")
+        wanted = check(_Given, {"trial": entry} if isinstance(entry, str) else entry, here)
+        contexts = [context for context, own in choice.grouping.items() if own == group]
+        try:
+            origins[group] = _origin(Path(wanted.trial), wanted.group or group, choice, contexts)
+        except UserError as error:
+            raise UserError(f"{here}: {error}") from None
+    return origins
+
+
+def _origin(folder: Path, group: str, choice: AdapterChoice, contexts: list[str]) -> Origin:
+    folder = folder.expanduser().absolute()
+    record = finished(folder)
+    adapter = read_section(AdapterChoice, folder, record.spec["adapter"])
+    if adapter.method != choice.method:
+        raise UserError(f"{folder}: method differs: {choice.method} here, {adapter.method} there")
+    compare(folder, _identified(choice), _identified(adapter))
+    groups = {name for name in adapter.grouping.values() if name is not None}
+    if group not in groups:
+        raise UserError(f"{folder}: that trial has no adapter group {group!r}; {did_you_mean(group, groups)}")
+    weights = folder / WEIGHTS
+    projected = {name.split(".")[1] for name in shapes_of(weights) if name.startswith("projectors.")}
+    return Origin(
+        trial=str(folder),
+        group=group,
+        weights_sha256=digest_of(weights),
+        projectors=tuple(context for context in contexts if context in projected),
+    )
+
+
+def _identified(choice: AdapterChoice) -> dict[str, Any]:
+    return {**choice.config, "plugin": " ".join(plugin.id for plugin in choice.plugins)}
+
+
+def finished(folder: Path) -> TrialRecord:
+    """The record of a finished trial that has its weights.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not (folder / "record.json").is_file():
+        trials = sorted(str(path.parent) for path in folder.glob("trials/*/record.json"))
+        hint = f"this run has {', '.join(trials)}" if trials else "allowed: <run folder>/trials/<trial id>"
+        raise UserError(f"{folder}: no trial has its record there; {hint}")
+    try:
+        record = read_record(folder / "record.json")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if record.status != "finished":
+        raise UserError(f"{folder}: its trial is {record.status} ({record.reason}); allowed: a finished one")
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{folder / WEIGHTS}: no such file; the trial's weights are needed")
+    return record
+
+
+def read_section(section: type[Any], folder: Path, content: Any) -> Any:
+    """A section of the spec in a record.
+
+    Raises:
+        UserError: it is of another version of the harness.
+    """
+    try:
+        return section.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        raise UserError(f"{folder / 'record.json'}: its spec is of another version of the harness: {error}") from None
+
+
+def compare(folder: Path, here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    """See that options agree.
+
+    Raises:
+        UserError: some do not; the message has all of them with both values.
+    """
+    differing = [key for key in {**here, **there} if here.get(key) != there.get(key)]
+    if differing:
+        found = ", ".join(f"{key} is {here.get(key)!r} here, {there.get(key)!r} there" for key in differing)
+        raise UserError(f"{folder}: trained with other options: {found}; they must be the same")
+
+
+def shapes_of(path: Path) -> Shapes:
+    """Tensor → shape of a safetensors file.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None

@@ -1,0 +1,184 @@
+"""An experiment: one YAML file, or the same sections from Python. Any value may be a list, an axis of the grid.
+
+Everything wrong is found here, before any compute: unknown keys (with the nearest name), wrong types, empty axes,
+unknown plugins, each with its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypedDict, Unpack
+
+import yaml
+from pydantic import Field
+
+from harness.core.cursor import Cursor
+from harness.core.errors import UserError, did_you_mean
+from harness.core.registry import add_file
+from harness.core.validation import check
+from harness.experiment.axes import NO_AXIS, axes
+from harness.experiment.options import REGISTRIES, choose_adapters, choose_task, task_axes
+from harness.experiment.sections import (
+    AdapterChoice,
+    Backbone,
+    Budget,
+    Evaluation,
+    Optimizer,
+    Resources,
+    Section,
+    TaskChoice,
+    Tracking,
+)
+from harness.experiment.source import read_yaml
+
+
+class Sections(TypedDict, total=False):
+    """The sections of an experiment; ``task`` and ``adapters`` are required."""
+
+    name: str
+    task: str | Mapping[str, Any]
+    adapters: Sequence[Mapping[str, Any]]
+    backbone: Mapping[str, Any]
+    budget: Mapping[str, Any]
+    seeds: Sequence[int]
+    optimizer: Mapping[str, Any]
+    eval: Mapping[str, Any]
+    resources: Mapping[str, Any]
+    tracking: Mapping[str, Any]
+    plugins: Sequence[str | Path]
+
+
+class _Outermost(Section):
+    """The outermost keys; sections are checked one by one after their axes are expanded."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    task: str | dict[str, Any]
+    adapters: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    backbone: dict[str, Any] = Field(default_factory=dict)
+    budget: dict[str, Any] = Field(default_factory=dict)
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = Field(
+        default_factory=lambda: [0]
+    )
+    optimizer: dict[str, Any] = Field(default_factory=dict)
+    eval: dict[str, Any] = Field(default_factory=dict)
+    resources: dict[str, Any] = Field(default_factory=dict)
+    tracking: dict[str, Any] = Field(default_factory=dict)
+    plugins: list[str] = Field(default_factory=list)  # Python files
+
+
+class Experiment:
+    """A checked experiment; each attribute in the plural is one axis of the grid, expanded.
+
+    ``Experiment(task="scenes", adapters=[{"method": "lora", "rank": [4, 16]}], budget={"examples": 64})`` takes the
+    sections and keys of a YAML file, with the same checks; a list is an axis here too. ``Experiment.from_yaml(path)``
+    reads a file. Paths of plugins are relative to the file, or from Python to the current folder.
+
+    Attributes:
+        name: of the run folder; without one that of the file, or ``experiment``.
+        text: YAML from which the same experiment can be read again.
+        file: where it was read from; None from Python.
+        top: the cursor that messages about it start from.
+        adapters: one tuple for each task, whose contexts the groupings refer to.
+
+    Raises:
+        UserError: anything is wrong; the message says where, what was found and what is allowed.
+    """
+
+    name: str
+    text: str
+    file: Path | None
+    top: Cursor
+    tasks: tuple[TaskChoice, ...]
+    backbones: tuple[Backbone, ...]
+    adapters: tuple[tuple[AdapterChoice, ...], ...]
+    budgets: tuple[Budget, ...]
+    seeds: tuple[int, ...]
+    optimizers: tuple[Optimizer, ...]
+    evaluation: Evaluation
+    resources: Resources
+    tracking: Tracking
+
+    def __init__(self, **sections: Unpack[Sections]) -> None:
+        plain = _plain(dict(sections))
+        self.file = None
+        self._read(plain, Cursor(), Path.cwd())
+        self.text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Experiment:
+        """Read and check an experiment file.
+
+        Raises:
+            UserError: anything in it is wrong; the message says where, what was found and what is allowed.
+        """
+        path = Path(path)
+        content, top = read_yaml(path)
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: an experiment is a mapping; allowed keys: {', '.join(_Outermost.model_fields)}")
+        experiment = cls.__new__(cls)
+        experiment.file, experiment.text = path, path.read_text(encoding="utf-8")
+        experiment._read(content, top, path.parent)
+        return experiment
+
+    def _read(self, content: Mapping[str, Any], top: Cursor, folder: Path) -> None:
+        given = check(_Outermost, content, top, hint=NO_AXIS)
+        if len(set(given.seeds)) != len(given.seeds):
+            raise UserError(f"{top / 'seeds'}: a seed is given twice: {given.seeds}")
+        for number, plugin in enumerate(given.plugins):
+            add_file(folder / Path(plugin).expanduser(), str(top / "plugins" / number), REGISTRIES)
+        self.top = top
+        self.name = given.name or (self.file.stem if self.file else "experiment")
+        self.evaluation = check(Evaluation, given.eval, top / "eval", hint=NO_AXIS)
+        task = {"name": given.task} if isinstance(given.task, str) else given.task
+        self.tasks = tuple(choose_task(v, self.evaluation.metrics, top) for v in task_axes(task, top / "task"))
+        self.backbones = tuple(_backbones(given.backbone, top / "backbone"))
+        self.adapters = tuple(tuple(choose_adapters(given.adapters, t, top / "adapters")) for t in self.tasks)
+        self.budgets = tuple(check(Budget, v, top / "budget") for v in axes(given.budget, top / "budget"))
+        self.seeds = tuple(given.seeds)
+        self.optimizers = tuple(
+            check(Optimizer, v, top / "optimizer") for v in axes(given.optimizer, top / "optimizer")
+        )
+        self.resources = check(Resources, given.resources, top / "resources", hint=NO_AXIS)
+        self.tracking = check(Tracking, given.tracking, top / "tracking", hint=NO_AXIS)
+        self._check_learning_rates()
+        self._check_encoders()
+
+    def _check_encoders(self) -> None:
+        used = {modality for task in self.tasks for modality in task.modalities}
+        for modality in {modality for backbone in self.backbones for modality in backbone.encoders}:
+            if modality not in used:
+                where, near = self.top / "backbone" / "encoders" / modality, did_you_mean(modality, used)
+                raise UserError(f"{where}: no task of this experiment reads {modality!r}; {near}")
+
+    def _check_learning_rates(self) -> None:
+        without = [choice.label for choices in self.adapters for choice in choices if choice.learning_rate is None]
+        if without and any(optimizer.learning_rate is None for optimizer in self.optimizers):
+            raise UserError(
+                f"{self.top / 'optimizer' / 'learning_rate'}: no learning rate for "
+                f"{', '.join(dict.fromkeys(without))}; set optimizer.learning_rate, or learning_rate in the adapter"
+            )
+
+
+def _plain(value: Any) -> Any:
+    """As YAML holds it: tuples and ranges as lists, paths as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(child) for key, child in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [_plain(child) for child in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _backbones(section: Mapping[str, Any], where: Cursor) -> Iterator[Backbone]:
+    # A mapping under `roles` is one table of roles, not a section with axes of its own.
+    fixed = {"roles": [section["roles"]]} if isinstance(section.get("roles"), dict) else {}
+    for variant in axes({**section, **fixed}, where):
+        backbone = check(Backbone, variant, where)
+        if backbone.roles is not None:
+            from adapters.placement.roles import parse_roles
+
+            try:
+                parse_roles(backbone.roles)
+            except UserError as error:
+                raise UserError(f"{where / 'roles'}: {error}") from None
+        yield backbone

@@ -1,0 +1,139 @@
+"""Which task and which adapters an experiment names: plugins found, their options checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from adapters.registry import ADAPTERS, choose
+from harness.core.contexts import resolve_grouping
+from harness.core.cursor import Cursor
+from harness.core.errors import UserError, did_you_mean
+from harness.core.validation import check
+from harness.experiment.axes import NO_AXIS, axes
+from harness.experiment.init_sources import find_origins
+from harness.experiment.sections import AdapterChoice, RateSearch, TaskChoice
+from tasks.registry import METRICS, MODALITIES, TASKS
+
+if TYPE_CHECKING:
+    from tasks.base import Task
+
+REGISTRIES = (TASKS, MODALITIES, METRICS, ADAPTERS)
+
+
+def task_axes(section: Mapping[str, Any], where: Cursor) -> Iterator[dict[str, Any]]:
+    """The variants of the section ``task``. A list that an option takes is one value; a list of such lists an axis."""
+    name = section.get("name")
+    known = TASKS.entries()
+    schema = TASKS.load(known[name].target).Config.model_json_schema() if name in known else {}
+    yield from axes(_with_whole_lists(section, schema, schema.get("$defs", {})), where)
+
+
+def _with_whole_lists(
+    section: Mapping[str, Any], schema: Mapping[str, Any], known: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The section with every list that is one value as an axis of that one value, sections within it too."""
+    fields = schema.get("properties", {})
+    whole: dict[str, Any] = {}
+    for key, value in section.items():
+        allowed = [known.get(s.get("$ref", "").rpartition("/")[2], s) for s in _alternatives(fields.get(key, {}))]
+        inner = next((one for one in allowed if "properties" in one), None)
+        if isinstance(value, dict) and inner:
+            whole[key] = _with_whole_lists(value, inner, known)
+        elif isinstance(value, list) and any(one.get("type") == "array" for one in allowed):
+            whole[key] = value if value and all(isinstance(v, list) for v in value) else [value]
+        else:
+            whole[key] = value
+    return whole
+
+
+def _alternatives(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [s for one in schema.get("anyOf", ()) for s in _alternatives(one)] or [schema]
+
+
+def choose_task(variant: dict[str, Any], more_metrics: tuple[str, ...], top: Cursor) -> TaskChoice:
+    """The task that a variant of the section names.
+
+    Args:
+        variant: of the section, one value for each option.
+        more_metrics: registry names from ``eval.metrics``.
+        top: of the experiment.
+
+    Raises:
+        UserError: there is no such task, modality or metric, or the options are wrong.
+    """
+    options, where = dict(variant), top / "task"
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise UserError(f"{where}: 'name' is required; {did_you_mean('', TASKS.entries())}")
+    plugin = TASKS.plugin(name, str(where / "name" if (where / "name").is_written else where))
+    task_class = TASKS.load(plugin.target)
+    config = check(task_class.Config, options, where, hint=NO_AXIS)
+    try:
+        task: Task = task_class(config)
+        members = task.members()
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    extra = {metric: METRICS.plugin(metric, str(top / "eval" / "metrics")) for metric in more_metrics}
+    return TaskChoice(
+        name=name,
+        plugin=plugin,
+        contexts=task.contexts,
+        modalities={modality: MODALITIES.plugin(modality) for modality in task.modalities.values()},
+        metrics={
+            name: {metric: METRICS.plugin(metric) for metric in member.metrics} | extra
+            for name, member in members.items()
+        },
+        config=config.model_dump(mode="json"),
+    )
+
+
+def choose_adapters(entries: list[dict[str, Any]], task: TaskChoice, where: Cursor) -> Iterator[AdapterChoice]:
+    """The adapters of the file's list, axes expanded.
+
+    Raises:
+        UserError: an entry is wrong.
+    """
+    for index, section in enumerate(entries):
+        # A mapping under `grouping` is one grouping, not a section with axes of its own.
+        fixed = {"grouping": [section["grouping"]]} if isinstance(section.get("grouping"), dict) else {}
+        if _names_roles(section.get("where")):  # [q, v] is one place; [A, F] is an axis of two
+            fixed["where"] = [section["where"]]
+        if "tried_learning_rates" in section:  # all of them are of every variant
+            fixed["tried_learning_rates"] = [section["tried_learning_rates"]]
+        for variant in axes({**section, **fixed}, where / index):
+            yield _adapter(variant, where / index, task.contexts)
+
+
+def _names_roles(where: Any) -> bool:
+    from adapters.placement.roles import ROLES
+
+    return isinstance(where, list) and bool(where) and all(isinstance(role, str) and role in ROLES for role in where)
+
+
+def _adapter(variant: dict[str, Any], where: Cursor, contexts: tuple[str, ...]) -> AdapterChoice:
+    options = dict(variant)
+    search = check(RateSearch, {key: options.pop(key) for key in RateSearch.model_fields if key in options}, where)
+    grouping, init_from = options.pop("grouping", None), options.pop("init_from", None)
+    chosen = choose(options, where, also=("grouping", *RateSearch.model_fields, "init_from"))
+    method = chosen.method
+    if grouping is not None and not method.grouped:
+        raise UserError(f"{where / 'grouping'}: {chosen.name} has no adapter groups; leave 'grouping' out")
+    try:
+        resolved, grouping_name = resolve_grouping("agnostic" if grouping is None else grouping, contexts)
+    except UserError as error:
+        raise UserError(f"{where / 'grouping'}: {error}") from None
+    choice = AdapterChoice(
+        method=chosen.name,
+        plugins=chosen.plugins,
+        grouping=resolved if method.grouped else dict.fromkeys(contexts),
+        grouping_name=grouping_name if method.grouped else "",
+        config=method.config.model_dump(mode="json"),
+        label=method.label(),
+        learning_rate=search.learning_rate,
+        tried_learning_rates=search.tried_learning_rates,
+    )
+    if init_from is None:
+        return choice
+    origins = find_origins(init_from, choice, where / "init_from")
+    return choice.model_copy(update={"init_from": origins, "label": f"{choice.label} assembled"})

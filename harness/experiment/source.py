@@ -1,0 +1,98 @@
+"""Reads a YAML file so that every later message can name its line.
+
+Differs from plain ``yaml.safe_load`` in three ways: a key given twice is an error (YAML keeps the last silently),
+``1e-3`` is a number (YAML 1.1 makes it a string), and ``${NAME}`` or ``${NAME:-default}`` in a string is taken from the
+environment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from harness.core.cursor import Cursor, KeyPath
+from harness.core.errors import UserError
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2 floats."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: Path) -> tuple[Any, Cursor]:
+    """Read one YAML file.
+
+    Returns:
+        Its content, and the cursor at its top.
+
+    Raises:
+        UserError: it is missing, unreadable, not YAML, repeats a key, or names a variable that is not set.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = sorted(str(other) for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = f"; this folder has: {', '.join(near)}" if near else ""
+        raise UserError(f"{path}: no such file{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        data = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader subclass
+    except (yaml.YAMLError, ValueError) as error:  # a date like 2020-13-45 is a ValueError
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    lines: dict[KeyPath, int] = {}
+    top = Cursor(str(path), (), lines)
+    if node is None:
+        return None, top
+    try:
+        _collect_lines(node, top, lines)
+    except RecursionError:
+        raise UserError(f"{path}: an alias (*name) stands inside the value it names") from None
+    return _expand(data, top), top
+
+
+def _collect_lines(node: yaml.Node, here: Cursor, lines: dict[KeyPath, int]) -> None:
+    lines.setdefault(here.path, node.start_mark.line + 1)
+    if isinstance(node, yaml.SequenceNode):
+        for index, child in enumerate(node.value):
+            _collect_lines(child, here / index, lines)
+    elif isinstance(node, yaml.MappingNode):
+        for key, child in node.value:
+            inner = here / str(key.value)
+            line = key.start_mark.line + 1
+            if inner.path in lines:
+                raise UserError(f"{here.origin}, line {line}, {inner.key}: key given twice")
+            lines[inner.path] = line
+            _collect_lines(child, inner, lines)
+
+
+def _expand(value: Any, here: Cursor) -> Any:
+    """The value with environment variables put in."""
+    if isinstance(value, dict):
+        return {key: _expand(child, here / str(key)) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_expand(child, here / index) for index, child in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        found = os.environ.get(name) or default
+        if found is None:
+            raise UserError(f"{here}: environment variable {name} is not set; set it, or write ${{{name}:-default}}")
+        return str(found)
+
+    return _VARIABLE.sub(replace, value)

@@ -1,0 +1,90 @@
+"""Language models by name: built in (``builtin/tiny-llama``), a local folder, or a Hugging Face hub id.
+
+Encoders belong to their modalities (``tasks/modalities/``); ``check_backbone`` tells before any compute whether all of
+them can be had.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from harness.core import hub
+from harness.core.errors import UserError, did_you_mean
+from harness.experiment.sections import Backbone
+
+TINY_LLAMA = "builtin/tiny-llama"
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal LM with its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def bos_id(self) -> int:
+        """Token that opens a sequence; models without one (Qwen2) open with their end-of-text token."""
+        tokenizer = self.tokenizer
+        return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
+
+    @property
+    def eos_id(self) -> int:
+        """Token that ends a target."""
+        return int(self.tokenizer.eos_token_id)
+
+
+def load_language_model(backbone: Backbone) -> LanguageModel:
+    """Load weights and tokenizer, in fp32, evaluation mode.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name, trust = backbone.language_model, backbone.trust_remote_code
+    place = hub.place(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, trust_remote_code=trust).eval()
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise UserError(hub.cannot(name, error)) from error
+    return LanguageModel(model, tokenizer)
+
+
+def check_backbone(backbone: Backbone) -> None:
+    """Fail now rather than in every trial: each model must be here or within reach.
+
+    Raises:
+        UserError: a model is neither built in, nor a folder, nor in the hub's local cache, nor on the hub.
+    """
+    _check_kind(backbone.language_model)
+    # Built-in encoders are their modality's to know: some have no weights, and so no folder.
+    encoders = [name for name in backbone.encoders.values() if not hub.is_builtin(name)]
+    for name in (backbone.language_model, *encoders):
+        hub.check_reachable(name, backbone.trust_remote_code)
+
+
+def build_empty(backbone: Backbone) -> Any:
+    """The language model on the ``meta`` device: shapes without weights.
+
+    Raises:
+        UserError: it is not to be had, or is of the wrong kind.
+    """
+    from transformers import AutoModelForCausalLM
+
+    name, trust = backbone.language_model, backbone.trust_remote_code
+    _check_kind(name)
+    with torch.device("meta"):
+        try:
+            return AutoModelForCausalLM.from_config(hub.load_config(name, trust), trust_remote_code=trust)
+        except ValueError as error:
+            raise UserError(f"backbone.language_model: {name!r} is not a causal language model") from error
+
+
+def _check_kind(name: str) -> None:
+    if hub.is_builtin(name) and name != TINY_LLAMA:
+        raise UserError(f"backbone: {name!r} is not a built-in language model; {did_you_mean(name, [TINY_LLAMA])}")

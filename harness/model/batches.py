@@ -1,0 +1,169 @@
+"""Examples → batches: features of their files, their texts as token ids, laid out in rows.
+
+Shapes: B rows, T positions, N tokens of an item, M feature rows of all items, P positions these take, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness.core.contexts import Segment
+from harness.experiment.sections import Backbone, Budget
+from harness.model.backbones import LanguageModel
+from harness.model.context_model import IGNORED, Batch, Items
+from harness.model.features import Features
+from tasks.base import Example
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Consecutive positions of one row: text, or the tokens of one encoded file."""
+
+    context: str
+    length: int
+    token_ids: Sequence[int] = ()
+    features_ND: Tensor | None = None
+    is_target: bool = False
+
+
+class BatchMaker:
+    """Makes batches of one task for one set of backbones.
+
+    Args:
+        features: of the examples' files; knows the task.
+        language_model: for its tokenizer.
+        budget: for ``max_target_length`` and ``max_input_length``. Longer texts are cut, and counted in
+            ``cut_targets`` and ``cut_inputs``.
+        backbone: whether projectors put a token before and after each item, and targets begin with a space.
+    """
+
+    def __init__(
+        self, features: Features, language_model: LanguageModel, budget: Budget, backbone: Backbone | None = None
+    ) -> None:
+        self.features, self.language_model, self.budget = features, language_model, budget
+        self.backbone = backbone or Backbone()
+        self.contexts = features.task.contexts
+        self.cut_targets: set[str] = set()
+        self.cut_inputs: set[str] = set()
+        self._tokens: dict[str, list[int]] = {}
+
+    def make(self, examples: Sequence[Example], texts: Sequence[str], views: Sequence[int] | None = None) -> Batch:
+        """One row per example with ``texts`` as targets, padded on the right.
+
+        Args:
+            examples: whose inputs stand before the targets.
+            texts: one target for each.
+            views: seeds of the augmentation, for training.
+        """
+        rows = []
+        for example, row, text in zip(examples, self._inputs(examples, views), texts, strict=True):
+            target = self._target(text)
+            rows.append([*row, _Stretch(self.target_context(example), len(target), target, is_target=True)])
+        return self._lay_out(rows, [self.target_context(example) for example in examples], left=False)
+
+    def prompts(self, examples: Sequence[Example]) -> Batch:
+        """One row per example without its target, padded on the left, to be continued."""
+        return self._lay_out(self._inputs(examples, None), [self.target_context(e) for e in examples], left=True)
+
+    def target_context(self, example: Example) -> str:
+        """The context of the example's answer."""
+        return example.target or self.contexts[-1]
+
+    def target_length(self, text: str) -> int:
+        """Tokens of a target, EOS included."""
+        return len(self._target(text))
+
+    def decode(self, ids_BT: Tensor) -> list[str]:
+        """Generated ids → texts without special tokens."""
+        texts: list[Any] = self.language_model.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
+        return [str(text).strip() for text in texts]
+
+    def _encode(self, text: str, limit: int, cut: set[str]) -> list[int]:
+        if text not in self._tokens:
+            self._tokens[text] = self.language_model.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self._tokens[text]
+        if len(ids) > limit:
+            cut.add(text)
+        return ids[:limit]
+
+    def spaced(self, text: str) -> str:
+        """A target as it is tokenised, after a space where the backbone asks for one."""
+        return f" {text}" if self.backbone.add_prefix_space and not text[:1].isspace() else text
+
+    def _target(self, text: str) -> list[int]:
+        ids = self._encode(self.spaced(text), self.budget.max_target_length, self.cut_targets)
+        return [*ids, self.language_model.eos_id]
+
+    def _inputs(self, examples: Sequence[Example], views: Sequence[int] | None) -> list[list[_Stretch]]:
+        """BOS and the inputs of each example."""
+        rows = []
+        for example, features in zip(examples, self.features.of(examples, views), strict=True):
+            encoded = iter(features)
+            row = [_Stretch(self.target_context(example), 1, [self.language_model.bos_id])]
+            for context, value in example.inputs:
+                if isinstance(value, str):
+                    ids = self._encode(value, self.budget.max_input_length, self.cut_inputs)
+                    row.append(_Stretch(context, len(ids), ids))
+                else:
+                    features_ND = next(encoded)
+                    length = len(features_ND) + 2 * self.backbone.projector_boundary_tokens
+                    row.append(_Stretch(context, length, features_ND=features_ND))
+            rows.append(row)
+        return rows
+
+    def _lay_out(self, rows: Sequence[Sequence[_Stretch]], targets: Sequence[str], left: bool) -> Batch:
+        lengths = [sum(stretch.length for stretch in row) for row in rows]
+        shape = (len(rows), max(lengths))
+        ids, labels = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
+        contexts, mask = np.empty(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
+        items: dict[str, list[tuple[Tensor, np.ndarray]]] = {context: [] for context in self.features.task.modalities}
+        for number, (row, target) in enumerate(zip(rows, targets, strict=True)):
+            contexts[number] = self.contexts.index(target)
+            start = shape[1] - lengths[number] if left else 0
+            mask[number, start : start + lengths[number]] = True
+            for stretch in row:
+                stop = start + stretch.length
+                contexts[number, start:stop] = self.contexts.index(stretch.context)
+                if stretch.features_ND is None:
+                    ids[number, start:stop] = stretch.token_ids
+                else:
+                    items[stretch.context].append((stretch.features_ND, number * shape[1] + np.arange(start, stop)))
+                if stretch.is_target:
+                    labels[number, start:stop] = stretch.token_ids
+                start = stop
+        labelled = (labels != IGNORED).any(axis=0)
+        return Batch(
+            token_ids_BT=torch.from_numpy(ids),
+            context_ids_BT=torch.from_numpy(contexts),
+            labels_BT=torch.from_numpy(labels),
+            mask_BT=torch.from_numpy(mask),
+            items={context: self._items(context, found) for context, found in items.items()},
+            segments=_one_layout(rows, shape[1]),
+            first_label=int(labelled.argmax()) if labelled.any() else shape[1],
+        )
+
+    def _items(self, context: str, found: Sequence[tuple[Tensor, np.ndarray]]) -> Items:
+        empty_0D = torch.zeros(0, self.features.width(context))
+        return Items(
+            features_MD=torch.cat([features_ND for features_ND, _ in found]) if found else empty_0D,
+            lengths=tuple(len(features_ND) for features_ND, _ in found),
+            places_P=torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *(places for _, places in found)])),
+        )
+
+
+def _one_layout(rows: Sequence[Sequence[_Stretch]], length: int) -> tuple[Segment, ...] | None:
+    """The segments of all rows, or None where they differ. The target may be of any length: what follows is padding."""
+    layouts = {tuple((s.context, None if s.is_target else s.length) for s in row) for row in rows}
+    if len(layouts) > 1:
+        return None
+    segments: list[Segment] = []
+    for context, given in layouts.pop():
+        start = segments[-1].stop if segments else 0
+        segments.append(Segment(start, length if given is None else start + given, context))
+    return tuple(segments)

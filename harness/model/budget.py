@@ -1,0 +1,168 @@
+"""Data budgets: which training examples a trial sees, and in which order, by seed alone.
+
+Subsets are nested: the examples of a smaller budget are all in a larger one of the same seed. The same seed gives every
+method the same examples in the same order with the same reference text, and the fingerprints prove it. The tasks of a
+mixture get their shares of the examples and of every epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from harness.core.errors import UserError
+from tasks.base import Example
+
+Shares = Mapping[str, float]  # member of a mixture → its share, adding up to 1
+
+
+def _rank(seed: int, example_id: str) -> bytes:
+    return hashlib.sha256(f"{seed}:{example_id}".encode()).digest()
+
+
+def by_member(examples: Sequence[Example]) -> dict[str, list[int]]:
+    """Member → the indices of its examples; a task that is no mixture has the one member ""."""
+    indices: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        indices.setdefault(example.member, []).append(index)
+    return indices
+
+
+def choose(
+    examples: Sequence[Example], count: int | Literal["all"], seed: int, what: str, shares: Shares | None = None
+) -> list[Example]:
+    """The first ``count`` examples in an order that depends on the seed and the ids alone.
+
+    Args:
+        examples: all there are, ids unique.
+        count: how many, or "all".
+        seed: of the subset.
+        what: key path and file for the message, such as ``budget.examples of task coco_captions``.
+        shares: of the members, where they are not as many as their examples.
+
+    Raises:
+        UserError: more are asked for than there are.
+    """
+    ranked = sorted(examples, key=lambda example: _rank(seed, example.id))
+    if count == "all":
+        return ranked
+    if count > len(examples):
+        raise UserError(
+            f"{what}: asks for {count:,} examples, there are {len(examples):,}; ask for at most {len(examples):,}"
+        )
+    indices = by_member(ranked)
+    shares = shares or {member: len(own) / len(ranked) for member, own in indices.items()}
+    wanted = apportion(count, shares)
+    for member, number in wanted.items():
+        if number > len(indices.get(member, ())):
+            found = len(indices.get(member, ()))
+            raise UserError(f"{what}: {number:,} of {count:,} examples would be {member!r}'s, which has {found:,}")
+    return [ranked[i] for i in sorted(i for member, number in wanted.items() for i in indices[member][:number])]
+
+
+def apportion(count: int, shares: Shares) -> dict[str, int]:
+    """Divide ``count`` by shares (Webster's method): a larger count never takes any from a member, so budgets nest."""
+    claims = [
+        ((number + 0.5) / share, member)
+        for member, share in sorted(shares.items())
+        if share > 0
+        for number in range(math.ceil(count * share) + 1)
+    ]
+    given = [member for _, member in sorted(claims)[:count]]
+    return {member: given.count(member) for member in shares}
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One training item: an example and which of its references is the target."""
+
+    example: int  # index into the budget's examples
+    reference: int
+    view: int  # seed of its augmentation
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of training: the same for every method of a seed.
+
+    Args:
+        examples: of the budget.
+        seed: of the trial.
+        references: "one": each example with one of its references, drawn anew each epoch; "all": with each of them.
+        shares: of the members in every epoch; None: each example once.
+    """
+
+    examples: Sequence[Example]
+    seed: int
+    references: Literal["one", "all"] = "one"
+    shares: Shares | None = None
+
+    @property
+    def draws(self) -> int:
+        """Training items of one epoch."""
+        return len(self._pool())
+
+    def epoch(self, epoch: int) -> list[Draw]:
+        """The items of one epoch (from 1) in their order."""
+        generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+        items = self._shared(epoch)
+        order, picks = generator.permutation(len(items)), generator.random(len(items))
+        return [self._draw(items[i], float(picks[i]), epoch) for i in order]
+
+    def _pool(self) -> list[tuple[int, int | None]]:
+        if self.references == "one":
+            return [(i, None) for i in range(len(self.examples))]
+        return [(i, n) for i, example in enumerate(self.examples) for n in range(len(example.references))]
+
+    def _shared(self, epoch: int) -> list[tuple[int, int | None]]:
+        """The pool, where every member is repeated or thinned out to its share."""
+        pool = self._pool()
+        if self.shares is None:
+            return pool
+        own: dict[str, list[tuple[int, int | None]]] = {}
+        for item in pool:
+            own.setdefault(self.examples[item[0]].member, []).append(item)
+        shared = []
+        for number, (member, wanted) in enumerate(sorted(apportion(len(pool), self.shares).items())):
+            whole, rest = divmod(wanted, len(own[member]))
+            generator = np.random.Generator(np.random.Philox(key=[self.seed, (epoch << 16) + number + 1]))
+            picked = generator.permutation(len(own[member]))[:rest]
+            shared += own[member] * whole + [own[member][i] for i in sorted(picked)]
+        return shared
+
+    def _draw(self, item: tuple[int, int | None], pick: float, epoch: int) -> Draw:
+        index, reference = item
+        example = self.examples[index]
+        number = int(pick * len(example.references)) if reference is None else reference
+        view = hashlib.sha256(f"{self.seed}:{epoch}:{example.id}:{number}".encode()).digest()
+        return Draw(index, number, int.from_bytes(view[:8]))
+
+    def fingerprint(self, epochs: int, batch_size: int) -> str:
+        """SHA-256 over what every optimizer step sees: batch size, then example id and reference, epoch by epoch."""
+        digest = hashlib.sha256(f"batch {batch_size}\n".encode())
+        for epoch in range(1, epochs + 1):
+            for draw in self.epoch(epoch):
+                digest.update(f"{epoch}:{self.examples[draw.example].id}:{draw.reference}\n".encode())
+        return digest.hexdigest()
+
+
+def content_fingerprint(examples: Sequence[Example], digest_of: Callable[[Path], str]) -> str:
+    """SHA-256 over ids, inputs (of files their digests), and references, whatever the examples' order.
+
+    Args:
+        examples: of a split, or a budget.
+        digest_of: input file → digest of its content.
+    """
+    digest = hashlib.sha256()
+    for example in sorted(examples, key=lambda e: e.id):
+        inputs = [f"{c}={digest_of(v) if isinstance(v, Path) else 'text ' + v}" for c, v in example.inputs]
+        for part in (example.id, *inputs, *example.references):
+            digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
+        digest.update(b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,159 @@
+"""TrialSpec → a live model and its data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adapters.attach import Adapters
+from adapters.placement.router import Router
+from harness.core.errors import UserError
+from harness.core.record import Parameters
+from harness.experiment.plan import TrialSpec
+from harness.model import assembly, backbones, parameters
+from harness.model.batches import BatchMaker
+from harness.model.budget import Order, Shares, by_member, choose
+from harness.model.components import empty_encoders, make_modalities, make_task, method_of
+from harness.model.context_model import ContextModel
+from harness.model.features import Features
+from harness.model.projector import Projector
+from tasks.base import Example, Task
+from tasks.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The examples a trial works on. Training examples are the budget's; evaluation ones are the same for all seeds."""
+
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A trial ready to train."""
+
+    task: Task
+    model: ContextModel
+    batches: BatchMaker
+    splits: Splits
+    order: Order
+    parameters: Parameters
+
+
+def choose_splits(spec: TrialSpec, task: Task) -> Splits:
+    """The budget's training examples and the evaluation examples.
+
+    Raises:
+        UserError: a split has fewer examples than the spec asks for, or none of a mixture's task.
+    """
+    name, seed = spec.task.name, spec.seed
+    train = task.examples("train")
+    splits = Splits(
+        choose(train, spec.budget.examples, seed, f"budget.examples: task {name}", _shares(task, train)),
+        choose(task.examples("validation"), spec.eval.validation_examples, 0, f"eval.validation_examples: task {name}"),
+        choose(task.examples("test"), spec.eval.test_examples, 0, f"eval.test_examples: task {name}"),
+    )
+    keys = ("budget.examples", "eval.validation_examples", "eval.test_examples")
+    for key, examples in zip(keys, (splits.train, splits.validation, splits.test), strict=True):
+        if missing := [repr(member) for member in task.members() if member not in by_member(examples)]:
+            found = f"{len(examples):,} examples, none of them of {', '.join(missing)}"
+            raise UserError(f"{key}: task {name}: {found}; ask for more")
+    return splits
+
+
+def _shares(task: Task, train: Sequence[Example]) -> Shares | None:
+    """Of a mixture's tasks, by all their training examples, whatever the budget; None for a plain task."""
+    sizes = {member: len(indices) for member, indices in by_member(train).items()}
+    return task.shares(sizes) if len(task.members()) > 1 else None
+
+
+def order_of(spec: TrialSpec, task: Task, train: Sequence[Example]) -> Order:
+    """In which order a trial draws the examples of its budget."""
+    return Order(train, spec.seed, spec.budget.references, _shares(task, task.examples("train")))
+
+
+def build(spec: TrialSpec, device: torch.device) -> Built:
+    """Load the backbones, attach the adapters, read the data.
+
+    Raises:
+        UserError: a backbone, the data or the weights of ``init_from`` cannot be had, or the language model lacks the
+            roles the adapter acts on.
+    """
+    task = make_task(spec)
+    task.prepare()
+    splits = choose_splits(spec, task)
+    language_model = backbones.load_language_model(spec.backbone)
+    modalities = make_modalities(spec)
+    trust = spec.backbone.trust_remote_code
+    encoders = {name: m.encoder(spec.backbone.encoders[name], trust) for name, m in modalities.items()}
+    features = Features(task, modalities, encoders, device)
+    widths = {context: features.width(context) for context in task.modalities}
+    model = assemble(spec, language_model.model, widths)
+    assembly.load(spec, model)
+    model.to(device)
+    return Built(
+        task=task,
+        model=model,
+        batches=BatchMaker(features, language_model, spec.budget, spec.backbone),
+        splits=splits,
+        order=order_of(spec, task, splits.train),
+        parameters=parameters.count_parameters(model, encoders.values()),
+    )
+
+
+def assemble(spec: TrialSpec, language_model: Any, feature_widths: Mapping[str, int]) -> ContextModel:
+    """Put the parts together and say what is trained.
+
+    Args:
+        spec: names the adapter and the seed of the initialisation.
+        language_model: a Hugging Face causal LM.
+        feature_widths: context → width of its encoder's features, for every context that is not text.
+    """
+    method = method_of(spec.adapter)
+    language_model.requires_grad_(False)
+    for parameter in method.trained(language_model):
+        parameter.requires_grad_(True)
+    router = Router(spec.adapter.grouping)
+    # The global generator draws the projectors: the same for every method of a seed. Adapters have their own.
+    torch.manual_seed(spec.seed)
+    ungrouped = None if method.grouped else method
+    methods = dict.fromkeys(router.groups, method)
+    adapters = Adapters(language_model, methods, router, spec.seed, ungrouped, spec.backbone.roles)
+    adapters.attach(language_model)
+    width = language_model.get_input_embeddings().embedding_dim
+    projectors = {context: Projector(own, width, spec.backbone) for context, own in feature_widths.items()}
+    return ContextModel(language_model, projectors, adapters, router)
+
+
+def count_parameters(spec: TrialSpec) -> Parameters:
+    """The parameters the trial will have, from configurations alone: nothing is loaded or downloaded if it is known.
+
+    Raises:
+        UserError: the configuration of a backbone cannot be had, or the adapter does not fit the language model.
+    """
+    encoders = empty_encoders(spec)
+    return parameters.count_parameters(empty_model(spec, encoders), encoders.values())
+
+
+def empty_model(spec: TrialSpec, encoders: Mapping[str, Encoder]) -> ContextModel:
+    """The model without weights, on the ``meta`` device.
+
+    Args:
+        spec: of the trial.
+        encoders: by modality; only their widths count.
+
+    Raises:
+        UserError: as ``count_parameters`` does.
+    """
+    language_model = backbones.build_empty(spec.backbone)
+    widths = {context: encoders[modality].width for context, modality in make_task(spec).modalities.items()}
+    try:
+        with torch.device("meta"):
+            return assemble(spec, language_model, widths)
+    except UserError as error:
+        raise UserError(f"adapters: {spec.adapter.label} on {spec.backbone.language_model}: {error}") from None

@@ -1,0 +1,46 @@
+"""TrialSpec → the plugins it names, made with their options. The spec says how each is loaded."""
+
+from __future__ import annotations
+
+import json
+
+from adapters.base import AdapterMethod
+from adapters.registry import ADAPTERS
+from harness.experiment.plan import TrialSpec
+from harness.experiment.sections import AdapterChoice
+from tasks.base import Modality, Task
+from tasks.encoder import Encoder
+from tasks.registry import MODALITIES, TASKS
+
+
+def make_task(spec: TrialSpec) -> Task:
+    """The task, its data not prepared yet."""
+    task_class = TASKS.load(spec.task.plugin.target)
+    task: Task = task_class(task_class.Config.model_validate(spec.task.config))
+    return task
+
+
+def method_of(choice: AdapterChoice) -> AdapterMethod:
+    """The adapter method with its options."""
+    method_class = ADAPTERS.load(*(plugin.target for plugin in choice.plugins))
+    # By way of JSON, as the options were read: a list there is a tuple here.
+    method: AdapterMethod = method_class(method_class.Config.model_validate_json(json.dumps(choice.config)))
+    return method
+
+
+def make_modalities(spec: TrialSpec) -> dict[str, Modality]:
+    """The modalities that the task's files need, by name."""
+    return {name: MODALITIES.load(plugin.target)() for name, plugin in spec.task.modalities.items()}
+
+
+def empty_encoders(spec: TrialSpec) -> dict[str, Encoder]:
+    """The encoders without weights, by modality.
+
+    Raises:
+        UserError: the configuration of one cannot be had.
+    """
+    backbone = spec.backbone
+    return {
+        name: modality.empty_encoder(backbone.encoders[name], backbone.trust_remote_code)
+        for name, modality in make_modalities(spec).items()
+    }

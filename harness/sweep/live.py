@@ -1,0 +1,139 @@
+"""The live table of a sweep: what runs, how far it is, and about how long the rest takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from harness.core.record import PlannedTrial, TrialRecord
+from results.leaderboard.format import duration
+
+SHOWN_TRIALS = 12  # rows of the live table: running trials, and those that ended most recently
+_MIN_FRACTION = 0.02  # fraction of the grid that must be done before the remaining time is estimated
+
+
+@dataclass
+class _Row:
+    trial: PlannedTrial
+    phase: str = "waiting"
+    fraction: float = 0.0
+    epoch: int = 0
+    train_loss: float | None = None
+    validation_perplexity: float | None = None
+    started: float | None = None
+    ended: TrialRecord | None = None
+
+
+class LiveTable:
+    """Progress of a running sweep: a table with progress and ETA on a terminal or in a notebook, else a line per trial.
+
+    Args:
+        console: where to draw.
+        trials: the trials of this sweep, in order.
+        already: number of trials that were finished before.
+    """
+
+    def __init__(self, console: Console, trials: Sequence[PlannedTrial], already: int) -> None:
+        self.console, self.already = console, already
+        self._rows = {trial.trial_id: _Row(trial) for trial in trials}
+        self._began = time.monotonic()
+        self._live = Live(self, console=console, refresh_per_second=4, transient=True)
+        # In a notebook rich draws with ipywidgets, which not every notebook has.
+        self._shows_live = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+
+    def __enter__(self) -> LiveTable:
+        if self._shows_live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shows_live:
+            self._live.stop()
+
+    def started(self, trial_id: str) -> None:
+        """Mark the trial as started."""
+        row = self._rows[trial_id]
+        row.started, row.phase = time.monotonic(), "starting"
+
+    def progressed(self, trial_id: str, progress: Mapping[str, Any]) -> None:
+        """Update the trial with the fields of ``harness.trial.trial.Progress``."""
+        row = self._rows[trial_id]
+        row.phase, row.fraction = progress["phase"], progress["fraction"]
+        row.epoch = progress.get("epoch") or row.epoch
+        row.train_loss = progress.get("train_loss") or row.train_loss
+        row.validation_perplexity = progress.get("validation_perplexity") or row.validation_perplexity
+
+    def ended(self, record: TrialRecord) -> None:
+        """Mark the trial as ended, with its record."""
+        row = self._rows[record.trial_id]
+        row.ended, row.fraction, row.phase = record, 1.0, record.status
+        if not self._shows_live:
+            done = sum(r.ended is not None for r in self._rows.values())
+            line = f"[{done}/{len(self._rows)}] {trial_name(row.trial)}: {_outcome(record)}"
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        rows = list(self._rows.values())
+        done = [row for row in rows if row.ended]
+        failed = sum(row.ended.status != "finished" for row in done if row.ended)
+        total = len(rows)
+        fraction = sum(row.fraction for row in rows) / total
+        elapsed = time.monotonic() - self._began
+        left = (
+            f"about {duration(elapsed / fraction - elapsed)} left"
+            if fraction > _MIN_FRACTION
+            else "estimating the time left"
+        )
+        before = f", {self.already} from before" if self.already else ""
+        summary = f"{len(done)} of {total} trials{before}, {failed} failed · {duration(elapsed)} · {left}"
+        head = Table.grid()
+        head.add_row(Text(summary, style="bold"))
+        head.add_row(ProgressBar(total=1.0, completed=fraction, width=min(80, options.max_width)))
+        yield head
+        yield self._table([row for row in rows if row.started and not row.ended], done)
+
+    def _table(self, running: list[_Row], done: list[_Row]) -> Table:
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        words = ("trial", "phase", "progress")
+        for heading in ("trial", "seed", "phase", "epoch", "train loss", "val. ppl", "progress"):
+            table.add_column(heading, justify="left" if heading in words else "right", no_wrap=heading in words)
+        recent = done[max(0, len(done) - max(0, SHOWN_TRIALS - len(running))) :]
+        for row in [*recent, *running[:SHOWN_TRIALS]]:
+            style = "" if row.ended is None else ("dim" if row.ended.status == "finished" else "red")
+            cells: list[Any] = [
+                Text(_name(row.trial)),
+                str(row.trial.seed),
+                row.phase,
+                str(row.epoch or ""),
+                "" if row.train_loss is None else f"{row.train_loss:.3f}",
+                "" if row.validation_perplexity is None else f"{row.validation_perplexity:.3f}",
+                ProgressBar(total=1.0, completed=row.fraction, width=20)
+                if row.ended is None
+                else Text(_outcome(row.ended).replace("test perplexity", "test")),
+            ]
+            table.add_row(*cells, style=style)
+        return table
+
+
+def _name(trial: PlannedTrial) -> str:
+    return " ".join(filter(None, (trial.label, trial.grouping, trial.setting)))
+
+
+def trial_name(trial: PlannedTrial) -> str:
+    """``LoRA r=4 specific seed 0``."""
+    return f"{_name(trial)} seed {trial.seed}"
+
+
+def _outcome(record: TrialRecord) -> str:
+    if record.status != "finished":
+        return f"{record.status}: {record.reason}"
+    return f"test perplexity {record.metrics['test']['perplexity']:.3f} in {duration(record.wall_time_s)}"

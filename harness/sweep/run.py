@@ -1,0 +1,221 @@
+"""Runs an experiment: plans it, checks what can be checked, runs what is missing, writes the report.
+
+``run_experiment`` is what ``harness run`` calls, and what a script or a notebook calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from harness.core.errors import UserError
+from harness.core.files import write_atomically
+from harness.core.record import Plan, PlannedTrial, TrialRecord, read_record, read_run, record_path
+from harness.experiment.load import Experiment
+from harness.experiment.plan import TrialSpec, describe, expand
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from harness.tracking.grid import Grid
+    from results.leaderboard.table import Leaderboard
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An experiment made ready to run in its run folder; nothing is written yet."""
+
+    experiment: Experiment
+    specs: list[TrialSpec]
+    plan: Plan
+    folder: Path
+    mlflow_uri: str  # may hold a password: never stored or shown
+
+    def records(self) -> dict[str, TrialRecord]:
+        """The records that exist, of this experiment's trials, by trial id."""
+        paths = {spec.trial_id: record_path(self.folder, spec.trial_id) for spec in self.specs}
+        return {trial_id: read_record(path) for trial_id, path in paths.items() if path.exists()}
+
+    def finished(self) -> set[str]:
+        """Trial ids with a finished record."""
+        return {trial_id for trial_id, record in self.records().items() if record.status == "finished"}
+
+    def unfinished(self) -> list[tuple[TrialSpec, PlannedTrial]]:
+        """The trials without a finished record."""
+        finished = self.finished()
+        pairs = zip(self.specs, self.plan.trials, strict=True)
+        return [(spec, planned) for spec, planned in pairs if spec.trial_id not in finished]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What an experiment left behind.
+
+    Attributes:
+        folder: the run folder.
+        report: its page.
+        complete: every planned trial has finished.
+        tracking_problem: why MLflow was not told of the end; None where it was.
+    """
+
+    folder: Path
+    report: Path
+    complete: bool
+    tracking_problem: str | None = None
+
+    @cached_property
+    def records(self) -> pd.DataFrame:
+        """One row for each trial that has ended: names, status, every score, parameters, memory, speed.
+
+        The columns are those of ``trials.parquet`` beside the report.
+        """
+        from results.export.trials import trials_table
+
+        frame: pd.DataFrame = trials_table(read_run(self.folder)).to_pandas()
+        return frame
+
+    @cached_property
+    def leaderboard(self) -> pd.DataFrame:
+        """One row for each method and setting, with means, intervals and ranks: ``leaderboard.csv`` as a table."""
+        import pandas as pd
+
+        return pd.read_csv(self.report.with_name("leaderboard.csv"))
+
+    @cached_property
+    def board(self) -> Leaderboard:
+        """The leaderboard as objects."""
+        from results.leaderboard.table import build_leaderboard
+
+        return build_leaderboard(read_run(self.folder))
+
+
+def prepare(experiment: Experiment, output: Path = Path("runs"), fresh: bool = False) -> Prepared:
+    """Plan an experiment.
+
+    Args:
+        experiment: what to run.
+        output: folder of the run folders.
+        fresh: in a new run folder beside the old one.
+
+    Raises:
+        UserError: two entries ask for one trial, a metric is unknown, or a method's stages do not fit the budget.
+    """
+    from harness.sweep.preflight import check_stages, metrics_of
+    from harness.tracking.grid import default_uri, redacted
+
+    specs = expand(experiment)
+    check_stages(specs, str(experiment.top / "adapters"))
+    uri = experiment.tracking.mlflow_uri or default_uri(output)
+    plan = describe(experiment, specs, metrics_of(specs), redacted(uri))
+    return Prepared(experiment, specs, plan, _run_folder(output, experiment.name, fresh), uri)
+
+
+def _run_folder(output: Path, name: str, fresh: bool) -> Path:
+    """The latest of ``name``, ``name@2``, ``name@3`` …, or with ``fresh`` the next one; a name itself has no ``@``."""
+    number = 1
+
+    def folder(n: int) -> Path:
+        return output / (name if n == 1 else f"{name}@{n}")
+
+    while folder(number + 1).exists():
+        number += 1
+    return folder(number + 1) if fresh and folder(number).exists() else folder(number)
+
+
+def run_experiment(
+    experiment: Experiment | str | Path,
+    output: str | Path = "runs",
+    *,
+    fresh: bool = False,
+    console: Console | None = None,
+) -> Results:
+    """Run an experiment's trials and write the report. Run again, it does only what is missing.
+
+    Ctrl-C ends it early: what has finished is kept and reported, and ``Results.complete`` is False.
+
+    Args:
+        experiment: built in Python, or the path of a YAML file.
+        output: folder of the run folders; the results are in ``output/NAME``.
+        fresh: start anew, in a new run folder beside the old one.
+        console: for progress; by default standard output, which in a notebook is the cell's. ``Console(quiet=True)``
+            shows nothing.
+
+    Returns:
+        The run folder's records, leaderboard and report.
+
+    Raises:
+        UserError: the experiment, its data, its backbones or the tracking server are not usable; before any compute.
+    """
+    from harness.sweep import preflight
+    from harness.tracking.grid import check_uri, close_grid, open_grid
+    from results.report import write_report
+
+    console = console or Console()
+    experiment = experiment if isinstance(experiment, Experiment) else Experiment.from_yaml(experiment)
+    prepared = prepare(experiment, Path(output), fresh)
+    folder = prepared.folder
+    preflight.check_shell()
+    preflight.check_folder(folder)
+    with _only_one(folder):
+        check_uri(prepared.mlflow_uri)
+        preflight.check_models(prepared.specs)
+        preflight.check_data(prepared.specs, folder, console)
+        write_atomically(folder / "plan.json", prepared.plan.model_dump_json(indent=1) + "\n")
+        write_atomically(folder / "experiment.yaml", experiment.text)
+        grid = open_grid(prepared.mlflow_uri, experiment.name, folder)
+        try:
+            _run_unfinished(prepared, grid, console)
+        except KeyboardInterrupt:
+            console.print("interrupted: finished trials are kept; run the same experiment again for the rest")
+        report = write_report([folder])
+        complete = not prepared.unfinished()
+        problem = close_grid(grid, complete, list(report.all))
+    return Results(folder, report.html, complete, problem)
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Keep two sweeps out of one run folder.
+
+    Raises:
+        UserError: another one is running in it.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{folder}: another harness is running in this folder; wait for it, or use --fresh") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _run_unfinished(prepared: Prepared, grid: Grid, console: Console) -> None:
+    from harness.sweep.live import LiveTable
+    from harness.sweep.tune import Sweep, sweep
+
+    todo = prepared.unfinished()
+    if not todo:
+        console.print(f"all {len(prepared.specs)} trials have finished before; nothing to compute")
+        return
+    for spec, _ in todo:
+        _set_aside(record_path(prepared.folder, spec.trial_id))
+    wanted = Sweep(todo, prepared.experiment.name, prepared.folder, prepared.experiment.resources, grid)
+    finished = len(prepared.specs) - len(todo)
+    with LiveTable(console, [planned for _, planned in todo], finished) as display:
+        sweep(wanted, display)
+
+
+def _set_aside(record: Path) -> None:
+    """Keep the record of a trial that failed and is tried again."""
+    if record.exists():
+        number = len(list(record.parent.glob("attempt-*.json"))) + 1
+        record.rename(record.with_name(f"attempt-{number}.json"))

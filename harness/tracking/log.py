@@ -1,0 +1,100 @@
+"""What is logged to MLflow for one trial: params from its spec; metrics, datasets and files from its record."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.core.naming import flatten
+from harness.core.record import Data, TrialRecord
+from harness.experiment.plan import TrialSpec
+
+TRIAL_FILES = ("record.json", "examples.parquet", "attention.safetensors", "log.txt")
+_STATUS = {"finished": "FINISHED", "cancelled": "KILLED", "pruned": "KILLED"}
+# A param is named by its path in the spec. Params used for filtering and sorting have short names …
+_SHORT = {
+    "task.name": "task",
+    "backbone.language_model": "language_model",
+    "adapter.method": "method",
+    "adapter.grouping_name": "grouping",
+    "adapter.config.rank": "rank",
+    "budget.examples": "examples",
+    "budget.epochs": "epochs",
+    "optimizer.learning_rate": "learning_rate",
+}
+# … and values that follow from other params, or are tags because they may change, are not params.
+_NO_PARAM = re.compile(
+    r"task\.(plugin|modalities|metrics)\..*|adapter\.(plugins|label|learning_rate|tried_learning_rates)"
+    r"|eval\.primary_metric"
+)
+
+
+def log_params(client: Any, run_id: str, spec: TrialSpec) -> None:
+    """Log the values of the spec by their path, or by their short name; empty values are left out."""
+    from mlflow.entities import Param
+
+    pairs = flatten(spec.model_dump(mode="json"))
+    params = [
+        Param(_key(_SHORT.get(path, path)), str(value))
+        for path, value in pairs
+        if value not in (None, "", []) and not _NO_PARAM.fullmatch(path)
+    ]
+    client.log_batch(run_id, params=params)
+
+
+def log_metrics(client: Any, run_id: str, values: Mapping[str, float], step: int = 0) -> None:
+    """Log several metrics, now. MLflow draws a single value at step 0 as a bar, not as a curve."""
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    client.log_batch(run_id, [Metric(_key(key), float(value), now, step) for key, value in values.items()])
+
+
+def _key(name: str) -> str:
+    """A name that MLflow accepts: ``recall@5`` becomes ``recall_5``."""
+    return re.sub(r"[^\w.\-/: ]", "_", name)
+
+
+def log_end(client: Any, run_id: str, record: TrialRecord, folder: Path) -> None:
+    """Log the numbers, datasets and files of a trial, and end its run."""
+    values = {f"{split}/{name}": x for split, metrics in record.metrics.items() for name, x in metrics.items()}
+    values["wall_time_s"] = record.wall_time_s
+    if record.best_epoch is not None:
+        values["best_epoch"] = record.best_epoch
+    for kind in ("parameters", "memory", "throughput"):
+        part = getattr(record, kind)
+        fields = part.model_dump(exclude={"by_group"}, exclude_none=True) if part else {}
+        values |= {f"{kind}/{name}": x for name, x in fields.items()}
+    log_metrics(client, run_id, values)
+    if record.data:
+        _log_data(client, run_id, record.spec["task"]["name"], record.data)
+    for path in filter(Path.exists, (folder / name for name in TRIAL_FILES)):
+        client.log_artifact(run_id, str(path))
+    tags = {"status": record.status, "reason": record.reason, "device": record.device}
+    tags["git_revision"] = record.git_revision
+    for key, value in tags.items():
+        if value:
+            client.set_tag(run_id, f"harness.{key}", value)
+    client.set_terminated(run_id, _STATUS.get(record.status, "FAILED"))
+
+
+def _log_data(client: Any, run_id: str, task: str, data: Data) -> None:
+    """Log the training and evaluation data as datasets: equal digests mean equal examples."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    inputs = [
+        DatasetInput(
+            # MLflow allows 36 characters of a digest; the whole fingerprint is in the record.
+            Dataset(f"{task} {context}", fingerprint[:36], "harness task", task, profile=profile),
+            [InputTag("mlflow.data.context", context)],
+        )
+        for context, fingerprint, profile in (
+            ("training", data.examples_fingerprint, json.dumps({"num_rows": data.examples})),
+            ("evaluation", data.evaluation_fingerprint, None),
+        )
+    ]
+    client.log_inputs(run_id, inputs)

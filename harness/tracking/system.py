@@ -1,0 +1,60 @@
+"""System metrics while a trial runs, for MLflow's page "System metrics"."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from typing import Any
+
+from harness.tracking.log import log_metrics
+
+logger = logging.getLogger(__name__)
+
+
+class SystemMetrics:
+    """Samples system metrics as ``system/…`` in a separate thread; the step is seconds since the run began.
+
+    Uses the collectors of MLflow's ``SystemMetricsMonitor`` but not its loop, which logs nothing for a trial shorter
+    than its interval, records psutil's meaningless first CPU value, and waits forever for a server that hangs.
+    """
+
+    def __init__(self, client: Any, uri: str, info: Any) -> None:
+        self._over = threading.Event()
+        weakref.finalize(self, self._over.set)  # Ray may reuse the process of an aborted trial
+        self._thread = threading.Thread(target=_sample, args=(self._over, client, uri, info), daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Take the last sample; a hanging server delays the trial by at most two seconds."""
+        self._over.set()
+        self._thread.join(timeout=2)
+
+
+def _sample(over: threading.Event, client: Any, uri: str, info: Any) -> None:
+    import psutil
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    try:
+        monitor = SystemMetricsMonitor(info.run_id, tracking_uri=uri)
+        process = psutil.Process()
+        psutil.cpu_percent()  # its values cover the time since the last call in this thread
+        process.cpu_percent()
+        ended = False
+        while not ended:
+            began = time.monotonic()
+            ended = over.wait(monitor.sampling_interval)
+            if time.monotonic() - began < 1:
+                return  # too short for a share of CPU time to mean anything
+            monitor.collect_metrics()
+            values = {f"system/{name}": x for name, x in monitor.aggregate_metrics().items()}
+            for part in monitor.monitors:
+                part.clear_metrics()
+            values["system/process_memory_megabytes"] = process.memory_info().rss / 1e6
+            values["system/process_cpu_utilization_percentage"] = process.cpu_percent()
+            log_metrics(client, info.run_id, values, int(time.time() - info.start_time / 1000))
+    except Exception as error:  # from psutil, a GPU driver or the server: must not affect the trial
+        logger.warning(
+            "system metrics stopped: %s", type(error).__name__
+        )  # its text may contain the password of the URI

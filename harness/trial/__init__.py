@@ -1,0 +1,1 @@
+"""One trial: train, validate, test, measure. The only place that imports DeepSpeed."""

@@ -1,0 +1,143 @@
+"""What a trial costs: memory and throughput, measured on the live model."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib.metadata
+import platform
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from harness.core.record import Throughput
+
+WARMUP_STEPS = 3
+_PROCESS_STATUS = Path("/proc/self/status")
+_CLEAR_REFERENCES = Path("/proc/self/clear_refs")
+PACKAGES = ("torch", "deepspeed", "ray", "transformers", "mlflow", "pycocoevalcap", "context-peft-harness")
+
+
+class PeakMemory:
+    """The process's peak memory from ``start`` on: resident memory on the CPU, allocated memory on a GPU.
+
+    The high-water mark is reset first, so that a trial in a reused process does not inherit its predecessor's. Where
+    the system cannot reset it (not Linux) there is no figure: ``peak_bytes`` is None.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._resettable = True
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            _give_back_free_memory()
+            try:
+                _CLEAR_REFERENCES.write_text("5", encoding="ascii")  # man 5 proc: reset VmHWM
+            except OSError:
+                self._resettable = False
+        self.before_bytes = self.peak_bytes()
+
+    def peak_bytes(self) -> int | None:
+        """Bytes at the highest point since ``start``."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        if not self._resettable:
+            return None
+        match = re.search(r"VmHWM:\s+(\d+) kB", _PROCESS_STATUS.read_text(encoding="ascii"))
+        return int(match.group(1)) * 1024 if match else None
+
+
+def _give_back_free_memory() -> None:
+    """Return what an earlier trial of this process freed to the system, or it would hide this trial's growth."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@contextmanager
+def saved_for_backward(model: nn.Module) -> Iterator[list[int]]:
+    """Measure the activations kept for backward inside the block: yields a list whose single element is the bytes.
+
+    Counts each storage once and leaves out the model's own weights.
+    """
+    seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    total = [0]
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total[0] += storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield total
+
+
+class StepClock:
+    """Adds up the time of training steps only; the first few of a process are warm-up and not counted."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._skip = WARMUP_STEPS
+        self.steps = self.examples = self.tokens = 0
+        self.seconds = 0.0
+        self._started = self._last = 0.0
+
+    def __enter__(self) -> StepClock:
+        self._wait()
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self._wait()
+        self._last = time.perf_counter() - self._started
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether the coming step is not going to be counted."""
+        return self._skip > 0
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def count(self, examples: int, tokens: int) -> None:
+        """Credit the step that just ended with what it processed."""
+        if self._skip:
+            self._skip -= 1
+            return
+        self.steps += 1
+        self.seconds += self._last
+        self.examples += examples
+        self.tokens += tokens
+
+    def throughput(self) -> Throughput | None:
+        """Examples and tokens per second; None when no step was measured."""
+        if not self.seconds:
+            return None
+        return Throughput(
+            examples_per_s=self.examples / self.seconds,
+            tokens_per_s=self.tokens / self.seconds,
+            measured_steps=self.steps,
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what a result depends on."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **found, "torch": str(torch.__version__)}  # with its build: 2.13.0+cpu
+
+
+def device_name(device: torch.device) -> str:
+    """``NVIDIA H200`` or ``cpu x86_64``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}"

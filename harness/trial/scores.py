@@ -1,0 +1,111 @@
+"""Scores of a trial, those of a mixture's tasks apart; per example in one Parquet file.
+
+The file is what paired statistics and the report's gallery are made from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from harness.core.files import atomic
+from harness.core.registry import Plugin
+from harness.model.budget import by_member
+from harness.model.build import Splits
+from harness.trial.evaluate import Likelihood
+from tasks.base import Example, Metric, Scores
+from tasks.registry import METRICS
+
+
+def metric_name(member: str, name: str) -> str:
+    """``cider``, in a mixture ``coco_captions/cider``."""
+    return f"{member}/{name}" if member else name
+
+
+def perplexities(examples: Sequence[Example], likelihood: Likelihood) -> dict[str, float]:
+    """Perplexity over all examples, over one reference of each, and the same for each task of a mixture."""
+    found = {"perplexity": likelihood.perplexity, "perplexity_one_reference": likelihood.perplexity_one_reference}
+    for member, indices in by_member(examples).items():
+        if member:
+            found[metric_name(member, "perplexity")] = likelihood.of(indices).perplexity
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def score_members(
+    metrics: Mapping[str, Mapping[str, Plugin]], examples: Sequence[Example], predictions: Mapping[str, str]
+) -> Scores:
+    """Score generated texts by the metrics of the task that each example is of.
+
+    Args:
+        metrics: member → metric → its plugin, as in a ``TaskChoice``.
+        examples: with their references.
+        predictions: by example id.
+    """
+    corpus: dict[str, float] = {}
+    per_example: dict[str, dict[str, float]] = {example.id: {} for example in examples}
+    counts: dict[str, dict[str, tuple[float, ...]]] = {example.id: {} for example in examples}
+    notes: dict[str, None] = {}
+    for member, indices in by_member(examples).items():
+        references = {examples[i].id: examples[i].references for i in indices}
+        for plugin in metrics[member].values():
+            metric: Metric = METRICS.load(plugin.target)()
+            scores = metric.score({key: predictions[key] for key in references}, references)
+            corpus |= {metric_name(member, name): value for name, value in scores.corpus.items()}
+            for key, values in scores.per_example.items():
+                per_example[key] |= {metric_name(member, name): value for name, value in values.items()}
+            for key, of_example in scores.counts.items():
+                counts[key] |= {metric_name(member, name): values for name, values in of_example.items()}
+            notes |= dict.fromkeys(scores.notes)
+    return Scores(corpus, per_example, tuple(notes), counts)
+
+
+def write_examples(
+    path: Path,
+    splits: Splits,
+    validation: Likelihood,
+    test: Likelihood,
+    wrong: Likelihood | None,
+    predictions: dict[str, str],
+    scores: Scores,
+) -> None:
+    """Write one row per evaluated example.
+
+    Columns: ``split``, ``example_id``, ``nll`` (nats, summed over references), ``tokens`` (likewise), ``nll_first`` and
+    ``tokens_first`` (of the first reference); for the test split also ``nll_wrong_input``, ``prediction``,
+    ``references`` (list), ``inputs`` (JSON: list of [context, "file" or "text", value]), one column per metric, and
+    one column ``<metric>.counts`` (list of doubles) for what the corpus score is summed from, where it is no mean. What
+    was not measured is null.
+    """
+    rows = [_row("validation", example, validation, i) for i, example in enumerate(splits.validation)]
+    for i, example in enumerate(splits.test):
+        rows.append(
+            {
+                **_row("test", example, test, i),
+                "nll_wrong_input": None if wrong is None else wrong.nll[i],
+                "prediction": predictions[example.id],
+                "references": list(example.references),
+                "inputs": json.dumps(
+                    [[context, "file" if isinstance(v, Path) else "text", str(v)] for context, v in example.inputs]
+                ),
+                **scores.per_example.get(example.id, {}),
+                **{f"{name}.counts": np.asarray(c, float) for name, c in scores.counts.get(example.id, {}).items()},
+            }
+        )
+    with atomic(path) as partial:
+        pd.DataFrame(rows).to_parquet(partial, index=False)
+
+
+def _row(split: str, example: Example, likelihood: Likelihood, index: int) -> dict[str, Any]:
+    return {
+        "split": split,
+        "example_id": example.id,
+        "nll": likelihood.nll[index],
+        "tokens": likelihood.tokens[index],
+        "nll_first": likelihood.first_nll[index],
+        "tokens_first": likelihood.first_tokens[index],
+    }

@@ -1,0 +1,356 @@
+"""One trial: build, train, validate every epoch, test the best one, write the record. The only training loop.
+
+A trial knows nothing of Ray, methods or tasks: what differs between them is a hook on the adapter or the task.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.core.files import write_atomically
+from harness.core.record import Data, Epoch, TrialRecord, write_record
+from harness.core.revisions import git_revision
+from harness.experiment.plan import TrialSpec
+from harness.experiment.sections import Resources
+from harness.model import budget
+from harness.model.inputs import Inputs
+from harness.tracking.grid import Tracker
+from harness.trial import measure
+from harness.trial.engine import prepare_process
+from harness.trial.evaluate import Evaluator, exchanged
+from harness.trial.scores import perplexities, score_members, write_examples
+from harness.trial.stages import Stages
+
+REPORT_INTERVAL_S = 1.0
+BEST = "best.safetensors"  # trained parameters of the epoch that validated best
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a trial stands, for the terminal."""
+
+    fraction: float  # of its optimizer steps, 0 to 1
+    phase: str  # "build", "train", "validate", "test"
+    epoch: int = 0
+    train_loss: float | None = None
+    validation_perplexity: float | None = None
+
+
+Report = Callable[[Progress], None]
+
+
+def run_trial(
+    spec: TrialSpec, experiment: str, run: Path, resources: Resources, tracker: Tracker, report: Report
+) -> TrialRecord:
+    """Run one trial and write its record, whatever happens to it short of the process dying.
+
+    Args:
+        spec: what to run.
+        experiment: its name, for the record.
+        run: the run folder.
+        resources: threads, ZeRO stage, checkpoint interval.
+        tracker: where params and metrics go beside the record.
+        report: called with progress at most about once a second, and after every epoch.
+
+    Returns:
+        The record as written: finished, failed or out_of_memory, with the reason.
+    """
+    folder = run / "trials" / spec.trial_id
+    started, clock = datetime.now(UTC), time.monotonic()
+    with _log_to(folder / "log.txt"):
+        status, reason = "finished", None
+        trial = Trial(spec, folder, resources, tracker, report)
+        try:
+            trial.run()
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            status, reason = "out_of_memory", _one_line(error)
+            logger.exception("out of memory")
+        except Exception as error:  # a trial that fails leaves the others running
+            status, reason = "failed", _one_line(error)
+            logger.exception("the trial failed")
+        record = TrialRecord(
+            trial_id=spec.trial_id,
+            experiment=experiment,
+            status=status,  # type: ignore[arg-type]
+            reason=reason,
+            spec=spec.model_dump(mode="json"),
+            seed=spec.seed,
+            wall_time_s=sum(trial.state.phases_s.values()) or time.monotonic() - clock,
+            phases_s=trial.state.phases_s,
+            history=tuple(trial.state.history),
+            best_epoch=trial.state.best_epoch,
+            started_at=started.isoformat(timespec="seconds"),
+            versions=measure.versions(),
+            git_revision=git_revision(Path(__file__).parent.parent),
+            mlflow_run_id=tracker.run_id,
+            warnings=(*trial.warnings, *tracker.warnings),
+            **trial.measured,
+        )
+        write_record(run, record)
+        tracker.finish(record, folder)
+    return record
+
+
+@dataclass
+class _State:
+    """What grows during a trial and survives a restart."""
+
+    history: list[Epoch] = field(default_factory=list)
+    best_epoch: int | None = None
+    step: int = 0
+    phases_s: dict[str, float] = field(default_factory=dict)
+    activations_bytes: int = 0
+
+
+class Trial:
+    """One trial in this process; see ``run_trial`` for the arguments.
+
+    Attributes:
+        state: what grows, and survives a restart.
+        measured: fields of the record, as far as they are known.
+        cut: kind of text → the texts that were cut; ``notes``: what the metrics say beside their scores.
+        stages: the model and its engine, from when they are built.
+        peak: memory from before the model was built, from then on.
+        clock: of the stage's training steps.
+    """
+
+    stages: Stages
+    peak: measure.PeakMemory
+
+    def __init__(self, spec: TrialSpec, folder: Path, resources: Resources, tracker: Tracker, report: Report) -> None:
+        self.spec, self.folder, self.resources, self.tracker, self.report = spec, folder, resources, tracker, report
+        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        self.state = _State()
+        self.measured: dict[str, Any] = {"device": measure.device_name(self.device)}  # fields of the record
+        self.total_steps = 0
+        self.cut: dict[str, set[str]] = {}
+        self.notes: tuple[str, ...] = ()
+        self.clock = measure.StepClock(self.device)
+        self._reported = 0.0
+        self._checkpointed = time.monotonic()
+
+    def run(self) -> None:
+        """Build, train, test. What was measured by then is in ``state`` and ``measured``, also after an exception."""
+        torch.set_num_threads(self.resources.cpus_per_trial)
+        self._tell("build", force=True)
+        with self._phase("build"):
+            prepare_process()
+            self.peak = measure.PeakMemory(self.device)
+            self.stages = Stages(self.spec, self.device, self.resources.zero_stage, self.folder)
+            self.total_steps, batches = self.stages.total_steps, self.stages.built.batches
+            self.cut = {"target": batches.cut_targets, "input": batches.cut_inputs}
+            self.measured["parameters"] = self.stages.built.parameters  # trainable: those that any stage trains
+        try:
+            with self._phase("build"):
+                self._resume()
+            with self._phase("encode"):
+                self._encode()
+            for epoch in range(len(self.state.history) + 1, self.spec.budget.epochs + 1):
+                self._epoch(epoch)
+            self.measured["data"] = self._data()
+            with self._phase("test"):
+                self.measured["metrics"] = self._test()
+        finally:
+            self.stages.close()
+        shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
+
+    def _begin_measuring(self) -> None:
+        """What is recorded of speed and activations is the last stage's: those of several would not make one figure."""
+        self.clock = measure.StepClock(self.device)
+        self.state.activations_bytes = 0
+
+    def _encode(self) -> None:
+        """Run the frozen encoders ahead of training, so that training speed is the language model's alone."""
+        splits = self.stages.built.splits
+        evaluation = [*splits.validation, *splits.test]
+        self.stages.built.batches.features.keep(splits.train, evaluation, lambda: self._tell("encode"))
+
+    def _epoch(self, epoch: int) -> None:
+        train_loss = self._train_epoch(epoch)
+        with self._phase("validate"):
+            self._tell("validate", epoch)
+            perplexity = self._evaluator().likelihood(self.stages.built.splits.validation).perplexity
+        result = Epoch(
+            epoch=epoch,
+            step=self.state.step,
+            train_loss=train_loss,
+            validation_perplexity=perplexity,
+            learning_rate=self.stages.engine.learning_rate,
+        )
+        if perplexity < min((e.validation_perplexity for e in self.state.history), default=math.inf):
+            self.state.best_epoch = epoch
+            self.stages.engine.save_weights(self.folder / BEST)
+        self.state.history.append(result)
+        self.tracker.metrics(result.model_dump(exclude={"epoch", "step"}), step=result.step)
+        self._tell("validate", epoch, train_loss, force=True)
+        due = time.monotonic() - self._checkpointed >= self.resources.checkpoint_interval_s
+        if due and epoch < self.spec.budget.epochs and not self.stages.engine.accumulating:
+            self._checkpoint(epoch)
+
+    def _train_epoch(self, epoch: int) -> float:
+        """One pass over the budget; the mean training loss, each step weighing the same."""
+        # Dropout draws from the global generator: seeded per epoch, a resumed trial repeats exactly what was lost.
+        torch.manual_seed(self.spec.seed * 100_003 + epoch)
+        self.stages.built.model.train()
+        draws = self.stages.built.order.epoch(epoch)
+        size = self.spec.optimizer.per_device_train_batch_size
+        losses: list[float] = []
+        for start in range(0, len(draws), size):
+            if self.stages.over:
+                with self._phase("build"):
+                    self.stages.advance()
+                self._begin_measuring()
+                self.stages.built.model.train()
+            with self._phase("train"):
+                losses.append(self._train_step(draws[start : start + size]))
+            self._tell("train", epoch, losses[-1])
+        self.measured["memory"] = self.stages.engine.memory(self.state.activations_bytes, self.peak)
+        self.measured["throughput"] = self.clock.throughput()
+        return sum(losses) / len(losses)
+
+    def _train_step(self, draws: list[budget.Draw]) -> float:
+        model, batches = self.stages.built.model, self.stages.built.batches
+        examples = [self.stages.built.splits.train[draw.example] for draw in draws]
+        texts = [e.references[draw.reference] for e, draw in zip(examples, draws, strict=True)]
+        batch = batches.make(examples, texts, [draw.view for draw in draws]).to(self.device)
+        # What is kept for backward is measured in the steps that the clock leaves out: it costs time.
+        measuring = self.clock.warming_up
+        with measure.saved_for_backward(model) if measuring else nullcontext([0]) as saved, self.clock:
+            loss = self.stages.engine.train_step(batch)
+        self.clock.count(batch.size, batch.positions)
+        self.state.activations_bytes = max(self.state.activations_bytes, saved[0])
+        self.state.step = self.stages.step
+        return loss
+
+    def _evaluator(self) -> Evaluator:
+        built = self.stages.built
+        built.model.eval()
+        return Evaluator(built.model, built.batches, self.spec.eval, self.device, self._tick)
+
+    def _test(self) -> dict[str, dict[str, float]]:
+        """Score the epoch that validated best; metrics by split. Writes the per-example scores too."""
+        self._tell("test", force=True)
+        splits = self.stages.built.splits
+        self.stages.engine.load_weights(self.folder / BEST)
+        evaluator = self._evaluator()
+        validation, test = evaluator.likelihood(splits.validation), evaluator.likelihood(splits.test)
+        others = exchanged(splits.test, seed=0)
+        wrong = evaluator.likelihood(splits.test, others) if others else None
+        predictions = evaluator.generate(splits.test)
+        scores = score_members(self.spec.task.metrics, splits.test, predictions)
+        self.notes = scores.notes
+        write_examples(self.folder / "examples.parquet", splits, validation, test, wrong, predictions, scores)
+        wrong_input = {"perplexity_wrong_input": wrong.perplexity} if wrong else {}
+        return {
+            "validation": perplexities(splits.validation, validation),
+            "test": {**perplexities(splits.test, test), **wrong_input, **scores.corpus},
+        }
+
+    def _data(self) -> Data:
+        splits, spec = self.stages.built.splits, self.spec
+        digest = Inputs(self.folder.parent.parent).digest
+        return Data(
+            examples=len(splits.train),
+            examples_fingerprint=budget.content_fingerprint(splits.train, digest),
+            order_fingerprint=self.stages.built.order.fingerprint(
+                spec.budget.epochs, spec.optimizer.per_device_train_batch_size
+            ),
+            evaluation_fingerprint=budget.content_fingerprint([*splits.validation, *splits.test], digest),
+            steps=self.state.step,
+            started_from=tuple(sorted({origin.weights_sha256 for origin in spec.adapter.init_from.values()})),
+        )
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a reader of the record should know beside its numbers."""
+        limits = self.spec.budget.model_dump()
+        cut = [
+            f"{len(texts)} {kind} texts were longer than max_{kind}_length={limits[f'max_{kind}_length']} tokens "
+            "and were cut"
+            for kind, texts in self.cut.items()
+            if texts
+        ]
+        return (*cut, *self.notes)
+
+    def _checkpoint(self, epoch: int) -> None:
+        """Save so that a crash at any moment leaves a whole checkpoint: the state file names the one that counts."""
+        folder = self.folder / "checkpoint"
+        self.stages.engine.save(folder, f"epoch-{epoch}")
+        # A later epoch may put other weights in its place before the crash.
+        shutil.copy2(self.folder / BEST, folder / f"epoch-{epoch}" / BEST)
+        content = {**vars(self.state), "history": [e.model_dump() for e in self.state.history], "tag": f"epoch-{epoch}"}
+        write_atomically(folder / "state.json", json.dumps(content))
+        for old in folder.glob("epoch-*"):
+            if old.name != f"epoch-{epoch}":
+                shutil.rmtree(old)
+        self._checkpointed = time.monotonic()
+
+    def _resume(self) -> None:
+        state = self.folder / "checkpoint" / "state.json"
+        self._begin_measuring()
+        if not state.exists():
+            self.stages.start()
+            return
+        content = json.loads(state.read_text(encoding="utf-8"))
+        tag = content.pop("tag")
+        history = [Epoch.model_validate(epoch) for epoch in content.pop("history")]
+        self.state = _State(history=history, **content)
+        self.stages.start(self.state.step)
+        self.stages.engine.load(state.parent, tag)
+        shutil.copy2(state.parent / tag / BEST, self.folder / BEST)
+        logger.info("resumed after epoch %d", len(history))
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.state.phases_s[name] = self.state.phases_s.get(name, 0.0) + time.monotonic() - started
+
+    def _tick(self) -> None:
+        """Evaluation goes on: nothing new to say, but say that the trial is alive."""
+        self._tell("validate" if self.state.step < self.total_steps else "test", len(self.state.history))
+
+    def _tell(self, phase: str, epoch: int = 0, train_loss: float | None = None, force: bool = False) -> None:
+        now = time.monotonic()
+        if not force and now - self._reported < REPORT_INTERVAL_S:
+            return
+        self._reported = now
+        history = self.state.history
+        fraction = self.state.step / self.total_steps if self.total_steps else 0.0
+        latest = history[-1].validation_perplexity if history else None
+        self.report(Progress(fraction, phase, epoch or len(history), train_loss, latest))
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:500]
+
+
+@contextmanager
+def _log_to(path: Path) -> Iterator[None]:
+    """Send this process's log to the trial's own file while the trial runs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(name)s %(levelname)s %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,108 @@
+"""Every trial's record as one row of a typed table: trials.parquet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel
+
+from harness.core.files import atomic
+from harness.core.record import Data, Memory, Parameters, PlannedTrial, Run, Throughput, TrialRecord
+
+_TYPES: dict[Any, pa.DataType] = {
+    int: pa.int64(),
+    float: pa.float64(),
+    str: pa.string(),
+}
+
+
+def trials_table(run: Run) -> pa.Table:
+    """One row per planned trial with a record, in the order of the plan; missing is null.
+
+    Columns: the names of the trial in the plan; status and reason; each score as ``split.metric``; ``parameters.*``,
+    ``memory.*``, ``throughput.*`` and ``data.*`` as in the record; time, versions (JSON), origin and folder.
+    """
+    pairs = [(trial, run.records[trial.trial_id]) for trial in run.plan.trials if trial.trial_id in run.records]
+    columns = _named() | _scores([record for _, record in pairs])
+    for part, schema in (
+        ("parameters", Parameters),
+        ("memory", Memory),
+        ("throughput", Throughput),
+        ("data", Data),
+    ):
+        columns |= _part(part, schema)
+    columns |= _ending(run)
+    fields = [pa.field(name, kind) for name, (kind, _) in columns.items()]
+    arrays = [pa.array([read(*pair) for pair in pairs], kind) for kind, read in columns.values()]
+    return pa.table(arrays, schema=pa.schema(fields))
+
+
+Read = Callable[[PlannedTrial, TrialRecord], Any]
+Columns = dict[str, tuple[pa.DataType, Read]]
+
+
+def _named() -> Columns:
+    text, whole, real = pa.string(), pa.int64(), pa.float64()
+    return {
+        "trial_id": (text, lambda trial, _: trial.trial_id),
+        "experiment": (text, lambda _, record: record.experiment),
+        "setting": (text, lambda trial, _: trial.setting),
+        "label": (text, lambda trial, _: trial.label),
+        "method": (text, lambda trial, _: trial.method),
+        "grouping": (text, lambda trial, _: trial.grouping),
+        "learning_rate": (real, lambda trial, _: trial.learning_rate),
+        "seed": (whole, lambda trial, _: trial.seed),
+        "status": (text, lambda _, record: record.status),
+        "reason": (text, lambda _, record: record.reason),
+        "best_epoch": (whole, lambda _, record: record.best_epoch),
+    }
+
+
+def _scores(records: list[TrialRecord]) -> Columns:
+    found = {(split, name) for record in records for split, metrics in record.metrics.items() for name in metrics}
+
+    def reader(split: str, name: str) -> Read:
+        return lambda _, record: record.metrics.get(split, {}).get(name)
+
+    return {f"{split}.{name}": (pa.float64(), reader(split, name)) for split, name in sorted(found)}
+
+
+def _part(part: str, schema: type[BaseModel]) -> Columns:
+    """A column for each plain field; counts by group and lists of fingerprints are JSON."""
+
+    def reader(name: str, plain: bool) -> Read:
+        def read(_: PlannedTrial, record: TrialRecord) -> Any:
+            owner = getattr(record, part)
+            value = None if owner is None else getattr(owner, name)
+            return value if plain or value is None else json.dumps(value, sort_keys=True)
+
+        return read
+
+    columns: Columns = {}
+    for name, field in schema.model_fields.items():
+        kind = next((kind for of, kind in _TYPES.items() if field.annotation in (of, of | None)), None)
+        columns[f"{part}.{name}"] = (kind or pa.string(), reader(name, kind is not None))
+    return columns
+
+
+def _ending(run: Run) -> Columns:
+    text = pa.string()
+    return {
+        "wall_time_s": (pa.float64(), lambda _, record: record.wall_time_s),
+        "started_at": (text, lambda _, record: record.started_at),
+        "versions": (text, lambda _, record: json.dumps(record.versions, sort_keys=True)),
+        "git_revision": (text, lambda _, record: record.git_revision),
+        "device": (text, lambda _, record: record.device or None),
+        "folder": (text, lambda trial, _: str(run.trial_folder(trial.trial_id))),
+    }
+
+
+def write_trials(run: Run, path: Path) -> None:
+    """Write the table atomically: a reader, or a crash, sees either the whole old file or the whole new one."""
+    with atomic(path) as partial:
+        pq.write_table(trials_table(run), partial)

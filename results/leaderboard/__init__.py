@@ -1,0 +1,1 @@
+"""Trial records → matched rows, ranked and compared."""

@@ -1,0 +1,87 @@
+"""Numbers as text, the same in the page, the exported tables and the terminal."""
+
+from __future__ import annotations
+
+from results.statistics.intervals import Difference, Estimate
+
+ABSENT = "–"
+
+
+def number(value: float) -> str:
+    """At most four significant digits: ``0.812``, ``12.46``, ``1,234``; very small numbers in scientific notation."""
+    if value < 0:
+        return f"−{number(-value)}"
+    if value >= 999.5:
+        return f"{value:,.0f}"
+    if 0 < value < 0.0005:
+        return f"{value:.1e}"
+    return f"{value:.3f}" if value < 9.9995 else f"{value:.2f}" if value < 99.995 else f"{value:.1f}"
+
+
+def signed(value: float) -> str:
+    """A number with its sign, for differences."""
+    return f"+{number(value)}" if value > 0 else number(value)
+
+
+def interval(estimate: Estimate, show_sign: bool = False) -> str:
+    """``[0.71, 0.92]``, or empty for one seed."""
+    if estimate.low is None or estimate.high is None:
+        return ""
+    show = signed if show_sign else number
+    return f"[{show(estimate.low)}, {show(estimate.high)}]"
+
+
+def estimate_text(estimate: Estimate | None, show_sign: bool = False) -> str:
+    """Mean and interval on one line; a dash if nothing was measured."""
+    if estimate is None:
+        return ABSENT
+    return f"{(signed if show_sign else number)(estimate.mean)} {interval(estimate, show_sign)}".rstrip()
+
+
+def verdict(difference: Difference | None, higher_is_better: bool) -> str:
+    """``better`` or ``worse`` if significant after the correction, else ``tie``; empty for one seed."""
+    if difference is None or difference.p_adjusted is None:
+        return ""
+    if not difference.significant:
+        return "tie"
+    return "better" if (difference.mean > 0) == higher_is_better else "worse"
+
+
+def rank_text(rank: tuple[int, int] | None) -> str:
+    """``1``, ``2–4``, or empty if it is not ranked."""
+    if rank is None:
+        return ""
+    first, last = rank
+    return str(first) if first == last else f"{first}–{last}"
+
+
+def p_text(difference: Difference) -> str:
+    """``p = 0.012``, corrected; empty for one seed."""
+    p = difference.p_adjusted
+    return "" if p is None else "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def count(value: int | None) -> str:
+    """``12,976,128``."""
+    return ABSENT if value is None else f"{value:,}"
+
+
+def size_text(size_bytes: float | None) -> str:
+    """Bytes with a binary unit: ``1.42 GiB``."""
+    if size_bytes is None:
+        return ABSENT
+    size, units = float(size_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    return f"{size:.3g} {units[0]}" if size < 999.5 else f"{size:.0f} {units[0]}"
+
+
+def duration(seconds: float | None) -> str:
+    """``12.3 s``, ``4 min 05 s``, ``3 h 20 min``."""
+    if seconds is None:
+        return ABSENT
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest_s = divmod(round(seconds), 60)
+    return f"{minutes} min {rest_s:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,51 @@
+"""Progress of a grid: finished, failed, running and waiting trials, and the estimated time left."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from harness.core.record import PlannedTrial, Run, TrialRecord
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The state of every trial in the plan. ``left_s`` is None if it cannot be estimated."""
+
+    finished: int
+    failed: Mapping[str, int]  # status → how many
+    failures: tuple[tuple[PlannedTrial, TrialRecord], ...]
+    running: tuple[PlannedTrial, ...]  # started, without a record
+    waiting: int
+    mean_wall_time_s: float | None  # of the finished trials
+    left_s: float | None  # their mean time × trials left / trials at once
+
+    @property
+    def planned(self) -> int:
+        """Trials in the plan."""
+        return self.finished + len(self.failures) + len(self.running) + self.waiting
+
+
+def progress_of(run: Run, active: bool) -> Progress:
+    """Count the trials of a run folder.
+
+    Args:
+        run: as read.
+        active: whether a harness is running in the folder. Only then does a trial without a record count as running
+            if it has started (its log is newer than the plan, which every ``harness run`` rewrites); else it waits.
+    """
+    records = [(trial, run.records.get(trial.trial_id)) for trial in run.plan.trials]
+    finished = [record for _, record in records if record and record.status == "finished"]
+    failures = tuple((trial, record) for trial, record in records if record and record.status != "finished")
+    open_ = [trial for trial, record in records if record is None]
+    running = tuple(trial for trial in open_ if _begun(run, trial)) if active else ()
+    mean_s = sum(record.wall_time_s for record in finished) / len(finished) if finished else None
+    left_s = mean_s * len(open_) / max(1, len(running)) if active and mean_s is not None else None
+    statuses = Counter(record.status.replace("_", " ") for _, record in failures)
+    return Progress(len(finished), dict(statuses), failures, running, len(open_) - len(running), mean_s, left_s)
+
+
+def _begun(run: Run, trial: PlannedTrial) -> bool:
+    log, plan = run.trial_folder(trial.trial_id) / "log.txt", run.folder / "plan.json"
+    return log.exists() and log.stat().st_mtime >= plan.stat().st_mtime

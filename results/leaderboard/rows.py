@@ -1,0 +1,241 @@
+"""One row of the leaderboard: a method with a grouping in a setting, over its seeds, at its best learning rate."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from harness.core.formulas import Floats
+from harness.core.record import Parameters, PlannedTrial, Run, TrialRecord
+from harness.core.registry import plugins_in
+from results.leaderboard.format import rank_text
+from results.statistics.intervals import Difference, Estimate, estimate
+from results.statistics.resample import Resampled, score_on_test
+
+RIGHT, WRONG = "perplexity", "perplexity_wrong_input"  # the wrong-input test compares these two
+VALIDATION = "perplexity"  # on the validation split: the criterion by which a learning rate is chosen
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One learning rate of a search."""
+
+    learning_rate: float | None
+    trials: tuple[PlannedTrial, ...]
+    finished: tuple[TrialRecord, ...]
+    ended: int  # trials with a record, failed ones too
+    validation: Estimate | None  # perplexity
+
+    @property
+    def validation_by_seed(self) -> dict[int, float]:
+        """Validation perplexity of the finished seeds."""
+        scores = ((record.seed, record.metrics.get("validation", {}).get(VALIDATION)) for record in self.finished)
+        return {seed: score for seed, score in scores if score is not None}
+
+
+@dataclass(frozen=True)
+class Search:
+    """The learning rates of one row, in the order of the plan, and the chosen one."""
+
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method with one grouping in one setting, over its seeds. Unmeasured values are absent or None."""
+
+    setting: str
+    label: str
+    method: str
+    grouping: str
+    candidates: tuple[Candidate, ...]  # every learning rate, in the order of the plan
+    chosen: Candidate  # the one that validated best; everything below is measured with it
+    effort: int  # learning rates it was chosen from, including those tried before
+    is_reference: bool
+    metrics: dict[str, Estimate]  # test split, by metric name
+    input_use: Estimate | None  # perplexity with the wrong input / with the right one; 1 = the input is not used
+    parameters: Parameters | None
+    peak_bytes: Estimate | None  # growth of memory from before the model was built to the peak in training
+    examples_per_s: Estimate | None
+    tokens_per_s: Estimate | None
+    train_time_s: Estimate | None
+    wall_time_s: Estimate | None
+    rank: tuple[int, int] | None = None  # best and worst possible rank in its setting; None: not ranked
+    differences: dict[str, Difference] = field(default_factory=dict)  # from the reference, by metric name
+    # Errors of the primary difference on resampled test examples (B,), the same resamples in every setting.
+    difference_errors_B: Floats | None = field(default=None, repr=False, compare=False)
+    apart: tuple[str, ...] = ()  # why it is excluded from ranking; empty if it is ranked
+    notes: tuple[str, ...] = ()  # why a difference is missing, and what is unresolved about the learning rate
+    mixed_versions: str | None = None  # what the trials were computed with, where it differs between them
+
+    @property
+    def name(self) -> str:
+        """Label and grouping: ``LoRA r=4 specific``."""
+        return f"{self.label} {self.grouping}".rstrip()
+
+    @property
+    def trials(self) -> tuple[PlannedTrial, ...]:
+        """The planned trials of the chosen learning rate."""
+        return self.chosen.trials
+
+    @property
+    def finished(self) -> tuple[TrialRecord, ...]:
+        """The finished trials of the chosen learning rate, in the order of the plan."""
+        return self.chosen.finished
+
+    @property
+    def seeds(self) -> str:
+        """Finished of planned seeds: ``2/2``."""
+        return f"{len(self.finished)}/{len(self.trials)}"
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether a planned seed has not finished."""
+        return len(self.finished) < len(self.trials)
+
+    @property
+    def rank_text(self) -> str:
+        """``1``, ``2–4``, or empty if it is not ranked."""
+        return rank_text(self.rank)
+
+    def values(self, metric: str) -> dict[int, float]:
+        """The metric on the test split by seed, for the seeds that have it."""
+        return by_seed(self.finished, metric)
+
+
+def by_seed(records: Iterable[TrialRecord], metric: str) -> dict[int, float]:
+    """A score on the test split by seed, for the records that have it."""
+    scores = ((record.seed, score_on_test(record, metric)) for record in records)
+    return {seed: score for seed, score in scores if score is not None}
+
+
+def candidates_of(trials: Sequence[PlannedTrial], run: Run) -> tuple[Candidate, ...]:
+    """The learning rates of one row's trials."""
+    by_rate: dict[float | None, list[PlannedTrial]] = {}
+    for trial in trials:
+        by_rate.setdefault(trial.learning_rate, []).append(trial)
+    found = []
+    for rate, planned in by_rate.items():
+        records = [run.records[trial.trial_id] for trial in planned if trial.trial_id in run.records]
+        finished = tuple(record for record in records if record.status == "finished")
+        bare = Candidate(rate, tuple(planned), finished, len(records), None)
+        found.append(replace(bare, validation=estimate(list(bare.validation_by_seed.values()))))
+    return tuple(found)
+
+
+def search_of(trials: Sequence[PlannedTrial], run: Run) -> Search:
+    """The learning rates of one row's trials, and the best of them."""
+    candidates = candidates_of(trials, run)
+    return Search(candidates, choose(candidates))
+
+
+def choose(candidates: Sequence[Candidate]) -> Candidate:
+    """The candidate with the lowest mean validation perplexity among those that finished the most seeds.
+
+    A candidate that finished fewer seeds is excluded from selection, because its mean may be over the easier seeds. For
+    the same reason the mean is over the seeds that all remaining candidates finished, if there are any. Of equal
+    candidates the first in the plan is chosen.
+    """
+    most = max(len(candidate.validation_by_seed) for candidate in candidates)
+    if most == 0:
+        return candidates[0]
+    scores = [(candidate, candidate.validation_by_seed) for candidate in candidates]
+    complete = [(candidate, by_seed) for candidate, by_seed in scores if len(by_seed) == most]
+    shared = set(complete[0][1]).intersection(*(by_seed for _, by_seed in complete))
+    means = [statistics.fmean(by_seed[seed] for seed in shared or by_seed) for _, by_seed in complete]
+    return complete[means.index(min(means))][0]
+
+
+def search_effort(candidates: Sequence[Candidate]) -> int:
+    """How many learning rates were tried, including those that the experiment declares as tried before.
+
+    A rate counts as tried when all its planned trials have ended (failed ones too), or as many as those of the rate
+    that is furthest: while a grid runs, seeds that no rate has reached yet do not reduce the effort.
+    """
+    furthest = max(candidate.ended for candidate in candidates)
+    tried = {one.learning_rate for one in candidates if one.ended and one.ended in (len(one.trials), furthest)}
+    before = {rate for one in candidates for trial in one.trials for rate in trial.tried_learning_rates}
+    return len(tried | before)
+
+
+def unended(candidates: Sequence[Candidate]) -> str:
+    """``2 of 3 learning rates have not ended``; empty if all have, or if there is no search."""
+    count = sum(one.ended < len(one.trials) for one in candidates)
+    if len(candidates) == 1 or not count:
+        return ""
+    return f"{count} of {len(candidates)} learning rates {'has' if count == 1 else 'have'} not ended"
+
+
+def _search_notes(candidates: Sequence[Candidate], chosen: Candidate) -> tuple[str, ...]:
+    """What is unresolved about the choice of the learning rate."""
+    open_ = unended(candidates)
+    notes = [f"{open_}: another one may still be chosen"] if open_ else []
+    for one in candidates:
+        if one.ended == len(one.trials) and len(one.validation_by_seed) < len(chosen.validation_by_seed):
+            failed = f"{len(one.trials) - len(one.finished)} of {len(one.trials)} trials failed"
+            notes.append(f"learning rate {one.learning_rate} was excluded from selection: {failed}")
+    return tuple(notes)
+
+
+def make_row(search: Search, reference_method: str, resampled: Resampled) -> Row:
+    """The row of trials that differ only in seed and learning rate, with the resampled metrics; not compared yet."""
+    candidates, chosen = search.candidates, search.chosen
+    finished = chosen.finished
+    estimates = {name: resampled.estimate(finished, name) for name in resampled.metrics}
+    right, wrong = by_seed(finished, RIGHT), by_seed(finished, WRONG)
+
+    def mean(read: Callable[[TrialRecord], float | None]) -> Estimate | None:
+        return estimate([value for value in map(read, finished) if value is not None])
+
+    first, mixed = candidates[0].trials[0], mixed_versions(finished)
+    return Row(
+        setting=first.setting,
+        label=first.label,
+        method=first.method,
+        grouping=first.grouping,
+        candidates=candidates,
+        chosen=chosen,
+        effort=search_effort(candidates),
+        is_reference=first.method == reference_method,
+        metrics={name: found for name, found in estimates.items() if found is not None},
+        input_use=estimate([wrong[seed] / right[seed] for seed in right if seed in wrong]),
+        parameters=next((record.parameters for record in finished if record.parameters), None),
+        peak_bytes=mean(_peak_growth_bytes),
+        examples_per_s=mean(lambda record: record.throughput.examples_per_s if record.throughput else None),
+        tokens_per_s=mean(lambda record: record.throughput.tokens_per_s if record.throughput else None),
+        train_time_s=mean(lambda record: record.phases_s.get("train")),
+        wall_time_s=mean(lambda record: record.wall_time_s),
+        notes=(*_search_notes(candidates, chosen), *([mixed] if mixed else [])),
+        mixed_versions=mixed,
+    )
+
+
+HARNESS = "context-peft-harness"  # the distribution
+
+
+def mixed_versions(records: Iterable[TrialRecord]) -> str | None:
+    """The versions and git revisions of the harness and of plugins that differ between trials; None: they are alike.
+
+    ``its trials mix versions: context-peft-harness 0.1.0 (1b90bd6) and 0.2.0 (105a6c3)``
+    """
+    found: dict[str, dict[str, None]] = {}
+    for record in records:
+        code: dict[str, tuple[str | None, str | None]] = {
+            p.distribution: (p.version, p.git_revision) for p in plugins_in(record.spec) if p.version
+        }
+        code[HARNESS] = record.versions.get(HARNESS), record.git_revision
+        for distribution, (version, revision) in code.items():
+            text = f"{version or 'unknown'} ({revision})" if revision else version or "unknown"
+            found.setdefault(distribution, {})[text] = None
+    words = [f"{name} {' and '.join(versions)}" for name, versions in found.items() if len(versions) > 1]
+    return f"its trials mix versions: {'; '.join(words)}" if words else None
+
+
+def _peak_growth_bytes(record: TrialRecord) -> float | None:
+    """Peak minus initial memory: a worker runs many trials, and what it held before does not belong to this one."""
+    memory = record.memory
+    if memory is None or memory.process_peak_bytes is None or memory.process_before_bytes is None:
+        return None
+    return memory.process_peak_bytes - memory.process_before_bytes

@@ -1,0 +1,231 @@
+"""Sentences on what the numbers show and do not show."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from scipy.special import stdtrit
+
+from harness.core.record import TrialRecord
+from results.leaderboard.coverage import DAGGER, PERCENT
+from results.leaderboard.format import estimate_text, verdict
+from results.leaderboard.table import Leaderboard, Row
+from results.statistics.intervals import SIGNIFICANT
+
+RANK_RULE = (
+    "Ordered by the mean over seeds. A method is ahead of another only when their paired difference is significant at "
+    "5 % after Holm's correction over all pairs of the table; otherwise they tie and share a range of ranks. A row "
+    "with one seed ties with all. Differences from one row are fewer comparisons than all pairs: one of them may be "
+    "significant where the ranks tie."
+)
+_SETTINGS_IN_WORDS = 4  # for further settings see their tables
+_NAMED = 4  # rows named in a sentence
+_FEW_SEEDS = 4  # up to here a tie may be due to too few seeds
+_ENOUGH_SEEDS = 5  # given for comparison
+_SEED_REASON = re.compile(r"^seeds? [0-9, ]+ do(?:es)? not match .*?: ")
+
+
+def headline(board: Leaderboard) -> list[str]:
+    """For each setting, a sentence on the ranks and one on the comparison with the reference."""
+    if not any(row.finished for row in board.rows):
+        return ["No trial has finished: there is nothing to compare yet."]
+    several = len(board.settings) > 1
+    sentences = []
+    for setting in board.settings[:_SETTINGS_IN_WORDS]:
+        start = f"{setting}: " if several else ""
+        sentences += [f"{start}{_leader(board, setting)}", f"{start}{_reference(board, setting)}"]
+    left = len(board.settings) - _SETTINGS_IN_WORDS
+    return sentences + ([f"{left} more settings: see their tables."] if left > 0 else [])
+
+
+def _leader(board: Leaderboard, setting: str) -> str:
+    label, metric = board.primary.label, board.primary.name
+    ranked = [(row, row.rank) for row in board.of(setting) if row.rank]
+    if not ranked:
+        return f"Nothing is ranked: no finished trial has a test {label} that is comparable."
+    best = ranked[0][0]
+    mean = f"{best.name} has the best mean test {label}, {estimate_text(best.metrics[metric])}"
+    if len(ranked) == 1:
+        return f"{mean}; no other row is ranked."
+    if best.metrics[metric].low is None:
+        return f"{mean}, from a single seed: without an interval it is not shown to be ahead of any other."
+    tied = [row for row, (first, _) in ranked[1:] if first == 1]
+    behind = [row for row, (first, _) in ranked if first > 1]
+    if not tied:
+        others = "the only other row" if len(behind) == 1 else f"all {len(behind)} others"
+        return f"{mean}, and is shown to be ahead of {others}."
+    if not behind:
+        return f"{mean}, but all {len(ranked)} rows tie: none is shown to be ahead."
+    return f"{mean}, and ties for the first rank with {_names(tied)}. Shown to be behind: {_names(behind)}."
+
+
+def _names(rows: list[Row]) -> str:
+    names = list(dict.fromkeys(row.name for row in rows))
+    if len(names) > 4:
+        names[3:] = [f"{len(names) - 3} others"]
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _reference(board: Leaderboard, setting: str) -> str:
+    rows = board.of(setting)
+    reference = next((row for row in rows if row.is_reference), None)
+    compared = [row.differences[board.primary.name] for row in rows if board.primary.name in row.differences]
+    if reference is None or not compared:
+        return f"There is no comparison with {board.run.plan.reference_method!r} on the same data."
+    verdicts = [verdict(difference, board.primary.higher_is_better) for difference in compared]
+    against = f"Against {reference.name} on the same data, paired by seed"
+    if not any(verdicts):
+        return f"{against}, there is one seed: no difference can be tested."
+    kinds = {"better": "better", "worse": "worse", "tie": "not significantly different", "": "on one seed only"}
+    if len(compared) == 1:
+        return f"{against}, the only other row is {kinds[verdicts[0]]}."
+    counts = ", ".join(f"{verdicts.count(kind)} {words}" for kind, words in kinds.items() if kind in verdicts)
+    return f"{against} and corrected for {len(compared)} comparisons, the other rows are: {counts}."
+
+
+def caveats(board: Leaderboard) -> list[str]:
+    """What a reader must know before trusting the tables."""
+    return [
+        *_intervals(board),
+        *few_seeds(board),
+        *_gaps(board),
+        *_apart(board),
+        *_conditions(board),
+        *_files(board),
+        *board.run.notes,
+        *_input_use(board),
+    ]
+
+
+def _scored(board: Leaderboard) -> list[Row]:
+    return [row for row in board.rows if board.primary.name in row.metrics]
+
+
+def _intervals(board: Leaderboard) -> list[str]:
+    found = [row.metrics[board.primary.name] for row in _scored(board)]
+    if not found:
+        return []
+    shown = [estimate for estimate in found if estimate.covers]
+    if not shown:
+        return [
+            "There is one finished seed per row: no intervals, so nothing is shown to be better than anything else."
+        ]
+    seeds = "the seeds (adapter initialisation, data subset, order of the examples), by Student's t"
+    start = f"Intervals are {PERCENT} and cover {seeds}"
+    both = [estimate for estimate in shown if estimate.example_se is not None]
+    if not both:
+        return [
+            f"{start}. They do not cover the choice of test examples: no per-example scores reproduce the test score."
+        ]
+    examples = sorted({estimate.examples for estimate in both if estimate.examples})
+    count = f"{examples[0]:,}" if len(examples) == 1 else f"{examples[0]:,} to {examples[-1]:,}"
+    words = f"{start}, and the choice of the {count} test examples, by resampling them"
+    alone = len(shown) - len(both)
+    return [f"{words}; those of {alone} of {len(shown)} rows cover seeds alone ({DAGGER})." if alone else f"{words}."]
+
+
+def few_seeds(board: Leaderboard) -> list[str]:
+    """How large a difference must be when seeds are few: the first step of Holm's correction, over seeds alone."""
+    most = max((row.metrics[board.primary.name].n for row in _scored(board)), default=0)
+    ranked = max(sum(row.rank is not None for row in board.of(setting)) for setting in board.settings)
+    pairs = ranked * (ranked - 1) // 2
+    if not 2 <= most <= _FEW_SEEDS or not pairs:
+        return []
+
+    def needed(seeds: int) -> str:
+        return f"{float(stdtrit(seeds - 1, 1 - SIGNIFICANT / (2 * pairs))):,.1f}"
+
+    return [
+        f"With {most} seeds and {_count(pairs, 'pair')} of rows to compare, the clearest difference must reach "
+        f"{needed(most)} of its standard errors over seeds ({needed(_ENOUGH_SEEDS)} with {_ENOUGH_SEEDS} seeds): a tie "
+        "may only mean too few seeds."
+    ]
+
+
+def _gaps(board: Leaderboard) -> list[str]:
+    lines = []
+    planned = len(board.run.plan.trials)
+    gaps = Counter(one.status.replace("_", " ") for one in (*board.failed, *board.missing))
+    if gaps:
+        parts = ", ".join(f"{count} {status}" for status, count in gaps.items())
+        lines.append(f"{planned - gaps.total()} of {planned} trials finished ({parts}). Incomplete rows are marked.")
+    unscored = [row for row in board.rows if row.finished and row.rank is None and not row.apart]
+    if unscored:
+        lines.append(f"Not ranked, because the test {board.primary.label} is missing: {_names(unscored)}.")
+    return lines
+
+
+def _apart(board: Leaderboard) -> list[str]:
+    rows = [row for row in board.rows if row.apart]
+    if not rows:
+        return []
+    by_reason: dict[str, list[Row]] = {}
+    for row in rows:
+        for reason in dict.fromkeys(_SEED_REASON.sub("", reason) for reason in row.apart):
+            by_reason.setdefault(reason, []).append(row)
+    parts = "; ".join(f"{_names(alike)}: {reason}" for reason, alike in by_reason.items())
+    verb, pronoun = ("is", "it is") if len(rows) == 1 else ("are", "they are")
+    start = f"{_count(len(rows), 'row')} {verb} excluded from ranking, because {pronoun} not comparable with the others"
+    return [f"{start}. {parts}."]
+
+
+def _conditions(board: Leaderboard) -> list[str]:
+    """Differences between the trials shown that no fingerprint covers: device, code and package versions."""
+    records = [record for row in board.rows for record in row.finished]
+    lines = []
+    devices = _distinct(records, lambda record: record.device)
+    if len(devices) > 1:
+        lines.append(
+            f"The trials ran on {len(devices)} kinds of device ({'; '.join(devices)}): compare memory, speed and time "
+            "only on the same device."
+        )
+    differing = []
+    revisions = _distinct(records, lambda record: record.git_revision)
+    if len(revisions) > 1:
+        differing.append(f"{len(revisions)} revisions of the code")
+    for package in dict.fromkeys(package for record in records for package in record.versions):
+        versions = _distinct(records, lambda record, package=package: record.versions.get(package))  # type: ignore[misc]
+        if len(versions) > 1:
+            differing.append(f"{package} {', '.join(versions)}")
+    if differing:
+        lines.append(f"The trials ran different software versions: {'; '.join(differing)}.")
+    return lines
+
+
+def _distinct(records: Iterable[TrialRecord], read: Callable[[TrialRecord], str | None]) -> list[str]:
+    return sorted({value for value in map(read, records) if value})
+
+
+def _files(board: Leaderboard) -> list[str]:
+    lines = []
+    if board.run.broken:
+        lines.append(f"{_count(len(board.run.broken), 'record file')} could not be read; listed below.")
+    if board.run.foreign:
+        lines.append(f"{_count(len(board.run.foreign), 'record')} that the plan does not name left out; listed below.")
+    if board.unreadable:
+        lines.append(
+            f"{_count(len(board.unreadable), 'file')} of per-example scores could not be read, listed below: intervals "
+            "and tests of their rows cover only seeds."
+        )
+    return lines
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _input_use(board: Leaderboard) -> list[str]:
+    tested = [(row, row.input_use) for row in board.rows if row.input_use]
+    unproven = [row for row, use in tested if not (use.excludes(1) and use.mean > 1)]
+    if not unproven:
+        return []
+    verb = "is" if len(unproven) == 1 else "are"
+    several = len(board.settings) > 1
+    named = ", ".join(f"{row.name} at {row.setting}" if several else row.name for row in unproven[:_NAMED])
+    more = f" and {len(unproven) - _NAMED} more" if len(unproven) > _NAMED else ""
+    return [
+        f"{len(unproven)} of {_count(len(tested), 'row')} {verb} not shown to use the input ({named}{more}): with "
+        "another example's input the perplexity is not clearly higher."
+    ]

@@ -1,0 +1,1 @@
+"""Pictures and series drawn by code, and their captions."""

@@ -1,0 +1,1 @@
+"""Data sets as they are stored on disk and on the hub."""

@@ -1,0 +1,182 @@
+"""JSON Lines of conversations and instructions → turns and answers; see ``tasks/text.py`` for the three forms."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.core.errors import ProblemList, did_you_mean
+
+ROLES = ("system", "user", "assistant")
+Turn = tuple[str, str]  # role, text
+# The key that identifies a form → an example of the form.
+_FORMS = {
+    "messages": '{"messages": [{"role": …, "content": …}, …]}',
+    "instruction": '{"instruction": …, "input": …, "output": …}',
+    "prompt": '{"prompt": …, "completion": …}',
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One line: the turns before the answer, and the answer with other acceptable ones."""
+
+    id: str
+    turns: tuple[Turn, ...]
+    references: tuple[str, ...]
+    verbatim: bool  # prompt and completion are concatenated unchanged: no template
+
+
+def read_lines(path: Path, name: str, problems: ProblemList) -> list[Conversation]:
+    """Read one file; blank lines are skipped, a byte order mark and CRLF are accepted.
+
+    Args:
+        name: the file's path below the root; the id of a line is ``name:number``, counted from 1.
+        problems: receives what is wrong with a line, with its number.
+
+    Returns:
+        The valid lines, in order.
+    """
+    try:
+        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        problems.add(f"{path}: cannot be read: {error.strerror}")
+        return []
+    if data.lstrip().startswith(b"["):
+        problems.add(f"{path}: is a JSON array; one object per line is needed (`jq -c '.[]'` writes them)")
+        return []
+    found: list[Conversation] = []
+    known = len(problems.messages)
+    for number, raw in enumerate(data.split(b"\n"), 1):  # nothing else ends a line: a text may contain U+2028
+        if not raw.strip():
+            continue
+        conversation = _Line(f"{path}: line {number}", problems).read(raw, f"{name}:{number}")
+        if conversation is not None:
+            found.append(conversation)
+    if not found and len(problems.messages) == known:
+        problems.add(f"{path}: the file has no lines; at least one is needed")
+    return found
+
+
+class _Line:
+    """Reads one line and reports everything that is wrong with it."""
+
+    def __init__(self, where: str, problems: ProblemList) -> None:
+        self.where, self.problems = where, problems
+
+    def complain(self, message: str) -> None:
+        self.problems.add(f"{self.where}: {message}")
+
+    def read(self, raw: bytes, line_id: str) -> Conversation | None:
+        known = len(self.problems.messages)
+        record = self._parse(raw)
+        if record is None:
+            return None
+        verbatim = isinstance(record.get("prompt"), str)
+        turns = self._turns(record)
+        if len(self.problems.messages) == known:
+            self._check_order([role for role, _ in turns])
+        references = self._references(record)
+        if len(self.problems.messages) > known:
+            return None
+        answer = turns[-1][1]
+        others = [text for text in dict.fromkeys(references) if text != answer]
+        return Conversation(line_id, tuple(turns[:-1]), (answer, *others), verbatim)
+
+    def _parse(self, raw: bytes) -> dict[str, Any] | None:
+        try:
+            record = json.loads(raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            self.complain(f"byte {error.start + 1} is not UTF-8: {raw[error.start : error.start + 1]!r}")
+        except json.JSONDecodeError as error:
+            self.complain(f"column {error.colno}: broken JSON, {error.msg}: {_around(error.doc, error.pos)!r}")
+        except (ValueError, RecursionError) as error:
+            self.complain(f"cannot be read: {error}")
+        else:
+            if isinstance(record, dict):
+                return record
+            self.complain(f"an object is needed; found {_shown(record)}")
+        return None
+
+    def _turns(self, record: dict[str, Any]) -> list[Turn]:
+        forms = [key for key in _FORMS if key in record]
+        if len(forms) != 1:
+            found = ", ".join(map(repr, record)) or "no keys"
+            allowed = " or ".join(_FORMS.values())
+            near = did_you_mean(next(iter(record), ""), _FORMS).partition("; ")[2]
+            self.complain(f"found {found}; allowed: {allowed}{near and f'; {near}'}")
+            return []
+        if forms == ["messages"]:
+            return self._messages(record, "messages")
+        if forms == ["instruction"]:
+            return self._instruction(record)
+        if isinstance(record["prompt"], str):
+            pair = (self._text(record, "prompt"), self._text(record, "completion"))
+            return list(zip(("user", "assistant"), pair, strict=True))
+        return self._messages(record, "prompt") + self._messages(record, "completion")
+
+    def _instruction(self, record: dict[str, Any]) -> list[Turn]:
+        asked = self._text(record, "instruction")
+        if record.get("input") not in (None, ""):  # Alpaca uses "" for none
+            asked = f"{asked}\n{self._text(record, 'input')}"
+        return [("user", asked), ("assistant", self._text(record, "output"))]
+
+    def _messages(self, record: dict[str, Any], key: str) -> list[Turn]:
+        messages = record.get(key)
+        if not isinstance(messages, list) or not messages:
+            self.complain(f"{key}: a list of messages is needed; found {_shown(messages)}")
+            return []
+        turns: list[Turn] = []
+        for number, message in enumerate(messages):
+            where = f"{key}[{number}]"
+            if not isinstance(message, dict):
+                self.complain(f"{where}: an object with role and content is needed; found {_shown(message)}")
+                continue
+            role = message.get("role")
+            if role not in ROLES:
+                self.complain(f"{where}.role: unknown role {_shown(role)}; {did_you_mean(str(role), ROLES)}")
+            turns.append((str(role), self._text(message, "content", f"{where}.")))
+        return turns
+
+    def _check_order(self, roles: list[str]) -> None:
+        """A system message may come first; then user and assistant alternate, and the assistant comes last."""
+        if not roles:
+            return
+        turns = roles[1:] if roles[0] == "system" else roles
+        expected = ["user", "assistant"] * (len(turns) // 2 + 1)
+        wrong = next((n for n, (role, wanted) in enumerate(zip(turns, expected, strict=False)) if role != wanted), None)
+        if wrong is not None:
+            place = wrong + len(roles) - len(turns)
+            self.complain(f"message {place} has the role {turns[wrong]}; {expected[wrong]} was expected")
+        elif len(turns) % 2 or not turns:
+            self.complain(f"the last message has the role {roles[-1]}; an answer of the assistant is needed")
+
+    def _references(self, record: dict[str, Any]) -> list[str]:
+        texts = record.get("references", [])
+        if not isinstance(texts, list):
+            self.complain(f"references: a list of texts is needed; found {_shown(texts)}")
+            return []
+        numbered = {f"references[{number}]": text for number, text in enumerate(texts)}
+        return [self._text(numbered, key) for key in numbered]
+
+    def _text(self, holder: dict[str, Any], key: str, prefix: str = "") -> str:
+        """The text of a key; if it has none, this is reported and the text is empty."""
+        text = holder.get(key)
+        if not isinstance(text, str):
+            self.complain(f"{prefix}{key}: a text is needed; found {_shown(text)}")
+            return ""
+        if not text.strip():
+            self.complain(f"{prefix}{key} is empty")
+        elif any("\ud800" <= letter <= "\udfff" for letter in text):
+            self.complain(f"{prefix}{key}: half of a surrogate pair, which is not Unicode text; found {_shown(text)}")
+        return text
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else ascii(value)[:80]
+
+
+def _around(text: str, position: int) -> str:
+    return text[max(0, position - 30) : position + 30]

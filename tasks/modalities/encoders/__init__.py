@@ -1,0 +1,1 @@
+"""Encoders: the built-in ones and those of Hugging Face."""

@@ -1,0 +1,143 @@
+"""Audio encoders of ``transformers``, by hub id or ``save_pretrained`` folder, each with its own feature extractor.
+
+Whisper's encoder (https://arxiv.org/abs/2212.04356) and the Audio Spectrogram Transformer (AST,
+https://arxiv.org/abs/2104.01778). Both compute on a fixed length, independent of the recording's.
+
+Shapes: B recordings, N tokens, D features.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.core import hub
+from harness.core.errors import UserError
+from tasks.encoder import Encoder
+from tasks.modalities.encoders.recording import SAMPLING_RATE, Recording
+
+
+class PretrainedAudio(Encoder):
+    """A model and its feature extractor; without an extractor it can only count parameters and ``check`` recordings."""
+
+    def __init__(self, model: Any, extractor: Any = None) -> None:
+        super().__init__()
+        self.model, self.extractor = model, extractor
+        self.width = int(model.config.hidden_size)
+
+    @torch.no_grad()
+    def encode(self, items: Sequence[Recording]) -> list[Tensor]:
+        """Features (N, D) of each recording, in the encoder's precision."""
+        samples = [item.samples for item in items]
+        inputs = self.extractor(samples, sampling_rate=SAMPLING_RATE, return_tensors="pt")
+        weight = next(self.model.parameters())
+        features_BND = self.model(inputs[self.extractor.model_input_names[0]].to(weight)).last_hidden_state
+        return [features_ND[: self.tokens(item)] for features_ND, item in zip(features_BND, items, strict=True)]
+
+    def check(self, item: Recording) -> str | None:
+        """Reject what the feature extractor would cut off."""
+        if item.seconds > self.max_seconds:
+            return f"{item.seconds:.1f} s long; {self.model.config.model_type} takes at most {self.max_seconds:g} s"
+        return None
+
+    @property
+    @abstractmethod
+    def max_seconds(self) -> float:
+        """The longest recording that is encoded whole."""
+
+    @abstractmethod
+    def tokens(self, item: Recording) -> int:
+        """N of a recording."""
+
+
+class WhisperEncoder(PretrainedAudio):
+    """The encoder half of Whisper, on 30 s of padded mel frames; only tokens that cover the recording are kept."""
+
+    @property
+    def max_seconds(self) -> float:
+        """Two mel frames of 10 ms make a token: 30 s for the published models."""
+        return float(self.model.config.max_source_positions / 50)
+
+    def tokens(self, item: Recording) -> int:
+        """50 per second, including the last incomplete one."""
+        return math.ceil(len(item.samples) * 50 / SAMPLING_RATE)
+
+
+class SpectrogramTransformer(PretrainedAudio):
+    """AST: patches of a padded spectrogram of fixed length, after a class and a distillation token."""
+
+    def check(self, item: Recording) -> str | None:
+        """Also reject what is shorter than one frame of 25 ms, which has no spectrogram."""
+        if len(item.samples) < 400:
+            return f"{item.seconds * 1000:.1f} ms long; {self.model.config.model_type} takes at least 25 ms"
+        return super().check(item)
+
+    @property
+    def max_seconds(self) -> float:
+        """``max_length`` frames of 25 ms, one every 10 ms, none of them padding."""
+        return float((self.model.config.max_length - 1) * 0.01 + 0.025)
+
+    def tokens(self, item: Recording) -> int:
+        """All of them: the model was trained with padding, and attention mixes it into every patch."""
+        config = self.model.config
+        across = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
+        along = (config.max_length - config.patch_size) // config.time_stride + 1
+        return 2 + int(across * along)
+
+
+_KINDS: dict[str, type[PretrainedAudio]] = {
+    "whisper": WhisperEncoder,
+    "audio-spectrogram-transformer": SpectrogramTransformer,
+}
+
+
+def load(name: str, trust_remote_code: bool) -> PretrainedAudio:
+    """Load weights and feature extractor.
+
+    Raises:
+        UserError: one of them could not be loaded, or the model is not a known audio encoder.
+    """
+    from transformers import AutoFeatureExtractor, AutoModel
+
+    kind = _kind(name, trust_remote_code)
+    place = hub.place(name)
+    try:
+        model = AutoModel.from_pretrained(place, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        extractor = AutoFeatureExtractor.from_pretrained(place, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(hub.cannot(name, error)) from error
+    if extractor.sampling_rate != SAMPLING_RATE:
+        raise UserError(f"{name}: its feature extractor takes {extractor.sampling_rate} Hz; allowed: {SAMPLING_RATE}")
+    return kind(_half(model), extractor).eval()
+
+
+def empty(name: str, trust_remote_code: bool) -> PretrainedAudio:
+    """The encoder on the ``meta`` device.
+
+    Raises:
+        UserError: there is no such configuration, or it is not an audio encoder's.
+    """
+    from transformers import AutoModel
+
+    kind = _kind(name, trust_remote_code)
+    config = hub.load_config(name, trust_remote_code)
+    with torch.device("meta"):
+        return kind(_half(AutoModel.from_config(config, trust_remote_code=trust_remote_code)))
+
+
+def _kind(name: str, trust_remote_code: bool) -> type[PretrainedAudio]:
+    found = hub.load_config(name, trust_remote_code).model_type
+    if found not in _KINDS:
+        allowed = ", ".join(sorted(_KINDS))
+        raise UserError(f"backbone.encoders: {name!r} is a {found} model, not an audio encoder; allowed: {allowed}")
+    return _KINDS[found]
+
+
+def _half(model: Any) -> Any:
+    """The encoder of a model that also has a decoder; any other model unchanged."""
+    return model.encoder if hasattr(model, "decoder") else model

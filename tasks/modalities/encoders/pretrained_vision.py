@@ -1,0 +1,119 @@
+"""Vision encoders of ``transformers``, by hub id or ``save_pretrained`` folder, each with its own image processor.
+
+Shapes: B pictures, C channels, H × W pixels, N tokens (class tokens included), D features.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from harness.core import hub
+from harness.core.errors import UserError
+from tasks.encoder import Encoder
+
+
+class PretrainedVision(Encoder):
+    """A vision tower and its processor; without a processor it can only count parameters.
+
+    Features are those after the last layer. The pooler is never used, and many checkpoints lack its weights, so it is
+    removed.
+    """
+
+    def __init__(self, model: Any, processor: Any = None) -> None:
+        super().__init__()
+        if isinstance(getattr(model, "pooler", None), nn.Module) and any(True for _ in model.pooler.parameters()):
+            model.pooler = None
+        self.model, self.processor = model, processor
+        self.width = _width(model.config)
+
+    @torch.no_grad()
+    def encode(self, items: Sequence[Image.Image]) -> list[Tensor]:
+        """Features (N, D) of each picture, in the encoder's precision; a convolutional grid is read row by row."""
+        # One by one: some processors pad or resize to match the others of the batch.
+        pixels = [self.processor(images=item, return_tensors="pt")["pixel_values"] for item in items]
+        alike = len({pixels_1CHW.shape for pixels_1CHW in pixels}) == 1
+        weight = next(self.model.parameters())
+        encoded: list[Tensor] = []
+        for pixels_BCHW in [torch.cat(pixels)] if alike else pixels:
+            features = self.model(pixel_values=pixels_BCHW.to(weight)).last_hidden_state
+            encoded += features.flatten(2).transpose(1, 2) if features.dim() == 4 else features
+        return encoded
+
+
+def load(name: str, trust_remote_code: bool) -> PretrainedVision:
+    """Load weights and processor, and check that they fit by encoding a grey picture.
+
+    Raises:
+        UserError: one of them could not be loaded, they do not fit, weights are missing, or it is not a vision encoder.
+    """
+    from transformers import AutoImageProcessor, AutoModel
+
+    empty(name, trust_remote_code)
+    place = hub.place(name)
+    try:
+        model, report = AutoModel.from_pretrained(
+            place, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+        processor = AutoImageProcessor.from_pretrained(place, backend="pil", trust_remote_code=trust_remote_code)
+    except Exception as error:  # each library that reads the files has its own
+        raise UserError(hub.cannot(name, error)) from error
+    tower = _tower(model)
+    encoder = PretrainedVision(tower, processor).eval()
+    needed = {f"{'' if tower is model else 'vision_model.'}{key}" for key in encoder.model.state_dict()}
+    missing = sorted(needed & set(report["missing_keys"]))
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(f"backbone.encoders: {name!r}: weights are missing: {', '.join(missing[:3])}{more}")
+    try:
+        (features_ND,) = encoder.encode([Image.new("RGB", (64, 48), "grey")])
+    except Exception as error:  # models raise anything for pixels they do not expect
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"backbone.encoders: {name!r}: model and image processor do not work together: {reason}"
+        ) from error
+    if features_ND.dim() != 2 or features_ND.shape[1] != encoder.width:
+        found = tuple(features_ND.shape)
+        raise UserError(f"backbone.encoders: {name!r}: features of shape {found}; needed: (tokens, {encoder.width})")
+    return encoder
+
+
+def empty(name: str, trust_remote_code: bool) -> PretrainedVision:
+    """The encoder on the ``meta`` device.
+
+    Raises:
+        UserError: there is no such configuration, or it is not a vision encoder's.
+    """
+    from transformers import AutoModel
+
+    config = copy.deepcopy(hub.load_config(name, trust_remote_code))
+    kind = f"backbone.encoders: {name!r} ({config.model_type})"
+    try:
+        with torch.device("meta"):
+            model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a configuration that AutoModel does not know, a missing library
+        raise UserError(f"{kind} is not a vision encoder: {' '.join(str(error).split())[:300]}") from error
+    tower = _tower(model)
+    if tower.main_input_name != "pixel_values":
+        raise UserError(f"{kind} is not a vision encoder: it takes {tower.main_input_name}, not pixel_values")
+    if getattr(tower.config, "mask_ratio", 0):
+        raise UserError(f"{kind} masks random parts of every picture (mask_ratio); use an encoder without masking")
+    if not _width(tower.config):
+        raise UserError(f"{kind} is not a vision encoder: its configuration has neither hidden_size nor hidden_sizes")
+    return PretrainedVision(tower)
+
+
+def _width(config: Any) -> int:
+    """D of the last layer (a convolutional network has one width for each stage); 0: not in the configuration."""
+    stages = getattr(config, "hidden_sizes", None) or [0]
+    return int(getattr(config, "hidden_size", None) or stages[-1])
+
+
+def _tower(model: Any) -> Any:
+    """The image half of a two-tower model (CLIP, SigLIP); any other model unchanged."""
+    return getattr(model, "vision_model", model)
