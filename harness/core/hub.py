@@ -37,14 +37,14 @@ def looks_like_folder(name: str) -> bool:
     return name.startswith(("/", "./", "../", "~", "builtin/")) or Path(name).is_dir()
 
 
-def place(name: str) -> str:
+def resolve(name: str) -> str:
     """What ``from_pretrained`` is given: the folder of a built-in or local model, or the hub id itself."""
     if is_builtin(name):
         return str(PRETRAINED / name.removeprefix("builtin/"))
     return str(Path(name).expanduser()) if looks_like_folder(name) else name
 
 
-def cannot(name: str, error: Exception) -> str:
+def load_error(name: str, error: Exception) -> str:
     """The message when a model cannot be had."""
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     hint = did_you_mean(name, builtin_names())
@@ -62,11 +62,11 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoConfig
 
-    if looks_like_folder(name) and not Path(place(name)).is_dir():
+    if looks_like_folder(name) and not Path(resolve(name)).is_dir():
         raise UserError(f"{name!r}: no such folder; a backbone is a folder, a hub id, or {', '.join(builtin_names())}")
     known = json.loads(KNOWN_CONFIGS.read_text(encoding="utf-8"))
     try:
-        return AutoConfig.from_pretrained(place(name), trust_remote_code=trust_remote_code, local_files_only=True)
+        return AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError) as error:
         if name in known:
             return AutoConfig.for_model(**known[name])
@@ -85,13 +85,13 @@ def ask_hub(name: str, reason: Exception) -> None:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     if looks_like_folder(name):
-        raise UserError(cannot(name, reason)) from reason
+        raise UserError(load_error(name, reason)) from reason
     try:
         HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
     except RepositoryNotFoundError as error:
-        raise UserError(cannot(name, error)) from error
+        raise UserError(load_error(name, error)) from error
     except Exception as error:  # of the HTTP library underneath, which has changed before
-        raise HubUnreachableError(cannot(name, error)) from error
+        raise HubUnreachableError(load_error(name, error)) from error
 
 
 def check_reachable(name: str, trust_remote_code: bool = False) -> None:
@@ -105,7 +105,7 @@ def check_reachable(name: str, trust_remote_code: bool = False) -> None:
     if looks_like_folder(name):
         if not is_builtin(name):
             load_config(name, trust_remote_code)
-        elif not Path(place(name)).is_dir():
+        elif not Path(resolve(name)).is_dir():
             raise UserError(f"backbone: {name!r} is not built in; {did_you_mean(name, builtin_names())}")
         return
     try:

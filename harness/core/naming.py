@@ -44,8 +44,8 @@ def _family(spec: Spec) -> tuple[str, str]:
 
 
 def _adapter_options(adapter: Mapping[str, Any]) -> dict[str, Any]:
-    origins = adapter.get("init_from") or {}
-    named = ", ".join(f"{group}={PurePath(o['trial']).name}:{o['group']}" for group, o in origins.items())
+    sources = adapter.get("init_from") or {}
+    named = ", ".join(f"{group}={PurePath(o['trial']).name}:{o['group']}" for group, o in sources.items())
     plugins = " ".join(identity(adapter.get("plugins", ())))
     return {**adapter["config"], **({"init_from": named} if named else {}), **({"plugin": plugins} if plugins else {})}
 

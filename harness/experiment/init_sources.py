@@ -18,7 +18,7 @@ from harness.core.errors import UserError, did_you_mean
 from harness.core.files import digest_of
 from harness.core.record import TrialRecord, read_record
 from harness.core.validation import check
-from harness.experiment.sections import AdapterChoice, Origin, Section
+from harness.experiment.sections import AdapterChoice, InitSource, Section
 
 WEIGHTS = "best.safetensors"  # as a trial leaves them
 Shapes = dict[str, tuple[int, ...]]
@@ -31,8 +31,8 @@ class _Given(Section):
     group: str | None = None  # of that trial; by default the same name
 
 
-def find_origins(given: Any, choice: AdapterChoice, where: Cursor) -> dict[str, Origin]:
-    """Group → origin, as ``init_from`` of an adapter says.
+def find_init_sources(given: Any, choice: AdapterChoice, where: Cursor) -> dict[str, InitSource]:
+    """Group → source, as ``init_from`` of an adapter says.
 
     Args:
         given: the value in the file.
@@ -47,7 +47,7 @@ def find_origins(given: Any, choice: AdapterChoice, where: Cursor) -> dict[str, 
     groups = [group for group in dict.fromkeys(choice.grouping.values()) if group is not None]
     if not groups:
         raise UserError(f"{where}: {choice.method} has no adapter groups, so none can be taken over")
-    origins = {}
+    sources = {}
     for group, entry in given.items():
         here = where / group
         if group not in groups:
@@ -57,13 +57,13 @@ def find_origins(given: Any, choice: AdapterChoice, where: Cursor) -> dict[str, 
         wanted = check(_Given, {"trial": entry} if isinstance(entry, str) else entry, here)
         contexts = [context for context, own in choice.grouping.items() if own == group]
         try:
-            origins[group] = _origin(Path(wanted.trial), wanted.group or group, choice, contexts)
+            sources[group] = _source(Path(wanted.trial), wanted.group or group, choice, contexts)
         except UserError as error:
             raise UserError(f"{here}: {error}") from None
-    return origins
+    return sources
 
 
-def _origin(folder: Path, group: str, choice: AdapterChoice, contexts: list[str]) -> Origin:
+def _source(folder: Path, group: str, choice: AdapterChoice, contexts: list[str]) -> InitSource:
     folder = folder.expanduser().absolute()
     record = finished(folder)
     adapter = read_section(AdapterChoice, folder, record.spec["adapter"])
@@ -75,7 +75,7 @@ def _origin(folder: Path, group: str, choice: AdapterChoice, contexts: list[str]
         raise UserError(f"{folder}: that trial has no adapter group {group!r}; {did_you_mean(group, groups)}")
     weights = folder / WEIGHTS
     projected = {name.split(".")[1] for name in shapes_of(weights) if name.startswith("projectors.")}
-    return Origin(
+    return InitSource(
         trial=str(folder),
         group=group,
         weights_sha256=digest_of(weights),

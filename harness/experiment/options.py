@@ -11,7 +11,7 @@ from harness.core.cursor import Cursor
 from harness.core.errors import UserError, did_you_mean
 from harness.core.validation import check
 from harness.experiment.axes import NO_AXIS, axes
-from harness.experiment.init_sources import find_origins
+from harness.experiment.init_sources import find_init_sources
 from harness.experiment.sections import AdapterChoice, RateSearch, TaskChoice
 from tasks.registry import METRICS, MODALITIES, TASKS
 
@@ -135,5 +135,5 @@ def _adapter(variant: dict[str, Any], where: Cursor, contexts: tuple[str, ...]) 
     )
     if init_from is None:
         return choice
-    origins = find_origins(init_from, choice, where / "init_from")
-    return choice.model_copy(update={"init_from": origins, "label": f"{choice.label} assembled"})
+    sources = find_init_sources(init_from, choice, where / "init_from")
+    return choice.model_copy(update={"init_from": sources, "label": f"{choice.label} assembled"})

@@ -85,7 +85,7 @@ class Tracking(Section):
     mlflow_uri: str | None = None  # default: MLFLOW_TRACKING_URI, else SQLite beside the runs
 
 
-class Origin(Section):
+class InitSource(Section):
     """The group of a finished trial whose trained weights an adapter group starts from."""
 
     trial: str  # its folder; where it lies is no part of a trial's id
@@ -112,7 +112,7 @@ class AdapterChoice(Section):
     label: str
     learning_rate: float | None = None
     tried_learning_rates: tuple[float, ...] = ()  # before this experiment; they count as search effort
-    init_from: dict[str, Origin] = Field(default_factory=dict)  # group → its first weights; the others are drawn
+    init_from: dict[str, InitSource] = Field(default_factory=dict)  # group → its first weights; the others are drawn
 
 
 class TaskChoice(Section):

@@ -20,7 +20,7 @@ from harness.core.errors import UserError
 from harness.core.files import digest_of
 from harness.experiment.init_sources import WEIGHTS, Shapes, compare, finished, read_section, shapes_of
 from harness.experiment.plan import TrialSpec
-from harness.experiment.sections import AdapterChoice, Backbone, Origin
+from harness.experiment.sections import AdapterChoice, Backbone, InitSource
 from harness.model.components import make_task, method_of
 from harness.model.context_model import ContextModel
 
@@ -38,24 +38,24 @@ def check(spec: TrialSpec, model: ContextModel) -> None:
         UserError: the backbones differ, the method's groups cannot be parted, or a tensor is missing, left over or of
             another shape.
     """
-    for group, origin in spec.adapter.init_from.items():
-        folder = Path(origin.trial)
+    for group, source in spec.adapter.init_from.items():
+        folder = Path(source.trial)
         try:
             record = finished(folder)
             theirs: Backbone = read_section(Backbone, folder, record.spec["backbone"])
-            compare(folder, *(_backbone(backbone, origin, spec) for backbone in (spec.backbone, theirs)))
+            compare(folder, *(_backbone(backbone, source, spec) for backbone in (spec.backbone, theirs)))
             _check_parted(spec, model, record.seed)
-            _pairs(model, group, origin)
+            _pairs(model, group, source)
         except UserError as error:
             raise UserError(f"adapters: {spec.adapter.label}: init_from.{group}: {error}") from None
 
 
-def _backbone(backbone: Backbone, origin: Origin, spec: TrialSpec) -> dict[str, Any]:
+def _backbone(backbone: Backbone, source: InitSource, spec: TrialSpec) -> dict[str, Any]:
     """What the weights were trained for: the language model, and the encoders and options of the projectors."""
     options = backbone.model_dump(include={"language_model", "roles"})
-    if origin.projectors:
+    if source.projectors:
         modalities = make_task(spec).modalities
-        used = {modalities[context] for context in origin.projectors if context in modalities}
+        used = {modalities[context] for context in source.projectors if context in modalities}
         options |= {f"encoders.{name}": backbone.encoders.get(name) for name in sorted(used)}
         options |= {name: value for name, value in backbone.model_dump().items() if name.startswith("projector")}
     return options
@@ -86,16 +86,16 @@ def _frozen(adapters: Any) -> list[str]:
     return [name for name, tensor in adapters.state_dict(keep_vars=True).items() if not tensor.requires_grad]
 
 
-def _pairs(model: ContextModel, group: str, origin: Origin) -> dict[str, str]:
-    """Parameter of the model → tensor of the origin, for all that the group and its projectors have.
+def _pairs(model: ContextModel, group: str, source: InitSource) -> dict[str, str]:
+    """Parameter of the model → tensor of the source, for all that the group and its projectors have.
 
     Raises:
         UserError: one has no counterpart, or one of another shape.
     """
     own = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-    there = shapes_of(Path(origin.trial) / WEIGHTS)
-    here, theirs = (dict(_of(names, g, origin)) for names, g in ((own, group), (there, origin.group)))
-    place = Path(origin.trial) / WEIGHTS
+    there = shapes_of(Path(source.trial) / WEIGHTS)
+    here, theirs = (dict(_of(names, g, source)) for names, g in ((own, group), (there, source.group)))
+    place = Path(source.trial) / WEIGHTS
     for what, missing in (("lacks", here.keys() - theirs.keys()), ("has too many:", theirs.keys() - here.keys())):
         if missing:
             raise UserError(f"{place}: {what} {', '.join(sorted(missing)[:_SHOWN])} ({len(missing)} tensors)")
@@ -107,9 +107,9 @@ def _pairs(model: ContextModel, group: str, origin: Origin) -> dict[str, str]:
     return {name: theirs[key] for key, name in here.items()}
 
 
-def _of(names: Shapes, group: str, origin: Origin) -> Iterator[tuple[str, str]]:
+def _of(names: Shapes, group: str, source: InitSource) -> Iterator[tuple[str, str]]:
     """(Name without the group, name) of the tensors of a group and of the projectors."""
-    prefixes = tuple(f"projectors.{context}." for context in origin.projectors)
+    prefixes = tuple(f"projectors.{context}." for context in source.projectors)
     for name in names:
         parts = name.split(".")
         if f"group_{group}" in parts:
@@ -124,27 +124,27 @@ def load(spec: TrialSpec, model: ContextModel) -> None:
     Raises:
         UserError: they are not what the spec was made with, or do not fit.
     """
-    for group, origin in spec.adapter.init_from.items():
-        path = Path(origin.trial) / WEIGHTS
-        if not path.is_file() or digest_of(path) != origin.weights_sha256:
+    for group, source in spec.adapter.init_from.items():
+        path = Path(source.trial) / WEIGHTS
+        if not path.is_file() or digest_of(path) != source.weights_sha256:
             raise UserError(f"{path}: not the weights that this trial was planned with; start the experiment again")
-        pairs = _pairs(model, group, origin)
+        pairs = _pairs(model, group, source)
         parameters = dict(model.named_parameters())
         with safe_open(path, framework="pt") as file:
             for name, theirs in pairs.items():
                 parameters[name].data.copy_(file.get_tensor(theirs))
         if _frozen(model.adapters):
-            _check_frozen(spec, model, group, origin)
+            _check_frozen(spec, model, group, source)
 
 
-def _check_frozen(spec: TrialSpec, model: ContextModel, group: str, origin: Origin) -> None:
+def _check_frozen(spec: TrialSpec, model: ContextModel, group: str, source: InitSource) -> None:
     """See that what was drawn and not trained is the same in both trials, by drawing it again.
 
     Raises:
         UserError: it is not.
     """
-    record = finished(Path(origin.trial))
-    adapter: AdapterChoice = read_section(AdapterChoice, Path(origin.trial), record.spec["adapter"])
+    record = finished(Path(source.trial))
+    adapter: AdapterChoice = read_section(AdapterChoice, Path(source.trial), record.spec["adapter"])
     router = Router(adapter.grouping)
     methods = dict.fromkeys(router.groups, method_of(adapter))
     theirs = Adapters(model.language_model, methods, router, record.seed, roles=spec.backbone.roles).state_dict()
@@ -152,6 +152,6 @@ def _check_frozen(spec: TrialSpec, model: ContextModel, group: str, origin: Orig
     for name in _frozen(model.adapters):
         parts = name.split(".")
         if not {f"group_{other}" for other in model.router.groups if other != group} & set(parts):
-            there = ".".join(f"group_{origin.group}" if part == f"group_{group}" else part for part in parts)
+            there = ".".join(f"group_{source.group}" if part == f"group_{group}" else part for part in parts)
             if there not in theirs or not torch.equal(ours[name], theirs[there]):
-                raise UserError(f"{origin.trial}: {adapter.method} drew other frozen weights there ({name})")
+                raise UserError(f"{source.trial}: {adapter.method} drew other frozen weights there ({name})")

@@ -46,12 +46,12 @@ def load_language_model(backbone: Backbone) -> LanguageModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name, trust = backbone.language_model, backbone.trust_remote_code
-    place = hub.place(name)
+    place = hub.resolve(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, trust_remote_code=trust).eval()
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust)
     except (OSError, ValueError) as error:
-        raise UserError(hub.cannot(name, error)) from error
+        raise UserError(hub.load_error(name, error)) from error
     return LanguageModel(model, tokenizer)
 
 

@@ -39,7 +39,7 @@ _UNKNOWN_FRAMES = 2**63 - 1  # SF_COUNT_MAX: a FLAC stream without a length
 def _tiny_audio(weights: bool) -> Encoder:
     from tasks.modalities.encoders.tiny_audio import TinyAudio
 
-    return TinyAudio.load(Path(hub.place(TINY)), weights)
+    return TinyAudio.load(Path(hub.resolve(TINY)), weights)
 
 
 class Audio(Modality):

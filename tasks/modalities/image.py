@@ -28,7 +28,7 @@ _MODES = {"1": "black and white", "L": "grey-scale", "P": "palette of colours"} 
 def _tiny_vision(weights: bool) -> Encoder:
     from tasks.modalities.encoders.tiny_vision import TinyVision
 
-    return TinyVision.load(Path(hub.place(TINY)), weights)
+    return TinyVision.load(Path(hub.resolve(TINY)), weights)
 
 
 class Image(Modality):

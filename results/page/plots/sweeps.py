@@ -158,7 +158,7 @@ def _differing(rest: str, rests: Sequence[str]) -> str:
     """The options in which the rows of this panel differ from the others; empty with one panel."""
     if len(rests) == 1:
         return ""
-    options, origins = json.loads(rest)
+    options, sources = json.loads(rest)
     known = [json.loads(other)[0] for other in rests]
     words = [f"{key}={value}" for key, value in options.items() if any(other.get(key) != value for other in known)]
-    return ", ".join(words) or ("other initial weights" if origins else "")
+    return ", ".join(words) or ("other initial weights" if sources else "")

@@ -105,12 +105,12 @@ def load(name: str, trust_remote_code: bool) -> PretrainedAudio:
     from transformers import AutoFeatureExtractor, AutoModel
 
     kind = _kind(name, trust_remote_code)
-    place = hub.place(name)
+    place = hub.resolve(name)
     try:
         model = AutoModel.from_pretrained(place, dtype=torch.float32, trust_remote_code=trust_remote_code)
         extractor = AutoFeatureExtractor.from_pretrained(place, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(hub.cannot(name, error)) from error
+        raise UserError(hub.load_error(name, error)) from error
     if extractor.sampling_rate != SAMPLING_RATE:
         raise UserError(f"{name}: its feature extractor takes {extractor.sampling_rate} Hz; allowed: {SAMPLING_RATE}")
     return kind(_half(model), extractor).eval()

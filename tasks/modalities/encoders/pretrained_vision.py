@@ -55,14 +55,14 @@ def load(name: str, trust_remote_code: bool) -> PretrainedVision:
     from transformers import AutoImageProcessor, AutoModel
 
     empty(name, trust_remote_code)
-    place = hub.place(name)
+    place = hub.resolve(name)
     try:
         model, report = AutoModel.from_pretrained(
             place, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
         )
         processor = AutoImageProcessor.from_pretrained(place, backend="pil", trust_remote_code=trust_remote_code)
     except Exception as error:  # each library that reads the files has its own
-        raise UserError(hub.cannot(name, error)) from error
+        raise UserError(hub.load_error(name, error)) from error
     tower = _tower(model)
     encoder = PretrainedVision(tower, processor).eval()
     needed = {f"{'' if tower is model else 'vision_model.'}{key}" for key in encoder.model.state_dict()}
