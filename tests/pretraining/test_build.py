@@ -181,7 +181,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_training(tmp_path: Path)
 def test_rebuilding_reaches_the_recorded_quality(tmp_path: Path) -> None:
     """Tolerance: 3 % of perplexity, 2 points of accuracy; another processor or thread count rounds differently."""
     seed = training(BUILT_IN / ENCODER)["seed"]
-    pretrain.build(tmp_path, seed, audio_recipe=SHORT_SPEECH)  # tests/test_pretrain_audio.py has its own
+    pretrain.build(tmp_path, seed, audio_recipe=SHORT_SPEECH)  # test_audio.py has its own
     for name in (LANGUAGE_MODEL, ENCODER):
         recorded, rebuilt = training(BUILT_IN / name), training(tmp_path / name)
         assert rebuilt["recipe"] == recorded["recipe"]

@@ -313,7 +313,7 @@ class Flipping(Fake):
 
 def fake(name: str, key: str, train: str = "/a", test: str = "/c") -> dict[str, Any]:
     options = {"files": {"train": train, "validation": "/b", "test": test}}
-    return {"name": key, "key": key, "weight": None, "target": f"test_mixture:{name}", "options": options}
+    return {"name": key, "key": key, "weight": None, "target": f"{__name__}:{name}", "options": options}
 
 
 def test_a_context_has_one_modality() -> None:
