@@ -1,9 +1,9 @@
-"""harness: which parameter-efficient fine-tuning method for this modality, with this much data?
+"""Compare parameter-efficient fine-tuning methods of language models on image, audio, series and text tasks.
 
 ``harness.adapt(model, {"method": "lora", "rank": 8}, grouping="specific")`` attaches context-grouped adapters to any
 Hugging Face causal LM, without the rest of the harness.
 
-Plugin authors import the contracts from here: ``from harness import Task, Modality, Metric, AdapterMethod, Delta``.
+Plugins subclass the contracts exported here: ``from harness import Task, Modality, Metric, AdapterMethod, Delta``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,11 @@ __all__ = list(_PUBLIC)
 
 
 def _check_siblings() -> None:
-    """The packages are flat, and PyPI has others of the same names: name the intruder rather than run its code."""
+    """Check that the top-level packages are our own: PyPI has distributions with the same package names.
+
+    Raises:
+        ImportError: Python finds another package under one of these names.
+    """
     root = Path(__file__).resolve().parent.parent
     for name in ("adapters", "tasks", "results", "clusters"):
         spec = importlib.util.find_spec(name)
@@ -50,7 +54,7 @@ def _check_siblings() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """Imported on first use: most of it needs torch, which `import harness` should not."""
+    """Import public names on first use: most of them need torch, which ``import harness`` should not load."""
     if name not in _PUBLIC:
         raise AttributeError(f"module 'harness' has no attribute {name!r}")
     module, _, attribute = _PUBLIC[name].partition(":")

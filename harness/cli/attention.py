@@ -31,7 +31,7 @@ from adapters.methods import mmca
 from harness.core.errors import UserError
 from harness.core.files import atomic
 from harness.core.record import PlannedTrial, Run, TrialRecord
-from harness.experiment.init_sources import WEIGHTS, finished, read_section
+from harness.experiment.init_sources import WEIGHTS, finished_record, read_section
 from harness.experiment.plan import TrialSpec
 from harness.model.build import Built, build
 from harness.model.context_model import IGNORED
@@ -116,7 +116,7 @@ def _job(run: Run, trial_id: str, examples: int) -> _Job:
         hint = f"; did you mean {near[0]!r}?" if near else f", such as {next(iter(planned))!r}" if planned else ""
         raise UserError(f"{run.folder / 'plan.json'}: no trial {trial_id!r} among its {len(planned)}{hint}")
     folder = run.trial_folder(trial_id)
-    record = finished(folder)
+    record = finished_record(folder)
     spec: TrialSpec = read_section(TrialSpec, folder, record.spec)
     if not spec.task.modalities:
         contexts = ", ".join(spec.task.contexts)

@@ -138,8 +138,8 @@ WRONG = {
     "unknown key in an adapter": ("task: scenes\nadapters:\n  - {method: none}\n  - method: lora\n    rnak: 4\n" + RATE, 5, "adapters[1].rnak", "unknown key 'rnak'; allowed: alpha, dropout, grouping, init_from, init_lora_weights, learning_rate, method, rank, tried_learning_rates, use_rslora, where; did you mean 'rank'?"),
     "unknown key in the task": ("task:\n  name: scenes\n  data_sed: 1\nadapters: [{method: none}]\n", 3, "task.data_sed", "unknown key 'data_sed'; allowed: data_seed, test_examples, train_examples, validation_examples; did you mean 'data_seed'?"),
     "option of another method": (adapters("{method: bitfit, rank: 4}"), 2, "adapters[0].rank", "unknown key 'rank'; allowed: grouping, init_from, learning_rate, method, tried_learning_rates, where"),
-    "key given twice": (ONE + "seeds: [0]\nseeds: [1]\n", 5, "seeds", "key given twice"),
-    "key given twice in an adapter": (adapters("{method: lora, rank: 4, rank: 8}"), 2, "adapters[0].rank", "key given twice"),
+    "key given twice": (ONE + "seeds: [0]\nseeds: [1]\n", 5, "seeds", "duplicate key"),
+    "key given twice in an adapter": (adapters("{method: lora, rank: 4, rank: 8}"), 2, "adapters[0].rank", "duplicate key"),
     "unknown adapter": (adapters("{method: none}, {method: lroa}"), 2, "adapters[1].method", "unknown adapter 'lroa'; allowed: " + METHODS_LINE + "; did you mean 'lora'?"),
     "unknown task": ("task: scens\nadapters: [{method: none}]\n", 1, "task", "unknown task 'scens'; allowed: " + TASKS_LINE + "; did you mean 'scenes'?"),
     "unknown task by name": ("adapters: [{method: none}]\ntask:\n  name: cocoa_captions\n", 3, "task.name", "unknown task 'cocoa_captions'; allowed: " + TASKS_LINE + "; did you mean 'coco_captions'?"),
@@ -218,7 +218,7 @@ def test_what_is_not_plain_yaml_is_refused(experiment_file: Write, text: str) ->
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "- task: scenes\n", "scenes\n"])
 def test_an_experiment_is_a_mapping(experiment_file: Write, text: str) -> None:
-    with pytest.raises(UserError, match="an experiment is a mapping; allowed keys: name, task, adapters"):
+    with pytest.raises(UserError, match="not a mapping; allowed keys: name, task, adapters"):
         Experiment.from_yaml(experiment_file(text))
 
 
@@ -300,5 +300,5 @@ PYTHON_WRONG: dict[str, tuple[dict[str, Any], str]] = {
 def test_wrong_sections_from_python_are_named_with_their_key(case: str) -> None:
     change, message = PYTHON_WRONG[case]
     sections: dict[str, Any] = {"task": "scenes", "adapters": [{"method": "none", "learning_rate": 1}]}
-    with pytest.raises(UserError, match=f"^{message}|^experiment: options are {message}"):
+    with pytest.raises(UserError, match=f"^{message}|^experiment: options must be {message}"):
         Experiment(**(sections | change))

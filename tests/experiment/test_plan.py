@@ -192,7 +192,7 @@ def test_a_spec_survives_the_way_to_a_worker(trials: Trials) -> None:
 )
 def test_the_same_trial_twice_is_an_error(trials: Trials, entries: str, name: str) -> None:
     text = f"task: scenes\nadapters: [{entries}]\noptimizer: {{learning_rate: 1e-3}}\n"
-    with pytest.raises(UserError, match=rf"line 2, adapters: the same trial is asked for twice: {re.escape(name)}"):
+    with pytest.raises(UserError, match=rf"line 2, adapters: two entries describe the same trial: {re.escape(name)}"):
         trials(text)
 
 

@@ -122,10 +122,10 @@ def test_an_unknown_hub_id_offline_is_an_error_that_says_so() -> None:
     name = "facebook/opt-125mm"
     with pytest.raises(
         UserError,
-        match=r"'facebook/opt-125mm'.*neither as a folder nor from the hub.*offline mode.*builtin/tiny-llama",
+        match=r"'facebook/opt-125mm'.*from a folder or from the hub.*offline mode.*builtin/tiny-llama",
     ):
         backbones.check_backbone(Backbone(language_model=name))
-    with pytest.raises(UserError, match=r"'facebook/opt-125mm' cannot be had, neither as a folder nor from the hub"):
+    with pytest.raises(UserError, match=r"'facebook/opt-125mm' could not be loaded from a folder or from the hub"):
         backbones.load_language_model(Backbone(language_model=name))
 
 
@@ -133,10 +133,10 @@ def test_an_unknown_hub_id_offline_is_an_error_that_says_so() -> None:
 def test_a_hub_id_that_is_known_but_not_in_the_cache_fails_before_any_trial(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Its configuration is known, so it can be counted; its weights cannot be had, so it cannot be run."""
+    """Its configuration is known, so it can be counted; its weights could not be loaded, so it cannot be run."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     hub.load_config("facebook/opt-125m")
-    with pytest.raises(UserError, match="'facebook/opt-125m' cannot be had"):
+    with pytest.raises(UserError, match="'facebook/opt-125m' could not be loaded"):
         backbones.check_backbone(Backbone(language_model="facebook/opt-125m"))
 
 
@@ -152,5 +152,5 @@ def test_a_missing_folder_and_an_unknown_built_in_are_errors_that_say_so(tmp_pat
 
 @pytest.mark.usefixtures("_offline")
 def test_a_folder_without_a_model_is_an_error_that_names_it(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"'{tmp_path}' cannot be had"):
+    with pytest.raises(UserError, match=rf"'{tmp_path}' could not be loaded"):
         backbones.load_language_model(Backbone(language_model=str(tmp_path)))
