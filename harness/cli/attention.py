@@ -216,7 +216,7 @@ def attention_of(built: Built, example: Example, caption: str) -> tuple[Recorded
     context, path = example.files[0]
     boundary = int(built.batches.backbone.projector_boundary_tokens)
     tokens = batch.items[context].lengths[0]
-    places_N = batch.items[context].places_P[boundary : boundary + tokens]
+    places_N = batch.items[context].positions_P[boundary : boundary + tokens]
     added = layers[0].shape[-1] - (batch.token_ids_BT.shape[1] - 1)  # soft prompts, at the very beginning
     weights_LHCK = torch.stack([weights[0, :, places_C + added] for weights in layers]).float()
     whole = _softmaxes(weights_LHCK, built.model.language_model)

@@ -176,7 +176,7 @@ class Trial:
         """Run the frozen encoders ahead of training, so that training speed is the language model's alone."""
         splits = self.stages.built.splits
         evaluation = [*splits.validation, *splits.test]
-        self.stages.built.batches.features.keep(splits.train, evaluation, lambda: self._tell("encode"))
+        self.stages.built.batches.features.precompute(splits.train, evaluation, lambda: self._tell("encode"))
 
     def _epoch(self, epoch: int) -> None:
         train_loss = self._train_epoch(epoch)

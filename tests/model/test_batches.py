@@ -162,7 +162,7 @@ def test_a_row_is_laid_out_as_the_example_says(examples: list[Example]) -> None:
     contexts = [2, *[0] * 18, *[1] * len(question), *[2] * (len(answer) + 1)]
     assert batch.context_ids_BT[0, :length].tolist() == contexts
     assert batch.labels_BT[0, :length].tolist() == [IGNORED] * (19 + len(question)) + ids[-len(answer) - 1 :]
-    assert batch.items["image"].places_P.tolist() == list(range(1, 19))
+    assert batch.items["image"].positions_P.tolist() == list(range(1, 19))
     assert batch.items["image"].lengths == (16,)
     assert batch.segments is None
     assert batch.positions == int(batch.mask_BT.sum()) - 2

@@ -66,7 +66,7 @@ def test_all_is_every_example() -> None:
 
 def test_exactly_as_many_as_there_are_is_allowed_and_one_more_is_not() -> None:
     assert len(choose(EXAMPLES, 3000, 0, WHAT)) == 3000
-    message = f"{WHAT}: asks for 3,001 examples, there are 3,000; ask for at most 3,000"
+    message = f"{WHAT}: requests 3,001 examples, but there are 3,000; allowed: at most 3,000"
     with pytest.raises(UserError, match=re.escape(message)):
         choose(EXAMPLES, 3001, 0, WHAT)
 

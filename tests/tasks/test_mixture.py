@@ -85,9 +85,9 @@ def test_budgets_are_divided_by_share_and_nested(tmp_path: Path) -> None:
     [
         (
             {"budget": {"examples": 1}},
-            "budget.examples: task mixture: 1 examples, none of them of 'scenes'; ask",
+            "budget.examples: task mixture: the 1 selected examples contain none of 'scenes'",
         ),
-        ({"eval": {"test_examples": 1}}, "eval.test_examples: task mixture: 1 examples, none of them of '.*'; ask"),
+        ({"eval": {"test_examples": 1}}, "eval.test_examples: task mixture: the 1 selected examples contain none of '"),
     ],
 )
 def test_a_task_without_an_example_is_an_error(sections: Any, reason: str, tmp_path: Path) -> None:

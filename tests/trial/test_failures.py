@@ -178,4 +178,4 @@ def test_texts_longer_than_allowed_are_cut_and_counted_in_a_warning(tmp_path: Pa
 def test_more_examples_than_there_are_is_a_failure_that_says_how_many(tmp_path: Path) -> None:
     record = run(spec_of(tmp_path, budget={"examples": 65, "epochs": 1}), tmp_path)
     assert record.status == "failed"
-    assert "UserError: budget.examples: task scenes: asks for 65 examples, there are 64" in (record.reason or "")
+    assert "UserError: budget.examples: task scenes: requests 65 examples, but there are 64" in (record.reason or "")

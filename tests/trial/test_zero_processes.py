@@ -80,7 +80,7 @@ def image_first(batch: Batch) -> Batch:
         batch,
         token_ids_BT=turned(batch.token_ids_BT),
         context_ids_BT=turned(batch.context_ids_BT),
-        items={"image": replace(items, places_P=items.places_P - 1)},
+        items={"image": replace(items, positions_P=items.positions_P - 1)},
         segments=(Segment(0, stop - 1, image), Segment(stop - 1, end, text)),
     )
 
