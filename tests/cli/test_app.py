@@ -160,7 +160,7 @@ def test_no_permission_to_write(harness: Harness, experiment_file: Write, tmp_pa
     # A path below a file: refused to everybody, root included.
     (tmp_path / "file").write_text("", encoding="utf-8")
     output = tmp_path / "file" / "runs"
-    says = f"{output / 'experiment'}: cannot write there: Not a directory; choose another folder with --output"
+    says = f"{output / 'experiment'}: not writable: Not a directory; choose another folder with --output"
     assert_refused(harness("run", experiment_file(ONE), "--output", output), says)
 
 

@@ -171,7 +171,7 @@ def test_texts_longer_than_allowed_are_cut_and_counted_in_a_warning(tmp_path: Pa
     budget = {"examples": 8, "epochs": 1, "max_target_length": 5}
     record = run(spec_of(tmp_path, budget=budget), tmp_path)
     (warning,) = record.warnings
-    assert "target texts were longer than max_target_length=5 tokens and were cut" in warning
+    assert "target texts were longer than max_target_length=5 tokens and were truncated" in warning
     assert examples_of(tmp_path, record)["tokens"].max() <= 5 * 6  # five references of five tokens and EOS
 
 

@@ -206,7 +206,7 @@ def test_two_models_never_stand_in_memory(tmp_path: Path, monkeypatch: pytest.Mo
             {},
             "UserError: projector_epochs: found 1 of budget.epochs=1, which leaves no epoch for the language model",
         ),
-        (2, {"gradient_accumulation_steps": 8}, "UserError: budget: a trial of 1 optimizer steps is too short"),
+        (2, {"gradient_accumulation_steps": 8}, "UserError: budget: 1 optimizer steps are too few"),
     ],
 )
 def test_a_stage_without_training_is_a_failure_that_says_so(

@@ -126,7 +126,7 @@ def process(rank: int, folder: Path, jobs: Sequence[Job]) -> None:
         model = model_of(job.method)
         engine = Engine(model, OPTIONS, STEPS, job.stage, units=model.adapters.changes())
         if not job.together:
-            engine._together = []
+            engine._ordered = []
         losses = [engine.train_step(batch) for batch in batches(rank, job.image_on_rank_1)]
         engine.save_weights(folder / job.folder / "weights.safetensors")
         (folder / job.folder / f"losses-{rank}.json").write_text(json.dumps(losses), encoding="utf-8")
