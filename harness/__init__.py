@@ -48,8 +48,8 @@ def _check_siblings() -> None:
         origin = Path(spec.origin).resolve() if spec and spec.origin else None
         if origin is None or origin.parent.parent != root:
             raise ImportError(
-                f"harness needs its own package {name!r} beside it in {root}, but Python finds {origin}; "
-                "install the harness from its clone (pip install -e .) in an environment of its own"
+                f"harness needs its package {name!r} in {root}, but Python finds {origin}; "
+                "install the harness from its clone (pip install -e .) in a separate environment"
             )
 
 

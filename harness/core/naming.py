@@ -18,7 +18,7 @@ _PLUGIN_KEY = re.compile(r"task\.(plugin$|modalities\.|metrics\.)")  # follow fr
 
 
 def labels(specs: Mapping[str, Spec]) -> dict[str, str]:
-    """By trial id: the label of the method, plus the options in which entries of one label and grouping differ."""
+    """Labels by trial id: the method's label, plus the options in which entries of one label and grouping differ."""
     families: dict[tuple[str, str], list[dict[str, Any]]] = {}
     extras: dict[tuple[str, str], list[str]] = {}
     place: dict[str, int] = {}  # index of a trial's options within its family
@@ -51,7 +51,7 @@ def _adapter_options(adapter: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings(specs: Mapping[str, Spec], without: Sequence[str] = ()) -> dict[str, str]:
-    """By trial id: what varies over the specs besides adapter, learning rate and seed: ``examples=512 epochs=8``.
+    """Settings by trial id: what varies besides adapter, learning rate and seed, such as ``examples=512 epochs=8``.
 
     Args:
         specs: by trial id.

@@ -103,9 +103,11 @@ class LiveTable:
 
     def _table(self, running: list[_Row], done: list[_Row]) -> Table:
         table = Table(box=None, pad_edge=False, header_style="dim")
-        words = ("trial", "phase", "progress")
+        left_aligned = ("trial", "phase", "progress")
         for heading in ("trial", "seed", "phase", "epoch", "train loss", "val. ppl", "progress"):
-            table.add_column(heading, justify="left" if heading in words else "right", no_wrap=heading in words)
+            table.add_column(
+                heading, justify="left" if heading in left_aligned else "right", no_wrap=heading in left_aligned
+            )
         recent = done[max(0, len(done) - max(0, SHOWN_TRIALS - len(running))) :]
         for row in [*recent, *running[:SHOWN_TRIALS]]:
             style = "" if row.ended is None else ("dim" if row.ended.status == "finished" else "red")

@@ -54,7 +54,7 @@ def _perplexity(nll: np.ndarray, tokens: np.ndarray) -> float:
     return math.exp(mean)
 
 
-def exchanged(examples: Sequence[Example], seed: int) -> list[Example] | None:
+def mismatched(examples: Sequence[Example], seed: int) -> list[Example] | None:
     """Pair every example with another one, whose inputs are used for its references.
 
     The examples are shuffled by seed and shifted by one, so that every input is used exactly once and never for its own

@@ -30,7 +30,7 @@ from harness.model.inputs import Inputs
 from harness.tracking.grid import Tracker
 from harness.trial import measure
 from harness.trial.engine import prepare_process
-from harness.trial.evaluate import Evaluator, exchanged
+from harness.trial.evaluate import Evaluator, mismatched
 from harness.trial.scores import perplexities, score_members, write_examples
 from harness.trial.stages import Stages
 
@@ -249,7 +249,7 @@ class Trial:
         self.stages.engine.load_weights(self.folder / BEST)
         evaluator = self._evaluator()
         validation, test = evaluator.likelihood(splits.validation), evaluator.likelihood(splits.test)
-        others = exchanged(splits.test, seed=0)
+        others = mismatched(splits.test, seed=0)
         wrong = evaluator.likelihood(splits.test, others) if others else None
         predictions = evaluator.generate(splits.test)
         scores = score_members(self.spec.task.metrics, splits.test, predictions)

@@ -1,5 +1,5 @@
 # ruff: noqa: E501 - one wrong input per line reads as a table
-"""Experiment files: axes expand, and everything wrong is named with its file, line and key path."""
+"""Experiment files: axes expand, and errors name the file, line and key path."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_mapping_under_grouping_is_one_grouping(experiment_file: Write) -> Non
     assert groupings(experiment) == [("image=vision text=-", {"image": "vision", "text": None})]
 
 
-def test_a_list_of_groupings_may_mix_words_and_mappings(experiment_file: Write) -> None:
+def test_a_list_of_groupings_may_mix_names_and_mappings(experiment_file: Write) -> None:
     text = adapters("{method: lora, grouping: [specific, {image: a, text: a}]}")
     assert groupings(Experiment.from_yaml(experiment_file(text))) == [
         ("specific", {"image": "image", "text": "text"}),
@@ -189,7 +189,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_named_with_its_place(experiment_file: Write, case: str) -> None:
+def test_invalid_input_is_named_with_its_location(experiment_file: Write, case: str) -> None:
     text, line, key_path, says = WRONG[case]
     path = experiment_file(text)
     with pytest.raises(UserError, match=re.escape(says)) as caught:
@@ -222,7 +222,7 @@ def test_an_experiment_is_a_mapping(experiment_file: Write, text: str) -> None:
         Experiment.from_yaml(experiment_file(text))
 
 
-def test_a_missing_file_names_its_neighbours(experiment_file: Write) -> None:
+def test_a_missing_file_lists_other_experiments_in_the_folder(experiment_file: Write) -> None:
     path = experiment_file(ONE)
     with pytest.raises(UserError, match=f"no such file; this folder has: {re.escape(str(path))}"):
         Experiment.from_yaml(path.with_name("experimnet.yaml"))
@@ -236,7 +236,7 @@ def test_a_folder_or_a_picture_is_no_experiment(tmp_path: Path) -> None:
             Experiment.from_yaml(path)
 
 
-def test_keys_brought_in_by_a_merge_are_known(experiment_file: Write) -> None:
+def test_keys_from_a_yaml_merge_are_accepted(experiment_file: Write) -> None:
     text = "task: scenes\nadapters:\n  - &base {method: lora, rank: 4}\n  - {<<: *base, rank: 8}\n" + RATE
     assert [c.config["rank"] for c in Experiment.from_yaml(experiment_file(text)).adapters[0]] == [4, 8]
 

@@ -1,4 +1,4 @@
-"""Assembly: groups of two trained trials in a third one, bit for bit; whatever does not fit is said before."""
+"""``init_from``: groups of two trained trials in a third one, bit for bit; mismatches are errors before any compute."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SECTIONS: dict[str, Any] = {"budget": {"examples": "all", "epochs": 2}, "eval": 
 
 
 def made(folder: Path, task: Any, adapter: Any = LORA, **sections: Any) -> TrialSpec:
-    """With the stand-in metric for every task."""
+    """The specs of an experiment with the stand-in metric for every task."""
     spec = spec_of(folder, adapter, metric="", task=task, **(SECTIONS | sections))
     return scored_by(spec)
 
@@ -50,7 +50,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def save_as_finished(spec: TrialSpec, run_folder: Path) -> Path:
-    """What a trial leaves behind, of a model that was built and not trained: enough to be refused."""
+    """Save a model that was built but not trained as a finished trial; returns its folder."""
     folder = run_folder / "trials" / spec.trial_id
     folder.mkdir(parents=True)
     model = empty_model(spec, empty_encoders(spec)).to_empty(device="cpu")
@@ -66,7 +66,7 @@ def save_as_finished(spec: TrialSpec, run_folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The folders of two trained trials: pictures and series."""
+    """The folders of two trained trials: images and series."""
     folder = tmp_path_factory.mktemp("sources")
     found = []
     for task in (SCENES, TRENDS):
@@ -79,7 +79,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def copy(sources: tuple[Path, Path], tmp_path: Path) -> Path:
-    """Of the pictures' trial, to be spoiled."""
+    """A copy of the image trial's folder, to be modified."""
     return Path(shutil.copytree(sources[0], tmp_path / "elsewhere" / "copy"))
 
 
@@ -94,7 +94,7 @@ def built(init_from: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
     return build(assembled(tmp_path_factory.mktemp("assembled"), init_from), CPU)
 
 
-# ── What is taken over
+# ── What is loaded
 
 
 def test_groups_and_projectors_are_the_trained_ones_bit_for_bit(built: Built, sources: tuple[Path, Path]) -> None:
@@ -106,8 +106,8 @@ def test_groups_and_projectors_are_the_trained_ones_bit_for_bit(built: Built, so
             assert p.abs().max() > 0
 
 
-def test_groups_that_are_not_named_start_as_in_any_trial(sources: tuple[Path, Path], tmp_path: Path) -> None:
-    """Also where the group has another name there; its projector comes with it."""
+def test_groups_without_a_source_are_initialised_as_usual(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    """Also if the group has another name in the source; its projector is loaded too."""
     adapter = {**LORA, "grouping": {"image": "vision", "series": "series", "text": "text"}}
     origin = {"vision": {"trial": str(sources[0]), "group": "image"}}
     model = build(assembled(tmp_path, origin, adapter=adapter), CPU).model
@@ -122,7 +122,7 @@ def test_groups_that_are_not_named_start_as_in_any_trial(sources: tuple[Path, Pa
     assert taken == sum("image" in name for name in scenes)
 
 
-def test_pictures_are_described_as_in_the_trial_they_come_from(built: Built, sources: Any, tmp_path: Path) -> None:
+def test_images_are_described_as_in_the_source_trial(built: Built, sources: Any, tmp_path: Path) -> None:
     source, fresh = build(made(tmp_path, SCENES), CPU), build(made(tmp_path, MIXTURE), CPU)
     load_weights(sources[0] / "best.safetensors", {n: p for n, p in source.model.named_parameters() if p.requires_grad})
     nll = {}
@@ -135,7 +135,7 @@ def test_pictures_are_described_as_in_the_trial_they_come_from(built: Built, sou
     assert not np.allclose(nll["fresh"], nll["source"], rtol=1e-2)
 
 
-def test_training_goes_on_from_there_and_the_record_says_from_where(
+def test_training_continues_from_the_sources_and_the_record_has_their_digests(
     init_from: dict[str, str], sources: Any, tmp_path: Path
 ) -> None:
     spec = assembled(tmp_path, init_from)
@@ -146,7 +146,7 @@ def test_training_goes_on_from_there_and_the_record_says_from_where(
     for name, tensor in trained.items():
         source = (trends if "series" in name else scenes)[name]
         assert not torch.equal(tensor, source), name
-        if "lora_A" in name:  # which was drawn large, and moved by little
+        if "lora_A" in name:  # initialised with large values, and changed little by training
             assert (tensor - source).norm() < source.norm(), name
     origins = read_record(tmp_path / "trials" / record.trial_id / "record.json").spec["adapter"]["init_from"]
     assert {group: (origin["trial"], origin["group"]) for group, origin in origins.items()} == {
@@ -159,7 +159,7 @@ def test_training_goes_on_from_there_and_the_record_says_from_where(
 # ── Which trial it is
 
 
-def test_the_trial_is_another_one_where_the_weights_are_and_not_where_the_folder_is(
+def test_the_trial_id_depends_on_the_weights_and_not_on_the_folder(
     sources: tuple[Path, Path], copy: Path, tmp_path: Path
 ) -> None:
     scenes = sources[0]
@@ -173,10 +173,10 @@ def test_the_trial_is_another_one_where_the_weights_are_and_not_where_the_folder
     assert len({ids[0], other, text, made(tmp_path, MIXTURE).trial_id}) == 4
 
 
-def test_the_leaderboard_tells_assembled_and_fresh_ones_apart(
+def test_the_leaderboard_has_separate_rows_with_and_without_init_from(
     sources: tuple[Path, Path], experiment_file: Callable[[str], Path]
 ) -> None:
-    """An axis: from nothing, with the pictures' group, with both."""
+    """An axis of three: without sources, with the image group, with both groups."""
     given = [None, {"image": str(sources[0])}, {"image": str(sources[0]), "series": str(sources[1])}]
     path = experiment_file(yaml.safe_dump({"task": MIXTURE, "adapters": [{**LORA, "init_from": given}]}))
     specs = expand(Experiment.from_yaml(path))
@@ -209,7 +209,7 @@ def test_the_leaderboard_tells_assembled_and_fresh_ones_apart(
         ({"image": "RUN"}, r"contains no trial record; this run has /.*/trials/\w{12}, /"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_taken_over_is_said(
+def test_an_invalid_init_from_is_an_error_with_its_location(
     init_from: Any, reason: str, sources: tuple[Path, Path], tmp_path: Path
 ) -> None:
     text = json.dumps(init_from).replace("SCENES", str(sources[0])).replace("RUN", str(sources[0].parent.parent))
@@ -225,12 +225,12 @@ def test_what_cannot_be_taken_over_is_said(
         ({"method": "full", "learning_rate": 1.0}, "init_from: full has no adapter groups"),
     ],
 )  # fmt: skip
-def test_another_method_or_other_options_are_said(adapter: Any, reason: str, sources: Any, tmp_path: Path) -> None:
+def test_another_method_or_other_options_are_errors(adapter: Any, reason: str, sources: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=reason):
         assembled(tmp_path, {"image": str(sources[0])}, adapter=adapter)
 
 
-def test_a_trial_that_is_not_finished_or_broken_is_said(copy: Path, tmp_path: Path) -> None:
+def test_an_unfinished_or_broken_trial_is_an_error(copy: Path, tmp_path: Path) -> None:
     record = read_record(copy / "record.json")
     old = record.model_copy(update={"spec": {"adapter": {"method": "lora"}}})
     (copy / "record.json").write_text(old.model_dump_json())
@@ -265,7 +265,9 @@ def test_a_trial_that_is_not_finished_or_broken_is_said(copy: Path, tmp_path: Pa
         ({"roles": {"x": "q"}}, r"roles={'x': 'q'} \(here None\)"),
     ],
 )  # fmt: skip
-def test_another_backbone_is_said(there: dict[str, Any], reason: str, copy: Path, tmp_path: Path) -> None:
+def test_another_backbone_is_an_error_with_both_values(
+    there: dict[str, Any], reason: str, copy: Path, tmp_path: Path
+) -> None:
     content = json.loads((copy / "record.json").read_text())
     content["spec"]["backbone"] |= json.loads(json.dumps(there).replace("OTHER", str(tmp_path)))
     (copy / "record.json").write_text(json.dumps(content))
@@ -294,7 +296,9 @@ def test_the_encoder_and_projector_do_not_matter_to_a_group_of_text(copy: Path, 
          r"projectors.image.layers.1.bias has shape \(5,\); allowed: \(96,\)"),
     ],
 )  # fmt: skip
-def test_every_tensor_is_accounted_for(change: Any, reason: str, copy: Path, tmp_path: Path) -> None:
+def test_missing_unexpected_and_reshaped_tensors_are_errors(
+    change: Any, reason: str, copy: Path, tmp_path: Path
+) -> None:
     tensors = weights(copy)
     change(tensors)
     safetensors.torch.save_file(tensors, copy / "best.safetensors")
@@ -321,7 +325,9 @@ def test_weights_that_changed_since_the_plan_are_not_loaded(sources: Any, copy: 
     ],
     ids=lambda value: value["method"] if isinstance(value, dict) else "",
 )  # fmt: skip
-def test_whose_groups_can_be_parted(adapter: Any, seed: int, reason: str | None, tmp_path: Path) -> None:
+def test_methods_whose_groups_share_weights_are_refused(
+    adapter: Any, seed: int, reason: str | None, tmp_path: Path
+) -> None:
     adapter = {"grouping": "specific", "learning_rate": 1.0, **adapter}
     source = save_as_finished(made(tmp_path, SCENES, adapter), tmp_path / "source")
     spec = assembled(tmp_path, {"image": str(source)}, SCENES, adapter, seeds=[seed])
@@ -333,11 +339,11 @@ def test_whose_groups_can_be_parted(adapter: Any, seed: int, reason: str | None,
     model = build(spec, CPU).model
     taken = [p for name, p in model.named_parameters() if "group_image" in name]
     assert taken
-    assert all(not p.any() for p in taken)  # zeros, as they were saved
+    assert all(not p.any() for p in taken)  # the saved values
     assert any(p.any() for name, p in model.named_parameters() if "group_text" in name)
 
 
-def test_frozen_weights_are_compared_with_those_drawn_there(tmp_path: Path) -> None:
+def test_frozen_weights_must_equal_those_of_the_source_trial(tmp_path: Path) -> None:
     """With a bottleneck beside it, VeRA's projections depend on how many groups were drawn before."""
     adapter = {**LORA, "method": "bottleneck+vera", "bottleneck_size": 2}
     source = save_as_finished(made(tmp_path, SCENES, adapter), tmp_path / "source")

@@ -214,7 +214,7 @@ def test_two_processes_train_as_one_does(trained: Path, job: Job) -> None:
     check(trained, job)
 
 
-def test_gradients_in_another_order_would_be_wrong(trained: Path) -> None:
+def test_gradients_in_different_orders_would_be_wrong(trained: Path) -> None:
     """ZeRO-2 adds up what comes first in one process and what comes first in the other."""
     assert difference(found(trained, UNORDERED)[1], expected(UNORDERED)[1]) > 1e-3
 
