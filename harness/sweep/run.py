@@ -83,10 +83,12 @@ class Results:
 
     @cached_property
     def leaderboard(self) -> pd.DataFrame:
-        """One row for each method and setting, with means, intervals and ranks, as in ``leaderboard.csv``."""
+        """One row for each method and setting, with means, intervals and ranks; the columns of ``leaderboard.csv``."""
         import pandas as pd
 
-        return pd.read_csv(self.report.with_name("leaderboard.csv"))
+        from results.export.text import table_rows
+
+        return pd.DataFrame(table_rows(self.board))
 
     @cached_property
     def board(self) -> Leaderboard:

@@ -20,7 +20,7 @@ from harness.check import modality as modality_checks
 from harness.check import task as task_checks
 from harness.check.plugins import promise
 from harness.check.process import another_process_agrees
-from harness.cli import app
+from harness.cli.app import app
 from harness.core.record import read_run
 from tasks.registry import METRICS, MODALITIES, TASKS
 
