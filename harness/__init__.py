@@ -1,10 +1,10 @@
-"""harness: which parameter-efficient fine-tuning method for this modality, with this much data?
+"""Compare parameter-efficient fine-tuning methods of language models on image, audio, series and text tasks.
 
 ``harness.run_experiment("experiment.yaml")`` runs an experiment, ``harness.Experiment(...)`` writes one in Python.
 ``harness.adapt(model, {"method": "lora", "rank": 8}, grouping="specific")`` attaches context-grouped adapters to any
 Hugging Face causal LM, without the rest of the harness.
 
-Plugin authors import the contracts from here: ``from harness import Task, Modality, Metric, AdapterMethod, Delta``.
+Plugins subclass the contracts exported here: ``from harness import Task, Modality, Metric, AdapterMethod, Delta``.
 """
 
 from __future__ import annotations
@@ -76,20 +76,24 @@ __all__ = [
 
 
 def _check_siblings() -> None:
-    """The packages are flat, and PyPI has others of the same names: name the intruder rather than run its code."""
+    """Check that the top-level packages are our own: PyPI has distributions with the same package names.
+
+    Raises:
+        ImportError: Python finds another package under one of these names.
+    """
     root = Path(__file__).resolve().parent.parent
     for name in ("adapters", "tasks", "results", "clusters"):
         spec = importlib.util.find_spec(name)
         origin = Path(spec.origin).resolve() if spec and spec.origin else None
         if origin is None or origin.parent.parent != root:
             raise ImportError(
-                f"harness needs its own package {name!r} beside it in {root}, but Python finds {origin}; "
-                "install the harness from its clone (pip install -e .) in an environment of its own"
+                f"harness needs its package {name!r} in {root}, but Python finds {origin}; "
+                "install the harness from its clone (pip install -e .) in a separate environment"
             )
 
 
 def __getattr__(name: str) -> Any:
-    """Imported on first use: most of it needs torch, which `import harness` should not."""
+    """Import public names on first use: most of them need torch, which ``import harness`` should not load."""
     if name not in _PUBLIC:
         raise AttributeError(f"module 'harness' has no attribute {name!r}")
     module, _, attribute = _PUBLIC[name].partition(":")

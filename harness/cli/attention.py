@@ -31,7 +31,7 @@ from adapters.methods import mmca
 from harness.core.errors import UserError
 from harness.core.files import atomic
 from harness.core.record import PlannedTrial, Run, TrialRecord
-from harness.experiment.init_sources import WEIGHTS, finished, read_section
+from harness.experiment.init_sources import WEIGHTS, finished_record, read_section
 from harness.experiment.plan import TrialSpec
 from harness.model.build import Built, build
 from harness.model.context_model import IGNORED
@@ -116,7 +116,7 @@ def _job(run: Run, trial_id: str, examples: int) -> _Job:
         hint = f"; did you mean {near[0]!r}?" if near else f", such as {next(iter(planned))!r}" if planned else ""
         raise UserError(f"{run.folder / 'plan.json'}: no trial {trial_id!r} among its {len(planned)}{hint}")
     folder = run.trial_folder(trial_id)
-    record = finished(folder)
+    record = finished_record(folder)
     spec: TrialSpec = read_section(TrialSpec, folder, record.spec)
     if not spec.task.modalities:
         contexts = ", ".join(spec.task.contexts)
@@ -216,7 +216,7 @@ def attention_of(built: Built, example: Example, caption: str) -> tuple[Recorded
     context, path = example.files[0]
     boundary = int(built.batches.backbone.projector_boundary_tokens)
     tokens = batch.items[context].lengths[0]
-    places_N = batch.items[context].places_P[boundary : boundary + tokens]
+    places_N = batch.items[context].positions_P[boundary : boundary + tokens]
     added = layers[0].shape[-1] - (batch.token_ids_BT.shape[1] - 1)  # soft prompts, at the very beginning
     weights_LHCK = torch.stack([weights[0, :, places_C + added] for weights in layers]).float()
     whole = _softmaxes(weights_LHCK, built.model.language_model)

@@ -1,1 +1,1 @@
-"""What every other package builds on: errors, records, names, formulas, plugin registries. No torch, no Ray."""
+"""Basics used by all other packages: errors, records, names, score formulas, plugin registries. No torch, no Ray."""

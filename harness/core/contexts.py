@@ -1,8 +1,8 @@
 """Contexts and groupings: which adapter group acts on which domain of tokens.
 
-A context is a named token domain (``image``, ``text``); a grouping maps contexts to adapter groups. Context-PEFT, arXiv
-2312.08900. Imports nothing of ours but the error type, and not torch: planning needs neither.
-adapters/placement/router.py knows which token of a batch is of which context.
+A context is a named token domain (``image``, ``text``); a grouping maps contexts to adapter groups (Context-PEFT, arXiv
+2312.08900). Does not import torch, because planning does not need it. adapters/placement/router.py maps the tokens of a
+batch to contexts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Segment(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Positions that one adapter group acts on; ``group`` None: the bare base model."""
+    """Positions that one adapter group acts on; with ``group`` None, the base model without an adapter."""
 
     start: int
     stop: int
@@ -32,10 +32,10 @@ class Span(NamedTuple):
 
 
 def resolve_grouping(grouping: Any, contexts: Sequence[str]) -> tuple[dict[str, str | None], str]:
-    """Turn ``agnostic``, ``specific`` or a mapping context → group into (mapping over all contexts, its name).
+    """Resolve ``agnostic``, ``specific`` or a mapping context → group to (mapping of all contexts, display name).
 
     Raises:
-        UserError: neither of the words nor a mapping that names every context once.
+        UserError: neither a known name nor a mapping of every context to a group or None.
     """
     if grouping == "agnostic":
         return dict.fromkeys(contexts, AGNOSTIC_GROUP), "agnostic"
@@ -50,13 +50,13 @@ def resolve_grouping(grouping: Any, contexts: Sequence[str]) -> tuple[dict[str, 
             raise UserError(f"unknown context {context!r}; {did_you_mean(str(context), contexts)}")
     missing = [context for context in contexts if context not in grouping]
     if missing:
-        raise UserError(f"context {missing[0]!r} is missing; give it a group, or null for no adapter")
+        raise UserError(f"context {missing[0]!r} is missing; set it to a group, or to null for no adapter")
     for context, group in grouping.items():
         if group is not None and (not isinstance(group, str) or not group.isidentifier()):
             raise UserError(
                 f"group of context {context!r} must be a name (letters, digits, _) or null; found {group!r}"
             )
     if all(group is None for group in grouping.values()):
-        raise UserError("no context has a group; for no adapter at all use the method 'none'")
+        raise UserError("no context has a group; to train without adapters, use the method 'none'")
     resolved = {context: grouping[context] for context in contexts}
     return resolved, " ".join(f"{context}={group or '-'}" for context, group in resolved.items())

@@ -1,4 +1,4 @@
-"""Where in the user's input something is: what every message about it starts with."""
+"""Locations in the user's input, used as the prefix of error messages."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ KeyPath = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Cursor:
-    """A place in an experiment file, or in values that were passed from Python.
+    """A location in an experiment file, or in values passed from Python.
 
-    ``str(cursor / "adapters" / 2 / "rank")`` is ``grid.yaml, line 7, adapters[2].rank``. The line is that of the
-    innermost part of the path that is in the file.
+    ``str(cursor / "adapters" / 2 / "rank")`` is ``grid.yaml, line 7, adapters[2].rank``. The line number is that of the
+    longest prefix of the path that exists in the file.
     """
 
-    origin: str = ""  # the file; empty for values from Python
+    origin: str = ""  # file name; empty for values from Python
     path: KeyPath = ()
-    lines: Mapping[KeyPath, int] = field(default_factory=dict, repr=False)  # of every key path in the file
+    lines: Mapping[KeyPath, int] = field(default_factory=dict, repr=False)  # line number of every key path in the file
 
     def __truediv__(self, key: str | int) -> Cursor:
         return Cursor(self.origin, (*self.path, key), self.lines)
@@ -30,10 +30,10 @@ class Cursor:
 
     @property
     def key(self) -> str:
-        """``adapters[2].rank``."""
+        """The path as text: ``adapters[2].rank``."""
         return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in self.path).removeprefix(".")
 
     @property
     def is_written(self) -> bool:
-        """Whether the file has this key."""
+        """Whether the file contains this key."""
         return self.path in self.lines

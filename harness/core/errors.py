@@ -1,4 +1,4 @@
-"""The error that is the user's to mend, alone or many at once, and the nearest-name hint of every such message."""
+"""Errors caused by user input, one or several at once, and the nearest-name hint in their messages."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ _SHOWN = 10
 
 
 class UserError(Exception):
-    """Wrong input. The command line prints the message without a traceback and exits with code 2.
+    """Invalid user input. The command line prints the message without a traceback and exits with code 2.
 
-    A message says where (file and key path), what was found, what is allowed and the nearest name.
+    A message contains the location (file and key path), what was found, what is allowed and the nearest name.
     """
 
 
-class Problems(UserError):  # noqa: N818 - what it is: several
-    """Several things wrong with one input; ``messages`` has all of them, the text the first ten."""
+class Problems(UserError):  # noqa: N818 - several errors in one
+    """Several errors in one input; ``messages`` has all of them, the text the first ten."""
 
     def __init__(self, messages: Iterable[str]) -> None:
         self.messages = tuple(messages)
@@ -26,21 +26,21 @@ class Problems(UserError):  # noqa: N818 - what it is: several
 
 
 class ProblemList:
-    """Collects what is wrong while reading goes on, so that a user hears of everything at once."""
+    """Collects errors while reading continues, so that all of them are reported at once."""
 
     def __init__(self) -> None:
         self.messages: list[str] = []
 
     def add(self, message: str | UserError) -> None:
-        """Take one problem, or all those of another error."""
+        """Add a message, or all messages of another error."""
         self.messages += message.messages if isinstance(message, Problems) else [str(message)]
 
     def raise_any(self) -> None:
-        """Raise what was collected.
+        """Raise the collected errors, if any.
 
         Raises:
-            UserError: there was one problem.
-            Problems: there were several.
+            UserError: there is one.
+            Problems: there are several.
         """
         if len(self.messages) == 1:
             raise UserError(self.messages[0])
@@ -49,7 +49,7 @@ class ProblemList:
 
 
 def did_you_mean(found: str, allowed: Iterable[str]) -> str:
-    """Return ``allowed: a, b, c; did you mean 'b'?`` for the end of an error message."""
+    """``allowed: a, b, c; did you mean 'b'?``, for the end of an error message."""
     names = sorted(allowed)
     hint = f"allowed: {', '.join(names) or 'nothing'}"
     near = difflib.get_close_matches(found, names, n=1, cutoff=0.5)

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and known by their content."""
+"""Atomic file writes and content digests."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to, which takes its place when the block ends without an error.
+    """Yield a temporary path to write to, which replaces ``path`` when the block ends without an error.
 
-    A reader, another process that writes the same file, or a crash sees the whole old file or the whole new one. The
+    Concurrent readers and writers see the complete old file or the complete new one, also after a crash. The parent
     folder is created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,13 +29,13 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file atomically."""
     with atomic(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 of a file's content.
+    """SHA-256 of a file's content, in hexadecimal.
 
     Raises:
         OSError: it cannot be read.

@@ -1,7 +1,7 @@
-"""How the score of a whole split is computed from its examples: sums of a few columns, and a formula.
+"""Corpus scores from per-example columns: sums over the examples of a split, and a formula.
 
-Only sums over examples enter a formula, so a resample of the examples is scored from weighted sums. Shapes: K columns
-on the last axis; all axes before it are kept.
+Formulas depend on the examples only through these sums, so a bootstrap resample is scored from weighted sums. Shapes:
+K columns on the last axis; leading axes are kept.
 """
 
 from __future__ import annotations
@@ -14,49 +14,47 @@ from numpy.typing import NDArray
 from harness.core.record import MetricInfo
 
 Floats = NDArray[np.float64]
-AGREES = (
-    1e-6  # relative: the result of a formula must equal the recorded score, or the formula is not that of the score
-)
-# The perplexities of a trial, and their columns: nats and tokens.
+TOLERANCE = 1e-6  # relative; if a formula differs more from the recorded score, it is not the formula of that score
+# Perplexity metric → its columns in the per-example scores: nats and tokens.
 PERPLEXITIES: Mapping[str, tuple[str, str]] = {
     "perplexity": ("nll", "tokens"),
     "perplexity_one_reference": ("nll_first", "tokens_first"),
     "perplexity_wrong_input": ("nll_wrong_input", "tokens"),
 }
-# K for each formula.
+# Formula → K.
 WIDTHS: Mapping[str, int] = {
-    "mean": 2,  # sum of the scores, and how many examples have one
+    "mean": 2,  # sum of the scores, and number of examples that have one
     "ratio": 2,  # numerators and denominators
     "perplexity": 2,  # nats and tokens
-    "bleu": 10,  # matching n-grams of 1 to 4 words, predicted n-grams of 1 to 4 words, words, words of the references
+    "bleu": 10,  # matching 1- to 4-grams, predicted 1- to 4-grams, predicted words, reference words
     "meteor": 6,  # matches and length of the prediction, matches and length of the reference, chunks, matched words
 }
 
 
 def formula(metric: MetricInfo) -> str:
-    """Name of a metric's formula; perplexities always have their own."""
+    """Name of a metric's formula, a key of ``WIDTHS``."""
     return "perplexity" if base_name(metric.name) in PERPLEXITIES else metric.corpus
 
 
 def base_name(name: str) -> str:
-    """A metric's name without the task of a mixture: ``bleu_4`` of ``coco_captions/bleu_4``."""
+    """A metric's name without its task in a mixture: ``bleu_4`` for ``coco_captions/bleu_4``."""
     return name.rpartition("/")[2]
 
 
 def counts_key(metric: MetricInfo) -> str:
-    """Key of a metric's columns in ``Scores.counts``: its name, except that ``bleu_1`` to ``bleu_4`` share one."""
+    """Key of a metric's columns in ``Scores.counts``: its name, except that ``bleu_1`` to ``bleu_4`` share ``bleu``."""
     return metric.name.rpartition("_")[0] if metric.corpus == "bleu" else metric.name
 
 
 def score(metric: MetricInfo, sums_K: Floats) -> Floats:
-    """The score from sums over examples; NaN if the divisor is 0.
+    """Compute a score from sums over examples.
 
     Args:
         metric: name and formula of the score.
-        sums_K: (…, K).
+        sums_K: (…, K), the columns of the formula.
 
     Returns:
-        (…).
+        Scores (…); NaN where the divisor is 0.
     """
     with np.errstate(all="ignore"):
         kind = formula(metric)
@@ -70,11 +68,11 @@ def score(metric: MetricInfo, sums_K: Floats) -> Floats:
 
 def agree(one: float, other: float) -> bool:
     """Whether two scores are equal up to rounding."""
-    return abs(one - other) <= AGREES * max(abs(one), abs(other))
+    return abs(one - other) <= TOLERANCE * max(abs(one), abs(other))
 
 
 def _bleu(sums_K: Floats, n: int) -> Floats:
-    """Corpus BLEU-n as in pycocoevalcap 1.2, including its constants against division by 0."""
+    """Corpus BLEU-n as in pycocoevalcap 1.2, including its constants that avoid division by 0."""
     tiny, small = 1e-15, 1e-9
     precisions = (sums_K[..., :n] + tiny) / (sums_K[..., 4 : 4 + n] + small)
     ratio = (sums_K[..., 8] + tiny) / (sums_K[..., 9] + small)
@@ -84,7 +82,7 @@ def _bleu(sums_K: Floats, n: int) -> Floats:
 
 
 def _meteor(sums_K: Floats) -> Floats:
-    """METEOR 1.5 (https://aclanthology.org/W14-3348/, section 3) with its parameters for English; 0 without a match."""
+    """METEOR 1.5 (https://aclanthology.org/W14-3348/, section 3), parameters for English; 0 if no word matches."""
     alpha, beta, gamma = 0.85, 0.2, 0.6
     precision, recall = sums_K[..., 0] / sums_K[..., 1], sums_K[..., 2] / sums_K[..., 3]
     mean = 1 / ((1 - alpha) / precision + alpha / recall)

@@ -1,6 +1,6 @@
-"""Where a pretrained model comes from: built in (``builtin/tiny-llama``), a local folder, or a Hugging Face hub id.
+"""Locate pretrained models: built in (``builtin/tiny-llama``), in a local folder, or on the Hugging Face hub.
 
-Language models and the encoders of modalities are found by the same functions. Imports nothing of ours but the error.
+Used for language models and for the encoders of modalities.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from harness.core.errors import UserError, did_you_mean
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained"
 HUB_TIMEOUT_S = 10.0
-# Configurations of hub models that `harness plan` must be able to count offline, as published on the hub.
+# Configurations of hub models, as published there, so that `harness plan` can count their parameters offline.
 KNOWN_CONFIGS = Path(__file__).parent.parent / "known_configs.json"
 
 
 class HubUnreachableError(UserError):
-    """A model that is not here and that the hub, which cannot be asked now, may have."""
+    """A model is not available locally, and the hub could not be reached."""
 
 
 def is_builtin(name: str) -> bool:
-    """Whether the name is of the form ``builtin/…``."""
+    """Whether the name has the form ``builtin/…``."""
     return name.startswith("builtin/")
 
 
@@ -38,27 +38,27 @@ def looks_like_folder(name: str) -> bool:
 
 
 def resolve(name: str) -> str:
-    """What ``from_pretrained`` is given: the folder of a built-in or local model, or the hub id itself."""
+    """The argument for ``from_pretrained``: the folder of a built-in or local model, or the hub id itself."""
     if is_builtin(name):
         return str(PRETRAINED / name.removeprefix("builtin/"))
     return str(Path(name).expanduser()) if looks_like_folder(name) else name
 
 
 def load_error(name: str, error: Exception) -> str:
-    """The message when a model cannot be had."""
+    """The error message when a model could not be loaded: the reason and the nearest built-in model."""
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     hint = did_you_mean(name, builtin_names())
-    return f"backbone {name!r} cannot be had, neither as a folder nor from the hub ({reason}); {hint}"
+    return f"backbone {name!r} could not be loaded from a folder or from the hub ({reason}); {hint}"
 
 
 @cache
 def load_config(name: str, trust_remote_code: bool = False) -> Any:
-    """The ``transformers`` configuration behind a name, without weights.
+    """Load the ``transformers`` configuration of a model, without weights.
 
-    The hub's local cache and the known ones go before the network.
+    The hub's local cache and ``KNOWN_CONFIGS`` take precedence over the network.
 
     Raises:
-        UserError: no such built-in, folder, or reachable hub id.
+        UserError: there is no built-in model, folder or reachable hub id of this name.
     """
     from transformers import AutoConfig
 
@@ -75,11 +75,11 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
 
 
 def ask_hub(name: str, reason: Exception) -> None:
-    """See in one short call whether the hub has the model: a download would retry for half a minute.
+    """Check that the hub has the model, in one short call: a failing download would retry for half a minute.
 
     Raises:
-        UserError: it has not.
-        HubUnreachableError: it does not answer.
+        UserError: the hub does not have it.
+        HubUnreachableError: the hub does not answer.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -90,15 +90,15 @@ def ask_hub(name: str, reason: Exception) -> None:
         HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
     except RepositoryNotFoundError as error:
         raise UserError(load_error(name, error)) from error
-    except Exception as error:  # of the HTTP library underneath, which has changed before
+    except Exception as error:  # the types depend on the HTTP library that huggingface_hub uses
         raise HubUnreachableError(load_error(name, error)) from error
 
 
 def check_reachable(name: str, trust_remote_code: bool = False) -> None:
-    """Fail now rather than in every trial: the model must be here or within reach.
+    """Check before any trial starts that the model is available locally or on the hub.
 
     Raises:
-        UserError: it is neither built in, nor a folder, nor in the hub's local cache, nor on the hub.
+        UserError: it is not built in, not a folder, and neither in the hub's local cache nor on the hub.
     """
     from transformers.utils import cached_file
 

@@ -14,11 +14,11 @@ from typing import Any
 from harness.core.registry import identity
 
 Spec = Mapping[str, Any]
-_PLUGIN_KEY = re.compile(r"task\.(plugin$|modalities\.|metrics\.)")  # the task's name and options say what it is
+_PLUGIN_KEY = re.compile(r"task\.(plugin$|modalities\.|metrics\.)")  # follow from the task's name and options
 
 
 def labels(specs: Mapping[str, Spec]) -> dict[str, str]:
-    """By trial id: the label of the method, plus the options in which entries of one label and grouping differ."""
+    """Labels by trial id: the method's label, plus the options in which entries of one label and grouping differ."""
     families: dict[tuple[str, str], list[dict[str, Any]]] = {}
     extras: dict[tuple[str, str], list[str]] = {}
     place: dict[str, int] = {}  # index of a trial's options within its family
@@ -51,7 +51,7 @@ def _adapter_options(adapter: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings(specs: Mapping[str, Spec], without: Sequence[str] = ()) -> dict[str, str]:
-    """By trial id: what varies over the specs besides adapter, learning rate and seed: ``examples=512 epochs=8``.
+    """Settings by trial id: what varies besides adapter, learning rate and seed, such as ``examples=512 epochs=8``.
 
     Args:
         specs: by trial id.
@@ -67,8 +67,8 @@ def settings(specs: Mapping[str, Spec], without: Sequence[str] = ()) -> dict[str
     }
 
 
-# What two trials of one setting may differ in: what they are ranked by, how many examples are scored at a time, and
-# the rate that was searched for.
+# Keys in which trials of one setting may differ: the ranking metric, the batch size of evaluation, and the learning
+# rate, which is searched.
 _LEFT_OUT = {
     "eval": {"primary_metric", "per_device_eval_batch_size"},
     "optimizer": {"learning_rate"},
@@ -76,9 +76,9 @@ _LEFT_OUT = {
 
 
 def conditions(spec: Spec) -> dict[str, dict[str, Any]]:
-    """What must be alike for two adapters to be compared, by section: task, backbone, budget, optimizer, evaluation.
+    """What must be equal for two adapters to be comparable, by section: task, backbone, budget, optimizer, evaluation.
 
-    Plugins are in it by their ids, wherever their classes are.
+    Plugins are replaced by their ids, which do not depend on the location of the class.
     """
     return {
         section: {key: identity(value) for key, value in content.items() if key not in _LEFT_OUT.get(section, ())}

@@ -1,8 +1,8 @@
-"""What a trial leaves behind: the schema of its record, written atomically and read strictly.
+"""Schemas of plans and trial records, their files, and reading a run folder.
 
-A run folder holds ``plan.json`` (what should exist), ``trials/<trial_id>/record.json`` (what does; its presence with
-status ``finished`` is the done marker) and ``trials/<trial_id>/examples.parquet`` (per-example scores). Imports nothing
-of ours but the error type, so that results can be read without torch, Ray or a GPU.
+A run folder contains ``plan.json`` (the planned trials), ``trials/<trial_id>/record.json`` (one for each trial that has
+ended; the status ``finished`` marks it as done) and ``trials/<trial_id>/examples.parquet`` (per-example scores).
+Results can be read without torch, Ray or a GPU.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class _Schema(BaseModel):
 S = TypeVar("S", bound=BaseModel)
 
 
-# How a score of the whole split is made of its examples: see harness/core/formulas.py.
+# How a score of the whole split is computed from its examples: see harness/core/formulas.py.
 Formula = Literal["mean", "ratio", "bleu", "meteor"]
 
 
 class MetricInfo(_Schema):
-    """How a metric is named, shown and ordered, and how it is made of the examples."""
+    """A metric: its name and label, its direction, and how it is computed from the examples."""
 
     name: str
     label: str
@@ -41,33 +41,33 @@ class MetricInfo(_Schema):
 
 
 class PlannedTrial(_Schema):
-    """One trial of the plan, as far as the report needs to know it."""
+    """One trial of the plan: the fields that the report needs."""
 
     trial_id: str
     label: str  # "LoRA r=4": the method and its options, without grouping, budget and seed
     method: str  # registry name: "lora"
     grouping: str  # "agnostic", "specific", "image=vision text=language"; "" where the method has no groups
-    setting: str  # what else was varied: "examples=1024 epochs=8"; rows of one table share it
+    setting: str  # what else varies: "examples=1024 epochs=8"; all rows of one table have the same
     seed: int
-    learning_rate: float | None = None  # trials that differ in it alone are candidates of one search
-    tried_learning_rates: tuple[float, ...] = ()  # candidates that were tried before this run, as the experiment says
+    learning_rate: float | None = None  # trials that differ only in it are candidates of one search
+    tried_learning_rates: tuple[float, ...] = ()  # candidates tried before this run, from the experiment file
 
 
 class Plan(_Schema):
-    """``plan.json``: every trial the experiment asks for, in order, and how its metrics read."""
+    """``plan.json``: all trials of an experiment, in order, and its metrics."""
 
     schema_version: Literal[1] = 1
     experiment: str
     experiment_file: str
     primary_metric: str
     metrics: tuple[MetricInfo, ...]
-    reference_method: str = "full"  # the method the others are compared with
+    reference_method: str = "full"  # the baseline that other methods are compared with
     mlflow_uri: str | None = None  # without its password
     trials: tuple[PlannedTrial, ...]
 
 
 class Epoch(_Schema):
-    """One pass over the training budget. Perplexity is exp(total NLL / total target tokens)."""
+    """Results of one pass over the training examples. Perplexity is exp(total NLL / total target tokens)."""
 
     epoch: int  # from 1
     step: int  # optimizer steps so far
@@ -77,7 +77,7 @@ class Epoch(_Schema):
 
 
 class Parameters(_Schema):
-    """Parameter counts of the live model."""
+    """Parameter counts of a model, each parameter counted once."""
 
     trainable: int
     adapter: int  # in adapter groups; 0 for none and full
@@ -89,22 +89,22 @@ class Parameters(_Schema):
 
 
 class Memory(_Schema):
-    """Bytes by kind, of the model being trained; the frozen encoders, which run beforehand, are not in them.
+    """Memory of training in bytes, by kind, without the frozen encoders, which run before training.
 
-    The process figures are resident memory on a CPU (interpreter, and what earlier trials of the process left),
-    allocated memory on a GPU: their difference is this trial's.
+    The values of the process are resident memory on a CPU (including the interpreter and memory kept from earlier
+    trials in the process) and allocated memory on a GPU. Their difference is what this trial added.
     """
 
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
-    activations_bytes: int  # saved for backward, the most in the first steps (those the clock leaves out)
+    activations_bytes: int  # saved for backward: the maximum over the warm-up steps
     process_peak_bytes: int | None = None  # absent where the system cannot reset its high-water mark
-    process_before_bytes: int | None = None  # the same figure before the model was built
+    process_before_bytes: int | None = None  # the same value before the model was built
 
 
 class Throughput(_Schema):
-    """Steady-state training speed: warm-up steps, evaluation and checkpoints excluded."""
+    """Steady-state training speed, without warm-up steps, evaluation and checkpoints."""
 
     examples_per_s: FiniteFloat
     tokens_per_s: FiniteFloat  # positions the language model processed, padding excluded
@@ -112,25 +112,25 @@ class Throughput(_Schema):
 
 
 class Data(_Schema):
-    """Proof of what was seen: two trials are comparable only when these agree (see results/leaderboard/matched.py)."""
+    """Fingerprints of the data: trials are comparable only if these are equal (see results/leaderboard/matched.py)."""
 
     examples: int
     examples_fingerprint: str  # SHA-256 over the sorted ids and content of the training examples
     order_fingerprint: str  # SHA-256 over (epoch, example, reference) in training order
     evaluation_fingerprint: str  # SHA-256 over the validation and test examples
     steps: int  # optimizer steps
-    started_from: tuple[str, ...] = ()  # SHA-256 of the trained weights that adapter groups were taken from: more data
+    started_from: tuple[str, ...] = ()  # SHA-256 of the weights that init_from loaded: they were trained on more data
 
 
 class TrialRecord(_Schema):
-    """Everything known about one trial. A metric that was not measured is absent, never 0."""
+    """The result of one trial. A metric that was not measured is absent, never 0."""
 
     schema_version: Literal[1] = 1
     trial_id: str
     experiment: str
     status: Status
-    reason: str | None = None  # one line, for every status but finished
-    spec: dict[str, Any]  # the TrialSpec as resolved, defaults included
+    reason: str | None = None  # one line, for every status except finished
+    spec: dict[str, Any]  # the resolved TrialSpec, with defaults
     seed: int
     metrics: dict[str, dict[str, FiniteFloat]] = Field(default_factory=dict)  # split → metric → value
     history: tuple[Epoch, ...] = ()
@@ -139,7 +139,7 @@ class TrialRecord(_Schema):
     memory: Memory | None = None
     throughput: Throughput | None = None
     data: Data | None = None
-    wall_time_s: FiniteFloat  # of all phases, those before a restart included
+    wall_time_s: FiniteFloat  # of all phases, including those before a restart
     phases_s: dict[str, FiniteFloat] = Field(default_factory=dict)  # "build", "train", "validate", "test"
     started_at: str  # ISO 8601, UTC
     versions: dict[str, str] = Field(default_factory=dict)
@@ -150,12 +150,12 @@ class TrialRecord(_Schema):
 
 
 def record_path(run: Path, trial_id: str) -> Path:
-    """Where the record of a trial lies in its run folder."""
+    """Path of a trial's record in a run folder."""
     return run / "trials" / trial_id / "record.json"
 
 
 def write_record(run: Path, record: TrialRecord) -> None:
-    """Write the record atomically: the last act of a trial."""
+    """Write the record atomically; a trial does this last."""
     write_atomically(record_path(run, record.trial_id), record.model_dump_json(indent=1) + "\n")
 
 
@@ -172,11 +172,16 @@ def read_record(path: Path) -> TrialRecord:
 
 
 def read_strictly(schema: type[S], path: Path, what: str) -> S:
-    """Read a JSON file as this schema.
+    """Read and validate a JSON file.
+
+    Args:
+        schema: of the file.
+        path: the file.
+        what: what the file should be, for the message, such as "a trial record".
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is not ``what``, such as "a trial record"; the message names the file and the place in it.
+        ValueError: it does not match the schema; the message names the file and the location in it.
     """
     try:
         return schema.model_validate_json(path.read_bytes())
@@ -188,27 +193,27 @@ def read_strictly(schema: type[S], path: Path, what: str) -> S:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder as read: its plan, the records that belong to it, and the files that could not be read."""
+    """The content of a run folder: its plan, the records of planned trials, and files that could not be read."""
 
     folder: Path
     plan: Plan
-    records: dict[str, TrialRecord]  # by trial id; only those the plan names
+    records: dict[str, TrialRecord]  # by trial id; only trials of the plan
     broken: tuple[str, ...]  # one message per unreadable record file
-    foreign: tuple[str, ...]  # trial ids on disk that the plan does not name (an earlier version of the experiment)
-    folders: Mapping[str, Path] = field(default_factory=dict)  # trial id → its run folder, where that is another one
-    notes: tuple[str, ...] = ()  # on joining several run folders
+    foreign: tuple[str, ...]  # ids of trials on disk but not in the plan (from an earlier version of the experiment)
+    folders: Mapping[str, Path] = field(default_factory=dict)  # trial id → its run folder, if it is not ``folder``
+    notes: tuple[str, ...] = ()  # from joining several run folders
 
     def trial_folder(self, trial_id: str) -> Path:
-        """Where a trial's files lie."""
+        """Folder of a trial's files."""
         return self.folders.get(trial_id, self.folder) / "trials" / trial_id
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder; broken files are named in the result, never skipped silently.
+    """Read a run folder; unreadable records are listed in the result, never skipped silently.
 
     Raises:
-        FileNotFoundError: there is no plan in the folder.
-        ValueError: it is broken.
+        FileNotFoundError: the folder has no plan.
+        ValueError: the plan is invalid.
     """
     plan = _read_plan(folder / "plan.json")
     planned = {trial.trial_id for trial in plan.trials}
@@ -220,7 +225,7 @@ def read_run(folder: Path) -> Run:
         broken.append(f"{trials}: not a folder of trials")
     for name in sorted(path.name for path in trials.iterdir()) if trials.is_dir() else ():
         path = record_path(folder, name)
-        if not os.path.lexists(path):  # a trial that has not ended; a link that leads nowhere is a broken record
+        if not os.path.lexists(path):  # the trial has not ended; a dangling link is a broken record
             continue
         try:
             record = read_record(path)
@@ -228,7 +233,7 @@ def read_run(folder: Path) -> Run:
             broken.append(str(error))
             continue
         if name != record.trial_id:
-            broken.append(f"{path}: the record of trial {record.trial_id}, in another trial's folder")
+            broken.append(f"{path}: contains the record of another trial, {record.trial_id}")
         elif record.trial_id in planned:
             records[record.trial_id] = record
         else:

@@ -1,10 +1,10 @@
-"""Plugins by name: one registry per kind, filled from entry points. The built-ins are registered the same way.
+"""Plugin registries: one for each kind, filled from entry points; built-in plugins are registered the same way.
 
-A plugin's identity is its registered name, its distribution and its result version, never the place of its class: a
+A plugin's identity is its registered name, its distribution and its result version, not the location of its class: a
 class that moves to another module is the same plugin, with the same trial ids and saved adapters. How to load it
-(``target``) travels beside the identity, because entry points are invisible to a worker that was sent bare folders.
+(``target``) is stored beside the identity, because workers may have the code without its entry points.
 
-An experiment may also name a Python file (``plugins:``), whose classes are registered for the process. Their
+An experiment can also list Python files (``plugins:``), whose classes are registered for the process. Their
 distribution is the file's name and their result version a digest of its content.
 """
 
@@ -33,16 +33,16 @@ T = TypeVar("T")
 
 
 class Plugin(BaseModel):
-    """A plugin as a spec names it: its identity (``id``), which code it was, and how to load it."""
+    """A plugin in a spec: its identity (``id``), the version of its code, and how to load it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str  # registered name
-    distribution: str  # that registers it; of a plugin file: the file name
-    result_version: int | str  # the author raises it when results change; of a file: a digest of its content
+    distribution: str  # that registers it; for a plugin file, the file's name
+    result_version: int | str  # raised by the author when results change; for a plugin file, a digest of its content
     target: str  # "package.module:Class", or "/folder/file.py:Class"
     version: str | None = None  # of the distribution
-    git_revision: str | None = None  # of the distribution, where it is known
+    git_revision: str | None = None  # of the distribution, if known
 
     @property
     def id(self) -> str:
@@ -51,9 +51,9 @@ class Plugin(BaseModel):
 
 
 def identity(content: Any) -> Any:
-    """JSON with every ``Plugin`` in it replaced by its id, for what must not depend on where a class is.
+    """Replace every ``Plugin`` in JSON by its id, so that the result does not depend on where a class is.
 
-    A mapping with exactly the fields of ``Plugin`` is one.
+    A mapping is a plugin if its keys are exactly the fields of ``Plugin``.
     """
     if isinstance(content, Mapping):
         if content.keys() == Plugin.model_fields.keys():
@@ -65,7 +65,7 @@ def identity(content: Any) -> Any:
 
 
 def plugins_in(content: Any) -> list[Plugin]:
-    """Every ``Plugin`` in JSON, in order."""
+    """All plugins in JSON, in order."""
     if isinstance(content, Mapping):
         if content.keys() == Plugin.model_fields.keys():
             return [Plugin.model_validate(content)]
@@ -75,16 +75,16 @@ def plugins_in(content: Any) -> list[Plugin]:
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered plugin, not imported yet."""
+    """A registered plugin that is not imported yet."""
 
     name: str
     target: str  # "package.module:Class", or "/folder/file.py:Class"
-    distribution: str  # its name, or the path of the file
+    distribution: str  # its name, or the path of a plugin file
     version: str | None = None
 
     @property
     def origin(self) -> str:
-        """``distribution 1.2``, or the path of the file."""
+        """``distribution 1.2``, or the path of a plugin file."""
         return f"{self.distribution} {self.version}" if self.version else self.distribution
 
 
@@ -92,10 +92,10 @@ class Registry(Generic[T]):
     """The plugins of one kind.
 
     Args:
-        kind: what they are, for messages ("adapter").
+        kind: the kind in error messages ("adapter").
         group: entry point group ("harness.adapters").
-        contract: gives the class that every plugin subclasses; a function, so that listing imports nothing.
-        combine: makes one class of several, whose names are then joined by "+"; None: they cannot be combined.
+        contract: returns the base class of the plugins; a function, so that listing plugins imports nothing.
+        combine: combines several classes, whose names are joined by "+", into one; None: they cannot be combined.
     """
 
     def __init__(
@@ -132,10 +132,10 @@ class Registry(Generic[T]):
         return dict(sorted(found.items()))
 
     def find(self, name: str, where: str = "") -> Entry:
-        """The entry called ``name``.
+        """The entry with this name.
 
         Raises:
-            UserError: there is none; the message starts with ``where`` and offers the nearest name.
+            UserError: the name is unknown; the message starts with ``where`` and suggests the nearest name.
         """
         entries = self.entries()
         if name not in entries:
@@ -144,23 +144,23 @@ class Registry(Generic[T]):
         return entries[name]
 
     def find_all(self, name: str, where: str = "") -> tuple[Entry, ...]:
-        """The entries of a name, several where it joins them by "+"; errors as in ``find``."""
+        """The entries of a name, several if they are joined by "+"; errors as in ``find``."""
         names = name.split("+") if self.combine else [name]
         return tuple(self.find(one, where) for one in names)
 
     def plugins(self, name: str, where: str = "") -> tuple[Plugin, ...]:
-        """The plugins of a name, several where it joins them by "+". They are imported, for their result versions.
+        """The plugins of a name, several if they are joined by "+". Imports them to get their result versions.
 
         Raises:
-            UserError: as ``find`` and ``load`` do.
+            UserError: as in ``find`` and ``load``.
         """
-        return tuple(self._identified(entry) for entry in self.find_all(name, where))
+        return tuple(self._plugin(entry) for entry in self.find_all(name, where))
 
     def plugin(self, name: str, where: str = "") -> Plugin:
-        """The one plugin of a name; errors as in ``plugins``."""
-        return self._identified(self.find(name, where))
+        """The plugin with this name; errors as in ``plugins``."""
+        return self._plugin(self.find(name, where))
 
-    def _identified(self, entry: Entry) -> Plugin:
+    def _plugin(self, entry: Entry) -> Plugin:
         if entry.target.rpartition(":")[0].endswith(".py"):
             path = Path(entry.target.rpartition(":")[0])
             return Plugin(name=entry.name, distribution=path.name, result_version=_digest(path), target=entry.target)
@@ -179,10 +179,10 @@ class Registry(Generic[T]):
         )
 
     def load(self, *targets: str) -> Any:
-        """Import the class behind ``package.module:Class``; of several, make their combination.
+        """Import the class of each target, ``package.module:Class``; combine them if there are several.
 
         Raises:
-            UserError: one cannot be imported, does not follow the contract, or they cannot be combined.
+            UserError: one cannot be imported or is not a subclass of the contract, or they cannot be combined.
         """
         classes = tuple(self._load(target) for target in targets)
         if len(classes) == 1:
@@ -200,7 +200,7 @@ class Registry(Generic[T]):
         return plugin
 
     def add(self, entry: Entry) -> None:
-        """Register a plugin for this process, in the place of an earlier one of the same class."""
+        """Register a plugin for this process; replaces an earlier one with the same target."""
         self.added = [other for other in self.added if other.target != entry.target] + [entry]
 
 
@@ -218,18 +218,18 @@ def _import(target: str, kind: str) -> Any:
         if module_name.endswith(".py"):
             return getattr(_load_file(Path(module_name)), attribute)
         return getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:  # whatever the plugin's module does when it is imported
+    except Exception as error:  # importing a plugin's module runs arbitrary code
         raise UserError(f"{kind} {target}: cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def _load_file(path: Path) -> ModuleType:
-    """Run a file once per process and content."""
+    """Import a Python file as a module, once per process and content."""
     name = f"harness_plugin_{_digest(path)}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None  # noqa: S101 - true of every file called *.py
         module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # before it runs: dataclasses and pydantic look their module up
+        sys.modules[name] = module  # before it runs, because dataclasses and pydantic look up their module
         try:
             spec.loader.exec_module(module)  # type: ignore[union-attr]
         except BaseException:
@@ -243,15 +243,15 @@ def _digest(path: Path) -> str:
 
 
 def add_file(path: Path, where: str, registries: Iterable[Registry[Any]]) -> None:
-    """Register the plugins that a Python file defines, each under its attribute ``name`` or its name in snake_case.
+    """Register the plugins that a Python file defines, by their attribute ``name`` or the class name in snake_case.
 
     Args:
-        path: of the file, which is run.
-        where: it is named, for messages.
-        registries: of the kinds of plugins it may define.
+        path: the file, which is executed.
+        where: location of its path in the experiment, for messages.
+        registries: of the kinds of plugins that it may define.
 
     Raises:
-        UserError: there is no such file, it fails, or defines no plugin.
+        UserError: the file does not exist, fails, or defines no plugin.
     """
     path, registries = path.resolve(), tuple(registries)
     if path.suffix != ".py" or not path.is_file():
@@ -272,6 +272,6 @@ def add_file(path: Path, where: str, registries: Iterable[Registry[Any]]) -> Non
 
 
 def _defined_in(module: ModuleType, contract: type) -> Sequence[type]:
-    """The subclasses of a contract that a module defines, without those that it imports."""
+    """The concrete subclasses of a contract that a module defines itself, without imported ones."""
     classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, contract)]
     return [plugin for plugin in classes if plugin.__module__ == module.__name__ and not inspect.isabstract(plugin)]

@@ -1,4 +1,4 @@
-"""Git revisions: of this checkout, and of the distributions that plugins come from."""
+"""Git revisions of this checkout and of installed distributions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 @cache
 def git_revision(folder: Path) -> str | None:
-    """The revision of the checkout that contains a folder, with ``+`` where files were changed; None outside one."""
+    """The revision of the checkout that contains a folder, with ``+`` if files were changed; None outside of one."""
     command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -21,7 +21,7 @@ def git_revision(folder: Path) -> str | None:
 
 
 def distribution_revision(distribution: Distribution) -> str | None:
-    """The git revision that an installed distribution was made from, where the installer recorded it (PEP 610).
+    """The git revision that a distribution was installed from, if the installer recorded it (PEP 610).
 
     https://packaging.python.org/en/latest/specifications/direct-url/
     """

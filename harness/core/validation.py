@@ -1,4 +1,4 @@
-"""Options from a user's input, checked against a typed section: the first error names its place and the nearest key."""
+"""Validate user input against a pydantic model; errors contain the location and the nearest allowed key."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def check(model: type[M], data: Mapping[str, Any], where: Cursor, also: Iterable[str] = (), hint: str = "") -> M:
-    """Validate options.
+    """Validate options; only the first error is reported.
 
     Args:
-        model: their typed form.
-        data: as the user wrote them.
-        where: they were written.
-        also: keys that stand beside them and are read by others, named in the error on an unknown key.
-        hint: added to the error where a list was given for a single value.
+        model: the model of the options.
+        data: the options as the user wrote them.
+        where: their location.
+        also: further keys of the same section, read elsewhere; listed as allowed when a key is unknown.
+        hint: added to the error if a list was given for a single value.
 
     Raises:
-        UserError: a key is unknown or missing, or a value is of another type or out of range.
+        UserError: a key is unknown or missing, or a value has the wrong type or is out of range.
     """
     try:
         text = json.dumps(dict(data), default=_as_text)
     except TypeError as error:
         place = str(where) or "experiment"
-        raise UserError(f"{place}: options are numbers, strings, lists and mappings; {error}") from None
+        raise UserError(f"{place}: options must be numbers, strings, lists and mappings; {error}") from None
     try:
-        # By way of JSON, whose strict mode takes a string for a path and a list for a tuple, but not "4" for 4.
+        # Through JSON: its strict mode accepts a string for a path and a list for a tuple, but not "4" for 4.
         return model.model_validate_json(text, strict=True)
     except ValidationError as error:
         raise UserError(_message(error, model, data, where, also, hint)) from None
@@ -51,7 +51,7 @@ def _message(
     error: ValidationError, model: type[BaseModel], data: Any, where: Cursor, also: Iterable[str], hint: str
 ) -> str:
     first = error.errors()[0]
-    # Alternatives of a union are named in pydantic's location ("int", "literal['all']"): keep what is in the input.
+    # Pydantic's location also contains the members of a union ("int", "literal['all']"): keep only keys of the input.
     location = [part for part in first["loc"] if isinstance(part, int) or _is_key(data, part)]
     missing = first["type"] == "missing"
     place = where

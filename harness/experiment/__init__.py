@@ -1,1 +1,1 @@
-"""An experiment file → typed sections → the plan of its trials."""
+"""Reads and checks experiments, and expands them into the plan of their trials."""

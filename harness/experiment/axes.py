@@ -1,4 +1,4 @@
-"""Lists in the sections of an experiment: each is an axis of the grid."""
+"""Expands the lists in a section of an experiment: each list is an axis of the grid."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from harness.core.cursor import Cursor
 from harness.core.errors import UserError
 
 WITH_AXES = ("task", "backbone", "adapters", "budget", "optimizer")
-NO_AXIS = f"only {', '.join(WITH_AXES[:-1])} and {WITH_AXES[-1]} have axes"  # where another section has a list
+NO_AXIS = f"only {', '.join(WITH_AXES[:-1])} and {WITH_AXES[-1]} have axes"  # hint for a list in another section
 
 
 def axes(section: Mapping[str, Any], where: Cursor) -> Iterator[dict[str, Any]]:
-    """Every combination of the section's list values, the first key varying slowest.
+    """All combinations of the section's list values; the first key varies slowest.
 
     Raises:
-        UserError: an axis is empty, or has a value twice.
+        UserError: an axis is empty or contains a value twice.
     """
     options: list[list[Any]] = []
     for key, value in section.items():

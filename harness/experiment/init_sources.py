@@ -1,4 +1,4 @@
-"""Where adapter groups are taken over from: ``init_from`` of an adapter, found and compared while planning; no torch.
+"""Resolves and checks ``init_from``, which initialises adapter groups from finished trials; does not import torch.
 
 ``init_from: {image: runs/coco/trials/ab12cd34ef56, text: {trial: …, group: all}}`` (see ``harness/model/assembly.py``).
 """
@@ -20,33 +20,33 @@ from harness.core.record import TrialRecord, read_record
 from harness.core.validation import check
 from harness.experiment.sections import AdapterChoice, InitSource, Section
 
-WEIGHTS = "best.safetensors"  # as a trial leaves them
+WEIGHTS = "best.safetensors"  # in the folder of a trial
 Shapes = dict[str, tuple[int, ...]]
 
 
-class _Given(Section):
+class _Entry(Section):
     """An entry of ``init_from`` in its long form."""
 
-    trial: str  # folder, relative to where the command is run
-    group: str | None = None  # of that trial; by default the same name
+    trial: str  # folder, relative to the working directory
+    group: str | None = None  # of that trial; default: the same name
 
 
 def find_init_sources(given: Any, choice: AdapterChoice, where: Cursor) -> dict[str, InitSource]:
-    """Group → source, as ``init_from`` of an adapter says.
+    """Resolve ``init_from`` of an adapter to a mapping group → source.
 
     Args:
-        given: the value in the file.
-        choice: the adapter, the rest of it resolved.
-        where: ``init_from`` is written.
+        given: its value in the experiment.
+        choice: the adapter, with all other options resolved.
+        where: location of ``init_from``.
 
     Raises:
-        UserError: a group, a trial or its group is not there, or it was trained with another method or other options.
+        UserError: a group or trial does not exist, or the trial was trained with another method or other options.
     """
     if not isinstance(given, Mapping) or not given:
         raise UserError(f"{where}: found {given!r}; allowed: group → folder of a finished trial")
     groups = [group for group in dict.fromkeys(choice.grouping.values()) if group is not None]
     if not groups:
-        raise UserError(f"{where}: {choice.method} has no adapter groups, so none can be taken over")
+        raise UserError(f"{where}: {choice.method} has no adapter groups to initialise; leave 'init_from' out")
     sources = {}
     for group, entry in given.items():
         here = where / group
@@ -54,7 +54,7 @@ def find_init_sources(given: Any, choice: AdapterChoice, where: Cursor) -> dict[
             raise UserError(f"{here}: no such adapter group; {did_you_mean(str(group), groups)}")
         if not isinstance(entry, str | Mapping):
             raise UserError(f"{here}: found {entry!r}; allowed: a trial's folder, or trial and group")
-        wanted = check(_Given, {"trial": entry} if isinstance(entry, str) else entry, here)
+        wanted = check(_Entry, {"trial": entry} if isinstance(entry, str) else entry, here)
         contexts = [context for context, own in choice.grouping.items() if own == group]
         try:
             sources[group] = _source(Path(wanted.trial), wanted.group or group, choice, contexts)
@@ -65,11 +65,11 @@ def find_init_sources(given: Any, choice: AdapterChoice, where: Cursor) -> dict[
 
 def _source(folder: Path, group: str, choice: AdapterChoice, contexts: list[str]) -> InitSource:
     folder = folder.expanduser().absolute()
-    record = finished(folder)
+    record = finished_record(folder)
     adapter = read_section(AdapterChoice, folder, record.spec["adapter"])
     if adapter.method != choice.method:
-        raise UserError(f"{folder}: method differs: {choice.method} here, {adapter.method} there")
-    compare(folder, _identified(choice), _identified(adapter))
+        raise UserError(f"{folder}: trained with method {adapter.method}; allowed: {choice.method}")
+    check_equal(folder, _options(choice), _options(adapter))
     groups = {name for name in adapter.grouping.values() if name is not None}
     if group not in groups:
         raise UserError(f"{folder}: that trial has no adapter group {group!r}; {did_you_mean(group, groups)}")
@@ -83,60 +83,61 @@ def _source(folder: Path, group: str, choice: AdapterChoice, contexts: list[str]
     )
 
 
-def _identified(choice: AdapterChoice) -> dict[str, Any]:
+def _options(choice: AdapterChoice) -> dict[str, Any]:
     return {**choice.config, "plugin": " ".join(plugin.id for plugin in choice.plugins)}
 
 
-def finished(folder: Path) -> TrialRecord:
-    """The record of a finished trial that has its weights.
+def finished_record(folder: Path) -> TrialRecord:
+    """Read the record of a finished trial.
 
     Raises:
-        UserError: it is none.
+        UserError: the folder has no readable record, or the trial has not finished or lacks its weights.
     """
     if not (folder / "record.json").is_file():
         trials = sorted(str(path.parent) for path in folder.glob("trials/*/record.json"))
         hint = f"this run has {', '.join(trials)}" if trials else "allowed: <run folder>/trials/<trial id>"
-        raise UserError(f"{folder}: no trial has its record there; {hint}")
+        raise UserError(f"{folder}: contains no trial record; {hint}")
     try:
         record = read_record(folder / "record.json")
     except ValueError as error:
         raise UserError(str(error)) from None
     if record.status != "finished":
-        raise UserError(f"{folder}: its trial is {record.status} ({record.reason}); allowed: a finished one")
+        raise UserError(f"{folder}: the trial is {record.status} ({record.reason}); allowed: a finished trial")
     if not (folder / WEIGHTS).is_file():
-        raise UserError(f"{folder / WEIGHTS}: no such file; the trial's weights are needed")
+        raise UserError(f"{folder / WEIGHTS}: no such file; the trained weights of the trial are required")
     return record
 
 
 def read_section(section: type[Any], folder: Path, content: Any) -> Any:
-    """A section of the spec in a record.
+    """Validate a section of the spec in a record.
 
     Raises:
-        UserError: it is of another version of the harness.
+        UserError: it was written by an incompatible version of the harness.
     """
     try:
         return section.model_validate_json(json.dumps(content))
     except ValidationError as error:
-        raise UserError(f"{folder / 'record.json'}: its spec is of another version of the harness: {error}") from None
+        text = f"the spec was written by an incompatible version of the harness: {error}"
+        raise UserError(f"{folder / 'record.json'}: {text}") from None
 
 
-def compare(folder: Path, here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
-    """See that options agree.
+def check_equal(folder: Path, here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    """Check that this trial's options equal those of the source trial.
 
     Raises:
-        UserError: some do not; the message has all of them with both values.
+        UserError: some differ; the message lists them with both values.
     """
     differing = [key for key in {**here, **there} if here.get(key) != there.get(key)]
     if differing:
-        found = ", ".join(f"{key} is {here.get(key)!r} here, {there.get(key)!r} there" for key in differing)
-        raise UserError(f"{folder}: trained with other options: {found}; they must be the same")
+        found = ", ".join(f"{key}={there.get(key)!r} (here {here.get(key)!r})" for key in differing)
+        raise UserError(f"{folder}: trained with different options: {found}; they must be equal")
 
 
 def shapes_of(path: Path) -> Shapes:
-    """Tensor → shape of a safetensors file.
+    """The shapes of the tensors in a safetensors file, by name.
 
     Raises:
-        UserError: it is none.
+        UserError: it cannot be read as one.
     """
     try:
         with safe_open(path, framework="np") as file:

@@ -1,7 +1,7 @@
-"""An experiment: one YAML file, or the same sections from Python. Any value may be a list, an axis of the grid.
+"""Loads experiments, from a YAML file or from the same sections in Python; a list value is an axis of the grid.
 
-Everything wrong is found here, before any compute: unknown keys (with the nearest name), wrong types, empty axes,
-unknown plugins, each with its place.
+Errors are found here, before any compute, and reported with their location: unknown keys (with the nearest name), wrong
+types, empty axes, unknown plugins.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Sections(TypedDict, total=False):
     plugins: Sequence[str | Path]
 
 
-class _Outermost(Section):
-    """The outermost keys; sections are checked one by one after their axes are expanded."""
+class _TopLevel(Section):
+    """The top-level keys; sections are checked one by one after their axes are expanded."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
     task: str | dict[str, Any]
@@ -68,21 +68,21 @@ class _Outermost(Section):
 
 
 class Experiment:
-    """A checked experiment; each attribute in the plural is one axis of the grid, expanded.
+    """A validated experiment; each plural attribute is an expanded axis of the grid.
 
     ``Experiment(task="scenes", adapters=[{"method": "lora", "rank": [4, 16]}], budget={"examples": 64})`` takes the
     sections and keys of a YAML file, with the same checks; a list is an axis here too. ``Experiment.from_yaml(path)``
-    reads a file. Paths of plugins are relative to the file, or from Python to the current folder.
+    reads a file. Paths of plugins are relative to the file, or, in Python, to the working directory.
 
     Attributes:
-        name: of the run folder; without one that of the file, or ``experiment``.
-        text: YAML from which the same experiment can be read again.
-        file: where it was read from; None from Python.
-        top: the cursor that messages about it start from.
-        adapters: one tuple for each task, whose contexts the groupings refer to.
+        name: of the run folder; default: the name of the file, or ``experiment``.
+        text: YAML that describes the same experiment.
+        file: the file it was read from; None if built in Python.
+        top: cursor of the top level, from which the locations in messages are made.
+        adapters: one tuple for each task, because groupings refer to the task's contexts.
 
     Raises:
-        UserError: anything is wrong; the message says where, what was found and what is allowed.
+        UserError: the experiment is invalid; the message says where, what was found and what is allowed.
     """
 
     name: str
@@ -110,19 +110,19 @@ class Experiment:
         """Read and check an experiment file.
 
         Raises:
-            UserError: anything in it is wrong; the message says where, what was found and what is allowed.
+            UserError: the experiment is invalid; the message says where, what was found and what is allowed.
         """
         path = Path(path)
         content, top = read_yaml(path)
         if not isinstance(content, dict):
-            raise UserError(f"{path}: an experiment is a mapping; allowed keys: {', '.join(_Outermost.model_fields)}")
+            raise UserError(f"{path}: not a mapping; allowed keys: {', '.join(_TopLevel.model_fields)}")
         experiment = cls.__new__(cls)
         experiment.file, experiment.text = path, path.read_text(encoding="utf-8")
         experiment._read(content, top, path.parent)
         return experiment
 
     def _read(self, content: Mapping[str, Any], top: Cursor, folder: Path) -> None:
-        given = check(_Outermost, content, top, hint=NO_AXIS)
+        given = check(_TopLevel, content, top, hint=NO_AXIS)
         if len(set(given.seeds)) != len(given.seeds):
             raise UserError(f"{top / 'seeds'}: a seed is given twice: {given.seeds}")
         for number, plugin in enumerate(given.plugins):
@@ -161,7 +161,7 @@ class Experiment:
 
 
 def _plain(value: Any) -> Any:
-    """As YAML holds it: tuples and ranges as lists, paths as text."""
+    """The value as YAML represents it: tuples and ranges as lists, paths as text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(child) for key, child in value.items()}
     if isinstance(value, list | tuple | range):
@@ -170,7 +170,7 @@ def _plain(value: Any) -> Any:
 
 
 def _backbones(section: Mapping[str, Any], where: Cursor) -> Iterator[Backbone]:
-    # A mapping under `roles` is one table of roles, not a section with axes of its own.
+    # A mapping under `roles` is one value, not a section with axes of its own.
     fixed = {"roles": [section["roles"]]} if isinstance(section.get("roles"), dict) else {}
     for variant in axes({**section, **fixed}, where):
         backbone = check(Backbone, variant, where)

@@ -1,4 +1,4 @@
-"""Which task and which adapters an experiment names: plugins found, their options checked."""
+"""Resolves the task and the adapters of an experiment: finds their plugins and checks their options."""
 
 from __future__ import annotations
 
@@ -22,29 +22,32 @@ REGISTRIES = (TASKS, MODALITIES, METRICS, ADAPTERS)
 
 
 def task_axes(section: Mapping[str, Any], where: Cursor) -> Iterator[dict[str, Any]]:
-    """The variants of the section ``task``. A list that an option takes is one value; a list of such lists an axis."""
+    """The variants of the section ``task``.
+
+    If an option takes a list, a list is one value of it, and a list of lists is an axis.
+    """
     name = section.get("name")
     known = TASKS.entries()
     schema = TASKS.load(known[name].target).Config.model_json_schema() if name in known else {}
-    yield from axes(_with_whole_lists(section, schema, schema.get("$defs", {})), where)
+    yield from axes(_wrap_list_values(section, schema, schema.get("$defs", {})), where)
 
 
-def _with_whole_lists(
+def _wrap_list_values(
     section: Mapping[str, Any], schema: Mapping[str, Any], known: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The section with every list that is one value as an axis of that one value, sections within it too."""
+    """Wrap every list that is a single value in an axis with this value, also in nested sections."""
     fields = schema.get("properties", {})
-    whole: dict[str, Any] = {}
+    wrapped: dict[str, Any] = {}
     for key, value in section.items():
         allowed = [known.get(s.get("$ref", "").rpartition("/")[2], s) for s in _alternatives(fields.get(key, {}))]
         inner = next((one for one in allowed if "properties" in one), None)
         if isinstance(value, dict) and inner:
-            whole[key] = _with_whole_lists(value, inner, known)
+            wrapped[key] = _wrap_list_values(value, inner, known)
         elif isinstance(value, list) and any(one.get("type") == "array" for one in allowed):
-            whole[key] = value if value and all(isinstance(v, list) for v in value) else [value]
+            wrapped[key] = value if value and all(isinstance(v, list) for v in value) else [value]
         else:
-            whole[key] = value
-    return whole
+            wrapped[key] = value
+    return wrapped
 
 
 def _alternatives(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -52,20 +55,20 @@ def _alternatives(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def choose_task(variant: dict[str, Any], more_metrics: tuple[str, ...], top: Cursor) -> TaskChoice:
-    """The task that a variant of the section names.
+    """Resolve a variant of the section ``task``.
 
     Args:
-        variant: of the section, one value for each option.
+        variant: of the section, with one value for each option.
         more_metrics: registry names from ``eval.metrics``.
-        top: of the experiment.
+        top: cursor of the experiment's top level.
 
     Raises:
-        UserError: there is no such task, modality or metric, or the options are wrong.
+        UserError: the task, a modality or a metric is unknown, or the options are invalid.
     """
     options, where = dict(variant), top / "task"
     name = options.pop("name", None)
     if not isinstance(name, str):
-        raise UserError(f"{where}: 'name' is required; {did_you_mean('', TASKS.entries())}")
+        raise UserError(f"{where}: the key 'name' is required; {did_you_mean('', TASKS.entries())}")
     plugin = TASKS.plugin(name, str(where / "name" if (where / "name").is_written else where))
     task_class = TASKS.load(plugin.target)
     config = check(task_class.Config, options, where, hint=NO_AXIS)
@@ -89,23 +92,23 @@ def choose_task(variant: dict[str, Any], more_metrics: tuple[str, ...], top: Cur
 
 
 def choose_adapters(entries: list[dict[str, Any]], task: TaskChoice, where: Cursor) -> Iterator[AdapterChoice]:
-    """The adapters of the file's list, axes expanded.
+    """Resolve the entries of ``adapters``, with their axes expanded.
 
     Raises:
-        UserError: an entry is wrong.
+        UserError: an entry is invalid.
     """
     for index, section in enumerate(entries):
-        # A mapping under `grouping` is one grouping, not a section with axes of its own.
+        # A mapping under `grouping` is one value, not a section with axes of its own.
         fixed = {"grouping": [section["grouping"]]} if isinstance(section.get("grouping"), dict) else {}
-        if _names_roles(section.get("where")):  # [q, v] is one place; [A, F] is an axis of two
+        if _is_list_of_roles(section.get("where")):  # [q, v] is one value; [A, F] is an axis with two values
             fixed["where"] = [section["where"]]
-        if "tried_learning_rates" in section:  # all of them are of every variant
+        if "tried_learning_rates" in section:  # the whole list belongs to every variant
             fixed["tried_learning_rates"] = [section["tried_learning_rates"]]
         for variant in axes({**section, **fixed}, where / index):
             yield _adapter(variant, where / index, task.contexts)
 
 
-def _names_roles(where: Any) -> bool:
+def _is_list_of_roles(where: Any) -> bool:
     from adapters.placement.roles import ROLES
 
     return isinstance(where, list) and bool(where) and all(isinstance(role, str) and role in ROLES for role in where)

@@ -1,7 +1,7 @@
-"""Experiment → trials: a pure expansion of the axes. Needs neither torch nor Ray.
+"""Expands an experiment into its trials and their ids, and makes the plan. Needs neither torch nor Ray.
 
 A trial's id is a hash of everything that affects its result (task, backbone, adapter, budget, seed, optimizer,
-evaluation) and of nothing else, so that the same trial is recognised in any order, on any cluster, in a grown grid.
+evaluation) and of nothing else, so a trial keeps its id when the grid grows or is reordered, and on every cluster.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tasks.registry import MODALITIES
 
 
 class TrialSpec(BaseModel):
-    """Everything that affects one trial's result, defaults filled in."""
+    """Everything that affects the result of one trial, with defaults."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -37,8 +37,10 @@ class TrialSpec(BaseModel):
 
     @property
     def trial_id(self) -> str:
-        """Twelve hexadecimal digits of the SHA-256 of the canonical JSON; names for people are left out of it,
-        and what was tried before."""
+        """The first twelve hexadecimal digits of the SHA-256 of the spec as canonical JSON.
+
+        Display names, ``tried_learning_rates`` and the primary metric are left out; they do not affect the result.
+        """
         content = self.model_dump(
             mode="json",
             exclude={
@@ -56,10 +58,10 @@ class TrialSpec(BaseModel):
 
 
 def expand(experiment: Experiment) -> list[TrialSpec]:
-    """All trials of an experiment, in the file's order, seeds varying fastest.
+    """All trials of an experiment, in the order of the file; seeds vary fastest.
 
     Raises:
-        UserError: two entries of the file describe the same trial.
+        UserError: two entries of the experiment describe the same trial.
     """
     specs = []
     for task, choices in zip(experiment.tasks, experiment.adapters, strict=True):
@@ -82,14 +84,14 @@ def expand(experiment: Experiment) -> list[TrialSpec]:
     if repeated:
         adapter = repeated.adapter
         raise UserError(
-            f"{experiment.top / 'adapters'}: the same trial is asked for twice: "
+            f"{experiment.top / 'adapters'}: two entries describe the same trial: "
             f"{adapter.label} {adapter.grouping_name}".rstrip()
         )
     return specs
 
 
 def _with_encoders(backbone: Backbone, task: TaskChoice) -> Backbone:
-    """The encoders that the task's modalities need, those named in the file before the defaults."""
+    """The backbone with an encoder for each modality of the task: the configured one, else the modality's default."""
     encoders = {
         modality: backbone.encoders.get(modality) or MODALITIES.load(plugin.target).default_encoder
         for modality, plugin in task.modalities.items()
@@ -98,7 +100,13 @@ def _with_encoders(backbone: Backbone, task: TaskChoice) -> Backbone:
 
 
 def describe(experiment: Experiment, specs: list[TrialSpec], metrics: tuple[MetricInfo, ...], mlflow_uri: str) -> Plan:
-    """The plan as the run folder keeps it and the report reads it.
+    """The plan, as stored in the run folder and read by the report.
+
+    Args:
+        experiment: the experiment.
+        specs: its trials.
+        metrics: of its tasks.
+        mlflow_uri: without a password.
 
     Raises:
         UserError: ``eval.primary_metric`` is not among the metrics.

@@ -1,4 +1,4 @@
-"""The sections of an experiment, typed: what a spec is made of."""
+"""Typed sections of an experiment; a trial's spec consists of them."""
 
 from __future__ import annotations
 
@@ -10,117 +10,117 @@ from harness.core.registry import Plugin
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, strict, unknown keys refused."""
+    """Base of all sections: frozen, strict, unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Backbone(Section):
-    """The frozen models: names of built-in ones, local folders or Hugging Face hub ids."""
+    """The frozen models, each a built-in name, a local folder or a Hugging Face hub id."""
 
     language_model: str = "builtin/tiny-llama"
-    encoders: dict[str, str] = Field(default_factory=dict)  # by modality; where none is named: the modality's default
+    encoders: dict[str, str] = Field(default_factory=dict)  # by modality; others use the modality's default
     projector: Literal["linear", "mlp"] = "linear"  # linear as in the paper; mlp: linear, GELU, linear (LLaVA 1.5)
     projector_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # before the projector, as in the paper
-    projector_boundary_tokens: bool = False  # a learnt token before and after every item
-    projector_positions: PositiveInt | None = None  # learnt positions after the projector; tokens of the longest item
-    add_prefix_space: bool = False  # a space before every target: BPE models know most words with one only
+    projector_boundary_tokens: bool = False  # a learned token before and after every item
+    projector_positions: PositiveInt | None = None  # learned position embeddings after the projector: tokens per item
+    add_prefix_space: bool = False  # before every target: BPE vocabularies have most words only with a leading space
     trust_remote_code: bool = False
-    # Path pattern → role of the language model's layers, where adapters/placement/families.py does not know them.
+    # Path pattern → role, for architectures that adapters/placement/families.py does not know.
     roles: dict[str, Any] | None = None
 
 
 class Budget(Section):
-    """How much data training may see. Smaller budgets of one seed are subsets of larger ones."""
+    """Training data of a trial. For the same seed, smaller budgets are subsets of larger ones."""
 
     examples: PositiveInt | Literal["all"] = "all"
     epochs: PositiveInt = 1
-    references: Literal["one", "all"] = "one"  # of an example's, drawn anew each epoch; all: each one in every epoch
-    max_target_length: PositiveInt = 63  # tokens of a target text; longer ones are cut (the paper's 63)
-    max_input_length: PositiveInt = 256  # tokens of each text before the target; longer ones are cut
+    references: Literal["one", "all"] = "one"  # per example and epoch; one: drawn at random in each epoch
+    max_target_length: PositiveInt = 63  # tokens; longer target texts are truncated (63 as in the paper)
+    max_input_length: PositiveInt = 256  # tokens of each input text; longer ones are truncated
 
 
 class Optimizer(Section):
-    """AdamW and its schedule, in the words of ``transformers.TrainingArguments``."""
+    """AdamW and its schedule, with the names of ``transformers.TrainingArguments``."""
 
-    learning_rate: Annotated[float, Field(gt=0)] | None = None  # an adapter's own learning_rate goes before this one
+    learning_rate: Annotated[float, Field(gt=0)] | None = None  # an adapter's learning_rate takes precedence
     per_device_train_batch_size: PositiveInt = 32
     gradient_accumulation_steps: PositiveInt = 1
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # 0 switches clipping off
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: no clipping
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    bf16: bool = False  # parameters, activations and gradients in bf16, fp32 master weights
+    bf16: bool = False  # parameters, activations and gradients in bf16, with fp32 master weights
 
 
 class Evaluation(Section):
-    """What is scored, and how texts are generated."""
+    """Evaluation data, text generation and metrics."""
 
     validation_examples: PositiveInt | Literal["all"] = "all"
     test_examples: PositiveInt | Literal["all"] = "all"
     per_device_eval_batch_size: PositiveInt = 128
     max_new_tokens: PositiveInt = 32
     num_beams: PositiveInt = 1  # 1: greedy
-    metrics: tuple[str, ...] = ()  # registry names, beside the task's own
-    primary_metric: str = "perplexity"  # what the leaderboard is ordered by
+    metrics: tuple[str, ...] = ()  # registry names, in addition to those of the task
+    primary_metric: str = "perplexity"  # the leaderboard is ordered by it
 
 
 class Resources(Section):
-    """What a trial gets. Nothing here changes a result, so nothing here is part of a trial's id."""
+    """Resources of a trial. They do not affect results, so they are not part of a trial's id."""
 
     cpus_per_trial: PositiveInt = 1
-    gpus_per_trial: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"  # auto: one where there is one
+    gpus_per_trial: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"  # auto: one if there is a GPU, else none
     max_concurrent_trials: PositiveInt | None = None
     zero_stage: Literal[0, 1, 2, 3] = 0  # preset clusters/deepspeed/zero<stage>.json
-    checkpoint_interval_s: Annotated[float, Field(ge=0)] = 60.0  # at the first epoch end after this long
-    max_failures: Annotated[int, Field(ge=0)] = 1  # times a trial whose worker died is started again
+    checkpoint_interval_s: Annotated[float, Field(ge=0)] = 60.0  # saved at the first epoch end after this time
+    max_failures: Annotated[int, Field(ge=0)] = 1  # restarts of a trial whose worker process died
 
 
 class Tracking(Section):
-    """Where MLflow keeps its runs."""
+    """Experiment tracking with MLflow."""
 
-    mlflow_uri: str | None = None  # default: MLFLOW_TRACKING_URI, else SQLite beside the runs
+    mlflow_uri: str | None = None  # default: MLFLOW_TRACKING_URI, else SQLite next to the run folders
 
 
 class InitSource(Section):
-    """The group of a finished trial whose trained weights an adapter group starts from."""
+    """The adapter group of a finished trial whose trained weights initialise an adapter group."""
 
-    trial: str  # its folder; where it lies is no part of a trial's id
+    trial: str  # its folder; not part of a trial's id
     group: str
     weights_sha256: str  # of the trial's best.safetensors
-    projectors: tuple[str, ...]  # contexts whose projectors come from there too
+    projectors: tuple[str, ...]  # contexts whose projectors are initialised from it too
 
 
 class RateSearch(Section):
-    """The keys of an adapter entry that its learning rate comes from."""
+    """The keys of an adapter entry about its learning rate."""
 
-    learning_rate: Annotated[float, Field(gt=0)] | None = None  # goes before the optimizer's
+    learning_rate: Annotated[float, Field(gt=0)] | None = None  # takes precedence over the optimizer's
     tried_learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = ()
 
 
 class AdapterChoice(Section):
-    """One adapter with all axes resolved."""
+    """One adapter, with all axes expanded."""
 
     method: str  # registry name, such as "lora" or "lora+bitfit"
-    plugins: tuple[Plugin, ...]  # the method, or those that it combines
+    plugins: tuple[Plugin, ...]  # the method, or the methods that are combined
     grouping: dict[str, str | None]  # context → group; None: no adapter on that context
-    grouping_name: str  # "agnostic", "specific", "image=vision text=language"; "" where the method has no groups
-    config: dict[str, Any]  # the method's options, defaults included
+    grouping_name: str  # "agnostic", "specific", "image=vision text=language"; "" if the method has no groups
+    config: dict[str, Any]  # the method's options, with defaults
     label: str
     learning_rate: float | None = None
     tried_learning_rates: tuple[float, ...] = ()  # before this experiment; they count as search effort
-    init_from: dict[str, InitSource] = Field(default_factory=dict)  # group → its first weights; the others are drawn
+    init_from: dict[str, InitSource] = Field(default_factory=dict)  # by group; other groups are initialised at random
 
 
 class TaskChoice(Section):
-    """One task with its options resolved."""
+    """One task, with its options resolved."""
 
     name: str  # registry name
     plugin: Plugin
     contexts: tuple[str, ...]
     modalities: dict[str, Plugin]
-    metrics: dict[str, dict[str, Plugin]]  # member of a mixture, "" for the task itself → metric → its plugin
+    metrics: dict[str, dict[str, Plugin]]  # task in a mixture ("" for a single task) → metric → its plugin
     config: dict[str, Any]

@@ -1,8 +1,8 @@
-"""Reads a YAML file so that every later message can name its line.
+"""Reads YAML files with the line numbers of their keys, for error messages.
 
-Differs from plain ``yaml.safe_load`` in three ways: a key given twice is an error (YAML keeps the last silently),
-``1e-3`` is a number (YAML 1.1 makes it a string), and ``${NAME}`` or ``${NAME:-default}`` in a string is taken from the
-environment.
+Differs from ``yaml.safe_load`` in three ways: a duplicate key is an error (PyYAML silently keeps the last one),
+``1e-3`` is a number (a string in YAML 1.1), and ``${NAME}`` or ``${NAME:-default}`` in a string is replaced by an
+environment variable.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 floats."""
+    """SafeLoader with the floats of YAML 1.2."""
 
 
 _Loader.add_implicit_resolver(
@@ -35,10 +35,10 @@ def read_yaml(path: Path) -> tuple[Any, Cursor]:
     """Read one YAML file.
 
     Returns:
-        Its content, and the cursor at its top.
+        Its content, and the cursor of its top level.
 
     Raises:
-        UserError: it is missing, unreadable, not YAML, repeats a key, or names a variable that is not set.
+        UserError: it is missing, unreadable or not YAML, has a duplicate key, or uses a variable that is not set.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -60,7 +60,7 @@ def read_yaml(path: Path) -> tuple[Any, Cursor]:
     try:
         _collect_lines(node, top, lines)
     except RecursionError:
-        raise UserError(f"{path}: an alias (*name) stands inside the value it names") from None
+        raise UserError(f"{path}: an alias (*name) refers to a value that contains it") from None
     return _expand(data, top), top
 
 
@@ -74,13 +74,13 @@ def _collect_lines(node: yaml.Node, here: Cursor, lines: dict[KeyPath, int]) -> 
             inner = here / str(key.value)
             line = key.start_mark.line + 1
             if inner.path in lines:
-                raise UserError(f"{here.origin}, line {line}, {inner.key}: key given twice")
+                raise UserError(f"{here.origin}, line {line}, {inner.key}: duplicate key")
             lines[inner.path] = line
             _collect_lines(child, inner, lines)
 
 
 def _expand(value: Any, here: Cursor) -> Any:
-    """The value with environment variables put in."""
+    """Replace environment variables in all strings of a value."""
     if isinstance(value, dict):
         return {key: _expand(child, here / str(key)) for key, child in value.items()}
     if isinstance(value, list):

@@ -1,1 +1,1 @@
-"""A trial's spec → backbone, encoders, projectors, adapters and batches, put together as one model."""
+"""Builds a trial's model from its spec: backbone, encoders, projectors, adapters, and the batches it is fed."""

@@ -1,8 +1,8 @@
-"""Adapter groups trained in different trials, put together in one model (Context-PEFT, arXiv 2312.08900, Figure 7).
+"""Initialises adapter groups from other trials (Context-PEFT, arXiv 2312.08900, Figure 7).
 
-``init_from`` (``harness/experiment/init_sources.py``) lets a group start from the trained weights of a finished trial's
-group, with the projectors of its contexts. What must agree is compared before anything is computed; what is loaded is
-compared tensor by tensor.
+With ``init_from`` (``harness/experiment/init_sources.py``), a group starts from the trained weights of a group of a
+finished trial, with the projectors of its contexts. Options and shapes are compared before any compute, tensors again
+when they are loaded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from adapters.attach import Adapters
 from adapters.placement.router import Router
 from harness.core.errors import UserError
 from harness.core.files import digest_of
-from harness.experiment.init_sources import WEIGHTS, Shapes, compare, finished, read_section, shapes_of
+from harness.experiment.init_sources import WEIGHTS, Shapes, check_equal, finished_record, read_section, shapes_of
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import AdapterChoice, Backbone, InitSource
 from harness.model.components import make_task, method_of
@@ -28,30 +28,30 @@ _SHOWN = 3
 
 
 def check(spec: TrialSpec, model: ContextModel) -> None:
-    """See before a trial is started that every group it takes over fits.
+    """Check before a trial starts that its model can be initialised from the sources of ``init_from``.
 
     Args:
         spec: of the trial.
-        model: the trial's, without weights.
+        model: of the trial, without weights.
 
     Raises:
-        UserError: the backbones differ, the method's groups cannot be parted, or a tensor is missing, left over or of
+        UserError: the backbones differ, the method's groups share weights, or a tensor is missing, unexpected or has
             another shape.
     """
     for group, source in spec.adapter.init_from.items():
         folder = Path(source.trial)
         try:
-            record = finished(folder)
+            record = finished_record(folder)
             theirs: Backbone = read_section(Backbone, folder, record.spec["backbone"])
-            compare(folder, *(_backbone(backbone, source, spec) for backbone in (spec.backbone, theirs)))
-            _check_parted(spec, model, record.seed)
-            _pairs(model, group, source)
+            check_equal(folder, *(_options(backbone, source, spec) for backbone in (spec.backbone, theirs)))
+            _check_separable(spec, model, record.seed)
+            _match_tensors(model, group, source)
         except UserError as error:
             raise UserError(f"adapters: {spec.adapter.label}: init_from.{group}: {error}") from None
 
 
-def _backbone(backbone: Backbone, source: InitSource, spec: TrialSpec) -> dict[str, Any]:
-    """What the weights were trained for: the language model, and the encoders and options of the projectors."""
+def _options(backbone: Backbone, source: InitSource, spec: TrialSpec) -> dict[str, Any]:
+    """The options that must be equal: the language model, and the encoders and options of the loaded projectors."""
     options = backbone.model_dump(include={"language_model", "roles"})
     if source.projectors:
         modalities = make_task(spec).modalities
@@ -61,54 +61,59 @@ def _backbone(backbone: Backbone, source: InitSource, spec: TrialSpec) -> dict[s
     return options
 
 
-def _check_parted(spec: TrialSpec, model: ContextModel, seed: int) -> None:
-    """See that what the method trains is each group's own, and what it draws without training it is the same.
+def _check_separable(spec: TrialSpec, model: ContextModel, seed: int) -> None:
+    """Check that groups share no trained weights, and that frozen weights, drawn from the seed, are equal.
+
+    Args:
+        spec: of the trial.
+        model: of the trial, without weights.
+        seed: of the source trial.
 
     Raises:
-        UserError: it is not.
+        UserError: they share some, or the seeds differ.
     """
     method = spec.adapter.method
     if any(p.requires_grad for p in model.language_model.parameters()):
-        raise UserError(f"{method} trains the language model's own weights, which two trials cannot share")
-    parts = {f"group_{group}" for group in model.router.groups}
+        raise UserError(f"{method} trains the language model itself, so its groups cannot be loaded separately")
+    groups = {f"group_{group}" for group in model.router.groups}
     for name, parameter in model.adapters.named_parameters():
-        if parameter.requires_grad and not parts & set(name.split(".")):
-            raise UserError(f"{method}: all groups share {name}, so none of them can be taken alone")
+        if parameter.requires_grad and not groups & set(name.split(".")):
+            raise UserError(f"{method}: all groups share {name}, so they cannot be loaded separately")
     if seed != spec.seed and _frozen(model.adapters):
         raise UserError(
-            f"{method} draws frozen weights from the seed ({_frozen(model.adapters)[0]}), and the seeds differ: "
-            f"{spec.seed} here, {seed} there; they must be the same"
+            f"{method} draws frozen weights from the seed ({_frozen(model.adapters)[0]}), and the source trial has "
+            f"seed {seed}; allowed: the same seed, here {spec.seed}"
         )
 
 
 def _frozen(adapters: Any) -> list[str]:
-    """What the adapters keep but do not train, and a trial does not save."""
+    """Names of the adapters' tensors that are not trained, and so are not saved by a trial."""
     return [name for name, tensor in adapters.state_dict(keep_vars=True).items() if not tensor.requires_grad]
 
 
-def _pairs(model: ContextModel, group: str, source: InitSource) -> dict[str, str]:
-    """Parameter of the model → tensor of the source, for all that the group and its projectors have.
+def _match_tensors(model: ContextModel, group: str, source: InitSource) -> dict[str, str]:
+    """Parameter of the model → tensor of the source, for all parameters of the group and its projectors.
 
     Raises:
-        UserError: one has no counterpart, or one of another shape.
+        UserError: a tensor is missing, unexpected, or has another shape.
     """
     own = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-    there = shapes_of(Path(source.trial) / WEIGHTS)
-    here, theirs = (dict(_of(names, g, source)) for names, g in ((own, group), (there, source.group)))
-    place = Path(source.trial) / WEIGHTS
-    for what, missing in (("lacks", here.keys() - theirs.keys()), ("has too many:", theirs.keys() - here.keys())):
-        if missing:
-            raise UserError(f"{place}: {what} {', '.join(sorted(missing)[:_SHOWN])} ({len(missing)} tensors)")
+    path = Path(source.trial) / WEIGHTS
+    saved = shapes_of(path)
+    here, theirs = (dict(_select(names, g, source)) for names, g in ((own, group), (saved, source.group)))
+    for problem, names in (("missing:", here.keys() - theirs.keys()), ("unexpected:", theirs.keys() - here.keys())):
+        if names:
+            raise UserError(f"{path}: {problem} {', '.join(sorted(names)[:_SHOWN])} ({len(names)} tensors)")
     if not here:
-        raise UserError(f"{place}: the group {group!r} has no parameters")
+        raise UserError(f"{path}: the group {group!r} has no parameters")
     for key, name in here.items():
-        if own[name] != there[theirs[key]]:
-            raise UserError(f"{place}: shape of {theirs[key]} differs: {own[name]} here, {there[theirs[key]]} there")
+        if own[name] != saved[theirs[key]]:
+            raise UserError(f"{path}: {theirs[key]} has shape {saved[theirs[key]]}; allowed: {own[name]}")
     return {name: theirs[key] for key, name in here.items()}
 
 
-def _of(names: Shapes, group: str, source: InitSource) -> Iterator[tuple[str, str]]:
-    """(Name without the group, name) of the tensors of a group and of the projectors."""
+def _select(names: Shapes, group: str, source: InitSource) -> Iterator[tuple[str, str]]:
+    """The tensors of a group and of the source's projectors, as pairs (name without the group's name, name)."""
     prefixes = tuple(f"projectors.{context}." for context in source.projectors)
     for name in names:
         parts = name.split(".")
@@ -119,16 +124,16 @@ def _of(names: Shapes, group: str, source: InitSource) -> Iterator[tuple[str, st
 
 
 def load(spec: TrialSpec, model: ContextModel) -> None:
-    """Put the weights of ``init_from`` into a model that was just built, on the CPU.
+    """Load the weights of ``init_from`` into a newly built model on the CPU.
 
     Raises:
-        UserError: they are not what the spec was made with, or do not fit.
+        UserError: they have changed since the spec was made, or do not fit.
     """
     for group, source in spec.adapter.init_from.items():
         path = Path(source.trial) / WEIGHTS
         if not path.is_file() or digest_of(path) != source.weights_sha256:
-            raise UserError(f"{path}: not the weights that this trial was planned with; start the experiment again")
-        pairs = _pairs(model, group, source)
+            raise UserError(f"{path}: the weights have changed since this trial was planned; run the experiment again")
+        pairs = _match_tensors(model, group, source)
         parameters = dict(model.named_parameters())
         with safe_open(path, framework="pt") as file:
             for name, theirs in pairs.items():
@@ -138,12 +143,12 @@ def load(spec: TrialSpec, model: ContextModel) -> None:
 
 
 def _check_frozen(spec: TrialSpec, model: ContextModel, group: str, source: InitSource) -> None:
-    """See that what was drawn and not trained is the same in both trials, by drawing it again.
+    """Check that both trials have the same frozen weights, by drawing those of the source again.
 
     Raises:
-        UserError: it is not.
+        UserError: they differ.
     """
-    record = finished(Path(source.trial))
+    record = finished_record(Path(source.trial))
     adapter: AdapterChoice = read_section(AdapterChoice, Path(source.trial), record.spec["adapter"])
     router = Router(adapter.grouping)
     methods = dict.fromkeys(router.groups, method_of(adapter))
@@ -154,4 +159,4 @@ def _check_frozen(spec: TrialSpec, model: ContextModel, group: str, source: Init
         if not {f"group_{other}" for other in model.router.groups if other != group} & set(parts):
             there = ".".join(f"group_{source.group}" if part == f"group_{group}" else part for part in parts)
             if there not in theirs or not torch.equal(ours[name], theirs[there]):
-                raise UserError(f"{source.trial}: {adapter.method} drew other frozen weights there ({name})")
+                raise UserError(f"{source.trial}: the frozen weights that {adapter.method} drew differ here ({name})")

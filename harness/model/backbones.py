@@ -1,7 +1,6 @@
-"""Language models by name: built in (``builtin/tiny-llama``), a local folder, or a Hugging Face hub id.
+"""Loads language models by name: built in (``builtin/tiny-llama``), a local folder, or a Hugging Face hub id.
 
-Encoders belong to their modalities (``tasks/modalities/``); ``check_backbone`` tells before any compute whether all of
-them can be had.
+Encoders are loaded by their modalities (``tasks/modalities/``); ``check_backbone`` checks both before any compute.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class LanguageModel:
 
     @property
     def bos_id(self) -> int:
-        """Token that opens a sequence; models without one (Qwen2) open with their end-of-text token."""
+        """Token that begins a sequence; for models without a BOS token (Qwen2), their end-of-text token."""
         tokenizer = self.tokenizer
         return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
 
@@ -38,10 +37,10 @@ class LanguageModel:
 
 
 def load_language_model(backbone: Backbone) -> LanguageModel:
-    """Load weights and tokenizer, in fp32, evaluation mode.
+    """Load weights in fp32, in evaluation mode, and the tokenizer.
 
     Raises:
-        UserError: it cannot be had.
+        UserError: the model could not be loaded.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -56,13 +55,13 @@ def load_language_model(backbone: Backbone) -> LanguageModel:
 
 
 def check_backbone(backbone: Backbone) -> None:
-    """Fail now rather than in every trial: each model must be here or within reach.
+    """Check before any trial starts that each model is available locally or on the hub.
 
     Raises:
-        UserError: a model is neither built in, nor a folder, nor in the hub's local cache, nor on the hub.
+        UserError: a model is not built in, not a folder, and neither in the hub's local cache nor on the hub.
     """
     _check_kind(backbone.language_model)
-    # Built-in encoders are their modality's to know: some have no weights, and so no folder.
+    # Built-in encoders are checked by their modality: some have no weights, so no folder.
     encoders = [name for name in backbone.encoders.values() if not hub.is_builtin(name)]
     for name in (backbone.language_model, *encoders):
         hub.check_reachable(name, backbone.trust_remote_code)
@@ -72,7 +71,7 @@ def build_empty(backbone: Backbone) -> Any:
     """The language model on the ``meta`` device: shapes without weights.
 
     Raises:
-        UserError: it is not to be had, or is of the wrong kind.
+        UserError: its configuration could not be loaded, or it is not a causal language model.
     """
     from transformers import AutoModelForCausalLM
 

@@ -1,6 +1,6 @@
-"""Examples → batches: features of their files, their texts as token ids, laid out in rows.
+"""Makes batches of examples: the features of their files and the token ids of their texts, in padded rows.
 
-Shapes: B rows, T positions, N tokens of an item, M feature rows of all items, P positions these take, D features.
+Shapes: B rows, T positions, N tokens of an item, M feature vectors of all items, P positions of all items, D features.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from tasks.base import Example
 
 
 @dataclass(frozen=True)
-class _Stretch:
-    """Consecutive positions of one row: text, or the tokens of one encoded file."""
+class _Chunk:
+    """Consecutive positions of one row: a text, or the tokens of one encoded file."""
 
     context: str
     length: int
@@ -33,14 +33,14 @@ class _Stretch:
 
 
 class BatchMaker:
-    """Makes batches of one task for one set of backbones.
+    """Makes batches of one task for one backbone.
 
     Args:
-        features: of the examples' files; knows the task.
+        features: of the examples' files, with their task.
         language_model: for its tokenizer.
-        budget: for ``max_target_length`` and ``max_input_length``. Longer texts are cut, and counted in
+        budget: for ``max_target_length`` and ``max_input_length``. Longer texts are truncated, and collected in
             ``cut_targets`` and ``cut_inputs``.
-        backbone: whether projectors put a token before and after each item, and targets begin with a space.
+        backbone: for ``projector_boundary_tokens`` and ``add_prefix_space``.
     """
 
     def __init__(
@@ -54,33 +54,33 @@ class BatchMaker:
         self._tokens: dict[str, list[int]] = {}
 
     def make(self, examples: Sequence[Example], texts: Sequence[str], views: Sequence[int] | None = None) -> Batch:
-        """One row per example with ``texts`` as targets, padded on the right.
+        """A batch with one row per example, its inputs followed by a target, padded on the right.
 
         Args:
-            examples: whose inputs stand before the targets.
-            texts: one target for each.
-            views: seeds of the augmentation, for training.
+            examples: for their inputs.
+            texts: the target of each row.
+            views: for training, the seed of each example's augmentation.
         """
         rows = []
         for example, row, text in zip(examples, self._inputs(examples, views), texts, strict=True):
             target = self._target(text)
-            rows.append([*row, _Stretch(self.target_context(example), len(target), target, is_target=True)])
-        return self._lay_out(rows, [self.target_context(example) for example in examples], left=False)
+            rows.append([*row, _Chunk(self.target_context(example), len(target), target, is_target=True)])
+        return self._pad(rows, [self.target_context(example) for example in examples], left=False)
 
     def prompts(self, examples: Sequence[Example]) -> Batch:
-        """One row per example without its target, padded on the left, to be continued."""
-        return self._lay_out(self._inputs(examples, None), [self.target_context(e) for e in examples], left=True)
+        """A batch with one row per example, without targets, padded on the left for generation."""
+        return self._pad(self._inputs(examples, None), [self.target_context(e) for e in examples], left=True)
 
     def target_context(self, example: Example) -> str:
-        """The context of the example's answer."""
+        """The context of the example's target."""
         return example.target or self.contexts[-1]
 
     def target_length(self, text: str) -> int:
-        """Tokens of a target, EOS included."""
+        """Number of tokens of a target, with EOS."""
         return len(self._target(text))
 
     def decode(self, ids_BT: Tensor) -> list[str]:
-        """Generated ids → texts without special tokens."""
+        """Decode generated ids (B, T) to texts without special tokens."""
         texts: list[Any] = self.language_model.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
         return [str(text).strip() for text in texts]
 
@@ -93,32 +93,32 @@ class BatchMaker:
         return ids[:limit]
 
     def spaced(self, text: str) -> str:
-        """A target as it is tokenised, after a space where the backbone asks for one."""
+        """The target text as it is tokenized: with a leading space if the backbone has ``add_prefix_space``."""
         return f" {text}" if self.backbone.add_prefix_space and not text[:1].isspace() else text
 
     def _target(self, text: str) -> list[int]:
         ids = self._encode(self.spaced(text), self.budget.max_target_length, self.cut_targets)
         return [*ids, self.language_model.eos_id]
 
-    def _inputs(self, examples: Sequence[Example], views: Sequence[int] | None) -> list[list[_Stretch]]:
-        """BOS and the inputs of each example."""
+    def _inputs(self, examples: Sequence[Example], views: Sequence[int] | None) -> list[list[_Chunk]]:
+        """The chunks of BOS and of the inputs, for each example."""
         rows = []
         for example, features in zip(examples, self.features.of(examples, views), strict=True):
             encoded = iter(features)
-            row = [_Stretch(self.target_context(example), 1, [self.language_model.bos_id])]
+            row = [_Chunk(self.target_context(example), 1, [self.language_model.bos_id])]
             for context, value in example.inputs:
                 if isinstance(value, str):
                     ids = self._encode(value, self.budget.max_input_length, self.cut_inputs)
-                    row.append(_Stretch(context, len(ids), ids))
+                    row.append(_Chunk(context, len(ids), ids))
                 else:
                     features_ND = next(encoded)
                     length = len(features_ND) + 2 * self.backbone.projector_boundary_tokens
-                    row.append(_Stretch(context, length, features_ND=features_ND))
+                    row.append(_Chunk(context, length, features_ND=features_ND))
             rows.append(row)
         return rows
 
-    def _lay_out(self, rows: Sequence[Sequence[_Stretch]], targets: Sequence[str], left: bool) -> Batch:
-        lengths = [sum(stretch.length for stretch in row) for row in rows]
+    def _pad(self, rows: Sequence[Sequence[_Chunk]], targets: Sequence[str], left: bool) -> Batch:
+        lengths = [sum(chunk.length for chunk in row) for row in rows]
         shape = (len(rows), max(lengths))
         ids, labels = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
         contexts, mask = np.empty(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
@@ -127,15 +127,15 @@ class BatchMaker:
             contexts[number] = self.contexts.index(target)
             start = shape[1] - lengths[number] if left else 0
             mask[number, start : start + lengths[number]] = True
-            for stretch in row:
-                stop = start + stretch.length
-                contexts[number, start:stop] = self.contexts.index(stretch.context)
-                if stretch.features_ND is None:
-                    ids[number, start:stop] = stretch.token_ids
+            for chunk in row:
+                stop = start + chunk.length
+                contexts[number, start:stop] = self.contexts.index(chunk.context)
+                if chunk.features_ND is None:
+                    ids[number, start:stop] = chunk.token_ids
                 else:
-                    items[stretch.context].append((stretch.features_ND, number * shape[1] + np.arange(start, stop)))
-                if stretch.is_target:
-                    labels[number, start:stop] = stretch.token_ids
+                    items[chunk.context].append((chunk.features_ND, number * shape[1] + np.arange(start, stop)))
+                if chunk.is_target:
+                    labels[number, start:stop] = chunk.token_ids
                 start = stop
         labelled = (labels != IGNORED).any(axis=0)
         return Batch(
@@ -144,7 +144,7 @@ class BatchMaker:
             labels_BT=torch.from_numpy(labels),
             mask_BT=torch.from_numpy(mask),
             items={context: self._items(context, found) for context, found in items.items()},
-            segments=_one_layout(rows, shape[1]),
+            segments=_common_segments(rows, shape[1]),
             first_label=int(labelled.argmax()) if labelled.any() else shape[1],
         )
 
@@ -153,12 +153,12 @@ class BatchMaker:
         return Items(
             features_MD=torch.cat([features_ND for features_ND, _ in found]) if found else empty_0D,
             lengths=tuple(len(features_ND) for features_ND, _ in found),
-            places_P=torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *(places for _, places in found)])),
+            positions_P=torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *(at for _, at in found)])),
         )
 
 
-def _one_layout(rows: Sequence[Sequence[_Stretch]], length: int) -> tuple[Segment, ...] | None:
-    """The segments of all rows, or None where they differ. The target may be of any length: what follows is padding."""
+def _common_segments(rows: Sequence[Sequence[_Chunk]], length: int) -> tuple[Segment, ...] | None:
+    """The segments that all rows share; None if they differ. Lengths of targets may differ: only padding follows."""
     layouts = {tuple((s.context, None if s.is_target else s.length) for s in row) for row in rows}
     if len(layouts) > 1:
         return None

@@ -1,7 +1,7 @@
-"""Data budgets: which training examples a trial sees, and in which order, by seed alone.
+"""Selects the training examples of a trial and their order, which depend only on the seed.
 
-Subsets are nested: the examples of a smaller budget are all in a larger one of the same seed. The same seed gives every
-method the same examples in the same order with the same reference text, and the fingerprints prove it. The tasks of a
+Subsets are nested: a larger budget of the same seed contains all examples of a smaller one. For a given seed, all
+methods see the same examples in the same order with the same references; fingerprints verify this. The tasks of a
 mixture get their shares of the examples and of every epoch.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 from harness.core.errors import UserError
 from tasks.base import Example
 
-Shares = Mapping[str, float]  # member of a mixture → its share, adding up to 1
+Shares = Mapping[str, float]  # task (member) of a mixture → its share; they sum to 1
 
 
 def _rank(seed: int, example_id: str) -> bytes:
@@ -27,7 +27,7 @@ def _rank(seed: int, example_id: str) -> bytes:
 
 
 def by_member(examples: Sequence[Example]) -> dict[str, list[int]]:
-    """Member → the indices of its examples; a task that is no mixture has the one member ""."""
+    """Member → indices of its examples. A task that is not a mixture has one member, ""."""
     indices: dict[str, list[int]] = {}
     for index, example in enumerate(examples):
         indices.setdefault(example.member, []).append(index)
@@ -37,24 +37,24 @@ def by_member(examples: Sequence[Example]) -> dict[str, list[int]]:
 def choose(
     examples: Sequence[Example], count: int | Literal["all"], seed: int, what: str, shares: Shares | None = None
 ) -> list[Example]:
-    """The first ``count`` examples in an order that depends on the seed and the ids alone.
+    """Select the first ``count`` examples in an order that depends only on the seed and the ids.
 
     Args:
-        examples: all there are, ids unique.
-        count: how many, or "all".
-        seed: of the subset.
-        what: key path and file for the message, such as ``budget.examples of task coco_captions``.
-        shares: of the members, where they are not as many as their examples.
+        examples: of a split, with unique ids.
+        count: number of examples, or "all".
+        seed: of the order.
+        what: key and task for the message, such as ``budget.examples: task coco_captions``.
+        shares: of the members; None: in proportion to their examples.
 
     Raises:
-        UserError: more are asked for than there are.
+        UserError: ``count`` is larger than the split, or a member has fewer examples than its share.
     """
     ranked = sorted(examples, key=lambda example: _rank(seed, example.id))
     if count == "all":
         return ranked
     if count > len(examples):
         raise UserError(
-            f"{what}: asks for {count:,} examples, there are {len(examples):,}; ask for at most {len(examples):,}"
+            f"{what}: requests {count:,} examples, but there are {len(examples):,}; allowed: at most {len(examples):,}"
         )
     indices = by_member(ranked)
     shares = shares or {member: len(own) / len(ranked) for member, own in indices.items()}
@@ -62,12 +62,12 @@ def choose(
     for member, number in wanted.items():
         if number > len(indices.get(member, ())):
             found = len(indices.get(member, ()))
-            raise UserError(f"{what}: {number:,} of {count:,} examples would be {member!r}'s, which has {found:,}")
+            raise UserError(f"{what}: {number:,} of {count:,} examples would come from {member!r}, which has {found:,}")
     return [ranked[i] for i in sorted(i for member, number in wanted.items() for i in indices[member][:number])]
 
 
 def apportion(count: int, shares: Shares) -> dict[str, int]:
-    """Divide ``count`` by shares (Webster's method): a larger count never takes any from a member, so budgets nest."""
+    """Divide ``count`` by shares (Webster's method), so that no member's number decreases when ``count`` grows."""
     claims = [
         ((number + 0.5) / share, member)
         for member, share in sorted(shares.items())
@@ -80,21 +80,21 @@ def apportion(count: int, shares: Shares) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Draw:
-    """One training item: an example and which of its references is the target."""
+    """One training item: an example, and the reference that is its target."""
 
-    example: int  # index into the budget's examples
-    reference: int
-    view: int  # seed of its augmentation
+    example: int  # index into the examples of the budget
+    reference: int  # index into the references of the example
+    view: int  # seed of the augmentation
 
 
 @dataclass(frozen=True)
 class Order:
-    """The order of training: the same for every method of a seed.
+    """The order of training items, the same for all methods with the same seed.
 
     Args:
         examples: of the budget.
         seed: of the trial.
-        references: "one": each example with one of its references, drawn anew each epoch; "all": with each of them.
+        references: "one": each example with a random one of its references in each epoch; "all": with each of them.
         shares: of the members in every epoch; None: each example once.
     """
 
@@ -105,11 +105,11 @@ class Order:
 
     @property
     def draws(self) -> int:
-        """Training items of one epoch."""
+        """Number of training items in an epoch."""
         return len(self._pool())
 
     def epoch(self, epoch: int) -> list[Draw]:
-        """The items of one epoch (from 1) in their order."""
+        """The items of an epoch (from 1), in order."""
         generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
         items = self._shared(epoch)
         order, picks = generator.permutation(len(items)), generator.random(len(items))
@@ -121,7 +121,7 @@ class Order:
         return [(i, n) for i, example in enumerate(self.examples) for n in range(len(example.references))]
 
     def _shared(self, epoch: int) -> list[tuple[int, int | None]]:
-        """The pool, where every member is repeated or thinned out to its share."""
+        """The pool, with each member repeated or subsampled to its share."""
         pool = self._pool()
         if self.shares is None:
             return pool
@@ -144,7 +144,7 @@ class Order:
         return Draw(index, number, int.from_bytes(view[:8]))
 
     def fingerprint(self, epochs: int, batch_size: int) -> str:
-        """SHA-256 over what every optimizer step sees: batch size, then example id and reference, epoch by epoch."""
+        """SHA-256 of the training order: batch size, then example id and reference of every item of every epoch."""
         digest = hashlib.sha256(f"batch {batch_size}\n".encode())
         for epoch in range(1, epochs + 1):
             for draw in self.epoch(epoch):
@@ -153,11 +153,11 @@ class Order:
 
 
 def content_fingerprint(examples: Sequence[Example], digest_of: Callable[[Path], str]) -> str:
-    """SHA-256 over ids, inputs (of files their digests), and references, whatever the examples' order.
+    """SHA-256 of the ids, inputs (for files, their digests) and references; independent of the examples' order.
 
     Args:
-        examples: of a split, or a budget.
-        digest_of: input file → digest of its content.
+        examples: any set of examples with unique ids.
+        digest_of: returns the digest of an input file's content.
     """
     digest = hashlib.sha256()
     for example in sorted(examples, key=lambda e: e.id):

@@ -1,4 +1,4 @@
-"""TrialSpec → a live model and its data."""
+"""Builds a trial's model and data from its spec."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tasks.encoder import Encoder
 
 @dataclass(frozen=True)
 class Splits:
-    """The examples a trial works on. Training examples are the budget's; evaluation ones are the same for all seeds."""
+    """The examples of a trial: training examples by budget and seed; evaluation examples are the same for all seeds."""
 
     train: list[Example]
     validation: list[Example]
@@ -35,7 +35,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class Built:
-    """A trial ready to train."""
+    """The model and data of a trial, ready to train."""
 
     task: Task
     model: ContextModel
@@ -46,10 +46,10 @@ class Built:
 
 
 def choose_splits(spec: TrialSpec, task: Task) -> Splits:
-    """The budget's training examples and the evaluation examples.
+    """Select the training examples of the budget and the evaluation examples.
 
     Raises:
-        UserError: a split has fewer examples than the spec asks for, or none of a mixture's task.
+        UserError: a split has fewer examples than the spec requires, or the selection has none of a mixture's task.
     """
     name, seed = spec.task.name, spec.seed
     train = task.examples("train")
@@ -61,19 +61,19 @@ def choose_splits(spec: TrialSpec, task: Task) -> Splits:
     keys = ("budget.examples", "eval.validation_examples", "eval.test_examples")
     for key, examples in zip(keys, (splits.train, splits.validation, splits.test), strict=True):
         if missing := [repr(member) for member in task.members() if member not in by_member(examples)]:
-            found = f"{len(examples):,} examples, none of them of {', '.join(missing)}"
-            raise UserError(f"{key}: task {name}: {found}; ask for more")
+            found = f"the {len(examples):,} selected examples contain none of {', '.join(missing)}"
+            raise UserError(f"{key}: task {name}: {found}; use more examples")
     return splits
 
 
 def _shares(task: Task, train: Sequence[Example]) -> Shares | None:
-    """Of a mixture's tasks, by all their training examples, whatever the budget; None for a plain task."""
+    """The shares of a mixture's tasks, from their whole training splits; None for a task that is not a mixture."""
     sizes = {member: len(indices) for member, indices in by_member(train).items()}
     return task.shares(sizes) if len(task.members()) > 1 else None
 
 
 def order_of(spec: TrialSpec, task: Task, train: Sequence[Example]) -> Order:
-    """In which order a trial draws the examples of its budget."""
+    """The order in which a trial trains on the examples of its budget."""
     return Order(train, spec.seed, spec.budget.references, _shares(task, task.examples("train")))
 
 
@@ -81,8 +81,8 @@ def build(spec: TrialSpec, device: torch.device) -> Built:
     """Load the backbones, attach the adapters, read the data.
 
     Raises:
-        UserError: a backbone, the data or the weights of ``init_from`` cannot be had, or the language model lacks the
-            roles the adapter acts on.
+        UserError: a backbone, the data or the weights of ``init_from`` could not be loaded, or the language model lacks
+            the roles that the adapter acts on.
     """
     task = make_task(spec)
     task.prepare()
@@ -107,10 +107,10 @@ def build(spec: TrialSpec, device: torch.device) -> Built:
 
 
 def assemble(spec: TrialSpec, language_model: Any, feature_widths: Mapping[str, int]) -> ContextModel:
-    """Put the parts together and say what is trained.
+    """Assemble the model, and set ``requires_grad`` of its parameters.
 
     Args:
-        spec: names the adapter and the seed of the initialisation.
+        spec: for the adapter and the seed of the initialisation.
         language_model: a Hugging Face causal LM.
         feature_widths: context → width of its encoder's features, for every context that is not text.
     """
@@ -119,7 +119,8 @@ def assemble(spec: TrialSpec, language_model: Any, feature_widths: Mapping[str, 
     for parameter in method.trained(language_model):
         parameter.requires_grad_(True)
     router = Router(spec.adapter.grouping)
-    # The global generator draws the projectors: the same for every method of a seed. Adapters have their own.
+    # Projectors are drawn from the global generator, so they are the same for all methods with the same seed. Adapters
+    # have their own generators.
     torch.manual_seed(spec.seed)
     ungrouped = None if method.grouped else method
     methods = dict.fromkeys(router.groups, method)
@@ -131,10 +132,10 @@ def assemble(spec: TrialSpec, language_model: Any, feature_widths: Mapping[str, 
 
 
 def count_parameters(spec: TrialSpec) -> Parameters:
-    """The parameters the trial will have, from configurations alone: nothing is loaded or downloaded if it is known.
+    """Count the trial's parameters from configurations, without loading weights.
 
     Raises:
-        UserError: the configuration of a backbone cannot be had, or the adapter does not fit the language model.
+        UserError: the configuration of a backbone could not be loaded, or the adapter does not fit the language model.
     """
     encoders = empty_encoders(spec)
     return parameters.count_parameters(empty_model(spec, encoders), encoders.values())
@@ -145,10 +146,10 @@ def empty_model(spec: TrialSpec, encoders: Mapping[str, Encoder]) -> ContextMode
 
     Args:
         spec: of the trial.
-        encoders: by modality; only their widths count.
+        encoders: by modality; only their widths are used.
 
     Raises:
-        UserError: as ``count_parameters`` does.
+        UserError: as in ``count_parameters``.
     """
     language_model = backbones.build_empty(spec.backbone)
     widths = {context: encoders[modality].width for context, modality in make_task(spec).modalities.items()}

@@ -1,4 +1,4 @@
-"""TrialSpec → the plugins it names, made with their options. The spec says how each is loaded."""
+"""Loads the plugins of a trial's spec and instantiates them with their options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tasks.registry import MODALITIES, TASKS
 
 
 def make_task(spec: TrialSpec) -> Task:
-    """The task, its data not prepared yet."""
+    """The task; its data is not prepared yet."""
     task_class = TASKS.load(spec.task.plugin.target)
     task: Task = task_class(task_class.Config.model_validate(spec.task.config))
     return task
@@ -23,13 +23,13 @@ def make_task(spec: TrialSpec) -> Task:
 def method_of(choice: AdapterChoice) -> AdapterMethod:
     """The adapter method with its options."""
     method_class = ADAPTERS.load(*(plugin.target for plugin in choice.plugins))
-    # By way of JSON, as the options were read: a list there is a tuple here.
+    # Through JSON, as in validation: options that are lists there are tuples here.
     method: AdapterMethod = method_class(method_class.Config.model_validate_json(json.dumps(choice.config)))
     return method
 
 
 def make_modalities(spec: TrialSpec) -> dict[str, Modality]:
-    """The modalities that the task's files need, by name."""
+    """The modalities of the task's files, by name."""
     return {name: MODALITIES.load(plugin.target)() for name, plugin in spec.task.modalities.items()}
 
 
@@ -37,7 +37,7 @@ def empty_encoders(spec: TrialSpec) -> dict[str, Encoder]:
     """The encoders without weights, by modality.
 
     Raises:
-        UserError: the configuration of one cannot be had.
+        UserError: the configuration of one could not be loaded.
     """
     backbone = spec.backbone
     return {

@@ -1,10 +1,11 @@
-"""Encoder features → projectors → language model: the one model that every trial trains.
+"""The model that every trial trains: encoder features → projectors → language model with adapters.
 
-Sequence: ``[BOS] inputs … target tokens [EOS]``, loss on the target and EOS (arXiv 2312.08900). Inputs are projected
-encoder tokens and text, in the example's order. BOS is a token of the language model's own vocabulary; it belongs to
-the target's context.
+Sequence: ``[BOS] inputs … target tokens [EOS]``, with the loss on the target and EOS (arXiv 2312.08900). Inputs are
+projected encoder tokens and text, in the order of the example. BOS is a token of the language model's vocabulary and
+belongs to the context of the target.
 
-Shapes: B rows, T positions, M feature rows of all items of a context, P positions these take, D width, V vocabulary.
+Shapes: B rows, T positions, M feature vectors of all items of a context, P positions of these items, D width,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,33 +23,33 @@ from adapters.placement.generation import layouts_while_generating
 from adapters.placement.router import Router
 from harness.core.contexts import Segment
 
-IGNORED = -100  # label of what is not a target, as in torch's cross_entropy
+IGNORED = -100  # label of positions without a target, as in torch's cross_entropy
 
 
 @dataclass(frozen=True)
 class Items:
-    """The encoded inputs of one context in a batch, laid end to end."""
+    """The encoded inputs of one context in a batch, concatenated."""
 
     features_MD: Tensor
-    lengths: tuple[int, ...]  # of the items; they add up to M
-    places_P: Tensor  # int64: which position of the rows laid end to end each token takes, boundary tokens included
+    lengths: tuple[int, ...]  # of the items; they sum to M
+    positions_P: Tensor  # int64: index of each token into the concatenated rows (B·T), with boundary tokens
 
     def to(self, device: torch.device) -> Items:
         """The items on another device."""
-        return replace(self, features_MD=self.features_MD.to(device), places_P=self.places_P.to(device))
+        return replace(self, features_MD=self.features_MD.to(device), positions_P=self.positions_P.to(device))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one length: padding on the right for training and scoring, on the left for generation."""
+    """Rows padded to one length: on the right for training and scoring, on the left for generation."""
 
-    token_ids_BT: Tensor  # 0 where there is no token: encoded inputs, padding
-    context_ids_BT: Tensor  # index into the contexts; of padding: the target's
-    labels_BT: Tensor  # the target's tokens in their places, else IGNORED
-    mask_BT: Tensor  # bool: no padding
-    items: Mapping[str, Items]  # of every context that is not text, also those of which there is none
-    segments: tuple[Segment, ...] | None  # the layout, where all rows have one; None: rows differ
-    first_label: int  # the first position with a label in any row; T where there is none
+    token_ids_BT: Tensor  # 0 for encoded inputs and padding
+    context_ids_BT: Tensor  # index into the contexts; for padding, that of the target
+    labels_BT: Tensor  # token ids of the target, IGNORED elsewhere
+    mask_BT: Tensor  # bool: False for padding
+    items: Mapping[str, Items]  # by context, for every context that is not text, also if the batch has no item of it
+    segments: tuple[Segment, ...] | None  # the layout that all rows share; None: rows differ
+    first_label: int  # the first position with a label in any row; T if there is none
 
     @property
     def size(self) -> int:
@@ -57,7 +58,7 @@ class Batch:
 
     @property
     def positions(self) -> int:
-        """Positions the language model reads when scoring, padding excluded; the last target is not read."""
+        """Positions that the language model reads in ``forward``, without padding and the last token of each row."""
         return int(self.mask_BT.sum()) - self.size
 
     def to(self, device: torch.device) -> Batch:
@@ -70,13 +71,13 @@ _TENSORS = ("token_ids_BT", "context_ids_BT", "labels_BT", "mask_BT")
 
 
 class ContextModel(nn.Module):
-    """A language model that reads projected encoder tokens, with adapters that act by context.
+    """A language model that reads projected encoder tokens, with adapters that depend on the context.
 
     Args:
         language_model: a Hugging Face causal LM. Its parameters' ``requires_grad`` is set by the caller.
         projectors: by context, for every context that is not text.
-        adapters: attached to the language model.
-        router: the adapters' router.
+        adapters: the adapters, attached to the language model.
+        router: router of the adapters.
     """
 
     def __init__(
@@ -89,14 +90,14 @@ class ContextModel(nn.Module):
         self.projectors = nn.ModuleDict(projectors)
 
     def embed(self, batch: Batch) -> Tensor:
-        """Embeddings of a batch (B, T, D)."""
+        """Embed tokens and project items; returns (B, T, D)."""
         embeds_BTD: Tensor = self.language_model.get_input_embeddings()(batch.token_ids_BT)
         shape = embeds_BTD.shape
         rows = embeds_BTD.flatten(0, 1)
         for context, projector in self.projectors.items():
             items = batch.items[context]
             projected_PD = projector(items.features_MD.to(rows.dtype), items.lengths)
-            rows = rows.index_copy(0, items.places_P, projected_PD)
+            rows = rows.index_copy(0, items.positions_P, projected_PD)
         return rows.view(shape)
 
     def _set_layout(self, batch: Batch, length: int) -> None:
@@ -110,14 +111,14 @@ class ContextModel(nn.Module):
         """Score the targets.
 
         Returns:
-            Negative log likelihood in nats summed over each row's target tokens (B,), fp32, and their numbers (B,).
+            Negative log likelihood in nats, summed over each row's target tokens (B,), fp32, and their number (B,).
         """
         length = batch.token_ids_BT.shape[1]
-        embeds_BTD = self.embed(batch)[:, :-1]  # the last position is predicted but never read
+        embeds_BTD = self.embed(batch)[:, :-1]  # the last position is only a target
         self._set_layout(batch, length - 1)
         labels_BT = batch.labels_BT[:, batch.first_label :]
-        # Padding stands on the right of a causal model, so no real token sees it and no attention mask is needed. Only
-        # the positions that predict targets reach the vocabulary projection.
+        # The model is causal and padding is on the right, so no token attends to it and no attention mask is needed.
+        # Logits are computed only for positions that predict targets.
         logits_BTV = self.language_model(
             inputs_embeds=embeds_BTD, use_cache=False, logits_to_keep=labels_BT.shape[1]
         ).logits
@@ -128,17 +129,17 @@ class ContextModel(nn.Module):
     def generate(
         self, prompt: Batch, target_context: str, max_new_tokens: int, eos_id: int, num_beams: int = 1
     ) -> Tensor:
-        """Continue prompts, padded on the left, greedily or with beams, with a KV cache.
+        """Generate continuations by greedy or beam search, with a KV cache.
 
         Args:
-            prompt: rows without targets.
-            target_context: of all that is written.
-            max_new_tokens: at most.
-            eos_id: ends a text.
+            prompt: rows without targets, padded on the left.
+            target_context: context of the generated tokens.
+            max_new_tokens: maximum number of generated tokens.
+            eos_id: token that ends a text.
             num_beams: 1 is greedy.
 
         Returns:
-            Token ids (B, at most max_new_tokens); after EOS a row holds EOS.
+            Token ids (B, at most max_new_tokens), padded with EOS.
         """
         embeds_BTD = self.embed(prompt)
         self._set_layout(prompt, embeds_BTD.shape[1])

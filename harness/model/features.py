@@ -1,8 +1,8 @@
-"""What the language model sees of a file: the frozen encoder's output, computed once per trial and kept in memory.
+"""Computes the encoder features of input files, once per trial, and caches them in memory.
 
-Without augmentation a frozen encoder gives the same output in every epoch and for each of an example's references, so
-nothing is lost by encoding a file once; past ``CACHE_BYTES`` files are encoded again each time. What a task augments is
-encoded anew for every training draw. Shapes: N tokens of an item, D features.
+Without augmentation, a frozen encoder gives the same output in every epoch and for every reference, so a file is
+encoded once; beyond ``CACHE_BYTES``, files are encoded again each time. Augmented inputs are encoded for every training
+item. Shapes: N tokens of an item, D features.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from tasks.base import Example, Modality, Task
 from tasks.encoder import Encoder
 
 CACHE_BYTES = 1 << 30
-BATCH_SIZE = 64  # files encoded at a time
+BATCH_SIZE = 64  # files per encoder call
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """One file of one example; ``view``: the seed of its augmentation, None: as it is."""
+    """A file of an example; ``view`` is the seed of its augmentation, None for no augmentation."""
 
     member: str
     context: str
@@ -35,13 +35,13 @@ class _Wanted:
 
 
 class Features:
-    """Encoder outputs of a task's examples.
+    """Encoder features of a task's examples.
 
     Args:
-        task: says which modality reads a context, and augments.
+        task: for the modality of each context, and for augmentation.
         modalities: by registry name; they read the files.
-        encoders: by the modality's name; frozen, they know their own preprocessing.
-        device: where the encoders run; what is kept lies in main memory.
+        encoders: frozen encoders by modality, with their preprocessing.
+        device: of the encoders; the cache is in main memory.
     """
 
     def __init__(
@@ -54,19 +54,19 @@ class Features:
         self.task, self.modalities = task, modalities
         self._members = task.members()
         self.encoders = {name: encoder.to(device).eval() for name, encoder in encoders.items()}
-        self._kept: dict[tuple[str, Path], Tensor] = {}
+        self._cache: dict[tuple[str, Path], Tensor] = {}
         self._bytes = 0
 
     def width(self, context: str) -> int:
-        """Of the features of a context."""
+        """Width D of the features of a context."""
         return self.encoders[self.task.modalities[context]].width
 
     def of(self, examples: Sequence[Example], views: Sequence[int] | None = None) -> list[list[Tensor]]:
-        """For each example the features (N, D) of its files in order, in main memory.
+        """The features (N, D) of each example's files, in order, in main memory.
 
         Args:
-            examples: any.
-            views: for training, one seed for each example's augmentation; None: nothing is augmented.
+            examples: of the task.
+            views: for training, the seed of each example's augmentation; None: no augmentation.
         """
         wanted = [
             [
@@ -78,8 +78,8 @@ class Features:
         rows = self._rows([want for wants in wanted for want in wants])
         return [[rows[want] for want in wants] for wants in wanted]
 
-    def keep(self, train: Sequence[Example], evaluation: Sequence[Example], tick: Callable[[], None]) -> None:
-        """Encode ahead of use as many examples as fit into memory; ``tick`` is called after every batch."""
+    def precompute(self, train: Sequence[Example], evaluation: Sequence[Example], tick: Callable[[], None]) -> None:
+        """Encode examples before training until the cache is full; ``tick`` is called after every batch."""
         once = [e for e in train if not any(self._augments(e, context) for context, _ in e.files)]
         examples = [*once, *evaluation]
         for start in range(0, len(examples), BATCH_SIZE):
@@ -93,8 +93,8 @@ class Features:
         missing: dict[str, dict[_Wanted, None]] = {}
         for want in wanted:
             modality = self.task.modalities[want.context]
-            if want.view is None and (modality, want.path) in self._kept:
-                rows[want] = self._kept[modality, want.path]
+            if want.view is None and (modality, want.path) in self._cache:
+                rows[want] = self._cache[modality, want.path]
             else:
                 missing.setdefault(modality, {})[want] = None
         for modality, wants in missing.items():
@@ -103,18 +103,18 @@ class Features:
                 part = todo[start : start + BATCH_SIZE]
                 for want, x_ND in zip(part, self._encode(modality, part), strict=True):
                     rows[want] = x_ND
-                    self._keep(modality, want, x_ND)
+                    self._store(modality, want, x_ND)
         return rows
 
-    def _keep(self, modality: str, want: _Wanted, x_ND: Tensor) -> None:
-        if want.view is None and self._bytes < CACHE_BYTES and (modality, want.path) not in self._kept:
-            self._kept[modality, want.path] = x_ND
+    def _store(self, modality: str, want: _Wanted, x_ND: Tensor) -> None:
+        if want.view is None and self._bytes < CACHE_BYTES and (modality, want.path) not in self._cache:
+            self._cache[modality, want.path] = x_ND
             self._bytes += x_ND.nbytes
 
     @torch.no_grad()
     def _encode(self, modality: str, wants: Sequence[_Wanted]) -> list[Tensor]:
         items = [self._load(modality, want) for want in wants]
-        # Cloned: a row of the batch would keep the whole batch in memory.
+        # Cloned, because a view of the batch would keep the whole batch in memory.
         return [x_ND.cpu().clone() for x_ND in self.encoders[modality].encode(items)]
 
     def _load(self, modality: str, want: _Wanted) -> Any:

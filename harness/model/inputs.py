@@ -1,4 +1,4 @@
-"""What is known of input files: that they decode, and the SHA-256 of their content, remembered by size and time."""
+"""Checks that input files can be decoded, and caches this and their SHA-256 by size and modification time."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ FILE_NAME = "inputs.json"
 
 @dataclass(frozen=True)
 class Reader:
-    """How a file is read: decoded by its modality, and found fit by the encoders it is for.
+    """Reads and checks files: the modality decodes them, and the encoders check the result.
 
     Attributes:
-        name: of the modality and its encoders, in words: readers of one name do the same.
-        modality: decodes.
-        encoders: without weights; none where no experiment names one.
+        name: of the modality, its plugin and its encoders; readers with the same name behave identically.
+        modality: decodes the files.
+        encoders: encoders without weights that check what was decoded.
     """
 
     name: str
@@ -32,10 +32,10 @@ class Reader:
     encoders: tuple[Encoder, ...] = ()
 
     def read(self, path: Path) -> str | None:
-        """Read the whole file; return the modality's remark.
+        """Read and check the whole file; returns the modality's remark on it, if any.
 
         Raises:
-            UserError: it cannot be read, whatever its decoder fails with; the message names the file.
+            UserError: it cannot be decoded or an encoder does not accept it; the message names the file.
         """
         try:
             if path.stat().st_size == 0:
@@ -47,14 +47,14 @@ class Reader:
             return self.modality.remark(item)
         except UserError:
             raise
-        except Exception as error:  # plugins are anybody's, and one file must not hide what is wrong with the others
+        except Exception as error:  # plugins may raise any type, and errors in other files must be reported too
             raise UserError(f"{path}: cannot be read as {self.name}: {type(error).__name__}: {error}") from error
 
 
 class Inputs:
-    """The input files of a run folder, as ``inputs.json`` remembers them.
+    """The checked input files of a run folder, cached in its ``inputs.json``.
 
-    Reading a large data set takes minutes, so the driver reads every file once and the trials use what it found.
+    Reading a large data set takes minutes, so the driver reads every file once, and trials use the cached digests.
     """
 
     def __init__(self, run: Path) -> None:
@@ -64,12 +64,12 @@ class Inputs:
             self._known = json.loads(self.path.read_text(encoding="utf-8"))
 
     def is_read(self, path: Path, reader: Reader) -> bool:
-        """Whether the file was read since it was last changed, and by this reader: another encoder may refuse it."""
+        """Whether this reader has read the file since it last changed; another encoder may not accept it."""
         known = self._known.get(str(path), [])
         return reader.name in known[3:] and path.exists() and known[:2] == _stamp(path)
 
     def read(self, path: Path, reader: Reader) -> None:
-        """Read a file and remember its digest.
+        """Read and check a file, and cache its digest.
 
         Raises:
             UserError: it cannot be read.
@@ -84,7 +84,7 @@ class Inputs:
         write_atomically(self.path, json.dumps(self._known))
 
     def digest(self, path: Path) -> str:
-        """SHA-256 of the file's content: remembered, or computed now if the file is not known or has changed."""
+        """SHA-256 of the file's content: from the cache, or computed if the file is new or has changed."""
         known = self._known.get(str(path), [])
         return str(known[2]) if known[:2] == _stamp(path) else digest_of(path)
 

@@ -1,4 +1,4 @@
-"""Parameter counts of a model, live or on the ``meta`` device."""
+"""Counts the parameters of a model, with weights or on the ``meta`` device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from harness.model.context_model import ContextModel
 
 
 def count_parameters(model: ContextModel, encoders: Iterable[nn.Module]) -> Parameters:
-    """Count every parameter once; tied weights count once."""
+    """Count the parameters of a model and its encoders; tied weights count once."""
     encoder = sum(_count(module) for module in encoders)
     return Parameters(
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -1,6 +1,6 @@
-"""From a frozen encoder's features to the language model's width: what a context's projector is made of.
+"""The projector of a context: maps features of a frozen encoder to the width of the language model.
 
-Shapes: K items, M tokens of all items laid end to end, P positions they take in the sequence, D width.
+Shapes: K items, M tokens of all items, concatenated, P positions of the items in the sequence, D width.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from harness.experiment.sections import Backbone
 
 
 class Projector(nn.Module):
-    """Dropout and one linear layer (Context-PEFT, arXiv 2312.08900), or the two of LLaVA 1.5 (arXiv 2310.03744).
+    """Dropout and one linear layer (Context-PEFT, arXiv 2312.08900), or two as in LLaVA 1.5 (arXiv 2310.03744).
 
-    Learnt positions are added to the projected tokens of an item; boundary tokens are put before and after it. Both
-    are on the paper's list of what to try.
+    Optionally adds learned position embeddings to the projected tokens of an item, and a learned token before and after
+    it. The paper lists both as future work.
 
     Args:
-        feature_width: of the encoder.
+        feature_width: width of the encoder's features.
         width: of the language model.
-        options: those called ``projector…``.
+        options: for the keys ``projector…``.
     """
 
     def __init__(self, feature_width: int, width: int, options: Backbone) -> None:
@@ -33,15 +33,19 @@ class Projector(nn.Module):
             layers += [nn.GELU(), nn.Linear(width, width)]
         self.layers = nn.Sequential(*layers)
         count = options.projector_positions
-        # 0.02: the spread of token embeddings in the language models that people start from.
+        # 0.02: the usual standard deviation of token embeddings in pretrained language models.
         self.positions = None if count is None else nn.Parameter(0.02 * torch.randn(count, width))
         self.boundary = nn.Parameter(0.02 * torch.randn(2, width)) if options.projector_boundary_tokens else None
 
     def forward(self, features_MD: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Project items of these lengths, adding up to M, into (P, D). Every parameter takes part, even for no item.
+        """Project items to (P, D). The result depends on every parameter, even without items.
+
+        Args:
+            features_MD: features of all items, concatenated.
+            lengths: of the K items; they sum to M.
 
         Raises:
-            UserError: an item has more tokens than there are positions.
+            UserError: an item has more tokens than ``projector_positions``.
         """
         x_MD: Tensor = self.layers(features_MD)
         if self.positions is not None:
@@ -60,5 +64,5 @@ class Projector(nn.Module):
             if lengths
             else []
         )
-        # The empty slices keep every parameter in the graph of a batch without items: ZeRO needs it.
+        # The empty slices keep all parameters in the graph of a batch without items, as ZeRO requires.
         return torch.cat([self.boundary[:0], x_MD[:0], *pieces])

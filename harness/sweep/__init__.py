@@ -1,1 +1,1 @@
-"""All trials of a plan on Ray Tune. The only place that imports Ray."""
+"""Runs all trials of a plan with Ray Tune. The only package that imports Ray."""

@@ -1,4 +1,4 @@
-"""The live table of a sweep: what runs, how far it is, and about how long the rest takes."""
+"""Live table of a sweep: running trials, their progress, and the estimated remaining time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LiveTable:
     Args:
         console: where to draw.
         trials: the trials of this sweep, in order.
-        already: number of trials that were finished before.
+        already: number of trials of the plan that had finished before.
     """
 
     def __init__(self, console: Console, trials: Sequence[PlannedTrial], already: int) -> None:
@@ -91,9 +91,9 @@ class LiveTable:
         left = (
             f"about {duration(elapsed / fraction - elapsed)} left"
             if fraction > _MIN_FRACTION
-            else "estimating the time left"
+            else "estimating remaining time"
         )
-        before = f", {self.already} from before" if self.already else ""
+        before = f", {self.already} finished earlier" if self.already else ""
         summary = f"{len(done)} of {total} trials{before}, {failed} failed · {duration(elapsed)} · {left}"
         head = Table.grid()
         head.add_row(Text(summary, style="bold"))
@@ -103,9 +103,11 @@ class LiveTable:
 
     def _table(self, running: list[_Row], done: list[_Row]) -> Table:
         table = Table(box=None, pad_edge=False, header_style="dim")
-        words = ("trial", "phase", "progress")
+        left_aligned = ("trial", "phase", "progress")
         for heading in ("trial", "seed", "phase", "epoch", "train loss", "val. ppl", "progress"):
-            table.add_column(heading, justify="left" if heading in words else "right", no_wrap=heading in words)
+            table.add_column(
+                heading, justify="left" if heading in left_aligned else "right", no_wrap=heading in left_aligned
+            )
         recent = done[max(0, len(done) - max(0, SHOWN_TRIALS - len(running))) :]
         for row in [*recent, *running[:SHOWN_TRIALS]]:
             style = "" if row.ended is None else ("dim" if row.ended.status == "finished" else "red")

@@ -1,4 +1,4 @@
-"""Everything that can be known to fail before a trial is started: backbones, data, budgets, inputs, folders."""
+"""Checks before any trial starts: backbones, adapters, data, budgets, input files, folders."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tasks.registry import METRICS
 
 
 def metrics_of(specs: Sequence[TrialSpec]) -> tuple[MetricInfo, ...]:
-    """What trials are scored by: perplexity, with the right and with the wrong input, and the task's own metrics."""
+    """The metrics of the trials: perplexity, with the right and with the wrong inputs, and those of the tasks."""
     infos = [
         MetricInfo(name="perplexity", label="Perplexity", higher_is_better=False),
         MetricInfo(name="perplexity_wrong_input", label="Perplexity, wrong input", higher_is_better=False),
@@ -50,17 +50,17 @@ def metrics_of(specs: Sequence[TrialSpec]) -> tuple[MetricInfo, ...]:
 
 
 def check_shell() -> None:
-    """Ray starts its workers through bash, and without one it waits for ever.
+    """Check that bash is on the PATH: Ray starts its workers with it, and without it waits forever.
 
     Raises:
-        UserError: there is none.
+        UserError: it is not.
     """
     if shutil.which("bash") is None:
-        raise UserError(f"PATH={os.environ.get('PATH', '')}: no bash there; Ray starts its workers with it")
+        raise UserError(f"PATH={os.environ.get('PATH', '')}: bash not found; Ray needs it to start its workers")
 
 
 def check_stages(specs: Sequence[TrialSpec], where: str) -> None:
-    """See that every method's stages of training fit into the budget's epochs.
+    """Check that the training stages of every method fit into the budget's epochs.
 
     Raises:
         UserError: they do not.
@@ -73,10 +73,10 @@ def check_stages(specs: Sequence[TrialSpec], where: str) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Create the folder and write in it.
+    """Create the folder and check that files can be written to it.
 
     Raises:
-        UserError: that is not allowed.
+        UserError: they cannot.
     """
     probe = folder / f".write-test.{os.getpid()}"
     try:
@@ -85,15 +85,15 @@ def check_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot write there: {error.strerror or error}; choose another folder with --output"
+            f"{folder}: not writable: {error.strerror or error}; choose another folder with --output"
         ) from error
 
 
 def check_models(specs: Sequence[TrialSpec]) -> None:
-    """See that every backbone can be had, and that every adapter fits its language model and what it starts from.
+    """Check that every backbone is available, and that every adapter fits its language model and its ``init_from``.
 
     Raises:
-        UserError: one cannot, or does not.
+        UserError: one is not, or does not.
     """
     for backbone in {spec.backbone.model_dump_json(): spec.backbone for spec in specs}.values():
         check_backbone(backbone)
@@ -105,15 +105,15 @@ def check_models(specs: Sequence[TrialSpec]) -> None:
 
 
 def check_data(specs: Sequence[TrialSpec], run: Path, console: Console) -> None:
-    """Prepare every task, see that the budgets can be met, and decode every input that will be used.
+    """Prepare every task, check that there are enough examples, and decode every input file that will be used.
 
-    What was read once is remembered in the run folder and not read again until it changes.
+    Files are cached as checked in the run folder, and read again only when they change.
 
     Raises:
-        UserError: data is missing or broken, or too little; the message names the file or the key.
+        UserError: data is missing, broken or not enough; the message names the file or the key.
     """
     wanted: dict[tuple[Path, str], Reader] = {}
-    # Trials that differ in the adapter alone use the same data.
+    # Trials that differ only in the adapter use the same data.
     for spec in {_data_key(spec): spec for spec in specs}.values():
         task = make_task(spec)
         task.prepare()
@@ -148,7 +148,7 @@ def _read_all(wanted: Sequence[tuple[Path, Reader]], inputs: Inputs, console: Co
             problems.add(error)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in track(pool.map(read, new), "Reading every input once", len(new), console=console, transient=True):
+        for _ in track(pool.map(read, new), "Checking input files", len(new), console=console, transient=True):
             pass
     inputs.save()
     problems.raise_any()

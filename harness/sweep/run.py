@@ -1,6 +1,6 @@
-"""Runs an experiment: plans it, checks what can be checked, runs what is missing, writes the report.
+"""Runs an experiment: makes the plan, checks inputs, runs the trials that are missing, writes the report.
 
-``run_experiment`` is what ``harness run`` calls, and what a script or a notebook calls.
+``run_experiment`` is called by ``harness run``, by scripts and in notebooks.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An experiment made ready to run in its run folder; nothing is written yet."""
+    """An experiment with its plan and run folder; nothing is written yet."""
 
     experiment: Experiment
     specs: list[TrialSpec]
     plan: Plan
     folder: Path
-    mlflow_uri: str  # may hold a password: never stored or shown
+    mlflow_uri: str  # may contain a password: never stored or shown
 
     def records(self) -> dict[str, TrialRecord]:
-        """The records that exist, of this experiment's trials, by trial id."""
+        """The existing records of this experiment's trials, by trial id."""
         paths = {spec.trial_id: record_path(self.folder, spec.trial_id) for spec in self.specs}
         return {trial_id: read_record(path) for trial_id, path in paths.items() if path.exists()}
 
     def finished(self) -> set[str]:
-        """Trial ids with a finished record."""
+        """The ids of trials with a finished record."""
         return {trial_id for trial_id, record in self.records().items() if record.status == "finished"}
 
     def unfinished(self) -> list[tuple[TrialSpec, PlannedTrial]]:
@@ -56,13 +56,13 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Results:
-    """What an experiment left behind.
+    """The results of an experiment.
 
     Attributes:
         folder: the run folder.
-        report: its page.
-        complete: every planned trial has finished.
-        tracking_problem: why MLflow was not told of the end; None where it was.
+        report: the HTML report.
+        complete: whether all planned trials have finished.
+        tracking_problem: why the end of the run could not be logged to MLflow; None if it was.
     """
 
     folder: Path
@@ -72,9 +72,9 @@ class Results:
 
     @cached_property
     def records(self) -> pd.DataFrame:
-        """One row for each trial that has ended: names, status, every score, parameters, memory, speed.
+        """One row for each trial that has ended: names, status, all scores, parameters, memory, speed.
 
-        The columns are those of ``trials.parquet`` beside the report.
+        The columns are those of ``trials.parquet`` next to the report.
         """
         from results.export.trials import trials_table
 
@@ -92,7 +92,7 @@ class Results:
 
     @cached_property
     def board(self) -> Leaderboard:
-        """The leaderboard as objects."""
+        """The leaderboard as Python objects."""
         from results.leaderboard.table import build_leaderboard
 
         return build_leaderboard(read_run(self.folder))
@@ -102,12 +102,12 @@ def prepare(experiment: Experiment, output: Path = Path("runs"), fresh: bool = F
     """Plan an experiment.
 
     Args:
-        experiment: what to run.
-        output: folder of the run folders.
-        fresh: in a new run folder beside the old one.
+        experiment: the experiment.
+        output: parent of the run folders.
+        fresh: use a new run folder instead of the latest one.
 
     Raises:
-        UserError: two entries ask for one trial, a metric is unknown, or a method's stages do not fit the budget.
+        UserError: two entries describe the same trial, a metric is unknown, or a method's stages do not fit the budget.
     """
     from harness.sweep.preflight import check_stages, metrics_of
     from harness.tracking.grid import default_uri, redacted
@@ -120,7 +120,7 @@ def prepare(experiment: Experiment, output: Path = Path("runs"), fresh: bool = F
 
 
 def _run_folder(output: Path, name: str, fresh: bool) -> Path:
-    """The latest of ``name``, ``name@2``, ``name@3`` …, or with ``fresh`` the next one; a name itself has no ``@``."""
+    """The latest of ``name``, ``name@2``, ``name@3`` …, or with ``fresh`` the next one; names cannot contain ``@``."""
     number = 1
 
     def folder(n: int) -> Path:
@@ -138,22 +138,23 @@ def run_experiment(
     fresh: bool = False,
     console: Console | None = None,
 ) -> Results:
-    """Run an experiment's trials and write the report. Run again, it does only what is missing.
+    """Run the trials of an experiment and write the report; a second call runs only the trials that are missing.
 
-    Ctrl-C ends it early: what has finished is kept and reported, and ``Results.complete`` is False.
+    Ctrl-C ends it early: finished trials are kept and reported, and ``Results.complete`` is False.
 
     Args:
         experiment: built in Python, or the path of a YAML file.
-        output: folder of the run folders; the results are in ``output/NAME``.
-        fresh: start anew, in a new run folder beside the old one.
-        console: for progress; by default standard output, which in a notebook is the cell's. ``Console(quiet=True)``
+        output: parent of the run folders; the results are in ``output/NAME``.
+        fresh: start again in a new run folder, and keep the old one.
+        console: for progress; default: standard output, or the cell's output in a notebook. ``Console(quiet=True)``
             shows nothing.
 
     Returns:
-        The run folder's records, leaderboard and report.
+        The records, leaderboard and report of the run folder.
 
     Raises:
-        UserError: the experiment, its data, its backbones or the tracking server are not usable; before any compute.
+        UserError: the experiment, its data, a backbone or the tracking server cannot be used; raised before any
+            compute.
     """
     from harness.sweep import preflight
     from harness.tracking.grid import check_uri, close_grid, open_grid
@@ -165,7 +166,7 @@ def run_experiment(
     folder = prepared.folder
     preflight.check_shell()
     preflight.check_folder(folder)
-    with _only_one(folder):
+    with _exclusive(folder):
         check_uri(prepared.mlflow_uri)
         preflight.check_models(prepared.specs)
         preflight.check_data(prepared.specs, folder, console)
@@ -175,7 +176,7 @@ def run_experiment(
         try:
             _run_unfinished(prepared, grid, console)
         except KeyboardInterrupt:
-            console.print("interrupted: finished trials are kept; run the same experiment again for the rest")
+            console.print("interrupted: finished trials are kept; run the same experiment again to continue")
         report = write_report([folder])
         complete = not prepared.unfinished()
         problem = close_grid(grid, complete, list(report.all))
@@ -183,17 +184,17 @@ def run_experiment(
 
 
 @contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Keep two sweeps out of one run folder.
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Lock the run folder against other sweeps.
 
     Raises:
-        UserError: another one is running in it.
+        UserError: another sweep is running in it.
     """
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(f"{folder}: another harness is running in this folder; wait for it, or use --fresh") from None
+        raise UserError(f"{folder}: in use by another sweep; wait until it has ended, or use --fresh") from None
     try:
         yield
     finally:
@@ -206,18 +207,18 @@ def _run_unfinished(prepared: Prepared, grid: Grid, console: Console) -> None:
 
     todo = prepared.unfinished()
     if not todo:
-        console.print(f"all {len(prepared.specs)} trials were finished before; nothing to compute")
+        console.print(f"all {len(prepared.specs)} trials have already finished; nothing to compute")
         return
     for spec, _ in todo:
-        _set_aside(record_path(prepared.folder, spec.trial_id))
-    wanted = Sweep(todo, prepared.experiment.name, prepared.folder, prepared.experiment.resources, grid)
+        _archive_record(record_path(prepared.folder, spec.trial_id))
+    trials = Sweep(todo, prepared.experiment.name, prepared.folder, prepared.experiment.resources, grid)
     finished = len(prepared.specs) - len(todo)
     with LiveTable(console, [planned for _, planned in todo], finished) as display:
-        sweep(wanted, display)
+        sweep(trials, display)
 
 
-def _set_aside(record: Path) -> None:
-    """Keep the record of a trial that failed and is tried again."""
+def _archive_record(record: Path) -> None:
+    """Rename the record of a failed trial that is run again."""
     if record.exists():
         number = len(list(record.parent.glob("attempt-*.json"))) + 1
         record.rename(record.with_name(f"attempt-{number}.json"))

@@ -1,6 +1,6 @@
-"""Spreads trials over processes with Ray Tune: the only place that imports ray. Knows nothing of adapters or tasks.
+"""Runs trials in parallel processes with Ray Tune. The only module that imports ray; does not use adapters or tasks.
 
-What is finished is decided by our records, never by Ray's state: a killed sweep is run again with the same command.
+Whether a trial has finished depends on its record, never on Ray's state: the same command continues a killed sweep.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from harness.experiment.sections import Resources
 from harness.tracking.grid import Grid, MlflowTracker
 from harness.trial.trial import Progress, run_trial
 
-# Ray reads these when it is imported. Loopback only; no usage statistics; quiet; and no memory monitor, whose kills
-# raise an error that Tune does not handle and that ends the whole sweep (the kernel's kill is just a dead worker).
+# Ray reads these when it is imported: loopback only, no usage statistics, quiet, and no memory monitor. If the monitor
+# kills a worker, Tune does not handle the error and the whole sweep ends; if the kernel does, only that trial fails.
 _ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a relative path in an experiment means the same in a worker
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in an experiment must also work in a worker
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_GLOBAL_CHECKPOINT_S": "60",  # Tune's own snapshots are never read
+    "TUNE_GLOBAL_CHECKPOINT_S": "60",  # Tune's snapshots are never read
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
@@ -43,16 +43,16 @@ from ray import tune  # noqa: E402
 
 
 class Display(Protocol):
-    """What the terminal is told while the sweep runs."""
+    """Receives the events of a sweep while it runs."""
 
     def started(self, trial_id: str) -> None:
-        """The trial has a process."""
+        """A trial was started in a worker process."""
 
     def progressed(self, trial_id: str, progress: dict[str, Any]) -> None:
-        """Fields of ``harness.trial.trial.Progress``."""
+        """A trial reported progress: the fields of ``harness.trial.trial.Progress``."""
 
     def ended(self, record: TrialRecord) -> None:
-        """The trial has a record."""
+        """A trial has ended; its record is written."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Sweep:
     """Trials to run, and where.
 
     Attributes:
-        trials: those without a finished record.
-        experiment: its name.
-        run: the run folder, which every worker must see.
-        resources: what each trial gets.
-        grid: where trials log.
+        trials: the trials without a finished record.
+        experiment: name of the experiment.
+        run: the run folder, which must be accessible to all workers.
+        resources: of each trial.
+        grid: where trials are logged.
     """
 
     trials: Sequence[tuple[TrialSpec, PlannedTrial]]
@@ -75,14 +75,14 @@ class Sweep:
 
 
 def sweep(wanted: Sweep, display: Display) -> None:
-    """Run the trials, as many at a time as the resources allow; returns when each has a record or on Ctrl-C.
+    """Run trials in parallel, within the available resources; returns when all have a record, or on Ctrl-C.
 
     Args:
         wanted: the trials.
-        display: told of progress.
+        display: receives the events.
 
     Raises:
-        UserError: a trial asks for more processors or GPUs than there are.
+        UserError: a trial requires more CPUs or GPUs than there are.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
     started = not ray.is_initialized()
@@ -96,10 +96,10 @@ def sweep(wanted: Sweep, display: Display) -> None:
 
 
 def per_trial(resources: Resources, available: Mapping[str, float]) -> dict[str, float]:
-    """What Ray reserves for one trial: ``{"cpu": …, "gpu": …}``.
+    """The resources that Ray reserves for one trial: ``{"cpu": …, "gpu": …}``.
 
     Raises:
-        UserError: the cluster has not that much; Ray would wait for it for ever.
+        UserError: the cluster has fewer; Ray would wait for them forever.
     """
     gpus = available.get("GPU", 0.0)
     wanted = min(1.0, gpus) if resources.gpus_per_trial == "auto" else resources.gpus_per_trial
@@ -108,7 +108,7 @@ def per_trial(resources: Resources, available: Mapping[str, float]) -> dict[str,
         ("gpus_per_trial", wanted, gpus),
     ):
         if asked > there:
-            raise UserError(f"resources.{key}: asks for {asked:g}, this machine or Ray cluster has {there:g}")
+            raise UserError(f"resources.{key}: found {asked:g}, but this machine or Ray cluster has {there:g}")
     return {"cpu": resources.cpus_per_trial, "gpu": wanted}
 
 
@@ -126,7 +126,7 @@ def _tuner(wanted: Sweep, request: dict[str, float], display: Display) -> Any:
         param_space={"trial": tune.grid_search(packed)},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=wanted.resources.max_concurrent_trials,
-            reuse_actors=True,  # the next trial starts in a process that has torch and Java running already
+            reuse_actors=True,  # the next trial starts in a process that has already loaded torch and Java
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
@@ -140,7 +140,7 @@ def _tuner(wanted: Sweep, request: dict[str, float], display: Display) -> Any:
 
 
 def _run_one(config: dict[str, Any], experiment: str, run: str, resources: str, grid: Grid) -> None:
-    """One trial in a Ray worker."""
+    """Run one trial in a Ray worker."""
     spec = TrialSpec.model_validate_json(config["trial"]["spec"])
     planned = PlannedTrial.model_validate_json(config["trial"]["planned"])
 
@@ -153,13 +153,13 @@ def _run_one(config: dict[str, Any], experiment: str, run: str, resources: str, 
 
 
 class _Events(tune.Callback):  # type: ignore[misc]
-    """Passes Tune's events to the display, and writes a record for a trial whose process died."""
+    """Forwards Tune's events to the display, and writes the record of a trial whose process died."""
 
     def __init__(self, run: Path, experiment: str, display: Display) -> None:
         self.run, self.experiment, self.display = run, experiment, display
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its callbacks into a snapshot; a live terminal cannot be, and nobody reads it."""
+        """Return no state: Tune pickles callbacks into a snapshot that is never read, and displays are unpicklable."""
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
@@ -183,7 +183,7 @@ def _id(trial: Any) -> str:
 
 
 def _died(trial: Any, experiment: str) -> TrialRecord:
-    """The record of a trial that could not write its own: its process was killed or crashed."""
+    """The record of a trial whose process was killed or crashed before it could write one."""
     spec = TrialSpec.model_validate_json(trial.config["trial"]["spec"])
     began = trial.run_metadata.start_time or time.time()
     lines = [
@@ -195,7 +195,7 @@ def _died(trial: Any, experiment: str) -> TrialRecord:
         trial_id=spec.trial_id,
         experiment=experiment,
         status="failed",
-        reason=f"the worker process died: {lines[0].strip() if lines else 'no reason given by Ray'}"[:500],
+        reason=f"the worker process died: {lines[0].strip() if lines else 'Ray gave no reason'}"[:500],
         spec=spec.model_dump(mode="json"),
         seed=spec.seed,
         wall_time_s=time.time() - began,

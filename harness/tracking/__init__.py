@@ -1,1 +1,1 @@
-"""MLflow: grids and trials logged, and fetched back. The only place that imports mlflow."""
+"""Logs grids and trials to MLflow, and fetches them back. The only package that imports mlflow."""

@@ -1,4 +1,4 @@
-"""Rebuild a run folder from the artifacts on a tracking server: the inverse of ``harness.tracking``."""
+"""Rebuilds a run folder from the artifacts on a tracking server: the inverse of ``harness.tracking.grid``."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def fetch_run(uri: str, run: str, into: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".incoming-") as temporary:
             incoming = Path(temporary)
             if "plan.json" not in _download(uri, parent, RUN_FILES, incoming):
-                raise UserError(_no_plan(parent))
+                raise UserError(_missing_plan(parent))
             (incoming / "trials").mkdir()
             children = child_runs(client, parent.info.experiment_id, parent.info.run_id)
-            _download_trials(uri, _one_each(children), incoming)
+            _download_trials(uri, _latest_per_trial(children), incoming)
             for name in (*RUN_FILES, "trials"):
                 _replace(incoming / name, folder / name)
     except UserError:
@@ -126,7 +126,7 @@ def _is_folder_name(name: str) -> bool:
     return bool(name) and name not in (".", "..") and not set(name) & set("/\\\0")
 
 
-def _no_plan(parent: Any) -> str:
+def _missing_plan(parent: Any) -> str:
     start = f"run {parent.info.run_name} ({parent.info.run_id}, {_date(parent)})"
     artifacts = Path(parent.info.artifact_uri)
     if artifacts.is_absolute() and not artifacts.exists():
@@ -134,7 +134,7 @@ def _no_plan(parent: Any) -> str:
     return f"{start} has no artifact plan.json; create its report from its run folder"
 
 
-def _one_each(children: Any) -> list[Any]:
+def _latest_per_trial(children: Any) -> list[Any]:
     """One run for each trial id: the latest that finished, else the latest that ended."""
     chosen: dict[str, Any] = {}
     for child in sorted(children, key=lambda run: (run.info.status == "FINISHED", run.info.end_time or 0)):
@@ -168,7 +168,10 @@ def _download_trials(uri: str, children: Sequence[Any], incoming: Path) -> None:
 
 
 def _download(uri: str, run: Any, names: Sequence[str], folder: Path) -> list[str]:
-    """Copy the artifacts that a run has, without asking the server for what the run already says."""
+    """Download those of the named artifacts that a run has; returns their names.
+
+    Uses the artifact URI in ``run``, which saves a request per run to the server.
+    """
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     repository = get_artifact_repository(run.info.artifact_uri, tracking_uri=uri)

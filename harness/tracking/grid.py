@@ -1,8 +1,8 @@
-"""MLflow: one experiment, one parent run per grid, one child run per trial; ``harness.tracking.fetch`` reads them back.
+"""Logs grids to MLflow: one experiment, one parent run per grid, one child run per trial.
 
 The record on disk is authoritative and written first; MLflow mirrors it for comparing runs. A tracking server that
 fails during a trial causes a warning in the record, never a failed trial. docs/mlflow.md lists everything that is
-logged.
+logged; ``harness.tracking.fetch`` reads it back.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is logged to MLflow for one trial: params from its spec; metrics, datasets and files from its record."""
+"""Logs one trial to MLflow: params from its spec; metrics, datasets and files from its record."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""One trial: train, validate, test, measure. The only place that imports DeepSpeed."""
+"""Runs a trial: trains, validates, tests and measures. The only package that imports DeepSpeed."""

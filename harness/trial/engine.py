@@ -1,7 +1,7 @@
-"""The DeepSpeed engine of one trial: the only place that imports deepspeed.
+"""Wraps DeepSpeed: training steps, weights and checkpoints of one trial. The only module that imports deepspeed.
 
-Works in one process without a port or a launcher. DeepSpeed's just-in-time builds are avoided: nothing here needs a
-compiler. Several processes per trial differ in how they call ``join_process_group`` alone.
+A single process needs no port and no launcher; several processes per trial differ only in their call of
+``join_process_group``. DeepSpeed's just-in-time builds are avoided, so no compiler is needed.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from harness.trial.measure import PeakMemory
 PRESETS = Path(__file__).parent.parent.parent / "clusters" / "deepspeed"
 _PARTITIONED_STAGE = 3
 _NAMES_FILE = "trainable.json"
-_FROZEN_FILE = "frozen.safetensors"  # what another stage of the trial trains and this one does not
+_FROZEN_FILE = "frozen.safetensors"  # parameters that other stages of the trial train, but this one does not
 
 
 def _import_deepspeed() -> Any:
-    """Import DeepSpeed quietly and keep it from building its shared-memory op (inference only; needs g++ and 27 s)."""
+    """Import DeepSpeed without its logging, and disable its shared-memory op (inference only; building takes 27 s)."""
     os.environ.setdefault("LOCAL_RANK", "0")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -47,12 +47,12 @@ def _import_deepspeed() -> Any:
 
 
 def join_process_group(store: Store | None = None, rank: int = 0, world_size: int = 1) -> None:
-    """Join the other processes of the trial, once for this process's life: DeepSpeed cannot leave and join again.
+    """Initialise the process group of the trial, once per process: DeepSpeed cannot leave a group and join another.
 
     Args:
-        store: where the processes meet (a ``FileStore`` needs no port); None: this process is a group of its own.
+        store: for the rendezvous of the processes (a ``FileStore`` needs no port); None: a group of one process.
         rank: of this process.
-        world_size: how many there are.
+        world_size: number of processes.
     """
     if not torch.distributed.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -60,18 +60,19 @@ def join_process_group(store: Store | None = None, rank: int = 0, world_size: in
 
 
 def prepare_process() -> None:
-    """Load the libraries a trial needs, so that the first trial of a process is not charged with their memory."""
+    """Import the libraries that a trial needs, so that their memory is not attributed to a process's first trial."""
     from transformers import AutoModelForCausalLM, LlamaForCausalLM, get_scheduler  # noqa: F401
 
     _import_deepspeed()
     join_process_group()
 
 
-class _Together(torch.autograd.Function):
-    """A zero whose backward is the last to reach the parameters it was made of, as it was made before the model ran.
+class _FixedGradientOrder(torch.autograd.Function):
+    """A zero that depends on parameters and is added to the loss, so that all gradients come in a fixed order.
 
-    Then all of them have a gradient, be it zero, and they are handed to DeepSpeed in one order. ZeRO-2 adds up over the
-    processes whatever comes in the same place, so that another order gives wrong gradients without a word.
+    It is created before the forward pass, so its backward runs last: then every parameter has a gradient, possibly
+    zero, and DeepSpeed gets them in the same order in every process. ZeRO-2 reduces gradients across processes by their
+    order of arrival, so a different order silently gives wrong gradients.
     """
 
     @staticmethod
@@ -90,12 +91,12 @@ class Engine:
     Args:
         model: returns (nll_B, tokens_B) when called with a batch; its trainable parameters have ``requires_grad``.
         options: optimizer and schedule.
-        total_steps: optimizer steps that this engine is going to take, for the schedule.
+        total_steps: optimizer steps that this engine will take, for the schedule.
         zero_stage: preset ``clusters/deepspeed/zero<stage>.json``.
         keeps: names of the parameters that ``save_weights`` writes and ``load_weights`` reads; None: the trainable
-            ones. A trial of several stages keeps what any of them trains.
-        units: modules inside of which a process may go other ways than another, by what its batch holds: adapters.
-            ZeRO-3 gathers and reduces each as one, because all processes must do that in one order.
+            ones. A trial with several stages keeps the parameters that any stage trains.
+        units: modules in which the executed submodules depend on a process's batch: adapters. ZeRO-3 gathers and
+            reduces each as a unit, because all processes must do this in the same order.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class Engine:
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         kept = self._trainable if keeps is None else keeps
         self._kept = {name: p for name, p in model.named_parameters() if name in kept}
-        # A torch optimizer: DeepSpeed's own would be compiled on first use.
+        # A torch optimizer, because DeepSpeed compiles its own on first use.
         optimizer = torch.optim.AdamW(
             self._trainable.values(),
             lr=options.learning_rate,
@@ -130,7 +131,7 @@ class Engine:
         for module in units:
             deepspeed.utils.set_z3_leaf_module(module, True)
         several = bool(units) and torch.distributed.get_world_size() > 1 and zero_stage < _PARTITIONED_STAGE
-        self._together = list(self._trainable.values()) if several else []
+        self._ordered = list(self._trainable.values()) if several else []
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -139,44 +140,44 @@ class Engine:
             dist_init_required=False,
         )
         self._optimizer = optimizer
-        # ZeRO-3 keeps parameters in pieces; whoever reads or writes whole ones gathers them first.
+        # ZeRO-3 partitions parameters, so they are gathered before they are read or written.
         self._gather = deepspeed.zero.GatheredParameters if zero_stage == _PARTITIONED_STAGE else None
 
     def train_step(self, batch: Any) -> float:
-        """One forward, backward and (at an accumulation boundary) optimizer step on the mean NLL per target token.
+        """Forward and backward pass on the mean NLL per target token; optimizer step at accumulation boundaries.
 
         Returns:
             The loss in nats per token.
 
         Raises:
-            FloatingPointError: the loss is not finite; the weights were not changed by it.
+            FloatingPointError: the loss is not finite; the weights are unchanged.
         """
-        together = _Together.apply(*self._together) if self._together else None  # type: ignore[no-untyped-call]
+        zero = _FixedGradientOrder.apply(*self._ordered) if self._ordered else None  # type: ignore[no-untyped-call]
         nll_B, tokens_B = self._engine(batch)
         loss: Tensor = nll_B.sum() / tokens_B.sum()
         value = loss.item()
         if not math.isfinite(value):
             raise FloatingPointError(f"the training loss became {value}; a lower learning_rate may help")
-        self._engine.backward(loss if together is None else loss + together)
+        self._engine.backward(loss if zero is None else loss + zero)
         self._engine.step()
         return value
 
     @property
     def steps(self) -> int:
-        """Optimizer steps taken, those before a resume included."""
+        """Number of optimizer steps taken, including those before a resume."""
         return int(self._engine.global_steps)
 
     @property
     def accumulating(self) -> bool:
-        """Whether gradients of earlier batches wait for the next step; a checkpoint would lose them."""
+        """Whether there are accumulated gradients since the last step; a checkpoint would lose them."""
         return bool(self._engine.micro_steps % self.options.gradient_accumulation_steps)
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step."""
+        """Learning rate of the next step."""
         return float(self._engine.get_lr()[0])
 
-    def _whole(self, parameters: Mapping[str, nn.Parameter], write: bool = False) -> AbstractContextManager[Any]:
+    def _gathered(self, parameters: Mapping[str, nn.Parameter], write: bool = False) -> AbstractContextManager[Any]:
         if self._gather is None or not parameters:
             return nullcontext()
         context: AbstractContextManager[Any] = self._gather(
@@ -185,28 +186,28 @@ class Engine:
         return context
 
     def save_weights(self, path: Path) -> None:
-        """Write the parameters it keeps, atomically, as safetensors in the dtype they are trained in."""
+        """Write the kept parameters atomically, as safetensors in their training dtype."""
         self._save(path, self._kept)
 
     def load_weights(self, path: Path) -> None:
-        """Put saved weights into the model, for testing it; the optimizer's own copies stay as they are.
+        """Load saved weights into the model for testing; the optimizer's master weights are not updated.
 
         Raises:
-            KeyError: the file's names are not exactly those of the parameters it keeps.
+            KeyError: the names in the file are not exactly those of the kept parameters.
         """
-        with self._whole(self._kept, write=True):
+        with self._gathered(self._kept, write=True):
             load_weights(path, self._kept)
 
     def _save(self, path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
-        with self._whole(parameters):
+        with self._gathered(parameters):
             tensors = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
         if torch.distributed.get_rank() == 0:
             with atomic(path) as partial:
                 safetensors.torch.save_file(tensors, partial)
-        torch.distributed.barrier()  # the others may read it next
+        torch.distributed.barrier()  # other processes may read it next
 
     def memory(self, activations_bytes: int, peak: PeakMemory) -> Memory:
-        """Memory by kind, from the tensors that exist; gradients and optimizer state only of what is trained."""
+        """Memory by kind, computed from the tensors; gradients and optimizer state only for trainable parameters."""
         state = [x for values in self._optimizer.state.values() for x in values.values() if isinstance(x, Tensor)]
         masters = [x for group in self._optimizer.param_groups for x in group["params"]]
         owned = {p.data_ptr() for p in self.model.parameters()}
@@ -221,7 +222,7 @@ class Engine:
         )
 
     def save(self, folder: Path, tag: str) -> None:
-        """Save what is needed to resume: the weights it keeps, optimizer and schedule."""
+        """Save a checkpoint: the kept weights, optimizer and schedule."""
         self._engine.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=True)
         if torch.distributed.get_rank() == 0:
             (folder / tag / _NAMES_FILE).write_text(json.dumps(sorted(self._trainable)), encoding="utf-8")
@@ -231,30 +232,30 @@ class Engine:
         return {name: p for name, p in self._kept.items() if name not in self._trainable}
 
     def load(self, folder: Path, tag: str) -> None:
-        """Resume from ``save``.
+        """Resume from a checkpoint written by ``save``.
 
         Raises:
-            FileNotFoundError: there is no such checkpoint (DeepSpeed itself would only warn).
-            KeyError: it is of other trainable parameters (DeepSpeed itself would not tell).
+            FileNotFoundError: there is no such checkpoint (DeepSpeed only warns).
+            KeyError: it has other trainable parameters (DeepSpeed does not check this).
         """
         names = folder / tag / _NAMES_FILE
         if not names.exists():
             raise FileNotFoundError(f"no checkpoint {tag!r} in {folder}")
         _check_names(folder, json.loads(names.read_text(encoding="utf-8")), self._trainable)
-        with self._whole(self._frozen(), write=True):
+        with self._gathered(self._frozen(), write=True):
             load_weights(folder / tag / _FROZEN_FILE, self._frozen())
         self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
 
     def close(self) -> None:
-        """Free what the engine holds; the process group stays for the next trial."""
+        """Free the engine's memory; the process group stays for the next trial."""
         self._engine.destroy()
 
 
 def load_weights(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Read what ``Engine.save_weights`` wrote into parameters, by name.
+    """Load a file written by ``Engine.save_weights`` into parameters.
 
     Raises:
-        KeyError: the file's names are not exactly theirs.
+        KeyError: the names in the file are not exactly those of ``parameters``.
     """
     tensors = safetensors.torch.load_file(path)
     _check_names(path, tensors, parameters)
@@ -264,24 +265,24 @@ def load_weights(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
 
 
 def _numel(p: nn.Parameter) -> int:
-    """Of the whole parameter: one that ZeRO-3 has partitioned looks empty."""
+    """Number of elements of the whole parameter, which is empty if ZeRO-3 has partitioned it."""
     return int(getattr(p, "ds_numel", p.numel()))
 
 
 def _check_names(place: Path, found: Iterable[str], expected: Iterable[str]) -> None:
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
-        raise KeyError(f"{place}: not the weights of this model; missing: {missing[:3]}, not expected: {extra[:3]}")
+        raise KeyError(f"{place}: parameters do not match the model; missing: {missing[:3]}, unexpected: {extra[:3]}")
 
 
 def deepspeed_config(options: Optimizer, zero_stage: int) -> dict[str, Any]:
-    """The preset of the ZeRO stage, completed with the trial's batch, precision and clipping."""
+    """The preset of the ZeRO stage, with the trial's batch size, precision and gradient clipping."""
     preset: dict[str, Any] = json.loads((PRESETS / f"zero{zero_stage}.json").read_text(encoding="utf-8"))
     return {
         **preset,
         "train_micro_batch_size_per_gpu": options.per_device_train_batch_size,
         "gradient_accumulation_steps": options.gradient_accumulation_steps,
-        "gradient_clipping": options.max_grad_norm,  # DeepSpeed clips at 1.0 unless told otherwise
+        "gradient_clipping": options.max_grad_norm,  # DeepSpeed's default is 1.0
         "bf16": {"enabled": options.bf16},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,

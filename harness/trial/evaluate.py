@@ -1,4 +1,4 @@
-"""What a model is judged by: perplexity over all references, over one, with the wrong inputs; generated texts."""
+"""Evaluates a model: likelihood of references, with the right or with mismatched inputs, and generated texts."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from tasks.base import Example
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Negative log likelihood of every example, summed over its references, and the tokens it is summed over."""
+    """Negative log likelihood of every example, summed over its references, and their number of tokens."""
 
     nll: np.ndarray  # (examples,), nats
     tokens: np.ndarray  # (examples,)
-    first_nll: np.ndarray  # (examples,): of the first reference alone
-    first_tokens: np.ndarray
+    first_nll: np.ndarray  # (examples,), nats; of the first reference only
+    first_tokens: np.ndarray  # (examples,)
 
     @property
     def perplexity(self) -> float:
-        """Token-weighted over all examples and references: exp(Σ nll / Σ tokens).
+        """Token-weighted perplexity over all examples and references: exp(Σ nll / Σ tokens).
 
         Raises:
-            FloatingPointError: it is not a finite number.
+            FloatingPointError: it is not finite.
         """
         return _perplexity(self.nll, self.tokens)
 
     @property
     def perplexity_one_reference(self) -> float | None:
-        """The same over the first reference of every example; None where no example has another one."""
+        """Perplexity over the first reference of every example; None if no example has several references."""
         if (self.first_tokens == self.tokens).all():
             return None
         return _perplexity(self.first_nll, self.first_tokens)
 
     def of(self, indices: Sequence[int]) -> Likelihood:
-        """Of some of the examples."""
+        """The likelihood of a subset of the examples."""
         part = list(indices)
         return Likelihood(self.nll[part], self.tokens[part], self.first_nll[part], self.first_tokens[part])
 
@@ -54,11 +54,18 @@ def _perplexity(nll: np.ndarray, tokens: np.ndarray) -> float:
     return math.exp(mean)
 
 
-def exchanged(examples: Sequence[Example], seed: int) -> list[Example] | None:
-    """For every example another one, whose inputs will stand before its references; none keeps its own.
+def mismatched(examples: Sequence[Example], seed: int) -> list[Example] | None:
+    """Pair every example with another one, whose inputs are used for its references.
 
-    The order is shuffled by seed and turned by one, so every input is used exactly once; in a mixture within each of
-    its tasks. None where a task has a single example.
+    The examples are shuffled by seed and shifted by one, so that every input is used exactly once and never for its own
+    references; in a mixture, within each task.
+
+    Args:
+        examples: of a split.
+        seed: of the shuffle.
+
+    Returns:
+        For each example, the one whose inputs it gets; None if a task has only one example.
     """
     others: list[Example] = list(examples)
     for indices in by_member(examples).values():
@@ -72,12 +79,12 @@ def exchanged(examples: Sequence[Example], seed: int) -> list[Example] | None:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Scores examples with a model, batch by batch.
+    """Evaluates a model on examples, batch by batch.
 
     Attributes:
-        model: put into evaluation mode by the caller.
+        model: in evaluation mode.
         batches: makes the batches.
-        options: batch size, and how texts are generated.
+        options: batch size and generation options.
         device: of the model.
         tick: called after every batch, for progress.
     """
@@ -90,14 +97,14 @@ class Evaluator:
 
     @torch.inference_mode()
     def likelihood(self, examples: Sequence[Example], shown: Sequence[Example] | None = None) -> Likelihood:
-        """Score every reference of every example.
+        """Compute the likelihood of all references of all examples.
 
         Args:
-            examples: whose references are scored.
-            shown: whose inputs stand before them, one per example; None: each example's own.
+            examples: for their references.
+            shown: for the inputs, one per example; None: each example's own inputs.
         """
         pairs = [(i, n, text) for i, example in enumerate(examples) for n, text in enumerate(example.references)]
-        pairs.sort(key=lambda pair: self.batches.target_length(pair[2]))  # targets of like length: little padding
+        pairs.sort(key=lambda pair: self.batches.target_length(pair[2]))  # by length: less padding
         shown, size = examples if shown is None else shown, self.options.per_device_eval_batch_size
         nll, tokens, first_nll, first_tokens = (np.zeros(len(examples), dtype) for dtype in (float, int, float, int))
         for start in range(0, len(pairs), size):
@@ -114,11 +121,11 @@ class Evaluator:
         return Likelihood(nll, tokens, first_nll, first_tokens)
 
     def generate(self, examples: Sequence[Example]) -> dict[str, str]:
-        """Texts by example id, greedy or by beam search; a batch's prompts may be of any length."""
+        """Generate a text for every example, by greedy or beam search; returns texts by example id."""
         predictions: dict[str, str] = {}
         size, options = self.options.per_device_eval_batch_size, self.options
         by_target: dict[str, list[Example]] = {}
-        for example in examples:  # what is written in one batch is of one context
+        for example in examples:  # generated tokens of a batch belong to one context
             by_target.setdefault(self.batches.target_context(example), []).append(example)
         for target, group in by_target.items():
             for start in range(0, len(group), size):

@@ -1,4 +1,4 @@
-"""What a trial costs: memory and throughput, measured on the live model."""
+"""Measures memory and throughput of training, and names the versions and the device."""
 
 from __future__ import annotations
 
@@ -25,10 +25,13 @@ PACKAGES = ("torch", "deepspeed", "ray", "transformers", "mlflow", "pycocoevalca
 
 
 class PeakMemory:
-    """The process's peak memory from ``start`` on: resident memory on the CPU, allocated memory on a GPU.
+    """Peak memory of the process since this object was created: resident memory on a CPU, allocated memory on a GPU.
 
-    The high-water mark is reset first, so that a trial in a reused process does not inherit its predecessor's. Where
-    the system cannot reset it (not Linux) there is no figure: ``peak_bytes`` is None.
+    The high-water mark is reset first, so that earlier trials of a reused process do not count. Where the system cannot
+    reset it (not Linux), ``peak_bytes`` returns None.
+
+    Attributes:
+        before_bytes: the memory when this object was created; None as for ``peak_bytes``.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -37,7 +40,7 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            _give_back_free_memory()
+            _release_free_memory()
             try:
                 _CLEAR_REFERENCES.write_text("5", encoding="ascii")  # man 5 proc: reset VmHWM
             except OSError:
@@ -45,7 +48,7 @@ class PeakMemory:
         self.before_bytes = self.peak_bytes()
 
     def peak_bytes(self) -> int | None:
-        """Bytes at the highest point since ``start``."""
+        """The peak so far, in bytes."""
         if self.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self.device))
         if not self._resettable:
@@ -54,8 +57,8 @@ class PeakMemory:
         return int(match.group(1)) * 1024 if match else None
 
 
-def _give_back_free_memory() -> None:
-    """Return what an earlier trial of this process freed to the system, or it would hide this trial's growth."""
+def _release_free_memory() -> None:
+    """Return memory freed by earlier trials to the system; reusing it would not increase the resident memory."""
     gc.collect()
     with suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -63,9 +66,9 @@ def _give_back_free_memory() -> None:
 
 @contextmanager
 def saved_for_backward(model: nn.Module) -> Iterator[list[int]]:
-    """Measure the activations kept for backward inside the block: yields a list whose single element is the bytes.
+    """Measure the activations that are saved for backward inside the block.
 
-    Counts each storage once and leaves out the model's own weights.
+    Yields a list with one element, the number of bytes. Each storage counts once; the model's parameters do not count.
     """
     seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
     total = [0]
@@ -82,7 +85,7 @@ def saved_for_backward(model: nn.Module) -> Iterator[list[int]]:
 
 
 class StepClock:
-    """Adds up the time of training steps only; the first few of a process are warm-up and not counted."""
+    """Measures the time of training steps; the first ``WARMUP_STEPS`` are not counted."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -104,7 +107,7 @@ class StepClock:
 
     @property
     def warming_up(self) -> bool:
-        """Whether the coming step is not going to be counted."""
+        """Whether the next step is a warm-up step, which is not counted."""
         return self._skip > 0
 
     def _wait(self) -> None:
@@ -112,7 +115,7 @@ class StepClock:
             torch.cuda.synchronize(self.device)
 
     def count(self, examples: int, tokens: int) -> None:
-        """Credit the step that just ended with what it processed."""
+        """Count the step that just ended, with the numbers of examples and tokens it processed."""
         if self._skip:
             self._skip -= 1
             return
@@ -122,7 +125,7 @@ class StepClock:
         self.tokens += tokens
 
     def throughput(self) -> Throughput | None:
-        """Examples and tokens per second; None when no step was measured."""
+        """Examples and tokens per second; None if no step was measured."""
         if not self.seconds:
             return None
         return Throughput(
@@ -133,9 +136,9 @@ class StepClock:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of what a result depends on."""
+    """Versions of Python and of the distributions that affect results."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), **found, "torch": str(torch.__version__)}  # with its build: 2.13.0+cpu
+    return {"python": platform.python_version(), **found, "torch": str(torch.__version__)}  # with the build: 2.13.0+cpu
 
 
 def device_name(device: torch.device) -> str:

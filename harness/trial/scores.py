@@ -1,6 +1,6 @@
-"""Scores of a trial, those of a mixture's tasks apart; per example in one Parquet file.
+"""Computes the scores of a trial, in a mixture separately for each task, and writes per-example scores to Parquet.
 
-The file is what paired statistics and the report's gallery are made from.
+Paired statistics and the report's gallery are made from this file.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from tasks.registry import METRICS
 
 
 def metric_name(member: str, name: str) -> str:
-    """``cider``, in a mixture ``coco_captions/cider``."""
+    """``cider``, or ``coco_captions/cider`` in a mixture."""
     return f"{member}/{name}" if member else name
 
 
 def perplexities(examples: Sequence[Example], likelihood: Likelihood) -> dict[str, float]:
-    """Perplexity over all examples, over one reference of each, and the same for each task of a mixture."""
+    """Perplexity over all examples, over the first reference of each, and over each task of a mixture."""
     found = {"perplexity": likelihood.perplexity, "perplexity_one_reference": likelihood.perplexity_one_reference}
     for member, indices in by_member(examples).items():
         if member:
@@ -39,12 +39,12 @@ def perplexities(examples: Sequence[Example], likelihood: Likelihood) -> dict[st
 def score_members(
     metrics: Mapping[str, Mapping[str, Plugin]], examples: Sequence[Example], predictions: Mapping[str, str]
 ) -> Scores:
-    """Score generated texts by the metrics of the task that each example is of.
+    """Score generated texts with the metrics of each example's task.
 
     Args:
-        metrics: member → metric → its plugin, as in a ``TaskChoice``.
+        metrics: task in a mixture ("" for a single task) → metric → its plugin, as in ``TaskChoice``.
         examples: with their references.
-        predictions: by example id.
+        predictions: texts by example id.
     """
     corpus: dict[str, float] = {}
     per_example: dict[str, dict[str, float]] = {example.id: {} for example in examples}
@@ -77,9 +77,9 @@ def write_examples(
 
     Columns: ``split``, ``example_id``, ``nll`` (nats, summed over references), ``tokens`` (likewise), ``nll_first`` and
     ``tokens_first`` (of the first reference); for the test split also ``nll_wrong_input``, ``prediction``,
-    ``references`` (list), ``inputs`` (JSON: list of [context, "file" or "text", value]), one column per metric, and
-    one column ``<metric>.counts`` (list of doubles) for what the corpus score is summed from, where it is no mean. What
-    was not measured is null.
+    ``references`` (list), ``inputs`` (JSON: list of [context, "file" or "text", value]), one column per metric, and,
+    for metrics whose corpus score is not a mean, ``<metric>.counts`` (list of doubles), from whose sums it is computed.
+    Values that were not measured are null.
     """
     rows = [_row("validation", example, validation, i) for i, example in enumerate(splits.validation)]
     for i, example in enumerate(splits.test):

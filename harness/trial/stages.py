@@ -1,4 +1,4 @@
-"""The model of a trial and the engine that trains it, stage by stage. Most methods have one stage, LLaVA has two."""
+"""Builds a trial's model and trains it in stages, with one engine each. Most methods have one stage, LLaVA has two."""
 
 from __future__ import annotations
 
@@ -19,38 +19,39 @@ from harness.trial.engine import Engine, load_weights
 
 
 def stage_ends(stages: Sequence[Stage], batches: int, accumulation: int) -> list[int]:
-    """After how many of the trial's optimizer steps each stage ends; the last end is that of the trial.
+    """The number of the trial's optimizer steps after which each stage ends; the last one is that of the whole trial.
 
-    Accumulation runs on over the end of an epoch; what is left over at the very end is not applied. A step that goes
-    over the end of a stage belongs to the stage it began in. So there are as many steps as without stages.
+    Gradient accumulation continues across epochs; an incomplete accumulation at the end of the trial is not applied. A
+    step that crosses the end of a stage belongs to the stage in which it began, so the total number of steps does not
+    depend on the stages.
 
     Args:
-        stages: in their order.
-        batches: of one epoch.
-        accumulation: batches to an optimizer step.
+        stages: in order.
+        batches: number of batches per epoch.
+        accumulation: batches per optimizer step.
 
     Raises:
-        UserError: a stage would have no step.
+        UserError: a stage would have no steps.
     """
     epochs = list(itertools.accumulate(stage.epochs for stage in stages))
     total = batches * epochs[-1] // accumulation
     ends = [min(total, math.ceil(batches * n / accumulation)) for n in epochs]
     if len(set(ends)) < len(ends):
         raise UserError(
-            f"budget: a trial of {total} optimizer steps is too short for {len(ends)} stages, the first of which "
+            f"budget: {total} optimizer steps are too few for {len(ends)} stages, the first of which "
             f"takes {math.ceil(batches * epochs[0] / accumulation)}"
         )
     return ends
 
 
 class Stages:
-    """Builds the model and trains it with one engine per stage, each with an optimizer and a schedule of its own.
+    """The model of a trial, and the engine of its current stage; each stage has its own optimizer and schedule.
 
     Args:
         spec: of the trial.
-        device: where the model goes.
+        device: of the model.
         zero_stage: of the engine.
-        folder: of the trial; weights are put there between two stages.
+        folder: of the trial; weights are stored there between two stages.
 
     Raises:
         UserError: the method's stages do not fit the budget, or the model cannot be built.
@@ -66,13 +67,13 @@ class Stages:
         self._open = False
 
     def start(self, step: int = 0) -> None:
-        """Start the engine of the stage that makes this step of the trial, or that has just made it."""
+        """Create the engine of the stage that contains this optimizer step of the trial, or that ends with it."""
         self._start(next(number for number, end in enumerate(self.ends) if step <= end))
 
     def _start(self, number: int) -> None:
         self.number, stage, options = number, self.stages[number], self.spec.optimizer
         self._steps_before = self.ends[number - 1] if number else 0
-        # As built, the model says what is trained in any stage: that is what is kept, and what counts as trainable.
+        # In the model as built, parameters that any stage trains require gradients: these are kept and saved.
         model = self.built.model
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for name, p in trained.items():
@@ -86,23 +87,23 @@ class Stages:
 
     @property
     def step(self) -> int:
-        """Optimizer steps of the trial so far."""
+        """Number of optimizer steps of the trial so far."""
         return self._steps_before + self.engine.steps
 
     @property
-    def over(self) -> bool:
-        """Whether the stage has made its steps and another one follows."""
+    def stage_ended(self) -> bool:
+        """Whether the current stage has taken all its steps and another one follows."""
         return self.step == self.ends[self.number] < self.total_steps
 
     def advance(self) -> None:
-        """Start the next stage with the weights as they are, in a model built anew: ZeRO-3 gives none back whole."""
+        """Start the next stage with the current weights, in a rebuilt model: ZeRO-3 leaves parameters partitioned."""
         path, batches = self.folder / "stage.safetensors", self.built.batches
         self.engine.save_weights(path)
         self.close()
         kept = batches.features, batches.cut_targets, batches.cut_inputs
         del self.engine, self.built, batches
-        gc.collect()  # DeepSpeed's engine refers to itself: without this two models would stand in memory
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # building seeds it
+        gc.collect()  # DeepSpeed's engine has reference cycles: without this, two models would be in memory
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # building the model seeds the generator
             self.built = build(self.spec, self.device)
         batches = self.built.batches
         batches.features, batches.cut_targets, batches.cut_inputs = kept
@@ -111,7 +112,7 @@ class Stages:
         self._start(self.number + 1)
 
     def close(self) -> None:
-        """Free what the engine holds, once."""
+        """Free the engine's memory; further calls have no effect."""
         if self._open:
             self.engine.close()
         self._open = False

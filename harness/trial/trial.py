@@ -1,6 +1,7 @@
-"""One trial: build, train, validate every epoch, test the best one, write the record. The only training loop.
+"""Runs one trial: builds, trains, validates every epoch, tests the best epoch, writes the record.
 
-A trial knows nothing of Ray, methods or tasks: what differs between them is a hook on the adapter or the task.
+This is the only training loop: differences between methods and tasks are hooks of the adapter or the task. Does not
+depend on Ray.
 """
 
 from __future__ import annotations
@@ -29,21 +30,21 @@ from harness.model.inputs import Inputs
 from harness.tracking.grid import Tracker
 from harness.trial import measure
 from harness.trial.engine import prepare_process
-from harness.trial.evaluate import Evaluator, exchanged
+from harness.trial.evaluate import Evaluator, mismatched
 from harness.trial.scores import perplexities, score_members, write_examples
 from harness.trial.stages import Stages
 
 REPORT_INTERVAL_S = 1.0
-BEST = "best.safetensors"  # trained parameters of the epoch that validated best
+BEST = "best.safetensors"  # trained parameters of the epoch with the lowest validation perplexity
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a trial stands, for the terminal."""
+    """Progress of a trial, for display."""
 
     fraction: float  # of its optimizer steps, 0 to 1
-    phase: str  # "build", "train", "validate", "test"
+    phase: str  # "build", "encode", "train", "validate", "test"
     epoch: int = 0
     train_loss: float | None = None
     validation_perplexity: float | None = None
@@ -55,18 +56,18 @@ Report = Callable[[Progress], None]
 def run_trial(
     spec: TrialSpec, experiment: str, run: Path, resources: Resources, tracker: Tracker, report: Report
 ) -> TrialRecord:
-    """Run one trial and write its record, whatever happens to it short of the process dying.
+    """Run one trial and write its record, also if it fails; only the death of the process leaves no record.
 
     Args:
-        spec: what to run.
-        experiment: its name, for the record.
+        spec: of the trial.
+        experiment: name of the experiment, for the record.
         run: the run folder.
-        resources: threads, ZeRO stage, checkpoint interval.
-        tracker: where params and metrics go beside the record.
-        report: called with progress at most about once a second, and after every epoch.
+        resources: for threads, ZeRO stage and checkpoint interval.
+        tracker: receives metrics and the record.
+        report: called with the progress, at most about once a second and after every epoch.
 
     Returns:
-        The record as written: finished, failed or out_of_memory, with the reason.
+        The record, with status finished, failed or out_of_memory, and the reason.
     """
     folder = run / "trials" / spec.trial_id
     started, clock = datetime.now(UTC), time.monotonic()
@@ -78,7 +79,7 @@ def run_trial(
         except (torch.OutOfMemoryError, MemoryError) as error:
             status, reason = "out_of_memory", _one_line(error)
             logger.exception("out of memory")
-        except Exception as error:  # a trial that fails leaves the others running
+        except Exception as error:  # a failed trial must not stop the others
             status, reason = "failed", _one_line(error)
             logger.exception("the trial failed")
         record = TrialRecord(
@@ -106,7 +107,7 @@ def run_trial(
 
 @dataclass
 class _State:
-    """What grows during a trial and survives a restart."""
+    """State that is saved in checkpoints and survives a restart."""
 
     history: list[Epoch] = field(default_factory=list)
     best_epoch: int | None = None
@@ -119,12 +120,13 @@ class Trial:
     """One trial in this process; see ``run_trial`` for the arguments.
 
     Attributes:
-        state: what grows, and survives a restart.
-        measured: fields of the record, as far as they are known.
-        cut: kind of text → the texts that were cut; ``notes``: what the metrics say beside their scores.
-        stages: the model and its engine, from when they are built.
-        peak: memory from before the model was built, from then on.
-        clock: of the stage's training steps.
+        state: saved in checkpoints.
+        measured: fields of the record that are known so far.
+        cut: kind of text ("target", "input") → the texts that were truncated.
+        notes: notes of the metrics on their scores.
+        stages: the model and its engine; set when they are built.
+        peak: peak memory since before the model was built; set then.
+        clock: time of the current stage's training steps.
     """
 
     stages: Stages
@@ -143,16 +145,16 @@ class Trial:
         self._checkpointed = time.monotonic()
 
     def run(self) -> None:
-        """Build, train, test. What was measured by then is in ``state`` and ``measured``, also after an exception."""
+        """Build, train and test; after an exception, ``state`` and ``measured`` have what was measured before it."""
         torch.set_num_threads(self.resources.cpus_per_trial)
-        self._tell("build", force=True)
+        self._report_progress("build", force=True)
         with self._phase("build"):
             prepare_process()
             self.peak = measure.PeakMemory(self.device)
             self.stages = Stages(self.spec, self.device, self.resources.zero_stage, self.folder)
             self.total_steps, batches = self.stages.total_steps, self.stages.built.batches
             self.cut = {"target": batches.cut_targets, "input": batches.cut_inputs}
-            self.measured["parameters"] = self.stages.built.parameters  # trainable: those that any stage trains
+            self.measured["parameters"] = self.stages.built.parameters  # trainable: parameters that any stage trains
         try:
             with self._phase("build"):
                 self._resume()
@@ -168,20 +170,20 @@ class Trial:
         shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
 
     def _begin_measuring(self) -> None:
-        """What is recorded of speed and activations is the last stage's: those of several would not make one figure."""
+        """Restart the measurement of speed and activations: stages differ, so only the last one is recorded."""
         self.clock = measure.StepClock(self.device)
         self.state.activations_bytes = 0
 
     def _encode(self) -> None:
-        """Run the frozen encoders ahead of training, so that training speed is the language model's alone."""
+        """Run the frozen encoders before training, so that they are not part of the measured training speed."""
         splits = self.stages.built.splits
         evaluation = [*splits.validation, *splits.test]
-        self.stages.built.batches.features.keep(splits.train, evaluation, lambda: self._tell("encode"))
+        self.stages.built.batches.features.precompute(splits.train, evaluation, lambda: self._report_progress("encode"))
 
     def _epoch(self, epoch: int) -> None:
         train_loss = self._train_epoch(epoch)
         with self._phase("validate"):
-            self._tell("validate", epoch)
+            self._report_progress("validate", epoch)
             perplexity = self._evaluator().likelihood(self.stages.built.splits.validation).perplexity
         result = Epoch(
             epoch=epoch,
@@ -195,28 +197,28 @@ class Trial:
             self.stages.engine.save_weights(self.folder / BEST)
         self.state.history.append(result)
         self.tracker.metrics(result.model_dump(exclude={"epoch", "step"}), step=result.step)
-        self._tell("validate", epoch, train_loss, force=True)
+        self._report_progress("validate", epoch, train_loss, force=True)
         due = time.monotonic() - self._checkpointed >= self.resources.checkpoint_interval_s
         if due and epoch < self.spec.budget.epochs and not self.stages.engine.accumulating:
             self._checkpoint(epoch)
 
     def _train_epoch(self, epoch: int) -> float:
-        """One pass over the budget; the mean training loss, each step weighing the same."""
-        # Dropout draws from the global generator: seeded per epoch, a resumed trial repeats exactly what was lost.
+        """Train for one epoch; returns the unweighted mean of the batch losses."""
+        # Dropout uses the global generator; seeding it per epoch makes a resumed trial repeat lost epochs exactly.
         torch.manual_seed(self.spec.seed * 100_003 + epoch)
         self.stages.built.model.train()
         draws = self.stages.built.order.epoch(epoch)
         size = self.spec.optimizer.per_device_train_batch_size
         losses: list[float] = []
         for start in range(0, len(draws), size):
-            if self.stages.over:
+            if self.stages.stage_ended:
                 with self._phase("build"):
                     self.stages.advance()
                 self._begin_measuring()
                 self.stages.built.model.train()
             with self._phase("train"):
                 losses.append(self._train_step(draws[start : start + size]))
-            self._tell("train", epoch, losses[-1])
+            self._report_progress("train", epoch, losses[-1])
         self.measured["memory"] = self.stages.engine.memory(self.state.activations_bytes, self.peak)
         self.measured["throughput"] = self.clock.throughput()
         return sum(losses) / len(losses)
@@ -226,7 +228,7 @@ class Trial:
         examples = [self.stages.built.splits.train[draw.example] for draw in draws]
         texts = [e.references[draw.reference] for e, draw in zip(examples, draws, strict=True)]
         batch = batches.make(examples, texts, [draw.view for draw in draws]).to(self.device)
-        # What is kept for backward is measured in the steps that the clock leaves out: it costs time.
+        # Activations are measured only in warm-up steps, because measuring them takes time.
         measuring = self.clock.warming_up
         with measure.saved_for_backward(model) if measuring else nullcontext([0]) as saved, self.clock:
             loss = self.stages.engine.train_step(batch)
@@ -241,13 +243,13 @@ class Trial:
         return Evaluator(built.model, built.batches, self.spec.eval, self.device, self._tick)
 
     def _test(self) -> dict[str, dict[str, float]]:
-        """Score the epoch that validated best; metrics by split. Writes the per-example scores too."""
-        self._tell("test", force=True)
+        """Evaluate the best epoch and write per-example scores; returns the metrics by split."""
+        self._report_progress("test", force=True)
         splits = self.stages.built.splits
         self.stages.engine.load_weights(self.folder / BEST)
         evaluator = self._evaluator()
         validation, test = evaluator.likelihood(splits.validation), evaluator.likelihood(splits.test)
-        others = exchanged(splits.test, seed=0)
+        others = mismatched(splits.test, seed=0)
         wrong = evaluator.likelihood(splits.test, others) if others else None
         predictions = evaluator.generate(splits.test)
         scores = score_members(self.spec.task.metrics, splits.test, predictions)
@@ -270,26 +272,26 @@ class Trial:
             ),
             evaluation_fingerprint=budget.content_fingerprint([*splits.validation, *splits.test], digest),
             steps=self.state.step,
-            started_from=tuple(sorted({origin.weights_sha256 for origin in spec.adapter.init_from.values()})),
+            started_from=tuple(sorted({source.weights_sha256 for source in spec.adapter.init_from.values()})),
         )
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What a reader of the record should know beside its numbers."""
+        """Warnings for the record: truncated texts, and notes of the metrics."""
         limits = self.spec.budget.model_dump()
         cut = [
             f"{len(texts)} {kind} texts were longer than max_{kind}_length={limits[f'max_{kind}_length']} tokens "
-            "and were cut"
+            "and were truncated"
             for kind, texts in self.cut.items()
             if texts
         ]
         return (*cut, *self.notes)
 
     def _checkpoint(self, epoch: int) -> None:
-        """Save so that a crash at any moment leaves a whole checkpoint: the state file names the one that counts."""
+        """Save a checkpoint. The state file, written last, names the valid one, so a crash leaves a complete one."""
         folder = self.folder / "checkpoint"
         self.stages.engine.save(folder, f"epoch-{epoch}")
-        # A later epoch may put other weights in its place before the crash.
+        # A copy, because a later epoch may replace the best weights before a crash.
         shutil.copy2(self.folder / BEST, folder / f"epoch-{epoch}" / BEST)
         content = {**vars(self.state), "history": [e.model_dump() for e in self.state.history], "tag": f"epoch-{epoch}"}
         write_atomically(folder / "state.json", json.dumps(content))
@@ -322,10 +324,12 @@ class Trial:
             self.state.phases_s[name] = self.state.phases_s.get(name, 0.0) + time.monotonic() - started
 
     def _tick(self) -> None:
-        """Evaluation goes on: nothing new to say, but say that the trial is alive."""
-        self._tell("validate" if self.state.step < self.total_steps else "test", len(self.state.history))
+        """Report during evaluation that the trial is still running."""
+        self._report_progress("validate" if self.state.step < self.total_steps else "test", len(self.state.history))
 
-    def _tell(self, phase: str, epoch: int = 0, train_loss: float | None = None, force: bool = False) -> None:
+    def _report_progress(
+        self, phase: str, epoch: int = 0, train_loss: float | None = None, force: bool = False
+    ) -> None:
         now = time.monotonic()
         if not force and now - self._reported < REPORT_INTERVAL_S:
             return
@@ -343,7 +347,7 @@ def _one_line(error: BaseException) -> str:
 
 @contextmanager
 def _log_to(path: Path) -> Iterator[None]:
-    """Send this process's log to the trial's own file while the trial runs."""
+    """Write the process's log to the trial's file during the trial."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(name)s %(levelname)s %(message)s"))

@@ -82,14 +82,14 @@ WRONG = {
     "unknown built-in language model": (ONE + "backbone: {language_model: builtin/tiny-lama}\n", "'builtin/tiny-lama' is not a built-in language model; allowed: builtin/tiny-llama; did you mean 'builtin/tiny-llama'?"),
     "unknown built-in encoder": (ONE + "backbone: {encoders: {image: builtin/tiny-vison}}\n", "did you mean 'builtin/tiny-vision'?"),
     "backbone folder missing": (ONE + "backbone: {language_model: /no/such/folder}\n", "'/no/such/folder': no such folder"),
-    "unknown hub id": (ONE + "backbone: {language_model: facebok/opt-125m}\n", "backbone 'facebok/opt-125m' cannot be had, neither as a folder nor from the hub"),
+    "unknown hub id": (ONE + "backbone: {language_model: facebok/opt-125m}\n", "backbone 'facebok/opt-125m' could not be loaded from a folder or from the hub"),
     "encoder of an unknown modality": (ONE + "backbone: {encoders: {imag: builtin/tiny-vision}}\n", "image"),
     "encoder as language model": (ONE + "backbone: {language_model: builtin/tiny-vision}\n", "builtin/tiny-vision"),
     "language model as encoder": (ONE + "backbone: {encoders: {image: builtin/tiny-llama}}\n", "builtin/tiny-llama"),
     "wrong type": (ONE + "budget: {epochs: two}\n", "line 3, budget.epochs: input should be a valid integer"),
     "empty axis": (ONE.replace("rank: 4", "rank: []"), "line 2, adapters[0].rank: empty axis"),
-    "more examples than there are": (ONE + "budget: {examples: 5}\n", "budget.examples: task scenes: asks for 5 examples, there are 4; ask for at most 4"),
-    "more test examples than there are": (ONE + "eval: {test_examples: 3}\n", "eval.test_examples: task scenes: asks for 3 examples, there are 2"),
+    "more examples than there are": (ONE + "budget: {examples: 5}\n", "budget.examples: task scenes: requests 5 examples, but there are 4; allowed: at most 4"),
+    "more test examples than there are": (ONE + "eval: {test_examples: 3}\n", "eval.test_examples: task scenes: requests 3 examples, but there are 2"),
     "unknown metric": (ONE + "eval: {primary_metric: cidre}\n", "line 3, eval.primary_metric: unknown metric 'cidre'; allowed: bleu_"),
     "rank larger than a layer": ("task: scenes\nadapters: [{method: lora, rank: 4000}]\noptimizer: {learning_rate: 1e-3}\n", "adapters: LoRA r=4000 on builtin/tiny-llama: rank 4000 is larger than layer model.layers.0.self_attn.q_proj"),
     "more projector epochs than epochs": ("task: scenes\nadapters: [{method: llava, projector_epochs: 2}]\nbudget: {epochs: 2}\noptimizer: {learning_rate: 1e-3}\n", "line 2, adapters: LLaVA"),
@@ -161,7 +161,7 @@ def test_no_permission_to_write(harness: Harness, experiment_file: Write, tmp_pa
     # A path below a file: refused to everybody, root included.
     (tmp_path / "file").write_text("", encoding="utf-8")
     output = tmp_path / "file" / "runs"
-    says = f"{output / 'experiment'}: cannot write there: Not a directory; choose another folder with --output"
+    says = f"{output / 'experiment'}: not writable: Not a directory; choose another folder with --output"
     assert_refused(harness("run", experiment_file(ONE), "--output", output), says)
 
 

@@ -300,9 +300,9 @@ def test_what_is_missing_is_named_before_anything_is_built(recorded: Recorded, t
 
     attempt(r"no plan\.json here")
     write_atomically(tmp_path / "plan.json", plan_of([recorded.spec]).model_dump_json())
-    attempt("no trial has its record there")
+    attempt("contains no trial record")
     write_record(tmp_path, recorded.record.model_copy(update={"status": "failed", "reason": "NaN"}))
-    attempt(r"its trial is failed \(NaN\); allowed: a finished one")
+    attempt(r"the trial is failed \(NaN\); allowed: a finished trial")
     write_record(tmp_path, recorded.record)
     attempt("best.safetensors: no such file")
     folder = tmp_path / "trials" / recorded.record.trial_id

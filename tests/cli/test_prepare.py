@@ -208,7 +208,7 @@ def test_a_budget_that_cannot_be_met_is_a_problem(numbers: Callable[..., Path]) 
     fine, text = checked(numbers("budget: {examples: [1, 9]}\n"))
     assert not fine
     assert ": 1 problem, listed above" in text
-    assert "budget.examples: task read_numbers: asks for 9 examples, there are 1" in text
+    assert "budget.examples: task read_numbers: requests 9 examples, but there are 1" in text
 
 
 def test_tasks_of_an_axis_are_named_by_what_differs(experiment_file: Write) -> None:

@@ -58,15 +58,15 @@ def trials_in(text: str) -> list[str]:
 
 def test_the_live_table_counts_and_estimates() -> None:
     live = table(4, already=12)
-    assert "0 of 4 trials, 12 from before, 0 failed" in shown(live)
-    assert "estimating the time left" in shown(live)
+    assert "0 of 4 trials, 12 finished earlier, 0 failed" in shown(live)
+    assert "estimating remaining time" in shown(live)
     running(live, 0, 0.5, epoch=2, train_loss=1.25, validation_perplexity=5.5)
     running(live, 1, 1.0)
     live.ended(record(planned(1), metrics={"test": {"perplexity": 4.25}}, wall_time_s=3.0))
     running(live, 2, 0.5)
     live.ended(record(planned(2), status="out_of_memory", reason="too large", metrics={}))
     text = shown(live, width=120)
-    assert "2 of 4 trials, 12 from before, 1 failed" in text
+    assert "2 of 4 trials, 12 finished earlier, 1 failed" in text
     assert re.search(r"about [\d.]+ s left", text)
     assert re.search(r"LoRA r=0 specific +0 +train +2 +1\.250 +5\.500", text)
     assert "test 4.250 in 3.0 s" in text

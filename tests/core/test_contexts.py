@@ -47,7 +47,7 @@ def test_groupings(grouping: Any, resolved: dict[str, str | None], name: str) ->
         (["agnostic"], "found ['agnostic']; allowed: agnostic, specific"),
         ({"imag": "a"}, "unknown context 'imag'; allowed: answer, image, question; did you mean 'image'?"),
         ({1: "a"}, "unknown context 1; allowed: answer, image, question"),
-        ({"image": "a", "answer": "b"}, "context 'question' is missing; give it a group, or null for no adapter"),
+        ({"image": "a", "answer": "b"}, "context 'question' is missing"),
         ({}, "context 'image' is missing"),
         ({"image": "a b", "question": "a", "answer": "b"}, "group of context 'image' must be a name"),
         ({"image": "a", "question": "a.b", "answer": "b"}, "must be a name (letters, digits, _) or null; found 'a.b'"),

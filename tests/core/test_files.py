@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Atomic writes: a file is complete or absent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from harness.core.files import atomic, digest_of, write_atomically
 
 
-def test_a_block_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
+def test_a_block_that_fails_leaves_the_old_file_and_no_temporary_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.txt"
     write_atomically(path, "old")
     with pytest.raises(TypeError, match="data must be str"), atomic(path) as partial:
@@ -23,7 +23,7 @@ def test_a_block_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path: 
     assert path.read_text() == "old"
 
 
-def test_several_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+def test_several_writers_of_one_file_do_not_interfere(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda n: write_atomically(path, f"{n}" * 10_000), range(10)))

@@ -36,7 +36,7 @@ LAYOUT = torch.tensor([0] * 4 + [1] * 7)
 
 
 class Package:
-    """A distribution of one adapter method and one task, which can be released anew in another layout."""
+    """A distribution of one adapter method and one task, which can be released again with another layout."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.points, self.version = folder, [], "1.0"  # type: ignore[var-annotated]
@@ -47,7 +47,7 @@ class Package:
         monkeypatch.syspath_prepend(folder)
 
     def release(self, version: str, module: str, body: str = "", task_body: str = "") -> None:
-        """Put both classes into one module and register them; the modules of before are gone."""
+        """Put both classes into one module and register them; earlier modules are removed."""
         for old in self.folder.glob("mine_*.py"):
             old.unlink()
             sys.modules.pop(old.stem, None)

@@ -1,4 +1,4 @@
-"""Records: written whole or not at all, read strictly, and nothing in a run folder is skipped silently."""
+"""Records: atomic writes, strict reads, and nothing in a run folder is skipped silently."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write_plan(folder: Path, *trial_ids: str) -> None:
     write_atomically(folder / "plan.json", plan.model_dump_json())
 
 
-def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     epoch = {"epoch": 1, "step": 4, "train_loss": 2.0, "validation_perplexity": 9.0, "learning_rate": 1e-3}
     written = record(history=(epoch,))
     write_record(tmp_path, written)
@@ -68,7 +68,7 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: 
     write_record(tmp_path, record(wall_time_s=1.0))
 
     def crash(self: Path, target: Path) -> Path:
-        # What is about to take the place of the old file is whole already.
+        # The file that is about to replace the old one is already complete.
         assert TrialRecord.model_validate_json(self.read_bytes()).wall_time_s == 2.0
         raise OSError("the power went")
 
@@ -133,7 +133,7 @@ def test_a_run_folder_names_broken_and_foreign_files(tmp_path: Path) -> None:
     assert [trial.trial_id for trial in run.plan.trials] == ["one", "two", "three"]
 
 
-def test_every_kind_of_broken_record_is_named_and_none_takes_another_with_it(tmp_path: Path) -> None:
+def test_every_kind_of_broken_record_is_named_and_the_others_are_read(tmp_path: Path) -> None:
     names = ["folder", "link", "latin", "cut", "version", "moved", "whole"]
     write_plan(tmp_path, *names)
     record_path(tmp_path, "folder").mkdir(parents=True)
@@ -156,7 +156,7 @@ def test_every_kind_of_broken_record_is_named_and_none_takes_another_with_it(tmp
         "latin": "not a trial record: Invalid JSON: invalid unicode code point",
         "cut": "not a trial record: Invalid JSON: EOF while parsing",
         "version": "not a trial record: schema_version: Input should be 1",
-        "moved": "the record of trial whole, in another trial's folder",
+        "moved": "contains the record of another trial, whole",
     }
     for name, message in expected.items():
         assert said[str(record_path(tmp_path, name))].startswith(message)
@@ -168,7 +168,7 @@ def test_trials_that_are_a_file_are_named(tmp_path: Path) -> None:
     assert read_run(tmp_path).broken == (f"{tmp_path / 'trials'}: not a folder of trials",)
 
 
-def test_a_copy_of_a_record_never_takes_the_place_of_the_record(tmp_path: Path) -> None:
+def test_a_copy_of_a_record_never_replaces_the_record(tmp_path: Path) -> None:
     write_plan(tmp_path, "abc")
     write_record(tmp_path, record("abc", wall_time_s=1.0))
     copy = record_path(tmp_path, "abc-copy")

@@ -1,4 +1,4 @@
-"""The registry: plugins by entry point, the built-ins through the same door, and what is wrong with one is said."""
+"""Registry: plugins and built-ins from entry points, plugin files, and the errors of invalid plugins."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_names_joined_by_plus_are_one_combination() -> None:
         TASKS.load("tasks.scenes:Scenes", "tasks.text:Text")
 
 
-def test_a_plugin_of_another_distribution_stands_beside_the_rest(installed: list[EntryPoint]) -> None:
+def test_a_plugin_of_another_distribution_is_listed_with_the_rest(installed: list[EntryPoint]) -> None:
     installed += [
         Installed("vera", "vera.plugin:Vera", "vera-plugin"),
         Installed("lora", "adapters.methods.lora:LoRA", "ours"),
@@ -202,7 +202,7 @@ def _plugin_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 @pytest.mark.usefixtures("_plugin_modules")
-def test_what_is_wrong_with_a_plugin_is_said(target: str, message: str) -> None:
+def test_an_invalid_plugin_is_an_error_with_its_target(target: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         ADAPTERS.load(target)
 
@@ -214,6 +214,6 @@ def test_listing_imports_no_plugin(installed: list[EntryPoint]) -> None:
     assert "broken_plugin" not in sys.modules
 
 
-def test_did_you_mean_offers_nothing_that_is_far_off() -> None:
+def test_did_you_mean_suggests_no_distant_name() -> None:
     assert did_you_mean("qqq", ["lora", "ia3"]) == "allowed: ia3, lora"
     assert did_you_mean("lorra", ["lora", "ia3"]) == "allowed: ia3, lora; did you mean 'lora'?"

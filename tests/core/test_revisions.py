@@ -18,7 +18,7 @@ def installed(direct_url: object) -> Any:
     return SimpleNamespace(read_text=lambda _name: None if direct_url is None else json.dumps(direct_url))
 
 
-def test_the_revision_is_this_checkouts() -> None:
+def test_the_revision_is_that_of_this_checkout() -> None:
     head = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
     )
@@ -47,7 +47,7 @@ def test_a_changed_checkout_is_marked_and_a_plain_folder_has_no_revision(tmp_pat
     assert revision.endswith("+")
 
 
-def test_an_installation_from_git_says_its_commit() -> None:
+def test_an_installation_from_git_has_the_revision_of_its_commit() -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     origin = {"url": "https://host/repo.git", "vcs_info": {"vcs": "git", "commit_id": commit}}
     assert distribution_revision(installed(origin)) == commit[:12]

@@ -41,7 +41,7 @@ def test_the_script_runs_the_experiment_once_and_prints_its_results(script: tupl
     assert "[3/3]" in printed
     assert "\nTrue\n" in printed
     assert "runs/first/report/index.html" in printed
-    assert printed.rstrip().endswith("all 3 trials were finished before; nothing to compute")
+    assert printed.rstrip().endswith("all 3 trials have already finished; nothing to compute")
     assert (folder / "runs" / "first" / "report" / "index.html").is_file()
     experiment = harness.Experiment.from_yaml(folder / "runs" / "first" / "experiment.yaml")  # kept as YAML
     assert (experiment.name, experiment.seeds) == ("first", (0,))

@@ -1,5 +1,5 @@
 # ruff: noqa: E501 - one wrong input per line reads as a table
-"""Experiment files: axes expand, and everything wrong is named with its file, line and key path."""
+"""Experiment files: axes expand, and errors name the file, line and key path."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_mapping_under_grouping_is_one_grouping(experiment_file: Write) -> Non
     assert groupings(experiment) == [("image=vision text=-", {"image": "vision", "text": None})]
 
 
-def test_a_list_of_groupings_may_mix_words_and_mappings(experiment_file: Write) -> None:
+def test_a_list_of_groupings_may_mix_names_and_mappings(experiment_file: Write) -> None:
     text = adapters("{method: lora, grouping: [specific, {image: a, text: a}]}")
     assert groupings(Experiment.from_yaml(experiment_file(text))) == [
         ("specific", {"image": "image", "text": "text"}),
@@ -138,8 +138,8 @@ WRONG = {
     "unknown key in an adapter": ("task: scenes\nadapters:\n  - {method: none}\n  - method: lora\n    rnak: 4\n" + RATE, 5, "adapters[1].rnak", "unknown key 'rnak'; allowed: alpha, dropout, grouping, init_from, init_lora_weights, learning_rate, method, rank, tried_learning_rates, use_rslora, where; did you mean 'rank'?"),
     "unknown key in the task": ("task:\n  name: scenes\n  data_sed: 1\nadapters: [{method: none}]\n", 3, "task.data_sed", "unknown key 'data_sed'; allowed: data_seed, test_examples, train_examples, validation_examples; did you mean 'data_seed'?"),
     "option of another method": (adapters("{method: bitfit, rank: 4}"), 2, "adapters[0].rank", "unknown key 'rank'; allowed: grouping, init_from, learning_rate, method, tried_learning_rates, where"),
-    "key given twice": (ONE + "seeds: [0]\nseeds: [1]\n", 5, "seeds", "key given twice"),
-    "key given twice in an adapter": (adapters("{method: lora, rank: 4, rank: 8}"), 2, "adapters[0].rank", "key given twice"),
+    "key given twice": (ONE + "seeds: [0]\nseeds: [1]\n", 5, "seeds", "duplicate key"),
+    "key given twice in an adapter": (adapters("{method: lora, rank: 4, rank: 8}"), 2, "adapters[0].rank", "duplicate key"),
     "unknown adapter": (adapters("{method: none}, {method: lroa}"), 2, "adapters[1].method", "unknown adapter 'lroa'; allowed: " + METHODS_LINE + "; did you mean 'lora'?"),
     "unknown task": ("task: scens\nadapters: [{method: none}]\n", 1, "task", "unknown task 'scens'; allowed: " + TASKS_LINE + "; did you mean 'scenes'?"),
     "unknown task by name": ("adapters: [{method: none}]\ntask:\n  name: cocoa_captions\n", 3, "task.name", "unknown task 'cocoa_captions'; allowed: " + TASKS_LINE + "; did you mean 'coco_captions'?"),
@@ -189,7 +189,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_named_with_its_place(experiment_file: Write, case: str) -> None:
+def test_invalid_input_is_named_with_its_location(experiment_file: Write, case: str) -> None:
     text, line, key_path, says = WRONG[case]
     path = experiment_file(text)
     with pytest.raises(UserError, match=re.escape(says)) as caught:
@@ -218,11 +218,11 @@ def test_what_is_not_plain_yaml_is_refused(experiment_file: Write, text: str) ->
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "- task: scenes\n", "scenes\n"])
 def test_an_experiment_is_a_mapping(experiment_file: Write, text: str) -> None:
-    with pytest.raises(UserError, match="an experiment is a mapping; allowed keys: name, task, adapters"):
+    with pytest.raises(UserError, match="not a mapping; allowed keys: name, task, adapters"):
         Experiment.from_yaml(experiment_file(text))
 
 
-def test_a_missing_file_names_its_neighbours(experiment_file: Write) -> None:
+def test_a_missing_file_lists_other_experiments_in_the_folder(experiment_file: Write) -> None:
     path = experiment_file(ONE)
     with pytest.raises(UserError, match=f"no such file; this folder has: {re.escape(str(path))}"):
         Experiment.from_yaml(path.with_name("experimnet.yaml"))
@@ -236,7 +236,7 @@ def test_a_folder_or_a_picture_is_no_experiment(tmp_path: Path) -> None:
             Experiment.from_yaml(path)
 
 
-def test_keys_brought_in_by_a_merge_are_known(experiment_file: Write) -> None:
+def test_keys_from_a_yaml_merge_are_accepted(experiment_file: Write) -> None:
     text = "task: scenes\nadapters:\n  - &base {method: lora, rank: 4}\n  - {<<: *base, rank: 8}\n" + RATE
     assert [c.config["rank"] for c in Experiment.from_yaml(experiment_file(text)).adapters[0]] == [4, 8]
 
@@ -300,5 +300,5 @@ PYTHON_WRONG: dict[str, tuple[dict[str, Any], str]] = {
 def test_wrong_sections_from_python_are_named_with_their_key(case: str) -> None:
     change, message = PYTHON_WRONG[case]
     sections: dict[str, Any] = {"task": "scenes", "adapters": [{"method": "none", "learning_rate": 1}]}
-    with pytest.raises(UserError, match=f"^{message}|^experiment: options are {message}"):
+    with pytest.raises(UserError, match=f"^{message}|^experiment: options must be {message}"):
         Experiment(**(sections | change))

@@ -1,4 +1,4 @@
-"""Plans: which trials an experiment asks for, what they are called, and ids that follow the result alone."""
+"""Plans: the trials of an experiment, their labels, and ids that depend only on what affects the result."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_seeds_vary_fastest_and_budgets_slower_than_adapters(trials: Trials) -> 
     ]
 
 
-def test_a_trial_has_its_own_learning_rate_before_the_optimizers(trials: Trials) -> None:
+def test_the_learning_rate_of_an_adapter_takes_precedence_over_the_optimizers(trials: Trials) -> None:
     text = BASE.replace("seeds", "  - {method: none}\nseeds").replace("budget: {examples: 128, epochs: 2}\n  -", "  -")
     text = text.replace("optimizer: {", "optimizer: {learning_rate: 1e-4, ")
     assert [(s.adapter.method, s.optimizer.learning_rate) for s in trials(text)] == [("lora", 6e-3), ("none", 1e-4)]
@@ -115,7 +115,7 @@ task: scenes
 
 
 @pytest.mark.parametrize("case", SAME)
-def test_an_id_stays_when_the_result_does(trials: Trials, case: str) -> None:
+def test_an_id_does_not_change_when_the_result_does_not(trials: Trials, case: str) -> None:
     assert ids(trials(SAME[case])) == ids(trials(BASE))
 
 
@@ -170,7 +170,7 @@ def test_ids_do_not_depend_on_the_process(trials: Trials, experiment_file: Write
     assert there.stdout.strip() == str(here)
 
 
-def test_a_spec_survives_the_way_to_a_worker(trials: Trials) -> None:
+def test_a_spec_is_unchanged_after_transfer_to_a_worker(trials: Trials) -> None:
     (spec,) = trials(BASE.replace("specific", "{image: vision, text: null}"))
     again = TrialSpec.model_validate_json(spec.model_dump_json())
     assert again == spec
@@ -192,7 +192,7 @@ def test_a_spec_survives_the_way_to_a_worker(trials: Trials) -> None:
 )
 def test_the_same_trial_twice_is_an_error(trials: Trials, entries: str, name: str) -> None:
     text = f"task: scenes\nadapters: [{entries}]\noptimizer: {{learning_rate: 1e-3}}\n"
-    with pytest.raises(UserError, match=rf"line 2, adapters: the same trial is asked for twice: {re.escape(name)}"):
+    with pytest.raises(UserError, match=rf"line 2, adapters: two entries describe the same trial: {re.escape(name)}"):
         trials(text)
 
 
@@ -200,7 +200,7 @@ def labels(plan: Plan) -> list[str]:
     return [trial.label for trial in plan.trials]
 
 
-def test_labels_say_the_option_that_tells_trials_apart(plan: MakePlan) -> None:
+def test_labels_contain_the_option_in_which_trials_differ(plan: MakePlan) -> None:
     text = BASE.replace("rank: 4", "rank: 4, dropout: [0.0, 0.1]")
     assert labels(plan(text)) == ["LoRA r=4 dropout=0.0", "LoRA r=4 dropout=0.1"]
 
@@ -217,7 +217,7 @@ SEARCHES = {
 
 
 @pytest.mark.parametrize("case", SEARCHES)
-def test_trials_that_differ_in_learning_rate_alone_are_candidates_of_one_row(plan: MakePlan, case: str) -> None:
+def test_trials_that_differ_only_in_learning_rate_are_candidates_of_one_row(plan: MakePlan, case: str) -> None:
     planned = plan(SEARCHES[case]).trials
     assert [(t.label, t.grouping, t.setting) for t in planned] == [("LoRA r=4", "specific", "")] * 2
     assert [t.learning_rate for t in planned] == [0.006, 0.001]
@@ -234,7 +234,7 @@ def test_rates_tried_before_are_in_the_plan_and_in_no_id(plan: MakePlan) -> None
     assert [t.model_copy(update={"tried_learning_rates": ()}) for t in tried.trials] == list(without.trials)
 
 
-def test_labels_stay_bare_where_rank_or_grouping_tells_enough(plan: MakePlan) -> None:
+def test_labels_add_nothing_where_rank_or_grouping_suffices(plan: MakePlan) -> None:
     text = BASE.replace("rank: 4, grouping: specific", "rank: [4, 8], grouping: [agnostic, specific], alpha: 8.0")
     assert labels(plan(text)) == ["LoRA r=4", "LoRA r=4", "LoRA r=8", "LoRA r=8"]
 
@@ -265,7 +265,7 @@ def settings(plan: Plan) -> list[str]:
         ("seeds: [0]", "seeds: [0, 1]", ["", ""]),
     ],
 )
-def test_settings_name_what_varies_beside_adapter_and_seed(
+def test_settings_name_what_varies_besides_adapter_and_seed(
     plan: MakePlan, old: str, new: str, expected: list[str]
 ) -> None:
     assert settings(plan(BASE.replace(old, new))) == expected
@@ -290,13 +290,15 @@ def test_an_unknown_primary_metric_is_named(plan: MakePlan, tmp_path: Path) -> N
         plan(BASE.replace("primary_metric: perplexity", "primary_metric: cidr"))
 
 
-def test_expanding_takes_work_in_proportion_to_the_trials(trials: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cost_of_expanding_is_linear_in_the_number_of_trials(
+    trials: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hashed = []
     trial_id = TrialSpec.trial_id.fget
     assert trial_id is not None
     monkeypatch.setattr(TrialSpec, "trial_id", property(lambda spec: hashed.append(spec) or trial_id(spec)))
     assert len(trials(BASE.replace("[0]", str(list(range(40)))))) == 40
-    # Comparing each with each would make a plan of a thousand trials take half a minute.
+    # Pairwise comparison would make a plan of a thousand trials take half a minute.
     assert 40 <= len(hashed) <= 4 * 40
 
 

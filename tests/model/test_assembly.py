@@ -1,4 +1,4 @@
-"""Assembly: groups of two trained trials in a third one, bit for bit; whatever does not fit is said before."""
+"""``init_from``: groups of two trained trials in a third one, bit for bit; mismatches are errors before any compute."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SECTIONS: dict[str, Any] = {"budget": {"examples": "all", "epochs": 2}, "eval": 
 
 
 def made(folder: Path, task: Any, adapter: Any = LORA, **sections: Any) -> TrialSpec:
-    """With the stand-in metric for every task."""
+    """The specs of an experiment with the stand-in metric for every task."""
     spec = spec_of(folder, adapter, metric="", task=task, **(SECTIONS | sections))
     return scored_by(spec)
 
@@ -50,7 +50,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def save_as_finished(spec: TrialSpec, run_folder: Path) -> Path:
-    """What a trial leaves behind, of a model that was built and not trained: enough to be refused."""
+    """Save a model that was built but not trained as a finished trial; returns its folder."""
     folder = run_folder / "trials" / spec.trial_id
     folder.mkdir(parents=True)
     model = empty_model(spec, empty_encoders(spec)).to_empty(device="cpu")
@@ -66,7 +66,7 @@ def save_as_finished(spec: TrialSpec, run_folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The folders of two trained trials: pictures and series."""
+    """The folders of two trained trials: images and series."""
     folder = tmp_path_factory.mktemp("sources")
     found = []
     for task in (SCENES, TRENDS):
@@ -79,7 +79,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def copy(sources: tuple[Path, Path], tmp_path: Path) -> Path:
-    """Of the pictures' trial, to be spoiled."""
+    """A copy of the image trial's folder, to be modified."""
     return Path(shutil.copytree(sources[0], tmp_path / "elsewhere" / "copy"))
 
 
@@ -94,7 +94,7 @@ def built(init_from: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
     return build(assembled(tmp_path_factory.mktemp("assembled"), init_from), CPU)
 
 
-# ── What is taken over
+# ── What is loaded
 
 
 def test_groups_and_projectors_are_the_trained_ones_bit_for_bit(built: Built, sources: tuple[Path, Path]) -> None:
@@ -106,8 +106,8 @@ def test_groups_and_projectors_are_the_trained_ones_bit_for_bit(built: Built, so
             assert p.abs().max() > 0
 
 
-def test_groups_that_are_not_named_start_as_in_any_trial(sources: tuple[Path, Path], tmp_path: Path) -> None:
-    """Also where the group has another name there; its projector comes with it."""
+def test_groups_without_a_source_are_initialised_as_usual(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    """Also if the group has another name in the source; its projector is loaded too."""
     adapter = {**LORA, "grouping": {"image": "vision", "series": "series", "text": "text"}}
     origin = {"vision": {"trial": str(sources[0]), "group": "image"}}
     model = build(assembled(tmp_path, origin, adapter=adapter), CPU).model
@@ -122,7 +122,7 @@ def test_groups_that_are_not_named_start_as_in_any_trial(sources: tuple[Path, Pa
     assert taken == sum("image" in name for name in scenes)
 
 
-def test_pictures_are_described_as_in_the_trial_they_come_from(built: Built, sources: Any, tmp_path: Path) -> None:
+def test_images_are_described_as_in_the_source_trial(built: Built, sources: Any, tmp_path: Path) -> None:
     source, fresh = build(made(tmp_path, SCENES), CPU), build(made(tmp_path, MIXTURE), CPU)
     load_weights(sources[0] / "best.safetensors", {n: p for n, p in source.model.named_parameters() if p.requires_grad})
     nll = {}
@@ -135,7 +135,7 @@ def test_pictures_are_described_as_in_the_trial_they_come_from(built: Built, sou
     assert not np.allclose(nll["fresh"], nll["source"], rtol=1e-2)
 
 
-def test_training_goes_on_from_there_and_the_record_says_from_where(
+def test_training_continues_from_the_sources_and_the_record_has_their_digests(
     init_from: dict[str, str], sources: Any, tmp_path: Path
 ) -> None:
     spec = assembled(tmp_path, init_from)
@@ -146,7 +146,7 @@ def test_training_goes_on_from_there_and_the_record_says_from_where(
     for name, tensor in trained.items():
         source = (trends if "series" in name else scenes)[name]
         assert not torch.equal(tensor, source), name
-        if "lora_A" in name:  # which was drawn large, and moved by little
+        if "lora_A" in name:  # initialised with large values, and changed little by training
             assert (tensor - source).norm() < source.norm(), name
     origins = read_record(tmp_path / "trials" / record.trial_id / "record.json").spec["adapter"]["init_from"]
     assert {group: (origin["trial"], origin["group"]) for group, origin in origins.items()} == {
@@ -159,7 +159,7 @@ def test_training_goes_on_from_there_and_the_record_says_from_where(
 # ── Which trial it is
 
 
-def test_the_trial_is_another_one_where_the_weights_are_and_not_where_the_folder_is(
+def test_the_trial_id_depends_on_the_weights_and_not_on_the_folder(
     sources: tuple[Path, Path], copy: Path, tmp_path: Path
 ) -> None:
     scenes = sources[0]
@@ -173,10 +173,10 @@ def test_the_trial_is_another_one_where_the_weights_are_and_not_where_the_folder
     assert len({ids[0], other, text, made(tmp_path, MIXTURE).trial_id}) == 4
 
 
-def test_the_leaderboard_tells_assembled_and_fresh_ones_apart(
+def test_the_leaderboard_has_separate_rows_with_and_without_init_from(
     sources: tuple[Path, Path], experiment_file: Callable[[str], Path]
 ) -> None:
-    """An axis: from nothing, with the pictures' group, with both."""
+    """An axis of three: without sources, with the image group, with both groups."""
     given = [None, {"image": str(sources[0])}, {"image": str(sources[0]), "series": str(sources[1])}]
     path = experiment_file(yaml.safe_dump({"task": MIXTURE, "adapters": [{**LORA, "init_from": given}]}))
     specs = expand(Experiment.from_yaml(path))
@@ -205,11 +205,11 @@ def test_the_leaderboard_tells_assembled_and_fresh_ones_apart(
         ({"image": {"trial": "SCENES", "grup": "a"}}, r"image\.grup: unknown key 'grup'; .*did you mean 'group'"),
         ({"image": {"trial": "SCENES", "group": "imag"}}, r"no adapter group 'imag'; allowed: image, text; did you"),
         ({"series": "SCENES"}, r"init_from\.series: .*: that trial has no adapter group 'series'; allowed: im"),
-        ({"image": "nowhere"}, r"init_from\.image: /.*/nowhere: no trial has its record there; allowed: <run"),
-        ({"image": "RUN"}, r"no trial has its record there; this run has /.*/trials/\w{12}, /"),
+        ({"image": "nowhere"}, r"init_from\.image: /.*/nowhere: contains no trial record; allowed: <run"),
+        ({"image": "RUN"}, r"contains no trial record; this run has /.*/trials/\w{12}, /"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_taken_over_is_said(
+def test_an_invalid_init_from_is_an_error_with_its_location(
     init_from: Any, reason: str, sources: tuple[Path, Path], tmp_path: Path
 ) -> None:
     text = json.dumps(init_from).replace("SCENES", str(sources[0])).replace("RUN", str(sources[0].parent.parent))
@@ -220,32 +220,32 @@ def test_what_cannot_be_taken_over_is_said(
 @pytest.mark.parametrize(
     ("adapter", "reason"),
     [
-        ({**LORA, "rank": 3, "dropout": 0.1}, "other options: rank is 3 here, 2 there, dropout is 0.1 here, 0.0 there"),
-        ({"method": "dora", "grouping": "specific", "learning_rate": 1.0}, "method differs: dora here, lora there"),
-        ({"method": "full", "learning_rate": 1.0}, "full has no adapter groups, so none can be taken over"),
+        ({**LORA, "rank": 3, "dropout": 0.1}, r"different options: rank=2 \(here 3\), dropout=0.0 \(here 0.1\)"),
+        ({"method": "dora", "grouping": "specific", "learning_rate": 1.0}, "method lora; allowed: dora"),
+        ({"method": "full", "learning_rate": 1.0}, "init_from: full has no adapter groups"),
     ],
 )  # fmt: skip
-def test_another_method_or_other_options_are_said(adapter: Any, reason: str, sources: Any, tmp_path: Path) -> None:
+def test_another_method_or_other_options_are_errors(adapter: Any, reason: str, sources: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=reason):
         assembled(tmp_path, {"image": str(sources[0])}, adapter=adapter)
 
 
-def test_a_trial_that_is_not_finished_or_broken_is_said(copy: Path, tmp_path: Path) -> None:
+def test_an_unfinished_or_broken_trial_is_an_error(copy: Path, tmp_path: Path) -> None:
     record = read_record(copy / "record.json")
     old = record.model_copy(update={"spec": {"adapter": {"method": "lora"}}})
     (copy / "record.json").write_text(old.model_dump_json())
-    with pytest.raises(UserError, match=r"record.json: its spec is of another version of the harness"):
+    with pytest.raises(UserError, match=r"record.json: .* incompatible version"):
         assembled(tmp_path, {"image": str(copy)})
     (copy / "record.json").write_text(record.model_dump_json())
     (copy / "best.safetensors").write_bytes(b"no weights")
     with pytest.raises(UserError, match=r"best.safetensors: cannot be read: "):
         assembled(tmp_path, {"image": str(copy)})
     (copy / "best.safetensors").unlink()
-    with pytest.raises(UserError, match=r"best.safetensors: no such file; the trial's weights are needed"):
+    with pytest.raises(UserError, match=r"best.safetensors: no such file"):
         assembled(tmp_path, {"image": str(copy)})
     failed = record.model_copy(update={"status": "failed", "reason": "lightning"})
     (copy / "record.json").write_text(failed.model_dump_json())
-    with pytest.raises(UserError, match=r"its trial is failed \(lightning\); allowed: a finished one"):
+    with pytest.raises(UserError, match=r"the trial is failed \(lightning\); allowed: a finished trial"):
         assembled(tmp_path, {"image": str(copy)})
     (copy / "record.json").write_text("{}")
     with pytest.raises(UserError, match=r"record.json: not a trial record"):
@@ -258,19 +258,21 @@ def test_a_trial_that_is_not_finished_or_broken_is_said(copy: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("there", "reason"),
     [
-        ({"language_model": "OTHER"}, "language_model is 'builtin/tiny-llama' here, '/.*' there"),
-        ({"encoders": {"image": "OTHER"}}, "encoders.image is 'builtin/tiny-vision' here, '/.*' there"),
+        ({"language_model": "OTHER"}, r"language_model='/.*' \(here 'builtin/tiny-llama'\)"),
+        ({"encoders": {"image": "OTHER"}}, r"encoders.image='/.*' \(here 'builtin/tiny-vision'\)"),
         ({"projector": "mlp", "projector_positions": 16},
-         "projector is 'linear' here, 'mlp' there, projector_positions is None here, 16 there"),
-        ({"roles": {"x": "q"}}, "roles is None here, {'x': 'q'} there"),
+         r"projector='mlp' \(here 'linear'\), projector_positions=16 \(here None\)"),
+        ({"roles": {"x": "q"}}, r"roles={'x': 'q'} \(here None\)"),
     ],
 )  # fmt: skip
-def test_another_backbone_is_said(there: dict[str, Any], reason: str, copy: Path, tmp_path: Path) -> None:
+def test_another_backbone_is_an_error_with_both_values(
+    there: dict[str, Any], reason: str, copy: Path, tmp_path: Path
+) -> None:
     content = json.loads((copy / "record.json").read_text())
     content["spec"]["backbone"] |= json.loads(json.dumps(there).replace("OTHER", str(tmp_path)))
     (copy / "record.json").write_text(json.dumps(content))
     spec = assembled(tmp_path, {"image": str(copy)}, SCENES)
-    with pytest.raises(UserError, match=rf"adapters: LoRA r=2 assembled: init_from.image: .*other options: {reason}"):
+    with pytest.raises(UserError, match=rf"adapters: LoRA r=2 assembled: init_from.image: .*options: {reason}"):
         check_models([spec])
 
 
@@ -279,7 +281,7 @@ def test_the_encoder_and_projector_do_not_matter_to_a_group_of_text(copy: Path, 
     content["spec"]["backbone"] |= {"projector": "mlp", "encoders": {"image": "another"}}
     (copy / "record.json").write_text(json.dumps(content))
     check_models([assembled(tmp_path, {"text": str(copy)}, SCENES)])
-    with pytest.raises(UserError, match=r"other options: encoders\.image is"):
+    with pytest.raises(UserError, match=r"different options: encoders\.image="):
         check_models([assembled(tmp_path, {"image": str(copy)}, SCENES)])
 
 
@@ -287,14 +289,16 @@ def test_the_encoder_and_projector_do_not_matter_to_a_group_of_text(copy: Path, 
     ("change", "reason"),
     [
         (lambda tensors: tensors.pop(next(n for n in tensors if "group_image" in n)),
-         r"lacks adapters.layers\S+ \(1 tensors\)"),
+         r"missing: adapters.layers\S+ \(1 tensors\)"),
         (lambda tensors: tensors.update({"projectors.image.more": torch.zeros(1)}),
-         r"has too many: projectors.image.more"),
+         r"unexpected: projectors.image.more"),
         (lambda tensors: tensors.update({"projectors.image.layers.1.bias": torch.zeros(5)}),
-         r"shape of projectors.image.layers.1.bias differs: \(96,\) here, \(5,\) there"),
+         r"projectors.image.layers.1.bias has shape \(5,\); allowed: \(96,\)"),
     ],
 )  # fmt: skip
-def test_every_tensor_is_accounted_for(change: Any, reason: str, copy: Path, tmp_path: Path) -> None:
+def test_missing_unexpected_and_reshaped_tensors_are_errors(
+    change: Any, reason: str, copy: Path, tmp_path: Path
+) -> None:
     tensors = weights(copy)
     change(tensors)
     safetensors.torch.save_file(tensors, copy / "best.safetensors")
@@ -305,23 +309,25 @@ def test_every_tensor_is_accounted_for(change: Any, reason: str, copy: Path, tmp
 def test_weights_that_changed_since_the_plan_are_not_loaded(sources: Any, copy: Path, tmp_path: Path) -> None:
     spec = assembled(tmp_path, {"image": str(copy)}, SCENES)
     shutil.copy(sources[1] / "best.safetensors", copy / "best.safetensors")
-    with pytest.raises(UserError, match="not the weights that this trial was planned with"):
+    with pytest.raises(UserError, match=r"best.safetensors: the weights have changed"):
         build(spec, CPU)
 
 
 @pytest.mark.parametrize(
     ("adapter", "seed", "reason"),
     [
-        ({"method": "moka", "rank": 2}, 0, r"moka: all groups share \S*lora_B, so none"),
-        ({"method": "lora+full", "rank": 2}, 0, "trains the language model's own weights, which two trials"),
-        ({"method": "vera", "rank": 4}, 1, r"draws frozen weights from the seed \(shared.\S+\), .*: 1 here, 0 there"),
+        ({"method": "moka", "rank": 2}, 0, r"moka: all groups share \S*lora_B"),
+        ({"method": "lora+full", "rank": 2}, 0, "full trains the language model itself"),
+        ({"method": "vera", "rank": 4}, 1, r"frozen weights from the seed \(shared.\S+\), .* seed 0; allowed: .* 1"),
         ({"method": "vera", "rank": 4}, 0, None),
         ({"method": "soft_prompt"}, 1, None),
         ({"method": "lora+bitfit", "rank": 2}, 1, None),
     ],
     ids=lambda value: value["method"] if isinstance(value, dict) else "",
 )  # fmt: skip
-def test_whose_groups_can_be_parted(adapter: Any, seed: int, reason: str | None, tmp_path: Path) -> None:
+def test_methods_whose_groups_share_weights_are_refused(
+    adapter: Any, seed: int, reason: str | None, tmp_path: Path
+) -> None:
     adapter = {"grouping": "specific", "learning_rate": 1.0, **adapter}
     source = save_as_finished(made(tmp_path, SCENES, adapter), tmp_path / "source")
     spec = assembled(tmp_path, {"image": str(source)}, SCENES, adapter, seeds=[seed])
@@ -333,16 +339,16 @@ def test_whose_groups_can_be_parted(adapter: Any, seed: int, reason: str | None,
     model = build(spec, CPU).model
     taken = [p for name, p in model.named_parameters() if "group_image" in name]
     assert taken
-    assert all(not p.any() for p in taken)  # zeros, as they were saved
+    assert all(not p.any() for p in taken)  # the saved values
     assert any(p.any() for name, p in model.named_parameters() if "group_text" in name)
 
 
-def test_frozen_weights_are_compared_with_those_drawn_there(tmp_path: Path) -> None:
+def test_frozen_weights_must_equal_those_of_the_source_trial(tmp_path: Path) -> None:
     """With a bottleneck beside it, VeRA's projections depend on how many groups were drawn before."""
     adapter = {**LORA, "method": "bottleneck+vera", "bottleneck_size": 2}
     source = save_as_finished(made(tmp_path, SCENES, adapter), tmp_path / "source")
     spec = assembled(tmp_path, {"image": str(source)}, adapter=adapter)
-    with pytest.raises(UserError, match=r"bottleneck\+vera drew other frozen weights there \(shared.\S*vera_A\)"):
+    with pytest.raises(UserError, match=r"frozen weights that bottleneck\+vera drew differ here \(shared.\S*vera_A\)"):
         assembly.load(spec, build(made(tmp_path, MIXTURE, adapter), CPU).model)
     same = assembled(tmp_path, {"image": str(source)}, task=SCENES, adapter=adapter)
     assembly.load(same, build(made(tmp_path, SCENES, adapter), CPU).model)

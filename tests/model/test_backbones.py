@@ -1,4 +1,4 @@
-"""Language models of other families through the one path: saved with random weights, loaded, run."""
+"""Language models of other families: saved with random weights, loaded and run like the built-in one."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def save_tokenizer(folder: Path, **special: str) -> None:
 def test_a_saved_language_model_is_loaded_exactly(make: Callable[[], Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = make().eval()
-    model.to(torch.bfloat16).save_pretrained(tmp_path)  # as many are published
+    model.to(torch.bfloat16).save_pretrained(tmp_path)  # like many published models
     save_tokenizer(tmp_path, bos_token="<s>", eos_token="</s>")
     loaded = backbones.load_language_model(Backbone(language_model=str(tmp_path)))
     assert (loaded.bos_id, loaded.eos_id) == (1, 2)
@@ -87,7 +87,7 @@ def test_a_saved_language_model_is_loaded_exactly(make: Callable[[], Any], tmp_p
 
 
 @pytest.mark.usefixtures("_offline")
-def test_a_language_model_without_bos_opens_with_its_end_of_text(tmp_path: Path) -> None:
+def test_a_language_model_without_bos_begins_with_its_end_of_text_token(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path)
     save_tokenizer(tmp_path, eos_token="</s>")
     assert backbones.load_language_model(Backbone(language_model=str(tmp_path))).bos_id == 2
@@ -118,14 +118,14 @@ def test_known_language_models_are_counted_offline(name: str, parameters: int | 
 
 
 @pytest.mark.usefixtures("_offline")
-def test_an_unknown_hub_id_offline_is_an_error_that_says_so() -> None:
+def test_an_unknown_hub_id_offline_is_an_error() -> None:
     name = "facebook/opt-125mm"
     with pytest.raises(
         UserError,
-        match=r"'facebook/opt-125mm'.*neither as a folder nor from the hub.*offline mode.*builtin/tiny-llama",
+        match=r"'facebook/opt-125mm'.*from a folder or from the hub.*offline mode.*builtin/tiny-llama",
     ):
         backbones.check_backbone(Backbone(language_model=name))
-    with pytest.raises(UserError, match=r"'facebook/opt-125mm' cannot be had, neither as a folder nor from the hub"):
+    with pytest.raises(UserError, match=r"'facebook/opt-125mm' could not be loaded from a folder or from the hub"):
         backbones.load_language_model(Backbone(language_model=name))
 
 
@@ -133,15 +133,15 @@ def test_an_unknown_hub_id_offline_is_an_error_that_says_so() -> None:
 def test_a_hub_id_that_is_known_but_not_in_the_cache_fails_before_any_trial(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Its configuration is known, so it can be counted; its weights cannot be had, so it cannot be run."""
+    """Its configuration is known, so it can be counted; its weights could not be loaded, so it cannot be run."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     hub.load_config("facebook/opt-125m")
-    with pytest.raises(UserError, match="'facebook/opt-125m' cannot be had"):
+    with pytest.raises(UserError, match="'facebook/opt-125m' could not be loaded"):
         backbones.check_backbone(Backbone(language_model="facebook/opt-125m"))
 
 
 @pytest.mark.usefixtures("_offline")
-def test_a_missing_folder_and_an_unknown_built_in_are_errors_that_say_so(tmp_path: Path) -> None:
+def test_a_missing_folder_and_an_unknown_built_in_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"/nowhere': no such folder; .*builtin/tiny-llama"):
         backbones.check_backbone(Backbone(language_model=f"{tmp_path}/nowhere"))
     with pytest.raises(
@@ -152,5 +152,5 @@ def test_a_missing_folder_and_an_unknown_built_in_are_errors_that_say_so(tmp_pat
 
 @pytest.mark.usefixtures("_offline")
 def test_a_folder_without_a_model_is_an_error_that_names_it(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"'{tmp_path}' cannot be had"):
+    with pytest.raises(UserError, match=rf"'{tmp_path}' could not be loaded"):
         backbones.load_language_model(Backbone(language_model=str(tmp_path)))

@@ -119,7 +119,7 @@ def evaluator(model: Any, batches: BatchMaker, batch_size: int = 16, num_beams: 
 
 @each_method
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_rows_that_differ_are_scored_as_each_row_alone(
+def test_rows_that_differ_are_scored_as_in_a_batch_of_one(
     method: AdapterMethod, options: dict[str, Any], examples: list[Example]
 ) -> None:
     model, batches = made(method, **options)
@@ -134,7 +134,7 @@ def test_rows_that_differ_are_scored_as_each_row_alone(
 
 @each_method
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_prompts_of_mixed_lengths_are_continued_as_each_one_alone(
+def test_generation_from_prompts_of_mixed_lengths_equals_that_from_each_prompt(
     method: AdapterMethod, num_beams: int, examples: list[Example]
 ) -> None:
     model, batches = made(method)
@@ -151,7 +151,7 @@ def test_beams_find_what_greedy_search_does_not(examples: list[Example]) -> None
     assert greedy != beams
 
 
-def test_a_row_is_laid_out_as_the_example_says(examples: list[Example]) -> None:
+def test_a_row_has_the_inputs_in_the_order_of_the_example(examples: list[Example]) -> None:
     _, batches = made(METHODS["lora"], projector_boundary_tokens=True)
     tokenizer = batches.language_model.tokenizer
     batch = batches.make([examples[0], examples[2]], [" two cups", " one"])
@@ -162,7 +162,7 @@ def test_a_row_is_laid_out_as_the_example_says(examples: list[Example]) -> None:
     contexts = [2, *[0] * 18, *[1] * len(question), *[2] * (len(answer) + 1)]
     assert batch.context_ids_BT[0, :length].tolist() == contexts
     assert batch.labels_BT[0, :length].tolist() == [IGNORED] * (19 + len(question)) + ids[-len(answer) - 1 :]
-    assert batch.items["image"].places_P.tolist() == list(range(1, 19))
+    assert batch.items["image"].positions_P.tolist() == list(range(1, 19))
     assert batch.items["image"].lengths == (16,)
     assert batch.segments is None
     assert batch.positions == int(batch.mask_BT.sum()) - 2
@@ -190,7 +190,7 @@ def test_an_item_with_more_tokens_than_positions_is_an_error(examples: list[Exam
         model(batch)
 
 
-def test_learnt_positions_and_boundaries_stand_where_they_should(examples: list[Example]) -> None:
+def test_learned_positions_and_boundary_tokens_are_at_the_right_positions(examples: list[Example]) -> None:
     model, batches = made(METHODS["lora"], projector_boundary_tokens=True, projector_positions=16)
     batch = batches.prompts([examples[3]])
     projector: Any = model.projectors["image"]
@@ -203,7 +203,7 @@ def test_learnt_positions_and_boundaries_stand_where_they_should(examples: list[
         torch.testing.assert_close(embeds_TD[start + 17], projector.boundary[1])
 
 
-def test_augmentation_follows_its_seed_and_leaves_evaluation_alone(examples: list[Example]) -> None:
+def test_augmentation_depends_on_its_seed_and_is_not_applied_in_evaluation(examples: list[Example]) -> None:
     _, batches = made(METHODS["lora"])
 
     def seen(view: int | None) -> torch.Tensor:
@@ -217,7 +217,7 @@ def test_augmentation_follows_its_seed_and_leaves_evaluation_alone(examples: lis
     assert torch.equal(seen(None), plain)
 
 
-def test_texts_that_are_too_long_are_cut_and_counted() -> None:
+def test_texts_that_are_too_long_are_truncated_and_counted() -> None:
     model, batches = made(METHODS["lora"])
     batches.budget = Budget(max_input_length=5, max_target_length=4)
     example = Example("long", (Part("question", "one two three " * 50),), (" four" * 50,))
@@ -227,7 +227,7 @@ def test_texts_that_are_too_long_are_cut_and_counted() -> None:
     model(batch)
 
 
-def test_a_target_may_begin_with_a_space_which_no_prediction_does(examples: list[Example]) -> None:
+def test_targets_may_begin_with_a_space_but_predictions_do_not(examples: list[Example]) -> None:
     """The built-in language model has never seen "ix" and "ven", which "six" and "seven" end with without a space."""
     _, plain = made(METHODS["lora"])
     _, spaced = made(METHODS["lora"], add_prefix_space=True)

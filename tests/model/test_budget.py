@@ -1,4 +1,4 @@
-"""Budgets: nested subsets by seed, an order every method shares, and fingerprints that notice any change."""
+"""Budgets: nested subsets by seed, the same order for all methods, fingerprints that detect any change."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_seeds_choose_different_examples() -> None:
     assert 47 < shared < 127
 
 
-def test_the_choice_does_not_lean_to_the_front() -> None:
+def test_the_choice_is_uniform_over_the_file() -> None:
     positions = [int(example.id) for example in choose(EXAMPLES, 512, 0, WHAT)]
     # Uniform: mean 1,500, standard error 3000 / sqrt(12 · 512) = 38.
     assert np.mean(positions) == pytest.approx(1500, abs=4 * 38)
@@ -54,7 +54,7 @@ def test_the_choice_does_not_depend_on_the_order_of_the_file() -> None:
     assert choose(shuffled, 512, 3, WHAT) == choose(EXAMPLES, 512, 3, WHAT)
 
 
-def test_more_data_does_not_change_who_goes_before_whom() -> None:
+def test_more_data_does_not_change_the_relative_order() -> None:
     few = ids(choose(EXAMPLES[:1000], "all", 0, WHAT))
     many = ids(choose(EXAMPLES, "all", 0, WHAT))
     assert [i for i in many if i in set(few)] == few
@@ -64,9 +64,9 @@ def test_all_is_every_example() -> None:
     assert sorted(ids(choose(EXAMPLES, "all", 5, WHAT))) == ids(EXAMPLES)
 
 
-def test_exactly_as_many_as_there_are_is_allowed_and_one_more_is_not() -> None:
+def test_all_examples_may_be_requested_but_not_one_more() -> None:
     assert len(choose(EXAMPLES, 3000, 0, WHAT)) == 3000
-    message = f"{WHAT}: asks for 3,001 examples, there are 3,000; ask for at most 3,000"
+    message = f"{WHAT}: requests 3,001 examples, but there are 3,000; allowed: at most 3,000"
     with pytest.raises(UserError, match=re.escape(message)):
         choose(EXAMPLES, 3001, 0, WHAT)
 
@@ -133,7 +133,7 @@ def test_the_content_fingerprint_notices_a_file_of_another_size(tmp_path: Path) 
     assert content_fingerprint(examples, digest) != before
 
 
-def test_the_content_fingerprint_goes_by_content_not_by_place_or_order(tmp_path: Path) -> None:
+def test_the_content_fingerprint_does_not_depend_on_paths_or_order(tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     there.mkdir()

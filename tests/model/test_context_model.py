@@ -44,7 +44,7 @@ def context_model(language_model: Any, method: AdapterMethod = METHODS["lora"], 
     adapters.attach(language_model)
     torch.manual_seed(3)
     model = model_of(language_model, {"image": 20}, adapters, router, dropout)
-    with torch.no_grad():  # so that attention has something to tell apart
+    with torch.no_grad():  # so that attention differs between tokens
         model.projectors["image"].layers[1].weight *= 8  # type: ignore[operator, union-attr, index]
     return model.eval()
 
@@ -132,12 +132,12 @@ def greedy_by_recomputation(model: ContextModel, steps: int) -> Tensor:
 def test_generation_with_a_cache_equals_full_recomputation(make_model: Any, method: AdapterMethod) -> None:
     model = context_model(make_model(), method)
     expected_BT = greedy_by_recomputation(model, 12)
-    assert expected_BT.unique(dim=0).shape[0] > 1  # rows differ, so that the rows' order counts
+    assert expected_BT.unique(dim=0).shape[0] > 1  # rows differ, so their order matters
     never = next(token for token in range(64) if token not in expected_BT)
     assert torch.equal(model.generate(PROMPT, "text", 12, eos_id=never), expected_BT)
 
 
-def test_after_eos_a_row_holds_eos_while_others_go_on() -> None:
+def test_after_eos_a_row_is_padded_with_eos() -> None:
     model = context_model(tiny_llama())
     free_BT = greedy_by_recomputation(model, 12)
     eos = next(token for token in free_BT[0].tolist() if not (free_BT == token).any(dim=1).all())
@@ -148,7 +148,7 @@ def test_after_eos_a_row_holds_eos_while_others_go_on() -> None:
 
 
 @torch.no_grad()
-def test_generation_leaves_nothing_behind() -> None:
+def test_generation_leaves_no_state() -> None:
     model = context_model(tiny_llama())
     before_B, _ = model(BATCH)
     hooks = len(model.language_model._forward_pre_hooks)
@@ -167,7 +167,7 @@ def test_projector_dropout_acts_before_the_projector_and_in_training_only() -> N
     linear.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
     model.train()
     trained_BPD = model.embed(PROMPT)
-    assert torch.equal(trained_BPD[:, 0], evaluated_BPD[:, 0])  # BOS is no feature
+    assert torch.equal(trained_BPD[:, 0], evaluated_BPD[:, 0])  # BOS is not a feature
     kept_MD = seen[0] != 0
     torch.testing.assert_close(seen[0][kept_MD], 2 * FEATURES.flatten(0, 1)[kept_MD])
     assert 0.3 < kept_MD.float().mean() < 0.7
@@ -178,7 +178,7 @@ def test_positions_are_those_that_the_language_model_read_without_padding() -> N
     assert BATCH.positions == 8 + 6 + 11
 
 
-def test_features_of_several_contexts_stand_in_order_and_have_their_own_adapters() -> None:
+def test_features_of_several_contexts_are_in_order_and_have_their_own_adapters() -> None:
     grouping = {"image": "vision", "audio": "sound", "text": "language"}
     router, language_model = Router(grouping), tiny_llama()
     adapters = Adapters(language_model, dict.fromkeys(router.groups, METHODS["bitfit"]), router, seed=0)
@@ -197,7 +197,7 @@ def test_features_of_several_contexts_stand_in_order_and_have_their_own_adapters
 
 @each_method
 @torch.no_grad()
-def test_rows_laid_out_one_by_one_give_what_segments_give(method: AdapterMethod) -> None:
+def test_context_ids_give_the_same_result_as_segments(method: AdapterMethod) -> None:
     model = context_model(tiny_llama(), method)
     torch.testing.assert_close(model(ungroup(BATCH))[0], model(BATCH)[0], rtol=1e-5, atol=1e-5)
 
@@ -233,7 +233,7 @@ def test_activation_checkpointing_gives_the_same_gradients(method: AdapterMethod
 
 @each_method
 @each_model
-def test_a_forward_pass_without_a_layout_or_with_another_ones_is_refused(
+def test_a_forward_pass_without_a_layout_or_with_that_of_another_batch_is_an_error(
     make_model: Any, method: AdapterMethod
 ) -> None:
     model = make_model()

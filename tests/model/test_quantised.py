@@ -102,7 +102,7 @@ def test_at_initialisation_it_is_the_quantised_model_bit_for_bit(saved: Path, ki
 
 @each_kind
 @each_method
-def test_training_is_that_on_the_weights_it_stands_for(saved: Path, kind: str, method: AdapterMethod) -> None:
+def test_training_equals_that_on_the_dequantised_weights(saved: Path, kind: str, method: AdapterMethod) -> None:
     """In training mode, in which bitsandbytes' CPU layers do not quantise activations: float32 rounding only."""
     model = load(saved, kind)
     plain = dequantised(model)

@@ -1,4 +1,4 @@
-"""What is found before any trial is started."""
+"""Errors that are found before any trial starts."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from harness.core.errors import UserError
 from harness.sweep import preflight
 
 
-def test_without_bash_ray_would_wait_for_ever(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_bash_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     preflight.check_shell()
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=f"PATH={tmp_path}: no bash there; Ray starts its workers with it"):
+    with pytest.raises(UserError, match=f"PATH={tmp_path}: bash not found"):
         preflight.check_shell()

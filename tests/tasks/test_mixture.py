@@ -76,7 +76,7 @@ def test_budgets_are_divided_by_share_and_nested(tmp_path: Path) -> None:
         assert (members["scenes"], members["trends"]) == expected
         assert before < {example.id for example in train}
         before = {example.id for example in train}
-    with pytest.raises(UserError, match=r"budget.examples: task mixture: 15 of 60 .* be 'scenes''s, which has 12"):
+    with pytest.raises(UserError, match=r"budget.examples: task mixture: 15 of 60 .* from 'scenes', which has 12"):
         choose_splits(mixture_spec(tmp_path, *weights, budget={"examples": 60}), task)
 
 
@@ -85,9 +85,9 @@ def test_budgets_are_divided_by_share_and_nested(tmp_path: Path) -> None:
     [
         (
             {"budget": {"examples": 1}},
-            "budget.examples: task mixture: 1 examples, none of them of 'scenes'; ask",
+            "budget.examples: task mixture: the 1 selected examples contain none of 'scenes'",
         ),
-        ({"eval": {"test_examples": 1}}, "eval.test_examples: task mixture: 1 examples, none of them of '.*'; ask"),
+        ({"eval": {"test_examples": 1}}, "eval.test_examples: task mixture: the 1 selected examples contain none of '"),
     ],
 )
 def test_a_task_without_an_example_is_an_error(sections: Any, reason: str, tmp_path: Path) -> None:

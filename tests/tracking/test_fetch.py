@@ -1,4 +1,4 @@
-"""Run folders made of what MLflow keeps, compared with the ones that were logged."""
+"""Run folders fetched from MLflow, compared with the ones that were logged."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def client(uri: str) -> MlflowClient:
 
 
 def log_trial(grid: Any, folder: Path, trial: Trial, **changes: Any) -> None:
-    """One trial from its start to its end; ``score`` tells attempts apart."""
+    """One trial from its start to its end; ``score`` distinguishes attempts."""
     home = folder / "trials" / trial[1].trial_id
     tracker = MlflowTracker(grid, *trial, home)
     record = finished_record(trial[1], tracker.run_id, **changes)
@@ -64,7 +64,7 @@ def log_trial(grid: Any, folder: Path, trial: Trial, **changes: Any) -> None:
 
 @pytest.fixture
 def logged(uri: str, trials: list[Trial], request: pytest.FixtureRequest) -> Path:
-    """A run folder, run twice: two trials finish, one fails, one still runs; earlier runs of theirs are left over."""
+    """A run folder, run twice: two trials finish, one fails, one still runs; and earlier runs of these trials exist."""
     name = re.sub(r"\W", "-", request.node.name)[-40:]
     folder = Path(uri.removeprefix("sqlite:///")).parent / name
     write_plan(folder, trials)
@@ -107,10 +107,10 @@ def test_a_fetched_run_is_the_run_that_was_logged(uri: str, logged: Path, tmp_pa
     }  # fmt: skip
 
 
-def test_fetching_again_renews_and_takes_away(
+def test_fetching_again_updates_and_removes_trials(
     uri: str, logged: Path, tmp_path: Path, trials: list[Trial], client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking_grid, "PAGE_SIZE", 2)  # more children than MLflow gives at once
+    monkeypatch.setattr(tracking_grid, "PAGE_SIZE", 2)  # more children than fit on one page
     fetched = fetch_run(uri, logged.name, tmp_path)
     write_atomically(fetched / "report" / "index.html", "made here")
     log_trial(open_grid(uri, "experiment", logged), logged, trials[3])
@@ -138,7 +138,7 @@ def test_a_run_is_found_by_id_and_by_experiment(uri: str, logged: Path, tmp_path
         fetch_run(uri, other.parent_run_id, tmp_path / "b")
 
 
-def test_an_unknown_name_and_what_is_no_parent_are_refused_with_the_nearest(
+def test_an_unknown_name_or_a_child_run_is_an_error_with_the_nearest_name(
     uri: str, logged: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=rf"--from mlflow:{uri}: .*'{logged.name}x'; .* did you mean '{logged.name}'\?"):
@@ -149,14 +149,14 @@ def test_an_unknown_name_and_what_is_no_parent_are_refused_with_the_nearest(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_was_not_fetched_is_left_alone(uri: str, logged: Path) -> None:
+def test_a_folder_that_was_not_fetched_is_not_overwritten(uri: str, logged: Path) -> None:
     before = files(logged)
     with pytest.raises(UserError, match=f"{logged}: exists and was not fetched from MLflow"):
         fetch_run(uri, logged.name, logged.parent)
     assert files(logged) == before
 
 
-def test_a_run_without_a_plan_or_whose_files_are_elsewhere_says_so(
+def test_a_run_without_a_plan_or_with_artifacts_on_another_machine_is_an_error(
     uri: str, logged: Path, tmp_path: Path, client: MlflowClient
 ) -> None:
     parent = client.get_run((logged / "mlflow_run_id").read_text(encoding="utf-8"))
@@ -171,7 +171,7 @@ def test_a_run_without_a_plan_or_whose_files_are_elsewhere_says_so(
         fetch_run(uri, logged.name, tmp_path)
 
 
-def test_names_from_the_server_do_not_lead_out_of_the_folder(
+def test_names_from_the_server_cannot_leave_the_folder(
     uri: str, logged: Path, tmp_path: Path, client: MlflowClient
 ) -> None:
     run_id = (logged / "mlflow_run_id").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""MLflow, the real one, on SQLite: parent and child runs, going on after a restart, and failures that cost no trial."""
+"""MLflow, the real one, on SQLite: parent and child runs, restarts, and failures that do not fail a trial."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DEAD_SERVER = "http://127.0.0.1:9"  # the discard port: refused at once
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of run folders with one database, whose schema takes seconds to make."""
+    """A folder of run folders with one database, whose schema takes seconds to create."""
     return tmp_path_factory.mktemp("runs")
 
 
@@ -119,7 +119,7 @@ def test_a_trial_is_a_child_run_with_everything_in_it(
     assert sorted(file.path for file in client.list_artifacts(tracker.run_id)) == ["log.txt", "record.json"]
 
 
-def test_a_failed_trial_says_why_and_counts_as_failed(
+def test_a_failed_trial_logs_the_reason_and_counts_as_failed(
     grid: Grid, client: MlflowClient, tmp_path: Path, trials: list[Trial]
 ) -> None:
     spec, planned = trials[0]
@@ -136,7 +136,7 @@ def test_a_failed_trial_says_why_and_counts_as_failed(
     assert run.data.metrics == {"wall_time_s": 1.5}
 
 
-def test_run_again_goes_on_with_the_same_runs(
+def test_running_again_reuses_the_same_runs(
     grid: Grid, client: MlflowClient, runs: Path, tmp_path: Path, trials: list[Trial]
 ) -> None:
     spec, planned = trials[0]
@@ -145,14 +145,14 @@ def test_run_again_goes_on_with_the_same_runs(
     close_grid(grid, complete=False, artifacts=[])
     assert client.get_run(grid.parent_run_id).info.status == "FAILED"
 
-    again = new_grid(runs, "test_run_again_goes_on_with_the_same_runs")
+    again = new_grid(runs, "test_running_again_reuses_the_same_runs")
     assert again == grid
     second = MlflowTracker(again, spec, planned, tmp_path)
     assert second.run_id == first.run_id
     assert second.run_id is not None
     running = client.get_run(second.run_id)
     assert running.info.status == "RUNNING"
-    assert {"harness.status", "harness.reason"}.isdisjoint(running.data.tags)  # what it failed of the first time
+    assert {"harness.status", "harness.reason"}.isdisjoint(running.data.tags)  # of the failed attempt
     other = MlflowTracker(again, *trials[1], tmp_path / "other")
     assert other.run_id != second.run_id
     second.finish(finished_record(planned, None), tmp_path)
@@ -167,8 +167,8 @@ def test_a_grid_that_is_run_again_is_running_again(grid: Grid, client: MlflowCli
     assert client.get_run(again.parent_run_id).info.status == "RUNNING"
 
 
-def test_a_run_id_of_another_server_is_not_taken_for_one_of_this(grid: Grid, runs: Path) -> None:
-    name = "test_a_run_id_of_another_server_is_not_taken_for_one_of_this"
+def test_a_run_id_of_another_server_is_not_reused(grid: Grid, runs: Path) -> None:
+    name = "test_a_run_id_of_another_server_is_not_reused"
     (runs / name / "mlflow_run_id").write_text("0" * 32, encoding="utf-8")
     again = new_grid(runs, name)
     assert again.experiment_id == grid.experiment_id
@@ -176,7 +176,7 @@ def test_a_run_id_of_another_server_is_not_taken_for_one_of_this(grid: Grid, run
     assert (runs / name / "mlflow_run_id").read_text(encoding="utf-8") == again.parent_run_id
 
 
-def test_what_a_run_again_changes_is_told_and_a_deleted_run_is_not_taken_up_again(
+def test_running_again_updates_tags_and_does_not_reuse_a_deleted_run(
     grid: Grid, client: MlflowClient, runs: Path, tmp_path: Path, trials: list[Trial]
 ) -> None:
     spec, planned = trials[0]
@@ -191,7 +191,7 @@ def test_what_a_run_again_changes_is_told_and_a_deleted_run_is_not_taken_up_agai
     assert run.info.run_name.startswith("LoRA r=4 alpha=8 specific")
     client.delete_run(run.info.run_id)
     client.delete_run(grid.parent_run_id)
-    other = new_grid(runs, "test_what_a_run_again_changes_is_told_and_a_deleted_run_is_not_taken_up_again")
+    other = new_grid(runs, "test_running_again_updates_tags_and_does_not_reuse_a_deleted_run")
     assert other.parent_run_id != grid.parent_run_id
     third = MlflowTracker(other, spec, planned, tmp_path)
     assert third.warnings == ()
@@ -223,10 +223,10 @@ def test_plan_experiment_and_report_are_artifacts_of_the_parent_run_and_not_doub
     assert run.data.metrics == {"trials/planned": 4, "trials/finished": 1, "trials/failed": 1}
 
 
-def test_a_trial_whose_process_died_does_not_run_for_ever(
+def test_a_trial_whose_process_died_does_not_run_forever(
     grid: Grid, client: MlflowClient, runs: Path, trials: list[Trial]
 ) -> None:
-    folder = runs / "test_a_trial_whose_process_died_does_not_run_for_ever"
+    folder = runs / "test_a_trial_whose_process_died_does_not_run_forever"
     died, cut = (MlflowTracker(grid, *trial, folder / "trials" / trial[1].trial_id) for trial in trials[:2])
     write_record(folder, finished_record(trials[0][1], None, status="failed", reason="the worker process died"))
     assert close_grid(grid, complete=False, artifacts=[]) is None
@@ -255,7 +255,7 @@ class Failing:
         return call
 
 
-def test_a_server_lost_mid_way_costs_a_warning(
+def test_a_server_lost_during_a_trial_causes_a_warning(
     grid: Grid, client: MlflowClient, tmp_path: Path, trials: list[Trial]
 ) -> None:
     spec, planned = trials[0]
@@ -272,7 +272,7 @@ def test_a_server_lost_mid_way_costs_a_warning(
 
 
 @pytest.mark.parametrize("uri", [DEAD_SERVER, "sqlite:////dev/null/mlflow.db"])
-def test_a_trial_survives_a_tracking_uri_that_is_gone(uri: str, tmp_path: Path, trials: list[Trial]) -> None:
+def test_a_trial_survives_an_unreachable_tracking_uri(uri: str, tmp_path: Path, trials: list[Trial]) -> None:
     spec, planned = trials[0]
     tracker = MlflowTracker(Grid(uri, "1", "0" * 32), spec, planned, tmp_path)
     tracker.metrics({"train_loss": 2.0}, step=1)
@@ -282,7 +282,7 @@ def test_a_trial_survives_a_tracking_uri_that_is_gone(uri: str, tmp_path: Path, 
     assert tracker.warnings[0].startswith("MLflow logging stopped: ")
 
 
-def test_a_server_lost_at_the_end_is_told_and_does_not_take_the_last_screen_with_it() -> None:
+def test_a_server_lost_at_the_end_is_reported() -> None:
     reason = close_grid(Grid(DEAD_SERVER, "1", "0" * 32), complete=True, artifacts=[])
     assert reason is not None
     assert reason.startswith("API request to http://127.0.0.1:9/")

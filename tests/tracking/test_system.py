@@ -69,9 +69,7 @@ def test_trials_one_after_another_in_a_process_each_sample_their_own_run(
         assert 50 < values["system/process_memory_megabytes"] < values["system/system_memory_usage_megabytes"] + 4000
 
 
-def test_they_can_be_switched_off(
-    grid: Grid, trials: list[Trial], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_they_can_be_disabled(grid: Grid, trials: list[Trial], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
     MlflowTracker(grid, *trials[2], tmp_path)
     assert samplers() == []
@@ -81,7 +79,7 @@ def sampler(client: Any) -> SystemMetrics:
     return SystemMetrics(client, "sqlite://", SimpleNamespace(run_id="1", start_time=time.time() * 1000))
 
 
-def test_a_server_that_hangs_or_fails_delays_nobody(
+def test_a_server_that_hangs_or_fails_does_not_delay_the_trial(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
@@ -106,7 +104,7 @@ def quick_monitor(self: Any, *_: Any, **__: Any) -> None:
     self.sampling_interval, self.monitors = 1, []
 
 
-def test_a_tracker_that_nobody_finished_ends_its_sampling() -> None:
+def test_sampling_ends_when_a_tracker_is_deleted_unfinished() -> None:
     given_up = sampler(SimpleNamespace(log_batch=lambda *_: None))
     (thread,) = samplers()
     del given_up

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine against a plain PyTorch loop, its refusals, and its checkpoints.
+"""The DeepSpeed engine against a plain PyTorch loop, its errors, and its checkpoints.
 
 Shapes: B rows, T positions, D width.
 """
@@ -128,7 +128,7 @@ def test_every_zero_stage_trains_as_plain_pytorch_does(kind: str, stage: int, tm
         torch.testing.assert_close(weights[name], p.detach(), rtol=0, atol=1e-4, msg=name)
     assert max((p - start[name]).abs().max().item() for name, p in trained.items()) > 1e-2
     frozen = {n: p for n, p in engine.model.named_parameters() if n not in trained}
-    if stage < 3:  # stage 3 keeps pieces
+    if stage < 3:  # stage 3 partitions parameters
         assert all(torch.equal(p, start[name]) for name, p in frozen.items())
     engine.close()
 
@@ -144,7 +144,7 @@ def test_gradients_are_accumulated(stage: int) -> None:
 
 
 @pytest.mark.quick
-def test_clipping_can_be_switched_off() -> None:
+def test_clipping_can_be_disabled() -> None:
     options = OPTIONS.model_copy(update={"max_grad_norm": 0.0, "adam_epsilon": 0.1})
     expected = plain_losses("lora", options)[0]
     clipped = plain_losses("lora", options.model_copy(update={"max_grad_norm": 0.2}))[0]
@@ -192,7 +192,7 @@ def nll(engine: Engine) -> Tensor:
 
 
 @each_stage
-def test_saved_weights_are_put_back_exactly(stage: int, tmp_path: Path) -> None:
+def test_saved_weights_are_restored_exactly(stage: int, tmp_path: Path) -> None:
     engine = engine_of("lora", stage)
     path = tmp_path / "new folder" / "weights.safetensors"
     for batch in batches()[:3]:
@@ -215,7 +215,7 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
     tensors = safetensors.torch.load_file(path)
     tensors["stranger"] = tensors.pop("projectors.image.layers.1.bias")
     safetensors.torch.save_file(tensors, path)
-    with pytest.raises(KeyError, match=r"missing: \['projectors.image.layers.1.bias'\], not expected: \['stranger'\]"):
+    with pytest.raises(KeyError, match=r"missing: \['projectors.image.layers.1.bias'\], unexpected: \['stranger'\]"):
         engine.load_weights(path)
     engine.close()
 
@@ -251,7 +251,7 @@ def test_bf16_resumes_bit_exactly_too(tmp_path: Path) -> None:
     resumed.close()
 
 
-def test_a_checkpoint_holds_the_trainable_parameters_alone(tmp_path: Path) -> None:
+def test_a_checkpoint_contains_only_the_trainable_parameters(tmp_path: Path) -> None:
     engine = engine_of("lora")
     engine.train_step(batches()[0])
     engine.save(tmp_path, "one")
@@ -274,7 +274,7 @@ def test_a_checkpoint_of_other_trainable_parameters_is_an_error_that_names_them(
     engine.save(tmp_path, "one")
     engine.close()
     other = engine_of("full")
-    with pytest.raises(KeyError, match=r"missing: \['language_model.*not expected: \['adapters\.layers"):
+    with pytest.raises(KeyError, match=r"missing: \['language_model.*unexpected: \['adapters\.layers"):
         other.load(tmp_path, "one")
     other.close()
 
@@ -303,7 +303,7 @@ def test_what_another_stage_of_the_trial_trains_is_kept_and_resumed(stage: int, 
     resumed.close()
 
 
-def test_it_says_when_gradients_wait_for_a_step() -> None:
+def test_accumulating_is_true_between_steps() -> None:
     engine = engine_of("lora", 0, OPTIONS.model_copy(update={"gradient_accumulation_steps": 2}))
     waiting = []
     for batch in batches(4):
@@ -343,7 +343,7 @@ def test_memory_under_zero_counts_every_parameter_once(stage: int) -> None:
     assert found.weights_bytes == expected.weights_bytes
     assert found.gradients_bytes == expected.gradients_bytes
     moments = 8 * sum(p.numel() for p in plain.model.parameters() if p.requires_grad)
-    # From stage 1 on a flat copy of what is trained may stand beside the moments, padded to a multiple of a few bytes.
+    # From stage 1 on there may also be a flat copy of the trained parameters, padded to a multiple of a few bytes.
     assert moments <= found.optimizer_bytes <= 1.5 * moments + 1024
     engine.close()
     plain.close()

@@ -12,7 +12,7 @@ import torch
 
 from harness.experiment.sections import Evaluation
 from harness.model.build import Built, build
-from harness.trial.evaluate import Evaluator, Likelihood, exchanged
+from harness.trial.evaluate import Evaluator, Likelihood, mismatched
 from tasks.base import Example
 from tests.support.adapters import disturb
 from tests.support.trials import spec_of
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """The built-in backbones with disturbed adapters on 12 drawn pictures."""
+    """The built-in backbones with disturbed adapters on 12 drawn images."""
     ready = build(spec_of(tmp_path_factory.mktemp("evaluate")), CPU)
     disturb(ready.model.adapters.parameters(), scale=0.05)
     ready.model.eval()
@@ -36,7 +36,7 @@ def evaluator(built: Built, batch_size: int = 16, **more: Any) -> Evaluator:
 
 @torch.no_grad()
 def one_at_a_time(built: Built, examples: list[Example], shown: list[Example]) -> tuple[list[float], list[int]]:
-    """The tokenizer, the model and a sum, without batches: log softmax in float64, picked by hand."""
+    """Reference without batches: log softmax in float64, summed over the target's token ids."""
     nll, tokens = [], []
     tokenizer, eos = built.batches.language_model.tokenizer, built.batches.language_model.eos_id
     for example, other in zip(examples, shown, strict=True):
@@ -57,7 +57,7 @@ def one_at_a_time(built: Built, examples: list[Example], shown: list[Example]) -
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 512])
-def test_likelihood_sums_over_references_whatever_the_batches(built: Built, batch_size: int) -> None:
+def test_likelihood_sums_over_references_for_any_batch_size(built: Built, batch_size: int) -> None:
     examples, ticks = built.splits.test, list[None]()
     expected_nll, expected_tokens = one_at_a_time(built, examples, examples)
     found = evaluator(built, batch_size, tick=lambda: ticks.append(None)).likelihood(examples)
@@ -67,9 +67,9 @@ def test_likelihood_sums_over_references_whatever_the_batches(built: Built, batc
     assert len(ticks) == math.ceil(5 * len(examples) / batch_size)
 
 
-def test_with_wrong_inputs_the_references_stay_and_the_pictures_change(built: Built) -> None:
+def test_with_wrong_inputs_only_the_images_change(built: Built) -> None:
     examples = built.splits.test
-    others = exchanged(examples, seed=0)
+    others = mismatched(examples, seed=0)
     assert others is not None
     expected_nll, expected_tokens = one_at_a_time(built, examples, others)
     found = evaluator(built).likelihood(examples, others)
@@ -96,28 +96,28 @@ def numbered(count: int) -> list[Example]:
 
 
 @pytest.mark.parametrize("count", range(2, 51))
-def test_exchanging_is_a_derangement_that_uses_every_input_once(count: int) -> None:
+def test_mismatched_is_a_derangement(count: int) -> None:
     examples = numbered(count)
     for seed in range(3):
-        others = exchanged(examples, seed)
+        others = mismatched(examples, seed)
         assert others is not None
         assert sorted(int(other.id) for other in others) == list(range(count))
         assert all(other.id != example.id for other, example in zip(others, examples, strict=True))
-        assert others == exchanged(examples, seed)
+        assert others == mismatched(examples, seed)
     if count > 5:
-        assert exchanged(examples, 0) != exchanged(examples, 1)
+        assert mismatched(examples, 0) != mismatched(examples, 1)
 
 
-def test_a_single_example_has_none_to_exchange_with() -> None:
-    assert exchanged(numbered(1), seed=0) is None
+def test_a_single_example_cannot_be_mismatched() -> None:
+    assert mismatched(numbered(1), seed=0) is None
 
 
-def test_perplexity_weighs_tokens_not_examples() -> None:
+def test_perplexity_is_weighted_by_tokens_not_examples() -> None:
     found = Likelihood(np.array([10.0, 1.0]), np.array([2, 8]), np.zeros(2), np.ones(2)).perplexity
     assert found == pytest.approx(math.exp(1.1))
 
 
 @pytest.mark.parametrize("nll", [math.nan, math.inf, 1e6])
-def test_a_perplexity_that_is_no_finite_number_is_an_error(nll: float) -> None:
+def test_a_perplexity_that_is_not_finite_is_an_error(nll: float) -> None:
     with pytest.raises(FloatingPointError, match=r"perplexity is not finite .*a lower learning_rate may help"):
         _ = Likelihood(np.array([nll, 1.0]), np.array([2, 8]), np.zeros(2), np.ones(2)).perplexity

@@ -1,4 +1,4 @@
-"""Trials that are killed and resumed, and every way to fail."""
+"""Trials that are killed and resumed, and trials that fail."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrialRecord, Pat
 
 
 class Killed(BaseException):
-    """What no handler of errors may catch, as SIGKILL is."""
+    """Stands for SIGKILL: no error handler catches it."""
 
 
 def killed_in_epoch(number: int) -> Callable[[Progress], None]:
@@ -49,7 +49,7 @@ def killed_in_epoch(number: int) -> Callable[[Progress], None]:
         pytest.param(FULL, True, id="full in bf16", marks=pytest.mark.slow),
     ],
 )
-def test_a_trial_that_died_resumes_to_the_same_end(
+def test_a_killed_trial_resumes_with_the_same_result(
     adapter: dict[str, Any], bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trial, "REPORT_INTERVAL_S", 0.0)  # report every step
@@ -79,7 +79,7 @@ def test_a_trial_that_died_resumes_to_the_same_end(
     assert not (folder / "checkpoint").exists()
 
 
-def test_without_a_checkpoint_a_trial_that_died_starts_anew(
+def test_without_a_checkpoint_a_killed_trial_starts_again(
     finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trial, "REPORT_INTERVAL_S", 0.0)
@@ -107,7 +107,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     ],
     ids=["error", "memory", "GPU memory"],
 )
-def test_a_trial_that_fails_says_why(
+def test_a_failed_trial_records_the_reason(
     error: BaseException, status: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing(monkeypatch, error)
@@ -121,7 +121,7 @@ def test_a_trial_that_fails_says_why(
     assert "train_step" in log
 
 
-def test_a_picture_that_cannot_be_decoded_stops_the_trial_with_its_path(
+def test_an_image_that_cannot_be_decoded_fails_the_trial_with_its_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
@@ -136,9 +136,7 @@ def test_a_picture_that_cannot_be_decoded_stops_the_trial_with_its_path(
     assert record.history == ()
 
 
-def test_after_a_failure_the_same_process_runs_the_next_trial_as_if_nothing_had_been(
-    finished: Any, tmp_path: Path
-) -> None:
+def test_a_failed_trial_does_not_affect_the_next_one_in_the_same_process(finished: Any, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         failing(patch, RuntimeError("first"))
         assert run(spec_of(tmp_path), tmp_path).status == "failed"
@@ -147,7 +145,7 @@ def test_after_a_failure_the_same_process_runs_the_next_trial_as_if_nothing_had_
     assert again.metrics == finished[0].metrics
 
 
-def test_a_tracking_server_that_fails_costs_a_warning_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_tracking_server_causes_only_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(*_: Any, **__: Any) -> None:
         raise ConnectionError("server is gone")
 
@@ -167,15 +165,15 @@ def test_a_tracking_server_that_fails_costs_a_warning_only(tmp_path: Path, monke
     assert read_record(record_path(tmp_path, spec.trial_id)) == record
 
 
-def test_texts_longer_than_allowed_are_cut_and_counted_in_a_warning(tmp_path: Path) -> None:
+def test_texts_longer_than_allowed_are_truncated_and_counted_in_a_warning(tmp_path: Path) -> None:
     budget = {"examples": 8, "epochs": 1, "max_target_length": 5}
     record = run(spec_of(tmp_path, budget=budget), tmp_path)
     (warning,) = record.warnings
-    assert "target texts were longer than max_target_length=5 tokens and were cut" in warning
+    assert "target texts were longer than max_target_length=5 tokens and were truncated" in warning
     assert examples_of(tmp_path, record)["tokens"].max() <= 5 * 6  # five references of five tokens and EOS
 
 
-def test_more_examples_than_there_are_is_a_failure_that_says_how_many(tmp_path: Path) -> None:
+def test_requesting_more_examples_than_there_are_fails_with_both_numbers(tmp_path: Path) -> None:
     record = run(spec_of(tmp_path, budget={"examples": 65, "epochs": 1}), tmp_path)
     assert record.status == "failed"
-    assert "UserError: budget.examples: task scenes: asks for 65 examples, there are 64" in (record.reason or "")
+    assert "UserError: budget.examples: task scenes: requests 65 examples, but there are 64" in (record.reason or "")

@@ -1,4 +1,4 @@
-"""What a trial costs, against figures known by hand."""
+"""Measured memory and throughput, against values that are known exactly."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def resettable() -> bool:
 
 
 @pytest.mark.skipif(not resettable(), reason="this system cannot reset a process's memory high-water mark")
-def test_peak_memory_sees_what_was_freed_and_does_not_inherit_it() -> None:
+def test_peak_memory_includes_freed_memory_but_not_that_of_earlier_trials() -> None:
     first = measure.PeakMemory(CPU)
     block = np.ones(200_000_000, dtype=np.uint8)
     before, peak = first.before_bytes, first.peak_bytes()
@@ -87,7 +87,7 @@ def test_peak_memory_sees_what_was_freed_and_does_not_inherit_it() -> None:
     assert second.before_bytes < peak - 150e6
 
 
-def test_without_a_reset_there_is_no_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_reset_the_peak_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(measure, "_CLEAR_REFERENCES", tmp_path / "no such folder" / "clear_refs")
     peak = measure.PeakMemory(CPU)
     assert peak.before_bytes is None
@@ -97,7 +97,7 @@ def test_without_a_reset_there_is_no_figure(monkeypatch: pytest.MonkeyPatch, tmp
 # ── Speed
 
 
-def test_the_clock_leaves_out_warm_up_and_what_lies_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_excludes_warm_up_and_time_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
     clock = measure.StepClock(CPU)
@@ -114,7 +114,7 @@ def test_the_clock_leaves_out_warm_up_and_what_lies_between_steps(monkeypatch: p
     assert (throughput.examples_per_s, throughput.tokens_per_s, throughput.measured_steps) == (4.0, 40.0, 2)
 
 
-def test_a_clock_that_measured_no_step_has_no_figure() -> None:
+def test_a_clock_that_measured_no_step_has_no_throughput() -> None:
     clock = measure.StepClock(CPU)
     for _ in range(measure.WARMUP_STEPS):
         with clock:
@@ -179,7 +179,7 @@ def test_table_3_on_a_model_of_that_shape(
 # ── Provenance
 
 
-def test_versions_name_this_python_and_this_torch() -> None:
+def test_versions_contain_those_of_python_and_torch() -> None:
     versions = measure.versions()
     assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
     assert versions["torch"] == torch.__version__

@@ -1,4 +1,4 @@
-"""Trials in several stages: the budget of every other method, the right weights tested, resumed in the right stage."""
+"""Trials in several stages: the same budget as other methods, the right weights tested, resumed in the right stage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GROUPED = [name for name, entry in ADAPTERS.entries().items() if ADAPTERS.load(e
 
 
 class Killed(BaseException):
-    """What no handler of errors may catch, as SIGKILL is."""
+    """Stands for SIGKILL: no error handler catches it."""
 
 
 def killed_in_epoch(number: int) -> Callable[[Progress], None]:
@@ -49,7 +49,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrialRecord, Path]:
     return record, folder
 
 
-def test_it_sees_the_data_and_takes_the_steps_of_every_method(llava: Any, tmp_path: Path) -> None:
+def test_data_and_steps_are_those_of_other_methods(llava: Any, tmp_path: Path) -> None:
     record, _ = llava
     other = run(spec_of(tmp_path, LORA, optimizer=SCHEDULE), tmp_path)
     assert record.data == other.data
@@ -58,7 +58,7 @@ def test_it_sees_the_data_and_takes_the_steps_of_every_method(llava: Any, tmp_pa
     ]  # fmt: skip
 
 
-def test_each_stage_has_its_rate_and_a_schedule_over_its_own_steps(llava: Any) -> None:
+def test_each_stage_has_its_own_learning_rate_and_schedule(llava: Any) -> None:
     """Linear to zero at the end of each: at the end of epoch 2 the second has 4 of 6 steps after warm-up before it."""
     record, _ = llava
     assert [e.learning_rate for e in record.history] == pytest.approx([0.0, 3e-3 * 4 / 6, 0.0])
@@ -79,7 +79,7 @@ def test_what_is_counted_is_what_any_stage_trains_and_measured_in_the_last(llava
 
 @pytest.mark.parametrize("stage", [pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)] + [3])
 def test_the_zero_stage_does_not_change_the_result(llava: Any, stage: int, tmp_path: Path) -> None:
-    """Sums in another order: 1e-3 relative after 12 steps."""
+    """Different summation order: 1e-3 relative after 12 steps."""
     record, _ = llava
     other = run(spec_of(tmp_path, LLAVA, optimizer=SCHEDULE), tmp_path, zero_stage=stage)
     assert other.status == "finished", other.reason
@@ -89,7 +89,7 @@ def test_the_zero_stage_does_not_change_the_result(llava: Any, stage: int, tmp_p
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, steps_before: int) -> None:
-    """Throw the trained weights about from some step on, so that the best epoch lies before it."""
+    """Perturb the trained weights from some step on, so that the best epoch is before it."""
     step, calls = Engine.train_step, 0
 
     def spoiled(engine: Engine, batch: Any) -> float:
@@ -106,7 +106,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, steps_before: int) -> None:
     monkeypatch.setattr(Engine, "train_step", spoiled)
 
 
-def test_the_best_epoch_may_lie_in_the_first_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_epoch_may_be_in_the_first_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then the language model is tested as it was before training, though a later stage has changed it."""
     base: dict[str, torch.Tensor] = {}
     build = stages.build
@@ -139,7 +139,7 @@ def test_the_best_epoch_may_lie_in_the_first_stage(tmp_path: Path, monkeypatch: 
         pytest.param(1, 3, False, 3, marks=pytest.mark.slow),
     ],
 )
-def test_a_trial_that_died_resumes_in_its_stage(
+def test_a_killed_trial_resumes_in_its_stage(
     projector_epochs: int, killed_in: int, bf16: bool, zero_stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trial, "REPORT_INTERVAL_S", 0.0)  # report every step
@@ -161,10 +161,10 @@ def test_a_trial_that_died_resumes_in_its_stage(
 
 
 @pytest.mark.parametrize("adapter", [pytest.param(LORA, marks=pytest.mark.slow), LLAVA], ids=lambda a: a["method"])
-def test_gradients_that_wait_for_their_step_are_not_lost_in_a_checkpoint(
+def test_no_checkpoint_is_saved_between_accumulated_gradients_and_their_step(
     adapter: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three batches an epoch, two to a step: the only whole number of steps is at the end of the second epoch."""
+    """Three batches per epoch, two per step: the only whole number of steps is at the end of the second epoch."""
     monkeypatch.setattr(trial, "REPORT_INTERVAL_S", 0.0)
     (tmp_path / "whole").mkdir()
     (tmp_path / "died").mkdir()
@@ -182,7 +182,7 @@ def test_gradients_that_wait_for_their_step_are_not_lost_in_a_checkpoint(
     assert resumed.data == expected.data
 
 
-def test_two_models_never_stand_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_there_are_never_two_models_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models: list[weakref.ref[Any]] = []
     build = stages.build
 
@@ -206,10 +206,10 @@ def test_two_models_never_stand_in_memory(tmp_path: Path, monkeypatch: pytest.Mo
             {},
             "UserError: projector_epochs: found 1 of budget.epochs=1, which leaves no epoch for the language model",
         ),
-        (2, {"gradient_accumulation_steps": 8}, "UserError: budget: a trial of 1 optimizer steps is too short"),
+        (2, {"gradient_accumulation_steps": 8}, "UserError: budget: 1 optimizer steps are too few"),
     ],
 )
-def test_a_stage_without_training_is_a_failure_that_says_so(
+def test_a_stage_without_steps_fails_the_trial(
     epochs: int, options: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     optimizer = {"per_device_train_batch_size": 8, **options}

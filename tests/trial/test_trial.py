@@ -1,4 +1,4 @@
-"""Trials in this process on a few drawn pictures: the record, budgets that match, resuming, and every way to fail."""
+"""Trials in this process on a few drawn images: the record, matched budgets, resuming, best weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrialRecord, Pat
 
 
 @pytest.mark.quick
-def test_the_record_is_complete_and_is_what_lies_on_disk(finished: Any) -> None:
+def test_the_record_is_complete_and_equals_the_one_on_disk(finished: Any) -> None:
     record, folder, tracker, _ = finished
     assert (record.status, record.reason, record.warnings) == ("finished", None, ())
     assert read_record(record_path(folder, record.trial_id)) == record == tracker.finished[0]
@@ -71,7 +71,7 @@ def test_parameters_and_memory_are_those_of_the_live_model(finished: Any) -> Non
     assert memory.activations_bytes > 8 * 17 * 96 * 4  # more than the embeddings of one batch
 
 
-def test_the_tracker_hears_every_epoch_by_step(finished: Any) -> None:
+def test_the_tracker_gets_the_metrics_of_every_epoch_by_step(finished: Any) -> None:
     record, _, tracker, _ = finished
     expected = [(e.step, e.model_dump(exclude={"epoch", "step"})) for e in record.history]
     assert tracker.logged == expected
@@ -154,7 +154,7 @@ def test_every_method_of_a_seed_sees_the_same_data(finished: Any, adapter: dict[
     assert other.metrics["test"]["perplexity"] != record.metrics["test"]["perplexity"]
 
 
-def test_another_seed_sees_other_data_but_is_judged_on_the_same(finished: Any, tmp_path: Path) -> None:
+def test_another_seed_trains_on_other_data_but_is_evaluated_on_the_same(finished: Any, tmp_path: Path) -> None:
     record, _, _, _ = finished
     other = run(spec_of(tmp_path, seeds=[1], budget={"examples": 32, "epochs": 1}), tmp_path)
     assert other.data.examples_fingerprint != record.data.examples_fingerprint
@@ -163,7 +163,7 @@ def test_another_seed_sees_other_data_but_is_judged_on_the_same(finished: Any, t
 
 
 def test_optimizer_steps_are_counted_not_micro_batches(tmp_path: Path) -> None:
-    """32 examples, batches of 8, two of them to a step: 2 steps an epoch."""
+    """32 examples, batches of 8, two per step: 2 steps per epoch."""
     optimizer = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
     progress: list[Progress] = []
     record = run(spec_of(tmp_path, optimizer=optimizer), tmp_path, progress.append)
@@ -174,7 +174,7 @@ def test_optimizer_steps_are_counted_not_micro_batches(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_the_zero_stage_does_not_change_the_result(finished: Any, stage: int, tmp_path: Path) -> None:
-    """It is no part of the trial's id. Sums in another order: 1e-3 relative after 12 steps."""
+    """It is not part of the trial's id. Different summation order: 1e-3 relative after 12 steps."""
     record, _, _, _ = finished
     other = run(spec_of(tmp_path), tmp_path, zero_stage=stage)
     assert other.status == "finished", other.reason
@@ -188,7 +188,7 @@ def test_the_zero_stage_does_not_change_the_result(finished: Any, stage: int, tm
 
 
 class Spoiler:
-    """Makes the model worse from its second epoch on: throws the trained weights about."""
+    """Makes the model worse from its second epoch on: perturbs the trained weights."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, steps_before: int) -> None:
         self.calls = 0
@@ -218,10 +218,10 @@ def test_the_best_epochs_weights_are_the_ones_tested(tmp_path: Path, monkeypatch
     assert sum(x.numel() for x in weights.values()) == record.parameters.trainable
 
 
-def test_a_resumed_trial_tests_the_weights_its_checkpoint_knows(
+def test_a_resumed_trial_tests_the_best_weights_of_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights that a lost epoch put in the place of the best ones are not those of the history."""
+    """Best weights of an epoch that was lost in the crash do not belong to the restored history."""
     Spoiler(monkeypatch, steps_before=4)
     monkeypatch.setattr(trial, "REPORT_INTERVAL_S", 0.0)
     spec = spec_of(tmp_path, budget={"examples": 32, "epochs": 2})

@@ -80,7 +80,7 @@ def image_first(batch: Batch) -> Batch:
         batch,
         token_ids_BT=turned(batch.token_ids_BT),
         context_ids_BT=turned(batch.context_ids_BT),
-        items={"image": replace(items, places_P=items.places_P - 1)},
+        items={"image": replace(items, positions_P=items.positions_P - 1)},
         segments=(Segment(0, stop - 1, image), Segment(stop - 1, end, text)),
     )
 
@@ -126,7 +126,7 @@ def process(rank: int, folder: Path, jobs: Sequence[Job]) -> None:
         model = model_of(job.method)
         engine = Engine(model, OPTIONS, STEPS, job.stage, units=model.adapters.changes())
         if not job.together:
-            engine._together = []
+            engine._ordered = []
         losses = [engine.train_step(batch) for batch in batches(rank, job.image_on_rank_1)]
         engine.save_weights(folder / job.folder / "weights.safetensors")
         (folder / job.folder / f"losses-{rank}.json").write_text(json.dumps(losses), encoding="utf-8")
@@ -214,7 +214,7 @@ def test_two_processes_train_as_one_does(trained: Path, job: Job) -> None:
     check(trained, job)
 
 
-def test_gradients_in_another_order_would_be_wrong(trained: Path) -> None:
+def test_gradients_in_different_orders_would_be_wrong(trained: Path) -> None:
     """ZeRO-2 adds up what comes first in one process and what comes first in the other."""
     assert difference(found(trained, UNORDERED)[1], expected(UNORDERED)[1]) > 1e-3
 

@@ -125,7 +125,7 @@ def test_adapter_parameters_are_fp32_unless_the_base_is_float64(dtype: torch.dty
         ({"method": "lora", "rank": 999}, "999.*"),
         ({"method": "lora", "where": "FA"}, "spec.where: input should be 'A', 'F' or 'AF' or .*; found 'FA'"),
         ({"method": "lora", "where": ["q", "x"]}, r"spec.where: input should be .*; found \['q', 'x'\]"),
-        ({"method": "lora", "rank": {1}}, "spec: options are numbers, strings, lists and mappings; .*set"),
+        ({"method": "lora", "rank": {1}}, "spec: options must be numbers, strings, lists and mappings; .*set"),
         ({"image": LORA}, "spec: group 'text' is missing; give it a method, or None for no adapter"),
         ({"image": LORA, "txt": LORA}, "spec: found 'txt', .*allowed: image, text; did you mean 'text'"),
         ({"image": LORA, "text": "bitfit"}, "spec.text: found 'bitfit'; allowed: a mapping with 'method', or None"),

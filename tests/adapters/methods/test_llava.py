@@ -94,5 +94,5 @@ def test_stages_end_where_steps_do_and_add_up_to_those_of_one_stage(
 
 @pytest.mark.parametrize(("batches", "accumulation"), [(1, 3), (1, 2), (1, 4)])
 def test_a_stage_without_a_step_is_an_error(batches: int, accumulation: int) -> None:
-    with pytest.raises(UserError, match=r"a trial of \d optimizer steps is too short for 2 stages"):
+    with pytest.raises(UserError, match=r"budget: \d optimizer steps are too few for 2 stages"):
         stage_ends(TWO, batches, accumulation)

@@ -285,7 +285,7 @@ def test_encoders_that_cannot_be_had_are_refused(tmp_path: Path, method: str) ->
     with pytest.raises(UserError, match=r"nowhere"):
         make(str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty' cannot be had"):
+    with pytest.raises(UserError, match=r"empty' could not be loaded"):
         make(str(tmp_path / "empty"))
     LlamaConfig(hidden_size=32).save_pretrained(tmp_path / "llama")
     with pytest.raises(UserError, match=r"llama' is a llama model, not an audio encoder; allowed: .*, whisper"):
@@ -294,5 +294,5 @@ def test_encoders_that_cannot_be_had_are_refused(tmp_path: Path, method: str) ->
 
 def test_a_configuration_without_weights_is_refused(tmp_path: Path) -> None:
     ASTConfig(hidden_size=32).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"cannot be had"):
+    with pytest.raises(UserError, match=r"could not be loaded"):
         Audio().encoder(str(tmp_path))

@@ -163,7 +163,7 @@ def test_a_pooler_is_neither_needed_nor_counted(tmp_path: Path) -> None:
 def test_broken_folders_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"/nowhere': no such folder"):
         Image().encoder(f"{tmp_path}/nowhere")
-    with pytest.raises(UserError, match=rf"'{tmp_path}' cannot be had"):
+    with pytest.raises(UserError, match=rf"'{tmp_path}' could not be loaded"):
         Image().encoder(str(tmp_path))
     save(FAMILIES["vit"], tmp_path)
     processor = (tmp_path / "preprocessor_config.json").read_text()
@@ -171,12 +171,12 @@ def test_broken_folders_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model and image processor do not work together: .*48"):
         Image().encoder(str(tmp_path))
     (tmp_path / "preprocessor_config.json").unlink()
-    with pytest.raises(UserError, match=rf"'{tmp_path}' cannot be had"):
+    with pytest.raises(UserError, match=rf"'{tmp_path}' could not be loaded"):
         Image().encoder(str(tmp_path))
     (tmp_path / "preprocessor_config.json").write_text(processor)
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=rf"'{tmp_path}' cannot be had"):
+    with pytest.raises(UserError, match=rf"'{tmp_path}' could not be loaded"):
         Image().encoder(str(tmp_path))
 
 
@@ -185,6 +185,6 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"'builtin/tiny-visio' is not an encoder of Image; .*'builtin/tiny-vi"):
             method("builtin/tiny-visio")
         with pytest.raises(
-            UserError, match=r"'google/vit-of-nobody' cannot be had, neither as a folder nor from the hub"
+            UserError, match=r"'google/vit-of-nobody' could not be loaded from a folder or from the hub"
         ):
             method("google/vit-of-nobody")
