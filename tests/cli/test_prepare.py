@@ -201,7 +201,7 @@ def test_examples_are_held_to_the_contract(numbers: Callable[..., Path]) -> None
     path = numbers()
     for name in ("test1", "test-twice"):
         (path.parent / "numbers" / f"{name}.txt").unlink()
-    assert "read_numbers: test has no example" in checked(path)[1]
+    assert "read_numbers: no examples for test" in checked(path)[1]
 
 
 def test_a_budget_that_cannot_be_met_is_a_problem(numbers: Callable[..., Path]) -> None:
