@@ -79,8 +79,8 @@ def test_one_method_in_detail(adapters: Harness) -> None:
     ]
     assert ["rank", "8", "integer > 0"] in rows
     assert "    groups: a group of parameters for every context group" in lines
-    assert "    at start: computes what the base model does" in lines
-    assert "    groups: none, and takes no grouping" in adapters("full").out
+    assert "    at start: equal to the base model" in lines
+    assert "    groups: none; grouping is not supported" in adapters("full").out
 
 
 class Everything(BaseModel):
@@ -173,7 +173,7 @@ def test_what_does_not_fit_the_model_says_why(adapters: Harness, tmp_path: Path)
     bloom = model_folder(tmp_path / "bloom", model_type="bloom", hidden_size=64, n_layer=2, n_head=4, vocab_size=100)
     outcome = adapters("--model", bloom)
     assert len(re.findall("cannot be used: language model of type 'bloom':", outcome.out)) == 1
-    assert "… (name the method to read on)" in outcome.out
+    assert "… (harness adapters METHOD shows the rest)" in outcome.out
     assert counts(outcome.out, "full") == ["106,624", "–"]
     assert_refused(adapters("lora", "--model", bloom), "transformer.h.*.mlp.dense_h_to_4h")
 
@@ -237,7 +237,7 @@ def test_a_broken_plugin_takes_one_line_and_no_other_plugin(adapters: Harness) -
     assert counts(counted.out, "bitfit") == [f"{BITFIT:,}", f"{2 * BITFIT:,}"]
     for name, reason in BROKEN.items():
         assert f"\n{name}  cannot be used: {reason}" in counted.out
-    assert f"\nlabel  cannot be used: {__name__}:WithoutLabel: ValueError: no label … (name the" in counted.out
+    assert f"\nlabel  cannot be used: {__name__}:WithoutLabel: ValueError: no label … (harness" in counted.out
     assert_refused(adapters("absent"), BROKEN["absent"])
 
 
@@ -258,9 +258,9 @@ def test_a_library_that_is_not_installed_is_named(adapters: Harness, monkeypatch
         (("lora", "--model", "builtin/tiny-lama"), "did you mean 'builtin/tiny-llama'?"),
         (("--model", "builtin/tiny-vision"), "'builtin/tiny-vision' is not a built-in language model"),
         (("--model", "./nowhere"), "'./nowhere': no such folder"),
-        (("lora", "--set", "rank=2"), "--set rank=2: it changes what is counted, which needs --model"),
+        (("lora", "--set", "rank=2"), "--set rank=2: options are used to count parameters, which needs --model"),
         (("lora", *TINY, "--set", "rank"), "--set rank: found no '='; it takes OPTION=VALUE, such as rank=64"),
-        (("lora", *TINY, "--set", "rank=[1"), "--set rank=[1: '[1' is no YAML value"),
+        (("lora", *TINY, "--set", "rank=[1"), "--set rank=[1: '[1' is not valid YAML"),
         (("lora", *TINY, "--set", "rank=0"), "--set.rank: input should be greater than 0; found 0"),
         (("lora", *TINY, "--set", "rank=97"), "rank 97 is larger than layer model.layers.0.self_attn.q_proj"),
         (("lora", *TINY, "--set", "rank='4'"), "--set.rank: input should be a valid integer; found '4'"),

@@ -1,4 +1,4 @@
-"""``harness prepare``: what it counts, and that with ``--check`` it finds everything that is wrong at once."""
+"""``harness prepare``: what it counts, and that ``--check`` finds all problems at once."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_without_check_the_splits_are_counted_and_no_file_is_read(coco: Path) ->
 def test_nothing_wrong_is_said_so(coco: Path) -> None:
     fine, text = checked("coco_captions", f"root={coco}")
     assert fine
-    assert "nothing is wrong" in text
+    assert "no problems found" in text
     assert "longest reference: 24 characters, of example '7'" in text
     assert "file:" not in text
     assert "warning" not in text
@@ -170,7 +170,7 @@ def test_more_problems_than_a_screen_holds_are_all_in_a_file(
     fine, text = checked("coco_captions", f"root={coco}")
     assert not fine
     assert text.count("0 bytes") == 3
-    assert f"… and 5 more; all are in {tmp_path / 'coco_captions-problems.txt'}" in text
+    assert f"… and 5 more; all of them: {tmp_path / 'coco_captions-problems.txt'}" in text
     listed = (tmp_path / "coco_captions-problems.txt").read_text().splitlines()
     assert [line.partition(":")[0] for line in listed] == [str(picture(coco, number)) for number in range(8)]
 
@@ -229,5 +229,5 @@ def test_a_wrong_call_says_what_is_allowed(coco: Path, experiment_file: Write, t
         checked("coco_captions", "root")
     with pytest.raises(UserError, match=r"none\.yaml: no such file"):
         checked(tmp_path / "none.yaml")
-    with pytest.raises(UserError, match=r"--set root=x: an experiment has its options in the file"):
+    with pytest.raises(UserError, match=r"--set root=x: the options of an experiment are in its file"):
         checked(experiment_file("task: scenes\n" + ADAPTERS), "root=x")
