@@ -1,5 +1,6 @@
 """harness: which parameter-efficient fine-tuning method for this modality, with this much data?
 
+``harness.run_experiment("experiment.yaml")`` runs an experiment, ``harness.Experiment(...)`` writes one in Python.
 ``harness.adapt(model, {"method": "lora", "rank": 8}, grouping="specific")`` attaches context-grouped adapters to any
 Hugging Face causal LM, without the rest of the harness.
 
@@ -11,7 +12,20 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names, for type checkers and editors
+    from adapters.base import AdapterMethod, Delta
+    from adapters.base import Config as AdapterConfig
+    from adapters.library.adapted_model import AdaptedModel, adapt, load_adapter
+    from adapters.library.peft_import import import_peft
+    from adapters.placement.roles import Target
+    from harness.core.errors import UserError
+    from harness.experiment.load import Experiment
+    from harness.sweep.run import Results, run_experiment
+    from tasks.base import Config as TaskConfig
+    from tasks.base import Example, Metric, Modality, Part, Scores, Split, Task
+    from tasks.encoder import Encoder
 
 _PUBLIC = {
     "AdaptedModel": "adapters.library.adapted_model:AdaptedModel",
@@ -20,9 +34,11 @@ _PUBLIC = {
     "Delta": "adapters.base:Delta",
     "Encoder": "tasks.encoder:Encoder",
     "Example": "tasks.base:Example",
+    "Experiment": "harness.experiment.load:Experiment",
     "Metric": "tasks.base:Metric",
     "Modality": "tasks.base:Modality",
     "Part": "tasks.base:Part",
+    "Results": "harness.sweep.run:Results",
     "Scores": "tasks.base:Scores",
     "Split": "tasks.base:Split",
     "Target": "adapters.placement.roles:Target",
@@ -32,8 +48,31 @@ _PUBLIC = {
     "adapt": "adapters.library.adapted_model:adapt",
     "import_peft": "adapters.library.peft_import:import_peft",
     "load_adapter": "adapters.library.adapted_model:load_adapter",
+    "run_experiment": "harness.sweep.run:run_experiment",
 }
-__all__ = list(_PUBLIC)
+__all__ = [
+    "AdaptedModel",
+    "AdapterConfig",
+    "AdapterMethod",
+    "Delta",
+    "Encoder",
+    "Example",
+    "Experiment",
+    "Metric",
+    "Modality",
+    "Part",
+    "Results",
+    "Scores",
+    "Split",
+    "Target",
+    "Task",
+    "TaskConfig",
+    "UserError",
+    "adapt",
+    "import_peft",
+    "load_adapter",
+    "run_experiment",
+]
 
 
 def _check_siblings() -> None:

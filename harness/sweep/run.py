@@ -83,10 +83,12 @@ class Results:
 
     @cached_property
     def leaderboard(self) -> pd.DataFrame:
-        """One row for each method and setting, with means, intervals and ranks: ``leaderboard.csv`` as a table."""
+        """One row for each method and setting, with means, intervals and ranks; the columns of ``leaderboard.csv``."""
         import pandas as pd
 
-        return pd.read_csv(self.report.with_name("leaderboard.csv"))
+        from results.export.text import table_rows
+
+        return pd.DataFrame(table_rows(self.board))
 
     @cached_property
     def board(self) -> Leaderboard:
@@ -204,7 +206,7 @@ def _run_unfinished(prepared: Prepared, grid: Grid, console: Console) -> None:
 
     todo = prepared.unfinished()
     if not todo:
-        console.print(f"all {len(prepared.specs)} trials have finished before; nothing to compute")
+        console.print(f"all {len(prepared.specs)} trials were finished before; nothing to compute")
         return
     for spec, _ in todo:
         _set_aside(record_path(prepared.folder, spec.trial_id))

@@ -92,9 +92,14 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(_cell(cell) for cell in cells)} |"
 
 
+def table_rows(board: Leaderboard) -> list[Cells]:
+    """One mapping per row of the leaderboard, column → value; numbers are unrounded, missing ones None."""
+    return [_cells(row, board) for row in board.rows]
+
+
 def table_csv(board: Leaderboard) -> str:
-    """One line per row of the leaderboard; numbers are unrounded, missing ones empty."""
-    records = [_csv_row(row, board) for row in board.rows]
+    """``table_rows`` as CSV; what is missing is empty."""
+    records = table_rows(board)
     buffer = io.StringIO()
     columns = list(dict.fromkeys(column for record in records for column in record))
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")
@@ -103,7 +108,7 @@ def table_csv(board: Leaderboard) -> str:
     return buffer.getvalue()
 
 
-def _csv_row(row: Row, board: Leaderboard) -> Cells:
+def _cells(row: Row, board: Leaderboard) -> Cells:
     first, last = row.rank or (None, None)
     cells: Cells = {
         "setting": row.setting,

@@ -1,7 +1,7 @@
 # ruff: noqa: E501 - one wrong input per line reads as a table
 """Roles by hand, and what is said of a model or a role that is not there. The paper's Table 3 on a real GLM.
 
-tests/test_families.py has the models that are known.
+test_families.py has the models that are known.
 """
 
 from __future__ import annotations

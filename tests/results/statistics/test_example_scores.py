@@ -31,9 +31,8 @@ from tasks.metrics.rouge import Rouge
 from tasks.metrics.vqa_accuracy import VQAAccuracy
 from tests.support.trials import spec_of
 
-HERE = "test_results_corpus"
 MEMBERS = {
-    "photos": {"captions": f"{HERE}:Captions", "variety": f"{HERE}:Variety"},
+    "photos": {"captions": f"{__name__}:Captions", "variety": f"{__name__}:Variety"},
     "speech": {"error_rate": "tasks.metrics.error_rate:ErrorRate"},
 }
 BLEU = tuple(f"bleu_{n}" for n in range(1, 5))
