@@ -78,7 +78,7 @@ def test_one_method_in_detail(adapters: Harness) -> None:
         [o.name, o.default, o.allowed] for o in options_of(ADAPTERS.load("adapters.methods.lora:LoRA").Config)
     ]
     assert ["rank", "8", "integer > 0"] in rows
-    assert "    groups: a group of parameters for every context group" in lines
+    assert "    groups: one set of parameters per context group" in lines
     assert "    at start: equal to the base model" in lines
     assert "    groups: none; grouping is not supported" in adapters("full").out
 
@@ -126,7 +126,7 @@ def test_parameters_of_every_method(adapters: Harness) -> None:
     assert counts(outcome.out, "ia3") == [f"{4 * (96 + 96 + 256):,}", f"{8 * (96 + 96 + 256):,}"]
     assert counts(outcome.out, "none") == ["0", "–"]
     assert counts(outcome.out, "full") == ["523,584", "–"]
-    assert outcome.out.startswith("trainable parameters in builtin/tiny-llama, which has 523,584\n")
+    assert outcome.out.startswith("trainable parameters in builtin/tiny-llama, which has 523,584 parameters\n")
     heads = [line.split()[0] for line in outcome.out.splitlines()[2:]]
     assert heads == list(ADAPTERS.entries())
 
@@ -259,7 +259,7 @@ def test_a_library_that_is_not_installed_is_named(adapters: Harness, monkeypatch
         (("--model", "builtin/tiny-vision"), "'builtin/tiny-vision' is not a built-in language model"),
         (("--model", "./nowhere"), "'./nowhere': no such folder"),
         (("lora", "--set", "rank=2"), "--set rank=2: options are used to count parameters, which needs --model"),
-        (("lora", *TINY, "--set", "rank"), "--set rank: found no '='; it takes OPTION=VALUE, such as rank=64"),
+        (("lora", *TINY, "--set", "rank"), "--set rank: found no '='; expected OPTION=VALUE, such as rank=64"),
         (("lora", *TINY, "--set", "rank=[1"), "--set rank=[1: '[1' is not valid YAML"),
         (("lora", *TINY, "--set", "rank=0"), "--set.rank: input should be greater than 0; found 0"),
         (("lora", *TINY, "--set", "rank=97"), "rank 97 is larger than layer model.layers.0.self_attn.q_proj"),

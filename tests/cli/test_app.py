@@ -39,14 +39,14 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> str:
 def harness(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], database: str
 ) -> Harness:
-    """Runs ``harness …`` in this process, in an empty folder, on a wide screen; training is out of bounds."""
+    """Runs ``harness …`` in this process, in an empty folder, on a wide console; training fails."""
 
     def compute(*_: object) -> None:
         raise AssertionError("training was started")
 
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(app, "_run_missing", compute)
+    monkeypatch.setattr("harness.sweep.run._run_unfinished", compute)
     monkeypatch.setattr(app, "console", Console(width=200))
     monkeypatch.setattr(grid, "default_uri", lambda runs: database)
 

@@ -137,7 +137,7 @@ def test_compare_names_the_run_and_says_what_is_shown(harness: Harness, run: Pat
     assert outcome.out.startswith("runs/grid\nA = IA3 agnostic\nB = LoRA r=4 specific\n")
     assert re.search(r"CIDEr +0\.\d+ +1\.\d+ +−0\.\d+ \[−0\.\d+, −0\.\d+\] +seeds +0\.\d+ +3", outcome.out)
     assert "CIDEr: IA3 agnostic is worse than LoRA r=4 specific by 0.6" in outcome.out
-    assert "Holm's correction over the 3 metrics shown" in " ".join(outcome.out.split())
+    assert "Holm-corrected over the 3 metrics shown" in " ".join(outcome.out.split())
     assert max(map(len, outcome.out.splitlines())) <= 80
     several = harness("compare", "ia3 agn", "full", "--run", old, "--run", run, "--metric", "cider")
     assert several.code == 0
@@ -203,7 +203,7 @@ def unfinished(trial: PlannedTrial, record: TrialRecord) -> TrialRecord | None:
     return None if trial.method == "none" else record.model_copy(update={"wall_time_s": 20.0})
 
 
-def test_status_of_a_run_at_work(harness: Harness, run: Path) -> None:
+def test_status_of_a_run_in_progress(harness: Harness, run: Path) -> None:
     write_run(run, fake_plan(seeds=(0, 1, 2), settings=("",)), unfinished)
     for record in run.glob("trials/none-*/record.json"):
         record.unlink()
@@ -214,7 +214,7 @@ def test_status_of_a_run_at_work(harness: Harness, run: Path) -> None:
         out = harness("status").out
     assert out.startswith(
         "runs/grid: synthetic\n9 of 24 trials finished, 12 out of memory, 2 running, 1 waiting\n"
-        "20.0 s a trial, 2 at once: roughly 30.0 s left\nrunning: none seed 1\nrunning: none seed 2\n"
+        "20.0 s a trial, 2 at a time: roughly 30.0 s left\nrunning: none seed 1\nrunning: none seed 2\n"
     )
     assert len(re.findall(r"^out of memory: \w+ \w+ seed \d: \[cuda\] too large$", out, re.MULTILINE)) == 10
     assert "… and 2 more that did not finish" in out

@@ -173,7 +173,7 @@ def test_the_text_is_no_caption_but_knows_their_words() -> None:
 
 def test_a_folder_that_cannot_be_made_is_refused_before_training(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match=r"file/backbones: cannot write the backbones there: .*Not a directory"):
+    with pytest.raises(UserError, match=r"file/backbones: could not be created: .*Not a directory"):
         build.build(tmp_path / "file" / "backbones")
 
 
