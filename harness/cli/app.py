@@ -13,7 +13,6 @@ from rich.console import Console
 
 from harness.cli import results as cli_results
 from harness.core.errors import UserError
-from harness.experiment.load import Experiment
 
 if TYPE_CHECKING:
     from harness.core.record import Parameters
@@ -97,6 +96,7 @@ def plan_command(file: ExperimentFile, output: Output = Path("runs"), fresh: Fre
     """Show the trials and their trainable parameters, without training, downloading or writing anything."""
     from harness.cli.terminal import plan_table
     from harness.core.hub import HubUnreachableError
+    from harness.experiment.load import Experiment
     from harness.model.build import count_parameters
     from harness.sweep.run import prepare as prepare_run
 

@@ -4,7 +4,8 @@ The crossover is where the difference from the reference changes sign for the la
 logarithm of the budget. Its interval reaches from the last budget at which the method is shown to be ahead to the first
 from which on the reference is shown to be ahead up to the end, both by the 95 % interval of the (interpolated)
 difference. Where the reference is truly level, the chance that the method is shown to be ahead is 2.5 %, and so is the
-chance of the opposite: that is how the interval comes to 95 % (simulated in tests/results/statistics/test_crossover.py).
+chance of the opposite: that is how the interval comes to 95 % (simulated in
+tests/results/statistics/test_crossover.py).
 Percentiles of redrawn curves covered as little as 63 % there: noise alone shifts the last of several near-crossings up.
 """
 

@@ -10,11 +10,12 @@ with the same resamples for every trial so that all comparisons are paired by ex
 Cox combine two variances of unequal degrees of freedom (Experimental Designs, 1957, section 4.14), and the interval is
 extended on the side of a long tail (``long_tail``).
 
-Simulated with 3, 5 and 10 seeds and 100 examples (tests/results/statistics/test_interval_coverage.py): where seeds dominate, a bootstrap
-over three seeds, or over seeds and examples, covers 75 % instead of the nominal 95 %. The intervals here cover 94 to
-98 %, for normal, lognormal and 0/1 scores, ratios and BLEU, and 99.5 % where a score varies by seed only *within* each
-example: that variance is in both sources and counts twice, which is conservative. Among eight methods equal to the
-reference, one or more differ significantly in at most 5 % of cases, and so does any pair of nine equal methods.
+Simulated with 3, 5 and 10 seeds and 100 examples (tests/results/statistics/test_interval_coverage.py): where seeds
+dominate, a bootstrap over three seeds, or over seeds and examples, covers 75 % instead of the nominal 95 %. The
+intervals here cover 94 to 98 %, for normal, lognormal and 0/1 scores, ratios and BLEU, and 99.5 % where a score
+varies by seed only *within* each example: that variance is in both sources and counts twice, which is conservative.
+Among eight methods equal to the reference, one or more differ significantly in at most 5 % of cases, and so does any
+pair of nine equal methods.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from harness.cli import app
 from harness.core.errors import UserError
+from harness.sweep import run
 from harness.tracking import grid
 from harness.tracking.grid import open_grid
 from tests.support.cli import Harness, Outcome, assert_refused, caller
@@ -46,7 +47,7 @@ def harness(
 
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr("harness.sweep.run._run_unfinished", compute)
+    monkeypatch.setattr(run, "_run_unfinished", compute)
     monkeypatch.setattr(app, "console", Console(width=200))
     monkeypatch.setattr(grid, "default_uri", lambda runs: database)
 

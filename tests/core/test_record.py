@@ -168,43 +168,6 @@ def test_trials_that_are_a_file_are_named(tmp_path: Path) -> None:
     assert read_run(tmp_path).broken == (f"{tmp_path / 'trials'}: not a folder of trials",)
 
 
-def old_plan(folder: Path, *names: tuple[str, str, str, int]) -> None:
-    """A plan of a time when learning rates were in labels and settings alone."""
-    write_plan(folder, *(trial_id for trial_id, *_ in names))
-    content = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-    for trial, (_, label, setting, seed) in zip(content["trials"], names, strict=True):
-        del trial["learning_rate"], trial["tried_learning_rates"]
-        trial |= {"label": label, "setting": setting, "seed": seed}
-    for info in content["metrics"]:
-        del info["corpus"]
-    write_atomically(folder / "plan.json", json.dumps(content))
-
-
-def test_a_plan_without_learning_rates_gets_them_from_the_records_or_from_its_names(tmp_path: Path) -> None:
-    old_plan(
-        tmp_path,
-        ("a0", "LoRA r=4 projector_learning_rate=0.5 learning_rate=0.006", "epochs=1", 0),
-        ("b0", "LoRA r=4 projector_learning_rate=0.5 learning_rate=0.001", "epochs=1", 0),
-        ("c0", "none", "learning_rate=0.02", 0),
-        ("c1", "none", "learning_rate=0.03 epochs=1", 0),
-        ("d0", "full", "epochs=1", 0),
-        ("d1", "full", "epochs=1", 1),
-        ("e0", "other", "epochs=1", 0),
-    )
-    for trial_id, rate in {"a0": 0.006, "d0": 0.004}.items():
-        write_record(tmp_path, record(trial_id, spec={"optimizer": {"learning_rate": rate}}))
-    trials = read_run(tmp_path).plan.trials
-    assert [(trial.label, trial.setting, trial.learning_rate) for trial in trials] == [
-        ("LoRA r=4 projector_learning_rate=0.5", "epochs=1", 0.006),
-        ("LoRA r=4 projector_learning_rate=0.5", "epochs=1", 0.001),
-        ("none", "", 0.02),
-        ("none", "epochs=1", 0.03),
-        ("full", "epochs=1", 0.004),
-        ("full", "epochs=1", 0.004),
-        ("other", "epochs=1", None),
-    ]
-
-
 def test_a_copy_of_a_record_never_takes_the_place_of_the_record(tmp_path: Path) -> None:
     write_plan(tmp_path, "abc")
     write_record(tmp_path, record("abc", wall_time_s=1.0))

@@ -121,7 +121,7 @@ def test_names_joined_by_plus_are_one_combination() -> None:
     assert set(combined.Config.model_fields) == {*ADAPTERS.load(plugins[0].target).Config.model_fields, "where"}
     with pytest.raises(UserError, match=r"^here: unknown adapter 'bitfti'; allowed: .*did you mean 'bitfit'\?$"):
         ADAPTERS.find_all("lora+bitfti", "here")
-    with pytest.raises(UserError, match=r"^a combination names each method once; found LoRA\+LoRA$"):
+    with pytest.raises(UserError, match=r"each method once; found LoRA\+LoRA$"):
         ADAPTERS.load(*(entry.target for entry in ADAPTERS.find_all("lora+lora")))
     with pytest.raises(UserError, match=r"^unknown task 'scenes\+scenes'; allowed: "):
         TASKS.find_all("scenes+scenes")

@@ -52,7 +52,7 @@ def written_by_peft(folder: Path, config: Any, make_model: Callable[[], Any] = t
 
 def options_of(adapted: harness.AdaptedModel) -> dict[str, Any]:
     choice = adapted.spec.by_group["all"]
-    return {"method": choice.entry.name, **choice.method.config.model_dump(mode="json")}
+    return {"method": choice.name, **choice.method.config.model_dump(mode="json")}
 
 
 # ── Export

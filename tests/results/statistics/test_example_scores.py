@@ -18,6 +18,7 @@ from pycocoevalcap.rouge.rouge import Rouge as CocoRouge
 
 from harness.core.formulas import score
 from harness.core.record import MetricInfo
+from harness.core.registry import Plugin
 from harness.model.build import Splits
 from harness.sweep.preflight import metrics_of
 from harness.trial.evaluate import Likelihood
@@ -31,9 +32,14 @@ from tasks.metrics.rouge import Rouge
 from tasks.metrics.vqa_accuracy import VQAAccuracy
 from tests.support.trials import spec_of
 
+
+def plugin(name: str, target: str) -> Plugin:
+    return Plugin(name=name, distribution="tests", result_version=1, target=target)
+
+
 MEMBERS = {
-    "photos": {"captions": f"{__name__}:Captions", "variety": f"{__name__}:Variety"},
-    "speech": {"error_rate": "tasks.metrics.error_rate:ErrorRate"},
+    "photos": {name: plugin(name, f"{__name__}:{name.title()}") for name in ("captions", "variety")},
+    "speech": {"error_rate": plugin("error_rate", "tasks.metrics.error_rate:ErrorRate")},
 }
 BLEU = tuple(f"bleu_{n}" for n in range(1, 5))
 

@@ -157,7 +157,7 @@ def test_other_references_or_another_tokenizer_are_another_file(cache: Path, mon
 def test_a_cache_that_cannot_be_written_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HARNESS_CACHE", "/dev/null/cache")
     prepare.cache_clear()
-    with pytest.warns(UserWarning, match="tokenised references cannot be kept in /dev/null/cache/references: "):
+    with pytest.warns(UserWarning, match="tokenised references cannot be cached in /dev/null/cache/references: "):
         assert prepare(TEXTS) == PREPARED
 
 
