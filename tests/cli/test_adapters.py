@@ -1,4 +1,4 @@
-"""``harness adapters``: the registry, options in words, parameters counted without weights, what is broken or wrong."""
+"""``harness adapters``: methods, their options, parameter counts without weights, broken plugins and wrong input."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TINY = ("--model", "builtin/tiny-llama")
 
 @pytest.fixture
 def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Harness:
-    """Runs ``harness adapters …`` in this process, in an empty folder, on a screen of 80 columns."""
+    """Runs ``harness adapters …`` in this process, in an empty folder, on a console of 80 columns."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(app, "console", Console(width=80))
@@ -111,7 +111,7 @@ def test_options_are_read_from_the_types() -> None:
     ]
 
 
-# tiny-llama by hand: 4 layers; q, k, v, o at 96 → 96, gate and up 96 → 256, down 256 → 96.
+# tiny-llama: 4 layers; q, k, v, o at 96 → 96, gate and up 96 → 256, down 256 → 96.
 LORA_RANK_1 = 4 * (4 * (96 + 96) + 3 * (96 + 256))
 BITFIT = 4 * (5 * 96 + 2 * 256)
 
@@ -162,7 +162,7 @@ def test_table_3_of_the_paper(adapters: Harness, tmp_path: Path) -> None:
         assert counts(adapters("lora", "--model", folder, "--set", f"rank={rank}").out, "all") == expected
 
 
-def test_what_does_not_fit_the_model_says_why(adapters: Harness, tmp_path: Path) -> None:
+def test_a_method_that_does_not_fit_the_model_says_why(adapters: Harness, tmp_path: Path) -> None:
     outcome = adapters("--model", "facebook/opt-125m", "--set", "where=[gate]")
     assert outcome.code == 0
     reason = "opt model has no layer with"
@@ -189,7 +189,7 @@ class WithoutLabel(AdapterMethod):
 
 
 class WithoutConfig(AdapterMethod):
-    """Has something else in the place of its options."""
+    """Has an invalid ``Config``."""
 
     summary = "options that are none"
     Config = None  # type: ignore[assignment]
@@ -222,7 +222,7 @@ BROKEN = {
 
 
 @pytest.mark.usefixtures("_broken_plugins")
-def test_a_broken_plugin_takes_one_line_and_no_other_plugin(adapters: Harness) -> None:
+def test_a_broken_plugin_takes_one_line_and_does_not_affect_others(adapters: Harness) -> None:
     listed = adapters()
     assert (listed.code, listed.err) == (0, "")
     assert re.findall(r"^(\w+)  ", listed.out, re.MULTILINE) == ["absent", "bitfit", "configless", "label", "stranger"]

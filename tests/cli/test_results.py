@@ -1,4 +1,4 @@
-"""The commands that read results: what they print, what they write, and wrong input: one message, exit code 2."""
+"""The commands that read results: what they print and write; wrong input gives one message and exit code 2."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_reports_that_cannot_be_made(harness: Harness, run: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"trials": []}'], ids=["no folder", "broken plan", "another schema"])
-def test_a_report_of_what_is_no_run_folder_is_refused(harness: Harness, tmp_path: Path, content: str | None) -> None:
+def test_a_report_of_another_folder_is_refused(harness: Harness, tmp_path: Path, content: str | None) -> None:
     folder = tmp_path / "run"
     if content is not None:
         folder.mkdir()
@@ -209,7 +209,7 @@ def test_status_of_a_run_in_progress(harness: Harness, run: Path) -> None:
         record.unlink()
         (record.parent / "log.txt").write_text("", encoding="utf-8")
     old = run / "trials" / "none-all-00-s0-0" / "log.txt"
-    os.utime(old, (0, 0))  # of a call before this one
+    os.utime(old, (0, 0))  # of an earlier call
     with FileLock(run / ".lock"):
         out = harness("status").out
     assert out.startswith(
@@ -221,7 +221,7 @@ def test_status_of_a_run_in_progress(harness: Harness, run: Path) -> None:
     assert re.search(r"1(–\d)? +Full +1\.\d+ \[", out)
     idle = harness("status", run).out
     assert "0 running, 3 waiting\nno harness is running in this folder" in idle
-    with FileLock(run / ".lock", timeout=0):  # it was let go of
+    with FileLock(run / ".lock", timeout=0):  # released
         pass
 
 

@@ -1,4 +1,4 @@
-"""Scoring files in COCO's formats: what is written is what the metric gives, and what is wrong in a file is named."""
+"""Scoring files in COCO's formats: the output equals the scores of the metric, and broken files are named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The task coco_captions: a small folder in COCO's layout, broken in every way people break it, and real COCO."""
+"""The task coco_captions: a small folder in COCO's layout, with all common errors, and real COCO."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The VQA reader: VQAv2's and GQA's own layouts, and both broken in every way people break them."""
+"""The VQA reader: the layouts of VQAv2 and GQA, and both with all common errors."""
 
 from __future__ import annotations
 
