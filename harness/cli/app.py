@@ -1,4 +1,4 @@
-"""Train and compare adapters from an experiment file. Exit codes: 0 success, 1 a trial or check failed, 2 bad input."""
+"""Train and compare adapters. Exit codes: 0 success, 1 unfinished trials or a failed check, 2 invalid input."""
 
 from __future__ import annotations
 

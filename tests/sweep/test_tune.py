@@ -1,4 +1,4 @@
-"""What one trial reserves of a Ray cluster. tests/e2e tests whole sweeps."""
+"""What one trial reserves of a Ray cluster. The sweep itself is tested end to end in tests/e2e."""
 
 from __future__ import annotations
 
