@@ -1,0 +1,68 @@
+"""run_experiment: the run folder it takes, what it refuses, and its progress in a notebook."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from rich.console import Console
+
+import harness
+from harness.core.record import PlannedTrial
+from harness.sweep import live, run
+from harness.sweep.live import LiveTable
+
+EXPERIMENT = harness.Experiment(
+    name="grid",
+    task={"name": "scenes", "train_examples": 8, "validation_examples": 4, "test_examples": 4},
+    adapters=[{"method": "none", "learning_rate": 1e-2}],
+)
+
+
+def test_a_run_folder_is_one_experiments_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "grid"
+    folder.mkdir()
+    with FileLock(folder / ".lock"), pytest.raises(harness.UserError, match="grid: another harness is running"):
+        harness.run_experiment(EXPERIMENT, tmp_path, console=Console(file=io.StringIO()))
+    assert not (folder / "plan.json").exists()
+
+
+def test_wrong_paths_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(harness.UserError, match=r"nothing\.yaml: no such file"):
+        harness.run_experiment(tmp_path / "nothing.yaml", tmp_path / "runs")
+    (tmp_path / "file").touch()
+    with pytest.raises(harness.UserError, match="file/grid: cannot write there"):
+        harness.run_experiment(EXPERIMENT, tmp_path / "file")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_ctrl_c_keeps_what_there_is_and_reports_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "_run_unfinished", interrupted)
+    shown = io.StringIO()
+    results = harness.run_experiment(EXPERIMENT, tmp_path, console=Console(file=shown))
+    assert not results.complete
+    assert "interrupted: finished trials are kept" in shown.getvalue()
+    assert results.report.is_file()
+    assert (len(results.records), results.folder) == (0, tmp_path / "grid")
+
+
+def trial(number: int) -> PlannedTrial:
+    return PlannedTrial(trial_id=str(number), label="LoRA", method="lora", grouping="", setting="", seed=number)
+
+
+@pytest.mark.parametrize("widgets", [True, False])
+def test_a_notebook_has_a_live_table_where_it_can_draw_one(monkeypatch: pytest.MonkeyPatch, widgets: bool) -> None:
+    """Rich draws into a cell by ipywidgets and only warns without them: then a line per trial is printed."""
+    monkeypatch.setattr(live, "find_spec", lambda _: object() if widgets else None)
+    monkeypatch.setenv("JUPYTER_COLUMNS", "100")
+    started: list[str] = []
+    monkeypatch.setattr(live.Live, "start", lambda self: started.append("start"))
+    monkeypatch.setattr(live.Live, "stop", lambda self: started.append("stop"))
+    with LiveTable(Console(force_jupyter=True), [trial(0)], 0) as table:
+        table.started("0")
+    assert started == (["start", "stop"] if widgets else [])
