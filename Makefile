@@ -1,4 +1,4 @@
-# The project's commands. `make quickstart` and `make test` need Python 3.11-3.13 and nothing else.
+# Commands of the project. They need Python 3.11 to 3.13.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,25 +16,25 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
-quickstart: venv  ## a real grid on this machine, then its leaderboard
+quickstart: venv  ## run a small experiment on this machine and print its leaderboard
 	$(BIN)/harness run experiments/quickstart.yaml
 
-quick: venv  ## one test of each kind, under a minute
+quick: venv  ## one test of each kind, less than a minute
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "quick and not slow"
 
 test: venv  ## the fast tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-browser: venv  ## the report in a real Chromium; skipped where there is none
+test-browser: venv  ## the reports in Chromium; skipped if it is not installed
 	$(BIN)/python -m pytest -m browser tests/browser
 
-test-slow: venv  ## minutes each: rebuilds the built-in backbones and more
+test-slow: venv  ## minutes per test: retrains the built-in backbones and more
 	$(BIN)/python -m pytest -m slow
 
-test-real-data: venv  ## needs COCO_ROOT and COCO_CAPTIONS
+test-real-data: venv  ## needs COCO_ROOT, COCO_CAPTIONS and FSDD_ROOT
 	$(BIN)/python -m pytest -m real_data -n 2
 
-coverage: venv  ## lines and branches that the fast tests run, in all their processes
+coverage: venv  ## lines and branches that the fast tests run, in all processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-report=html
 
 lint: venv

@@ -47,8 +47,8 @@ def choose(options: Mapping[str, Any], where: Cursor, also: Iterable[str] = ()) 
 
     Args:
         options: as the user wrote them.
-        where: they were written.
-        also: keys that may stand beside them and were taken out by the caller; an error on an unknown key names them.
+        where: the location of the options, for messages.
+        also: other allowed keys, which the caller has removed; an error about an unknown key lists them.
 
     Raises:
         UserError: an unknown method, an unknown option, or an option out of range.

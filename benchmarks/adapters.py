@@ -1,7 +1,7 @@
 """Speed and memory of the adapters: ``python benchmarks/adapters.py [--quick] [--json out.json]``.
 
 Forward and backward of a whole frozen llama (width 768, 12 layers, feed-forward 2048, a vocabulary of 512 so that the
-head does not dominate), batch 16, 128 positions divided evenly among the contexts (two: 64 image and 64 text). The
+head does not dominate), batch size 16, 128 positions divided evenly among the contexts (two: 64 image and 64 text). The
 curve over the number of contexts, and the one-hot form, are measured on two layers of the same width, because all
 layers are identical. Times are taken in rounds over all cases in one process; ratios are medians of ratios within a
 round.
@@ -37,7 +37,7 @@ MIB = 2**20
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark and print the tables."""
     options = _options()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
@@ -69,7 +69,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one layer and two rows, under a minute")
     parser.add_argument("--json", type=Path, help="write all results to this file")
     parser.add_argument("--threads", type=int, default=2, help="PyTorch CPU threads (default 2)")
-    parser.add_argument("--rounds", type=int, help="times that each case is timed")
+    parser.add_argument("--rounds", type=int, help="number of timings per case")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if available"
     )

@@ -42,7 +42,7 @@ class Size:
 
 
 class Key(NamedTuple):
-    """A case: its form, rank (0: none) and the number of contexts that the sequence is divided into."""
+    """A case: its form, its rank (0: none) and the number of contexts in the sequence."""
 
     form: str
     rank: int = 0
@@ -121,7 +121,7 @@ class Bench:
         return loss
 
     def step(self, case: Case) -> Tensor:
-        """Forward and backward of the whole model, gradients left on the parameters."""
+        """Forward and backward of the whole model; gradients stay on the parameters."""
         with case.attached() as model:
             loss = self.forward(model)
             loss.backward()

@@ -1,12 +1,12 @@
 """Time of the caption metrics: ``python benchmarks/metrics.py [--images 5000] [--rounds 3] [--json out.json]``.
 
-Plain pycocoevalcap (its tokenizer, BLEU, ROUGE-L, CIDEr, METEOR, recomputed each time, as when called directly) against
-``CaptionMetrics`` scoring another trial's predictions for references it has seen: in a running process, and
-without METEOR also in a fresh one, which finds the tokenised references on disk. Rounds alternate over all cases, with
-other predictions in each; ratios are medians of ratios within a round. Scores are also compared to 1e-9.
+Compares plain pycocoevalcap (its tokenizer, BLEU, ROUGE-L, CIDEr and METEOR, called directly and recomputed each time)
+with ``CaptionMetrics`` on new predictions for known references: in a running process and, without METEOR, also in a new
+process, which reads the tokenised references from disk. Each round times all cases on new predictions; ratios are
+medians of ratios within a round. Scores must agree to 1e-9.
 
-Captions are COCO's where COCO_CAPTIONS names captions_val2017.json, one of an image with a few words exchanged as its
-prediction and the others as references; otherwise synthetic captions over a hundred words.
+If COCO_CAPTIONS names captions_val2017.json, one caption of each image with a few words replaced is the prediction, and
+the others are the references; otherwise captions are synthetic, over a vocabulary of a hundred words.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from tasks.metrics.captions import CaptionMetrics
 
 Captions = dict[str, list[str]]
 PLAIN, OURS, FRESH = "pycocoevalcap", "CaptionMetrics, again", "CaptionMetrics, fresh process"
-Case = tuple[str, bool]  # implementation, and whether with METEOR
+Case = tuple[str, bool]  # implementation, with METEOR
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark and print the table."""
     options = _options()
     if options.fresh:
         print(_fresh_here(options.fresh))
@@ -63,7 +63,7 @@ def main() -> None:
             for case, seconds in _round(_predictions(captions, seed), references).items():
                 times.setdefault(case, []).append(seconds)
     console.print(f"{source}: {len(captions)} images; Python {platform.python_version()}, {platform.platform()}")
-    console.print(f"CaptionMetrics the first time, METEOR's start included: {first_s:.2f} s")
+    console.print(f"First call of CaptionMetrics, including the start of METEOR: {first_s:.2f} s")
     console.print(_table(times, options.rounds))
     if options.json:
         rows = [{"case": who, "meteor": meteor, "times_s": found} for (who, meteor), found in times.items()]
@@ -74,8 +74,8 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=int, default=5000, help="default 5000")
-    parser.add_argument("--rounds", type=int, default=3, help="timings of each case (default 3)")
-    parser.add_argument("--json", type=Path, help="write every figure here")
+    parser.add_argument("--rounds", type=int, default=3, help="number of timings per case (default 3)")
+    parser.add_argument("--json", type=Path, help="write all results to this file")
     parser.add_argument("--fresh", type=Path, help=argparse.SUPPRESS)  # used when the script calls itself
     return parser.parse_args()
 
@@ -95,7 +95,7 @@ def _captions(images: int) -> tuple[Captions, str]:
 
 
 def _predictions(captions: Captions, seed: int) -> dict[str, str]:
-    """The first caption of every image, every sixth word exchanged for one of another image."""
+    """The first caption of every image, with every sixth word replaced by a word from another image."""
     rng = np.random.default_rng(seed)
     others = " ".join(texts[0] for texts in captions.values()).split()
     return {
@@ -111,7 +111,7 @@ def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def _round(predictions: dict[str, str], references: Captions) -> dict[Case, float]:
-    """Seconds of every case, on the same predictions."""
+    """Seconds per case, on the same predictions."""
     words_s, (gts, res, expected) = _timed(lambda: _plain(predictions, references))
     meteor_s, meteor = _timed(lambda: Meteor().compute_score(gts, res)[0])
     with_s, found = _timed(lambda: CaptionMetrics().score(predictions, references))
@@ -128,7 +128,7 @@ def _round(predictions: dict[str, str], references: Captions) -> dict[Case, floa
 
 
 def _plain(predictions: dict[str, str], references: Captions) -> tuple[Any, Any, dict[str, float]]:
-    """All but METEOR; the tokenised captions, and the corpus scores."""
+    """The tokenised captions, and all corpus scores except METEOR."""
     tokenizer = PTBTokenizer()
     gts = tokenizer.tokenize({key: [{"caption": text} for text in texts] for key, texts in references.items()})
     res = tokenizer.tokenize({key: [{"caption": predictions[key]}] for key in references})
@@ -148,7 +148,7 @@ def _fresh(predictions: dict[str, str], references: Captions) -> float:
 
 
 def _fresh_here(path: Path) -> float:
-    """Seconds of scoring in this process, which has just started; its imports are not counted, as for the others."""
+    """Seconds of scoring in this process, which has just started; imports are not counted, as in the other cases."""
     predictions, references = json.loads(path.read_text(encoding="utf-8"))
     return _timed(lambda: CaptionMetrics(with_meteor=False).score(predictions, references))[0]
 

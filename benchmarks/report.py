@@ -51,7 +51,7 @@ METRICS = (
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=10_000)
     parser.add_argument("--examples", type=int, default=200, help="Test examples of each trial.")
@@ -84,7 +84,7 @@ def render(run: Path) -> tuple[float, float, int]:
 
 
 def write_grid(run: Path, trials: int, examples: int) -> None:
-    """A plan, and for every trial a record and per-example scores, the same on every call."""
+    """Write a plan, and a record and per-example scores for every trial; the content is deterministic."""
     planned = [_planned(number) for number in range(trials)]
     plan = Plan(
         experiment="synthetic",

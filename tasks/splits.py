@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import get_args
@@ -74,22 +74,46 @@ def check_splits(where: object, splits: Mapping[Split, Sequence[Example]], probl
         where: the beginning of each message: a folder, or a key of the experiment.
         problems: receives what is wrong.
     """
-    ids: dict[str, Split] = {}
+    for check in (empty_splits, repeated_ids, shared_files):
+        for message in check(splits):
+            problems.add(f"{where}: {message}")
+
+
+def empty_splits(splits: Mapping[Split, Sequence[Example]]) -> Iterator[str]:
+    """A message for every split without examples."""
+    for split, examples in splits.items():
+        if not examples:
+            yield f"no examples for {split}; every split needs at least one"
+
+
+def repeated_ids(splits: Mapping[Split, Sequence[Example]]) -> Iterator[str]:
+    """A message for every example whose id occurs before, in the same split or in another one."""
+    seen: dict[str, Split] = {}
+    for split, examples in splits.items():
+        for example in examples:
+            if example.id in seen:
+                yield f"id {example.id!r} is in {seen[example.id]} and again in {split}; ids are unique"
+            seen[example.id] = split
+
+
+def shared_files(splits: Mapping[Split, Sequence[Example]], resolve: bool = False) -> Iterator[str]:
+    """A message for every file that is in two splits.
+
+    Args:
+        splits: the examples.
+        resolve: also find files that two different links lead to; slow for large data sets.
+    """
     files: dict[Path, tuple[Split, str]] = {}
     shared: dict[Path, str] = {}
     for split, examples in splits.items():
-        if not examples:
-            problems.add(f"{where}: no examples for {split}; every split needs at least one")
         for example in examples:
-            if example.id in ids:
-                problems.add(f"{where}: id {example.id!r} is in {ids[example.id]} and again in {split}; ids are unique")
-            ids[example.id] = split
             for _, path in example.files:
-                other, other_id = files.setdefault(path, (split, example.id))
+                key = path.resolve() if resolve else path
+                other, other_id = files.setdefault(key, (split, example.id))
                 if other != split:
-                    shared[path] = f"{path} is in {other} ({other_id!r}) and in {split} ({example.id!r})"
-    for message in shared.values():
-        problems.add(f"{where}: {message}; splits may not overlap")
+                    found = f"{path} is in {other} ({other_id!r}) and in {split} ({example.id!r})"
+                    shared.setdefault(key, f"{found}; splits may not overlap")
+    yield from shared.values()
 
 
 def check_disjoint(where: object, what: str, keys: Mapping[Split, Iterable[object]], problems: ProblemList) -> None:

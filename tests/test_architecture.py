@@ -1,4 +1,4 @@
-"""The house: which room may import which, which library has one door, how long files and functions may be."""
+"""The architecture: which packages may import which, where libraries are imported, how long files and functions are."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ FLOORS = (
     ("harness.cli",),
     ("harness.__main__",),
 )
-# These know nothing of one another, and of the harness its core alone.
+# These do not import one another, and only the core of the harness.
 APART = ("adapters", "tasks", "results")
-# What a room must not know of, although it is on a lower floor.
+# What a room must not import, although it is on a lower floor.
 IGNORANT_OF = {"harness.sweep.tune": ("adapters", "tasks", "results"), "harness.trial.engine": ("adapters", "tasks")}
 # Third party → the only places that import it.
 ONLY_IN = {

@@ -51,7 +51,7 @@ def weights_of(case: Case) -> dict[str, Tensor]:
 )
 @pytest.mark.parametrize("rank", [2, 16])
 def test_all_forms_compute_the_same_numbers(bench: Bench, forms: tuple[str, ...], contexts: int, rank: int) -> None:
-    """fp32 through two layers; 1e-4 of each tensor's largest number. Rank 16 of 4 contexts is not masked by ours."""
+    """fp32 through two layers; 1e-4 of each tensor's largest number. At rank 16 and 4 contexts, ours uses no mask."""
     cases = [bench.case(Key(form, rank, contexts)) for form in forms]
     weights = weights_of(cases[0])
     expected, *others = (numbers(bench, case, weights) for case in cases)

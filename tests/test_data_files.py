@@ -1,4 +1,4 @@
-"""Folders and files of data sets: what is missing names its neighbours, and no annotation leads out of its folder."""
+"""Folders and files of data sets: errors name the nearest files, and no annotation leads out of its folder."""
 
 from __future__ import annotations
 

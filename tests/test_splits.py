@@ -1,4 +1,4 @@
-"""The checks that all splits pass: none is empty, ids are unique, and none shares a file with another."""
+"""The checks of all splits: none is empty, ids are unique, and no file is in two splits."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def test_splits_that_are_right_pass() -> None:
 def test_all_that_is_wrong_with_splits_is_reported() -> None:
     train = [example("a"), example("b"), example("b", "c")]
     assert messages({"train": train, "validation": [example("a", "d"), example("e", "b")], "test": []}) == [
+        "/data: no examples for test; every split needs at least one",
         "/data: id 'b' is in train and again in train; ids are unique",
         "/data: id 'a' is in train and again in validation; ids are unique",
-        "/data: no examples for test; every split needs at least one",
         "/data: b is in train ('b') and in validation ('e'); splits may not overlap",
     ]
 

@@ -19,7 +19,7 @@ class Spec:
     grouping: Mapping[str, str | None]  # context → group, None: no adapter there; context ids index its keys
     by_group: Mapping[str, Choice]
     ungrouped: Choice | None  # a method without groups, in the place of by_group
-    roles: Mapping[str, Any] | None  # path pattern → role, given by hand
+    roles: Mapping[str, Any] | None  # path pattern → role, set explicitly
     seed: int
 
     @property

@@ -1,7 +1,7 @@
 """The two-stage recipe of LLaVA: first train the projector alone, then projector and language model.
 
 Liu et al. 2023, arXiv 2304.08485, section 4.2 "Training": stage 1 (pre-training for feature alignment) trains the
-projector with everything else frozen, stage 2 (fine-tuning end to end) the projector and the language model; each has
+projector with everything else frozen, stage 2 (fine-tuning) the projector and the language model; each has
 its own optimizer and schedule. In the paper the two stages use different data. Here both use the trial's budget,
 so that the recipe sees the same examples and takes the same steps as every other method.
 """

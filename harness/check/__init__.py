@@ -1,1 +1,1 @@
-"""``harness check``: the contract tests of every plugin."""
+"""The contract tests of plugins, which ``harness check`` runs."""

@@ -1,4 +1,4 @@
-"""What every metric promises: checks on the references of a task's sample, as in ``harness.check.task``."""
+"""The contract of metrics: checks on the references of a task's sample, in the form of ``harness.check.task``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from harness.core.formulas import WIDTHS, agree, counts_key, score
 from harness.core.record import Formula, MetricInfo
 from tasks.base import Metric, Scores
 
-# For a metric that no registered task names.
+# For a metric that no registered task uses.
 REFERENCES: Mapping[str, Sequence[str]] = {
     "1": ("a man rides a brown horse on the beach", "someone on a horse by the sea"),
     "2": ("two dogs play with a red ball on the grass",),
@@ -36,7 +36,7 @@ class MetricSubject:
 
     def __init__(self, metric_class: type[Metric], references: Mapping[str, Sequence[str]]) -> None:
         self.plugin, self.references = metric_class, references
-        # The commonest, where several people answered.
+        # The most frequent one, where several people answered.
         self.right = {key: Counter(texts).most_common(1)[0][0] for key, texts in references.items()}
 
     @cached_property
@@ -56,31 +56,31 @@ class MetricSubject:
 
     @cached_property
     def empty(self) -> Scores:
-        """Scores of predictions without a word."""
+        """Scores of empty predictions."""
         return self.metric.score(dict.fromkeys(self.references, ""), self.references)
 
 
 def perfect_is_scored(subject: MetricSubject) -> Iterator[str]:
-    """It scores predictions that equal a reference."""
+    """Predictions that equal a reference have a score."""
     if not subject.perfect.corpus:
-        yield "the corpus has no score"
+        yield "the corpus has no scores"
 
 
 def labels_name_scores(subject: MetricSubject) -> Iterator[str]:
-    """Its labels name scores of the corpus, or a note says why one is missing."""
+    """Every label belongs to a score of the corpus, or a note says why that score is missing."""
     if not subject.plugin.labels:
-        yield "labels are empty; the leaderboard would show nothing of it"
+        yield "labels are empty, so the leaderboard would show none of its scores"
     corpus = subject.perfect.corpus
     missing = [name for name in subject.plugin.labels if name not in corpus]
     if missing and not subject.perfect.notes:
-        yield f"labels name {missing[0]!r}; the corpus has {', '.join(corpus)}, and no note says why it is missing"
+        yield f"labels contain {missing[0]!r}; the corpus has {', '.join(corpus)}, and no note says why it is missing"
     for name in subject.plugin.lower_is_better - set(corpus) - set(missing):
-        yield f"lower_is_better names {name!r}; the corpus has {', '.join(corpus)}"
+        yield f"lower_is_better contains {name!r}; the corpus has {', '.join(corpus)}"
 
 
 def right_beats_wrong(subject: MetricSubject) -> Iterator[str]:
     """Predictions that equal a reference score better than wrong ones."""
-    # Also on whole sentences: where all answers are one word, there is no pair of words to be right about.
+    # Also on whole sentences: metrics of word pairs cannot score answers of one word.
     sentences = MetricSubject(subject.plugin, REFERENCES)
     for name in subject.plugin.labels:
         if name not in subject.perfect.corpus or name not in subject.wrong.corpus:
@@ -100,27 +100,27 @@ def _beats(name: str, subject: MetricSubject, lower: bool) -> bool:
 
 
 def examples_have_scores(subject: MetricSubject) -> Iterator[str]:
-    """It scores every example, or none of them alone, under their ids."""
+    """`per_example` has the scores of every example, or is empty."""
     found = subject.perfect.per_example
     if found and set(found) != set(subject.references):
         yield f"per_example has the ids {sorted(found)}; the examples are {sorted(subject.references)}"
 
 
 def counts_give_the_score(subject: MetricSubject) -> Iterator[str]:
-    """A score for which `corpus` names a formula is what the formula makes of the sums of its counts."""
+    """A score with a formula in `corpus` equals this formula of the summed counts."""
     for name, kind in subject.plugin.corpus.items():
         if kind not in FORMULAS:
-            yield f"corpus names the formula {kind!r} for {name}; {did_you_mean(kind, FORMULAS)}"
+            yield f"corpus: unknown formula {kind!r} for {name}; {did_you_mean(kind, FORMULAS)}"
             continue
         info = MetricInfo(name=name, label=name, higher_is_better=True, corpus=kind)
-        for words, scores in (("right", subject.perfect), ("wrong", subject.wrong), ("empty", subject.empty)):
+        for what, scores in (("right", subject.perfect), ("wrong", subject.wrong), ("empty", subject.empty)):
             if name in scores.corpus:
-                yield from _not_given(info, scores, words)
+                yield from _mismatch(info, scores, what)
         if name not in subject.perfect.corpus and not subject.perfect.notes:
-            yield f"corpus names {name!r}; the scores are {', '.join(subject.perfect.corpus)}"
+            yield f"corpus contains {name!r}; the scores are {', '.join(subject.perfect.corpus)}"
 
 
-def _not_given(info: MetricInfo, scores: Scores, words: str) -> Iterator[str]:
+def _mismatch(info: MetricInfo, scores: Scores, what: str) -> Iterator[str]:
     key, width = counts_key(info), WIDTHS[info.corpus]
     rows: list[tuple[float, ...]]
     if info.corpus == "mean":
@@ -129,67 +129,67 @@ def _not_given(info: MetricInfo, scores: Scores, words: str) -> Iterator[str]:
         rows = [row[key] for row in scores.counts.values() if key in row]
     if not rows:
         where = "per_example has" if info.corpus == "mean" else "counts have"
-        yield f"{info.name}: {where} no {key!r} of any example; {info.corpus} needs it"
+        yield f"{info.name}: {where} no {key!r} for any example; {info.corpus} needs it"
         return
     if lengths := {len(row) for row in rows} - {width}:
         yield f"{info.name}: counts have {min(lengths)} numbers for {key!r}; {info.corpus} needs {width}"
         return
     again, value = float(score(info, np.sum(rows, axis=0, dtype=float))), scores.corpus[info.name]
     if not agree(again, value):
-        yield f"{info.name} is {value:.6g} for {words} predictions; {info.corpus} makes {again:.6g} of the counts"
+        yield f"{info.name} is {value:.6g} for {what} predictions; {info.corpus} of the counts is {again:.6g}"
 
 
 def scores_are_finite(subject: MetricSubject) -> Iterator[str]:
-    """Every score is a finite number, those of empty predictions too."""
-    for words, scores in (("right", subject.perfect), ("wrong", subject.wrong), ("empty", subject.empty)):
+    """Every score is finite, also for empty predictions."""
+    for what, scores in (("right", subject.perfect), ("wrong", subject.wrong), ("empty", subject.empty)):
         columns = {"the corpus": scores.corpus, **{f"example {key!r}": row for key, row in scores.per_example.items()}}
         for where, row in columns.items():
             for name, value in row.items():
                 if not math.isfinite(value):
-                    yield f"{name} of {where} is {value} for {words} predictions; leave out what cannot be computed"
+                    yield f"{name} of {where} is {value} for {what} predictions; omit scores that cannot be computed"
 
 
 def empty_is_a_score(subject: MetricSubject) -> Iterator[str]:
-    """Predictions without a word are scored, all of them or one."""
+    """Empty predictions are scored, whether all are empty or one."""
     if not subject.empty.corpus:
-        yield "nothing but empty predictions has no score in the corpus"
+        yield "if all predictions are empty, the corpus has no score"
     one = {**subject.right, next(iter(subject.references)): ""}
     if not subject.metric.score(one, subject.references).corpus:
-        yield "one empty prediction among others leaves the corpus without a score"
+        yield "if one prediction is empty, the corpus has no score"
 
 
 def ids_must_match(subject: MetricSubject) -> Iterator[str]:
-    """Ids that differ, and an example without a reference, are a ValueError."""
+    """Ids that do not match, or an example without references, raise a `ValueError`."""
     first = next(iter(subject.references))
     fewer = {key: text for key, text in subject.right.items() if key != first}
     more = {**subject.right, "no-such-id": WRONG}
     cases: tuple[tuple[str, Mapping[str, str], Mapping[str, Sequence[str]]], ...] = (
         (f"no prediction for {first!r}", fewer, subject.references),
         ("a prediction for an unknown id", more, subject.references),
-        (f"no reference of {first!r}", subject.right, {**subject.references, first: ()}),
+        (f"no references for {first!r}", subject.right, {**subject.references, first: ()}),
     )
-    for words, predictions, references in cases:
+    for case, predictions, references in cases:
         try:
             subject.metric.score(predictions, references)
         except ValueError:
             continue
-        except Exception as error:  # a plugin's code is anybody's
-            yield f"{words}: raised {type(error).__name__}: {error}; a ValueError is needed"
+        except Exception as error:  # third-party code
+            yield f"{case}: raised {type(error).__name__}: {error}; it must raise a ValueError"
         else:
-            yield f"{words}: scored without a word; a ValueError is needed"
+            yield f"{case}: silently scored; it must raise a ValueError"
 
 
 def order_does_not_matter(subject: MetricSubject) -> Iterator[str]:
-    """The order of the examples changes nothing."""
+    """Scores do not depend on the order of the examples."""
     keys = list(subject.references)[::-1]
-    turned = subject.metric.score(subject.right, {key: subject.references[key] for key in keys})
+    reversed_ = subject.metric.score(subject.right, {key: subject.references[key] for key in keys})
     for name, value in subject.perfect.corpus.items():
-        if not math.isclose(value, turned.corpus.get(name, math.nan), rel_tol=1e-6, abs_tol=1e-9):
-            yield f"{name} is {value} and {turned.corpus.get(name)} with the examples in another order"
+        if not math.isclose(value, reversed_.corpus.get(name, math.nan), rel_tol=1e-6, abs_tol=1e-9):
+            yield f"{name} is {value}, and {reversed_.corpus.get(name)} with the examples in reverse order"
     for key, row in subject.perfect.per_example.items():
         for name, value in row.items():
-            if not math.isclose(value, turned.per_example[key].get(name, math.nan), rel_tol=1e-6, abs_tol=1e-9):
-                yield f"{name} of example {key!r} is another one with the examples in another order"
+            if not math.isclose(value, reversed_.per_example[key].get(name, math.nan), rel_tol=1e-6, abs_tol=1e-9):
+                yield f"{name} of example {key!r} is different with the examples in reverse order"
 
 
 FIRST: tuple[Callable[[MetricSubject], Iterator[str]], ...] = (perfect_is_scored,)

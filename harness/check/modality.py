@@ -1,4 +1,4 @@
-"""What every modality promises: checks on the files of a task's sample, as in ``harness.check.task``."""
+"""The contract of modalities: checks on the files of a task's sample, in the form of ``harness.check.task``."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _GARBAGE = bytes(range(256)) * 4
 
 
 class ModalitySubject:
-    """A modality class and files of it.
+    """A modality class, and files that it reads.
 
     Args:
         modality_class: the modality.
-        files: one or more that it reads.
-        folder: an empty one for broken files.
+        files: at least one file that it reads.
+        folder: an empty folder for corrupt files.
     """
 
     def __init__(self, modality_class: type[Modality], files: Sequence[Path], folder: Path) -> None:
@@ -49,44 +49,44 @@ class ModalitySubject:
 def files_are_read(subject: ModalitySubject) -> Iterator[str]:
     """It decodes the files of a task's sample."""
     if not subject.files:
-        yield "the sample of no registered task has a file of it, so nothing could be tried; register such a task too"
+        yield "no registered task has such a file in its sample, so nothing could be checked; register such a task too"
     for path, item in zip(subject.files, subject.items, strict=True):
         if item is None:
-            yield f"{path.name} was decoded to nothing"
+            yield f"{path.name}: load returned None"
 
 
-def default_encoder_is_there(subject: ModalitySubject) -> Iterator[str]:
-    """Its default encoder loads, in evaluation mode and fp32."""
+def default_encoder_loads(subject: ModalitySubject) -> Iterator[str]:
+    """Its default encoder loads, in evaluation mode and with float32 weights."""
     import torch
 
     from tasks.encoder import Encoder
 
     encoder: Any = subject.encoder
     if not isinstance(encoder, Encoder):
-        yield f"encoder() gave a {type(encoder).__name__}; it must be a harness.Encoder"
+        yield f"encoder() returned a {type(encoder).__name__}; it must be a harness.Encoder"
         return
     if encoder.training:
-        yield "encoder() gave it in training mode: what it makes of an item would be random; call .eval()"
+        yield "encoder() returned it in training mode, where features may be random; call .eval()"
     kinds = {w.dtype for w in encoder.parameters()} - {torch.float32}
     if kinds:
         yield f"its weights are {', '.join(map(str, kinds))}; allowed: float32"
 
 
 def loading_is_repeatable(subject: ModalitySubject) -> Iterator[str]:
-    """A file that is decoded twice gives equal items and equal features."""
+    """Decoding a file twice gives equal items and equal features."""
     for path, item in zip(subject.files, subject.items, strict=True):
         again = subject.modality.load(path)
         if not same(item, again):
-            yield f"{path.name} was decoded to different items"
+            yield f"{path.name}: decoding it twice gave different items"
         (one,), (other,) = subject.encoder.encode([item]), subject.encoder.encode([again])
         if not one.equal(other):
-            yield f"{path.name} has other features when it is encoded again"
+            yield f"{path.name}: encoding it twice gave different features"
 
 
 def broken_files_are_named(subject: ModalitySubject) -> Iterator[str]:
-    """A file that is missing, empty or garbage is a UserError that names it."""
+    """A missing, empty or corrupt file raises a `UserError` that names the file."""
     suffix = subject.files[0].suffix
-    for kind, content in (("missing", None), ("empty", b""), ("garbage", _GARBAGE)):
+    for kind, content in (("missing", None), ("empty", b""), ("corrupt", _GARBAGE)):
         path = subject.folder / f"{kind}{suffix}"
         if content is not None:
             path.write_bytes(content)
@@ -95,46 +95,46 @@ def broken_files_are_named(subject: ModalitySubject) -> Iterator[str]:
         except UserError as error:
             if path.name not in str(error):
                 yield f"the message about a {kind} file does not name it: {error}"
-        except Exception as error:  # a plugin's code is anybody's
-            yield f"a {kind} file raised {type(error).__name__}: {error}; a UserError that names the file is needed"
+        except Exception as error:  # third-party code
+            yield f"a {kind} file raised {type(error).__name__}: {error}; it must raise a UserError that names the file"
         else:
-            yield f"a {kind} file was decoded without a word; a UserError that names the file is needed"
+            yield f"a {kind} file was silently decoded; it must raise a UserError that names the file"
 
 
 def features_have_their_shape(subject: ModalitySubject) -> Iterator[str]:
-    """Each item's features are a finite float32 tensor (N, width), N at least 1."""
+    """The features of an item are a finite float32 tensor of shape (N, width) with N ≥ 1."""
     import torch
 
     features = subject.encoder.encode(subject.items)
     if len(features) != len(subject.items):
-        yield f"{len(subject.items)} items gave {len(features)} features; one tensor for each is needed"
+        yield f"{len(subject.items)} items gave {len(features)} features; required: one tensor for each item"
         return
     for path, x_ND in zip(subject.files, features, strict=True):
         if x_ND.ndim != 2 or x_ND.shape[1] != subject.encoder.width or not len(x_ND):
-            wanted = f"(1 or more, {subject.encoder.width}), as its width says"
-            yield f"{path.name}: features have the shape {tuple(x_ND.shape)}; allowed: {wanted}"
+            wanted = f"(N, {subject.encoder.width}) with N ≥ 1, from the width of the encoder"
+            yield f"{path.name}: features have shape {tuple(x_ND.shape)}; allowed: {wanted}"
         elif x_ND.device != subject.encoder.device:
             yield f"{path.name}: features are on {x_ND.device}, the encoder on {subject.encoder.device}"
         elif x_ND.dtype != torch.float32 or not x_ND.isfinite().all():
             yield f"{path.name}: features are {x_ND.dtype}, or not finite; allowed: finite float32"
 
 
-def features_know_no_batch(subject: ModalitySubject) -> Iterator[str]:
-    """Features of an item do not depend on the others in its batch."""
+def features_do_not_depend_on_the_batch(subject: ModalitySubject) -> Iterator[str]:
+    """The features of an item do not depend on the other items in its batch."""
     together = subject.encoder.encode(subject.items)
     for path, item, x_ND in zip(subject.files, subject.items, together, strict=True):
         (alone_ND,) = subject.encoder.encode([item])
         if alone_ND.shape != x_ND.shape:
             found = f"{tuple(alone_ND.shape)} alone, {tuple(x_ND.shape)} with others"
         elif not alone_ND.allclose(x_ND, rtol=TOLERANCE, atol=TOLERANCE):
-            found = f"off by up to {(alone_ND - x_ND).abs().max():.2g} from those alone"
+            found = f"up to {(alone_ND - x_ND).abs().max():.2g} different from those alone"
         else:
             continue
-        yield f"{path.name}: features are {found}; they are kept, so they must be the same in every batch"
+        yield f"{path.name}: features are {found}; they are cached, so they must be the same in every batch"
 
 
 def empty_encoder_agrees(subject: ModalitySubject) -> Iterator[str]:
-    """Its encoder without weights has the same width and number of parameters, and takes the sample's items."""
+    """`empty_encoder` has the width and the number of parameters of the encoder, and accepts the sample's items."""
     empty = subject.modality.empty_encoder(subject.plugin.default_encoder)
     if empty.width != subject.encoder.width:
         yield f"the width is {empty.width} without weights and {subject.encoder.width} with them"
@@ -143,26 +143,26 @@ def empty_encoder_agrees(subject: ModalitySubject) -> Iterator[str]:
         yield f"{counts[0]:,} parameters without weights and {counts[1]:,} with them"
     for path, item in zip(subject.files, subject.items, strict=True):
         if (why := empty.check(item)) is not None:
-            yield f"{path.name}: check says that it cannot be encoded: {why}"
+            yield f"{path.name}: the encoder rejects it: {why}"
 
 
 def unknown_encoders_are_refused(subject: ModalitySubject) -> Iterator[str]:
-    """An encoder that does not exist is a UserError that names it."""
+    """An unknown encoder raises a `UserError` that names it."""
     name = "builtin/no-such-encoder"
     for method in (subject.modality.encoder, subject.modality.empty_encoder):
         try:
             method(name)
         except UserError as error:
             if name not in str(error):
-                yield f"{method.__name__}: the message does not name it: {error}"
-        except Exception as error:  # a plugin's code is anybody's
-            yield f"{method.__name__} raised {type(error).__name__}: {error}; a UserError is needed"
+                yield f"{method.__name__}: the message does not contain the name: {error}"
+        except Exception as error:  # third-party code
+            yield f"{method.__name__} raised {type(error).__name__}: {error}; it must raise a UserError"
         else:
-            yield f"{method.__name__} took {name!r} without a word; a UserError is needed"
+            yield f"{method.__name__} silently accepted {name!r}; it must raise a UserError"
 
 
-FIRST: tuple[Callable[[ModalitySubject], Iterator[str]], ...] = (files_are_read, default_encoder_is_there)
+FIRST: tuple[Callable[[ModalitySubject], Iterator[str]], ...] = (files_are_read, default_encoder_loads)
 THEN: tuple[Callable[[ModalitySubject], Iterator[str]], ...] = (
-    loading_is_repeatable, broken_files_are_named, features_have_their_shape, features_know_no_batch,
+    loading_is_repeatable, broken_files_are_named, features_have_their_shape, features_do_not_depend_on_the_batch,
     empty_encoder_agrees, unknown_encoders_are_refused,
 )  # fmt: skip

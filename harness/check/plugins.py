@@ -1,7 +1,7 @@
-"""``harness check``: the plugins of a package or a file, held to what their contracts promise.
+"""``harness check``: tests the plugins of a package or a file against their contracts.
 
-The checks themselves are in ``harness.check.task``, ``harness.check.modality`` and ``harness.check.metric``; the tests
-in ``tests/contracts`` run the same ones on every registered plugin.
+The checks are in ``harness.check.task``, ``harness.check.modality`` and ``harness.check.metric``; the tests
+in ``tests/contracts`` run the same checks on every registered plugin.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from harness.core.registry import Entry, Registry, add_file
 from tasks.registry import METRICS, MODALITIES, TASKS
 
 _SHOWN = 5  # problems of one check
-_FILES = 4  # of a modality
+_FILES = 4  # that a modality is tested on
 _REGISTRIES: tuple[Registry[Any], ...] = (TASKS, MODALITIES, METRICS, ADAPTERS)
 S = TypeVar("S", TaskSubject, ModalitySubject, MetricSubject)
 Check = Callable[[S], Iterator[str]]
@@ -41,14 +41,14 @@ Check = Callable[[S], Iterator[str]]
 
 @dataclass(frozen=True)
 class Result:
-    """What one check found; ``problems`` None: it was not run, because what it needs is broken."""
+    """Result of one check; ``problems`` is None if it was not run because a check it depends on failed."""
 
     promise: str
     problems: tuple[str, ...] | None
 
 
 def run_checks(first: Sequence[Check[S]], then: Sequence[Check[S]], subject: S) -> Iterator[Result]:
-    """Run the checks of one plugin, the second ones only where the first ones found nothing."""
+    """Run the checks of one plugin; those of ``then`` only if those of ``first`` pass."""
     sound = True
     for check in first:
         problems = problems_of(check, subject)
@@ -59,22 +59,22 @@ def run_checks(first: Sequence[Check[S]], then: Sequence[Check[S]], subject: S) 
 
 
 def promise(check: Callable[..., Any]) -> str:
-    """What a check holds a plugin to, in words."""
+    """What a check requires: the first line of its docstring."""
     return str(check.__doc__).partition("\n")[0].rstrip(".")
 
 
 def problems_of(check: Check[S], subject: S) -> tuple[str, ...]:
-    """What a check finds wrong; an exception of the plugin is one of these things."""
+    """The problems that a check finds; an exception of the plugin is one of them."""
     found: list[str] = []
     try:
         found += check(subject)
-    except Exception as error:  # a plugin's code is anybody's
-        found.append(_in_words(error, subject.plugin))
+    except Exception as error:  # third-party code
+        found.append(_describe(error, subject.plugin))
     return tuple(found)
 
 
-def _in_words(error: Exception, plugin: type) -> str:
-    """The kind of an exception, the first line of its message, and the line of the plugin that it comes from."""
+def _describe(error: Exception, plugin: type) -> str:
+    """The type of an exception, the first line of its message, and the line of the plugin that raised it."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         message = f"{'.'.join(map(str, first['loc']))}: {first['msg']}; found {first['input']!r}"
@@ -84,17 +84,17 @@ def _in_words(error: Exception, plugin: type) -> str:
     source = Path(inspect.getfile(plugin))
     source = source.parent if (source.parent / "__init__.py").exists() else source
     frames = traceback.extract_tb(error.__traceback__)
-    # The harness calls the plugin, which calls libraries: its own last frame is where to look.
+    # The harness calls the plugin, which calls libraries: show the last frame in the plugin.
     place = ([frame for frame in frames if Path(frame.filename).is_relative_to(source)] or frames)[-1]
     return f"{type(error).__name__}: {message} ({place.filename}:{place.lineno})"
 
 
 class Samples:
-    """The samples of all registered tasks, written when they are needed: modalities and metrics are tried on them.
+    """The samples of all registered tasks, written when needed. Modalities and metrics are tested on them.
 
     Args:
         folder: where they are written.
-        first: tasks to look at before any other.
+        first: tasks that are tried before all others.
     """
 
     def __init__(self, folder: Path, first: Sequence[Entry] = ()) -> None:
@@ -116,7 +116,7 @@ class Samples:
         return self._subjects[entry.target]
 
     def files(self, modality: str) -> list[Path]:
-        """Some files of a modality, of the first task that has any."""
+        """Some files for a modality, from the first task that has any."""
         for subject in self._with("modalities", modality):
             contexts = {context for context, name in subject.task.modalities.items() if name == modality}
             parts = (part for _, example in subject.each() for part in example.files)
@@ -125,7 +125,7 @@ class Samples:
         return []
 
     def references(self, metric: str) -> Mapping[str, Sequence[str]]:
-        """References by example id, of the first task that is scored by a metric; plain ones where there is none."""
+        """References by example id, from the first task that uses the metric; a few sentences if none does."""
         for subject in self._with("metrics", metric):
             references = {e.id: e.references for split in ("validation", "test") for e in subject.splits[split]}
             if len(set(references.values())) > 1:
@@ -136,12 +136,12 @@ class Samples:
         for entry in self._entries:
             try:
                 subject = self.of(entry)
-                # Of the class, unless the task learns it from its options: that saves reading most samples.
+                # From the class where it is set there, which saves reading most samples; else from its options.
                 named = getattr(subject.plugin, attribute, None) or getattr(subject.task, attribute)
                 if name not in (named.values() if isinstance(named, Mapping) else named):
                     continue
                 _ = subject.splits
-            except Exception:  # noqa: S112 - another plugin's sample is not what is checked here
+            except Exception:  # noqa: S112 - errors of other plugins are not reported here
                 continue
             yield subject
 
@@ -150,10 +150,10 @@ def check_entry(registry: Registry[Any], entry: Entry, samples: Samples, folder:
     """Run all checks of one task, modality or metric.
 
     Args:
-        registry: of the plugin's kind.
+        registry: the registry of the plugin.
         entry: the plugin.
-        samples: of the registered tasks.
-        folder: an empty one, for files that a check writes.
+        samples: the samples of the registered tasks.
+        folder: an empty folder for files that checks write.
 
     Raises:
         UserError: the plugin cannot be imported.
@@ -171,7 +171,7 @@ def check_entry(registry: Registry[Any], entry: Entry, samples: Samples, folder:
 
 
 def check_plugins(target: str, console: Console) -> bool:
-    """Hold the plugins of a package or a file to their contracts, and print what was found.
+    """Test the plugins of a package or a file against their contracts, and print the results.
 
     Args:
         target: name of an installed distribution or of a package in it, or the path of a Python file.
@@ -181,12 +181,12 @@ def check_plugins(target: str, console: Console) -> bool:
         Whether every check passed.
 
     Raises:
-        UserError: there is no such package or file, or it has no plugin that can be checked.
+        UserError: there is no such package or file, or it has no plugins that can be checked.
     """
     chosen = _entries_of(target)
     checked = [(registry, entry) for registry, entry in chosen if registry is not ADAPTERS]
     adapters = [entry.name for registry, entry in chosen if registry is ADAPTERS]
-    passed = failed = 0
+    results: list[Result] = []
     with TemporaryDirectory(prefix="harness-check-") as folder, _cache_in(Path(folder)):
         samples = Samples(Path(folder) / "samples", [entry for registry, entry in checked if registry is TASKS])
         for number, (registry, entry) in enumerate(checked):
@@ -195,18 +195,20 @@ def check_plugins(target: str, console: Console) -> bool:
             own.mkdir()
             for result in _results(registry, entry, samples, own):
                 _print(result, console)
-                passed, failed = passed + (result.problems == ()), failed + (result.problems != ())
+                results.append(result)
     for name in adapters:
         console.print(
-            f"adapter {name}: adapter methods are not checked by this command but by the test suite of the harness: "
+            f"adapter {name}: this command does not check adapter methods; the test suite of the harness does: "
             f"python -m pytest tests/contracts -k {name}",
             markup=False,
             highlight=False,
             soft_wrap=True,
         )
     if not checked:
-        raise UserError(f"{target}: registers adapter methods only, so nothing was checked")
-    console.print(f"{passed} checks passed, {failed} did not", highlight=False)
+        raise UserError(f"{target}: registers only adapter methods, so nothing was checked")
+    failed, skipped = sum(bool(r.problems) for r in results), sum(r.problems is None for r in results)
+    counts = f"{len(results) - failed - skipped} checks passed, {failed} failed"
+    console.print(counts + (f", {skipped} not run" if skipped else ""), highlight=False)
     return not failed
 
 
@@ -214,7 +216,7 @@ def _results(registry: Registry[Any], entry: Entry, samples: Samples, folder: Pa
     try:
         yield from check_entry(registry, entry, samples, folder)
     except UserError as error:
-        yield Result("It can be imported, and is of its kind", (str(error).partition("\n")[0],))
+        yield Result("It can be imported and has the right base class", (str(error).partition("\n")[0],))
 
 
 def _entries_of(target: str) -> list[tuple[Registry[Any], Entry]]:
@@ -244,7 +246,7 @@ def _plain(name: str) -> str:
 
 @contextmanager
 def _cache_in(folder: Path) -> Iterator[None]:
-    """What tasks draw or download goes into a folder that is thrown away."""
+    """Use a temporary cache for what tasks generate or download."""
     before = os.environ.get("HARNESS_CACHE")
     os.environ["HARNESS_CACHE"] = str(folder / "cache")
     try:
@@ -258,7 +260,7 @@ def _cache_in(folder: Path) -> Iterator[None]:
 
 def _print(result: Result, console: Console) -> None:
     if result.problems is None:
-        console.print(Text(f"  - {result.promise}: not checked, as what it needs is broken", "dim"), soft_wrap=True)
+        console.print(Text(f"  - {result.promise}: not run, a check before it failed", "dim"), soft_wrap=True)
         return
     mark, style = ("✗", "red") if result.problems else ("✓", "green")
     console.print(Text.assemble("  ", (mark, style), f" {result.promise}"), soft_wrap=True)

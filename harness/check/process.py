@@ -1,4 +1,4 @@
-"""What tasks promise that only another process can tell: the same data whatever the hash seed, and no torch to plan."""
+"""Checks of tasks that need another process: the same data for every hash seed, and no import of torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TIMEOUT_S = 120
 
 
 def content(splits: Splits) -> str:
-    """A digest of all examples, with the files' bytes in place of their paths."""
+    """A digest of all examples, with the content of files instead of their paths."""
     digest = hashlib.sha256()
     for split, examples in splits.items():
         for e in examples:
@@ -28,7 +28,7 @@ def content(splits: Splits) -> str:
 
 
 def another_process_agrees(subject: TaskSubject) -> Iterator[str]:
-    """Another process reads the same examples, and importing the task imports no torch."""
+    """Another process reads the same examples, and importing the task does not import torch."""
     yield from elsewhere([subject], subject.folder.with_name(f"{subject.folder.name}-elsewhere"))[subject.target]
 
 
@@ -37,7 +37,7 @@ def elsewhere(subjects: Sequence[TaskSubject], cache: Path) -> dict[str, list[st
 
     Args:
         subjects: the tasks on their samples.
-        cache: a folder that is empty, or not there.
+        cache: a folder that is empty or does not exist.
 
     Returns:
         Target of the task → what is wrong.
@@ -59,18 +59,18 @@ def elsewhere(subjects: Sequence[TaskSubject], cache: Path) -> dict[str, list[st
         found, problems[target] = answers[target], []
         if found["torch"]:
             problems[target].append(
-                "importing it imports torch, which takes seconds whenever an experiment is planned; import it where it "
-                "is used"
+                "importing it imports torch, which takes seconds whenever an experiment is planned; import torch in "
+                "the functions that use it"
             )
         if found["content"] != content(subject.splits):
             problems[target].append(
-                "another process reads other examples: something depends on the order of a set, on hash() or on time"
+                "another process reads different examples: they depend on the order of a set, on hash() or on time"
             )
     return problems
 
 
 def main() -> None:
-    """Read targets and options from standard input, and write what they come to."""
+    """Read targets and options from stdin, and write what was found to stdout."""
     asked: dict[str, str] = json.load(sys.stdin)
     answers: dict[str, dict[str, object]] = {}
     with contextlib.redirect_stdout(sys.stderr):  # a plugin may print

@@ -1,6 +1,6 @@
-"""What every task promises: checks on its sample, each a function whose first line of documentation is the promise.
+"""The contract of tasks: checks on a task's sample. The first line of each docstring is printed as what is checked.
 
-A check yields what is wrong, in sentences. Imports no torch: one of the promises is that a task does not.
+A check yields one message per problem. This module does not import torch, because one check is that a task does not.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
@@ -20,18 +20,18 @@ from pydantic_core import to_json
 from harness.core.errors import did_you_mean
 from tasks.base import Config, Example, Modality, Split, Task
 from tasks.registry import METRICS, MODALITIES
+from tasks.splits import SPLITS, empty_splits, repeated_ids, shared_files
 
-SPLITS: tuple[Split, ...] = get_args(Split)
 Splits = dict[Split, list[Example]]
 
 
 class TaskSubject:
-    """A task class and what it makes of its own sample.
+    """A task class, and the task on its own sample.
 
     Args:
         task_class: the task.
-        target: where its class lies, as "module:Class" or "/folder/file.py:Class".
-        folder: an empty one for the sample.
+        target: location of the class, as "module:Class" or "/folder/file.py:Class".
+        folder: an empty folder for the sample.
     """
 
     def __init__(self, task_class: type[Task], target: str, folder: Path) -> None:
@@ -39,11 +39,11 @@ class TaskSubject:
 
     @cached_property
     def options(self) -> bytes:
-        """The sample's options as JSON, as they travel in an experiment."""
+        """The options of the sample as JSON, as in the spec of a trial."""
         return to_json(self.plugin.sample(self.folder))
 
     def new(self) -> Task:
-        """The task on its sample, made anew."""
+        """A new instance of the task on its sample."""
         return self.plugin(self.plugin.Config.model_validate_json(self.options, strict=True))
 
     @cached_property
@@ -60,11 +60,11 @@ class TaskSubject:
 
     @cached_property
     def readers(self) -> Mapping[str, Modality]:
-        """What reads the files, by context."""
+        """The modality that reads the files of each context."""
         return {c: MODALITIES.load(MODALITIES.find(name).target)() for c, name in self.task.modalities.items()}
 
     def each(self) -> Iterator[tuple[str, Example]]:
-        """Every example, with words that say which it is."""
+        """Every example with its description for messages."""
         for split, examples in self.splits.items():
             for example in examples:
                 yield f"{split} example {example.id!r}", example
@@ -76,7 +76,7 @@ def read(task: Task) -> Splits:
 
 
 def sample_gives_options(subject: TaskSubject) -> Iterator[str]:
-    """Its sample gives options that its Config takes."""
+    """`sample` returns options that `Config` accepts."""
     config_class: Any = subject.plugin.Config
     if not (isinstance(config_class, type) and issubclass(config_class, Config)):
         yield f"Config is {config_class!r}; it must be a subclass of harness.TaskConfig"
@@ -85,34 +85,34 @@ def sample_gives_options(subject: TaskSubject) -> Iterator[str]:
 
 
 def sample_can_be_read(subject: TaskSubject) -> Iterator[str]:
-    """Its sample is prepared and read as examples."""
+    """`prepare` and `examples` work on the sample, and every example is a `harness.Example`."""
     for split in SPLITS:
         found: list[Any] = [*subject.splits[split]]
         for example in found:
             if not isinstance(example, Example):
-                yield f"{split} holds a {type(example).__name__}; examples are harness.Example"
+                yield f"{split} contains a {type(example).__name__}; every example must be a harness.Example"
                 return
 
 
 def contexts_are_distinct(subject: TaskSubject) -> Iterator[str]:
-    """Its contexts are named and distinct, and the last one, of the answer, is text."""
+    """Context names are valid and unique, and the last context, which is that of the answer, is text."""
     contexts = tuple(subject.task.contexts)
     if not contexts or not all(isinstance(name, str) and name and not set(name) & set(" \t\n") for name in contexts):
-        yield f"contexts are {contexts!r}; one or more names without white space are needed"
+        yield f"contexts are {contexts!r}; required: one or more names without white space"
     if twice := [name for name, times in Counter(contexts).items() if times > 1]:
-        yield f"context {twice[0]!r} is there twice; every context has a name of its own"
+        yield f"context {twice[0]!r} is listed twice; names of contexts must be unique"
     if contexts and contexts[-1] in subject.task.modalities:
-        yield f"the last context, {contexts[-1]!r}, is read from files; the last one is the answer's, which is text"
+        yield f"the last context, {contexts[-1]!r}, is read from files; it is that of the answer, so it must be text"
     for context in [*subject.task.modalities, *subject.task.augmented]:
         if context not in contexts:
-            yield f"modalities or augmented name {context!r}; {did_you_mean(context, contexts)}"
+            yield f"modalities or augmented contain the unknown context {context!r}; {did_you_mean(context, contexts)}"
 
 
 def names_are_registered(subject: TaskSubject) -> Iterator[str]:
-    """The modalities and metrics it names are registered."""
+    """Its modalities and metrics are registered."""
     for registry, names in ((MODALITIES, subject.task.modalities.values()), (METRICS, subject.task.metrics)):
         if isinstance(names, str):
-            yield f"metrics is one string, {names!r}; a tuple of names is needed"
+            yield f"metrics is a string, {names!r}; it must be a tuple of names"
             continue
         for name in names:
             if name not in registry.entries():
@@ -120,64 +120,54 @@ def names_are_registered(subject: TaskSubject) -> Iterator[str]:
 
 
 def options_are_strict(subject: TaskSubject) -> Iterator[str]:
-    """Its options refuse unknown keys."""
+    """Unknown options are rejected."""
     options = {**json.loads(subject.options), "no_such_option": 1}
     with contextlib.suppress(ValidationError):
         subject.plugin.Config.model_validate_json(json.dumps(options))
-        yield "the key 'no_such_option' was taken without a word; its Config must keep extra='forbid'"
+        yield "the key 'no_such_option' was silently accepted; Config must keep extra='forbid'"
 
 
 def options_survive_json(subject: TaskSubject) -> Iterator[str]:
-    """Its options are the same after a way through JSON."""
+    """Its options survive a round trip through JSON."""
     config = subject.new().config
     again = type(config).model_validate_json(config.model_dump_json(), strict=True)
     if again != config:
-        yield f"{config!r} came back as {again!r}; a trial's options travel as JSON"
+        yield f"{config!r} became {again!r}; the options of a trial are stored as JSON"
 
 
 def it_is_repeatable(subject: TaskSubject) -> Iterator[str]:
-    """It gives the same examples at every call, after another prepare, and in another instance."""
+    """Examples are the same on every call, after another `prepare`, and from another instance."""
     subject.task.prepare()
     again, other = read(subject.task), subject.new()
     other.prepare()
     others = read(other)
     for split in SPLITS:
-        for words, found in (("when asked again", again[split]), ("from another instance", others[split])):
+        for when, found in (("on a second call", again[split]), ("from another instance", others[split])):
             if found != subject.splits[split]:
-                yield f"{split} is different {words}; the order and the content of a split are fixed"
+                yield f"{split} is different {when}; the content and the order of a split must be fixed"
 
 
 def splits_are_not_empty(subject: TaskSubject) -> Iterator[str]:
-    """None of the three splits of its sample is empty."""
-    for split, examples in subject.splits.items():
-        if not examples:
-            yield f"{split} has no example"
+    """None of the three splits is empty."""
+    yield from empty_splits(subject.splits)
 
 
 def ids_are_unique(subject: TaskSubject) -> Iterator[str]:
-    """Ids are texts, and unique over the task."""
-    seen: dict[str, str] = {}
+    """Example ids are non-empty strings, and unique across the splits."""
     for split, examples in subject.splits.items():
         for example in examples:
             if not isinstance(example.id, str) or not example.id:
-                yield f"{split} has the id {example.id!r}; allowed: text that is not empty"
-            elif example.id in seen:
-                yield f"id {example.id!r} is in {seen[example.id]} and again in {split}; one example, one id"
-            seen[example.id] = split
+                yield f"{split} has the id {example.id!r}; allowed: a non-empty string"
+    yield from repeated_ids(subject.splits)
 
 
 def splits_share_no_file(subject: TaskSubject) -> Iterator[str]:
     """No file is in two splits."""
-    seen: dict[Path, str] = {}
-    for split, examples in subject.splits.items():
-        for path in {path.resolve() for example in examples for _, path in example.files}:
-            if path in seen:
-                yield f"{path} is in {seen[path]} and in {split}; what is tested may not be trained on"
-            seen[path] = split
+    yield from shared_files(subject.splits, resolve=True)
 
 
 def inputs_are_of_their_context(subject: TaskSubject) -> Iterator[str]:
-    """Inputs are of known contexts: a file where a modality reads it, text where none does."""
+    """Every input belongs to a known context: a file if a modality reads that context, otherwise text."""
     task = subject.task
     for where, example in subject.each():
         for context, value in example.inputs:
@@ -186,13 +176,13 @@ def inputs_are_of_their_context(subject: TaskSubject) -> Iterator[str]:
             elif context in task.modalities and not isinstance(value, Path):
                 yield f"{where}: {context!r} is {value!r}; {task.modalities[context]} reads it, so it must be a Path"
             elif context in task.modalities and not Path(value).is_file():
-                yield f"{where}: {value} is no file"
+                yield f"{where}: {value} is not a file"
             elif context not in task.modalities and not isinstance(value, str):
                 yield f"{where}: {context!r} is {value!r}; no modality reads it, so it must be a string"
 
 
 def files_can_be_decoded(subject: TaskSubject) -> Iterator[str]:
-    """The modality of every file decodes it."""
+    """Every file can be decoded by its modality."""
     for where, example in subject.each():
         for context, path in example.files:
             if subject.readers[context].load(path) is None:
@@ -200,25 +190,25 @@ def files_can_be_decoded(subject: TaskSubject) -> Iterator[str]:
 
 
 def references_are_texts(subject: TaskSubject) -> Iterator[str]:
-    """Every example has references, none of them empty."""
+    """Every example has at least one reference, and none is empty."""
     for where, example in subject.each():
         references: Any = example.references
         if isinstance(references, str) or not references:
-            yield f"{where}: references are {references!r}; one or more strings are needed"
+            yield f"{where}: references are {references!r}; required: one or more strings"
         elif wrong := [text for text in references if not isinstance(text, str) or not text.strip()]:
-            yield f"{where}: a reference is {wrong[0]!r}; allowed: text that is not empty"
+            yield f"{where}: a reference is {wrong[0]!r}; allowed: non-empty strings"
 
 
 def targets_are_known(subject: TaskSubject) -> Iterator[str]:
-    """The context of every answer is known, and text."""
+    """The target context of every example is known, and is text."""
     text = [context for context in subject.task.contexts if context not in subject.task.modalities]
     for where, example in subject.each():
         if example.target is not None and example.target not in text:
             yield f"{where}: its target is {example.target!r}; {did_you_mean(str(example.target), text)}"
 
 
-def augment_is_drawn(subject: TaskSubject) -> Iterator[str]:
-    """What augment does depends on the generator alone, keeps the kind, and leaves the item itself as it was."""
+def augment_is_reproducible(subject: TaskSubject) -> Iterator[str]:
+    """`augment` depends only on its generator, keeps the type of the item, and does not modify it in place."""
     task, seen = subject.task, set()
     for _, example in subject.each():
         for context, path in example.files:
@@ -228,17 +218,17 @@ def augment_is_drawn(subject: TaskSubject) -> Iterator[str]:
             item, untouched = subject.readers[context].load(path), subject.readers[context].load(path)
             drawn = [task.augment(context, item, np.random.default_rng(seed)) for seed in (0, 0)]
             if not same(item, untouched):
-                yield f"augment changed the {context} it was given; it must return a new one, or the old one as it was"
+                yield f"augment modified the {context} item in place; it must return a new item or the unchanged one"
             elif not same(*drawn):
-                yield f"augment made two things of one {context} and one seed; it may draw from `rng` alone"
+                yield f"augment returned different items for one {context} and seed; use only `rng` for randomness"
             if type(drawn[0]) is not type(item):
-                yield f"augment turned a {type(item).__name__} into a {type(drawn[0]).__name__}; the kind must stay"
+                yield f"augment turned a {type(item).__name__} into a {type(drawn[0]).__name__}; the type must stay"
             elif context not in task.augmented and not same(drawn[0], untouched):
-                yield f"augment changes {context}, which `augmented` does not name: features would be kept, and it lost"
+                yield f"augment changes {context}, which `augmented` lacks: cached features would be used instead"
 
 
 def members_have_shares(subject: TaskSubject) -> Iterator[str]:
-    """Every example is of a member, and the members' shares of training draws add up to 1."""
+    """Every example belongs to a member, and the members' shares of the training draws sum to 1."""
     members = subject.task.members()
     sizes = Counter(example.member for example in subject.splits["train"])
     for where, example in subject.each():
@@ -247,19 +237,19 @@ def members_have_shares(subject: TaskSubject) -> Iterator[str]:
             return
     shares = subject.task.shares(sizes)
     if set(shares) != set(sizes) or min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-9:
-        yield f"shares of {dict(sizes)} are {dict(shares)}; one above 0 for each is needed, adding up to 1"
+        yield f"shares of {dict(sizes)} are {dict(shares)}; required: one above 0 for each member, with a sum of 1"
 
 
 FIRST: tuple[Callable[[TaskSubject], Iterator[str]], ...] = (sample_gives_options, sample_can_be_read)
 THEN: tuple[Callable[[TaskSubject], Iterator[str]], ...] = (
     contexts_are_distinct, names_are_registered, options_are_strict, options_survive_json, it_is_repeatable,
     splits_are_not_empty, ids_are_unique, splits_share_no_file, inputs_are_of_their_context, files_can_be_decoded,
-    references_are_texts, targets_are_known, augment_is_drawn, members_have_shares,
+    references_are_texts, targets_are_known, augment_is_reproducible, members_have_shares,
 )  # fmt: skip
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two decoded items are equal, whatever they are made of."""
+    """Whether two decoded items of any type are equal."""
     if type(one) is not type(other):
         return False
     if isinstance(one, Mapping):

@@ -1,4 +1,4 @@
-"""Trains and judges adapters by experiment files. Exit codes: 0 all trials finished, 1 not all did, 2 wrong input."""
+"""Train and compare adapters. Exit codes: 0 success, 1 unfinished trials or a failed check, 2 invalid input."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from harness.core.record import Parameters
     from harness.sweep.run import Results
 
-EXPERIMENTS, RESULTS, PARTS = "Experiments", "Results", "Tasks, adapters, metrics and backbones"
+EXPERIMENTS, RESULTS, COMPONENTS = "Experiments", "Results", "Tasks, adapters, metrics and backbones"
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
 backbones_app = typer.Typer(no_args_is_help=True, help="The built-in backbones.")
 app.add_typer(cli_results.leaderboard_app, name="leaderboard", rich_help_panel=RESULTS)
-app.add_typer(backbones_app, name="backbones", rich_help_panel=PARTS)
+app.add_typer(backbones_app, name="backbones", rich_help_panel=COMPONENTS)
 console = Console()
 errors = Console(stderr=True)
 
-ExperimentFile = Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml", help="The experiment.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run folders.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew, in a new run folder beside the old one.")]
+ExperimentFile = Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml", help="The experiment file.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder that contains the run folders.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over in a new run folder next to the old one.")]
 
 
 def main() -> None:
-    """Entry point: runs the command and turns a UserError into exit code 2."""
+    """Entry point: run the command; a UserError becomes a message and exit code 2."""
     try:
         app()
     except UserError as error:
@@ -48,13 +48,16 @@ def _escape(text: str) -> str:
 
 @app.command(rich_help_panel=EXPERIMENTS)
 def run(file: ExperimentFile, output: Output = Path("runs"), fresh: Fresh = False) -> None:
-    """Run an experiment's trials and write the report. Run again, it does only what is missing."""
+    """Run the trials of an experiment and write the report. Run it again to continue where it stopped."""
     from harness.sweep.run import run_experiment
 
     began = time.monotonic()
     results = run_experiment(file, output, fresh=fresh, console=console)
     if results.tracking_problem:
-        errors.print(f"[yellow]MLflow was not told of the end:[/] {_escape(results.tracking_problem)}", soft_wrap=True)
+        errors.print(
+            f"[yellow]MLflow could not be updated:[/] {_escape(results.tracking_problem)}",
+            soft_wrap=True,
+        )
     _last_screen(results, time.monotonic() - began)
     if not results.complete:
         raise typer.Exit(1)
@@ -72,11 +75,11 @@ def _last_screen(results: Results, seconds: float) -> None:
         console.print(sentence, style="dim", highlight=False)
     for item in (*board.failed, *board.missing):
         console.print(
-            f"[red]{item.status}[/] {trial_name(item.trial)}: {_escape(item.reason or 'run again to finish it')}"
+            f"[red]{item.status}[/] {trial_name(item.trial)}: {_escape(item.reason or 'run it again to finish')}"
         )
     plan, records = board.run.plan, board.run.records
     done = sum(record.status == "finished" for record in records.values())
-    console.print(f"{done} of {len(plan.trials)} trials finished; this call took {duration(seconds)}", highlight=False)
+    console.print(f"{done} of {len(plan.trials)} trials finished; this run took {duration(seconds)}", highlight=False)
     console.print(f"report:  {results.report}", highlight=False, soft_wrap=True)
     console.print(f"MLflow:  {_mlflow_command(plan.mlflow_uri or '')}", highlight=False, soft_wrap=True)
 
@@ -90,7 +93,7 @@ def _mlflow_command(uri: str) -> str:
 
 @app.command("plan", rich_help_panel=EXPERIMENTS)
 def plan_command(file: ExperimentFile, output: Output = Path("runs"), fresh: Fresh = False) -> None:
-    """Show the trials and the parameters each trains; nothing is trained, downloaded or written."""
+    """Show the trials and their trainable parameters, without training, downloading or writing anything."""
     from harness.cli.terminal import plan_table
     from harness.core.hub import HubUnreachableError
     from harness.experiment.load import Experiment
@@ -125,7 +128,7 @@ for command in (cli_results.report, cli_results.compare, cli_results.attention):
     app.command(rich_help_panel=RESULTS)(command)
 
 
-@app.command(rich_help_panel=PARTS)
+@app.command(rich_help_panel=COMPONENTS)
 def tasks() -> None:
     """List the tasks and their options."""
     from harness.cli.plugins import list_plugins
@@ -134,14 +137,19 @@ def tasks() -> None:
     list_plugins(TASKS, console, ("contexts", "metrics"))
 
 
-@app.command(rich_help_panel=PARTS)
+@app.command(rich_help_panel=COMPONENTS)
 def adapters(
-    method: Annotated[str | None, typer.Argument(help="Show this one in detail: lora, or lora+bitfit.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Count trainable parameters in this language model: built in, folder or hub id.")
+    method: Annotated[
+        str | None, typer.Argument(help="Show only this method, in detail: lora, or lora+bitfit.")
     ] = None,
-    contexts: Annotated[str, typer.Option(help="Their number counts where every context has a group.")] = "image,text",
-    options: Annotated[list[str] | None, typer.Option("--set", help="Count with OPTION=VALUE: rank=64.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Language model to count trainable parameters in: built-in, folder or hub id."),
+    ] = None,
+    contexts: Annotated[str, typer.Option(help="Contexts to count with grouping: specific.")] = "image,text",
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help="OPTION=VALUE to count with, such as rank=64.")
+    ] = None,
 ) -> None:
     """List the adapter methods and their options, or the trainable parameters they add to a language model."""
     from adapters.registry import ADAPTERS
@@ -149,7 +157,7 @@ def adapters(
 
     if options and model is None:
         raise UserError(
-            f"--set {options[0]}: it changes what is counted, which needs --model, such as builtin/tiny-llama"
+            f"--set {options[0]}: options are used to count parameters, which needs --model, such as builtin/tiny-llama"
         )
     counted = plugins.parse_contexts(contexts), plugins.parse_options(options or ())
     count_for = None if model is None else plugins.CountFor(model, *counted)
@@ -161,37 +169,39 @@ def adapters(
         plugins.list_plugins(ADAPTERS, console)
 
 
-@app.command(rich_help_panel=PARTS)
+@app.command(rich_help_panel=COMPONENTS)
 def prepare(
-    target: Annotated[str, typer.Argument(metavar="TASK", help="A task's name, or an experiment file.")],
-    options: Annotated[list[str] | None, typer.Option("--set", help="The task's OPTION=VALUE: root=data/coco.")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Read everything, and report all problems at once.")] = False,
+    target: Annotated[str, typer.Argument(metavar="TASK", help="The name of a task, or an experiment file.")],
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help="OPTION=VALUE of the task, like root=data/coco.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Read all data and report all problems at once.")] = False,
 ) -> None:
-    """Bring a task's data to this machine; with --check, read all of it."""
+    """Download or generate the data of a task; with --check, verify all of it."""
     from harness.cli.prepare import prepare as prepare_task
 
     prepare_task(target, options or (), check, console)
 
 
-@app.command(rich_help_panel=PARTS)
+@app.command(rich_help_panel=COMPONENTS)
 def check(
     target: Annotated[str, typer.Argument(metavar="PACKAGE", help="An installed package, or a Python file.")],
 ) -> None:
-    """Try a package's tasks, modalities and metrics on what our own must pass. Exit code 1: something failed."""
+    """Test the tasks, modalities and metrics of a package against their contracts. Exit code 1: a check failed."""
     from harness.check.plugins import check_plugins
 
     if not check_plugins(target, console):
         raise typer.Exit(1)
 
 
-@app.command(rich_help_panel=PARTS)
+@app.command(rich_help_panel=COMPONENTS)
 def score(
-    metric: Annotated[str, typer.Argument(help="A metric's name, such as captions.")],
-    references: Annotated[Path, typer.Option(help="A caption file in COCO's format.")],
+    metric: Annotated[str, typer.Argument(help="The name of a metric, such as captions.")],
+    references: Annotated[Path, typer.Option(help="An annotation file in COCO's format.")],
     predictions: Annotated[Path, typer.Option(help="A results file in COCO's format.")],
-    output: Annotated[Path | None, typer.Option("--json", help="Write the scores there, those by example too.")] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="Write all scores here, per example too.")] = None,
 ) -> None:
-    """Score predictions against references, both in COCO's own file formats; nothing is trained."""
+    """Score a file of predictions against a file of references, both in COCO's formats."""
     from harness.cli.score import score as score_files
 
     score_files(metric, references, predictions, output, console)
@@ -209,9 +219,9 @@ def backbones_list() -> None:
 @backbones_app.command("build")
 def backbones_build(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the weights.")],
-    seed: Annotated[int, typer.Option(help="Of the text, the pictures and the initialisation.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the training data and the initialisation.")] = 0,
 ) -> None:
-    """Train the built-in backbones from nothing (docs/backbones.md has the recipe and its log)."""
+    """Train the built-in backbones from scratch (recipe and training log: docs/backbones.md)."""
     from harness.pretraining.build import build
 
     build(output, seed=seed)

@@ -2,7 +2,7 @@
 
 The paper's Figure 6 (Context-PEFT, arXiv 2312.08900). The trial's generated caption is appended to its input, and the
 forward pass that scores it returns its attention weights. The query of a caption token is its own position; the keys
-that are kept are the tokens of the example's first encoded input, without boundary tokens.
+that are recorded are the tokens of the example's first encoded input, without boundary tokens.
 
 Shapes: L layers, H heads, C caption tokens, N tokens of the input, Q queries, K keys.
 """
@@ -50,7 +50,7 @@ _WHOLE = (0.0, 0.0, 1.0, 1.0)
 
 @dataclass(frozen=True)
 class _Job:
-    """A trial whose attention is to be recorded, checked to have everything that is needed."""
+    """A finished trial whose attention is to be recorded; its weights and captions exist."""
 
     planned: PlannedTrial
     folder: Path
@@ -70,8 +70,8 @@ def record_attention(run_folder: Path, trials: Sequence[str], examples: int, con
         run_folder: a run folder of ``harness run``.
         trials: ids of finished trials. Empty: the first finished seeds of the reference and the best other rows, four
             in all, in the last setting of the plan that has finished trials.
-        examples: number of test examples, beginning with those of the report's gallery.
-        console: for progress, and a line per file.
+        examples: number of test examples, starting with those of the report's gallery.
+        console: shows progress, and a line per file.
 
     Raises:
         UserError: an argument is invalid; a trial has not finished or lacks its weights or captions; or its attention
@@ -79,7 +79,7 @@ def record_attention(run_folder: Path, trials: Sequence[str], examples: int, con
     """
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # one for every model, in addition to ours
+    transformers_logging.disable_progress_bar()  # it would add one for every model to ours
     if examples < 1:
         raise UserError(f"--examples: found {examples}; allowed: 1 or more")
     run = read_runs([run_folder])
@@ -89,7 +89,7 @@ def record_attention(run_folder: Path, trials: Sequence[str], examples: int, con
             what = f"{escape(job.name)} ({number} of {len(jobs)})"
             status.update(f"{what}: loading")
             count, without = _record(job, what, status)
-            note = f", {without} without an encoded input left out" if without else ""
+            note = f", skipped {without} without an encoded input" if without else ""
             path = escape(str(job.folder / FILE_NAME))
             console.print(f"{escape(job.name)}: {count} examples{note} → {path}", highlight=False, soft_wrap=True)
 
@@ -133,7 +133,7 @@ def _job(run: Run, trial_id: str, examples: int) -> _Job:
 
 
 def _record(job: _Job, what: str, status: Status) -> tuple[int, int]:
-    """Write the file of one trial; returns how many examples are in it, and how many have no encoded input."""
+    """Write the file of one trial; return the numbers of examples in it and of those without an encoded input."""
     built = restore(job.spec, job.folder)
     by_id = {example.id: example for example in built.splits.test}
     recorded: list[RecordedExample] = []

@@ -1,6 +1,6 @@
-"""What ``harness tasks`` and ``harness adapters`` print: plugins, their options, and the parameters a method adds.
+"""Output of ``harness tasks`` and ``harness adapters``: plugins, their options, and the parameters of adapter methods.
 
-Lines rather than tables where texts are long: tables cut them to pieces in a narrow terminal.
+Long texts are printed as lines, because a table would break them into narrow columns.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from results.leaderboard.format import ABSENT
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a plugin, in words."""
+    """One option of a plugin, as it is printed."""
 
     name: str
     allowed: str  # "integer > 0 or null"
-    default: str  # "required" where there is none
+    default: str  # "required" if it has none
 
 
 def options_of(config: type[BaseModel], check_defaults: bool = True) -> list[Option]:
@@ -40,10 +40,10 @@ def options_of(config: type[BaseModel], check_defaults: bool = True) -> list[Opt
 
     Args:
         config: the class.
-        check_defaults: see that the defaults alone are accepted; a task may need one of several options.
+        check_defaults: also validate the defaults; not for tasks, which may require one of several options.
 
     Raises:
-        UserError: the defaults are refused (they need a library that is not installed).
+        UserError: the defaults are invalid, for example because a library is not installed.
     """
     schema = config.model_json_schema()
     options = []
@@ -56,18 +56,18 @@ def options_of(config: type[BaseModel], check_defaults: bool = True) -> list[Opt
         options.append(Option(name, allowed, value if plain else json.dumps(value)))
     if check_defaults and not any(field.is_required() for field in config.model_fields.values()):
         try:
-            config.model_validate_json(config().model_dump_json())  # pydantic itself takes defaults unseen
+            config.model_validate_json(config().model_dump_json())  # pydantic does not validate defaults by itself
         except ValidationError as error:
             raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
     return options
 
 
 _LIMITS = {"exclusiveMinimum": "> ", "minimum": "≥ ", "exclusiveMaximum": "< ", "maximum": "≤ "}
-_WORDS = {"integer": "integer", "number": "number", "string": "text", "null": "null", "boolean": "true or false"}
+_TYPES = {"integer": "integer", "number": "number", "string": "text", "null": "null", "boolean": "true or false"}
 
 
 def _allowed(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
-    """A JSON schema in words."""
+    """A readable form of a JSON schema, such as ``integer > 0 or null``."""
     if "$ref" in schema:
         return _allowed(definitions[schema["$ref"].rpartition("/")[2]], definitions)
     if "anyOf" in schema:
@@ -80,18 +80,18 @@ def _allowed(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     if schema.get("type") == "object":
         return "a mapping"
     limits = [f"{sign}{schema[key]:,}" for key, sign in _LIMITS.items() if key in schema]
-    return " ".join([_WORDS.get(schema.get("type", ""), "anything"), ", ".join(limits)]).rstrip()
+    return " ".join([_TYPES.get(schema.get("type", ""), "anything"), ", ".join(limits)]).rstrip()
 
 
 def list_plugins(registry: Registry[Any], console: Console, attributes: Sequence[str] = ()) -> None:
-    """A paragraph per plugin; one that is broken takes a line of its own and no other one with it."""
+    """Print a paragraph per plugin, and a line for a plugin that fails, which does not affect the others."""
     for entry in registry.entries().values():
         try:
             plugin = registry.load(entry.target)
             lines = [f"{name}: {', '.join(values)}" for name in attributes if (values := getattr(plugin, name))]
             options = options_of(plugin.Config, check_defaults=registry is ADAPTERS)
             summary = _summary(plugin)
-        except Exception as error:  # a plugin's code is anybody's
+        except Exception as error:  # third-party code
             _print_broken(entry.name, _reason(entry, error), console)
             continue
         _print_head(entry.name, summary, console)
@@ -114,10 +114,10 @@ def _print_head(name: str, summary: str, console: Console) -> None:
 
 
 def _reason(entry: Entry, error: Exception) -> str:
-    """The first line of the message."""
+    """The first line of the error message."""
     text = str(error) if isinstance(error, UserError) else f"{entry.target}: {type(error).__name__}: {error}"
     first, newline, _ = text.partition("\n")
-    return f"{first} … (name the method to read on)" if newline else first
+    return f"{first} … (harness adapters METHOD shows the rest)" if newline else first
 
 
 def _print_broken(names: str, reason: str, console: Console) -> None:
@@ -130,7 +130,7 @@ def _print(text: str, console: Console, style: str = "") -> None:
 
 @dataclass(frozen=True)
 class CountFor:
-    """Whose parameters are counted: a language model, contexts, and options that differ from their defaults."""
+    """What parameters are counted for: a language model, contexts, and options that differ from their defaults."""
 
     model: str
     contexts: tuple[str, ...]
@@ -138,20 +138,20 @@ class CountFor:
 
     @property
     def headings(self) -> tuple[str, str]:
-        """Of the numbers of one group for all contexts, and of a group for each."""
+        """Column headings: one group for all contexts, and one group per context."""
         return "agnostic", f"specific ({', '.join(self.contexts)})"
 
 
 @dataclass(frozen=True)
 class _Counts:
-    """Trainable parameters that one method adds to a language model, by the role of the layers they are on."""
+    """Trainable parameters that a method adds to a language model, by the role of the layers."""
 
     label: str
     agnostic: Mapping[str, int]
     specific: Mapping[str, int] | None  # None: the method has no groups
 
     def row(self, role: str | None = None) -> tuple[str, str]:
-        """As they are printed: on the layers of one role, or all together."""
+        """The two counts as text, for the layers of one role or for all layers."""
 
         def cell(counts: Mapping[str, int] | None) -> str:
             return ABSENT if counts is None else f"{sum(counts.values()) if role is None else counts[role]:,}"
@@ -160,31 +160,31 @@ class _Counts:
 
 
 def parse_options(assignments: Iterable[str]) -> dict[str, Any]:
-    """``rank=64`` → its value, read as in an experiment file.
+    """Parse ``rank=64`` into ``{"rank": 64}``; values are read as in an experiment file.
 
     Raises:
-        UserError: not of that form.
+        UserError: an assignment has another form.
     """
     options = {}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals or not name:
-            raise UserError(f"--set {assignment}: found no '='; it takes OPTION=VALUE, such as rank=64")
+            raise UserError(f"--set {assignment}: found no '='; expected OPTION=VALUE, such as rank=64")
         try:
-            options[name] = json.loads(value)  # 1e-3 is a number here, and a text in YAML
+            options[name] = json.loads(value)  # YAML would read 1e-3 as a string
         except json.JSONDecodeError:
             try:
                 options[name] = yaml.safe_load(value)
             except yaml.YAMLError:
-                raise UserError(f"--set {assignment}: {value!r} is no YAML value") from None
+                raise UserError(f"--set {assignment}: {value!r} is not valid YAML") from None
     return options
 
 
 def parse_contexts(names: str) -> tuple[str, ...]:
-    """``image,text`` → its names.
+    """Split ``image,text`` into names.
 
     Raises:
-        UserError: one is no name, or there twice.
+        UserError: a name is invalid or listed twice.
     """
     contexts = tuple(name.strip() for name in names.split(","))
     if not all(name.isidentifier() for name in contexts) or len(set(contexts)) < len(contexts):
@@ -193,10 +193,10 @@ def parse_contexts(names: str) -> tuple[str, ...]:
 
 
 def show_adapter(name: str, console: Console, count_for: CountFor | None = None) -> None:
-    """One method, or a combination of some (``lora+bitfit``), in detail.
+    """Print one method, or a combination (``lora+bitfit``), in detail.
 
     Raises:
-        UserError: there is no such method, or it does not take these options, or does not fit the language model.
+        UserError: the method or an option is unknown, or the method does not fit the language model.
     """
     entries = ADAPTERS.find_all(name)
     method_class = ADAPTERS.load(*(entry.target for entry in entries))
@@ -207,8 +207,8 @@ def show_adapter(name: str, console: Console, count_for: CountFor | None = None)
     for option in options:
         grid.add_row(*map(Text, (option.name, option.default, option.allowed)))
     console.print(Padding(grid, (0, 0, 0, 4), expand=False))
-    groups = "a group of parameters for every context group" if method_class.grouped else "none, and takes no grouping"
-    start = "computes what the base model does" if method_class.identity_at_start else "changes what the model computes"
+    groups = "one set of parameters per context group" if method_class.grouped else "none; grouping is not supported"
+    start = "equal to the base model" if method_class.identity_at_start else "different from the base model"
     origins = [f"from: {entry.origin}, {entry.target}" for entry in entries]
     for line in (f"groups: {groups}", f"at start: {start}", *origins):
         _print(line, console)
@@ -219,14 +219,14 @@ def show_adapter(name: str, console: Console, count_for: CountFor | None = None)
 
 
 def count_adapters(console: Console, count_for: CountFor) -> None:
-    """A line for every method: what it adds to the language model, or why it cannot.
+    """Print a line per method: the parameters that it adds to the language model, or why it cannot be used.
 
     Raises:
-        UserError: the language model is not to be had, or no method has one of the options.
+        UserError: the language model could not be loaded, or no method has one of the options.
     """
     language_model = _language_model(count_for.model)
     rows, known = [("", "", *count_for.headings)], set[str]()
-    broken: dict[str, list[str]] = {}  # reason → methods: an architecture that nobody knows is one reason for many
+    broken: dict[str, list[str]] = {}  # reason → methods; an unsupported architecture is the same reason for many
     for entry in ADAPTERS.entries().values():
         try:
             fields = set(ADAPTERS.load(entry.target).Config.model_fields)
@@ -234,20 +234,20 @@ def count_adapters(console: Console, count_for: CountFor) -> None:
             options = {name: value for name, value in count_for.options.items() if name in fields}
             counts = _count(entry.name, language_model, CountFor(count_for.model, count_for.contexts, options))
             rows.append((entry.name, counts.label, *counts.row()))
-        except Exception as error:  # a plugin's code is anybody's
+        except Exception as error:  # third-party code
             broken.setdefault(_reason(entry, error), []).append(entry.name)
     for name in count_for.options:
         if name not in known:
             raise UserError(f"--set {name}: no adapter has this option; {did_you_mean(name, known)}")
     total = sum(parameter.numel() for parameter in language_model.parameters())
-    console.print(Text(f"trainable parameters in {count_for.model}, which has {total:,}", style="bold"))
+    console.print(Text(f"trainable parameters in {count_for.model}, which has {total:,} parameters", style="bold"))
     _print_columns(rows, console)
     for reason, names in broken.items():
         _print_broken(", ".join(names), reason, console)
 
 
 def _print_columns(rows: Sequence[Sequence[str]], console: Console) -> None:
-    """Texts to the left; numbers, which are in the last two columns, to the right."""
+    """Print rows as columns; the last two columns are numbers, which are aligned to the right."""
     grid = Table.grid(padding=(0, 2))
     for index in range(len(rows[0])):
         is_number = index >= len(rows[0]) - 2

@@ -1,7 +1,7 @@
-"""``harness prepare``: bring data to this machine; with ``--check`` read all of it and say everything wrong with it.
+"""``harness prepare``: download or generate data; with ``--check``, read all of it and report every problem.
 
-A trial reads what its budget needs. This reads every example and every file of a task, or of an experiment's tasks with
-the encoders the experiment names, so that a broken file in a large data set is found before the first night is lost.
+A trial reads only what its budget needs. The check reads every example and every file of a task, or of the tasks of an
+experiment with its encoders, so that a corrupt file in a large data set is found before a long run fails on it.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
     from tasks.encoder import Encoder
 
 SPLITS: tuple[Split, ...] = get_args(Split)
-SHOWN = 100  # problems on the screen; if there are more, all of them are in a file
-_NAMED = 3  # files in a warning
+SHOWN = 100  # problems that are printed; if there are more, all of them are written to a file
+_NAMED = 3  # files that a warning names
 Splits = Mapping[Split, Sequence[Example]]
 
-# What the contract asks of a task's sample, it asks of the data too.
-_PROMISES: tuple[Callable[[task_checks.TaskSubject], Iterator[str]], ...] = (
+# The checks of a task's sample that its real data must pass too.
+_CONTRACT: tuple[Callable[[task_checks.TaskSubject], Iterator[str]], ...] = (
     task_checks.splits_are_not_empty,
     task_checks.ids_are_unique,
     task_checks.inputs_are_of_their_context,
@@ -56,17 +56,17 @@ _PROMISES: tuple[Callable[[task_checks.TaskSubject], Iterator[str]], ...] = (
 
 @dataclass(frozen=True)
 class _Subject:
-    """A task to be prepared."""
+    """A task to prepare."""
 
     name: str
     task: Task
     readers: Mapping[str, Reader]  # by context
-    specs: tuple[TrialSpec, ...] = ()  # of an experiment: the trials on this task
+    specs: tuple[TrialSpec, ...] = ()  # the trials of the experiment on this task
 
 
 @dataclass(frozen=True)
 class _Finding:
-    """What reading a file gave."""
+    """The result of reading a file."""
 
     digest: str = ""  # SHA-256 of the content
     remark: str | None = None
@@ -74,26 +74,35 @@ class _Finding:
 
 
 def prepare(target: str, options: Sequence[str], check: bool, console: Console) -> None:
-    """Prepare a task, or the tasks of an experiment, and print how much there is.
+    """Prepare a task, or the tasks of an experiment, and print the sizes of their splits.
 
     Args:
-        target: a task's name, or an experiment file (``.yaml``), whose plugins are then known.
-        options: of the named task, as in ``root=/data/coco``.
-        check: read every example and every file, and print everything that is wrong.
-        console: where to print.
+        target: the name of a task, or an experiment file (``.yaml``), which may load plugins.
+        options: options of the named task, such as ``root=/data/coco``.
+        check: read every example and every file, and print all problems.
+        console: prints the result.
 
     Raises:
-        UserError: there is no such task or experiment, or its options or data are wrong. With ``check`` everything
-            that is wrong with the data has been printed by then, and the message only says how much it is.
+        UserError: the task or experiment is unknown, or its options or data are wrong. With ``check``, all problems
+            of the data have been printed, and the message only has their number.
     """
     subjects = _subjects(target, options)
-    if not check:
-        for subject in subjects:
-            with console.status(f"Preparing {escape(subject.name)}"):
-                subject.task.prepare()
-                splits: Splits = {split: subject.task.examples(split) for split in SPLITS}
-            console.print(_table(subject, splits))
+    if check:
+        _check(subjects, target, console)
         return
+    for subject in subjects:
+        with console.status(f"Preparing {escape(subject.name)}"):
+            subject.task.prepare()
+            splits: Splits = {split: subject.task.examples(split) for split in SPLITS}
+        console.print(_table(subject, splits))
+
+
+def _check(subjects: Sequence[_Subject], target: str, console: Console) -> None:
+    """Read all data of some tasks, and print what was found.
+
+    Raises:
+        UserError: there are problems; they have been printed.
+    """
     known: dict[tuple[str, Path], _Finding] = {}
     problems = ProblemList()
     tables, remarks = [], []
@@ -115,14 +124,16 @@ def prepare(target: str, options: Sequence[str], check: bool, console: Console) 
         console.print(table)
     if messages:
         raise UserError(f"{target}: {len(messages):,} problem{'s' if len(messages) > 1 else ''}, listed above")
-    console.print(Text("nothing is wrong", style="green"))
+    console.print(Text("no problems found", style="green"))
 
 
 def _subjects(target: str, options: Sequence[str]) -> list[_Subject]:
     if Path(target).suffix not in {".yaml", ".yml"}:
         return [_named(target, options)]
     if options:
-        raise UserError(f"--set {options[0]}: an experiment has its options in the file; --set is for a task's name")
+        raise UserError(
+            f"--set {options[0]}: the options of an experiment are in its file; --set is for the name of a task"
+        )
     groups: dict[str, list[TrialSpec]] = {}
     for spec in expand(Experiment.from_yaml(Path(target))):
         groups.setdefault(spec.task.model_dump_json(), []).append(spec)
@@ -140,7 +151,7 @@ def _named(name: str, options: Sequence[str]) -> _Subject:
 
 
 def _label(choice: TaskChoice, choices: Sequence[TaskChoice]) -> str:
-    """The task's name, and its options in which others of that name differ."""
+    """The name of the task, and the options that differ between tasks of this name."""
     others = [other.config for other in choices if other.name == choice.name]
     differing = [key for key, value in choice.config.items() if any(other.get(key) != value for other in others)]
     return " ".join([choice.name, *(f"{key}={choice.config[key]}" for key in differing)])
@@ -163,7 +174,7 @@ def _of_experiment(name: str, specs: Sequence[TrialSpec]) -> _Subject:
 
 
 def _examples(subject: _Subject, problems: ProblemList) -> Splits:
-    """The examples of the splits that can be had; what is wrong goes to ``problems``."""
+    """The examples of the splits that could be read; what is wrong is added to ``problems``."""
     splits: dict[Split, Sequence[Example]] = {}
     try:
         subject.task.prepare()
@@ -174,18 +185,18 @@ def _examples(subject: _Subject, problems: ProblemList) -> Splits:
             splits[split] = subject.task.examples(split)
         except UserError as error:
             problems.add(error)
-    promised = task_checks.TaskSubject(type(subject.task), subject.name, Path())
-    promised.task, promised.splits = subject.task, {split: list(examples) for split, examples in splits.items()}
-    for promise in _PROMISES:
-        for broken in promise(promised):
-            problems.add(f"{subject.name}: {broken}")
+    checked = task_checks.TaskSubject(type(subject.task), subject.name, Path())
+    checked.task, checked.splits = subject.task, {split: list(examples) for split, examples in splits.items()}
+    for check in _CONTRACT:
+        for message in check(checked):
+            problems.add(f"{subject.name}: {message}")
     if subject.specs and len(splits) == len(SPLITS):
         _check_budgets(subject, problems)
     return splits
 
 
 def _check_budgets(subject: _Subject, problems: ProblemList) -> None:
-    """See that there are as many examples as an experiment asks for."""
+    """Check that every split has as many examples as the experiment needs."""
     from harness.model.build import choose_splits
 
     sizes = {(s.budget.examples, s.eval.validation_examples, s.eval.test_examples): s for s in subject.specs}
@@ -199,7 +210,7 @@ def _check_budgets(subject: _Subject, problems: ProblemList) -> None:
 def _read_files(
     subject: _Subject, splits: Splits, known: dict[tuple[str, Path], _Finding], console: Console
 ) -> dict[Path, _Finding]:
-    """Read the files of all examples, each once; ``known`` are those that were read before."""
+    """Read the files of all examples once each; ``known`` holds the results of earlier tasks."""
     readers = {
         path: subject.readers[context]
         for examples in splits.values()
@@ -226,7 +237,7 @@ def _finding(reader: Reader, path: Path) -> _Finding:
 
 
 def _leaks(splits: Splits, findings: Mapping[Path, _Finding]) -> Iterator[str]:
-    """A warning for every two splits that have files in common, by content."""
+    """A warning for every pair of splits that share files, compared by content."""
     by_split = {
         split: {findings[path].digest: path for example in examples for _, path in example.files if path in findings}
         for split, examples in splits.items()
@@ -238,12 +249,12 @@ def _leaks(splits: Splits, findings: Mapping[Path, _Finding]) -> Iterator[str]:
             rest = f"; and {len(common) - _NAMED:,} more" if len(common) > _NAMED else ""
             yield (
                 f"warning: {_files(len(common))} of {one} with the same content in {other}: {pairs}{rest}. "
-                "Scores on what was seen before say little."
+                "Scores on data that was trained on are not meaningful."
             )
 
 
 def _conversions(findings: Mapping[Path, _Finding]) -> Iterator[str]:
-    """What decoding had to convert, with the number of files and the first of them."""
+    """The conversions that decoding made, each with its number of files and the first one."""
     remarks = {path: finding.remark for path, finding in findings.items() if finding.remark}
     for remark, count in Counter(remarks.values()).most_common():
         first = next(path for path, other in remarks.items() if other == remark)
@@ -255,13 +266,11 @@ def _files(count: int) -> str:
 
 
 def _longest(splits: Splits) -> Iterator[str]:
-    """The longest reference and the longest text before it: what ``budget`` may have to cut."""
+    """The longest reference and the longest text input, which ``budget`` may have to truncate."""
     examples = [example for found in splits.values() for example in found]
     texts = {
         "reference": [(len(text), e.id) for e in examples for text in e.references],
-        "text before the answer": [
-            (len(part.value), e.id) for e in examples for part in e.inputs if isinstance(part.value, str)
-        ],
+        "text input": [(len(part.value), e.id) for e in examples for part in e.inputs if isinstance(part.value, str)],
     }
     for what, lengths in texts.items():
         if lengths:
@@ -274,11 +283,11 @@ def _print_problems(messages: Sequence[str], file: Path, console: Console) -> No
         console.print(Text(f"{number}. {message}"), soft_wrap=True)
     if len(messages) > SHOWN:
         file.write_text("".join(f"{message}\n" for message in messages), encoding="utf-8")
-        console.print(Text(f"… and {len(messages) - SHOWN:,} more; all are in {file.absolute()}"), soft_wrap=True)
+        console.print(Text(f"… and {len(messages) - SHOWN:,} more; all of them: {file.absolute()}"), soft_wrap=True)
 
 
 def _table(subject: _Subject, splits: Splits) -> Table:
-    """A line for each split that could be read."""
+    """A row for each split that could be read."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title=Text(subject.name), title_justify="left")
     for heading in ("split", "examples", "references each", "files", "contexts"):
         table.add_column(heading, justify="left" if heading in ("split", "contexts") else "right")

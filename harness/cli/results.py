@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 RUNS = Path("runs")  # where `harness run` puts run folders by default
 MLFLOW = "mlflow:"
 console = Console()
-leaderboard_app = typer.Typer(no_args_is_help=True, help="What changed between two leaderboard.json.")
+leaderboard_app = typer.Typer(no_args_is_help=True, help="Compare two leaderboard.json files.")
 
 RunFolder = Annotated[Path | None, typer.Argument(help="A run folder; by default the newest in ./runs.")]
 
@@ -40,14 +40,14 @@ def newest_run() -> Path:
 
 
 def status(folder: RunFolder = None) -> None:
-    """Show the progress of a run, its failures and the leaderboard so far; writes nothing."""
+    """Show the progress of a run, its failures and the leaderboard so far, without writing anything."""
     from harness.cli.terminal import leaderboard_table, progress_lines
     from results.leaderboard.join import read_runs
     from results.leaderboard.progress import progress_of
     from results.leaderboard.table import build_leaderboard
 
     folder = folder or newest_run()
-    active = _at_work(folder)
+    active = _is_running(folder)
     run = read_runs([folder])
     _print(f"{folder}: {run.plan.experiment}")
     for line in progress_lines(progress_of(run, active), active):
@@ -61,8 +61,8 @@ def status(folder: RunFolder = None) -> None:
         console.print(leaderboard_table(build_leaderboard(run)))
 
 
-def _at_work(folder: Path) -> bool:
-    """Whether a harness holds the lock of the folder, found by acquiring and releasing it."""
+def _is_running(folder: Path) -> bool:
+    """Whether a harness holds the lock of the folder; found by trying to acquire it."""
     path = folder / ".lock"
     if not path.exists():
         return False
@@ -95,7 +95,7 @@ def report(
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"--output: {output} is a file; name a folder")
     folders = [Path(run) for run in runs] if source is None else _fetched(source, runs, output)
-    gc.disable()  # saves a fifth of the time: records are many long-lived objects, and this process ends soon
+    gc.disable()  # a fifth faster: records are many long-lived objects, and this process ends soon
     with console.status("writing the report …"):
         written = write_report(folders, output)
     for path in written.all:
@@ -117,7 +117,7 @@ def _fetched(source: str, runs: list[str], output: Path | None) -> list[Path]:
 
 def compare(
     one: Annotated[str, typer.Argument(metavar="A", help='A row: "LoRA r=4 specific" or a part of it; or a trial id.')],
-    other: Annotated[str, typer.Argument(metavar="B", help="What it is compared with.")],
+    other: Annotated[str, typer.Argument(metavar="B", help="The row or trial to compare with.")],
     runs: Annotated[
         list[Path] | None, typer.Option("--run", help="A run folder, or several; by default the newest in ./runs.")
     ] = None,
@@ -138,7 +138,7 @@ def compare(
 @leaderboard_app.command("diff")
 def leaderboard_diff(
     old: Annotated[Path, typer.Argument(metavar="OLD.json", help="The leaderboard.json of a report.")],
-    new: Annotated[Path, typer.Argument(metavar="NEW.json", help="A later one.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW.json", help="A later leaderboard.json.")],
     metric: Annotated[str | None, typer.Option(help="Metric to compare; by default the primary one.")] = None,
 ) -> None:
     """Show what changed between two leaderboards, and whether it is more than noise."""
@@ -161,8 +161,10 @@ def _published(path: Path) -> PublishedLeaderboard:
 
 def attention(
     folder: Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart.")],
-    trials: Annotated[list[str] | None, typer.Option("--trial", metavar="ID", help="Only this trial.")] = None,
-    examples: Annotated[int, typer.Option(help="Test examples of each trial.")] = 4,
+    trials: Annotated[
+        list[str] | None, typer.Option("--trial", metavar="ID", help="Only this trial; may be repeated.")
+    ] = None,
+    examples: Annotated[int, typer.Option(help="Number of test examples per trial.")] = 4,
 ) -> None:
     """Record which parts of the input finished trials attend to, and add it to the report."""
     from harness.cli.attention import record_attention

@@ -1,6 +1,6 @@
-"""Scores a file of predictions against a file of references: what ``harness score`` does.
+"""``harness score``: score a file of predictions against a file of references.
 
-Both are in COCO's formats, whatever the metric. References, as in its annotation files (other keys are passed over):
+Both are in COCO's formats, whatever the metric. References, as in its annotation files (other keys are ignored):
 
     {"images": [{"id": 139}], "annotations": [{"image_id": 139, "caption": "A living room with a table."}]}
 
@@ -23,22 +23,23 @@ from rich.table import Table
 from harness.core.errors import ProblemList, UserError
 from harness.core.files import write_atomically
 from tasks.base import Metric, Scores
+from tasks.formats.json_file import parse_json
 from tasks.registry import METRICS
 
 
 def score(metric: str, references: Path, predictions: Path, output: Path | None, console: Console) -> None:
-    """Print the corpus scores as a table, notes on stderr, and write all scores as JSON where that is asked for.
+    """Print the corpus scores as a table and notes to stderr, and optionally write all scores as JSON.
 
     Args:
         metric: registry name.
         references: one or more reference texts for every id.
         predictions: exactly one text for every id of the references.
-        output: ``{"corpus": {name: score}, "per_example": {id: {name: score}}}``, with ``notes`` where there are any.
-        console: where the table goes.
+        output: ``{"corpus": {name: score}, "per_example": {id: {name: score}}}``, with ``notes`` if there are any.
+        console: prints the table.
 
     Raises:
-        UserError: a file is missing or broken, the ids do not fit, there is no such metric, or the output cannot be
-            written; before anything is scored.
+        UserError: a file is missing or broken, the ids do not match, the metric is unknown, or the output cannot be
+            written. All of this is checked before scoring.
     """
     scorer: Metric = METRICS.load(METRICS.find(metric).target)()
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
@@ -61,9 +62,9 @@ def read_references(path: Path) -> dict[str, list[str]]:
     """Read reference texts by id, in the order of the file.
 
     Raises:
-        UserError: the file is missing, broken or not of the format; every kind of problem once, with the first place.
+        UserError: the file is missing, broken or has another format; each kind of problem once, with its first place.
     """
-    content = _read(path)
+    content: Any = parse_json(path, object)
     if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
         raise UserError(
             f'{path}: must be an object with the lists "images" and "annotations", as COCO\'s annotations are'
@@ -75,7 +76,7 @@ def read_references(path: Path) -> dict[str, list[str]]:
         raise UserError(f"{path}: images: must be a list")
     for i, image in enumerate(images):
         if (key := _id(image, "id")) is None:
-            problems.add("must have an id, a whole number or text", f"{path}: images[{i}]")
+            problems.add("must have an id, an integer or a string", f"{path}: images[{i}]")
         else:
             found[key] = []
     for i, annotation in enumerate(content["annotations"]):
@@ -84,11 +85,11 @@ def read_references(path: Path) -> dict[str, list[str]]:
         if entry is not None:
             key, text = entry
             if images and key not in found:
-                problems.add("is of an image that is not among the images", f"{where}: image_id {key}")
+                problems.add("belongs to an image that is not among the images", f"{where}: image_id {key}")
             found.setdefault(key, []).append(text)
     for key, texts in found.items():
         if not texts:
-            problems.add("has no caption among the annotations", f"{path}: image {key}")
+            problems.add("has no caption in the annotations", f"{path}: image {key}")
     problems.raise_any()
     if not found:
         raise UserError(f"{path}: annotations: is empty")
@@ -99,9 +100,9 @@ def read_predictions(path: Path) -> dict[str, str]:
     """Read one prediction for every id.
 
     Raises:
-        UserError: the file is missing, broken or not of the format, or has two predictions for one id.
+        UserError: the file is missing, broken or has another format, or has two predictions for one id.
     """
-    content = _read(path)
+    content: Any = parse_json(path, object)
     if not isinstance(content, list):
         raise UserError(f'{path}: must be a list of {{"image_id": …, "caption": …}}, as COCO\'s results are')
     problems = _Kinds()
@@ -110,7 +111,7 @@ def read_predictions(path: Path) -> dict[str, str]:
         where = f"{path}: [{i}]"
         entry = _entry(item, where, problems)
         if entry is not None and entry[0] in found:
-            problems.add("has a prediction already", f"{where}: image_id {entry[0]}")
+            problems.add("already has a prediction", f"{where}: image_id {entry[0]}")
         elif entry is not None:
             found[entry[0]] = entry[1]
     problems.raise_any()
@@ -118,7 +119,7 @@ def read_predictions(path: Path) -> dict[str, str]:
 
 
 class _Kinds:
-    """Problems of a long file: every kind once, with its first place and how many more there are."""
+    """Problems of a long file, summarised: each kind once, with its first place and the number of others."""
 
     def __init__(self) -> None:
         self.first: dict[str, str] = {}
@@ -131,20 +132,9 @@ class _Kinds:
     def raise_any(self) -> None:
         problems = ProblemList()
         for kind, where in self.first.items():
-            more = f" ({self.counts[kind] - 1} more like it)" if self.counts[kind] > 1 else ""
+            more = f" ({self.counts[kind] - 1} more like this)" if self.counts[kind] > 1 else ""
             problems.add(f"{where}: {kind}{more}")
         problems.raise_any()
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno}, column {error.colno}: no JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start}: no UTF-8") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _id(item: Any, name: str) -> str | None:
@@ -155,9 +145,9 @@ def _id(item: Any, name: str) -> str | None:
 def _entry(item: Any, where: str, problems: _Kinds) -> tuple[str, str] | None:
     key = _id(item, "image_id")
     if key is None:
-        problems.add("must have an image_id, a whole number or text", where)
+        problems.add("must have an image_id, an integer or a string", where)
     elif not isinstance(item.get("caption"), str):
-        problems.add("must have a caption, which is text", where)
+        problems.add("must have a caption, a string", where)
     else:
         return key, item["caption"]
     return None
@@ -173,7 +163,7 @@ def _check_ids(texts: Mapping[str, Any], references: Path, answers: Mapping[str,
 
 
 def _count(ids: Sequence[str]) -> str:
-    return f"image_id {ids[0]}" if len(ids) == 1 else f"{len(ids)} image_ids, {ids[0]} the first,"
+    return f"image_id {ids[0]}" if len(ids) == 1 else f"{len(ids)} image_ids, the first {ids[0]},"
 
 
 def _table(metric: str, scorer: Metric, scores: Scores, examples: int) -> Table:

@@ -23,7 +23,7 @@ _REASON_LENGTH = 240  # characters of the reason why a row is excluded from rank
 
 
 def plan_table(plan: Plan, parameters: Mapping[str, Parameters | None], states: Mapping[str, str]) -> Table:
-    """The trials, grouped by row, with the number of parameters that each will train.
+    """The trials, grouped by row, with their numbers of parameters.
 
     Args:
         plan: all trials.
@@ -115,7 +115,7 @@ def progress_lines(progress: Progress, active: bool) -> Iterator[str]:
         yield "a harness is running in this folder; the time left can be estimated once a trial has finished"
     else:
         yield (
-            f"{duration(progress.mean_wall_time_s)} a trial, {max(1, len(progress.running))} at once: "
+            f"{duration(progress.mean_wall_time_s)} a trial, {max(1, len(progress.running))} at a time: "
             f"roughly {duration(progress.left_s)} left"
         )
     yield from (f"running: {trial_name(trial)}" for trial in progress.running)
@@ -126,7 +126,7 @@ def progress_lines(progress: Progress, active: bool) -> Iterator[str]:
 
 
 def comparison_view(comparison: Comparison) -> Group:
-    """The paired difference in each metric with its interval, and a sentence on what it shows."""
+    """The paired difference in each metric with its interval, and a sentence that interprets it."""
     one, other = comparison.one, comparison.other
     head = [Text(f"{letter} = {_side(side)}", style="bold") for letter, side in (("A", one), ("B", other))]
     if comparison.refusal:
@@ -150,9 +150,7 @@ def comparison_view(comparison: Comparison) -> Group:
     lines = [comparison.sentence(info) for info in comparison.metrics]
     if any(found.p_value is not None for found in comparison.differences.values()):
         count = f"{len(comparison.metrics)} metric{'s' * (len(comparison.metrics) > 1)} shown"
-        lines.append(
-            f"p: paired by seed and, where covered, by test example; after Holm's correction over the {count}."
-        )
+        lines.append(f"p: paired by seed and, where covered, by test example; Holm-corrected over the {count}.")
     return Group(*head, table, *(Text(line) for line in (*lines, *comparison.notes)))
 
 
@@ -163,7 +161,7 @@ def _side(side: Side) -> str:
 
 
 def diff_view(found: BoardDiff) -> Group:
-    """Old and new mean of each row, the change and whether it is noise; added and removed rows."""
+    """Old and new mean of each row, the change and its significance; added and removed rows."""
     direction = "higher" if found.metric.higher_is_better else "lower"
     parts: list[RenderableType] = [Text(f"{found.metric.label}, {direction} is better; rows old → new", style="italic")]
     for setting in dict.fromkeys(change.setting for change in found.changes):

@@ -1,1 +1,1 @@
-"""How the built-in backbones were trained."""
+"""Pre-training of the built-in backbones."""

@@ -25,7 +25,7 @@ AUDIO_ENCODER_RECIPE = Recipe(4000, 48, 2e-3, training_items=10_000, held_out_it
 _LABELS_PER_TOKEN = 4
 _IGNORED = -100  # cross_entropy's default ignore_index
 _LABEL_SMOOTHING = 0.1
-_POOL = 8  # a batch is drawn from this many times as many utterances of about the same length
+_POOL = 8  # a batch is drawn from a pool of this many batches of similar length
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Utterances:
     labels: list[Tensor]
 
     def batch(self, chosen: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Some of them, padded: mel_BFM, frames_B, labels_BL with L = 4 N."""
+        """A padded batch: mel_BFM, frames_B, labels_BL with L = 4 N."""
         mel_BFM = nn.utils.rnn.pad_sequence([self.mels[index] for index in chosen], batch_first=True)
         frames_B = torch.tensor([len(self.mels[index]) for index in chosen])
         labels_BL = torch.full((len(chosen), -(-mel_BFM.shape[1] // 8) * _LABELS_PER_TOKEN), _IGNORED)
@@ -46,7 +46,7 @@ class Utterances:
 
 
 def speak(count: int, *key: int) -> Utterances:
-    """Synthesize ``count`` utterances, each by another speaker, that depend on the key only."""
+    """Synthesize ``count`` utterances by different speakers; they depend only on the key."""
     spoken = [utterance(np.random.default_rng((*key, index))) for index in range(count)]
     spoken.sort(key=lambda one: len(one.samples))
     mels = [TinyAudio.log_mel(torch.from_numpy(one.samples)) for one in spoken]
@@ -54,7 +54,7 @@ def speak(count: int, *key: int) -> Utterances:
 
 
 def disturb(mel_BFM: Tensor, draws: torch.Generator) -> Tensor:
-    """Augment: another recorder (tilt, noise), another speaker (all bands shifted), and gaps as in SpecAugment.
+    """Augment: a different recorder (tilt, noise), a different speaker (shifted bands), and masks as in SpecAugment.
 
     SpecAugment: Park et al. 2019, https://arxiv.org/abs/1904.08779. Values stay in the range of ``TinyAudio.log_mel``.
     """
@@ -73,7 +73,7 @@ def disturb(mel_BFM: Tensor, draws: torch.Generator) -> Tensor:
     mel_BFM = mel_BFM.gather(2, shifted_BM.clamp(0, bands - 1)[:, None].expand(mel_BFM.shape)) + curve(6, 0.12)
     noise_BFM = torch.rand(column_B, generator=draws) - 1.2 + curve(4, 0.15)
     noise_BFM = noise_BFM + 0.1 * torch.randn(mel_BFM.shape, generator=draws)
-    # Powers add; if they differ much, the sum is about the larger one.
+    # Powers add up; if they differ a lot, the sum is close to the larger one.
     mel_BFM = torch.maximum(mel_BFM, noise_BFM).clamp(min=-1)
     gaps_BFM = gap(bands, 10) | gap(frames, 6).transpose(1, 2)
     return torch.where(gaps_BFM, mel_BFM.mean((1, 2), keepdim=True), mel_BFM)
@@ -103,7 +103,7 @@ def build_audio_encoder(folder: Path, seed: int, recipe: Recipe, console: Consol
     pool = min(_POOL * recipe.batch_size, recipe.training_items)
 
     def loss() -> Tensor:
-        # The pool may start half outside, so that the shortest and the longest are drawn as often as the others.
+        # The pool may start outside, so that the shortest and longest utterances are drawn as often as the others.
         start = int(torch.randint(-pool // 2, recipe.training_items - pool // 2, (), generator=draws))
         start = min(max(start, 0), recipe.training_items - pool)
         chosen_B = start + torch.randperm(pool, generator=draws)[: recipe.batch_size]
@@ -121,7 +121,7 @@ def build_audio_encoder(folder: Path, seed: int, recipe: Recipe, console: Consol
 
 @torch.no_grad()
 def _quality(model: PhonemeHead, heard: Utterances, held_out: Utterances) -> dict[str, float]:
-    """Accuracy of the phoneme of 20 ms, with and without silence, and of the majority class."""
+    """Accuracy of the phoneme per 20 ms, with and without silence, and that of the majority class."""
     mel_BFM, frames_B, labels_BL = held_out.batch(list(range(len(held_out.mels))))
     right_BL = model(mel_BFM, frames_B).argmax(-1) == labels_BL
     said_BL, sounds_BL = labels_BL != _IGNORED, labels_BL > 0

@@ -1,7 +1,7 @@
 """Pre-training of the built-in backbones (``harness backbones build``); docs/backbones.md reports the results.
 
-A byte-level BPE tokenizer and a tiny Llama, pre-trained on generated text that holds no caption of a picture, and a
-TinyVision encoder, pre-trained to classify the objects in each part of pictures from the training side of the split.
+A byte-level BPE tokenizer and a tiny Llama, pre-trained on generated text without captions, and a TinyVision encoder,
+pre-trained to classify the objects in each cell of pictures from the training split of ``scenes``.
 
 Shapes: B documents or pictures, T text tokens, N image tokens, D features, K classes.
 """
@@ -75,7 +75,7 @@ def build(
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{output}: cannot write the backbones there: {error}") from error
+        raise UserError(f"{output}: could not be created: {error}") from error
     build_language_model(output / LANGUAGE_MODEL, seed, language_model_recipe, console)
     build_encoder(output / ENCODER, seed, encoder_recipe, console)
     build_audio_encoder(output / AUDIO_ENCODER, seed, audio_recipe, console)
@@ -123,7 +123,7 @@ def build_language_model(folder: Path, seed: int, recipe: Recipe, console: Conso
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Train byte-level BPE: every text can be encoded and decoded without loss. It adds no special tokens by itself."""
+    """Train a byte-level BPE, which encodes every text losslessly. It does not add special tokens by itself."""
     specials = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -140,7 +140,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
-    """The token ids of all documents, concatenated, each between a BOS and an EOS token."""
+    """The concatenated token ids of all documents, each between BOS and EOS."""
     ids: list[int] = []
     for document in tokenizer(texts)["input_ids"]:
         ids += [tokenizer.bos_token_id, *document, tokenizer.eos_token_id]
@@ -161,7 +161,7 @@ def perplexity(model: nn.Module, stream_T: Tensor) -> float:
 
 
 def _unigram_perplexity(train_T: Tensor, held_out_T: Tensor, vocabulary_size: int) -> float:
-    """Perplexity of token frequencies alone, with one added to every count."""
+    """Perplexity of a unigram model with add-one smoothing."""
     counts_K = torch.bincount(train_T, minlength=vocabulary_size).double() + 1
     return math.exp(-(counts_K / counts_K.sum()).log()[held_out_T].mean().item())
 
@@ -171,12 +171,12 @@ class Pictures:
     """Pictures with their targets: per cell (token), and per picture."""
 
     pixels: Tensor  # (B, H, W, C), uint8
-    cells: dict[str, Tensor]  # (B, N); "shape" is 0 where no object has its centre, the others are ignored there
+    cells: dict[str, Tensor]  # (B, N); "shape" is 0 in cells without an object centre; the others are ignored there
     pictures: dict[str, Tensor]  # (B,)
 
 
 def draw_pictures(count: int, split: Split, *key: object) -> Pictures:
-    """Draw scenes of one side of the split, with their attributes as targets."""
+    """Draw scenes of a split, with their attributes as targets."""
     pixels_BHWC = np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     cells_BN = {name: np.full((count, _GRID * _GRID), _IGNORED) for name in _CELL_CLASSES}
     cells_BN["shape"][:] = 0
@@ -216,7 +216,7 @@ class AttributeHeads(nn.Module):
 
 
 def build_encoder(folder: Path, seed: int, recipe: Recipe, console: Console | None = None) -> dict[str, float]:
-    """Train the vision encoder; return the quality on pictures of scenes it never saw (the validation side)."""
+    """Train the vision encoder; return the quality on pictures of unseen scenes (the validation split)."""
     started = time.perf_counter()
     train = draw_pictures(recipe.training_items, "train", "pretrain", seed, "pictures")
     held_out = draw_pictures(recipe.held_out_items, "validation", "pretrain", seed, "held out")
@@ -244,7 +244,7 @@ def build_encoder(folder: Path, seed: int, recipe: Recipe, console: Console | No
 
 @torch.no_grad()
 def _attribute_accuracy(model: AttributeHeads, train: Pictures, held_out: Pictures) -> dict[str, float]:
-    """Accuracy by attribute, and of the majority class of the training pictures; only cells with an object count."""
+    """Accuracy by attribute, and that of the training majority class; only cells with an object are counted."""
     parts = [model(pixels_BHWC) for pixels_BHWC in torch.split(held_out.pixels, 256)]
     known = train.cells | train.pictures
     quality = {}

@@ -1,4 +1,4 @@
-"""The sounds the tiny audio encoder is pre-trained on: pseudo-words, spoken by a formant synthesizer.
+"""The audio that the tiny audio encoder is pre-trained on: pseudo-words from a formant synthesizer.
 
 A source (a train of glottal pulses, noise, or both) goes through the resonances of a vocal tract that moves from
 phoneme to phoneme. Every utterance has its own random speaker, room and recorder. Formants of the
@@ -36,11 +36,11 @@ class Phone(NamedTuple):
 
     formants: tuple[float, float, float]  # Hz, of a man
     voice: float = 0.0  # amplitude of the glottal source
-    noise: float = 0.0  # amplitude of the noise made at a narrow place
+    noise: float = 0.0  # amplitude of the frication noise
     peak: float = 0.0  # Hz, where that noise is strongest
     spread: float = 1.0  # Hz, standard deviation around it
-    breath: float = 0.0  # amplitude of noise that goes through the formants
-    damping: float = 1.0  # bandwidths, times the usual
+    breath: float = 0.0  # amplitude of aspiration noise, which is filtered by the formants
+    damping: float = 1.0  # factor on the bandwidths
     seconds: tuple[float, float] = (0.06, 0.16)
 
 
@@ -73,7 +73,7 @@ _FRICATIVES = {
     "z": Phone((240, 1390, 2530), voice=0.3, noise=0.3, peak=5800, spread=1300, seconds=(0.06, 0.13)),
     "h": Phone((500, 1500, 2500), breath=0.25, seconds=(0.04, 0.1)),
 }
-# The burst after a closure; the closure itself is silent, or hums.
+# The burst after a closure; the closure itself is silent or voiced.
 _PLOSIVES = {
     "p": Phone((400, 1100, 2150), noise=0.25, peak=700, spread=1500),
     "t": Phone((400, 1600, 2600), noise=0.5, peak=4200, spread=1300),
@@ -130,7 +130,7 @@ def pseudo_word(rng: np.random.Generator) -> list[str]:
 
 
 def utterance(rng: np.random.Generator) -> Utterance:
-    """Speak a pseudo-word with a new voice, in a new room, into a new recorder."""
+    """Synthesize a pseudo-word with a random speaker, room and recorder."""
     segments = _segments(pseudo_word(rng), rng)
     ends = np.cumsum([segment.seconds for segment in segments])
     count = int(ends[-1] * RATE)
@@ -142,7 +142,7 @@ def utterance(rng: np.random.Generator) -> Utterance:
 
 
 def _segments(word: list[str], rng: np.random.Generator) -> list[_Segment]:
-    """How long each sound is held; a plosive is a closure, a burst and, where no voice is in it, some breath."""
+    """The sounds of a word with random durations; a plosive is a closure, a burst and, if unvoiced, aspiration."""
     silence = Phone((500, 1500, 2500))
     edge = (0.0, rng.exponential(0.06)) if rng.random() < 0.7 else (rng.uniform(0, 0.3), rng.uniform(0, 0.3))
     speed = float(np.exp(rng.normal(-0.2, 0.3)))
@@ -163,14 +163,14 @@ def _segments(word: list[str], rng: np.random.Generator) -> list[_Segment]:
 
 
 def _speak(segments: list[_Segment], ends: Array, rng: np.random.Generator) -> Array:
-    """The sound at the lips, and a little more: sources through moving resonances, frame by frame."""
+    """The radiated sound, slightly longer than the segments: sources through moving resonances, frame by frame."""
     frames = int(ends[-1] / _FRAME_S) + 3
     which_T = np.searchsorted(ends, np.arange(frames) * _FRAME_S).clip(max=len(segments) - 1)
     phones = [segment.phone for segment in segments]
-    accent = np.exp(rng.normal(0, 0.06, (len(phones), 3)))  # nobody hits a vowel twice in the same place
-    tract = float(np.exp(rng.uniform(-0.1, 0.28)))  # shorter than the man's whose formants these are
+    accent = np.exp(rng.normal(0, 0.06, (len(phones), 3)))  # vowels vary from one utterance to the next
+    tract = float(np.exp(rng.uniform(-0.1, 0.28)))  # vocal tracts are mostly shorter than the men's of the formant data
     targets = np.array([phone.formants for phone in phones]) * accent * tract * np.exp(rng.normal(0, 0.05, 3))
-    glide = rng.uniform(1.5, 4.0)  # frames: how lazily the tongue moves
+    glide = rng.uniform(1.5, 4.0)  # frames of coarticulation
     formants_T3 = np.exp(gaussian_filter1d(np.log(targets)[which_T], glide, axis=0, mode="nearest"))
 
     def over_time(values: list[float], smoothing: float) -> Array:
@@ -198,7 +198,7 @@ def _speak(segments: list[_Segment], ends: Array, rng: np.random.Generator) -> A
 
 
 def _effort(which_T: npt.NDArray[np.int64], segments: int, rng: np.random.Generator) -> Array:
-    """How strongly it is spoken: wandering, and often swelling from nothing and dying away at the ends of the word."""
+    """Vocal effort per frame: it varies randomly, and often rises from and fades to silence at the ends of the word."""
     frames = len(which_T)
     wander = gaussian_filter1d(rng.normal(0, 1, frames + 40), 12)[20:-20] * rng.uniform(0, 2.5)
     spoken = np.flatnonzero((which_T > 0) & (which_T < segments - 1))
@@ -224,7 +224,7 @@ def _pulses(size: int, rng: np.random.Generator) -> Array:
     pitch_S = start * np.exp(np.interp(np.arange(size) / 1600, np.arange(len(knots)), knots))
     phase_S = np.cumsum(pitch_S / RATE) + rng.random()
     places = np.flatnonzero(np.diff(np.floor(phase_S)) > 0)
-    # Between two samples, or the pitch would be coarse; as loud at any pitch.
+    # Pulses fall between samples, otherwise the pitch would be quantised; the level does not depend on the pitch.
     late = (phase_S[places + 1] % 1) / (pitch_S[places + 1] / RATE)
     height = np.sqrt(RATE / pitch_S[places]) * np.exp(rng.normal(0, 0.06, len(places)))
     pulses_S = np.zeros(size + 1)
@@ -249,7 +249,7 @@ def _resonances(
 
 
 def _record(spoken_S: Array, rng: np.random.Generator) -> Array:
-    """What a recorder keeps of it: echoes, its own frequency response, noise, often nothing above 4 kHz."""
+    """Simulate a recording: reverberation, a frequency response, noise, and often a band limit of 4 kHz."""
     size = len(spoken_S)
     if rng.random() < 0.6:
         decay_s = rng.uniform(0.03, 0.3)

@@ -14,17 +14,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from harness.core.errors import ProblemList, UserError
 from tasks.base import Example, Part
 from tasks.formats.data_files import DataFiles, require_file, require_folder
+from tasks.formats.json_file import parse_json
 
 # COCO's ids are numbers; those of other sets in its format are names.
 Id = Annotated[str, Field(coerce_numbers_to_str=True)]
-Content = TypeVar("Content", bound=BaseModel)
 
 
 class _Image(BaseModel):
@@ -115,31 +115,6 @@ def _combine(path: Path, content: _CaptionFile, root: Path, name: str) -> tuple[
             captioned.append(Captioned(example, image.domain))
     problems.raise_any()
     return tuple(captioned)
-
-
-def parse_json(path: Path, content: type[Content]) -> Content:
-    """Read a JSON file and validate its format.
-
-    Raises:
-        UserError: the JSON is broken or has another format; everything that is wrong at once.
-    """
-    try:
-        return content.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except json.JSONDecodeError as error:
-        line = error.doc.split("\n")[error.lineno - 1]
-        shown = line[max(0, error.colno - 60) : error.colno + 60]  # COCO's files are one line of megabytes
-        raise UserError(
-            f"{path}: line {error.lineno}, column {error.colno}: broken JSON, {error.msg}: {shown!r}"
-        ) from error
-    except ValidationError as error:
-        problems = ProblemList()
-        for problem in error.errors():
-            key = ".".join(map(str, problem["loc"])) or "the whole file"
-            problems.add(f"{path}: {key}: {problem['msg']}; found {str(problem['input'])[:80]!r}")
-        problems.raise_any()
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
 
 
 def write_annotations(

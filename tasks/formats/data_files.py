@@ -13,7 +13,7 @@ def require_folder(folder: Path, what: str) -> None:
     """Check that a folder exists.
 
     Raises:
-        UserError: it does not, or is a file; the message names the folders beside the first part that is missing.
+        UserError: it does not, or is a file; the message names the folders next to the first missing one.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: the folder of {what} {_missing(folder, folders=True)}")

@@ -20,8 +20,8 @@ from pydantic import BaseModel
 
 from harness.core.errors import ProblemList, UserError, did_you_mean
 from tasks.base import Example, Part, Split
-from tasks.formats.coco import parse_json
 from tasks.formats.data_files import DataFiles, require_file, require_folder
+from tasks.formats.json_file import parse_json
 
 SPLITS: dict[str, Split] = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
 

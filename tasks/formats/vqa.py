@@ -5,16 +5,14 @@ Parsed without the fields that are not needed: VQAv2's training annotations alon
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
-
 from harness.core.errors import ProblemList, UserError
 from tasks.formats.data_files import DataFiles, require_file, require_folder
+from tasks.formats.json_file import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +84,8 @@ def read_vqav2(root: Path, name: str, problems: ProblemList) -> list[Question]:
         What could be read, in the order of the question file; everything else is added to the problems.
     """
     path, answers_path = root / _QUESTIONS.format(name=name), root / _ANNOTATIONS.format(name=name)
-    asked = _parse(path, TypeAdapter(_QuestionFile), problems)
-    annotated = _parse(answers_path, TypeAdapter(_AnnotationFile), problems)
+    asked = _parse(path, _QuestionFile, problems)
+    annotated = _parse(answers_path, _AnnotationFile, problems)
     if asked is None or annotated is None:
         return []
     annotations = _by_id(answers_path, "annotations", annotated.annotations, problems)
@@ -118,7 +116,7 @@ def read_gqa(root: Path, name: str, problems: ProblemList) -> list[Question]:
         What could be read, in the order of the file; everything else is added to the problems.
     """
     path = root / _GQA.format(name=name)
-    questions = _parse(path, TypeAdapter(dict[str, _GqaQuestion]), problems)
+    questions = _parse(path, dict[str, _GqaQuestion], problems)
     if questions is None:
         return []
     if not questions:
@@ -214,31 +212,11 @@ def _question(
     return Question(key, image_id, image, text, cleaned)
 
 
-def _parse(path: Path, adapter: TypeAdapter[_Parsed], problems: ProblemList) -> _Parsed | None:
+def _parse(path: Path, content: type[_Parsed], problems: ProblemList) -> _Parsed | None:
     """Parse a JSON file; whatever is wrong with it is added to the problems."""
     try:
         require_file(path, "file")
-        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-        return adapter.validate_json(data)
-    except ValidationError as error:
-        for problem in error.errors(include_url=False, include_context=False):
-            if problem["type"] == "json_invalid":
-                problems.add(f"{path}: broken JSON: {problem['msg']}{_excerpt(data, problem['msg'])}")
-            else:
-                key = ".".join(map(str, problem["loc"])) or "the whole file"
-                problems.add(f"{path}: {key}: {problem['msg']}; found {str(problem['input'])[:80]!r}")
+        return parse_json(path, content)
     except UserError as error:
         problems.add(error)
-    except OSError as error:
-        problems.add(f"{path}: cannot be read: {error.strerror}")
-    return None
-
-
-def _excerpt(data: bytes, message: str) -> str:
-    """The text around the position of a JSON error; these files are one line of megabytes."""
-    place = re.search(r"line (\d+) column (\d+)", message)
-    if place is None:
-        return ""
-    line, column = int(place[1]), int(place[2])
-    text = data.split(b"\n")[line - 1]
-    return f": {text[max(0, column - 60) : column + 60].decode('utf-8', errors='replace')!r}"
+        return None

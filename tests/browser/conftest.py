@@ -1,4 +1,4 @@
-"""A headless Chromium, and the report of a synthetic run in it. Skipped where there is no Chromium."""
+"""A headless Chromium that shows the report of a synthetic run. Skipped if Chromium is not installed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def open_page(chromium: Browser) -> Iterator[Open]:
-    """Opens a file's address. In the end no page has complained or asked for anything but itself."""
+    """Opens a file. At the end, checks that no page logged an error or requested anything but itself."""
     problems: list[str] = []
     asked: list[str] = []
     contexts = []

@@ -1,4 +1,4 @@
-"""The attention section in a real browser: what is drawn and said against the recorded numbers, and with axe."""
+"""The attention section in a browser: drawings and texts match the recorded numbers, and axe finds no problems."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``harness check``: every check of the contracts can fail, and says what is wrong; what is right passes all."""
+"""``harness check``: every check of the contracts can fail with a message; correct plugins pass all of them."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def no_plugins_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def subject_of(plugin: type, folder: Path) -> Any:
-    """What the checks of a plugin's kind are given."""
+    """The subject that the checks of a plugin take."""
     if issubclass(plugin, GoodTask):
         return TaskSubject(plugin, f"{plugin.__module__}:{plugin.__name__}", folder)
     if issubclass(plugin, Series):
@@ -107,7 +107,7 @@ def written(folder: Path, *changes: tuple[str, str]) -> Path:
     return path
 
 
-def test_every_check_has_a_plugin_that_it_must_catch() -> None:
+def test_every_check_has_a_plugin_that_fails_it() -> None:
     assert set(CASES) == {check for checks in CHECKS.values() for check in checks}
 
 
@@ -119,7 +119,7 @@ def test_every_check_has_a_plugin_that_it_must_catch() -> None:
         for number, case in enumerate(cases)
     ],
 )
-def test_a_broken_promise_is_caught(
+def test_a_broken_contract_is_reported(
     check: Callable[[Any], Iterator[str]], plugin: type, words: str, tmp_path: Path
 ) -> None:
     problems = problems_of(check, subject_of(plugin, tmp_path))
@@ -134,12 +134,12 @@ def test_a_broken_promise_is_caught(
     [(task_checks, GoodTask), (modality_checks, Series), (metric_checks, GoodMetric)],
     ids=["task", "modality", "metric"],
 )
-def test_what_is_right_passes_every_check(module: Any, plugin: type, tmp_path: Path) -> None:
+def test_a_correct_plugin_passes_every_check(module: Any, plugin: type, tmp_path: Path) -> None:
     results = list(run_checks(module.FIRST, module.THEN, subject_of(plugin, tmp_path)))
     assert {result.promise: result.problems for result in results} == {promise(c): () for c in CHECKS[module]}
 
 
-def test_what_needs_something_broken_is_said_not_to_be_checked(tmp_path: Path) -> None:
+def test_checks_that_depend_on_a_failed_one_are_not_run(tmp_path: Path) -> None:
     ((broken, _), *_) = TASK_CASES[task_checks.sample_gives_options]
     results = list(run_checks(task_checks.FIRST, task_checks.THEN, subject_of(broken, tmp_path)))
     assert all(result.problems for result in results[: len(task_checks.FIRST)])
@@ -153,7 +153,7 @@ def test_a_file_of_a_task_and_a_metric_is_checked(tmp_path: Path) -> None:
     assert lines[0].startswith("task echo  ")
     assert "metric same_words  " in printed
     count = len(CHECKS[task_checks]) + 1 + len(CHECKS[metric_checks])
-    assert lines[-1] == f"{count} checks passed, 0 did not"
+    assert lines[-1] == f"{count} checks passed, 0 failed"
     assert sum(line.startswith("  ✓ ") for line in lines) == count
     assert [entry.name for entry in TASKS.added] == ["echo"]
 
@@ -165,9 +165,9 @@ def test_what_fails_is_printed_in_one_sentence_without_a_traceback(tmp_path: Pat
     line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if "1 / 0" in text)
     assert f"      ZeroDivisionError: division by zero ({path}:{line})\n" in printed
     assert "train example 'train one': an input of context 'query'; allowed: answer, question" in printed
-    assert "✗ Inputs are of known contexts" in printed
+    assert "✗ Every input belongs to a known context" in printed
     assert "… and 1 more" in printed
-    assert "not checked, as what it needs is broken" in printed
+    assert "not run, a check before it failed" in printed
     assert "Traceback" not in printed
 
 
@@ -197,7 +197,7 @@ def test_a_process_that_fails_is_a_problem(tmp_path: Path) -> None:
 def test_a_package_is_found_by_its_distribution_or_its_module() -> None:
     with pytest.raises(UserError, match=r"no installed package 'no-such' registers plugins; allowed: .*context-peft-h"):
         checked("no-such")
-    with pytest.raises(UserError, match=r"^adapters: registers adapter methods only, so nothing was checked$"):
+    with pytest.raises(UserError, match=r"^adapters: registers only adapter methods, so nothing was checked$"):
         checked("adapters")
     with pytest.raises(UserError, match=r"gone\.py'; allowed: a Python file"):
         checked("gone.py")
@@ -207,5 +207,5 @@ def test_a_plugin_that_cannot_be_imported_is_a_failed_check() -> None:
     TASKS.added = [Entry("gone", "tasks.trends:Gone", "gone-tasks", "1.0")]
     passed, printed = checked("gone_tasks")
     assert not passed
-    assert "✗ It can be imported, and is of its kind" in printed
+    assert "✗ It can be imported and has the right base class" in printed
     assert "module 'tasks.trends' has no attribute 'Gone'" in printed

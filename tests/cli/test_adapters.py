@@ -1,4 +1,4 @@
-"""``harness adapters``: the registry, options in words, parameters counted without weights, what is broken or wrong."""
+"""``harness adapters``: methods, their options, parameter counts without weights, broken plugins and wrong input."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TINY = ("--model", "builtin/tiny-llama")
 
 @pytest.fixture
 def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Harness:
-    """Runs ``harness adapters …`` in this process, in an empty folder, on a screen of 80 columns."""
+    """Runs ``harness adapters …`` in this process, in an empty folder, on a console of 80 columns."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(app, "console", Console(width=80))
@@ -78,9 +78,9 @@ def test_one_method_in_detail(adapters: Harness) -> None:
         [o.name, o.default, o.allowed] for o in options_of(ADAPTERS.load("adapters.methods.lora:LoRA").Config)
     ]
     assert ["rank", "8", "integer > 0"] in rows
-    assert "    groups: a group of parameters for every context group" in lines
-    assert "    at start: computes what the base model does" in lines
-    assert "    groups: none, and takes no grouping" in adapters("full").out
+    assert "    groups: one set of parameters per context group" in lines
+    assert "    at start: equal to the base model" in lines
+    assert "    groups: none; grouping is not supported" in adapters("full").out
 
 
 class Everything(BaseModel):
@@ -111,7 +111,7 @@ def test_options_are_read_from_the_types() -> None:
     ]
 
 
-# tiny-llama by hand: 4 layers; q, k, v, o at 96 → 96, gate and up 96 → 256, down 256 → 96.
+# tiny-llama: 4 layers; q, k, v, o at 96 → 96, gate and up 96 → 256, down 256 → 96.
 LORA_RANK_1 = 4 * (4 * (96 + 96) + 3 * (96 + 256))
 BITFIT = 4 * (5 * 96 + 2 * 256)
 
@@ -126,7 +126,7 @@ def test_parameters_of_every_method(adapters: Harness) -> None:
     assert counts(outcome.out, "ia3") == [f"{4 * (96 + 96 + 256):,}", f"{8 * (96 + 96 + 256):,}"]
     assert counts(outcome.out, "none") == ["0", "–"]
     assert counts(outcome.out, "full") == ["523,584", "–"]
-    assert outcome.out.startswith("trainable parameters in builtin/tiny-llama, which has 523,584\n")
+    assert outcome.out.startswith("trainable parameters in builtin/tiny-llama, which has 523,584 parameters\n")
     heads = [line.split()[0] for line in outcome.out.splitlines()[2:]]
     assert heads == list(ADAPTERS.entries())
 
@@ -162,7 +162,7 @@ def test_table_3_of_the_paper(adapters: Harness, tmp_path: Path) -> None:
         assert counts(adapters("lora", "--model", folder, "--set", f"rank={rank}").out, "all") == expected
 
 
-def test_what_does_not_fit_the_model_says_why(adapters: Harness, tmp_path: Path) -> None:
+def test_a_method_that_does_not_fit_the_model_says_why(adapters: Harness, tmp_path: Path) -> None:
     outcome = adapters("--model", "facebook/opt-125m", "--set", "where=[gate]")
     assert outcome.code == 0
     reason = "opt model has no layer with"
@@ -173,7 +173,7 @@ def test_what_does_not_fit_the_model_says_why(adapters: Harness, tmp_path: Path)
     bloom = model_folder(tmp_path / "bloom", model_type="bloom", hidden_size=64, n_layer=2, n_head=4, vocab_size=100)
     outcome = adapters("--model", bloom)
     assert len(re.findall("cannot be used: language model of type 'bloom':", outcome.out)) == 1
-    assert "… (name the method to read on)" in outcome.out
+    assert "… (harness adapters METHOD shows the rest)" in outcome.out
     assert counts(outcome.out, "full") == ["106,624", "–"]
     assert_refused(adapters("lora", "--model", bloom), "transformer.h.*.mlp.dense_h_to_4h")
 
@@ -189,7 +189,7 @@ class WithoutLabel(AdapterMethod):
 
 
 class WithoutConfig(AdapterMethod):
-    """Has something else in the place of its options."""
+    """Has an invalid ``Config``."""
 
     summary = "options that are none"
     Config = None  # type: ignore[assignment]
@@ -222,7 +222,7 @@ BROKEN = {
 
 
 @pytest.mark.usefixtures("_broken_plugins")
-def test_a_broken_plugin_takes_one_line_and_no_other_plugin(adapters: Harness) -> None:
+def test_a_broken_plugin_takes_one_line_and_does_not_affect_others(adapters: Harness) -> None:
     listed = adapters()
     assert (listed.code, listed.err) == (0, "")
     assert re.findall(r"^(\w+)  ", listed.out, re.MULTILINE) == ["absent", "bitfit", "configless", "label", "stranger"]
@@ -237,7 +237,7 @@ def test_a_broken_plugin_takes_one_line_and_no_other_plugin(adapters: Harness) -
     assert counts(counted.out, "bitfit") == [f"{BITFIT:,}", f"{2 * BITFIT:,}"]
     for name, reason in BROKEN.items():
         assert f"\n{name}  cannot be used: {reason}" in counted.out
-    assert f"\nlabel  cannot be used: {__name__}:WithoutLabel: ValueError: no label … (name the" in counted.out
+    assert f"\nlabel  cannot be used: {__name__}:WithoutLabel: ValueError: no label … (harness" in counted.out
     assert_refused(adapters("absent"), BROKEN["absent"])
 
 
@@ -258,9 +258,9 @@ def test_a_library_that_is_not_installed_is_named(adapters: Harness, monkeypatch
         (("lora", "--model", "builtin/tiny-lama"), "did you mean 'builtin/tiny-llama'?"),
         (("--model", "builtin/tiny-vision"), "'builtin/tiny-vision' is not a built-in language model"),
         (("--model", "./nowhere"), "'./nowhere': no such folder"),
-        (("lora", "--set", "rank=2"), "--set rank=2: it changes what is counted, which needs --model"),
-        (("lora", *TINY, "--set", "rank"), "--set rank: found no '='; it takes OPTION=VALUE, such as rank=64"),
-        (("lora", *TINY, "--set", "rank=[1"), "--set rank=[1: '[1' is no YAML value"),
+        (("lora", "--set", "rank=2"), "--set rank=2: options are used to count parameters, which needs --model"),
+        (("lora", *TINY, "--set", "rank"), "--set rank: found no '='; expected OPTION=VALUE, such as rank=64"),
+        (("lora", *TINY, "--set", "rank=[1"), "--set rank=[1: '[1' is not valid YAML"),
         (("lora", *TINY, "--set", "rank=0"), "--set.rank: input should be greater than 0; found 0"),
         (("lora", *TINY, "--set", "rank=97"), "rank 97 is larger than layer model.layers.0.self_attn.q_proj"),
         (("lora", *TINY, "--set", "rank='4'"), "--set.rank: input should be a valid integer; found '4'"),

@@ -1,5 +1,5 @@
 # ruff: noqa: E501 - one wrong input per line reads as a table
-"""The command line: what it lists and plans, and wrong input: one message, exit code 2, nothing computed."""
+"""The command line: lists, plans, and wrong input, which gives one message and exit code 2 before any compute."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ONE = SCENES + LORA
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The URI of an MLflow database that has its schema already: making one takes seconds."""
+    """The URI of an MLflow database that already has its schema: creating one takes seconds."""
     runs = tmp_path_factory.mktemp("runs")
     (runs / "first").mkdir()
     return open_grid(grid.default_uri(runs), "first", runs / "first").uri
@@ -40,7 +40,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> str:
 def harness(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], database: str
 ) -> Harness:
-    """Runs ``harness …`` in this process, in an empty folder, on a wide screen; training is out of bounds."""
+    """Runs ``harness …`` in this process, in an empty folder, on a wide console; training fails."""
 
     def compute(*_: object) -> None:
         raise AssertionError("training was started")
@@ -74,7 +74,7 @@ def coco(root: Path) -> str:
     return f"task: {{name: coco_captions, root: {root}}}\n{LORA}"
 
 
-# Each: the experiment, and what the message must say.
+# Each: the experiment, and a part of the message.
 WRONG = {
     "unknown key": (ONE + "bugdet: {examples: 3}\n", "experiment.yaml, line 3, bugdet: unknown key 'bugdet'; allowed: adapters, backbone, budget"),
     "unknown adapter": (ONE.replace("lora", "loar"), "line 2, adapters[0].method: unknown adapter 'loar'; allowed: bitfit, "),
@@ -158,7 +158,7 @@ def test_a_picture_changed_since_it_was_read_is_read_again(
 
 
 def test_no_permission_to_write(harness: Harness, experiment_file: Write, tmp_path: Path) -> None:
-    # A path below a file: refused to everybody, root included.
+    # A path below a file: not writable, even for root.
     (tmp_path / "file").write_text("", encoding="utf-8")
     output = tmp_path / "file" / "runs"
     says = f"{output / 'experiment'}: not writable: Not a directory; choose another folder with --output"
@@ -172,7 +172,7 @@ def test_a_cache_that_cannot_be_written(
     assert_refused(harness("run", experiment_file(ONE)), "/dev/null/cache/scenes/")
 
 
-def test_an_mlflow_server_out_of_reach_is_told_within_seconds(harness: Harness, experiment_file: Write) -> None:
+def test_an_unreachable_mlflow_server_is_reported_within_seconds(harness: Harness, experiment_file: Write) -> None:
     began = time.monotonic()
     outcome = harness("run", experiment_file(ONE + "tracking: {mlflow_uri: 'http://127.0.0.1:9'}\n"))
     assert time.monotonic() - began < 20
@@ -199,7 +199,7 @@ def test_the_plan_of_the_quickstart(harness: Harness) -> None:
     assert (outcome.code, outcome.err) == (0, "")
     assert "quickstart: 16 trials" in outcome.out
     projector = 96 * 96 + 96
-    # LoRA-4 by hand: 4 layers, each q, k, v, o at 96 → 96, gate and up 96 → 256, down 256 → 96.
+    # LoRA-4: 4 layers, each q, k, v, o at 96 → 96, gate and up 96 → 256, down 256 → 96.
     lora = 4 * 4 * (4 * (96 + 96) + 3 * (96 + 256))
     assert row(outcome.out, "none") == ["0, 1", f"{projector:,}", "0", f"{projector:,}", "879,648", "2 to run"]
     for grouping, groups in (("agnostic", 1), ("specific", 2)):
@@ -237,7 +237,7 @@ def test_a_group_may_have_any_name_even_that_of_a_modules_method(
 
 
 @pytest.mark.parametrize("name", ["a.b", "image text", "'1'", "''"])
-def test_a_group_name_that_is_no_name_is_refused(harness: Harness, experiment_file: Write, name: str) -> None:
+def test_an_invalid_group_name_is_refused(harness: Harness, experiment_file: Write, name: str) -> None:
     outcome = harness("plan", experiment_file(grouping_of(name)))
     assert_refused(outcome, "experiment.yaml, line 2, adapters[0].grouping: group of context 'image'")
     assert name.strip("'") in outcome.err
@@ -249,7 +249,7 @@ def run_folder(outcome: Outcome) -> str:
 
 
 def plan_json(harness: Harness, text: str, path: Path, runs: Path) -> None:
-    """Leave the run folder of an experiment behind, stopped before training."""
+    """Create the run folder of an experiment, stopped before training."""
     path.write_text(text, encoding="utf-8")
     with pytest.raises(AssertionError, match="training was started"):
         harness("run", path, "-o", runs)

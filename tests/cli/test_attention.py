@@ -1,4 +1,4 @@
-"""Recorded attention against an independent computation from queries and keys, and every way in which it is refused."""
+"""Recorded attention against an independent computation from queries and keys, and all error cases."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
 
 @contextmanager
 def projected(built: Built) -> Iterator[list[dict[str, Tensor]]]:
-    """What each layer's q and k projections give, adapters included."""
+    """The outputs of each layer's q and k projections, including adapters."""
     layers = built.model.language_model.model.layers
     found: list[dict[str, Tensor]] = [{} for _ in layers]
     handles = [
@@ -109,7 +109,7 @@ def causal(length: int) -> Tensor:
 
 
 def untrained(folder: Path, adapter: dict[str, Any] = LORA, task: str = "scenes", **backbone: Any) -> Built:
-    """With adapters that are not the identity any more."""
+    """With adapters that are not the identity."""
     options = {"name": task, "train_examples": 8, "validation_examples": 2, "test_examples": 2}
     spec = spec_of(folder, adapter, metric="", task=options, backbone=backbone, budget={"examples": 8})
     built = build(spec, CPU)
@@ -270,7 +270,7 @@ def test_by_default_the_reference_and_the_best_rows_of_the_last_setting(tmp_path
     ]
 
 
-def test_a_setting_in_which_nothing_finished_is_passed_over(tmp_path: Path) -> None:
+def test_a_setting_without_finished_trials_is_skipped(tmp_path: Path) -> None:
     plan = fake_plan(settings=("examples=64", "examples=1024"), seeds=(0,))
     write_run(tmp_path / "a", plan, lambda trial, record: record if trial.setting == "examples=64" else None)
     assert len(default_trials(read_run(tmp_path / "a"))) == 4
@@ -293,7 +293,7 @@ def test_a_wrong_argument_is_named(recorded: Recorded, trials: list[str], exampl
         )
 
 
-def test_what_is_missing_is_named_before_anything_is_built(recorded: Recorded, tmp_path: Path) -> None:
+def test_missing_files_are_named_before_the_model_is_built(recorded: Recorded, tmp_path: Path) -> None:
     def attempt(message: str) -> None:
         with pytest.raises(UserError, match=message):
             record_attention(tmp_path, [recorded.record.trial_id], 1, console())

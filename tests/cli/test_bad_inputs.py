@@ -1,7 +1,7 @@
 # ruff: noqa: E501 - one wrong input per line reads as a table
-"""Input as people have it, end to end: read right, and said so, or refused before any training with the file named.
+"""Real-world input is either read correctly and reported, or refused before training with the name of the file.
 
-Each case goes both ways a user may go: ``harness prepare --check``, and the checks that ``harness run`` makes first.
+Each case runs ``harness prepare --check`` and the checks that ``harness run`` makes first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-import torch._dynamo  # not first by a user who may not read the interpreter's own files
+import torch._dynamo  # before a user imports it who cannot read the interpreter's files
 import yaml
 from PIL import Image
 from rich.console import Console
@@ -66,7 +66,7 @@ def assert_refused(task: str, root: Path, *says: str) -> None:
 def assert_read(task: str, root: Path, *remarks: str) -> None:
     fine, text = checked(task, f"root={root}")
     assert fine
-    assert "nothing is wrong" in text
+    assert "no problems found" in text
     for remark in remarks:
         assert remark in text
     preflight(task, root)
@@ -91,7 +91,7 @@ def recordings(tmp_path: Path) -> Path:
 
 
 def picture(root: Path) -> Path:
-    """One of those to train on."""
+    """One of the training files."""
     return root / "train2017" / f"{3:012d}.jpg"
 
 
@@ -122,7 +122,7 @@ def set_first(part: str, **values: Any) -> Change:
     return lambda root: edit(root, lambda content: content[part][0].update(values))
 
 
-# What is done to the folder, and what both messages must say.
+# A change of the folder, and parts of both messages.
 BROKEN_PICTURES: dict[str, tuple[Change, tuple[str, ...]]] = {
     "missing": (lambda root: picture(root).unlink(), ("captions_train2017.json: images[3].file_name: '000000000003.jpg' is not in",)),
     "empty file": (lambda root: picture(root).write_bytes(b""), ("000000000003.jpg: ",)),
@@ -190,7 +190,7 @@ def test_a_caption_of_ten_thousand_characters_is_cut_where_the_budget_says(coco:
     example = batches.features.task.examples("train")[0]
     batch = batches.make([example], [example.references[0]])
     assert int((batch.labels_BT != -100).sum()) == 63 + 1  # and EOS
-    assert batches.cut_targets == {caption}  # the trial's record warns of them
+    assert batches.cut_targets == {caption}  # the record of the trial warns about them
 
 
 @contextmanager
@@ -214,11 +214,11 @@ def as_nobody() -> Iterator[None]:
         ("coco_captions", "train2017", "Permission denied"),
         ("coco_captions", "train2017/000000000003.jpg", "Permission denied"),
         ("speech", "recordings", "Permission denied"),
-        ("speech", "recordings/2_bob_0.wav", "System error"),  # libsndfile's word for it
+        ("speech", "recordings/2_bob_0.wav", "System error"),  # libsndfile's message
     ],
 )
-def test_what_may_not_be_read_stops_before_training(task: str, closed: str, reason: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
+def test_a_file_without_permission_stops_before_training(task: str, closed: str, reason: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # other users cannot read pytest's
         root = Path(folder) / "data"
         root.mkdir()
         {"coco_captions": CocoCaptions, "speech": Speech}[task].sample(root)
@@ -245,7 +245,7 @@ def test_a_link_to_itself_stops_before_training(coco: Path) -> None:
 
 
 def recording(root: Path) -> Path:
-    """One of those to train on."""
+    """One of the training files."""
     return root / "recordings" / "2_bob_0.wav"
 
 
@@ -293,7 +293,7 @@ def test_recordings_of_other_kinds_are_read_and_counted(
     assert_read("speech", recordings, f"1 file: {remark} ({recording(recordings)})", "15 files: 8,000 Hz, resampled")
 
 
-def test_what_an_encoder_cannot_take_stops_an_experiment(recordings: Path) -> None:
+def test_an_input_that_the_encoder_rejects_stops_an_experiment(recordings: Path) -> None:
     write_sound(recording(recordings), np.zeros(31_000), 1000)
     assert checked("speech", f"root={recordings}")[0]  # a task alone names no encoder
     refusal = f"{recording(recordings)}: 31.0 s long; builtin/tiny-audio takes at most 30 s"
@@ -304,7 +304,7 @@ def test_what_an_encoder_cannot_take_stops_an_experiment(recordings: Path) -> No
     assert refusal in text
 
 
-# The second row of train/metadata.csv, and what the messages must say.
+# The second row of train/metadata.csv, and parts of the messages.
 BROKEN_TRANSCRIPTS = {
     "recording that is missing": (b"c.wav,two", "train/metadata.csv: line 3: file_name: 'c.wav' is not in"),
     "recording that is listed twice": (

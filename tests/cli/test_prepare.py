@@ -1,4 +1,4 @@
-"""``harness prepare``: what it counts, and that with ``--check`` it finds everything that is wrong at once."""
+"""``harness prepare``: what it counts, and that ``--check`` finds all problems at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.preparing import checked
 Write = Callable[[str], Path]
 ADAPTERS = "adapters: [{method: none, learning_rate: 1e-3}]\n"
 
-# A modality of small numbers in files, with an encoder that takes none above 100, and a task of three such files.
+# A modality of numbers in files, with an encoder that rejects numbers above its limit, and a task on such files.
 PLUGIN = """
 from pathlib import Path
 import torch
@@ -75,7 +75,7 @@ def coco(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiment_file: Write) -> Callable[..., Path]:
-    """Writes files of numbers, and an experiment on them with a plugin; gives the experiment's path."""
+    """Writes files of numbers, and an experiment on them with a plugin; returns the path of the experiment."""
     for registry in (TASKS, MODALITIES):
         monkeypatch.setattr(registry, "added", [])
     (tmp_path / "plugin.py").write_text(PLUGIN)
@@ -112,16 +112,16 @@ def test_without_check_the_splits_are_counted_and_no_file_is_read(coco: Path) ->
         checked("coco_captions", f"root={coco}", "train=train2018", check=False)
 
 
-def test_nothing_wrong_is_said_so(coco: Path) -> None:
+def test_correct_data_has_no_problems(coco: Path) -> None:
     fine, text = checked("coco_captions", f"root={coco}")
     assert fine
-    assert "nothing is wrong" in text
+    assert "no problems found" in text
     assert "longest reference: 24 characters, of example '7'" in text
     assert "file:" not in text
     assert "warning" not in text
 
 
-def test_all_that_is_wrong_is_found_in_one_go(coco: Path) -> None:
+def test_all_problems_are_found_at_once(coco: Path) -> None:
     for name in ("train2017", "val2017"):
         path = coco / "annotations" / f"captions_{name}.json"
         content = json.loads(path.read_text())
@@ -135,7 +135,7 @@ def test_all_that_is_wrong_is_found_in_one_go(coco: Path) -> None:
     assert text.count("is empty") == text.count("'gone.jpg' is not in") == 2
 
 
-def test_all_broken_files_are_found_in_one_go_with_what_was_converted(coco: Path) -> None:
+def test_all_broken_files_are_found_at_once_with_the_conversions(coco: Path) -> None:
     picture(coco, 0).write_bytes(b"")
     picture(coco, 1).write_bytes(b"not a picture")
     for number in (2, 3):
@@ -160,9 +160,7 @@ def test_the_same_content_in_two_splits_is_a_warning(coco: Path) -> None:
     assert "in validation:" not in text
 
 
-def test_more_problems_than_a_screen_holds_are_all_in_a_file(
-    coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_problems_are_written_to_a_file(coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_module, "SHOWN", 3)
     monkeypatch.chdir(tmp_path)
     for number in range(8):
@@ -170,12 +168,12 @@ def test_more_problems_than_a_screen_holds_are_all_in_a_file(
     fine, text = checked("coco_captions", f"root={coco}")
     assert not fine
     assert text.count("0 bytes") == 3
-    assert f"… and 5 more; all are in {tmp_path / 'coco_captions-problems.txt'}" in text
+    assert f"… and 5 more; all of them: {tmp_path / 'coco_captions-problems.txt'}" in text
     listed = (tmp_path / "coco_captions-problems.txt").read_text().splitlines()
     assert [line.partition(":")[0] for line in listed] == [str(picture(coco, number)) for number in range(8)]
 
 
-def test_an_experiments_plugins_are_known_and_its_encoders_asked(numbers: Callable[..., Path]) -> None:
+def test_the_plugins_and_encoders_of_an_experiment_are_used(numbers: Callable[..., Path]) -> None:
     path = numbers("backbone: {encoders: {numbers: ['6', '3']}}\n", test2="7", validation2="-2")
     fine, text = checked(path)
     assert not fine
@@ -194,14 +192,14 @@ def test_a_decoder_that_crashes_is_a_problem_of_its_file(numbers: Callable[..., 
     assert "test2.txt: cannot be read as numbers 100: ValueError: could not convert string to float: 'seven'" in text
 
 
-def test_examples_are_held_to_the_contract(numbers: Callable[..., Path]) -> None:
+def test_examples_are_checked_against_the_contract(numbers: Callable[..., Path]) -> None:
     fine, text = checked(numbers(test__twice="1", train__twice="2"))
     assert not fine
     assert "read_numbers: id 'twice' is in train and again in test" in text
     path = numbers()
     for name in ("test1", "test-twice"):
         (path.parent / "numbers" / f"{name}.txt").unlink()
-    assert "read_numbers: test has no example" in checked(path)[1]
+    assert "read_numbers: no examples for test" in checked(path)[1]
 
 
 def test_a_budget_that_cannot_be_met_is_a_problem(numbers: Callable[..., Path]) -> None:
@@ -229,5 +227,5 @@ def test_a_wrong_call_says_what_is_allowed(coco: Path, experiment_file: Write, t
         checked("coco_captions", "root")
     with pytest.raises(UserError, match=r"none\.yaml: no such file"):
         checked(tmp_path / "none.yaml")
-    with pytest.raises(UserError, match=r"--set root=x: an experiment has its options in the file"):
+    with pytest.raises(UserError, match=r"--set root=x: the options of an experiment are in its file"):
         checked(experiment_file("task: scenes\n" + ADAPTERS), "root=x")

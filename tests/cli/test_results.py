@@ -1,4 +1,4 @@
-"""The commands that read results: what they print, what they write, and wrong input: one message, exit code 2."""
+"""The commands that read results: what they print and write; wrong input gives one message and exit code 2."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_reports_that_cannot_be_made(harness: Harness, run: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"trials": []}'], ids=["no folder", "broken plan", "another schema"])
-def test_a_report_of_what_is_no_run_folder_is_refused(harness: Harness, tmp_path: Path, content: str | None) -> None:
+def test_a_report_of_another_folder_is_refused(harness: Harness, tmp_path: Path, content: str | None) -> None:
     folder = tmp_path / "run"
     if content is not None:
         folder.mkdir()
@@ -137,7 +137,7 @@ def test_compare_names_the_run_and_says_what_is_shown(harness: Harness, run: Pat
     assert outcome.out.startswith("runs/grid\nA = IA3 agnostic\nB = LoRA r=4 specific\n")
     assert re.search(r"CIDEr +0\.\d+ +1\.\d+ +−0\.\d+ \[−0\.\d+, −0\.\d+\] +seeds +0\.\d+ +3", outcome.out)
     assert "CIDEr: IA3 agnostic is worse than LoRA r=4 specific by 0.6" in outcome.out
-    assert "Holm's correction over the 3 metrics shown" in " ".join(outcome.out.split())
+    assert "Holm-corrected over the 3 metrics shown" in " ".join(outcome.out.split())
     assert max(map(len, outcome.out.splitlines())) <= 80
     several = harness("compare", "ia3 agn", "full", "--run", old, "--run", run, "--metric", "cider")
     assert several.code == 0
@@ -203,25 +203,25 @@ def unfinished(trial: PlannedTrial, record: TrialRecord) -> TrialRecord | None:
     return None if trial.method == "none" else record.model_copy(update={"wall_time_s": 20.0})
 
 
-def test_status_of_a_run_at_work(harness: Harness, run: Path) -> None:
+def test_status_of_a_run_in_progress(harness: Harness, run: Path) -> None:
     write_run(run, fake_plan(seeds=(0, 1, 2), settings=("",)), unfinished)
     for record in run.glob("trials/none-*/record.json"):
         record.unlink()
         (record.parent / "log.txt").write_text("", encoding="utf-8")
     old = run / "trials" / "none-all-00-s0-0" / "log.txt"
-    os.utime(old, (0, 0))  # of a call before this one
+    os.utime(old, (0, 0))  # of an earlier call
     with FileLock(run / ".lock"):
         out = harness("status").out
     assert out.startswith(
         "runs/grid: synthetic\n9 of 24 trials finished, 12 out of memory, 2 running, 1 waiting\n"
-        "20.0 s a trial, 2 at once: roughly 30.0 s left\nrunning: none seed 1\nrunning: none seed 2\n"
+        "20.0 s a trial, 2 at a time: roughly 30.0 s left\nrunning: none seed 1\nrunning: none seed 2\n"
     )
     assert len(re.findall(r"^out of memory: \w+ \w+ seed \d: \[cuda\] too large$", out, re.MULTILINE)) == 10
     assert "… and 2 more that did not finish" in out
     assert re.search(r"1(–\d)? +Full +1\.\d+ \[", out)
     idle = harness("status", run).out
     assert "0 running, 3 waiting\nno harness is running in this folder" in idle
-    with FileLock(run / ".lock", timeout=0):  # it was let go of
+    with FileLock(run / ".lock", timeout=0):  # released
         pass
 
 

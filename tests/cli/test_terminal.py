@@ -1,4 +1,4 @@
-"""What a person sees: the plan, the live table, a line per trial where there is no terminal, the leaderboard."""
+"""Terminal output: the plan, the live table, a line per trial if there is no terminal, the leaderboard."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_the_leaderboard_fits_eighty_characters_and_shows_missing_as_missing(tmp
     assert "excluded from ranking" not in text
 
 
-def test_rows_apart_stand_below_the_table_of_their_setting(tmp_path: Path) -> None:
+def test_rows_excluded_from_ranking_are_below_the_table_of_their_setting(tmp_path: Path) -> None:
     def fewer_steps(trial: PlannedTrial, made: TrialRecord) -> TrialRecord:
         assert made.data is not None
         if (trial.method, trial.setting) != ("bitfit", "examples=64"):

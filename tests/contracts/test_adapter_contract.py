@@ -67,7 +67,7 @@ def test_its_options_refuse_unknown_keys_and_cannot_be_changed(entry: Entry) -> 
 
 @every_method_and_grouping
 def test_at_initialisation_it_is_the_identity_bit_for_bit(entry: Entry, grouping: Any) -> None:
-    """Or says that it is not (soft prompts, another attention)."""
+    """Or declares that it is not (soft prompts, a different attention)."""
     model = drawn_llama()
     bare = logits(model)
     adapters_of(entry, model, grouping).attach(model)
@@ -134,7 +134,7 @@ def spec_of(entry: Entry) -> TrialSpec:
 
 @every_method
 def test_what_is_trained_in_a_trial(entry: Entry) -> None:
-    """The projector always, the adapters' parameters, and of the base what the method says."""
+    """The projector always, the adapters' parameters, and the base parameters that the method names."""
     model = assemble(spec_of(entry), drawn_llama(), {"image": 20})
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     wanted = {id(p) for p in method_of(entry).trained(model.language_model)}

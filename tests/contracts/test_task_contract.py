@@ -1,6 +1,6 @@
-"""What every registered task, modality and metric promises: a new plugin gets these checks by registering.
+"""The contract of every registered task, modality and metric: a new plugin is checked as soon as it is registered.
 
-They are those of ``harness check``: ``harness/check/task.py``, ``harness/check/modality.py``,
+The checks are those of ``harness check``: ``harness/check/task.py``, ``harness/check/modality.py``,
 ``harness/check/metric.py``.
 """
 
@@ -36,7 +36,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Samples]:
-    """The samples of all registered tasks, with a cache of their own."""
+    """The samples of all registered tasks, with their own cache."""
     folder = tmp_path_factory.mktemp("contract")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HARNESS_CACHE", str(folder / "cache"))
@@ -45,7 +45,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Samples]:
 
 @pytest.fixture(scope="module")
 def subject_of(samples: Samples, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Registry, Entry], Any]:
-    """Makes each plugin's subject once: METEOR takes seconds to start."""
+    """Creates the subject of each plugin once: METEOR takes seconds to start."""
     made: dict[str, Any] = {}
 
     def subject(registry: Registry, entry: Entry) -> Any:
@@ -64,7 +64,7 @@ def subject_of(samples: Samples, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
 
 @pytest.mark.parametrize(("registry", "entry"), CASES)
-def test_it_keeps_every_promise(registry: Registry, entry: Entry, subject_of: Callable[..., Any]) -> None:
+def test_it_passes_every_check(registry: Registry, entry: Entry, subject_of: Callable[..., Any]) -> None:
     subject = subject_of(registry, entry)
     assert {check.__name__: problems_of(check, subject) for check in CHECKS[registry]} == {
         check.__name__: () for check in CHECKS[registry]

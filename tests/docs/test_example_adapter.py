@@ -22,7 +22,7 @@ adapters:
   - {method: ssf, grouping: specific, learning_rate: 1e-2}
   - {method: ssf+bitfit, train: scale, learning_rate: 1e-2}
 """
-# By hand, for tiny-llama: 4 layers; q, k, v, o and down put out 96 features, gate and up 256.
+# tiny-llama: 4 layers; q, k, v, o and down put out 96 features, gate and up 256.
 SCALES = 4 * (5 * 96 + 2 * 256)
 
 

@@ -117,7 +117,7 @@ def test_installed_it_is_checked_and_trained_in_a_worker(installed: Path, tmp_pa
     checked = call(installed, HARNESS, "check", "point-clouds", cwd=tmp_path)
     assert "task clouds  point-clouds 0.1.0, point_clouds:Clouds" in checked.replace("\n", "")
     assert "modality point_cloud  point-clouds 0.1.0, point_clouds:PointCloud" in checked.replace("\n", "")
-    assert "25 checks passed, 0 did not" in checked
+    assert "25 checks passed, 0 failed" in checked
 
     clouds = tmp_path / "clouds"
     draw = "from pathlib import Path; import point_clouds; point_clouds.Clouds.sample(Path('clouds'))"

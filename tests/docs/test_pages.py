@@ -1,4 +1,4 @@
-"""The documents say what is: methods, options, defaults, families, links; and the example of docs/adapters.md runs."""
+"""The documentation matches the code: methods, options, defaults, families, links; its adapter example runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_every_option_stands_there_with_its_default_and_what_is_allowed(name: st
 def test_what_is_not_the_identity_at_start_is_named(name: str) -> None:
     (section,) = re.findall(r"^## Which methods start as the identity\n(.*?)^## ", TEXT, re.MULTILINE | re.DOTALL)
     named = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
-    # peft stands there as what it does depends on its config.
+    # peft is an exception, because its properties depend on its config.
     assert (name in named) is (not ADAPTERS.load(OURS[name].target).identity_at_start or name == "peft")
 
 
@@ -73,7 +73,7 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     printed = re.fullmatch(r"(\d+) (\{.*\})\n", capsys.readouterr().out)
     assert printed
     total, by_group = printed.groups()
-    # By hand: 2 layers, rank 8; q, o 32 → 32, k, v 32 → 16, gate and up 32 → 48, down 48 → 32.
+    # Expected: 2 layers, rank 8; q, o 32 → 32, k, v 32 → 16, gate and up 32 → 48, down 48 → 32.
     lora = 2 * 8 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
     assert int(total) == 2 * lora
     assert json.loads(by_group.replace("'", '"')) == {"image": lora, "text": lora}

@@ -1,4 +1,4 @@
-"""docs/python.md: its code runs, as a script, and gives what it says."""
+"""docs/python.md: its code runs as a script and has the documented results."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ TWO = "  - {method: lora, rank: 4, grouping: [agnostic, specific], learning_rate
 
 
 def harness(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Call the command line in a folder of its own."""
+    """Call the command line in a separate folder."""
     return subprocess.run(  # noqa: PLW1510 - the caller looks at the exit code
         [*HARNESS, *arguments], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=280
     )

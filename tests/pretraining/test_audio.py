@@ -108,7 +108,7 @@ def test_words_are_pseudo_words() -> None:
 
 @pytest.mark.parametrize("name", ["iy", "aa", "uw", "eh"])
 def test_a_vowel_has_its_formants(name: str) -> None:
-    """Half of the power below 4 kHz lies where the first two are; the speaker's tract and accent move them upwards."""
+    """Half of the power below 4 kHz is near the first two formants, which the vocal tract and accent shift upwards."""
     segment = sounds._Segment(name, sounds._PHONES[name], 0.6)
     near = []
     for seed in range(8):

@@ -1,4 +1,4 @@
-"""The built-in backbones: the recipe trains, the weights in the repository are what their logs say.
+"""The built-in backbones: the recipe trains, and the weights in the repository have the logged quality.
 
 Shapes: B pictures, N tokens, D features.
 """
@@ -173,7 +173,7 @@ def test_the_text_is_no_caption_but_knows_their_words() -> None:
 
 def test_a_folder_that_cannot_be_made_is_refused_before_training(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match=r"file/backbones: cannot write the backbones there: .*Not a directory"):
+    with pytest.raises(UserError, match=r"file/backbones: could not be created: .*Not a directory"):
         build.build(tmp_path / "file" / "backbones")
 
 
@@ -182,7 +182,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_training(tmp_path: Path)
 def test_rebuilding_reaches_the_recorded_quality(tmp_path: Path) -> None:
     """Tolerance: 3 % of perplexity, 2 points of accuracy; another processor or thread count rounds differently."""
     seed = training(PRETRAINED / ENCODER)["seed"]
-    build.build(tmp_path, seed, audio_recipe=SHORT_SPEECH)  # test_audio.py has its own
+    build.build(tmp_path, seed, audio_recipe=SHORT_SPEECH)  # covered by test_audio.py
     for name in (LANGUAGE_MODEL, ENCODER):
         recorded, rebuilt = training(PRETRAINED / name), training(tmp_path / name)
         assert rebuilt["recipe"] == recorded["recipe"]

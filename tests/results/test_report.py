@@ -1,4 +1,4 @@
-"""The written report: one self-contained page, and the files beside it (synthetic records)."""
+"""The written report: one self-contained page, and the files next to it (synthetic records)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EVIL = '<script>alert("caption")</script>'
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A whole synthetic run with pictures, whose captions of the first method are hostile."""
+    """A complete synthetic run with pictures; the captions of the first method contain HTML."""
     plan = fake_plan()
     write_run(tmp_path, plan)
     pictures = draw_pictures(tmp_path / "pictures", 12)
@@ -224,7 +224,7 @@ def test_partial_runs_give_a_report(tmp_path: Path, kept: str) -> None:
     assert "unfinished" in page.ids
 
 
-def test_a_folder_without_a_run_is_the_users_to_mend(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no plan\.json here"):
         write_report([tmp_path])
     (tmp_path / "plan.json").write_text("{")

@@ -29,5 +29,5 @@ def logits(adapted: Any, x_BTD: Tensor, ids: Tensor, **kwargs: Any) -> Tensor:
 
 
 def traces(model: Any) -> dict[str, Any]:
-    """Everything a module knows, hooks and attributes included, but for the values of its tensors."""
+    """The state of a module, including hooks and attributes, without the values of its tensors."""
     return {name: sorted((key, str(value)) for key, value in vars(m).items()) for name, m in model.named_modules()}

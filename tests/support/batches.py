@@ -1,4 +1,4 @@
-"""Batches by hand: ``[BOS] image tokens … targets``, every row alike but for its padding.
+"""Batches built explicitly: ``[BOS] image tokens … targets``, rows equal except for padding.
 
 Shapes: B rows, P prefix positions, T target positions, N encoder tokens, D width.
 """
@@ -67,5 +67,5 @@ def prompt_of(features: Mapping[str, Tensor], contexts: tuple[str, ...] = ("imag
 
 
 def ungroup(batch: Batch) -> Batch:
-    """The same batch, as one whose rows differ."""
+    """The same batch, declared as one whose rows differ."""
     return Batch(**{**vars(batch), "segments": None})

@@ -1,4 +1,4 @@
-"""A good task and metric, and plugins that break one promise each: check → (plugin, the words it is caught with)."""
+"""A correct task and metric, and plugins that fail one check each, with the message they must cause."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ class GoodMetric(Metric):
 
 
 def make(base: type, **members: Any) -> type:
-    """A plugin that differs from a good one in a few members."""
+    """A plugin that differs from a correct one in a few members."""
     return type("Broken", (base,), {"__module__": __name__, **members})
 
 
 def with_example(**fields: Any) -> type:
-    """A task whose examples have other fields."""
+    """A task whose examples have these fields."""
 
     def example(self: GoodTask, name: str) -> Example:
         good = GoodTask.example(self, name)
@@ -100,66 +100,66 @@ def in_place(self: Task, context: str, item: Any, rng: np.random.Generator) -> A
 
 
 SHARED = Path(__file__)
-# Check → plugins that it must catch, each with the words that say why.
+# Check → plugins that must fail it, each with a pattern of the message.
 TASK_CASES: dict[Callable[..., Any], list[tuple[type, str]]] = {
     task_checks.sample_gives_options: [
         (make(GoodTask, sample=classmethod(lambda cls, folder: {})), r"ValidationError: root: Field required"),
         (make(GoodTask, Config=dict), r"Config is <class 'dict'>; it must be a subclass of harness.TaskConfig"),
     ],
     task_checks.sample_can_be_read: [
-        (make(GoodTask, example=lambda self, name: None), r"train holds a NoneType"),
+        (make(GoodTask, example=lambda self, name: None), r"train contains a NoneType"),
         (
             make(GoodTask, prepare=lambda self: 1 / 0),
             r"^ZeroDivisionError: division by zero \(.*broken_plugins.py:\d+\)$",
         ),
     ],
     task_checks.contexts_are_distinct: [
-        (make(GoodTask, contexts=("series", "series", "text")), r"'series' is there twice"),
+        (make(GoodTask, contexts=("series", "series", "text")), r"'series' is listed twice"),
         (make(GoodTask, contexts=("text", "series")), r"the last context, 'series', is read from files"),
-        (make(GoodTask, contexts=("serie", "text")), r"name 'series'; allowed: serie, text; did you mean 'serie'\?"),
-        (make(GoodTask, contexts=()), r"contexts are \(\); one or more names"),
+        (make(GoodTask, contexts=("serie", "text")), r"unknown context 'series'; allowed: .* did you mean 'serie'\?"),
+        (make(GoodTask, contexts=()), r"contexts are \(\); required: one or more names"),
     ],
     task_checks.names_are_registered: [
         (make(GoodTask, modalities={"series": "serie"}), r"unknown modality 'serie'.*did you mean 'series'\?"),
         (make(GoodTask, metrics=("caption",)), r"unknown metric 'caption'.*did you mean 'captions'\?"),
-        (make(GoodTask, metrics="captions"), r"metrics is one string, 'captions'; a tuple"),
+        (make(GoodTask, metrics="captions"), r"metrics is a string, 'captions'; .* a tuple"),
     ],
-    task_checks.options_are_strict: [(make(GoodTask, Config=LaxConfig), r"'no_such_option' was taken")],
-    task_checks.options_survive_json: [(make(GoodTask, Config=ForgetfulConfig), r"came back as .*elsewhere")],
-    task_checks.it_is_repeatable: [(Growing, r"train is different when asked again")],
-    task_checks.splits_are_not_empty: [(make(GoodTask, examples=lambda *_: []), r"validation has no example")],
+    task_checks.options_are_strict: [(make(GoodTask, Config=LaxConfig), r"'no_such_option' was silently accepted")],
+    task_checks.options_survive_json: [(make(GoodTask, Config=ForgetfulConfig), r"became .*elsewhere")],
+    task_checks.it_is_repeatable: [(Growing, r"train is different on a second call")],
+    task_checks.splits_are_not_empty: [(make(GoodTask, examples=lambda *_: []), r"no examples for validation")],
     task_checks.ids_are_unique: [
         (with_example(id="1"), r"id '1' is in train and again in validation"),
-        (with_example(id=1), r"train has the id 1; allowed: text"),
+        (with_example(id=1), r"train has the id 1; allowed: a non-empty string"),
     ],
     task_checks.splits_share_no_file: [
-        (with_example(inputs=(("series", SHARED),)), r"broken_plugins.py is in train and in validation")
+        (with_example(inputs=(("series", SHARED),)), r"broken_plugins.py is in train .* and in validation")
     ],
     task_checks.inputs_are_of_their_context: [
         (with_example(inputs=(("serie", "a"),)), r"context 'serie'; .* did you mean 'series'"),
         (with_example(inputs=(("series", "a.csv"),)), r"'series' is 'a.csv'; series reads it, so it must be a Path"),
-        (with_example(inputs=(("series", SHARED / "no"),)), r"train example 'train1': .*/no is no file"),
+        (with_example(inputs=(("series", SHARED / "no"),)), r"train example 'train1': .*/no is not a file"),
         (with_example(inputs=(("text", SHARED),)), r"'text' is .*no modality reads it, so it must be a string"),
     ],
     task_checks.files_can_be_decoded: [(with_example(inputs=(("series", SHARED),)), r"UserError: .*broken_plugins.py")],
     task_checks.references_are_texts: [
-        (with_example(references=()), r"references are \(\); one or more"),
-        (with_example(references="one"), r"references are 'one'; one or more"),
+        (with_example(references=()), r"references are \(\); required: one or more"),
+        (with_example(references="one"), r"references are 'one'; required: one or more"),
         (with_example(references=("one", " ")), r"a reference is ' '; allowed"),
     ],
     task_checks.targets_are_known: [(with_example(target="series"), r"its target is 'series'; allowed: text")],
-    task_checks.augment_is_drawn: [
-        (make(GoodTask, augment=in_place, augmented={"series"}), r"augment changed the series it was given"),
+    task_checks.augment_is_reproducible: [
+        (make(GoodTask, augment=in_place, augmented={"series"}), r"augment modified the series item in place"),
         (
             make(GoodTask, augment=lambda self, c, item, rng: item + np.random.normal(), augmented={"series"}),
-            r"augment made two things of one series and one seed",
+            r"augment returned different items for one series and seed",
         ),
         (make(GoodTask, augment=lambda *_: "text", augmented={"series"}), r"turned a ndarray into a str"),
-        (make(GoodTask, augment=lambda self, c, item, rng: item + rng.normal()), r"`augmented` does not name"),
+        (make(GoodTask, augment=lambda self, c, item, rng: item + rng.normal()), r"which `augmented` lacks"),
     ],
     task_checks.members_have_shares: [
         (with_example(member="other"), r"its member is 'other'"),
-        (make(GoodTask, shares=lambda self, sizes: {"": 0.5}), r"are \{'': 0.5\}; .* adding up to 1"),
+        (make(GoodTask, shares=lambda self, sizes: {"": 0.5}), r"are \{'': 0.5\}; .* sum of 1"),
     ],
 }
 
@@ -197,19 +197,19 @@ def load_coarse(self: Series, path: Path) -> Any:
 
 
 MODALITY_CASES: dict[Callable[..., Any], list[tuple[type, str]]] = {
-    modality_checks.files_are_read: [(make(Series, load=lambda *_: None), r"train1.csv was decoded to nothing")],
-    modality_checks.default_encoder_is_there: [
+    modality_checks.files_are_read: [(make(Series, load=lambda *_: None), r"train1.csv: load returned None")],
+    modality_checks.default_encoder_loads: [
         (make(Series, encoder=lambda *_: Features(lambda item, n: 0)), r"in training mode"),
-        (make(Series, encoder=lambda *_: torch.nn.Linear(1, 1)), r"gave a Linear; it must be a harness.Encoder"),
+        (make(Series, encoder=lambda *_: torch.nn.Linear(1, 1)), r"returned a Linear; it must be a harness.Encoder"),
         (make(Series, encoder=lambda *_: Features(max, weights=1).double().eval()), r"weights are torch.float64"),
         (make(Series, default_encoder="builtin/other"), r"UserError: .*'builtin/other' is not an encoder of "),
     ],
     modality_checks.loading_is_repeatable: [
-        (make(Series, load=lambda *_: np.random.normal(size=3)), r"decoded to different items"),
-        (encodes(lambda item, n: torch.randn(1, 2)), r"other features when it is encoded again"),
+        (make(Series, load=lambda *_: np.random.normal(size=3)), r"gave different items"),
+        (encodes(lambda item, n: torch.randn(1, 2)), r"encoding it twice gave different features"),
     ],
     modality_checks.broken_files_are_named: [
-        (make(Series, load=load_lenient), r"a garbage file was decoded without a word"),
+        (make(Series, load=load_lenient), r"a corrupt file was silently decoded"),
         (make(Series, load=load_coarse), r"about a missing file does not name it: cannot read it"),
         (
             make(Series, load=lambda self, path: np.array(path.read_text().split())),
@@ -217,14 +217,14 @@ MODALITY_CASES: dict[Callable[..., Any], list[tuple[type, str]]] = {
         ),
     ],
     modality_checks.features_have_their_shape: [
-        (encodes(lambda item, n: torch.zeros(1, 3)), r"shape \(1, 3\); allowed: \(1 or more, 2\)"),
+        (encodes(lambda item, n: torch.zeros(1, 3)), r"shape \(1, 3\); allowed: \(N, 2\) with N ≥ 1"),
         (encodes(lambda item, n: torch.full((1, 2), torch.nan)), r"not finite"),
         (encodes(lambda item, n: torch.zeros(1, 2).double()), r"features are torch.float64"),
         (encodes(lambda item, n: torch.zeros(1, 2, device="meta")), r"features are on meta, the encoder on cpu"),
         (make(Series, encoder=lambda *_: make(Features, encode=lambda *_: [])(max).eval()), r"2 items gave 0 features"),
     ],
-    modality_checks.features_know_no_batch: [
-        (encodes(lambda item, n: torch.full((1, 2), float(n))), r"off by up to 1 from those alone"),
+    modality_checks.features_do_not_depend_on_the_batch: [
+        (encodes(lambda item, n: torch.full((1, 2), float(n))), r"up to 1 different from those alone"),
         (encodes(lambda item, n: torch.zeros(n, 2)), r"\(1, 2\) alone, \(2, 2\) with others"),
     ],
     modality_checks.empty_encoder_agrees: [
@@ -232,18 +232,18 @@ MODALITY_CASES: dict[Callable[..., Any], list[tuple[type, str]]] = {
         (make(Series, empty_encoder=empty(width=12, weights=5)), r"5 parameters without weights and 0 with"),
         (
             make(Series, empty_encoder=lambda *_: make(Features, check=lambda *_: "too long")(max, width=12)),
-            r"train1.csv: check says that it cannot be encoded: too long",
+            r"train1.csv: the encoder rejects it: too long",
         ),
     ],
     modality_checks.unknown_encoders_are_refused: [
-        (encodes(lambda item, n: 0), r"took 'builtin/no-such-encoder' without a word"),
-        (make(Series, encoder=lambda *_: {}["name"]), r"raised KeyError: 'name'; a UserError is needed"),
+        (encodes(lambda item, n: 0), r"silently accepted 'builtin/no-such-encoder'"),
+        (make(Series, encoder=lambda *_: {}["name"]), r"raised KeyError: 'name'; it must raise a UserError"),
     ],
 }
 
 
 def scores(corpus: float | None, rows: Callable[[dict[str, float]], Any] = lambda exact: {}) -> type:
-    """A metric with this corpus score, and rows made of the right ones."""
+    """A metric with this corpus score, and per-example scores made from the correct ones."""
     found = {} if corpus is None else {"exact": corpus}
     return make(GoodMetric, scores=lambda self, exact: Scores(found, rows(exact)))
 
@@ -259,7 +259,7 @@ def score_words(self: Any, predictions: Mapping[str, str], references: Mapping[s
 
 
 def counted(kind: str, counts: Callable[[dict[str, float]], Any], name: str = "exact") -> type:
-    """A metric that says how it is made of its examples, and gives these counts."""
+    """A metric with a formula in ``corpus``, and these counts."""
 
     def score(self: GoodMetric, exact: dict[str, float]) -> Scores:
         return replace(GoodMetric.scores(self, exact), counts=counts(exact))
@@ -269,7 +269,7 @@ def counted(kind: str, counts: Callable[[dict[str, float]], Any], name: str = "e
 
 METRIC_CASES: dict[Callable[..., Any], list[tuple[type, str]]] = {
     metric_checks.perfect_is_scored: [
-        (scores(None), r"the corpus has no score"),
+        (scores(None), r"the corpus has no scores"),
         (
             make(GoodMetric, score=lambda *_: 1 / 0),
             r"ZeroDivisionError: division by zero \(.*broken_plugins.py:\d+\)",
@@ -277,8 +277,8 @@ METRIC_CASES: dict[Callable[..., Any], list[tuple[type, str]]] = {
     ],
     metric_checks.labels_name_scores: [
         (make(GoodMetric, labels={}), r"labels are empty"),
-        (make(GoodMetric, labels={"em": "EM"}), r"labels name 'em'; the corpus has exact, and no note"),
-        (make(GoodMetric, lower_is_better={"em"}), r"lower_is_better names 'em'; the corpus has exact"),
+        (make(GoodMetric, labels={"em": "EM"}), r"labels contain 'em'; the corpus has exact, and no note"),
+        (make(GoodMetric, lower_is_better={"em"}), r"lower_is_better contains 'em'; the corpus has exact"),
     ],
     metric_checks.right_beats_wrong: [
         (make(GoodMetric, lower_is_better={"exact"}), r"exact is 1 for right and 0 for wrong .* lower is better"),
@@ -286,14 +286,14 @@ METRIC_CASES: dict[Callable[..., Any], list[tuple[type, str]]] = {
     ],
     metric_checks.examples_have_scores: [(scores(1.0, lambda exact: {"1": {"exact": 1.0}}), r"has the ids \['1'\]")],
     metric_checks.counts_give_the_score: [
-        (counted("share", lambda exact: {}), r"formula 'share' for exact; allowed: bleu, mean, meteor, ratio"),
-        (counted("ratio", lambda exact: {}), r"exact: counts have no 'exact' of any example; ratio needs it"),
+        (counted("share", lambda exact: {}), r"unknown formula 'share' for exact; allowed: bleu, mean, meteor, ratio"),
+        (counted("ratio", lambda exact: {}), r"exact: counts have no 'exact' for any example; ratio needs it"),
         (counted("ratio", lambda e: {k: {"exact": (v,)} for k, v in e.items()}), r"1 numbers .*; ratio needs 2"),
         (
             counted("ratio", lambda e: {k: {"exact": (v, 2.0)} for k, v in e.items()}),
-            r"exact is 1 for right predictions; ratio makes 0.5 of the counts",
+            r"exact is 1 for right predictions; ratio of the counts is 0.5",
         ),
-        (counted("ratio", lambda exact: {}, "exactly"), r"corpus names 'exactly'; the scores are exact"),
+        (counted("ratio", lambda exact: {}, "exactly"), r"corpus contains 'exactly'; the scores are exact"),
         (make(GoodMetric, corpus={"exact": "mean"}, scores=lambda *_: Scores({"exact": 1.0})), r"per_example has no"),
     ],
     metric_checks.scores_are_finite: [
@@ -302,14 +302,14 @@ METRIC_CASES: dict[Callable[..., Any], list[tuple[type, str]]] = {
     ],
     metric_checks.empty_is_a_score: [
         (make(GoodMetric, score=score_words), r"IndexError: list index out of range"),
-        (scores(None), r"nothing but empty predictions has no score"),
+        (scores(None), r"if all predictions are empty, the corpus has no score"),
     ],
     metric_checks.ids_must_match: [
-        (scores_any := make(GoodMetric, score=lambda *_: Scores({"exact": 1.0})), r"unknown id: scored without a word"),
-        (scores_any, r"no reference of '1': scored without a word"),
+        (scores_any := make(GoodMetric, score=lambda *_: Scores({"exact": 1.0})), r"unknown id: silently scored"),
+        (scores_any, r"no references for '1': silently scored"),
         (make(GoodMetric, score=lambda self, p, r: [p[key] for key in r]), r"no prediction for '1': raised KeyError"),
     ],
     metric_checks.order_does_not_matter: [
-        (make(GoodMetric, score=score_by_position), r"exact is 1.0 and 0.0 with the examples in another order")
+        (make(GoodMetric, score=score_by_position), r"exact is 1.0, and 0.0 with the examples in reverse order")
     ],
 }

@@ -1,4 +1,4 @@
-"""``harness …`` in this process, as its tests call it."""
+"""Calls of ``harness …`` in this process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness.cli import app
 
 @dataclass
 class Outcome:
-    """What a command left behind."""
+    """The result of a command."""
 
     code: int
     out: str
@@ -25,7 +25,7 @@ Harness = Callable[..., Outcome]
 
 
 def caller(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *first: str) -> Harness:
-    """Calls ``harness`` with the first arguments and those of the call."""
+    """A function that calls ``harness`` with the first arguments, followed by those of the call."""
 
     def call(*arguments: str | Path) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["harness", *first, *map(str, arguments)])
@@ -42,7 +42,7 @@ def caller(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
 
 
 def assert_refused(outcome: Outcome, says: str) -> None:
-    """Exit code 2 and one message; nothing was computed."""
+    """Check for exit code 2 and a single error message, and that nothing was computed."""
     assert outcome.code == 2
     assert says in outcome.err
     assert outcome.err.startswith("error: ")

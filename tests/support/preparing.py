@@ -12,7 +12,7 @@ from harness.core.errors import UserError
 
 
 def checked(target: str | Path, *options: str, check: bool = True) -> tuple[bool, str]:
-    """Whether nothing is wrong, and all that is said, on a screen so wide that nothing is cut."""
+    """Whether no problem was found, and the output, on a console wide enough not to wrap it."""
     screen = io.StringIO()
     try:
         prepare(str(target), options, check, Console(file=screen, width=300))

@@ -1,4 +1,4 @@
-"""A run folder with everything the page can show: made-up numbers whose per-example scores give the recorded ones."""
+"""A run folder with everything the page can show: synthetic scores, consistent with those per example."""
 
 from __future__ import annotations
 

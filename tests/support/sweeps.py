@@ -38,7 +38,7 @@ def write_sweep(
     examples: int = 12,
     change: Change = lambda record: record,
 ) -> Path:
-    """A trial for everything asked for; the largest of several budgets is "all" in its spec. Returns ``folder``."""
+    """Write a trial per combination; the largest of several budgets is "all" in its spec. Returns ``folder``."""
     wanted = {}
     for task in tasks:
         for budget in budgets:

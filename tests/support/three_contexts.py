@@ -1,4 +1,4 @@
-"""Inputs and logits of a model with three contexts whose rows have layouts of their own."""
+"""Inputs and logits of a model with three contexts and a different layout per row."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def four_trials() -> list[Trial]:
 
 
 def new_grid(runs: Path, name: str) -> Grid:
-    """The parent run of a run folder, in the database beside it."""
+    """The parent run of a run folder, in the database next to it."""
     (runs / name).mkdir(exist_ok=True)
     return open_grid(default_uri(runs), name, runs / name)
 

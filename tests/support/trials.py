@@ -31,7 +31,7 @@ OTHERS = [
 
 
 class FirstWord(Metric):
-    """Stands in for METEOR and its 8 seconds of Java: 1 where the first word is that of a reference."""
+    """Replaces METEOR and its 8 seconds of Java: 1 if the first word is that of a reference."""
 
     labels: ClassVar = {"first_word": "First word"}
 

@@ -41,7 +41,7 @@ def write(path: Path, header: list[str], rows: list[list[str]]) -> Path:
 
 def touch(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()  # a reader of tables decodes nothing
+    path.touch()  # the reader of tables does not decode audio
 
 
 def audiocaps(root: Path, name: str = "{youtube_id}.wav", audio: str = ".", tables: str = ".") -> None:

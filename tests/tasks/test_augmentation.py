@@ -20,7 +20,7 @@ def pixels(picture: Image.Image) -> np.ndarray:
 
 
 def ramp() -> Image.Image:
-    """Red tells the column, green the row (both 0–255), so that a crop shows where it was."""
+    """Red encodes the column, green the row (both 0–255), so that the position of a crop can be read from it."""
     red, green = np.meshgrid(np.linspace(0, 255, WIDTH), np.linspace(0, 255, HEIGHT))
     return Image.fromarray(np.stack([red, green, np.full_like(red, 90)], -1).round().astype(np.uint8))
 

@@ -129,7 +129,7 @@ def test_weights_change_the_order_fingerprint_and_the_trial(tmp_path: Path) -> N
         ids.add(spec.trial_id)
     assert len(seen) == len(ids) == 3
     said = mixture_spec(tmp_path, options={"temperature": 1}).trial_id
-    assert said == mixture_spec(tmp_path).trial_id  # 1 is what it is without being said
+    assert said == mixture_spec(tmp_path).trial_id  # 1 is the default
 
 
 # ── What a mixture is made of
@@ -214,7 +214,7 @@ def test_the_record_has_every_tasks_metrics_and_perplexity(trained: Any) -> None
         assert math.exp(own["nll"].sum() / own["tokens"].sum()) == pytest.approx(test[f"{member}/perplexity"])
         assert own[f"{member}/first_word"].mean() == pytest.approx(test[f"{member}/first_word"])
     assert rows[rows["example_id"].str.startswith("scenes/")]["trends/first_word"].isna().all()
-    # Wrong inputs are those of another example of the same task.
+    # Wrong inputs are inputs of another example of the same task.
     assert math.exp(rows["nll_wrong_input"].sum() / rows["tokens"].sum()) == pytest.approx(
         test["perplexity_wrong_input"]
     )
@@ -272,7 +272,7 @@ def test_an_inner_option_is_named_by_its_whole_path() -> None:
 
 
 class Fake(Task):
-    """Reads the files it is told of."""
+    """Reads the files named in its options."""
 
     contexts = ("image", "text")
     modalities: Mapping[str, str] = {"image": "image"}

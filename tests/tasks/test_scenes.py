@@ -1,4 +1,4 @@
-"""The built-in task: its pictures show what their captions say, and no scene is in two splits."""
+"""The task ``scenes``: its pictures match their captions, and no scene is in two splits."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_colours_are_painted_where_the_objects_are(background: str, colour: str)
 
 
 def _clauses(scene: Scene, count: int) -> set[str]:
-    """What is said about a red star S and blue circles C once backgrounds, sizes and numbers are taken out."""
+    """Captions of a red star S and blue circles C, without backgrounds, sizes and numbers."""
     written = captions(scene, generator(0), count)
     assert len(set(written)) == count
     clauses = set()

@@ -1,4 +1,4 @@
-"""The speech reader: small folders in its three layouts, broken in every way people break them, and real FSDD."""
+"""The speech reader: small folders in its three layouts, with all common errors, and real FSDD."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def problems(task: Speech) -> str:
 
 def touch(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"")  # a reader of tables decodes nothing
+    path.write_bytes(b"")  # the reader of tables does not decode audio
     return path
 
 
@@ -98,7 +98,7 @@ def test_a_flat_folder_is_divided_by_a_hash_of_the_id(tmp_path: Path) -> None:
     assert all(split_by_hash(name) == split for split, names in found.items() for name in names)
     assert 0.7 < len(found["train"]) / 400 < 0.9
     assert min(len(found["validation"]), len(found["test"])) > 20
-    flat(tmp_path, rows[:300])  # what is added moves nothing
+    flat(tmp_path, rows[:300])  # added files do not move others to another split
     fewer = ids(speech(tmp_path))
     assert all(set(fewer[split]) <= set(found[split]) for split in SPLITS)
 
@@ -113,7 +113,7 @@ def test_a_flat_folder_is_divided_by_speakers(tmp_path: Path) -> None:
 
     by_hash = heard()
     assert all(by_hash.values())
-    assert sum(map(len, by_hash.values())) == 60  # nobody twice
+    assert sum(map(len, by_hash.values())) == 60  # no speaker twice
     by_name = heard(validation_speakers=["speaker 1"], test_speakers=["speaker 2", "speaker 3"])
     assert (by_name["validation"], by_name["test"]) == ({"speaker 1"}, {"speaker 2", "speaker 3"})
     assert len(by_name["train"]) == 57

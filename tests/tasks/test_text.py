@@ -1,4 +1,4 @@
-"""The reader of conversations: three forms, how they are put to the model, splits, and everything that can be wrong."""
+"""The reader of conversations: three forms, chat templates, splits, and everything that can be wrong."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_splits_without_files_are_made_by_a_hash_of_the_question(tmp_path: Path)
     assert len(given.examples("validation")) + len(given.examples("test")) == 100
     assert text(tmp_path, user_template="Q: {content}", test="val.jsonl").examples(
         "validation"
-    )  # templates move nothing
+    )  # templates do not change the splits
     assert [e.id for e in text(tmp_path, user_template="Q: {content}").examples("test")] == [
         e.id for e in task.examples("test")
     ]

@@ -1,4 +1,4 @@
-"""The task ``trends``: curves do what their descriptions say, and no trend is in two splits."""
+"""The task ``trends``: curves match their descriptions, and no trend is in two splits."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_curve_moves_as_its_kind_and_size_say(kind: str, size: str) -> None:
         values = np.array(curve(Trend((Move("level", ""), Move(kind, size)), False), generator(kind, seed)))
         moved = values - values[0]  # it starts level
         top = moved[np.abs(moved).argmax()]
-        assert 0.95 * lowest <= abs(top) <= highest  # a peak may lie between two values
+        assert 0.95 * lowest <= abs(top) <= highest  # a peak may be between two values
         steps = np.abs(np.diff(moved))
         if kind == "wave":
             halves = (np.diff(np.sign(moved[np.abs(moved) > 1e-9])) != 0).sum() + 1

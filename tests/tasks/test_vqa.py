@@ -1,4 +1,4 @@
-"""The VQA reader: VQAv2's and GQA's own layouts, and both broken in every way people break them."""
+"""The VQA reader: the layouts of VQAv2 and GQA, and both with all common errors."""
 
 from __future__ import annotations
 
@@ -177,16 +177,16 @@ def test_all_problems_of_all_splits_come_at_once(root: Path) -> None:
     assert lonely.endswith("question 15000 has no annotation in v2_mscoco_val2014_annotations.json")
 
 
-def test_broken_json_shows_what_stands_there(root: Path) -> None:
+def test_broken_json_is_shown_with_its_place(root: Path) -> None:
     path = root / QUESTIONS.format("train2014")
     path.write_text('{"questions": [\n {"image_id": 4 "question": "x"}\n]}')
-    with pytest.raises(UserError, match=r"questions\.json: broken JSON: .*line 2 column 17: '.*4 \"question\""):
+    with pytest.raises(UserError, match=r"questions\.json: line 2, column 17: broken JSON, .*: '.*4 \"question\""):
         vqa(root).prepare()
     path.write_bytes(b'{"questions": "\xff"}')
-    with pytest.raises(UserError, match=r"broken JSON: .*unicode"):
+    with pytest.raises(UserError, match=r"broken JSON, .*unicode"):
         vqa(root).prepare()
     path.write_text('{"questions": [{"image_id": 1, "question_id": 1, "question": "\\ud800"}]}')
-    with pytest.raises(UserError, match=r"broken JSON: .*(hex escape|surrogate)"):
+    with pytest.raises(UserError, match=r"broken JSON, .*(hex escape|surrogate)"):
         vqa(root).prepare()
 
 

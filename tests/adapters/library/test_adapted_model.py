@@ -186,7 +186,7 @@ def test_generation_needs_the_new_tokens_context_and_padding_on_the_left() -> No
 
 
 def greedily(adapted: Any, x_BTD: Tensor, ids_BT: Tensor, steps: int) -> Tensor:
-    """Every token from a pass over everything before it."""
+    """Generate every token from a full forward pass over the tokens before it."""
     new: list[Tensor] = []
     for _ in range(steps):
         last_BV = logits(adapted, x_BTD, ids_BT, use_cache=False)[:, -1]

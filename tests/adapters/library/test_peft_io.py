@@ -106,7 +106,7 @@ def test_the_files_say_what_peft_and_a_reader_need(tmp_path: Path) -> None:
     raw = json.loads((tmp_path / "llama" / CONFIG).read_text(encoding="utf-8"))
     assert sorted(raw["target_modules"]) == ["k_proj", "o_proj", "q_proj", "v_proj"]
     assert (raw["peft_type"], raw["task_type"], raw["inference_mode"]) == ("LORA", "CAUSAL_LM", True)
-    # GPT-2's two layers called c_proj: the shortest names that tell them apart.
+    # GPT-2 has two layers called c_proj: the shortest names that distinguish them.
     adapted_by_us(tiny_gpt2(), {"method": "ia3"}).export_peft(tmp_path / "gpt2")
     raw = json.loads((tmp_path / "gpt2" / CONFIG).read_text(encoding="utf-8"))
     assert sorted(raw["target_modules"]) == ["attn.c_attn", "mlp.c_proj"]
@@ -270,7 +270,7 @@ def test_what_cannot_be_imported_is_an_error_and_leaves_the_model_as_it_was(
     with pytest.raises(UserError, match=message):
         harness.import_peft(model, tmp_path)
     assert torch.equal(logits(model), bare_BTV)
-    harness.adapt(model, {"method": "lora"}).detach()  # nothing of the attempt is in the way
+    harness.adapt(model, {"method": "lora"}).detach()  # the failed attempt left nothing behind
 
 
 def test_a_feature_that_is_off_in_a_newer_version_is_no_obstacle(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What ``harness.adapt`` may be asked for: methods, options, groupings; and the message where it may not."""
+"""What ``harness.adapt`` accepts: methods, options, groupings; and the errors for everything else."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def layer_of(kind: str) -> tuple[nn.Module, Target]:
 
 
 def token_reference(kind: str, layer: Any, delta: Any, shared: Any, x_I: Tensor) -> Tensor:
-    """What the paper says comes out for one token of the delta's group."""
+    """The output for one token of the delta's group, as the paper defines it."""
     y_O: Tensor = layer(x_I)
     if kind == "ln":
         return delta.scale * y_O + delta.offset

@@ -30,7 +30,7 @@ from harness.core.contexts import Segment
 GROUPS = ("image", "text")
 ROWS, INSIDE, OUTSIDE, RANK = 3, 12, 8, 3
 each_form = pytest.mark.parametrize("form", ["spans", "masked", "sorted"])
-# image 0, text 1, nobody's 2
+# image 0, text 1, no group 2
 ALIKE = [0] * 4 + [2, 2, 1, 0, 0, 1, 1]
 ROWS_DIFFER = [[0, 0, 1, 1, 2], [1, 1, 1, 1, 1], [2, 0, 1, 2, 0]]
 LAYOUTS = {
@@ -70,7 +70,7 @@ def reference(x_BTI: Tensor, y_BTO: Tensor, layout: Layout, pairs: Sequence[Any]
 
 
 def possible(form: str, layout: Layout) -> bool:
-    """Slices need rows that are alike; the mask is never chosen where there is no token."""
+    """Slices need equal rows; the mask is never chosen if there are no tokens."""
     return layout.spans is not None if form == "spans" else form != "masked" or layout.length > 0
 
 
@@ -109,7 +109,7 @@ def test_gradients_against_finite_differences(form: Form) -> None:
 @each_form
 @pytest.mark.parametrize("ids", [[ALIKE], ROWS_DIFFER], ids=["alike", "rows differ"])
 def test_another_groups_numbers_do_not_reach_a_token(form: Form, ids: Sequence[Sequence[int]]) -> None:
-    """Bit for bit, forward and in the input's gradient; and where nobody acts the value is what it was."""
+    """Bitwise equal, in the output and the gradient of the input; tokens without a group keep their value."""
     layout = layout_of(ids)
     if not possible(form, layout):
         pytest.skip("slices need rows that are alike")
@@ -141,7 +141,7 @@ def test_equal_pairs_are_one_pair_in_fp32(form: Form) -> None:
 
 
 def kept(function: Any) -> tuple[int, set[int]]:
-    """Numbers kept for backward, each storage once, and where they lie."""
+    """Numbers kept for backward, each storage once, with its address."""
     found: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
@@ -281,7 +281,7 @@ def test_activation_checkpointing_gives_the_same_gradients(form: Form, use_reent
 
 @each_form
 def test_torch_compile_gives_the_same_gradients(form: Form) -> None:
-    """In one graph; the backend that compiles nothing, as it is the tracing that could go wrong."""
+    """In one graph; with a backend that does not compile, because only tracing can fail."""
     layer = Layer(layout_of([ALIKE]), form)
     expected = gradients(layer, layer)
     found = gradients(layer, torch.compile(layer, backend="aot_eager", fullgraph=True))

@@ -92,7 +92,7 @@ def test_forward_and_gradients_equal_the_definition(non_text_attention: Any, tex
                 torch.testing.assert_close(grad, expected_grad, rtol=1e-12, atol=1e-12)
     finally:
         del mmca._ATTENTION_OF[module]
-    # The answer's last token sees all three contexts: as many sources, each with weights that sum to one.
+    # The last token of the answer sees all three contexts: three sources, each with weights that sum to one.
     sources = 1 + len(set(range(3)) - set(text))
     assert weights[0, 0, -1].sum().item() == pytest.approx(sources)
 
@@ -196,7 +196,7 @@ def test_with_adapters_both_act() -> None:
     router = Router(resolve_grouping("specific", CONTEXTS)[0])
     adapters = Adapters(model, dict.fromkeys(router.groups, method), router, seed=0)
     adapters.attach(model)
-    # LoRA starts as nothing: at first it is MMCA alone.
+    # LoRA is the identity at first, so this is MMCA alone.
     found_BTV = logits(model, adapters, embeds(), IDS)
     adapters.detach()
     alone = attach(model)
@@ -208,7 +208,7 @@ def test_with_adapters_both_act() -> None:
     for name, p in adapters.named_parameters():
         if name.endswith("lora_B"):
             assert p.grad is not None
-            # What an image token asks for changes nothing, as it sees itself only.
+            # The query of an image token has no effect, because the token only attends to itself.
             assert p.grad.any().item() is not ("q_proj" in name and "group_image" in name), name
 
 

@@ -182,7 +182,7 @@ def test_a_group_without_a_token_in_the_batch_has_zero_gradients(method: Adapter
 
 
 def test_groups_may_use_different_methods() -> None:
-    """Image BitFit, text LoRA: at its own positions each is what it is alone."""
+    """BitFit for images, LoRA for text: at the positions of its group, each equals the method alone."""
     model, x_BTD = tiny_llama(), embeds()
     adapters = adapt(model, {"image": BITFIT, "text": LORA})
     path = "model.layers.0.self_attn.q_proj"

@@ -111,7 +111,7 @@ def test_it_computes_and_trains_as_the_peft_library_does(options: dict[str, Any]
 
 @each_method
 def test_at_start_it_is_the_identity_and_afterwards_it_leaves_no_trace(options: dict[str, Any]) -> None:
-    model = tiny_llama().train()  # also where everything is trained and a forward of its own is in place
+    model = tiny_llama().train()  # also if everything is trained and a custom forward is installed
     model.requires_grad_(True)
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
     layer.forward = layer.forward

@@ -88,7 +88,7 @@ def test_for_tokens_of_one_group_it_is_as_if_only_its_prompt_were_there(make_mod
     torch.testing.assert_close(found.logits[real_BT], expected.logits[:, P:][real_BT], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(last_B1V, found.logits[:, -1:], rtol=1e-4, atol=1e-5)
     assert {hidden_BTD.shape for hidden_BTD in found.hidden_states} == {x_BTD.shape}
-    # The first of the caller's labels is predicted by nobody, as without prompts.
+    # The first label is not predicted by any position, as without prompts.
     shifted = F.cross_entropy(expected.logits[:, P:-1].transpose(1, 2), labels_BT[:, 1:], ignore_index=-100)
     torch.testing.assert_close(found.loss, shifted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(grad_PD, torch.autograd.grad(shifted, prompt_PD)[0], rtol=1e-3, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Every known family of language models: its layers play the roles that the table says, and take adapters.
+"""Every known family of language models: its layers have the roles of the table, and can be adapted.
 
 Shapes: B rows, T positions, H heads, D outputs of one head, I input and O output features of a layer, W width.
 """
@@ -30,7 +30,7 @@ from tests.support.families import _GROUPED, OPTIONS, logits, tiny
 from tests.support.tiers import some_fast
 
 GATED = sorted(set(FAMILIES) - {"opt", "gpt2", "gpt_neox"})
-# They compute as Llama, Gemma 2 or GLM does, with other norms or biases, which test_each_place tells in any case.
+# They compute as Llama, Gemma 2 or GLM does, with other norms or biases; test_each_place covers those anyway.
 LIKE_OTHERS = ("mistral", "qwen3", "smollm3", "gemma", "gemma3_text", "glm4")
 each_family = some_fast("family", {name: name for name in sorted(FAMILIES)}, slow=LIKE_OTHERS)
 
@@ -44,7 +44,7 @@ def attach(model: Any, method: AdapterMethod, grouping: Any = "specific") -> Ada
     return adapters
 
 
-# ── Which layers: written out by hand; "layer:role" is a part of a fused layer
+# ── Which layers: written out explicitly; "layer:role" is a part of a fused layer
 
 _LLAMA_A = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"
 _LLAMA_F = "mlp.gate_proj mlp.up_proj mlp.down_proj"
@@ -135,7 +135,7 @@ def by_hand(target: Target, x_BTI: Tensor, adapters: Adapters) -> Tensor:
 
 
 def first_targets(model: Any, family: str) -> dict[str, Target]:
-    """Role → its layer or part in the first block; asked for one by one, so fused layers come in parts."""
+    """Role → its layer or part in the first block; looked up one by one, so that fused layers are split."""
     roles = ["q", "k", "v", "o", "up", "down", *(["gate"] if family in GATED else [])]
     return {role: find_targets(model, frozenset({role}))[0] for role in roles}
 
@@ -289,7 +289,7 @@ def test_layers_of_every_role_take_one_tensor_and_give_one(family: str) -> None:
 
 @each_family
 def test_embeddings_given_are_embeddings_looked_up(family: str) -> None:
-    """Gemma scales its embeddings, in the embedding layer: what goes in beside projected features is scaled already."""
+    """Gemma scales its embeddings, in the embedding layer: embeddings next to projected features are scaled already."""
     model, ids_BT = tiny(family), torch.arange(3, 14)[None]
     embeds_BTW = model.get_input_embeddings()(ids_BT)
     assert torch.equal(model(ids_BT).logits, model(inputs_embeds=embeds_BTW).logits)

@@ -1,5 +1,5 @@
 # ruff: noqa: E501 - one wrong input per line reads as a table
-"""Roles by hand, and what is said of a model or a role that is not there. The paper's Table 3 on a real GLM.
+"""Explicit roles, and errors about unknown models and missing roles. The paper's Table 3 on a real GLM.
 
 test_families.py has the models that are known.
 """
@@ -63,7 +63,7 @@ def unknown(model_type: str) -> Any:
 
 
 def test_an_unknown_architecture_is_an_error_that_prints_its_linear_layers_and_the_line_to_write() -> None:
-    """Both lines are taken from the message as they stand, with the one role filled in that it cannot know."""
+    """Both lines are copied from the message, with the one role filled in that it cannot know."""
     model = unknown("mpt")
     with pytest.raises(UserError, match=r"'mpt'.*unknown; known types: .*gpt2, .*opt.*\nits linear layers: ") as caught:
         find_targets(model, Q)

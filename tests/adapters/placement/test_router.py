@@ -1,4 +1,4 @@
-"""The router tells adapters which token is whose."""
+"""The router gives adapters the group of each token."""
 
 from __future__ import annotations
 

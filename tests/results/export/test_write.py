@@ -183,7 +183,7 @@ def test_another_schema_is_refused(
 
 
 def schemas() -> list[type[BaseModel]]:
-    """Every schema that stands in the file."""
+    """Every schema in the file."""
     found: list[type[BaseModel]] = [PublishedLeaderboard]
     for schema in found:
         for field in schema.model_fields.values():

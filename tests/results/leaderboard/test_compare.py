@@ -1,4 +1,4 @@
-"""One row against another: against scipy's paired t test and a correction by hand, and every wrong name."""
+"""Comparisons of two rows, against scipy's paired t test and an explicit Holm correction, and every wrong name."""
 
 from __future__ import annotations
 

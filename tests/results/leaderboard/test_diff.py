@@ -95,7 +95,7 @@ def test_false_alarms_are_held_over_many_rows() -> None:
 
 
 def noisy(rng: np.random.Generator, rows: int = 6, seeds: int = 5) -> PublishedLeaderboard:
-    """Rows whose scores are nothing but noise."""
+    """Rows whose scores are only noise."""
     data = {
         seed: {"examples": 1, "examples_fingerprint": "a", "order_fingerprint": "b", "evaluation_fingerprint": "c"}
         | {"steps": 1}

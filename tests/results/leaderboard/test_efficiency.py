@@ -1,4 +1,4 @@
-"""Pareto fronts against brute force, cost per point of CIDEr by hand, and the interquartile mean across tasks."""
+"""Pareto fronts against brute force, cost per point of CIDEr, and the interquartile mean across tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several run folders as one: named alike, every trial counted once, nothing joined that cannot be."""
+"""Several run folders as one: consistent names, every trial counted once, incompatible runs rejected."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_trials_without_a_record_follow_their_row_mates(tmp_path: Path) -> None:
 
 
 def test_what_is_unknown_is_not_mixed_with_what_is_known(tmp_path: Path) -> None:
-    """No record says how b's trials were made: other data or another dropout, for all that their plan's names tell."""
+    """No record tells how the trials of b were configured: their names do not rule out other data or dropout."""
     a = write_grid(tmp_path / "a", [spec("lora"), spec("full")])
     b = write_grid(tmp_path / "b", [spec("lora", 128), spec("full", 128)], lambda record: None)
     assert names(read_runs([a, b]).plan.trials) == [
@@ -158,7 +158,7 @@ def test_trials_that_names_cannot_tell_apart_are_kept_apart(tmp_path: Path) -> N
         ("LoRA r=4", "run=b", 0),
         ("none", "run=b", 0),
     ]
-    # How many examples are scored at a time is no difference where it makes no trial twice.
+    # The evaluation batch size does not count as a difference unless a trial would occur twice.
     c = write_grid(tmp_path / "c", [spec("none", batch=16)])
     assert {trial.setting for trial in read_runs([a, c]).plan.trials} == {""}
 

@@ -1,4 +1,4 @@
-"""The matched contract: each thing that may differ is smuggled into a row, which is then apart with the reason."""
+"""Matched comparisons: a row that differs in any one respect is excluded from ranking, with the reason."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_where_the_reference_is_the_odd_one_the_others_are_apart_with_its_name(t
             "seeds 0, 1, 2 do not match Full fine-tuning: number of optimizer steps differs (256, 512)",
         )
         assert (row.rank, row.differences) == (None, {})
-    # They match each other, so the step from agnostic to specific stands.
+    # They match each other, so the agnostic → specific comparison is kept.
     assert [len(delta.differences) for delta in board.deltas] == [4, 4, 4]
 
 

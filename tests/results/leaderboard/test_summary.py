@@ -1,4 +1,4 @@
-"""The sentences over the tables, and what each table says of its intervals (synthetic records)."""
+"""The sentences above the tables, and the description of the intervals of each table (synthetic records)."""
 
 from __future__ import annotations
 

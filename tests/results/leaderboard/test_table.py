@@ -156,7 +156,7 @@ RATES = (0.001, 0.01, 0.1)
 
 
 def search_plan(searched: Sequence[str] = ("lora",), tried: Mapping[str, tuple[float, ...]] = {}) -> Plan:
-    """A plan in which some methods try three learning rates, and some say that they tried others before."""
+    """A plan in which some methods try three learning rates, and some declare that they tried others before."""
     trials = []
     for trial in fake_plan().trials:
         before = {"tried_learning_rates": tried.get(trial.method, ())}

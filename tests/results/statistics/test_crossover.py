@@ -1,4 +1,4 @@
-"""Sweeps are found among the settings, and the crossover's interval covers what it says (simulation)."""
+"""Sweeps are found among the settings, and the interval of the crossover has its nominal coverage (simulation)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ E = 200
 
 
 def true_crossover(gap_K: np.ndarray) -> float:
-    """By hand: the last sign change, linear in the logarithm."""
+    """An independent computation: the last sign change, linear in the logarithm."""
     last = int(np.flatnonzero(gap_K <= 0)[-1])
     share = -gap_K[last] / (gap_K[last + 1] - gap_K[last])
     return float(np.exp(np.interp(share, [0, 1], np.log(BUDGETS[last : last + 2]))))

@@ -52,7 +52,7 @@ class Captions(CaptionMetrics):
 
 
 class Variety(Metric):
-    """A score that is no sum over examples, beside the mean of something else under the same name."""
+    """A score that is not a sum over examples, and the mean of something else under the same name."""
 
     labels = {"vocabulary": "Vocabulary"}  # noqa: RUF012
 

@@ -1,4 +1,4 @@
-"""How often the intervals hold the truth and the tests are wrong, by simulation of trials whose truth is known.
+"""Coverage of the intervals and error rates of the tests, in simulations of trials with known true values.
 
 Axes: R repetitions, S seeds, E examples, M methods, K columns of a corpus score.
 """
@@ -158,7 +158,7 @@ def comparisons(methods_MSE: Floats) -> list[float | None]:
 
 
 def orders(methods_MSE: Floats) -> NDArray[np.bool_]:
-    """(M, M): which is said to be ahead of which."""
+    """(M, M): which method is reported to be better than which."""
     return ahead(methods_MSE.mean(axis=2), (methods_MSE.mean(axis=1) @ WEIGHTS_BE.T / E, E), True)
 
 
@@ -177,13 +177,13 @@ def test_false_discoveries_are_held_at_five_percent(ratio: str, seeds: int) -> N
         family.append(any(p is not None and p <= 0.05 for p in holm(p_values)))
         order.append(bool(orders(methods).any()))
     margin = 2.33 * np.sqrt(0.05 * 0.95 / repetitions)  # of the simulation, one sided 99 %
-    assert np.mean(single) <= 0.05 + margin / 2  # eight times as many, which share the reference
+    assert np.mean(single) <= 0.05 + margin / 2  # eight comparisons that share the reference
     assert np.mean(family) <= 0.05 + margin
     assert np.mean(order) <= 0.05 + margin
 
 
 def test_large_differences_are_found() -> None:
-    """Half of nine methods are better by five standard errors and more; the others are not said to differ."""
+    """Half of nine methods are better by at least five standard errors; the others are not reported to differ."""
     rng = np.random.default_rng(1)
     better_M = np.array([0, 0, 0, 0, 0, 1, 1, 1, 1], float)
     found, false, ordered = [], [], []

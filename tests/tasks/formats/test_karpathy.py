@@ -128,7 +128,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere: the folder of images does not exist"):
         karpathy(tmp_path / "nowhere", path).prepare()
     path.write_text('{"images": [')
-    with pytest.raises(UserError, match=r"dataset_coco\.json: line 1, column 13: broken JSON"):
+    with pytest.raises(UserError, match=r"dataset_coco\.json: line 1, column 12: broken JSON"):
         karpathy(tmp_path, path).prepare()
 
 

@@ -1,4 +1,4 @@
-"""Caption metrics: equal to pycocoevalcap by hand, and right or loud where it is silently wrong."""
+"""Caption metrics: equal to pycocoevalcap called directly, and correct or an error where it is silently wrong."""
 
 from __future__ import annotations
 
@@ -272,7 +272,7 @@ def test_line_breaks_emoji_and_upper_case_change_no_score(scores: Scores) -> Non
     references = {
         key: [strange(text, BREAKS[-1 - i]) for i, text in enumerate(texts)] for key, texts in REFERENCES.items()
     }
-    # Not this one: an upper-case "ST." is no abbreviation, and "中文" stands after a space that is none.
+    # Not this one: an upper-case "ST." is not an abbreviation, and "中文" follows a space that is not ASCII.
     predictions["sign"], references["sign"] = PREDICTIONS["sign"], REFERENCES["sign"]
     assert CaptionMetrics().score(predictions, references) == scores
 

@@ -95,7 +95,7 @@ def test_cider_is_the_published_cider_d_with_counts_for_term_frequencies() -> No
     _, found = cider(index, *index.count(answers))
     assert found == pytest.approx(published_cider_d(texts, answers, relative=False), abs=1e-9, rel=0)
     literal = np.array(published_cider_d(texts, answers, relative=True))
-    assert np.abs(np.array(found) - literal).max() > 0.01  # what docs/metrics.md says of the paper's own frequencies
+    assert np.abs(np.array(found) - literal).max() > 0.01  # docs/metrics.md on the document frequencies of the paper
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""SPICE: said to be missing where it is, its scores given to the right images. The jar's Java is a stand-in here."""
+"""SPICE: reported as missing if it is, and its scores assigned to the right images. The jar is replaced by a fake."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from tasks.metrics.captions import CaptionMetrics
 from tasks.metrics.coco import spice
 
-# Takes the jar's own arguments and gives its own format, the last example first. Its score is the length of the texts.
+# Has the arguments and the output format of the jar, last example first. Its score is the length of the texts.
 STAND_IN = f"""#!{sys.executable}
 import json, sys
 given, options = sys.argv[5], sys.argv[6:]

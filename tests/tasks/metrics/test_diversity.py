@@ -1,4 +1,4 @@
-"""distinct-n by hand, and what has no words."""
+"""distinct-n against worked examples, and texts without words."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.quick
         ("are you?", "are you", 1.0),
         ("青い。", "青い", 1.0),
         ("STRASSE", "straße", 1.0),
-        ("cafe\u0301", "café", 1.0),  # the accent as a character of its own
+        ("cafe\u0301", "café", 1.0),  # the accent as a separate character
         ("cafe", "café", 0.0),
         ("the end", "end", 0.0),
         ("10", "ten", 0.0),

@@ -1,4 +1,4 @@
-"""VQA accuracy: cases worked by hand, the ten sets of nine people counted out, the official oddities."""
+"""VQA accuracy: worked examples, the ten subsets of nine annotators enumerated, the oddities of the official code."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_it_is_the_mean_over_all_sets_that_leave_one_person_out() -> None:
         ("couldntve", "couldntve"),  # two apostrophes are missing: not in the table
         ("yall'd've", "y'all'd've"),
         ("twas", "'twas"),
-        ("im", "im"),  # the official table has "Im", but is asked in lower case
+        ("im", "im"),  # the official table has "Im", but is queried in lower case
         ("well its his", "well its his"),  # words of their own
         ("girl's", "girl's"),
         ("2:50 PM.", "2:50 pm"),
@@ -87,7 +87,7 @@ def test_a_single_reference_is_matched_whatever_its_spelling() -> None:
 
 def test_fewer_than_ten_answers_go_by_the_formula_and_are_named() -> None:
     scores = VQAAccuracy().score({"a": "x", "b": "x", "c": "x"}, {"a": ["x", "x", "y"], "b": ["x"], "c": ["x"] * 10})
-    # Two of three agree: left out are x, x or y, which leaves 1, 1 and 2 who agree: (1/3 + 1/3 + 2/3) / 3.
+    # Two of three agree: leaving out x, x or y leaves 1, 1 and 2 that agree: (1/3 + 1/3 + 2/3) / 3.
     assert scores.per_example["a"]["vqa_accuracy"] == pytest.approx(4 / 9, abs=1e-12)
     assert scores.corpus["vqa_accuracy"] == pytest.approx((4 / 9 + 2) / 3, abs=1e-12)
     assert scores.notes == (

@@ -1,4 +1,4 @@
-"""The audio modality: files of every kind people have, written here; pretrained encoders from folders written here."""
+"""The audio modality: files of all common kinds, and pretrained encoders from folders, all written by the tests."""
 
 from __future__ import annotations
 

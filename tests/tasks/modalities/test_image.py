@@ -1,4 +1,4 @@
-"""The image modality: real files of every kind people have, written here."""
+"""The image modality: files of all common kinds, written by the tests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _load(path: Path) -> PilImage.Image:
         ("1", 1, "png", (255, 255, 255)),
         ("CMYK", (0, 255, 255, 0), "tiff", RED),
         ("RGBA", (255, 0, 0, 255), "png", RED),
-        ("RGBA", (255, 0, 0, 0), "png", (255, 255, 255)),  # transparent: what lies behind is seen
+        ("RGBA", (255, 0, 0, 0), "png", (255, 255, 255)),  # transparent: the background is visible
         ("LA", (0, 0), "png", (255, 255, 255)),
     ],
 )

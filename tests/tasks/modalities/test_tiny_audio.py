@@ -87,7 +87,7 @@ def test_features_do_not_depend_on_the_batch() -> None:
 
 
 def test_a_long_recording_is_a_row_of_short_ones() -> None:
-    """A token sees 16 others to either side (8 a layer), and a few frames through the stem; nothing beyond."""
+    """A token sees 16 others to either side (8 a layer), and a few frames through the stem, but nothing beyond."""
     encoder = TinyAudio.load(SHIPPED)
     mel_BFM = TinyAudio.log_mel(torch.from_numpy(_noise(8.0).samples))[None]
     changed_BFM = mel_BFM.clone()

@@ -1,0 +1,53 @@
+"""JSON files of annotations, validated against a pydantic type while they are parsed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from harness.core.errors import ProblemList, UserError
+
+T = TypeVar("T")
+_PLACE = re.compile(r"^Invalid JSON: (.*) at line (\d+) column (\d+)$", re.DOTALL)
+_SHOWN = 60  # characters before and after a syntax error: annotation files are often one line of megabytes
+
+
+def parse_json(path: Path, content: type[T]) -> T:
+    """Read a JSON file; keys that the type does not have are skipped.
+
+    Args:
+        path: an existing file.
+        content: the type of the whole file.
+
+    Raises:
+        UserError: the file could not be read, is not JSON, or has another format; all problems at once.
+    """
+    try:
+        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    problems = ProblemList()
+    try:
+        return TypeAdapter(content).validate_json(data)
+    except ValidationError as error:
+        for problem in error.errors(include_url=False, include_context=False):
+            problems.add(f"{path}: {_describe(problem, data)}")
+    problems.raise_any()
+    raise AssertionError("a ValidationError has errors")
+
+
+def _describe(problem: ErrorDetails, data: bytes) -> str:
+    message = problem["msg"]
+    if problem["type"] != "json_invalid":
+        key = ".".join(map(str, problem["loc"])) or "the whole file"
+        return f"{key}: {message}; found {str(problem['input'])[:80]!r}"
+    place = _PLACE.match(message)
+    if place is None:
+        return f"broken JSON, {message}"
+    reason, line, column = place[1], int(place[2]), max(1, int(place[3]))  # 0 in an empty file
+    text = data.split(b"\n")[line - 1][max(0, column - _SHOWN) : column + _SHOWN]
+    return f"line {line}, column {column}: broken JSON, {reason}: {text.decode('utf-8', errors='replace')!r}"
