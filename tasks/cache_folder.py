@@ -1,18 +1,12 @@
-"""Folders below ``$HARNESS_CACHE`` (by default ``~/.cache/harness``) that are written once for all processes."""
+"""Folders of the harness cache that are written once for all processes."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
-
-
-def cache_folder(*parts: str) -> Path:
-    """A path in the cache; nothing is created."""
-    return Path(os.environ.get("HARNESS_CACHE") or "~/.cache/harness").expanduser().joinpath(*parts)
 
 
 def write_once(folder: Path, write: Callable[[Path], None]) -> None:

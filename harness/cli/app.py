@@ -120,6 +120,9 @@ def plan_command(file: ExperimentFile, output: Output = Path("runs"), fresh: Fre
     console.print(plan_table(planned.plan, parameters, states))
     for note in notes:
         console.print(f"[yellow]parameters unknown:[/] {_escape(note)}", soft_wrap=True)
+    if unknown := [model for model, found in planned.plan.fingerprints.items() if found is None]:
+        text = f"{', '.join(unknown)}: not on this machine, so trial ids change once their commit can be resolved"
+        console.print(f"[yellow]weights without fingerprint:[/] {_escape(text)}", highlight=False, soft_wrap=True)
     console.print(f"run folder: {planned.folder}", highlight=False, soft_wrap=True)
 
 

@@ -54,8 +54,8 @@ def status(folder: RunFolder = None) -> None:
         _print(line)
     for message in run.broken:
         _print(f"could not be read: {message}")
-    if run.foreign:
-        _print(f"{len(run.foreign)} records belong to trials that are not in the plan")
+    for line in run.foreign_lines:
+        _print(line)
     if any(record.status == "finished" for record in run.records.values()):
         console.print()
         console.print(leaderboard_table(build_leaderboard(run)))

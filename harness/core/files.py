@@ -1,4 +1,4 @@
-"""Atomic file writes and content digests."""
+"""Atomic file writes, content digests, and where the harness caches files."""
 
 from __future__ import annotations
 
@@ -42,3 +42,8 @@ def digest_of(path: Path) -> str:
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_folder(*parts: str) -> Path:
+    """A path below ``$HARNESS_CACHE`` (by default ``~/.cache/harness``); nothing is created."""
+    return Path(os.environ.get("HARNESS_CACHE") or "~/.cache/harness").expanduser().joinpath(*parts)

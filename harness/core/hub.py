@@ -41,7 +41,39 @@ def resolve(name: str) -> str:
     """The argument for ``from_pretrained``: the folder of a built-in or local model, or the hub id itself."""
     if is_builtin(name):
         return str(PRETRAINED / name.removeprefix("builtin/"))
-    return str(Path(name).expanduser()) if looks_like_folder(name) else name
+    return str(Path(name).expanduser()) if looks_like_folder(name) else split_revision(name)[0]
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Split ``facebook/opt-125m@27dcfa7`` into hub id and revision; a folder has none."""
+    if looks_like_folder(name) or "@" not in name:
+        return name, None
+    model, _, revision = name.partition("@")
+    return model, revision or None
+
+
+def revision_of(name: str) -> str:
+    """The argument ``revision`` for ``from_pretrained``; ignored for a folder."""
+    return split_revision(name)[1] or "main"
+
+
+_unreachable: list[str] = []  # ids that the hub did not answer about: without a network each would take the timeout
+
+
+def commit_on_hub(model: str, revision: str) -> str | None:
+    """The commit of a branch or tag, from the hub; None if it does not answer or does not have it."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if _unreachable:
+        return None
+    try:
+        return HfApi().model_info(model, revision=revision, timeout=HUB_TIMEOUT_S).sha
+    except HfHubHTTPError:  # it answered: no such model or revision, or no access
+        return None
+    except Exception:  # the types depend on the HTTP library that huggingface_hub uses
+        _unreachable.append(model)
+        return None
 
 
 def load_error(name: str, error: Exception) -> str:
@@ -65,13 +97,15 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
     if looks_like_folder(name) and not Path(resolve(name)).is_dir():
         raise UserError(f"{name!r}: no such folder; a backbone is a folder, a hub id, or {', '.join(builtin_names())}")
     known = json.loads(KNOWN_CONFIGS.read_text(encoding="utf-8"))
+    place, revision = resolve(name), revision_of(name)
+    trust = {"trust_remote_code": trust_remote_code, "revision": revision}
     try:
-        return AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust_remote_code, local_files_only=True)
+        return AutoConfig.from_pretrained(place, **trust, local_files_only=True)
     except (OSError, ValueError) as error:
-        if name in known:
-            return AutoConfig.for_model(**known[name])
+        if place in known:
+            return AutoConfig.for_model(**known[place])
         ask_hub(name, error)
-    return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    return AutoConfig.from_pretrained(place, **trust)
 
 
 def ask_hub(name: str, reason: Exception) -> None:
@@ -82,13 +116,13 @@ def ask_hub(name: str, reason: Exception) -> None:
         HubUnreachableError: the hub does not answer.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     if looks_like_folder(name):
         raise UserError(load_error(name, reason)) from reason
     try:
-        HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
-    except RepositoryNotFoundError as error:
+        HfApi().model_info(resolve(name), revision=split_revision(name)[1], timeout=HUB_TIMEOUT_S)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise UserError(load_error(name, error)) from error
     except Exception as error:  # the types depend on the HTTP library that huggingface_hub uses
         raise HubUnreachableError(load_error(name, error)) from error
@@ -109,6 +143,6 @@ def check_reachable(name: str, trust_remote_code: bool = False) -> None:
             raise UserError(f"backbone: {name!r} is not built in; {did_you_mean(name, builtin_names())}")
         return
     try:
-        cached_file(name, "config.json", local_files_only=True)
+        cached_file(resolve(name), "config.json", revision=revision_of(name), local_files_only=True)
     except OSError as error:
         ask_hub(name, error)

@@ -12,8 +12,10 @@ from pathlib import PurePath
 from typing import Any
 
 from harness.core.registry import identity
+from harness.core.weights import short
 
 Spec = Mapping[str, Any]
+FINGERPRINTS = "fingerprints."  # dotted keys of the models' fingerprints
 _PLUGIN_KEY = re.compile(r"task\.(plugin$|modalities\.|metrics\.)")  # follow from the task's name and options
 
 
@@ -60,11 +62,28 @@ def settings(specs: Mapping[str, Spec], without: Sequence[str] = ()) -> dict[str
     flat = {trial_id: dict(flatten(conditions(spec))) for trial_id, spec in specs.items()}
     keys = dict.fromkeys(key for values in flat.values() for key in values)
     keys = dict.fromkeys(key for key in keys if key not in without and not _PLUGIN_KEY.match(key))
-    varying = [key for key in keys if len({repr(values.get(key)) for values in flat.values() if key in values}) > 1]
+    varying = [key for key in keys if _varies(key, list(flat.values()))]
     return {
-        trial_id: " ".join(f"{key.rpartition('.')[2]}={values[key]}" for key in varying if key in values)
+        trial_id: " ".join(_setting(key, values[key]) for key in varying if key in values)
         for trial_id, values in flat.items()
     }
+
+
+def _varies(key: str, trials: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a key has several values; for the fingerprint of a model, several in trials that name the same model."""
+    model = key.removeprefix(FINGERPRINTS)
+    named = (f"backbone.{model}", "backbone.revision") if model != key else ()
+    groups: dict[str, set[str]] = {}
+    for values in trials:
+        if key in values:
+            groups.setdefault(repr([values.get(name) for name in named]), set()).add(repr(values[key]))
+    return any(len(found) > 1 for found in groups.values())
+
+
+def _setting(key: str, value: Any) -> str:
+    if key.startswith(FINGERPRINTS):
+        return f"{key.rpartition('.')[2]}_weights={short(value)}"
+    return f"{key.rpartition('.')[2]}={value}"
 
 
 # Keys in which trials of one setting may differ: the ranking metric, the batch size of evaluation, and the learning
@@ -76,7 +95,7 @@ _LEFT_OUT = {
 
 
 def conditions(spec: Spec) -> dict[str, dict[str, Any]]:
-    """What must be equal for two adapters to be comparable, by section: task, backbone, budget, optimizer, evaluation.
+    """What must be equal for two adapters to be comparable, by section: task, backbone, its weights, budget, …
 
     Plugins are replaced by their ids, which do not depend on the location of the class.
     """

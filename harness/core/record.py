@@ -8,6 +8,7 @@ Results can be read without torch, Ray or a GPU.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from harness.core.files import write_atomically
+from harness.core.weights import model_key, models_of
 
 Status = Literal["finished", "failed", "out_of_memory", "pruned", "cancelled"]
 
@@ -63,6 +65,7 @@ class Plan(_Schema):
     metrics: tuple[MetricInfo, ...]
     reference_method: str = "full"  # the baseline that other methods are compared with
     mlflow_uri: str | None = None  # without its password
+    fingerprints: dict[str, str | None] = Field(default_factory=dict)  # "language_model ./model" → fingerprint
     trials: tuple[PlannedTrial, ...]
 
 
@@ -202,6 +205,16 @@ class Run:
     foreign: tuple[str, ...]  # ids of trials on disk but not in the plan (from an earlier version of the experiment)
     folders: Mapping[str, Path] = field(default_factory=dict)  # trial id → its run folder, if it is not ``folder``
     notes: tuple[str, ...] = ()  # from joining several run folders
+    foreign_reasons: tuple[str, ...] = ()  # for each of ``foreign``: what changed; empty if it is not known
+
+    @property
+    def foreign_lines(self) -> list[str]:
+        """``2 records belong to trials not in the plan: language_model weights changed (./model)``."""
+        lines = []
+        for reason, number in Counter(self.foreign_reasons or [""] * len(self.foreign)).items():
+            start = "1 record belongs to a trial" if number == 1 else f"{number} records belong to trials"
+            lines.append(f"{start} not in the plan{': ' if reason else ''}{reason}")
+        return lines
 
     def trial_folder(self, trial_id: str) -> Path:
         """Folder of a trial's files."""
@@ -219,7 +232,7 @@ def read_run(folder: Path) -> Run:
     planned = {trial.trial_id for trial in plan.trials}
     records: dict[str, TrialRecord] = {}
     broken: list[str] = []
-    foreign: list[str] = []
+    foreign: dict[str, str] = {}
     trials = folder / "trials"
     if trials.exists() and not trials.is_dir():
         broken.append(f"{trials}: not a folder of trials")
@@ -237,8 +250,22 @@ def read_run(folder: Path) -> Run:
         elif record.trial_id in planned:
             records[record.trial_id] = record
         else:
-            foreign.append(record.trial_id)
-    return Run(folder, plan, records, tuple(broken), tuple(foreign))
+            foreign[record.trial_id] = _what_changed(plan, record)
+    reasons = tuple(foreign.values())
+    return Run(folder, plan, records, tuple(broken), tuple(foreign), foreign_reasons=reasons)
+
+
+def _what_changed(plan: Plan, record: TrialRecord) -> str:
+    """Which models of a record have other weights than those of the same name in the plan."""
+    known = record.spec.get("fingerprints") or {}
+    changed = []
+    for key, (name, revision) in models_of(record.spec.get("backbone") or {}).items():
+        planned = plan.fingerprints.get(model_key(key, name, revision))
+        if planned and not known:
+            return "recorded by an earlier version, without fingerprints of its models"
+        if planned and known.get(key) and known[key] != planned:
+            changed.append(f"{key} weights changed ({name})")
+    return ", ".join(changed)
 
 
 def _read_plan(path: Path) -> Plan:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypedDict, Unpack
 import yaml
 from pydantic import Field
 
+from harness.core import hub
 from harness.core.cursor import Cursor
 from harness.core.errors import UserError, did_you_mean
 from harness.core.registry import add_file
@@ -174,6 +175,11 @@ def _backbones(section: Mapping[str, Any], where: Cursor) -> Iterator[Backbone]:
     fixed = {"roles": [section["roles"]]} if isinstance(section.get("roles"), dict) else {}
     for variant in axes({**section, **fixed}, where):
         backbone = check(Backbone, variant, where)
+        if backbone.revision is not None and hub.looks_like_folder(backbone.language_model):
+            raise UserError(
+                f"{where / 'revision'}: found {backbone.revision!r}, but {backbone.language_model!r} is a folder; "
+                "allowed: a branch, tag or commit of a hub id"
+            )
         if backbone.roles is not None:
             from adapters.placement.roles import parse_roles
 

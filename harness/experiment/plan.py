@@ -11,12 +11,14 @@ import itertools
 import json
 from collections import Counter
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from harness.core import naming
+from harness.core.cursor import Cursor
 from harness.core.errors import UserError, did_you_mean
 from harness.core.record import MetricInfo, Plan, PlannedTrial
 from harness.core.registry import identity
+from harness.core.weights import COMMIT, fingerprint, model_key, models_of, pinned
 from harness.experiment.load import Experiment
 from harness.experiment.sections import AdapterChoice, Backbone, Budget, Evaluation, Optimizer, TaskChoice
 from tasks.registry import MODALITIES
@@ -34,6 +36,17 @@ class TrialSpec(BaseModel):
     optimizer: Optimizer
     eval: Evaluation
     seed: int
+    # Of each model of the backbone, by its key: see harness/core/weights.py. None: the weights are not on this machine.
+    fingerprints: dict[str, str | None] = Field(default_factory=dict)
+
+    @property
+    def pinned_backbone(self) -> Backbone:
+        """The backbone with every hub id at the commit that the trial was planned with."""
+        backbone = self.backbone
+        commit = self.fingerprints.get("language_model") or ""
+        revision = commit.removeprefix(COMMIT) if commit.startswith(COMMIT) else backbone.revision
+        encoders = {m: pinned(name, self.fingerprints.get(f"encoders.{m}")) for m, name in backbone.encoders.items()}
+        return backbone.model_copy(update={"revision": revision, "encoders": encoders})
 
     @property
     def trial_id(self) -> str:
@@ -64,19 +77,22 @@ def expand(experiment: Experiment) -> list[TrialSpec]:
         UserError: two entries of the experiment describe the same trial.
     """
     specs = []
+    known: dict[tuple[str, str | None], str | None] = {}
     for task, choices in zip(experiment.tasks, experiment.adapters, strict=True):
         axes = (experiment.backbones, experiment.budgets, experiment.optimizers, choices, experiment.seeds)
         for backbone, budget, optimizer, adapter, seed in itertools.product(*axes):
             rate = adapter.learning_rate or optimizer.learning_rate
+            complete = _with_encoders(backbone, task)
             specs.append(
                 TrialSpec(
                     task=task,
-                    backbone=_with_encoders(backbone, task),
+                    backbone=complete,
                     adapter=adapter,
                     budget=budget,
                     optimizer=optimizer.model_copy(update={"learning_rate": rate}),
                     eval=experiment.evaluation,
                     seed=seed,
+                    fingerprints=_fingerprints(complete, known, experiment.top / "backbone"),
                 )
             )
     counts = Counter(spec.trial_id for spec in specs)
@@ -97,6 +113,21 @@ def _with_encoders(backbone: Backbone, task: TaskChoice) -> Backbone:
         for modality, plugin in task.modalities.items()
     }
     return backbone.model_copy(update={"encoders": encoders})
+
+
+def _fingerprints(
+    backbone: Backbone, known: dict[tuple[str, str | None], str | None], where: Cursor
+) -> dict[str, str | None]:
+    """The fingerprints of the backbone's models; each model is read once, and kept in ``known``."""
+    found = {}
+    for key, model in models_of(backbone.model_dump()).items():
+        if model not in known:
+            try:
+                known[model] = fingerprint(*model)
+            except UserError as error:
+                raise UserError(f"{where / key}: {error}") from None
+        found[key] = known[model]
+    return found
 
 
 def describe(experiment: Experiment, specs: list[TrialSpec], metrics: tuple[MetricInfo, ...], mlflow_uri: str) -> Plan:
@@ -137,5 +168,10 @@ def describe(experiment: Experiment, specs: list[TrialSpec], metrics: tuple[Metr
         primary_metric=primary,
         metrics=metrics,
         mlflow_uri=mlflow_uri,
+        fingerprints={
+            model_key(key, name, revision): spec.fingerprints.get(key)
+            for spec in specs
+            for key, (name, revision) in models_of(dumps[spec.trial_id]["backbone"]).items()
+        },
         trials=trials,
     )

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
+from harness.core import hub
 from harness.core.registry import Plugin
 
 
@@ -19,6 +20,7 @@ class Backbone(Section):
     """The frozen models, each a built-in name, a local folder or a Hugging Face hub id."""
 
     language_model: str = "builtin/tiny-llama"
+    revision: str | None = None  # of the language model on the hub: branch, tag or commit; of an encoder: id@revision
     encoders: dict[str, str] = Field(default_factory=dict)  # by modality; others use the modality's default
     projector: Literal["linear", "mlp"] = "linear"  # linear as in the paper; mlp: linear, GELU, linear (LLaVA 1.5)
     projector_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # before the projector, as in the paper
@@ -28,6 +30,13 @@ class Backbone(Section):
     trust_remote_code: bool = False
     # Path pattern → role, for architectures that adapters/placement/families.py does not know.
     roles: dict[str, Any] | None = None
+
+    @property
+    def pinned_language_model(self) -> str:
+        """The language model with its revision: ``facebook/opt-125m@27dcfa7``."""
+        if self.revision is None or hub.looks_like_folder(self.language_model):
+            return self.language_model
+        return f"{hub.split_revision(self.language_model)[0]}@{self.revision}"
 
 
 class Budget(Section):

@@ -44,11 +44,12 @@ def load_language_model(backbone: Backbone) -> LanguageModel:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    name, trust = backbone.language_model, backbone.trust_remote_code
+    name = backbone.pinned_language_model
     place = hub.resolve(name)
+    options: dict[str, Any] = {"revision": hub.revision_of(name), "trust_remote_code": backbone.trust_remote_code}
     try:
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, trust_remote_code=trust).eval()
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust)
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **options).eval()
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
     except (OSError, ValueError) as error:
         raise UserError(hub.load_error(name, error)) from error
     return LanguageModel(model, tokenizer)
@@ -63,7 +64,7 @@ def check_backbone(backbone: Backbone) -> None:
     _check_kind(backbone.language_model)
     # Built-in encoders are checked by their modality: some have no weights, so no folder.
     encoders = [name for name in backbone.encoders.values() if not hub.is_builtin(name)]
-    for name in (backbone.language_model, *encoders):
+    for name in (backbone.pinned_language_model, *encoders):
         hub.check_reachable(name, backbone.trust_remote_code)
 
 
@@ -75,7 +76,7 @@ def build_empty(backbone: Backbone) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    name, trust = backbone.language_model, backbone.trust_remote_code
+    name, trust = backbone.pinned_language_model, backbone.trust_remote_code
     _check_kind(name)
     with torch.device("meta"):
         try:

@@ -12,6 +12,7 @@ from adapters.attach import Adapters
 from adapters.placement.router import Router
 from harness.core.errors import UserError
 from harness.core.record import Parameters
+from harness.core.weights import check_unchanged
 from harness.experiment.plan import TrialSpec
 from harness.model import assembly, backbones, parameters
 from harness.model.batches import BatchMaker
@@ -81,16 +82,17 @@ def build(spec: TrialSpec, device: torch.device) -> Built:
     """Load the backbones, attach the adapters, read the data.
 
     Raises:
-        UserError: a backbone, the data or the weights of ``init_from`` could not be loaded, or the language model lacks
-            the roles that the adapter acts on.
+        UserError: a backbone, the data or the weights of ``init_from`` could not be loaded, a backbone has other
+            weights than when the trial was planned, or the language model lacks the roles that the adapter acts on.
     """
     task = make_task(spec)
     task.prepare()
     splits = choose_splits(spec, task)
-    language_model = backbones.load_language_model(spec.backbone)
+    check_unchanged(spec.backbone.model_dump(), spec.fingerprints)
+    backbone = spec.pinned_backbone
+    language_model = backbones.load_language_model(backbone)
     modalities = make_modalities(spec)
-    trust = spec.backbone.trust_remote_code
-    encoders = {name: m.encoder(spec.backbone.encoders[name], trust) for name, m in modalities.items()}
+    encoders = {name: m.encoder(backbone.encoders[name], backbone.trust_remote_code) for name, m in modalities.items()}
     features = Features(task, modalities, encoders, device)
     widths = {context: features.width(context) for context in task.modalities}
     model = assemble(spec, language_model.model, widths)
@@ -151,7 +153,7 @@ def empty_model(spec: TrialSpec, encoders: Mapping[str, Encoder]) -> ContextMode
     Raises:
         UserError: as in ``count_parameters``.
     """
-    language_model = backbones.build_empty(spec.backbone)
+    language_model = backbones.build_empty(spec.pinned_backbone)
     widths = {context: encoders[modality].width for context, modality in make_task(spec).modalities.items()}
     try:
         with torch.device("meta"):

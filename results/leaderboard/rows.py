@@ -213,10 +213,12 @@ def make_row(search: Search, reference_method: str, resampled: Resampled) -> Row
 
 
 HARNESS = "context-peft-harness"  # the distribution
+# Libraries whose versions change scores, as recorded; the jars of the caption metrics are part of pycocoevalcap.
+LIBRARIES = ("torch", "transformers", "tokenizers", "pycocoevalcap")
 
 
 def mixed_versions(records: Iterable[TrialRecord]) -> str | None:
-    """The versions and git revisions of the harness and of plugins that differ between trials; None: they are alike.
+    """The versions of the harness, of plugins and of libraries that differ between trials; None: they are alike.
 
     ``its trials mix versions: context-peft-harness 0.1.0 (1b90bd6) and 0.2.0 (105a6c3)``
     """
@@ -226,6 +228,7 @@ def mixed_versions(records: Iterable[TrialRecord]) -> str | None:
             p.distribution: (p.version, p.git_revision) for p in plugins_in(record.spec) if p.version
         }
         code[HARNESS] = record.versions.get(HARNESS), record.git_revision
+        code |= {name: (record.versions[name], None) for name in LIBRARIES if name in record.versions}
         for distribution, (version, revision) in code.items():
             text = f"{version or 'unknown'} ({revision})" if revision else version or "unknown"
             found.setdefault(distribution, {})[text] = None

@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from harness.core.errors import UserError
+from harness.core.files import cache_folder
 from tasks.base import Config, Split, Task
-from tasks.cache_folder import cache_folder, write_once
+from tasks.cache_folder import write_once
 
 # Ids start here, so that they are unique over the task however many examples a split has.
 FIRST_ID: dict[Split, int] = {"train": 10_000_000, "validation": 20_000_000, "test": 30_000_000}

@@ -25,8 +25,9 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import field_validator, model_validator
 
 from harness.core.errors import ProblemList, UserError, did_you_mean
+from harness.core.files import cache_folder
 from tasks.base import Config, Split
-from tasks.cache_folder import cache_folder, write_once
+from tasks.cache_folder import write_once
 from tasks.formats.coco import write_annotations
 
 SHARDS = ("parquet", "webdataset")  # what `datasets` calls the packaged readers of files that hold images

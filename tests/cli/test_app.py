@@ -218,6 +218,7 @@ def test_the_plan_of_the_paper_setting_needs_no_network(harness: Harness, monkey
     assert outcome.code == 0
     assert "coco: 36 trials" in outcome.out
     assert "unknown" not in outcome.out
+    assert "weights without fingerprint: language_model facebook/opt-125m, encoders.image" in outcome.out
     # OPT-125m: 12 layers, rank 64 on q, k, v, out at 768 and fc1, fc2 between 768 and 3,072, in two groups.
     lora = 2 * 12 * 64 * (4 * (768 + 768) + 2 * (768 + 3072))
     assert row(outcome.out, "LoRA r=64 specific")[2] == f"{lora:,}"

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 import harness
-from harness.core.record import PlannedTrial
+from harness.core import hub
+from harness.core.record import PlannedTrial, write_record
+from harness.experiment.plan import expand
 from harness.sweep import live, run
 from harness.sweep.live import LiveTable
+from harness.sweep.preflight import check_fingerprints
+from tests.support.runs import fake_record
 
 EXPERIMENT = harness.Experiment(
     name="grid",
@@ -49,6 +56,50 @@ def test_ctrl_c_keeps_what_there_is_and_reports_it(tmp_path: Path, monkeypatch: 
     assert "interrupted: finished trials are kept" in shown.getvalue()
     assert results.report.is_file()
     assert (len(results.records), results.folder) == (0, tmp_path / "grid")
+
+
+def test_other_weights_at_the_same_path_are_other_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise their trials count as finished, and new seeds are averaged with the old ones into one row."""
+    model = Path(shutil.copytree(hub.resolve("builtin/tiny-llama"), tmp_path / "model"))
+
+    def finish_all(prepared: run.Prepared, *_: object) -> None:
+        for spec, planned in prepared.unfinished():
+            dump = spec.model_dump(mode="json")
+            write_record(prepared.folder, fake_record(planned, 1, 0.5).model_copy(update={"spec": dump}))
+
+    def experiment(seeds: list[int]) -> harness.Experiment:
+        return harness.Experiment(
+            name="grid",
+            task={"name": "scenes", "train_examples": 8, "validation_examples": 4, "test_examples": 4},
+            backbone={"language_model": str(model)},
+            adapters=[{"method": "none", "learning_rate": 1e-2}],
+            seeds=seeds,
+        )
+
+    monkeypatch.setattr(run, "_run_unfinished", finish_all)
+    first = harness.run_experiment(experiment([0]), tmp_path, console=Console(file=io.StringIO()))
+    assert first.complete
+    assert len(run.prepare(experiment([0, 1]), tmp_path).unfinished()) == 1
+    weights = load_file(model / "model.safetensors")
+    save_file({name: torch.randn_like(w) for name, w in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    assert len(run.prepare(experiment([0, 1]), tmp_path).unfinished()) == 2
+    shown = io.StringIO()
+    again = harness.run_experiment(experiment([0, 1]), tmp_path, console=Console(file=shown))
+    assert f"1 record belongs to a trial not in the plan: language_model weights changed ({model})" in shown.getvalue()
+    assert [row.seeds for row in again.board.rows] == ["2/2"]
+    assert len(again.records) == 2
+
+
+def test_a_hub_id_whose_commit_is_unknown_is_refused_before_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_unreachable", [])
+    experiment = harness.Experiment(
+        task="scenes", backbone={"language_model": "facebook/opt-125m"}, adapters=[{"method": "full"}],
+        optimizer={"learning_rate": 1e-3},
+    )  # fmt: skip
+    specs = expand(experiment)
+    assert specs[0].fingerprints["language_model"] is None  # planning works without a network
+    with pytest.raises(harness.UserError, match=r"backbone\.language_model: 'facebook/opt-125m': its commit"):
+        check_fingerprints(specs, "backbone")
 
 
 def trial(number: int) -> PlannedTrial:

@@ -105,10 +105,12 @@ def load(name: str, trust_remote_code: bool) -> PretrainedAudio:
     from transformers import AutoFeatureExtractor, AutoModel
 
     kind = _kind(name, trust_remote_code)
-    place = hub.resolve(name)
+    place, revision = hub.resolve(name), hub.revision_of(name)
     try:
-        model = AutoModel.from_pretrained(place, dtype=torch.float32, trust_remote_code=trust_remote_code)
-        extractor = AutoFeatureExtractor.from_pretrained(place, trust_remote_code=trust_remote_code)
+        model = AutoModel.from_pretrained(
+            place, revision=revision, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+        extractor = AutoFeatureExtractor.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(hub.load_error(name, error)) from error
     if extractor.sampling_rate != SAMPLING_RATE:

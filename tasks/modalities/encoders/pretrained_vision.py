@@ -55,12 +55,18 @@ def load(name: str, trust_remote_code: bool) -> PretrainedVision:
     from transformers import AutoImageProcessor, AutoModel
 
     empty(name, trust_remote_code)
-    place = hub.resolve(name)
+    place, revision = hub.resolve(name), hub.revision_of(name)
     try:
         model, report = AutoModel.from_pretrained(
-            place, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
+            place,
+            revision=revision,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
-        processor = AutoImageProcessor.from_pretrained(place, backend="pil", trust_remote_code=trust_remote_code)
+        processor = AutoImageProcessor.from_pretrained(
+            place, revision=revision, backend="pil", trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # each library that reads the files has its own
         raise UserError(hub.load_error(name, error)) from error
     tower = _tower(model)

@@ -142,6 +142,29 @@ def test_a_task_whose_results_changed_does_not_match(tmp_path: Path) -> None:
     assert "task.plugin differs (theirs:captions@2, theirs:captions@1)" in apart["ia3"]
 
 
+def test_other_weights_under_one_name_do_not_match(tmp_path: Path) -> None:
+    def change(trial: PlannedTrial, record: TrialRecord) -> TrialRecord:
+        digit = "2" if trial.method == "ia3" else "1"
+        prints = {"language_model": f"sha256:{digit * 64}", "encoders.image": "commit:abc"}
+        return record.model_copy(update={"spec": record.spec | {"fingerprints": prints}})
+
+    apart = {row.method: "; ".join(row.apart) for row in board_of(tmp_path, change=change).rows if row.apart}
+    assert set(apart) == {"ia3"}
+    assert "backbone.language_model weights differ (222222222222, 111111111111)" in apart["ia3"]
+    assert "encoders" not in apart["ia3"]
+
+
+def test_libraries_that_change_scores_are_versions_too(tmp_path: Path) -> None:
+    def change(trial: PlannedTrial, record: TrialRecord) -> TrialRecord:
+        versions = record.versions | {"pycocoevalcap": "1.2", "ray": "2.60"}
+        if trial.seed == 0 and trial.method == "ia3":
+            versions |= {"pycocoevalcap": "1.3"}
+        return record.model_copy(update={"versions": versions | {"ray": f"2.6{trial.seed}"}})
+
+    marked = {row.method: row.mixed_versions for row in board_of(tmp_path, change=change).rows if row.mixed_versions}
+    assert marked == {"ia3": "its trials mix versions: pycocoevalcap 1.3 and 1.2"}
+
+
 def test_a_row_that_mixes_versions_is_marked(tmp_path: Path) -> None:
     def change(trial: PlannedTrial, record: TrialRecord) -> TrialRecord:
         if trial.seed == 0:
