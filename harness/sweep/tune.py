@@ -40,6 +40,7 @@ for _key, _value in _ENVIRONMENT.items():
 
 import ray  # noqa: E402
 from ray import tune  # noqa: E402
+from ray.tune.schedulers import FIFOScheduler  # noqa: E402
 
 
 class Display(Protocol):
@@ -127,6 +128,7 @@ def _tuner(wanted: Sweep, request: dict[str, float], display: Display) -> Any:
         tune_config=tune.TuneConfig(
             max_concurrent_trials=wanted.resources.max_concurrent_trials,
             reuse_actors=True,  # the next trial starts in a process that has already loaded torch and Java
+            scheduler=_KeepStartingWorkers(),
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
@@ -150,6 +152,25 @@ def _run_one(config: dict[str, Any], experiment: str, run: str, resources: str, 
     tracker = MlflowTracker(grid, spec, planned, Path(run) / "trials" / planned.trial_id)
     run_trial(spec, experiment, Path(run), Resources.model_validate_json(resources), tracker, report)
     tune.report({"fraction": 1.0, "phase": "done"})
+
+
+class _KeepStartingWorkers(FIFOScheduler):  # type: ignore[misc]
+    """Starts trials in order, but prefers those for which no worker process is starting.
+
+    Tune requests a worker for each waiting trial, and gives a worker that is free to the trial chosen here, whose own
+    request it cancels. A worker that replaces a killed one takes seconds to import its libraries. Were its trial chosen
+    meanwhile, which is the first in FIFO order, the worker would be stopped while it starts; with trials shorter than
+    its start, this would repeat, and its slot would stay empty to the end of the sweep.
+    """
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """The first waiting trial without a worker; only if there is none, one whose worker is starting."""
+        waiting = [trial for trial in tune_controller.get_trials() if trial.status == "PENDING"]
+        # A trial that already has a reused worker would leave the choice to Tune, which might stop one that starts.
+        waiting = [trial for trial in waiting if trial not in tune_controller._resetting_trials]
+        workers, manager = tune_controller._trial_to_actor, tune_controller._actor_manager
+        unserved = (t for t in waiting if t not in workers or not manager.is_actor_started(workers[t]))
+        return next(unserved, next(iter(waiting), None))
 
 
 class _Events(tune.Callback):  # type: ignore[misc]
