@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from harness.core.errors import UserError
+from harness.core.origin import shown
 from harness.core.record import PlannedTrial, TrialRecord, read_record, record_path, write_record
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.tracking.grid import Grid, MlflowTracker
-from harness.trial.trial import Progress, run_trial
+from harness.trial.trial import LOG, Progress, run_trial
 
 # Ray reads these when it is imported: loopback only, no usage statistics, quiet, and no memory monitor. If the monitor
 # kills a worker, Tune does not handle the error and the whole sweep ends; if the kernel does, only that trial fails.
@@ -195,7 +196,7 @@ class _Events(tune.Callback):  # type: ignore[misc]
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         path = record_path(self.run, _id(trial))
         if not path.exists():
-            write_record(self.run, _died(trial, self.experiment))
+            write_record(self.run, _died(trial, self.experiment, path.with_name(LOG)))
         self.display.ended(read_record(path))
 
 
@@ -203,7 +204,7 @@ def _id(trial: Any) -> str:
     return PlannedTrial.model_validate_json(trial.config["trial"]["planned"]).trial_id
 
 
-def _died(trial: Any, experiment: str) -> TrialRecord:
+def _died(trial: Any, experiment: str, log: Path) -> TrialRecord:
     """The record of a trial whose process was killed or crashed before it could write one."""
     spec = TrialSpec.model_validate_json(trial.config["trial"]["spec"])
     began = trial.run_metadata.start_time or time.time()
@@ -216,7 +217,8 @@ def _died(trial: Any, experiment: str) -> TrialRecord:
         trial_id=spec.trial_id,
         experiment=experiment,
         status="failed",
-        reason=f"the worker process died: {lines[0].strip() if lines else 'Ray gave no reason'}"[:500],
+        reason=f"the worker process died: {lines[0].strip() if lines else 'Ray gave no reason'}"[:500]
+        + f" (log: {shown(log)})",
         spec=spec.model_dump(mode="json"),
         seed=spec.seed,
         wall_time_s=time.time() - began,
