@@ -47,6 +47,9 @@ from ray.tune.schedulers import FIFOScheduler  # noqa: E402
 class Display(Protocol):
     """Receives the events of a sweep while it runs."""
 
+    def opened(self, run: Path, at_once: int) -> None:
+        """The sweep starts, in this run folder and with so many trials at once."""
+
     def started(self, trial_id: str) -> None:
         """A trial was started in a worker process."""
 
@@ -91,7 +94,10 @@ def sweep(wanted: Sweep, display: Display) -> None:
     if started:
         ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     try:
-        _tuner(wanted, per_trial(wanted.resources, ray.cluster_resources()), display).fit()
+        available = ray.cluster_resources()
+        request = per_trial(wanted.resources, available)
+        display.opened(wanted.run, at_once(wanted, request, available))
+        _tuner(wanted, request, display).fit()
     finally:
         if started:
             ray.shutdown()
@@ -112,6 +118,18 @@ def per_trial(resources: Resources, available: Mapping[str, float]) -> dict[str,
         if asked > there:
             raise UserError(f"resources.{key}: found {asked:g}, but this machine or Ray cluster has {there:g}")
     return {"cpu": resources.cpus_per_trial, "gpu": wanted}
+
+
+def at_once(wanted: Sweep, request: Mapping[str, float], available: Mapping[str, float]) -> int:
+    """How many trials run at once.
+
+    Args:
+        wanted: the trials and ``max_concurrent_trials``.
+        request: of one trial, from ``per_trial``.
+        available: of the cluster.
+    """
+    fit = [int(available.get(key.upper(), 0.0) / share + 1e-9) for key, share in request.items() if share > 0]
+    return min(*fit, len(wanted.trials), wanted.resources.max_concurrent_trials or len(wanted.trials))
 
 
 def _tuner(wanted: Sweep, request: dict[str, float], display: Display) -> Any:

@@ -9,7 +9,7 @@ import pytest
 
 from harness.core.errors import UserError
 from harness.experiment.sections import Resources
-from harness.sweep.tune import _KeepStartingWorkers, per_trial
+from harness.sweep.tune import _KeepStartingWorkers, at_once, per_trial
 
 
 def test_auto_uses_a_gpu_if_there_is_one() -> None:
@@ -26,6 +26,21 @@ def test_more_resources_than_available_are_an_error() -> None:
         per_trial(Resources(gpus_per_trial=1.0), {"CPU": 2.0})
     with pytest.raises(UserError, match=r"resources\.cpus_per_trial: found 4, .* cluster has 2"):
         per_trial(Resources(cpus_per_trial=4), {"CPU": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("resources", "available", "expected"),
+    [
+        (Resources(), {"CPU": 2.0}, 2),
+        (Resources(cpus_per_trial=2), {"CPU": 5.0}, 2),
+        (Resources(gpus_per_trial=0.1), {"CPU": 64.0, "GPU": 1.0}, 10),
+        (Resources(max_concurrent_trials=3), {"CPU": 64.0}, 3),
+        (Resources(), {"CPU": 64.0}, 20),
+    ],
+)
+def test_how_many_trials_run_at_once(resources: Resources, available: dict[str, float], expected: int) -> None:
+    wanted: Any = SimpleNamespace(trials=range(20), resources=resources)
+    assert at_once(wanted, per_trial(resources, available), available) == expected
 
 
 def controller(*trials: Any, starting: tuple[str, ...] = (), resetting: tuple[str, ...] = ()) -> Any:
