@@ -64,8 +64,8 @@ def run(file: ExperimentFile, output: Output = Path("runs"), fresh: Fresh = Fals
 
 
 def _last_screen(results: Results, seconds: float) -> None:
-    from harness.cli.terminal import leaderboard_table
-    from harness.sweep.live import trial_name
+    from harness.cli.terminal import SHOWN_FAILURES, leaderboard_table
+    from harness.sweep.live import trial_names
     from results.leaderboard.format import duration
     from results.leaderboard.summary import few_seeds
 
@@ -73,13 +73,19 @@ def _last_screen(results: Results, seconds: float) -> None:
     console.print(leaderboard_table(board))
     for sentence in few_seeds(board):
         console.print(sentence, style="dim", highlight=False)
-    for item in (*board.failed, *board.missing):
-        console.print(
-            f"[red]{item.status}[/] {trial_name(item.trial)}: {_escape(item.reason or 'run it again to finish')}"
-        )
     plan, records = board.run.plan, board.run.records
+    names = trial_names(plan.trials)
+    for item in board.failed[:SHOWN_FAILURES]:
+        reason = _escape(item.reason or "no reason given")
+        name = f"{item.trial.trial_id} {names[item.trial.trial_id]}"
+        console.print(f"[red]{item.status}[/] {_escape(name)}: {reason}", highlight=False, soft_wrap=True)
+    if (rest := len(board.failed) - SHOWN_FAILURES) > 0:
+        console.print(f"… and {rest} more that failed: see the report", highlight=False)
     done = sum(record.status == "finished" for record in records.values())
-    console.print(f"{done} of {len(plan.trials)} trials finished; this run took {duration(seconds)}", highlight=False)
+    counts = [f"{len(items)} {word}" for items, word in ((board.failed, "failed"), (board.missing, "not run")) if items]
+    again = "; run the same command again for the rest" if counts else ""
+    summary = ", ".join([f"{done} of {len(plan.trials)} trials finished", *counts])
+    console.print(f"{summary}; this run took {duration(seconds)}{again}", highlight=False, soft_wrap=True)
     console.print(f"report:  {results.report}", highlight=False, soft_wrap=True)
     console.print(f"MLflow:  {_mlflow_command(plan.mlflow_uri or '')}", highlight=False, soft_wrap=True)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from harness.core.contexts import Segment
 from harness.experiment.sections import Backbone, Budget
 from harness.model.backbones import LanguageModel
+from harness.model.checks import check_ids, check_labels
 from harness.model.context_model import IGNORED, Batch, Items
 from harness.model.features import Features
 from tasks.base import Example
@@ -52,6 +53,8 @@ class BatchMaker:
         self.cut_targets: set[str] = set()
         self.cut_inputs: set[str] = set()
         self._tokens: dict[str, list[int]] = {}
+        # Read here, because ZeRO-3 partitions the table later.
+        self._vocabulary = int(language_model.model.get_input_embeddings().num_embeddings)
 
     def make(self, examples: Sequence[Example], texts: Sequence[str], views: Sequence[int] | None = None) -> Batch:
         """A batch with one row per example, its inputs followed by a target, padded on the right.
@@ -137,6 +140,9 @@ class BatchMaker:
                 if chunk.is_target:
                     labels[number, start:stop] = chunk.token_ids
                 start = stop
+        check_ids(ids, self._vocabulary)
+        if not left:
+            check_labels(labels, IGNORED)
         labelled = (labels != IGNORED).any(axis=0)
         return Batch(
             token_ids_BT=torch.from_numpy(ids),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from adapters.attach import Adapters
 from adapters.placement.router import Router
 from harness.core.errors import UserError
+from harness.core.origin import during
 from harness.core.record import Parameters
 from harness.core.weights import check_unchanged
 from harness.experiment.plan import TrialSpec
@@ -21,8 +23,9 @@ from harness.model.components import empty_encoders, make_modalities, make_task,
 from harness.model.context_model import ContextModel
 from harness.model.features import Features
 from harness.model.projector import Projector
-from tasks.base import Example, Task
+from tasks.base import Example, Split, Task
 from tasks.encoder import Encoder
+from tasks.splits import SPLITS
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,11 @@ def choose_splits(spec: TrialSpec, task: Task) -> Splits:
         UserError: a split has fewer examples than the spec requires, or the selection has none of a mixture's task.
     """
     name, seed = spec.task.name, spec.seed
-    train = task.examples("train")
+    train, validation, test = (_read_twice(task, name, split) for split in SPLITS)
     splits = Splits(
         choose(train, spec.budget.examples, seed, f"budget.examples: task {name}", _shares(task, train)),
-        choose(task.examples("validation"), spec.eval.validation_examples, 0, f"eval.validation_examples: task {name}"),
-        choose(task.examples("test"), spec.eval.test_examples, 0, f"eval.test_examples: task {name}"),
+        choose(validation, spec.eval.validation_examples, 0, f"eval.validation_examples: task {name}"),
+        choose(test, spec.eval.test_examples, 0, f"eval.test_examples: task {name}"),
     )
     keys = ("budget.examples", "eval.validation_examples", "eval.test_examples")
     for key, examples in zip(keys, (splits.train, splits.validation, splits.test), strict=True):
@@ -65,6 +68,25 @@ def choose_splits(spec: TrialSpec, task: Task) -> Splits:
             found = f"the {len(examples):,} selected examples contain none of {', '.join(missing)}"
             raise UserError(f"{key}: task {name}: {found}; use more examples")
     return splits
+
+
+def _read_twice(task: Task, name: str, split: Split) -> Sequence[Example]:
+    """The examples of a split, read twice; only the first difference is reported.
+
+    Raises:
+        UserError: the two reads differ in content or order.
+    """
+    with during(f"task {name}, split {split}"):
+        first, second = task.examples(split), task.examples(split)
+    if first is not second and list(first) != list(second):
+        pairs = enumerate(itertools.zip_longest(first, second))
+        number, (one, other) = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
+        found = " and then ".join("no example" if e is None else f"example {e.id!r}" for e in (one, other))
+        raise UserError(
+            f"task {name}: {split} changes between two reads: at position {number} there was {found}; "
+            "the content and the order of a split must be fixed"
+        )
+    return first
 
 
 def _shares(task: Task, train: Sequence[Example]) -> Shares | None:
@@ -86,16 +108,21 @@ def build(spec: TrialSpec, device: torch.device) -> Built:
             weights than when the trial was planned, or the language model lacks the roles that the adapter acts on.
     """
     task = make_task(spec)
-    task.prepare()
+    with during(f"preparation of task {spec.task.name}"):
+        task.prepare()
     splits = choose_splits(spec, task)
     check_unchanged(spec.backbone.model_dump(), spec.fingerprints)
     backbone = spec.pinned_backbone
     language_model = backbones.load_language_model(backbone)
     modalities = make_modalities(spec)
-    encoders = {name: m.encoder(backbone.encoders[name], backbone.trust_remote_code) for name, m in modalities.items()}
+    encoders = {}
+    for name, modality in modalities.items():
+        with during(f"encoder of modality {name}"):
+            encoders[name] = modality.encoder(backbone.encoders[name], backbone.trust_remote_code)
     features = Features(task, modalities, encoders, device)
     widths = {context: features.width(context) for context in task.modalities}
-    model = assemble(spec, language_model.model, widths)
+    with during(f"adapter {spec.adapter.method} on {spec.backbone.language_model}"):
+        model = assemble(spec, language_model.model, widths)
     assembly.load(spec, model)
     model.to(device)
     return Built(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harness.core.origin import during
+from harness.model.checks import check_features, check_finite
 from tasks.base import Example, Modality, Task
 from tasks.encoder import Encoder
 
@@ -32,6 +34,7 @@ class _Wanted:
     context: str
     path: Path
     view: int | None
+    example: str = field(compare=False)  # id, for messages: several examples may share a file
 
 
 class Features:
@@ -70,7 +73,7 @@ class Features:
         """
         wanted = [
             [
-                _Wanted(example.member, context, path, view if self._augments(example, context) else None)
+                _Wanted(example.member, context, path, view if self._augments(example, context) else None, example.id)
                 for context, path in example.files
             ]
             for example, view in zip(examples, views or itertools.repeat(None), strict=False)
@@ -114,15 +117,22 @@ class Features:
     @torch.no_grad()
     def _encode(self, modality: str, wants: Sequence[_Wanted]) -> list[Tensor]:
         items = [self._load(modality, want) for want in wants]
-        # Cloned, because a view of the batch would keep the whole batch in memory.
-        return [x_ND.cpu().clone() for x_ND in self.encoders[modality].encode(items)]
+        with during(f"encoder of modality {modality}", (want.example for want in wants)):
+            found = self.encoders[modality].encode(items)
+            check_features(found, len(items), self.encoders[modality].width)
+            # Cloned, because a view of the batch would keep the whole batch in memory.
+            features = [x_ND.cpu().clone() for x_ND in found]
+            check_finite(features)
+        return features
 
     def _load(self, modality: str, want: _Wanted) -> Any:
-        item = self.modalities[modality].load(want.path)
+        with during(f"modality {modality}: {want.path}", [want.example]):
+            item = self.modalities[modality].load(want.path)
         if want.view is None:
             return item
         rng = np.random.Generator(np.random.Philox(key=want.view))
-        return self._members[want.member].augment(want.context, item, rng)
+        with during(f"augmentation of {want.path}", [want.example]):
+            return self._members[want.member].augment(want.context, item, rng)
 
     def _augments(self, example: Example, context: str) -> bool:
         return context in self._members[example.member].augmented

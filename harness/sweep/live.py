@@ -1,11 +1,13 @@
-"""Live table of a sweep: running trials, their progress, and the estimated remaining time."""
+"""Progress of a sweep: a live table on a terminal, lines in a file or a CI log, each with the estimated time left."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -18,6 +20,7 @@ from harness.core.record import PlannedTrial, TrialRecord
 from results.leaderboard.format import duration
 
 SHOWN_TRIALS = 12  # rows of the live table: running trials, and those that ended most recently
+QUIET_S = 60.0  # without a terminal, a line at most this often while no trial ends
 _MIN_FRACTION = 0.02  # fraction of the grid that must be done before the remaining time is estimated
 
 
@@ -45,7 +48,8 @@ class LiveTable:
     def __init__(self, console: Console, trials: Sequence[PlannedTrial], already: int) -> None:
         self.console, self.already = console, already
         self._rows = {trial.trial_id: _Row(trial) for trial in trials}
-        self._began = time.monotonic()
+        self._names = trial_names(trials)
+        self._began = self._printed = time.monotonic()
         self._live = Live(self, console=console, refresh_per_second=4, transient=True)
         # In a notebook rich draws with ipywidgets, which not every notebook has.
         self._shows_live = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
@@ -59,6 +63,16 @@ class LiveTable:
         if self._shows_live:
             self._live.stop()
 
+    def opened(self, run: Path, at_once: int) -> None:
+        """Without a terminal, print what is run."""
+        if not self._shows_live:
+            before = f", {self.already} finished before" if self.already else ""
+            self._print(f"{_trials(len(self._rows))} to run{before}; {at_once} at a time; run folder: {run}")
+
+    def _print(self, line: str) -> None:
+        self._printed = time.monotonic()
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     def started(self, trial_id: str) -> None:
         """Mark the trial as started."""
         row = self._rows[trial_id]
@@ -71,33 +85,45 @@ class LiveTable:
         row.epoch = progress.get("epoch") or row.epoch
         row.train_loss = progress.get("train_loss") or row.train_loss
         row.validation_perplexity = progress.get("validation_perplexity") or row.validation_perplexity
+        if not self._shows_live and time.monotonic() - self._printed >= QUIET_S:
+            running = [row for row in self._rows.values() if row.started and not row.ended]
+            states = ", ".join(f"{self._names[r.trial.trial_id]}: {r.phase} {r.fraction:.0%}" for r in running)
+            self._print(f"[{self._done}/{len(self._rows)}] {self._left()}; running: {states}")
 
     def ended(self, record: TrialRecord) -> None:
         """Mark the trial as ended, with its record."""
         row = self._rows[record.trial_id]
         row.ended, row.fraction, row.phase = record, 1.0, record.status
         if not self._shows_live:
-            done = sum(r.ended is not None for r in self._rows.values())
-            line = f"[{done}/{len(self._rows)}] {trial_name(row.trial)}: {_outcome(record)}"
-            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            left = f"; {self._left()}" if self._done < len(self._rows) else ""
+            name = f"{record.trial_id} {self._names[record.trial_id]}"
+            self._print(f"[{self._done}/{len(self._rows)}] {name}: {_outcome(record)}{left}")
+
+    @property
+    def _done(self) -> int:
+        return sum(row.ended is not None for row in self._rows.values())
+
+    @property
+    def _fraction(self) -> float:
+        return sum(row.fraction for row in self._rows.values()) / len(self._rows)
+
+    def _left(self) -> str:
+        elapsed, fraction = time.monotonic() - self._began, self._fraction
+        if fraction <= _MIN_FRACTION:
+            return "estimating remaining time"
+        return f"about {duration(elapsed / fraction - elapsed)} left"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         rows = list(self._rows.values())
         done = [row for row in rows if row.ended]
         failed = sum(row.ended.status != "finished" for row in done if row.ended)
         total = len(rows)
-        fraction = sum(row.fraction for row in rows) / total
         elapsed = time.monotonic() - self._began
-        left = (
-            f"about {duration(elapsed / fraction - elapsed)} left"
-            if fraction > _MIN_FRACTION
-            else "estimating remaining time"
-        )
         before = f", {self.already} finished earlier" if self.already else ""
-        summary = f"{len(done)} of {total} trials{before}, {failed} failed · {duration(elapsed)} · {left}"
+        summary = f"{len(done)} of {total} trials{before}, {failed} failed · {duration(elapsed)} · {self._left()}"
         head = Table.grid()
         head.add_row(Text(summary, style="bold"))
-        head.add_row(ProgressBar(total=1.0, completed=fraction, width=min(80, options.max_width)))
+        head.add_row(ProgressBar(total=1.0, completed=self._fraction, width=min(80, options.max_width)))
         yield head
         yield self._table([row for row in rows if row.started and not row.ended], done)
 
@@ -112,7 +138,7 @@ class LiveTable:
         for row in [*recent, *running[:SHOWN_TRIALS]]:
             style = "" if row.ended is None else ("dim" if row.ended.status == "finished" else "red")
             cells: list[Any] = [
-                Text(_name(row.trial)),
+                Text(self._names[row.trial.trial_id].rpartition(" seed ")[0]),
                 str(row.trial.seed),
                 row.phase,
                 str(row.epoch or ""),
@@ -126,13 +152,20 @@ class LiveTable:
         return table
 
 
-def _name(trial: PlannedTrial) -> str:
-    return " ".join(filter(None, (trial.label, trial.grouping, trial.setting)))
+def trial_name(trial: PlannedTrial, with_rate: bool = False) -> str:
+    """``LoRA r=4 specific seed 0``, or ``LoRA r=4 specific learning rate 0.006 seed 0``."""
+    rate = f"learning rate {trial.learning_rate:g}" if with_rate and trial.learning_rate is not None else ""
+    return " ".join([*filter(None, (trial.label, trial.grouping, trial.setting, rate)), f"seed {trial.seed}"])
 
 
-def trial_name(trial: PlannedTrial) -> str:
-    """``LoRA r=4 specific seed 0``."""
-    return f"{_name(trial)} seed {trial.seed}"
+def trial_names(trials: Sequence[PlannedTrial]) -> dict[str, str]:
+    """Names by trial id, with the learning rate where several trials would otherwise have the same name."""
+    counts = Counter(trial_name(trial) for trial in trials)
+    return {trial.trial_id: trial_name(trial, counts[trial_name(trial)] > 1) for trial in trials}
+
+
+def _trials(count: int) -> str:
+    return f"{count} trial{'s' * (count != 1)}"
 
 
 def _outcome(record: TrialRecord) -> str:

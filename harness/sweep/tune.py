@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from harness.core.errors import UserError
+from harness.core.origin import shown
 from harness.core.record import PlannedTrial, TrialRecord, read_record, record_path, write_record
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.tracking.grid import Grid, MlflowTracker
-from harness.trial.trial import Progress, run_trial
+from harness.trial.trial import LOG, Progress, run_trial
 
 # Ray reads these when it is imported: loopback only, no usage statistics, quiet, and no memory monitor. If the monitor
 # kills a worker, Tune does not handle the error and the whole sweep ends; if the kernel does, only that trial fails.
@@ -40,10 +41,14 @@ for _key, _value in _ENVIRONMENT.items():
 
 import ray  # noqa: E402
 from ray import tune  # noqa: E402
+from ray.tune.schedulers import FIFOScheduler  # noqa: E402
 
 
 class Display(Protocol):
     """Receives the events of a sweep while it runs."""
+
+    def opened(self, run: Path, at_once: int) -> None:
+        """The sweep starts, in this run folder and with so many trials at once."""
 
     def started(self, trial_id: str) -> None:
         """A trial was started in a worker process."""
@@ -89,7 +94,10 @@ def sweep(wanted: Sweep, display: Display) -> None:
     if started:
         ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     try:
-        _tuner(wanted, per_trial(wanted.resources, ray.cluster_resources()), display).fit()
+        available = ray.cluster_resources()
+        request = per_trial(wanted.resources, available)
+        display.opened(wanted.run, at_once(wanted, request, available))
+        _tuner(wanted, request, display).fit()
     finally:
         if started:
             ray.shutdown()
@@ -112,6 +120,18 @@ def per_trial(resources: Resources, available: Mapping[str, float]) -> dict[str,
     return {"cpu": resources.cpus_per_trial, "gpu": wanted}
 
 
+def at_once(wanted: Sweep, request: Mapping[str, float], available: Mapping[str, float]) -> int:
+    """How many trials run at once.
+
+    Args:
+        wanted: the trials and ``max_concurrent_trials``.
+        request: of one trial, from ``per_trial``.
+        available: of the cluster.
+    """
+    fit = [int(available.get(key.upper(), 0.0) / share + 1e-9) for key, share in request.items() if share > 0]
+    return min(*fit, len(wanted.trials), wanted.resources.max_concurrent_trials or len(wanted.trials))
+
+
 def _tuner(wanted: Sweep, request: dict[str, float], display: Display) -> Any:
     packed = [{"spec": spec.model_dump_json(), "planned": planned.model_dump_json()} for spec, planned in wanted.trials]
     trainable = tune.with_parameters(
@@ -127,6 +147,7 @@ def _tuner(wanted: Sweep, request: dict[str, float], display: Display) -> Any:
         tune_config=tune.TuneConfig(
             max_concurrent_trials=wanted.resources.max_concurrent_trials,
             reuse_actors=True,  # the next trial starts in a process that has already loaded torch and Java
+            scheduler=_KeepStartingWorkers(),
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
@@ -152,6 +173,25 @@ def _run_one(config: dict[str, Any], experiment: str, run: str, resources: str, 
     tune.report({"fraction": 1.0, "phase": "done"})
 
 
+class _KeepStartingWorkers(FIFOScheduler):  # type: ignore[misc]
+    """Starts trials in order, but prefers those for which no worker process is starting.
+
+    Tune requests a worker for each waiting trial, and gives a worker that is free to the trial chosen here, whose own
+    request it cancels. A worker that replaces a killed one takes seconds to import its libraries. Were its trial chosen
+    meanwhile, which is the first in FIFO order, the worker would be stopped while it starts; with trials shorter than
+    its start, this would repeat, and its slot would stay empty to the end of the sweep.
+    """
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """The first waiting trial without a worker; only if there is none, one whose worker is starting."""
+        waiting = [trial for trial in tune_controller.get_trials() if trial.status == "PENDING"]
+        # A trial that already has a reused worker would leave the choice to Tune, which might stop one that starts.
+        waiting = [trial for trial in waiting if trial not in tune_controller._resetting_trials]
+        workers, manager = tune_controller._trial_to_actor, tune_controller._actor_manager
+        unserved = (t for t in waiting if t not in workers or not manager.is_actor_started(workers[t]))
+        return next(unserved, next(iter(waiting), None))
+
+
 class _Events(tune.Callback):  # type: ignore[misc]
     """Forwards Tune's events to the display, and writes the record of a trial whose process died."""
 
@@ -174,7 +214,7 @@ class _Events(tune.Callback):  # type: ignore[misc]
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         path = record_path(self.run, _id(trial))
         if not path.exists():
-            write_record(self.run, _died(trial, self.experiment))
+            write_record(self.run, _died(trial, self.experiment, path.with_name(LOG)))
         self.display.ended(read_record(path))
 
 
@@ -182,7 +222,7 @@ def _id(trial: Any) -> str:
     return PlannedTrial.model_validate_json(trial.config["trial"]["planned"]).trial_id
 
 
-def _died(trial: Any, experiment: str) -> TrialRecord:
+def _died(trial: Any, experiment: str, log: Path) -> TrialRecord:
     """The record of a trial whose process was killed or crashed before it could write one."""
     spec = TrialSpec.model_validate_json(trial.config["trial"]["spec"])
     began = trial.run_metadata.start_time or time.time()
@@ -195,7 +235,8 @@ def _died(trial: Any, experiment: str) -> TrialRecord:
         trial_id=spec.trial_id,
         experiment=experiment,
         status="failed",
-        reason=f"the worker process died: {lines[0].strip() if lines else 'Ray gave no reason'}"[:500],
+        reason=f"the worker process died: {lines[0].strip() if lines else 'Ray gave no reason'}"[:500]
+        + f" (log: {shown(log)})",
         spec=spec.model_dump(mode="json"),
         seed=spec.seed,
         wall_time_s=time.time() - began,

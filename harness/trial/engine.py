@@ -10,8 +10,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -223,10 +223,29 @@ class Engine:
 
     def save(self, folder: Path, tag: str) -> None:
         """Save a checkpoint: the kept weights, optimizer and schedule."""
-        self._engine.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=True)
+        with self._only_trainable():
+            self._engine.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=True)
         if torch.distributed.get_rank() == 0:
             (folder / tag / _NAMES_FILE).write_text(json.dumps(sorted(self._trainable)), encoding="utf-8")
         self._save(folder / tag / _FROZEN_FILE, self._frozen())
+
+    @contextmanager
+    def _only_trainable(self) -> Iterator[None]:
+        """Restrict the module state in DeepSpeed's checkpoints to the trainable parameters, each once.
+
+        ``exclude_frozen_parameters`` keeps the second name of a tied tensor (the output layer), frozen or not, and the
+        state of quantized layers.
+        """
+        state_dict = self._engine.module_state_dict
+
+        def trainable(**options: Any) -> dict[str, Any]:
+            return {name: value for name, value in state_dict(**options).items() if name in self._trainable}
+
+        self._engine.module_state_dict = trainable
+        try:
+            yield
+        finally:
+            del self._engine.module_state_dict  # the method of the class again
 
     def _frozen(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._kept.items() if name not in self._trainable}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from harness.core.origin import during
 from harness.experiment.sections import Evaluation
 from harness.model.batches import BatchMaker
 from harness.model.budget import by_member
@@ -52,6 +53,12 @@ def _perplexity(nll: np.ndarray, tokens: np.ndarray) -> float:
     if not math.isfinite(mean) or mean > math.log(np.finfo(np.float64).max):
         raise FloatingPointError(f"perplexity is not finite (mean NLL {mean}); a lower learning_rate may help")
     return math.exp(mean)
+
+
+def _check_finite(nll_B: np.ndarray) -> None:
+    if not np.isfinite(nll_B).all():
+        value = nll_B[~np.isfinite(nll_B)][0]
+        raise FloatingPointError(f"perplexity is not finite (an NLL is {value}); a lower learning_rate may help")
 
 
 def mismatched(examples: Sequence[Example], seed: int) -> list[Example] | None:
@@ -109,9 +116,11 @@ class Evaluator:
         nll, tokens, first_nll, first_tokens = (np.zeros(len(examples), dtype) for dtype in (float, int, float, int))
         for start in range(0, len(pairs), size):
             part = pairs[start : start + size]
-            batch = self.batches.make([shown[i] for i, _, _ in part], [text for _, _, text in part])
-            nll_B, tokens_B = (x.double().cpu().numpy() for x in self.model(batch.to(self.device)))
             rows = [i for i, _, _ in part]
+            with during("evaluation", dict.fromkeys(examples[i].id for i in rows)):
+                batch = self.batches.make([shown[i] for i in rows], [text for _, _, text in part])
+                nll_B, tokens_B = (x.double().cpu().numpy() for x in self.model(batch.to(self.device)))
+                _check_finite(nll_B)
             np.add.at(nll, rows, nll_B)
             np.add.at(tokens, rows, tokens_B.astype(int))
             firsts = [(row, i) for row, (i, n, _) in enumerate(part) if n == 0]
@@ -130,9 +139,10 @@ class Evaluator:
         for target, group in by_target.items():
             for start in range(0, len(group), size):
                 part = group[start : start + size]
-                prompt = self.batches.prompts(part).to(self.device)
                 eos_id = self.batches.language_model.eos_id
-                ids_BT = self.model.generate(prompt, target, options.max_new_tokens, eos_id, options.num_beams)
+                with during("generation", (example.id for example in part)):
+                    prompt = self.batches.prompts(part).to(self.device)
+                    ids_BT = self.model.generate(prompt, target, options.max_new_tokens, eos_id, options.num_beams)
                 predictions.update(zip([example.id for example in part], self.batches.decode(ids_BT), strict=True))
                 self.tick()
         return {example.id: predictions[example.id] for example in examples}

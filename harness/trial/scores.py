@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from harness.core.files import atomic
+from harness.core.origin import during
 from harness.core.registry import Plugin
 from harness.model.budget import by_member
 from harness.model.build import Splits
@@ -53,8 +54,9 @@ def score_members(
     for member, indices in by_member(examples).items():
         references = {examples[i].id: examples[i].references for i in indices}
         for plugin in metrics[member].values():
-            metric: Metric = METRICS.load(plugin.target)()
-            scores = metric.score({key: predictions[key] for key in references}, references)
+            with during(f"metric {metric_name(member, plugin.name)}"):
+                metric: Metric = METRICS.load(plugin.target)()
+                scores = metric.score({key: predictions[key] for key in references}, references)
             corpus |= {metric_name(member, name): value for name, value in scores.corpus.items()}
             for key, values in scores.per_example.items():
                 per_example[key] |= {metric_name(member, name): value for name, value in values.items()}

@@ -11,6 +11,7 @@ import logging
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,11 +22,14 @@ from typing import Any
 import torch
 
 from harness.core.files import write_atomically
+from harness.core.origin import describe, during
 from harness.core.record import Data, Epoch, TrialRecord, write_record
+from harness.core.registry import plugins_in
 from harness.core.revisions import git_revision
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.model import budget
+from harness.model.context_model import Batch
 from harness.model.inputs import Inputs
 from harness.tracking.grid import Tracker
 from harness.trial import measure
@@ -36,6 +40,8 @@ from harness.trial.stages import Stages
 
 REPORT_INTERVAL_S = 1.0
 BEST = "best.safetensors"  # trained parameters of the epoch with the lowest validation perplexity
+LOG = "log.txt"
+_OWN_LOG = logging.getLogger("harness")
 logger = logging.getLogger(__name__)
 
 
@@ -71,16 +77,17 @@ def run_trial(
     """
     folder = run / "trials" / spec.trial_id
     started, clock = datetime.now(UTC), time.monotonic()
-    with _log_to(folder / "log.txt"):
+    plugins = plugins_in(spec.model_dump(mode="json"))
+    with _log_to(folder / LOG):
         status, reason = "finished", None
         trial = Trial(spec, folder, resources, tracker, report)
         try:
             trial.run()
         except (torch.OutOfMemoryError, MemoryError) as error:
-            status, reason = "out_of_memory", _one_line(error)
+            status, reason = "out_of_memory", describe(error, plugins, folder / LOG)
             logger.exception("out of memory")
         except Exception as error:  # a failed trial must not stop the others
-            status, reason = "failed", _one_line(error)
+            status, reason = "failed", describe(error, plugins, folder / LOG)
             logger.exception("the trial failed")
         record = TrialRecord(
             trial_id=spec.trial_id,
@@ -100,6 +107,8 @@ def run_trial(
             warnings=(*trial.warnings, *tracker.warnings),
             **trial.measured,
         )
+        for warning in record.warnings:
+            logger.warning("%s", warning)
         write_record(run, record)
         tracker.finish(record, folder)
     return record
@@ -196,6 +205,10 @@ class Trial:
             self.state.best_epoch = epoch
             self.stages.engine.save_weights(self.folder / BEST)
         self.state.history.append(result)
+        logger.info(
+            "epoch %d of %d, step %d: train loss %.6g, validation perplexity %.6g, learning rate %.6g",
+            *(epoch, self.spec.budget.epochs, result.step, train_loss, perplexity, result.learning_rate),
+        )
         self.tracker.metrics(result.model_dump(exclude={"epoch", "step"}), step=result.step)
         self._report_progress("validate", epoch, train_loss, force=True)
         due = time.monotonic() - self._checkpointed >= self.resources.checkpoint_interval_s
@@ -224,12 +237,16 @@ class Trial:
         return sum(losses) / len(losses)
 
     def _train_step(self, draws: list[budget.Draw]) -> float:
-        model, batches = self.stages.built.model, self.stages.built.batches
+        batches = self.stages.built.batches
         examples = [self.stages.built.splits.train[draw.example] for draw in draws]
         texts = [e.references[draw.reference] for e, draw in zip(examples, draws, strict=True)]
-        batch = batches.make(examples, texts, [draw.view for draw in draws]).to(self.device)
+        with during("", dict.fromkeys(example.id for example in examples)):
+            return self._step_on(batches.make(examples, texts, [draw.view for draw in draws]).to(self.device))
+
+    def _step_on(self, batch: Batch) -> float:
         # Activations are measured only in warm-up steps, because measuring them takes time.
         measuring = self.clock.warming_up
+        model = self.stages.built.model
         with measure.saved_for_backward(model) if measuring else nullcontext([0]) as saved, self.clock:
             loss = self.stages.engine.train_step(batch)
         self.clock.count(batch.size, batch.positions)
@@ -313,7 +330,7 @@ class Trial:
         self.stages.start(self.state.step)
         self.stages.engine.load(state.parent, tag)
         shutil.copy2(state.parent / tag / BEST, self.folder / BEST)
-        logger.info("resumed after epoch %d", len(history))
+        logger.info("resumed after epoch %d, step %d", len(history), self.state.step)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -340,21 +357,21 @@ class Trial:
         self.report(Progress(fraction, phase, epoch or len(history), train_loss, latest))
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:500]
-
-
 @contextmanager
 def _log_to(path: Path) -> Iterator[None]:
-    """Write the process's log to the trial's file during the trial."""
+    """Write the process's log, with Python's warnings, to the trial's file during the trial."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(name)s %(levelname)s %(message)s"))
-    root = logging.getLogger()
+    root, level = logging.getLogger(), _OWN_LOG.level
     root.addHandler(handler)
+    _OWN_LOG.setLevel(logging.INFO)
     try:
-        yield
+        with warnings.catch_warnings():  # a process that runs several trials shows a warning in each
+            logging.captureWarnings(True)
+            yield
     finally:
+        logging.captureWarnings(False)
+        _OWN_LOG.setLevel(level)
         root.removeHandler(handler)
         handler.close()

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from harness.cli.terminal import leaderboard_table, plan_table
 from harness.core.record import Parameters, PlannedTrial, TrialRecord, read_run
-from harness.sweep.live import SHOWN_TRIALS, LiveTable, trial_name
+from harness.sweep.live import QUIET_S, SHOWN_TRIALS, LiveTable, trial_name, trial_names
 from results.leaderboard.table import build_leaderboard
 from tests.support.runs import fake_plan, fake_record, write_run
 
@@ -113,15 +113,50 @@ def test_the_live_table_stays_within_its_rows(at_once: int) -> None:
 
 
 def test_without_a_terminal_there_is_a_line_per_ended_trial() -> None:
-    live = table(2, terminal=False)
+    live = table(2, already=3, terminal=False)
     with live:
+        live.opened(Path("runs/x"), 1)
         running(live, 0, 1.0)
         live.ended(record(planned(0), metrics={"test": {"perplexity": 4.25}}, wall_time_s=65.0))
         live.started("t1")
         live.ended(record(planned(1), status="failed", reason="ValueError: no", metrics={}))
     assert output(live.console).splitlines() == [
-        "[1/2] LoRA r=0 specific seed 0: test perplexity 4.250 in 1 min 05 s",
-        "[2/2] LoRA r=1 specific seed 0: failed: ValueError: no",
+        "2 trials to run, 3 finished before; 1 at a time; run folder: runs/x",
+        "[1/2] t0 LoRA r=0 specific seed 0: test perplexity 4.250 in 1 min 05 s; about 0.0 s left",
+        "[2/2] t1 LoRA r=1 specific seed 0: failed: ValueError: no",
+    ]
+
+
+def test_without_a_terminal_progress_is_printed_only_while_nothing_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("harness.sweep.live.time.monotonic", lambda: now[0])
+    live = table(4, terminal=False)
+    with live:
+        live.opened(Path("runs/x"), 2)
+        running(live, 0, 0.2)
+        now[0] += QUIET_S - 1
+        running(live, 1, 0.5)
+        live.ended(record(planned(1), metrics={"test": {"perplexity": 4.25}}, wall_time_s=3.0))
+        now[0] += 2
+        running(live, 0, 0.6)
+        now[0] += QUIET_S
+        running(live, 0, 0.8)
+        running(live, 2, 0.2)
+    lines = output(live.console).splitlines()
+    assert lines[0] == "4 trials to run; 2 at a time; run folder: runs/x"
+    assert lines[1].startswith("[1/4] t1 LoRA r=1 specific seed 0: test perplexity 4.250 in 3.0 s; about ")
+    # 1.8 of 4 trials took 121 seconds.
+    assert lines[2:] == ["[1/4] about 2 min 28 s left; running: LoRA r=0 specific seed 0: train 80%"]
+
+
+def test_the_learning_rate_is_named_where_trials_differ_only_in_it() -> None:
+    same: dict[str, Any] = {"label": "LoRA"}
+    trials = [planned(n, **same, learning_rate=rate) for n, rate in enumerate((0.006, 0.012))]
+    trials.append(planned(2, label="none", learning_rate=0.01))
+    assert list(trial_names(trials).values()) == [
+        "LoRA specific learning rate 0.006 seed 0",
+        "LoRA specific learning rate 0.012 seed 0",
+        "none specific seed 0",
     ]
 
 

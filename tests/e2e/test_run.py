@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -169,6 +170,28 @@ def test_a_trial_whose_process_is_killed_is_started_again(tmp_path: Path) -> Non
         worker.kill()
     assert driver.wait(timeout=280) == 0
     assert {record.status for record in records(tmp_path).values()} == {"finished"}
+
+
+@pytest.mark.slow
+def test_the_slot_of_a_killed_worker_is_filled_again(tmp_path: Path) -> None:
+    """With trials shorter than the start of a worker: the other worker must not take over each that starts."""
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("needs two trials at once")
+    write_experiment(tmp_path, resources="max_concurrent_trials: 2", adapters=TWO)
+    with (tmp_path / "small.yaml").open("a", encoding="utf-8") as file:
+        file.write("seeds: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]\n")
+    driver = subprocess.Popen([*HARNESS, "run", "small.yaml"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    _wait_for_a_record(tmp_path / "runs/small/trials", driver)
+    time.sleep(1)  # the workers have begun their next trial
+    first = {worker.pid for worker in _workers(driver.pid)}
+    next(iter(_workers(driver.pid))).kill()
+    assert driver.wait(timeout=500) == 0
+    found = read_run(tmp_path / "runs/small").records.values()
+    assert [record.status for record in found] == ["finished"] * 20
+    used = [set(re.findall(r"^\S+ \S+ (\d+) ", path.read_text(encoding="utf-8"), re.MULTILINE))
+            for path in (tmp_path / "runs/small/trials").glob("*/log.txt")]  # fmt: skip
+    later = [pids - {str(pid) for pid in first} for pids in used]
+    assert sum(map(bool, later)) >= 3, "a new worker ran several of the remaining trials"
 
 
 def _wait_for_a_record(trials: Path, driver: subprocess.Popen[bytes]) -> list[Path]:

@@ -1,12 +1,15 @@
-"""Resources that a trial reserves on a Ray cluster. The sweep itself is tested end to end in tests/e2e."""
+"""Resources of a trial on a Ray cluster, and the choice of the next trial; tests/e2e runs whole sweeps."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from harness.core.errors import UserError
 from harness.experiment.sections import Resources
-from harness.sweep.tune import per_trial
+from harness.sweep.tune import _KeepStartingWorkers, at_once, per_trial
 
 
 def test_auto_uses_a_gpu_if_there_is_one() -> None:
@@ -23,3 +26,60 @@ def test_more_resources_than_available_are_an_error() -> None:
         per_trial(Resources(gpus_per_trial=1.0), {"CPU": 2.0})
     with pytest.raises(UserError, match=r"resources\.cpus_per_trial: found 4, .* cluster has 2"):
         per_trial(Resources(cpus_per_trial=4), {"CPU": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("resources", "available", "expected"),
+    [
+        (Resources(), {"CPU": 2.0}, 2),
+        (Resources(cpus_per_trial=2), {"CPU": 5.0}, 2),
+        (Resources(gpus_per_trial=0.1), {"CPU": 64.0, "GPU": 1.0}, 10),
+        (Resources(max_concurrent_trials=3), {"CPU": 64.0}, 3),
+        (Resources(), {"CPU": 64.0}, 20),
+    ],
+)
+def test_how_many_trials_run_at_once(resources: Resources, available: dict[str, float], expected: int) -> None:
+    wanted: Any = SimpleNamespace(trials=range(20), resources=resources)
+    assert at_once(wanted, per_trial(resources, available), available) == expected
+
+
+def controller(*trials: Any, starting: tuple[str, ...] = (), resetting: tuple[str, ...] = ()) -> Any:
+    """What Tune's controller knows: a worker is requested for each trial, and those of ``starting`` are starting."""
+    workers = {trial: f"worker of {trial.trial_id}" for trial in trials}
+    return SimpleNamespace(
+        get_trials=lambda: list(trials),
+        _trial_to_actor=workers,
+        _resetting_trials={trial for trial in trials if trial.trial_id in resetting},
+        _actor_manager=SimpleNamespace(
+            is_actor_started=lambda worker: worker in {f"worker of {trial_id}" for trial_id in starting}
+        ),
+    )
+
+
+class Waiting(SimpleNamespace):
+    __hash__ = object.__hash__
+
+
+def waiting(*names: str) -> list[Waiting]:
+    return [Waiting(trial_id=name, status="PENDING") for name in names]
+
+
+def test_a_free_worker_takes_a_trial_for_which_no_worker_is_starting() -> None:
+    first, second, third = waiting("a", "b", "c")
+    choose = _KeepStartingWorkers().choose_trial_to_run
+    assert choose(controller(first, second, third)) is first
+    assert choose(controller(first, second, third, starting=("a",))) is second
+    assert choose(controller(first, second, third, starting=("a",), resetting=("b",))) is third
+    assert choose(controller(first, starting=("a",))) is first, "no other trial: a free worker is faster"
+    assert choose(controller(first, resetting=("a",))) is None
+    first.status = "RUNNING"
+    assert choose(controller(first, second)) is second
+
+
+def test_the_installed_tune_has_what_the_choice_reads() -> None:
+    from ray.air.execution._internal.actor_manager import RayActorManager
+    from ray.tune.execution.tune_controller import TuneController
+
+    used = set(TuneController.__init__.__code__.co_names)
+    assert {"_trial_to_actor", "_resetting_trials", "_actor_manager"} <= used
+    assert callable(RayActorManager.is_actor_started)

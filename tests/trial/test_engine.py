@@ -53,9 +53,14 @@ def _partitioned(monkeypatch: pytest.MonkeyPatch) -> None:
     partition_everything(monkeypatch)
 
 
-def model_of(kind: str) -> ContextModel:
+def model_of(kind: str, tied: bool = False) -> ContextModel:
     """The same weights at every call."""
-    language_model = tiny_llama().requires_grad_(kind == "full")
+    language_model = tiny_llama()
+    if tied:
+        language_model.config.tie_word_embeddings = True
+        language_model.tie_weights()
+        assert language_model.lm_head.weight is language_model.model.embed_tokens.weight
+    language_model.requires_grad_(kind == "full")
     contexts = ("image", "text")
     router = Router(resolve_grouping("specific", contexts)[0] if kind == "lora" else dict.fromkeys(contexts))
     adapters = Adapters(language_model, dict.fromkeys(router.groups, LoRA(LoRAConfig(rank=3))), router, seed=0)
@@ -258,6 +263,34 @@ def test_a_checkpoint_contains_only_the_trainable_parameters(tmp_path: Path) -> 
     saved = torch.load(tmp_path / "one" / "mp_rank_00_model_states.pt", weights_only=False)["module"]
     assert set(saved) == {name for name, p in engine.model.named_parameters() if p.requires_grad}
     engine.close()
+
+
+@each_kind
+@pytest.mark.parametrize("stage", [0, 3])
+def test_tied_embeddings_are_saved_only_if_trained_and_once(kind: str, stage: int, tmp_path: Path) -> None:
+    def tied() -> Engine:
+        return Engine(model_of(kind, tied=True), OPTIONS, STEPS, stage)
+
+    first = tied()
+    names = {name for name, p in first.model.named_parameters() if p.requires_grad}
+    assert not any("lm_head" in name for name in names)
+    assert any("embed_tokens" in name for name in names) is (kind == "full")
+    first.train_step(batches()[0])
+    first.save(tmp_path, "one")
+    first.save_weights(tmp_path / "weights.safetensors")
+    expected = [first.train_step(batch) for batch in batches()[1:]]
+    first.close()
+    assert set(safetensors.torch.load_file(tmp_path / "weights.safetensors")) == names
+    (state,) = (tmp_path / "one").glob("*model_states.pt")
+    assert set(torch.load(state, weights_only=False)["module"]) == names
+    resumed = tied()
+    resumed.load(tmp_path, "one")
+    assert [resumed.train_step(batch) for batch in batches()[1:]] == expected
+    resumed.load_weights(tmp_path / "weights.safetensors")
+    with resumed._gathered(resumed._kept):
+        model = resumed.model.language_model
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    resumed.close()
 
 
 @each_stage

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +15,14 @@ import torch
 
 from harness.core.record import PlannedTrial, TrialRecord, read_record, record_path
 from harness.model import build, components
+from harness.model.batches import BatchMaker
 from harness.tracking import grid
 from harness.trial import trial
 from harness.trial.engine import Engine
 from harness.trial.trial import Progress
-from tests.support.trials import FULL, LORA, Recorder, examples_of, finished_trial, run, spec_of
+from tasks.modalities.encoders.tiny_vision import TinyVision
+from tasks.scenes import Scenes
+from tests.support.trials import FULL, LORA, Recorder, examples_of, finished_trial, run, scored_by, spec_of
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +118,111 @@ def test_a_failed_trial_records_the_reason(
     failing(monkeypatch, error)
     tracker = Recorder()
     record = run(spec_of(tmp_path), tmp_path, tracker=tracker)
-    assert (record.status, record.reason) == (status, reason)
+    assert record.status == status
+    message, _, where = (record.reason or "").partition(" (")
+    assert message == reason
+    assert len(re.findall(r"\d{8}", where.partition("examples ")[2].partition(";")[0])) == 8, "the batch's examples"
+    assert where.endswith(f"log: {tmp_path}/trials/{record.trial_id}/log.txt)")
     assert record.metrics == {}
     assert read_record(record_path(tmp_path, record.trial_id)) == record == tracker.finished[0]
     log = (tmp_path / "trials" / record.trial_id / "log.txt").read_text(encoding="utf-8")
     assert "Traceback (most recent call last)" in log
     assert "train_step" in log
+
+
+PLUGINS = """
+from tasks.base import Metric, Scores
+
+
+class Broken(Metric):
+    labels = {"broken": "Broken"}
+
+    def score(self, predictions, references):
+        return Scores({"broken": self.of(predictions)}, {})
+
+    def of(self, predictions):
+        raise KeyError("no such word")
+"""
+
+
+def test_an_error_in_a_plugin_names_it_with_file_line_and_log(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(PLUGINS, encoding="utf-8")
+    spec = scored_by(spec_of(tmp_path, budget={"examples": 32, "epochs": 1}), f"{path}:Broken")
+    reason = run(spec, tmp_path).reason or ""
+    assert reason.startswith("KeyError: 'no such word' (metric stand_in; plugin stand_in (tests), ")
+    assert f"{path}:12 in of; log: {tmp_path}/trials/{spec.trial_id}/log.txt)" in reason
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda x: [item[0] for item in x],
+            r"ValueError: .* features of shape \(\d+,\) for item 0; allowed: \(N, \d+\)",
+        ),
+        (lambda x: [item * torch.nan for item in x], r"ValueError: .* features of item 0 that are not finite"),
+        (lambda x: x[1:], r"ValueError: the encoder returned \d+ items for \d+ files"),
+        (lambda x: [item.numpy() for item in x], r"ValueError: the encoder returned ndarray for item 0"),
+        (lambda x: x.nothing, r"AttributeError: .* has no attribute 'nothing'"),
+    ],
+    ids=["shape", "not finite", "too few", "no tensor", "error"],
+)
+def test_an_encoder_that_is_wrong_is_named_with_the_examples(
+    spoil: Callable[[Any], Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = TinyVision.encode
+    monkeypatch.setattr(TinyVision, "encode", lambda self, items: spoil(encode(self, items)))
+    record = run(spec_of(tmp_path), tmp_path)
+    assert record.status == "failed"
+    assert re.search(message + r".*\(encoder of modality image; .*examples \d+, .* more; log: ", record.reason or "")
+
+
+def test_a_token_id_that_the_model_does_not_have_names_the_examples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BatchMaker, "_encode", lambda *_: [5, 10**6])
+    reason = run(spec_of(tmp_path), tmp_path).reason or ""
+    assert re.match(r"ValueError: the tokenizer returned token id 1000000; allowed: 0 to \d+, .*examples \d+, ", reason)
+
+
+def test_a_split_that_changes_between_two_reads_stops_the_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples, reads = Scenes.examples, []
+
+    def shuffled(task: Scenes, split: Any) -> Any:
+        reads.append(split)
+        found = list(examples(task, split))
+        return found[::-1] if split == "test" and reads.count("test") > 1 else found
+
+    monkeypatch.setattr(Scenes, "examples", shuffled)
+    reason = run(spec_of(tmp_path), tmp_path).reason or ""
+    assert re.match(
+        r"UserError: task scenes: test changes between two reads: at position 0 there was example '", reason
+    )
+
+
+def test_the_log_has_epochs_resumes_and_warnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "REPORT_INTERVAL_S", 0.0)
+    train_step = Engine.train_step
+
+    def warned(engine: Engine, batch: Any) -> float:
+        warnings.warn("a plugin warns", UserWarning, stacklevel=1)
+        return train_step(engine, batch)
+
+    monkeypatch.setattr(Engine, "train_step", warned)
+    spec = spec_of(tmp_path, budget={"examples": 32, "epochs": 2, "max_target_length": 3})
+    with pytest.raises(Killed, match="killed in epoch"):
+        run(spec, tmp_path, killed_in_epoch(2), checkpoint_interval_s=0.0)
+    record = run(spec, tmp_path, checkpoint_interval_s=0.0)
+    log = (tmp_path / "trials" / spec.trial_id / "log.txt").read_text(encoding="utf-8")
+    losses = [f"epoch {e.epoch} of 2, step {e.step}: train loss {e.train_loss:.6g}" for e in record.history]
+    assert [line for line in losses if line in log] == losses
+    assert log.index(losses[0]) < log.index("resumed after epoch 1, step 4") < log.index(losses[1])
+    assert "UserWarning: a plugin warns" in log.partition("resumed after")[2]
+    assert record.warnings
+    assert f"WARNING {record.warnings[0]}" in log
 
 
 def test_an_image_that_cannot_be_decoded_fails_the_trial_with_its_path(
