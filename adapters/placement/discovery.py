@@ -9,16 +9,19 @@ silently.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from adapters.placement.families import ATTENTION, FEED_FORWARD, Fused
+from adapters.placement.fused import layout_of
 from adapters.placement.layers import features_of, is_linear
+from adapters.placement.shapes import Heads, hidden_size, wrong_attention, wrong_feed_forward
 
 _FEED_FORWARD = FEED_FORWARD | {"mlp"}
+_ALL = ATTENTION | _FEED_FORWARD | {"norm"}
 # ── Names, exact and relative to a block; "" is the block itself, * a number
 _ATTENTION_MODULES = (
     *("self_attn", "self_attn.*", "attn", "attn.attention", "attention", "attention.self", "self_attention"),
@@ -87,6 +90,15 @@ NOT_CALLED = {(name, "dt_proj"): _NOT_CALLED for name in ("MambaMixer", "FalconM
     ("MultiheadAttention", "out_proj"): _NOT_CALLED
 }
 
+# Types whose layers have known names, but do not see one sequence of rows and positions.
+_OTHER_AXES = {
+    "blt": "its stacks act on bytes and on patches of them",
+    "cpmant": "it adds positions of its own before the caller's",
+    "prophetnet": "its decoder acts on several streams of positions",
+    "reformer": "its attention hashes and sorts positions",
+    "xlnet": "its layers see positions before rows",
+}
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -122,11 +134,15 @@ def with_stars(path: str) -> str:
 def discover(language_model: nn.Module) -> Discovery:
     """Roles of the layers in the blocks of a causal LM's text decoder; empty if no stack of blocks has known names."""
     found, config = Discovery(), _text_config(language_model)
+    reason = _OTHER_AXES.get(str(getattr(config, "model_type", None)))
+    if reason is not None:
+        found.refuse(type(language_model).__name__, _ALL, reason)
+        return found
     stacks = _stacks(language_model)
     widths = {path: _width(stack) for path, stack in stacks.items()}
     if len(set(widths.values())) > 1:
         listed = ", ".join(f"{path} ({width} wide)" for path, width in widths.items())
-        found.refuse(listed, ATTENTION | _FEED_FORWARD | {"norm"}, "several stacks of blocks of different widths")
+        found.refuse(listed, _ALL, "several stacks of blocks of different widths")
         return found
     for path, stack in stacks.items():
         for index, block in enumerate(stack):
@@ -283,7 +299,7 @@ class _Block:
             if _is_layer(_get(module, name)):
                 self.found.refuse(self._full(prefix, name), frozenset(refused), reason)
         shapes = {role: features_of(self.block.get_submodule(path)) for role, path in paths.items()}
-        wrong = _wrong_attention(shapes, _Heads.of(module, self.config), _hidden(self.config))
+        wrong = wrong_attention(shapes, Heads.of(module, self.config), hidden_size(self.config))
         for role, path in paths.items():
             if wrong is not None and role in wrong[0]:
                 self.found.refuse(self._full(path), ATTENTION & set(role), wrong[1])
@@ -296,10 +312,10 @@ class _Block:
         module = self.block.get_submodule(prefix)
         shapes = {role: features_of(module.get_submodule(name)) for name, role in layers.items()}
         paths = {role: _join(prefix, name) for name, role in layers.items()}
-        fused = "gate_up" in shapes or (_layout(module) is not None and "gate" not in shapes)
+        fused = "gate_up" in shapes or (layout_of(module) is not None and "gate" not in shapes)
         if fused and "up" in shapes:
             shapes["gate_up"], paths["gate_up"] = shapes.pop("up"), paths.pop("up")
-        reason = _wrong_feed_forward(shapes, _hidden(self.config))
+        reason = wrong_feed_forward(shapes, hidden_size(self.config))
         if reason is not None:
             for role, path in paths.items():
                 self.found.refuse(self._full(path), FEED_FORWARD & set(role.split("_")), reason)
@@ -314,7 +330,7 @@ class _Block:
             self._add(prefix, "mlp")
 
     def _fused(self, path: str, module: nn.Module, roles: frozenset[str]) -> None:
-        layout = _layout(module)
+        layout = layout_of(module)
         outputs = features_of(self.block.get_submodule(path))[1]
         if layout is None:
             reason = f"it is fused, and in which order {type(module).__name__} splits its outputs is not known"
@@ -335,7 +351,7 @@ class _Block:
                 self.found.refuse(
                     self._full(prefix),
                     ATTENTION,
-                    f"{type(module).__name__} has no queries of its own: {', '.join(linear)}",
+                    f"{type(module).__name__} has no queries of a known name: {', '.join(linear)}",
                 )
 
     def _refuse_experts(self) -> None:
@@ -354,150 +370,7 @@ def _is_norm(module: nn.Module, config: Any) -> bool:
     sizes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
     if not sizes:
         return hasattr(module, "normalized_shape")
-    hidden = _hidden(config)
+    hidden = hidden_size(config)
     return set(sizes) <= {"weight", "bias"} and all(
         len(size) == 1 and (hidden is None or size[0] == hidden) for size in sizes.values()
     )
-
-
-# ── Shapes
-
-
-def _number(thing: Any, *names: str) -> int | None:
-    for name in names:
-        try:
-            value = getattr(thing, name, None)
-        except Exception:  # noqa: S112 - a config may have a value per layer, and refuses to name one for all
-            continue
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    return None
-
-
-def _hidden(config: Any) -> int | None:
-    return _number(config, "hidden_size", "d_model", "n_embd")
-
-
-@dataclass(frozen=True)
-class _Heads:
-    """Numbers of heads of one attention module: its own where it keeps them, else the config's."""
-
-    queries: int | None
-    keys: int | None
-
-    @classmethod
-    def of(cls, module: nn.Module, config: Any) -> _Heads:
-        own = _number(module, "num_heads", "num_attention_heads", "n_heads", "n_head")
-        queries = own or _number(config, "num_attention_heads", "n_head", "n_heads")
-        own_keys = _number(module, "num_key_value_heads", "num_kv_heads")
-        groups = _number(module, "num_key_value_groups")
-        if own_keys is None and groups is not None and queries is not None:
-            own_keys = queries // groups
-        keys = own_keys or _number(config, "num_key_value_heads", "num_kv_heads") or queries
-        return cls(queries, keys)
-
-
-Shapes = Mapping[str, tuple[int, int]]
-
-
-def _wrong_attention(shapes: Shapes, heads: _Heads, hidden: int | None) -> tuple[frozenset[str], str] | None:
-    """The roles whose layers do not have the shapes of one attention, and what is wrong; None: they fit."""
-    if hidden is not None and "o" in shapes and shapes["o"][1] != hidden:
-        return frozenset(shapes), f"attention's output has {shapes['o'][1]} features, the model {hidden}"
-    inputs = {role: shapes[role][0] for role in "kv" if role in shapes}
-    # Queries alone may come from a compressed form.
-    if "q" in shapes and inputs and set(inputs.values()) not in ({shapes["q"][0]}, {hidden}):
-        return frozenset("qkv"), f"queries read {shapes['q'][0]} features, keys and values {sorted(inputs.values())}"
-    if "k" not in shapes or "v" not in shapes or heads.queries is None or heads.keys is None:
-        return None
-    for role, number in (("q", heads.queries), ("k", heads.keys), ("v", heads.keys)):
-        if role in shapes and shapes[role][1] % number:
-            return frozenset(role), f"its {shapes[role][1]} outputs are not those of {number} heads"
-    return None
-
-
-def _wrong_feed_forward(shapes: Shapes, hidden: int | None) -> str | None:
-    """What is wrong with the shapes of one feed-forward block; None: they fit."""
-    inner = shapes["down"][0]
-    for role in ("gate", "up", "gate_up"):
-        if role in shapes and shapes[role][1] != inner * (2 if role == "gate_up" else 1):
-            return f"{role} has {shapes[role][1]} outputs, but down has {inner} inputs"
-        if role in shapes and hidden is not None and shapes[role][0] != hidden:
-            return f"{role} has {shapes[role][0]} inputs, but the model has {hidden} features"
-    if hidden is not None and shapes["down"][1] != hidden:
-        return f"down has {shapes['down'][1]} outputs, but the model has {hidden} features"
-    return None
-
-
-# ── Fused layers: the order of the outputs, as each attention splits them
-
-Layout = tuple[Fused, int]  # one period's roles and sizes, and the number of periods
-
-
-def _per_head(module: Any, config: Any, outputs: int) -> Layout:
-    heads = _Heads.of(module, config).queries or 1
-    return Fused(("q", "k", "v"), sizes=(outputs // (3 * heads),) * 3), heads
-
-
-def _thirds(_module: Any, _config: Any, outputs: int) -> Layout:
-    return Fused(("q", "k", "v"), sizes=(outputs // 3,) * 3), 1
-
-
-def _concatenated(module: Any, config: Any, outputs: int) -> Layout:
-    heads = _Heads.of(module, config)
-    queries, keys = heads.queries or 1, heads.keys or 1
-    size = outputs // (queries + 2 * keys)
-    return Fused(("q", "k", "v"), sizes=(queries * size, keys * size, keys * size)), 1
-
-
-def _falcon(module: Any, config: Any, outputs: int) -> Layout:
-    """Each key head with its queries; or one key head after all queries; or head by head."""
-    if config.new_decoder_architecture:
-        queries = config.num_attention_heads // config.num_kv_heads
-        size = outputs // (config.num_kv_heads * (queries + 2))
-        return Fused(("q", "k", "v"), sizes=(queries * size, size, size)), config.num_kv_heads
-    if config.multi_query:
-        size = outputs // (config.num_attention_heads + 2)
-        return Fused(("q", "k", "v"), sizes=(config.num_attention_heads * size, size, size)), 1
-    return _per_head(module, config, outputs)
-
-
-def _gpt_bigcode(module: Any, config: Any, outputs: int) -> Layout:
-    return _concatenated(module, config, outputs) if config.multi_query else _per_head(module, config, outputs)
-
-
-def _codegen(_module: Any, _config: Any, outputs: int) -> Layout:
-    """Four parts, one per device that CodeGen was trained on, each with queries, values and keys."""
-    return Fused(("q", "v", "k"), sizes=(outputs // 12,) * 3), 4
-
-
-def _halves(_module: Any, _config: Any, outputs: int) -> Layout:
-    return Fused(("gate", "up"), sizes=(outputs // 2,) * 2), 1
-
-
-def _layout(module: nn.Module) -> Callable[[Any, Any, int], Layout] | None:
-    for kind in type(module).__mro__:
-        if kind.__module__.startswith("transformers.models."):
-            for name in (kind.__name__, f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"):
-                if name in FUSED:
-                    return FUSED[name]
-    return None
-
-
-# The class of transformers that splits the outputs → how. Any other class is refused: no shape tells the order.
-FUSED: dict[str, Callable[[Any, Any, int], Layout]] = {
-    **dict.fromkeys(
-        ("BloomAttention", "PersimmonAttention", "GPTNeoXAttention", "GPTNeoXJapaneseAttention"), _per_head
-    ),
-    "MiniMaxLightningAttention": _per_head,
-    **dict.fromkeys(("MptAttention", "GPT2Attention", "modeling_openai.Attention"), _thirds),
-    **dict.fromkeys(("DbrxAttention", "Phi3Attention", "Phi4MultimodalAttention"), _concatenated),
-    "FalconAttention": _falcon,
-    "GPTBigCodeAttention": _gpt_bigcode,
-    "CodeGenAttention": _codegen,
-    **dict.fromkeys(("Phi3MLP", "Phi4MultimodalMLP", "GlmMLP", "Glm4MLP", "Zamba2MLP"), _halves),
-    **dict.fromkeys(
-        ("MoshiGatingMLP", "ModernBertDecoderMLP", "GraniteMoeHybridMLP", "GraniteMoeSharedMLP", "GraniteMoeSWAMLP"),
-        _halves,
-    ),
-}

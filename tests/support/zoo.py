@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from adapters.placement.discovery import Discovery, discover
+from adapters.placement.families import FAMILIES
+
+FAMILIES_PAGE = Path(__file__).parent.parent.parent / "docs" / "families.md"
 # Set in any config that has them.
 SMALL: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "n_embed", "emb_dim", "dim", "embedding_size"), 32),
@@ -32,9 +40,11 @@ SMALL: dict[str, Any] = {
     **{"mamba_d_ssm": 64, "n_groups": 1, "chunk_size": 4, "mamba_dt_rank": 4, "time_step_rank": 4},
     **{"first_k_dense_replace": 1},
 }
-_PATTERN = ["full_attention", "linear_attention"] * 2
 # What some need besides, or instead.
 MORE: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
              "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2}},
     "dots1": {"moe_layer_freq": 1, "n_shared_experts": 1, "num_experts_per_tok": 2},
@@ -61,10 +71,10 @@ def causal_lms() -> list[str]:
     return sorted(types.values())
 
 
-def small(model_type: str, device: str = "cpu") -> Any:
+def small(model_type: str, device: str = "cpu", **more: Any) -> Any:
     """A small random model, in eval mode."""
     torch.manual_seed(0)
-    options = {**_options(type(AutoConfig.for_model(model_type))), **MORE.get(model_type, {})}
+    options = {**_options(type(AutoConfig.for_model(model_type))), **MORE.get(model_type, {}), **more}
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options))
     return model.eval().requires_grad_(False)
@@ -81,3 +91,80 @@ def _options(kind: Any) -> dict[str, Any]:
         options["num_key_value_heads"] = options["num_attention_heads"]
     parts = {name: getattr(default, name, None) for name in kind.sub_configs}
     return options | {name: _options(type(part)) for name, part in parts.items() if part is not None}
+
+
+def axes_of_calls(model: Any, paths: Collection[str], ids_BT: Tensor) -> dict[str, list[tuple[int, ...]]]:
+    """Per layer that ran: of every call, all axes of its input but the last; those of its output are the same."""
+    calls: dict[str, list[tuple[int, ...]]] = {}
+
+    def hook(path: str) -> Any:
+        def after(_module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+            assert not kwargs
+            assert y.shape[:-1] == args[0].shape[:-1], path
+            calls.setdefault(path, []).append(tuple(args[0].shape[:-1]))
+
+        return after
+
+    for path in paths:
+        model.get_submodule(path).register_forward_hook(hook(path), with_kwargs=True)
+    with torch.no_grad():
+        model(input_ids=ids_BT, use_cache=False)
+    return calls
+
+
+# ── The page in the docs
+
+_HEAD = """# Language model families
+
+Which layers of each causal LM class of transformers {version} have roles without `roles`. Written by
+`python -m tests.support.zoo` and compared by a slow test, from a model of every class. Roles are found by exact
+names and verified by shape ([Which layers](adapters.md#which-layers)); a type in bold has a table of its own. `qkv` and
+`gate_up` are fused layers. An empty cell: the model has no such layer, or it cannot be adapted for the reason given. If
+other layers of the same role can be, `where: AF` adapts these with a warning, and naming the role is an error.
+
+| model type | attention | feed-forward | norms | not adapted |
+|---|---|---|---|---|
+"""
+
+
+def page() -> str:
+    """``docs/families.md``."""
+    import transformers
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rows = [_row(model_type) for model_type in causal_lms()]
+    return _HEAD.format(version=transformers.__version__) + "\n".join(rows) + "\n"
+
+
+def _row(model_type: str) -> str:
+    name = f"**{model_type}**" if model_type in FAMILIES else model_type
+    model = _on_meta(model_type)
+    if model is None:
+        return f"| {name} | | | | not known: transformers builds no model from its default config |"
+    found = Discovery(dict(FAMILIES[model_type])) if model_type in FAMILIES else discover(model)
+    has = {role if isinstance(role, str) else role.name: None for role in found.table.values()}
+    cells = [
+        " ".join(role for role in order if role in has)
+        for order in (("q", "k", "v", "qkv", "qvk", "o"), ("gate", "up", "gate_up", "down"))
+    ]
+    refused = {f"`{r.path.partition('*.')[2] or r.path}`: {r.reason}": None for r in found.refusals}
+    if not found.table and not refused:
+        refused = {"no layers of known names: `roles` are needed": None}
+    return f"| {name} | {cells[0]} | {cells[1]} | {'yes' if 'norm' in has else ''} | {'; '.join(refused)} |"
+
+
+def _on_meta(model_type: str) -> Any:
+    for options in (None, {}):
+        try:
+            if options is None:
+                return small(model_type, "meta")
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type))
+        except Exception:
+            continue
+    return None
+
+
+if __name__ == "__main__":
+    FAMILIES_PAGE.write_text(page(), encoding="utf-8")
