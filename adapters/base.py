@@ -34,10 +34,14 @@ class Config(BaseModel):
 class Delta(nn.Module, ABC):
     """One group's change to one layer. At initialisation it is the identity.
 
-    ``acts_on`` is what it changes: the layer's output, or the layer's input before the layer reads it.
+    ``acts_on`` is what it changes: the layer's output, or the layer's input before the layer reads it. ``undecayed``
+    names the parameters for which zero is not the identity.
     """
 
     acts_on: Literal["input", "output"] = "output"
+    undecayed: tuple[
+        str, ...
+    ] = ()  # parameters that are not the identity at zero: weight decay must not pull them there
 
     @abstractmethod
     def forward(self, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:

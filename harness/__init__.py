@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from adapters.library.peft_import import import_peft
     from adapters.placement.roles import Target
     from harness.core.errors import UserError
+    from harness.core.weight_decay import parameter_groups
     from harness.experiment.load import Experiment
     from harness.sweep.run import Results, run_experiment
     from tasks.base import Config as TaskConfig
@@ -48,6 +49,7 @@ _PUBLIC = {
     "adapt": "adapters.library.adapted_model:adapt",
     "import_peft": "adapters.library.peft_import:import_peft",
     "load_adapter": "adapters.library.adapted_model:load_adapter",
+    "parameter_groups": "harness.core.weight_decay:parameter_groups",
     "run_experiment": "harness.sweep.run:run_experiment",
 }
 __all__ = [
@@ -71,6 +73,7 @@ __all__ = [
     "adapt",
     "import_peft",
     "load_adapter",
+    "parameter_groups",
     "run_experiment",
 ]
 

@@ -45,6 +45,8 @@ class DoRADelta(base.Delta):
         UserError: the rank is larger than the layer, or the layer's weight is not readable (it is quantised).
     """
 
+    undecayed = ("lora_magnitude_vector",)
+
     def __init__(self, target: Target, config: DoRAConfig, generator: torch.Generator) -> None:
         super().__init__()
         base.check_rank(config.rank, target)

@@ -26,6 +26,8 @@ class IA3Config(base.Config):
 class Scale(base.Delta):
     """One vector (O,) that scales keys or values, or (I,) that scales the input of the down projection."""
 
+    undecayed = ("ia3_l",)
+
     def __init__(self, features: int, acts_on: Literal["input", "output"]) -> None:
         super().__init__()
         self.ia3_l = nn.Parameter(torch.ones(features))

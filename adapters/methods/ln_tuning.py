@@ -26,6 +26,8 @@ class NormDelta(base.Delta):
         UserError: the norm has no weight, so its width is unknown.
     """
 
+    undecayed = ("scale",)
+
     def __init__(self, target: Target) -> None:
         super().__init__()
         if not target.out_features:

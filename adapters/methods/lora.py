@@ -84,6 +84,7 @@ class LoRADelta(base.Delta):
         self.dropout = config.dropout
         self.has_start = config.starts_from_weight
         if self.has_start:
+            self.undecayed = ("lora_A", "lora_B")  # their start is the identity
             start_A, start_B = _from_weight(target.weight().detach().float(), config)
             # Saved with the adapter: decomposing W again elsewhere could give other signs and rounding.
             self.register_buffer("start_A", start_A)

@@ -29,6 +29,7 @@ from transformers.masking_utils import sdpa_mask
 
 from adapters import base
 from adapters.placement.router import Layout, Router
+from harness.core.contexts import TEXT_CONTEXT
 from harness.core.errors import UserError, did_you_mean
 
 NAME = "harness_mmca"  # in transformers' attention registry; models that do not select it are unaffected
@@ -38,7 +39,7 @@ _UNKNOWN = ("softcap", "s_aux", "position_bias")  # attention features of some f
 class MMCAConfig(base.Config):
     """Options."""
 
-    # contexts that together form the text source; every other context is a source of its own. None: the last context
+    # contexts that together form the text source; every other context is a source of its own. None: the one named text
     text_contexts: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     non_text_attention: Literal["itself", "own_context"] = (
         "itself"  # own_context: also earlier tokens of the same context
@@ -50,7 +51,7 @@ class MultiModalAttention(base.ModelChange):
 
     def __init__(self, config: MMCAConfig, router: Router) -> None:
         super().__init__()
-        text = config.text_contexts or router.contexts[-1:]
+        text = config.text_contexts or _known_text(router.contexts)
         for context in text:
             if context not in router.contexts:
                 raise UserError(f"text_contexts: unknown context {context!r}; {did_you_mean(context, router.contexts)}")
@@ -108,6 +109,20 @@ class MultiModalAttention(base.ModelChange):
             # If a query sees no key of the source, softmax is uniform over masked keys; the product sets it to zero.
             weights_BHTK = weights_BHTK + scores_BHTK.masked_fill(~mask_BHTK, lowest).softmax(dim=-1) * mask_BHTK
         return weights_BHTK
+
+
+def _known_text(contexts: tuple[str, ...]) -> tuple[str, ...]:
+    """The context named text, or the only one.
+
+    Raises:
+        UserError: there are several, none of this name.
+    """
+    if TEXT_CONTEXT in contexts or len(contexts) == 1:
+        return (TEXT_CONTEXT,) if TEXT_CONTEXT in contexts else contexts
+    raise UserError(
+        f"text_contexts: found none, and no context is named {TEXT_CONTEXT!r}; allowed: a list of those that are text, "
+        f"of {', '.join(contexts)}"
+    )
 
 
 _ATTENTION_OF: WeakKeyDictionary[nn.Module, MultiModalAttention] = (
@@ -181,6 +196,6 @@ class MMCA(base.AdapterMethod):
         """The replaced attention.
 
         Raises:
-            UserError: ``text_contexts`` names an unknown context.
+            UserError: ``text_contexts`` names an unknown context, or must be given.
         """
         return MultiModalAttention(self.config, router)

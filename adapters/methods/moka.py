@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from adapters import base
 from adapters.placement.roles import Target
 from adapters.placement.router import Layout, Router
+from harness.core.contexts import TEXT_CONTEXT
 from harness.core.errors import UserError, did_you_mean
 
 Groups = Annotated[tuple[str, ...], Field(min_length=1)]
@@ -46,7 +47,7 @@ class MokAConfig(base.Config):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     where: base.Where = "AF"
     cross_modal_scale: Annotated[float, Field(ge=0)] = 1.0  # λ
-    text_groups: Groups | None = None  # groups without queries; None: the last group
+    text_groups: Groups | None = None  # groups without queries; None: the group of the context named text
     instruction_groups: Groups | None = None  # keys for all positions; None: earlier text. Never the target's group
 
 
@@ -81,15 +82,17 @@ class CrossModal(nn.Module):
         super().__init__()
         self.config = config
         self.attention_mask: Tensor | None = None  # (B, K), of the current pass
+        self.known_text: tuple[str, ...] | None = None  # the group of the context named text, if there is one
         self._known: tuple[Layout, Tensor | None, Visible | None] | None = None
 
     def text_groups(self, groups: Sequence[str]) -> tuple[str, ...]:
         """The text groups among ``groups``.
 
         Raises:
-            UserError: an option names a group that is not in ``groups``, or an instruction group that is not text.
+            UserError: an option names a group that is not in ``groups``, or an instruction group that is not text; or
+                ``text_groups`` is missing and no context is known to be text.
         """
-        text = self.config.text_groups or tuple(groups[-1:])
+        text = self.config.text_groups or self._known_text(groups)
         for option, named, allowed in (
             ("text_groups", text, groups),
             ("instruction_groups", self.config.instruction_groups or (), text),
@@ -98,6 +101,16 @@ class CrossModal(nn.Module):
                 if group not in allowed:
                     raise UserError(f"{option}: found {group!r}; {did_you_mean(group, allowed)}")
         return text
+
+    def _known_text(self, groups: Sequence[str]) -> tuple[str, ...]:
+        if self.known_text is not None:
+            return tuple(group for group in groups if group in self.known_text)
+        if TEXT_CONTEXT in groups or len(groups) == 1:
+            return (TEXT_CONTEXT,) if TEXT_CONTEXT in groups else tuple(groups)
+        raise UserError(
+            f"text_groups: found none, and no context is named {TEXT_CONTEXT!r}; allowed: a list of those that are "
+            f"text, of {', '.join(groups)}"
+        )
 
     def visible(self, layout: Layout, groups: tuple[str, ...]) -> Visible | None:
         """Queries, keys and their mask in the current pass; None if no token attends to another.
@@ -147,7 +160,6 @@ class MokAChange(base.Change):
     def __init__(self, deltas: Mapping[str, base.Delta], out_features: int, cross_modal: CrossModal) -> None:
         super().__init__(deltas)
         config = cross_modal.config
-        cross_modal.text_groups(self.groups)  # check the names before the first pass
         self.cross_modal = cross_modal
         self.lora_B = nn.Parameter(torch.zeros(out_features, config.rank))
         self.scale = (config.alpha or config.rank) / config.rank
@@ -223,11 +235,7 @@ class MokA(base.AdapterMethod):
     def change(
         self, target: Target, deltas: Mapping[str, base.Delta], shared: nn.Module | None, generator: torch.Generator
     ) -> base.Change:
-        """Every group's A and the shared B.
-
-        Raises:
-            UserError: an option names a group that does not use this method.
-        """
+        """Every group's A and the shared B."""
         assert isinstance(shared, CrossModal)  # noqa: S101 - for the type checker
         return MokAChange(deltas, target.out_features, shared)
 
@@ -239,6 +247,13 @@ class MokA(base.AdapterMethod):
         shared: nn.Module | None,
         generator: torch.Generator,
     ) -> base.ModelChange:
-        """The hook that passes the padding mask to the layers."""
+        """The hook that passes the padding mask to the layers.
+
+        Raises:
+            UserError: an option names a group that does not use this method, or ``text_groups`` must be given.
+        """
         assert isinstance(shared, CrossModal)  # noqa: S101 - for the type checker
+        if TEXT_CONTEXT in router.grouping:
+            shared.known_text = tuple(group for group in (router.grouping[TEXT_CONTEXT],) if group is not None)
+        shared.text_groups(groups)  # before the first pass
         return PaddingMask(shared)

@@ -70,9 +70,14 @@ class SoftPrompts(base.ModelChange):
         """Register hooks on the decoder. Returns a function that removes them.
 
         Raises:
-            UserError: the decoder already has soft prompts.
+            UserError: the decoder already has soft prompts, or it does not take the positions and the mask they need.
         """
         decoder = language_model.get_decoder()
+        takes = inspect.signature(decoder.forward).parameters
+        lacks = [name for name in ("inputs_embeds", "attention_mask", "position_ids") if name not in takes]
+        if lacks or getattr(decoder.config, "alibi", False):
+            why = f"{type(decoder).__name__} takes no {', '.join(lacks)}" if lacks else "positions are biases (alibi)"
+            raise UserError(f"soft_prompt cannot be used with a {decoder.config.model_type} model: {why}")
         if any(
             isinstance(getattr(hook, "__self__", None), SoftPrompts) for hook in decoder._forward_pre_hooks.values()
         ):
@@ -139,6 +144,8 @@ class SoftPrompts(base.ModelChange):
 
     def _mask(self, layout: Layout, past: int, attention_mask: Tensor | None, device: torch.device) -> Tensor:
         """Attention mask, True where attended: (X, N + T, N + S) in the first pass, (X, T, N + S) later."""
+        if isinstance(attention_mask, Mapping):
+            raise UserError("soft_prompt: this model makes a mask for each kind of layer, which it cannot replace")
         if attention_mask is not None and attention_mask.dim() != 2:
             raise UserError(
                 f"soft_prompt: attention_mask: found {attention_mask.dim()} dimensions; allowed: 2, (rows, positions)"
@@ -182,7 +189,7 @@ def _for_attention(config: Any, mask_XKK: Tensor, dtype: torch.dtype) -> Tensor:
     implementation = str(config._attn_implementation)
     if implementation.startswith(("flash", "flex", "paged")):
         raise UserError(f"soft_prompt: attention {implementation!r} does not accept a mask; allowed: sdpa, eager")
-    window, keys = getattr(config, "sliding_window", None), mask_XKK.shape[-1]
+    window, keys = _window(config), mask_XKK.shape[-1]
     if window is not None and keys > window:
         raise UserError(f"soft_prompt: {keys} positions, prompts included, exceed sliding_window={window}")
     mask_X1KK = mask_XKK[:, None]
@@ -191,6 +198,14 @@ def _for_attention(config: Any, mask_XKK: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask_X1KK.shape, dtype=dtype, device=mask_XKK.device).masked_fill(
         ~mask_X1KK, torch.finfo(dtype).min
     )
+
+
+def _window(config: Any) -> int | None:
+    """The sliding window of some layer; 0 and None are off, as is a window that no layer uses."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and "sliding_attention" not in kinds:
+        return None
+    return getattr(config, "sliding_window", None) or None
 
 
 class SoftPrompt(base.AdapterMethod):

@@ -6,7 +6,7 @@ norms of the blocks and the final norm; not the per-head query and key norms).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,12 @@ class Fused:
     Args:
         roles: in the order of the layer's outputs.
         per_head: the outputs are grouped by head, each with its own q, k and v; otherwise by role.
+        sizes: outputs of each role in one period, which repeats; None: computed from the numbers of heads.
     """
 
     roles: tuple[str, ...]
     per_head: bool = False
+    sizes: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -45,6 +47,11 @@ class Fused:
         Raises:
             UserError: the number of outputs does not fit these roles and heads.
         """
+        if self.sizes is not None:
+            if out_features % sum(self.sizes):
+                parts = ", ".join(f"{role} ({n})" for role, n in zip(self.roles, self.sizes, strict=True))
+                raise UserError(f"layer {path} has {out_features} outputs, which are not a multiple of {parts}")
+            return _periodic(self.roles, self.sizes, out_features)
         heads, key_heads, head_dim = _heads(config) if set(self.roles) <= ATTENTION else (1, 1, None)
         number = {role: key_heads if role in {"k", "v"} else heads for role in self.roles}
         # In units of one head: each role's share of one period, and the number of periods.
@@ -56,12 +63,16 @@ class Fused:
             parts = ", ".join(f"{role} ({n} × {head_dim})" if head_dim else role for role, n in number.items())
             order = "grouped by head" if self.per_head else "concatenated"
             raise UserError(f"layer {path} has {out_features} outputs, which does not fit {parts}, {order}")
-        rows: dict[str, tuple[int, ...]] = {}
-        for index, role in enumerate(self.roles):
-            start, stop = unit * sum(sizes[:index]), unit * sum(sizes[: index + 1])
-            periods = range(0, out_features, unit * sum(sizes))
-            rows[role] = tuple(row for at in periods for row in range(at + start, at + stop))
-        return rows
+        return _periodic(self.roles, [unit * size for size in sizes], out_features)
+
+
+def _periodic(roles: Sequence[str], sizes: Sequence[int], out_features: int) -> dict[str, tuple[int, ...]]:
+    rows: dict[str, tuple[int, ...]] = {}
+    for index, role in enumerate(roles):
+        start, stop = sum(sizes[:index]), sum(sizes[: index + 1])
+        periods = range(0, out_features, sum(sizes))
+        rows[role] = tuple(row for at in periods for row in range(at + start, at + stop))
+    return rows
 
 
 def _heads(config: Any) -> tuple[int, int, int | None]:

@@ -1,6 +1,7 @@
 """The role of each layer in a language model.
 
-Roles are looked up by exact layer path, in the table of known families or in one given explicitly, never by substring.
+Roles are looked up by exact layer path: in the table of known families, in the one that ``discover`` makes for other
+architectures from exact names and shapes, or in one given explicitly; never by substring.
 A fused layer has several roles: a method that targets all of them gets the layer as one target (``qkv``, as the paper
 counts its fused gate and up); a method that targets some of them gets one target per role, which owns a subset of the
 fused layer's outputs.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +22,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from adapters.placement.discovery import Discovery, discover, why_not, with_stars
 from adapters.placement.families import ATTENTION, FAMILIES, FEED_FORWARD, ROLES, Fused, Table
+from adapters.placement.layers import features_of, is_linear
 from harness.core.errors import UserError, did_you_mean
 
 __all__ = ["ATTENTION", "FAMILIES", "FEED_FORWARD", "ROLES", "Fused", "Target", "find_targets", "parse_roles"]
@@ -74,29 +78,53 @@ def find_targets(
     Args:
         language_model: a Hugging Face causal LM.
         roles: roles to find; the model may lack some of them (OPT has no gate).
-        explicit: path pattern → role, as in ``parse_roles``, instead of the table of known families.
+        explicit: path pattern → role, as in ``parse_roles``, instead of the known and the discovered ones.
         named: the subset of ``roles`` that the user named individually, which the model must have.
 
     Raises:
         UserError: the architecture is unknown (the message lists its linear layers), it lacks all of ``roles`` or one
-            of ``named``, or ``explicit`` does not fit it.
+            of ``named``, adapters cannot act on layers of these roles, or ``explicit`` does not fit it.
     """
-    table = _family(language_model) if explicit is None else parse_roles(explicit)
-    found = _matches(language_model, table)
+    known = _family(language_model) if explicit is None else Discovery(parse_roles(explicit))
+    found = _matches(language_model, known.table)
+    found = [match for match in found if not known.paths or match[0] in known.paths]
     if explicit is not None:
-        _check_fit(language_model, table, found)
+        _check_fit(language_model, known.table, found)
     elif not found:
-        raise UserError(_unknown(language_model, f"no layer matches {next(iter(table))}"))
+        raise UserError(_unknown(language_model, known))
     has = {role for _, _, role in found if isinstance(role, str)}
     has |= {role for _, _, fused in found if isinstance(fused, Fused) for role in fused.roles}
+    _check_roles(language_model, roles, named, has, known)
+    config = getattr(language_model, "config", None)
+    return [target for path, layer, role in found for target in _targets(path, layer, role, roles, config)]
+
+
+def _check_roles(
+    language_model: nn.Module, roles: frozenset[str], named: frozenset[str], has: set[str], known: Discovery
+) -> None:
+    """Check that the model has the wanted roles; warn of layers that some roles would need and cannot be adapted.
+
+    Raises:
+        UserError: a role that must be there is missing, or none of ``roles`` can be adapted in all its layers.
+    """
+    refused = [refusal for refusal in known.refusals if refusal.roles & roles]
+    partly = frozenset().union(*(refusal.roles for refusal in refused)) & roles
+    why = "".join(f"\n{r.path} ({', '.join(sorted(r.roles & roles))}) cannot be adapted: {r.reason}" for r in refused)
     missing = named - has or (frozenset() if roles & has else roles)
     if missing:
         raise UserError(
             f"the {_model_type(language_model)} model has no layer with the role {', '.join(sorted(missing))}; "
-            f"it has {', '.join(sorted(has))}"
+            f"it has {', '.join(sorted(has))}{why}"
         )
-    config = getattr(language_model, "config", None)
-    return [target for path, layer, role in found for target in _targets(path, layer, role, roles, config)]
+    if named & partly or (partly and not (roles & has) - partly):
+        other = ", ".join(sorted(has - partly)) or "none"
+        raise UserError(
+            f"the {_model_type(language_model)} model: layers with the role {', '.join(sorted(partly))} cannot all be "
+            f"adapted{why}\nallowed: other roles in 'where' ({other}), or explicit roles, of the layers to adapt\n"
+            f"{_as_roles(known.table)}"
+        )
+    if refused:
+        warnings.warn(f"the {_model_type(language_model)} model is adapted without these layers:{why}", stacklevel=2)
 
 
 def _matches(language_model: nn.Module, table: Table) -> list[tuple[str, nn.Module, str | Fused]]:
@@ -127,28 +155,19 @@ def _features(path: str, layer: nn.Module, role: str | Fused) -> tuple[int, int]
         UserError: the layer cannot have that role.
     """
     if role == "mlp":  # it adds to the residual stream, so its output is as wide as its input
-        first = next((module for module in layer.modules() if _is_linear(module)), None)
-        width = 0 if first is None else _linear_features(first)[0]
+        first = next((module for module in layer.modules() if is_linear(module)), None)
+        width = 0 if first is None else features_of(first)[0]
     elif role == "norm":
         shape: Any = getattr(layer, "normalized_shape", getattr(getattr(layer, "weight", None), "shape", ()))
         width = int(shape[0]) if len(shape) == 1 else 0
-    elif _is_linear(layer):
-        return _linear_features(layer)
+    elif is_linear(layer):
+        return features_of(layer)
     else:
         width = 0
     if not width:
         kind = {"mlp": "a block with linear layers", "norm": "a normalisation"}.get(str(role), "a linear layer")
         raise UserError(f"layer {path} is {type(layer).__name__}, not {kind}: it cannot have the role {_text(role)}")
     return width, width
-
-
-def _is_linear(layer: nn.Module) -> bool:
-    """True for quantised layers too, which name their features as ``nn.Linear`` does."""
-    return isinstance(layer, Conv1D) or (hasattr(layer, "in_features") and hasattr(layer, "out_features"))
-
-
-def _linear_features(layer: Any) -> tuple[int, int]:
-    return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (int(layer.in_features), int(layer.out_features))
 
 
 def _model_type(language_model: nn.Module) -> str:
@@ -162,41 +181,47 @@ def _text(role: str | Fused) -> str:
 # ── Unknown architectures
 
 
-def _family(language_model: nn.Module) -> Table:
+def _family(language_model: nn.Module) -> Discovery:
     model_type = _model_type(language_model)
-    if model_type not in FAMILIES:
-        raise UserError(_unknown(language_model, f"known types: {', '.join(sorted(FAMILIES))}"))
-    return FAMILIES[model_type]
+    return Discovery(dict(FAMILIES[model_type])) if model_type in FAMILIES else discover(language_model)
 
 
-def _unknown(language_model: nn.Module, reason: str) -> str:
+def _unknown(language_model: nn.Module, known: Discovery) -> str:
     """The error for an unknown architecture: its linear layers, and the ``roles`` argument to fill in."""
+    reason = "no layer has a name that is known"
+    if known.table:
+        reason = f"no layer matches {next(iter(known.table))}"
+    elif known.refusals:
+        reason = "; ".join(f"{refusal.path}: {refusal.reason}" for refusal in known.refusals)
     linear: dict[str, str] = {}
     for path, module in language_model.named_modules():
-        if _is_linear(module):
-            linear.setdefault(_with_stars(path), "{} → {}".format(*_linear_features(module)))
+        if is_linear(module):
+            linear.setdefault(with_stars(path), "{} → {}".format(*features_of(module)))
     output = getattr(language_model, "get_output_embeddings", lambda: None)()
     proposed = {
-        _with_stars(path): _propose(path)
+        with_stars(path): _propose(path)
         for path, module in language_model.named_modules()
-        if _is_linear(module) and module is not output
+        if is_linear(module) and module is not output and why_not(language_model, path) is None
     }
-    experts = {_with_stars(path) for path, _ in language_model.named_modules() if path.endswith(".experts")}
-    moe = f"\nadapters inside experts ({', '.join(sorted(experts))}) are not supported" if experts else ""
-    in_yaml = ", ".join(f"{path}: {role}" for path, role in proposed.items())
     return (
         f"language model of type {_model_type(language_model)!r}: its layer roles are unknown; {reason}\n"
-        f"its linear layers: {', '.join(f'{path} ({shape})' for path, shape in linear.items())}{moe}\n"
+        f"its linear layers: {', '.join(f'{path} ({shape})' for path, shape in linear.items())}\n"
         "set the roles explicitly: q, k, v, o, gate, up, down; [q, k, v] or [gate, up] for a fused layer with "
         "concatenated outputs; {roles: [q, k, v], per_head: true} for one with outputs grouped by head; mlp for the "
-        "whole block, norm; omit layers that adapters must not change\n"
-        f"in Python: roles={json.dumps(proposed)}\n"
-        f"in an experiment: backbone: {{roles: {{{in_yaml}}}}}"
+        f"whole block, norm; omit layers that adapters must not change\n{_as_roles(proposed)}"
     )
 
 
-def _with_stars(path: str) -> str:
-    return re.sub(r"(?<=\.)[0-9]+(?=\.|$)", "*", path)
+def _as_roles(table: Table) -> str:
+    """Lines to copy, in Python and in an experiment, of the linear layers whose roles can be written explicitly."""
+    proposed: dict[str, Any] = {}
+    for path, role in table.items():
+        if isinstance(role, str) and role not in {"mlp", "norm"}:
+            proposed[path] = role
+        elif isinstance(role, Fused) and role.sizes is None and not role.per_head:
+            proposed[path] = list(role.roles)
+    in_yaml = ", ".join(f"{path}: {role}" for path, role in proposed.items())
+    return f"in Python: roles={json.dumps(proposed)}\nin an experiment: backbone: {{roles: {{{in_yaml}}}}}"
 
 
 def _propose(path: str) -> str:
@@ -264,7 +289,7 @@ def _check_fit(language_model: nn.Module, table: Table, found: Sequence[tuple[st
     for pattern in table:
         paths = [path for path, _, _ in _matches(language_model, {pattern: table[pattern]})]
         if not paths:
-            known = {_with_stars(path) for path, _ in language_model.named_modules() if path}
+            known = {with_stars(path) for path, _ in language_model.named_modules() if path}
             raise UserError(
                 f"layer roles: {pattern} matches no layer of this {_model_type(language_model)} model "
                 f"(* matches a number); {did_you_mean(pattern, known)}"
@@ -276,4 +301,7 @@ def _check_fit(language_model: nn.Module, table: Table, found: Sequence[tuple[st
         raise UserError(f"layer roles: {twice}; each layer must match one entry")
     config = getattr(language_model, "config", None)
     for path, layer, role in found:
+        reason = why_not(language_model, path)
+        if reason is not None:
+            raise UserError(f"layer roles: {path} cannot have the role {_text(role)}: {reason}")
         _targets(path, layer, role, ROLES, config)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from harness.core.errors import UserError, did_you_mean
 
 AGNOSTIC_GROUP = "all"
+TEXT_CONTEXT = "text"  # known to be text by its name; no context is taken for text by its place
 
 
 class Segment(NamedTuple):

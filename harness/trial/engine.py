@@ -22,6 +22,7 @@ from torch._C._distributed_c10d import HashStore, Store
 
 from harness.core.files import atomic
 from harness.core.record import Memory
+from harness.core.weight_decay import parameter_groups
 from harness.experiment.sections import Optimizer
 from harness.trial.measure import PeakMemory
 
@@ -119,7 +120,7 @@ class Engine:
         self._kept = {name: p for name, p in model.named_parameters() if name in kept}
         # A torch optimizer, because DeepSpeed compiles its own on first use.
         optimizer = torch.optim.AdamW(
-            self._trainable.values(),
+            parameter_groups(model, options.weight_decay) if options.weight_decay else self._trainable.values(),
             lr=options.learning_rate,
             betas=(options.adam_beta1, options.adam_beta2),
             eps=options.adam_epsilon,

@@ -13,6 +13,7 @@ from adapters.attach import count_trainable
 from adapters.registry import ADAPTERS
 from harness.core.contexts import resolve_grouping
 from harness.core.registry import Entry, Plugin
+from harness.core.weight_decay import parameter_groups
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import AdapterChoice, Backbone, Budget, Evaluation, Optimizer, TaskChoice
 from harness.model.build import assemble
@@ -72,6 +73,24 @@ def test_at_initialisation_it_is_the_identity_bit_for_bit(entry: Entry, grouping
     bare = logits(model)
     adapters_of(entry, model, grouping).attach(model)
     assert torch.equal(logits(model), bare) is method_of(entry).identity_at_start
+
+
+@every_method_and_grouping
+@torch.no_grad()
+def test_weight_decay_without_a_gradient_keeps_the_identity(entry: Entry, grouping: Any) -> None:
+    """As for a group without a token: what decays towards zero is the identity there, or is exempt."""
+    if not method_of(entry).identity_at_start:
+        pytest.skip("it is not the identity at its start either")
+    model = drawn_llama()
+    bare = logits(model)
+    adapters = adapters_of(entry, model, grouping)
+    adapters.attach(model)
+    groups = parameter_groups(adapters, 0.5)
+    assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in adapters.parameters())
+    for group in groups:
+        for p in group["params"]:
+            p.mul_(1 - group["weight_decay"])
+    torch.testing.assert_close(logits(model), bare, rtol=1e-5, atol=1e-5)
 
 
 @every_method_and_grouping

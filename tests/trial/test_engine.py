@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from adapters.attach import Adapters
+from adapters.methods.ia3 import IA3, IA3Config
 from adapters.methods.lora import LoRA, LoRAConfig
 from adapters.placement.router import Router
 from harness.core.contexts import resolve_grouping
@@ -334,6 +335,33 @@ def test_what_another_stage_of_the_trial_trains_is_kept_and_resumed(stage: int, 
     assert all(torch.equal(again[name], saved[name]) for name in keeps)
     assert all(torch.equal(again[name], expected[name]) for name in expected)
     resumed.close()
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_weight_decay_leaves_scales_alone(stage: int) -> None:
+    """IA3 on images that no batch has: its scales stay one, while those of text move and the projector decays."""
+    language_model, contexts = tiny_llama(), ("image", "text")
+    language_model.requires_grad_(False)
+    router = Router(resolve_grouping("specific", contexts)[0])
+    adapters = Adapters(language_model, dict.fromkeys(router.groups, IA3(IA3Config())), router, seed=0)
+    adapters.attach(language_model)
+    model = context_model_of(language_model, {"image": 20}, adapters, router).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    engine = Engine(model, OPTIONS, STEPS, stage)
+    for _ in range(STEPS):
+        engine.train_step(batch_of({"image": torch.zeros(4, 0, 20)}, torch.randint(3, 20, (4, 9))))
+    after = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(torch.equal(p, before[name]) for name, p in after.items() if "group_image" in name)
+    assert not any(torch.equal(p, before[name]) for name, p in after.items() if "group_text" in name)
+    projector = [name for name in after if "adapters" not in name]
+    assert all(after[name].abs().sum() < before[name].abs().sum() for name in projector)
+    engine.close()
+
+
+def test_without_weight_decay_there_is_one_group_as_before() -> None:
+    engine = engine_of("lora", options=OPTIONS.model_copy(update={"weight_decay": 0.0}))
+    assert [len(group["params"]) for group in engine._optimizer.param_groups] == [len(engine._trainable)]
+    engine.close()
 
 
 def test_accumulating_is_true_between_steps() -> None:

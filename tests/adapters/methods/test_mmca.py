@@ -66,9 +66,9 @@ def by_loops(query: Tensor, key: Tensor, value: Tensor, text: tuple[int, ...], i
 
 
 @pytest.mark.parametrize("non_text_attention", ["itself", "own_context"])
-@pytest.mark.parametrize("text_contexts", [("question", "answer"), ("answer",), None], ids=str)
+@pytest.mark.parametrize("text_contexts", [("question", "answer"), ("answer",)], ids=str)
 def test_forward_and_gradients_equal_the_definition(non_text_attention: Any, text_contexts: Any) -> None:
-    """float64, four query heads on two key heads; without the option text is the last context."""
+    """float64, four query heads on two key heads."""
     router = Router(dict.fromkeys(CONTEXTS))
     config = MMCAConfig(text_contexts=text_contexts, non_text_attention=non_text_attention)
     module = nn.Identity().eval()
@@ -79,7 +79,7 @@ def test_forward_and_gradients_equal_the_definition(non_text_attention: Any, tex
     router.set_context_ids(IDS)
     mask = (torch.ones(8, 8).tril().bool() & ATTENDED[:, None])[:, None]
     weight = torch.randn(2, 8, 4, 6, generator=generator, dtype=torch.float64)
-    text = tuple(CONTEXTS.index(context) for context in text_contexts or CONTEXTS[-1:])
+    text = tuple(CONTEXTS.index(context) for context in text_contexts)
     expected = by_loops(query, key, value, text, non_text_attention == "itself")
     expected_grads = torch.autograd.grad((expected * weight).sum(), (query, key, value))
     mmca._ATTENTION_OF[module] = MultiModalAttention(config, router)
@@ -114,8 +114,8 @@ def test_text_alone_is_attended_to_as_always(make_model: Any) -> None:
 def test_what_reaches_an_image_token_through_the_whole_model() -> None:
     ids_XT = torch.tensor([[2, 0, 0, 0, 2, 2, 0, 2]])
     for config, reached in (
-        (MMCAConfig(), set[int]()),
-        (MMCAConfig(non_text_attention="own_context"), {3, 6}),
+        (MMCAConfig(text_contexts=("answer",)), set[int]()),
+        (MMCAConfig(text_contexts=("answer",), non_text_attention="own_context"), {3, 6}),
     ):
         model = tiny_llama()
         adapters = attach(model, config)
@@ -225,3 +225,14 @@ def test_wrong_input() -> None:
     with pytest.raises(UserError, match="mmca cannot replace the attention of Identity, which needs softcap"):
         mmca._attention(module, *torch.ones(3, 1, 1, 1, 1), torch.ones(1).bool(), softcap=1.0)  # type: ignore[misc]
     del mmca._ATTENTION_OF[module]
+
+
+def test_text_is_known_by_its_name_or_asked_for() -> None:
+    for contexts in (("text", "image"), ("image", "text", "audio")):
+        source_of = MultiModalAttention(MMCAConfig(), Router(dict.fromkeys(contexts))).source_of
+        assert [context for context, source in zip(contexts, source_of, strict=True) if source == 0] == ["text"]
+    with pytest.raises(
+        UserError,
+        match="text_contexts: found none, .*; allowed: a list of those that are text, of image, question, answer",
+    ):
+        MultiModalAttention(MMCAConfig(), Router(dict.fromkeys(CONTEXTS)))

@@ -6,6 +6,7 @@ Shapes: B rows, T positions, I and O input and output features, R rank, D width,
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -56,7 +57,7 @@ def adapt(model: Any, config: MokAConfig, grouping: Any = "specific", method: Ad
 
 def by_loops(x_BTI: Tensor, change: Any, groups: list[list[str | None]], config: MokAConfig, real: Tensor) -> Tensor:
     """The equations, one token at a time: what is added to the layer's output (B, T, O)."""
-    text = config.text_groups or change.groups[-1:]
+    text = config.text_groups or ()
     update = torch.zeros(*x_BTI.shape[:2], change.lora_B.shape[0], dtype=x_BTI.dtype)
     for b, row in enumerate(groups):
         states = [None if g is None else change.delta(g).lora_A @ x_BTI[b, t] for t, g in enumerate(row)]
@@ -139,7 +140,7 @@ def test_with_one_group_it_is_lora() -> None:
 
 
 def test_every_group_has_an_a_and_all_share_a_b() -> None:
-    adapters = adapt(tiny_llama(), MokAConfig(rank=3))
+    adapters = adapt(tiny_llama(), MokAConfig(rank=3, text_groups=("answer",)))
     widths = {
         "q": (32, 32),
         "k": (32, 16),
@@ -213,7 +214,7 @@ def test_what_a_kv_cache_cannot_serve_is_refused(new: str) -> None:
 
 def test_dropout_acts_in_training_only() -> None:
     model = tiny_llama()
-    adapters = adapt(model, MokAConfig(rank=3, dropout=0.5))
+    adapters = adapt(model, MokAConfig(rank=3, dropout=0.5, text_groups=("answer",)))
     ids_XT = ROWS["rows alike"]
     adapters.train()
     torch.manual_seed(0)
@@ -222,7 +223,7 @@ def test_dropout_acts_in_training_only() -> None:
     still_BTV = logits(model, adapters, embeds(), ids_XT)
     assert torch.equal(logits(model, adapters, embeds(), ids_XT), still_BTV)
     adapters.detach()
-    plain = adapt(model, MokAConfig(rank=3))
+    plain = adapt(model, MokAConfig(rank=3, text_groups=("answer",)))
     assert torch.equal(logits(model, plain, embeds(), ids_XT), still_BTV)
 
 
@@ -230,7 +231,11 @@ def test_dropout_acts_in_training_only() -> None:
     ("options", "message"),
     [
         ({"text_groups": ("questoin",)}, "text_groups: found 'questoin'; allowed: .*did you mean 'question'"),
-        ({"instruction_groups": ("question",)}, "instruction_groups: found 'question'; allowed: answer"),
+        (
+            {"text_groups": ("answer",), "instruction_groups": ("question",)},
+            "instruction_groups: found 'question'; allowed: answer",
+        ),
+        ({}, r"text_groups: found none, and no context is named 'text'; allowed: .* of image, question, answer"),
     ],
 )
 def test_groups_that_do_not_exist_or_are_not_text_are_refused(options: dict[str, Any], message: str) -> None:
@@ -247,6 +252,29 @@ def test_options_out_of_range_are_refused() -> None:
 
 def test_a_mask_of_four_dimensions_is_refused() -> None:
     model = tiny_llama()
-    adapters = adapt(model, MokAConfig(rank=3))
+    adapters = adapt(model, MokAConfig(rank=3, text_groups=("answer",)))
     with pytest.raises(UserError, match=r"moka: attention_mask: found 4 dimensions"):
         logits(model, adapters, embeds(), ROWS["rows alike"], attention_mask=torch.ones(2, 1, 8, 8).bool())
+
+
+@pytest.mark.parametrize(
+    ("contexts", "grouping", "expected"),
+    [
+        (("text", "image"), "specific", ("text",)),
+        (("text", "image"), {"image": "seen", "text": "read"}, ("read",)),
+        (("text", "image"), "agnostic", ("all",)),
+        (("text", "image", "audio"), {"image": "seen", "audio": "heard", "text": None}, ()),  # nothing to attend to
+        (("image", "answer"), "agnostic", ("all",)),
+        (("image", "answer"), "specific", None),
+    ],
+    ids=str,
+)
+def test_text_is_known_by_its_name_not_by_its_place(contexts: Any, grouping: Any, expected: Any) -> None:
+    router = Router(resolve_grouping(grouping, contexts)[0])
+    make = partial(Adapters, tiny_llama(), dict.fromkeys(router.groups, MokA(MokAConfig(rank=3))), router, seed=0)
+    if expected is None:
+        with pytest.raises(UserError, match="text_groups: found none"):
+            make()
+    else:
+        adapters = make()
+        assert adapters.shared["moka"].text_groups(router.groups) == expected

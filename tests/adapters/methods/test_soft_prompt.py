@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+import harness
 from adapters.attach import Adapters
 from adapters.base import AdapterMethod
 from adapters.methods.combination import combine
@@ -27,6 +28,7 @@ from harness.core.contexts import Segment, resolve_grouping
 from harness.core.errors import UserError
 from tests.support.adapters import disturb
 from tests.support.models import tiny_gpt2, tiny_llama, tiny_neox, tiny_opt
+from tests.support.zoo import small
 
 pytestmark = pytest.mark.quick
 
@@ -258,9 +260,31 @@ def test_wrong_input() -> None:
     model.config.sliding_window = 12
     with pytest.raises(UserError, match="soft_prompt: 13 positions, prompts included, exceed sliding_window=12"):
         output(model, adapters, embeds(), IDS)
-    model.config.sliding_window = None
+    for off in (0, None):
+        model.config.sliding_window = off
+        output(model, adapters, embeds(), IDS)
+    model.config.sliding_window, model.config.layer_types = 12, ["full_attention"] * 2  # no layer uses it
+    output(model, adapters, embeds(), IDS)
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(UserError, match="attention 'flash_attention_2' does not accept a mask; allowed: sdpa, eager"):
         output(model, adapters, embeds(), IDS)
     with pytest.raises(ValidationError, match=r"init\n.*'vocab' or 'normal'"):
         SoftPromptConfig(init="zero")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "mpt"])
+def test_a_decoder_without_position_ids_is_refused(model_type: str) -> None:
+    with pytest.raises(UserError, match=rf"soft_prompt cannot be used with a {model_type} model: .*no .*position_ids"):
+        adapt(small(model_type))
+
+
+def test_a_decoder_whose_positions_are_biases_is_refused() -> None:
+    with pytest.raises(UserError, match=r"soft_prompt cannot be used with a falcon model: positions are biases"):
+        adapt(small("falcon", alibi=True))
+
+
+def test_masks_of_a_model_around_the_decoder_are_refused() -> None:
+    model = small("gemma3")
+    adapted = harness.adapt(model, {"method": "soft_prompt"}, grouping="specific")
+    with pytest.raises(UserError, match="soft_prompt: this model makes a mask for each kind of layer"):
+        adapted(input_ids=torch.randint(3, 60, (2, 7)), context_ids=torch.tensor([0] * 3 + [1] * 4), use_cache=False)

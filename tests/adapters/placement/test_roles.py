@@ -34,7 +34,8 @@ from tests.support.paper_table import each_row
 
 Write = Callable[[str], Path]
 Q = frozenset({"q"})
-UNKNOWN: dict[str, dict[str, Any]] = {  # small models of types that the table does not have
+UNKNOWN: dict[str, dict[str, Any]] = {  # small models of types that the table of families does not have
+    "rwkv": {"hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 64, "max_seq_len": 64},
     "bloom": {"hidden_size": 32, "n_head": 4, "n_layer": 2, "vocab_size": 64},
     "gpt_bigcode": {"n_embd": 32, "n_head": 4, "n_layer": 2, "vocab_size": 64, "n_positions": 64},
@@ -48,6 +49,15 @@ MPT_ROLES = {
     "transformer.blocks.*.attn.out_proj": "o",
     "transformer.blocks.*.ffn.up_proj": "up",
     "transformer.blocks.*.ffn.down_proj": "down",
+}
+RWKV_ROLES = {
+    "rwkv.blocks.*.attention.key": "k",
+    "rwkv.blocks.*.attention.value": "v",
+    "rwkv.blocks.*.attention.receptance": "q",
+    "rwkv.blocks.*.attention.output": "o",
+    "rwkv.blocks.*.feed_forward.key": "up",
+    "rwkv.blocks.*.feed_forward.receptance": "gate",
+    "rwkv.blocks.*.feed_forward.value": "down",
 }
 
 
@@ -63,36 +73,51 @@ def unknown(model_type: str) -> Any:
 
 
 def test_an_unknown_architecture_is_an_error_that_prints_its_linear_layers_and_the_line_to_write() -> None:
-    """Both lines are copied from the message, with the one role filled in that it cannot know."""
-    model = unknown("mpt")
-    with pytest.raises(UserError, match=r"'mpt'.*unknown; known types: .*gpt2, .*opt.*\nits linear layers: ") as caught:
+    """Both lines are taken from the message as they stand, with the roles filled in that it cannot know."""
+    model = unknown("rwkv")
+    with pytest.raises(UserError, match=r"'rwkv'.*unknown; no layer has a name that is known\nits linear.* ") as caught:
         find_targets(model, Q)
-    for layer in ("blocks.*.attn.Wqkv (32 → 96)", "blocks.*.ffn.up_proj (32 → 128)", "lm_head (32 → 64)"):
+    for layer in ("blocks.*.attention.key (32 → 32)", "blocks.*.feed_forward.value (48 → 32)", "head (32 → 64)"):
         assert layer in str(caught.value)
     lines = str(caught.value).splitlines()
     (in_python,) = (ast.literal_eval(line.partition("roles=")[2]) for line in lines if line.startswith("in Python: "))
     (in_yaml,) = (yaml.safe_load(line.partition(": ")[2]) for line in lines if line.startswith("in an experiment: "))
     assert in_yaml == {"backbone": {"roles": in_python}}
-    assert in_python == {**MPT_ROLES, "transformer.blocks.*.attn.Wqkv": "ROLE"}
-    with pytest.raises(UserError, match=r"Wqkv: unknown role 'ROLE'; allowed: down, "):
+    assert in_python == dict.fromkeys(RWKV_ROLES, "ROLE")
+    with pytest.raises(UserError, match=r"key: unknown role 'ROLE'; allowed: down, "):
         find_targets(model, Q, in_python)
-    filled = in_python | {"transformer.blocks.*.attn.Wqkv": ["q", "k", "v"]}
-    assert len(find_targets(model, ATTENTION | FEED_FORWARD, filled)) == 8
+    assert len(find_targets(model, ATTENTION | FEED_FORWARD, RWKV_ROLES)) == 14
 
 
-def test_of_a_mixture_of_experts_the_error_says_that_the_experts_cannot_be_adapted() -> None:
+def test_fused_experts_are_refused_by_name() -> None:
     model = unknown("mixtral")
-    with pytest.raises(
-        UserError, match=r"inside experts \(model\.layers\.\*\.mlp\.experts\) are not supported"
-    ) as caught:
-        find_targets(model, Q)
-    line = next(line for line in str(caught.value).splitlines() if line.startswith("in Python: "))
-    attention = ast.literal_eval(line.partition("roles=")[2])
-    assert {t.role for t in find_targets(model, ROLES, attention)} == {"q", "k", "v", "o"}
+    experts = r"model\.layers\.\*\.mlp\.experts \(.*\) cannot be adapted: MixtralExperts: its experts are fused"
+    for roles in (FEED_FORWARD, frozenset({"down"}), frozenset({"mlp"})):
+        with pytest.raises(UserError, match=rf"mixtral model has no layer with the role .*\n{experts}"):
+            find_targets(model, roles)
+    with pytest.warns(UserWarning, match=rf"mixtral model is adapted without these layers:\n{experts}"):
+        assert {t.role for t in find_targets(model, ATTENTION | FEED_FORWARD)} == {"q", "k", "v", "o"}
+    assert {t.role for t in find_targets(model, ATTENTION)} == {"q", "k", "v", "o"}
     with pytest.raises(
         UserError, match=r"mlp\.experts is MixtralExperts, not a linear layer: it cannot have the role up"
     ):
         find_targets(model, Q, {"model.layers.*.mlp.experts": "up"})
+
+
+def test_experts_that_are_separate_layers_see_only_some_tokens_and_are_refused() -> None:
+    model = unknown("mixtral")
+    for block in model.model.layers:
+        block.mlp.experts = nn.ModuleList(
+            nn.ModuleDict({"w1": nn.Linear(32, 48), "w2": nn.Linear(48, 32)}) for _ in "ab"
+        )
+    with pytest.raises(
+        UserError, match=r"mlp\.experts \(down\) cannot be adapted: ModuleList: .*only the tokens routed"
+    ):
+        find_targets(model, frozenset({"down"}))
+    with pytest.raises(
+        UserError, match=r"experts\.0\.w1 cannot have the role up: an expert sees only the tokens routed"
+    ):
+        find_targets(model, frozenset({"up"}), {"model.layers.*.mlp.experts.*.w1": "up"})
 
 
 def test_a_known_type_without_its_causal_lm_around_it_is_not_known() -> None:
@@ -253,15 +278,20 @@ def spec_of(experiment_file: Write, backbone: str, roles: str) -> TrialSpec:
 
 
 def test_an_experiment_gives_roles_by_hand(experiment_file: Write, tmp_path: Path) -> None:
+    unknown("rwkv").config.save_pretrained(tmp_path / "rwkv")
+    with pytest.raises(UserError, match=r"'rwkv'.*unknown; .*") as caught:
+        count_parameters(spec_of(experiment_file, str(tmp_path / "rwkv"), ""))
+    line = str(caught.value).splitlines()[-1].partition("roles: ")[2][:-1]
+    for path, role in RWKV_ROLES.items():
+        line = line.replace(f"{path}: ROLE", f"{path}: {role}")
+    spec = spec_of(experiment_file, str(tmp_path / "rwkv"), f", roles: {line}")
+    assert spec.backbone.roles == RWKV_ROLES
+    # Two layers of q 32 → 32, v 32 → 32 and down 48 → 32, rank 2, one group.
+    assert count_parameters(spec).adapter == 2 * 2 * (64 + 64 + 80)
     unknown("mpt").config.save_pretrained(tmp_path / "mpt")
-    with pytest.raises(UserError, match=r"'mpt'.*unknown; .*") as caught:
-        count_parameters(spec_of(experiment_file, str(tmp_path / "mpt"), ""))
-    line = str(caught.value).splitlines()[-1].partition("roles: ")[2][:-1].replace("ROLE", "[q, k, v]")
+    line = "{transformer.blocks.*.attn.Wqkv: [q, k, v], transformer.blocks.*.ffn.down_proj: down}"
     spec = spec_of(experiment_file, str(tmp_path / "mpt"), f", roles: {line}")
-    assert spec.backbone.roles == MPT_ROLES
     assert TrialSpec.model_validate_json(spec.model_dump_json()) == spec
-    # Two layers of q 32 → 32, v 32 → 32 and down 128 → 32, rank 2, one group.
-    assert count_parameters(spec).adapter == 2 * 2 * (64 + 64 + 160)
     other = line.replace("[q, k, v]", "{roles: [q, k, v], per_head: true}")
     assert spec_of(experiment_file, str(tmp_path / "mpt"), f", roles: {other}").trial_id != spec.trial_id
 
