@@ -99,11 +99,15 @@ def _mlflow_command(uri: str) -> str:
 
 @app.command("plan", rich_help_panel=EXPERIMENTS)
 def plan_command(file: ExperimentFile, output: Output = Path("runs"), fresh: Fresh = False) -> None:
-    """Show the trials and their trainable parameters, without training, downloading or writing anything."""
+    """Show the trials and their trainable parameters, without training, downloading or writing anything.
+
+    Where the data is on this machine, check that there are enough examples.
+    """
     from harness.cli.terminal import plan_table
     from harness.core.hub import HubUnreachableError
     from harness.experiment.load import Experiment
     from harness.model.build import count_parameters
+    from harness.sweep.counts import check_counts
     from harness.sweep.run import prepare as prepare_run
 
     planned = prepare_run(Experiment.from_yaml(file), output, fresh)
@@ -119,6 +123,7 @@ def plan_command(file: ExperimentFile, output: Output = Path("runs"), fresh: Fre
                 known[key] = None
                 notes[str(error)] = None
         parameters[spec.trial_id] = known[key]
+    unchecked = check_counts(planned.specs)
     records = planned.records()
     states = {
         spec.trial_id: records[spec.trial_id].status if spec.trial_id in records else "to run" for spec in planned.specs
@@ -129,6 +134,8 @@ def plan_command(file: ExperimentFile, output: Output = Path("runs"), fresh: Fre
     if unknown := [model for model, found in planned.plan.fingerprints.items() if found is None]:
         text = f"{', '.join(unknown)}: not on this machine, so trial ids change once their commit can be resolved"
         console.print(f"[yellow]weights without fingerprint:[/] {_escape(text)}", highlight=False, soft_wrap=True)
+    for note in unchecked:
+        console.print(f"[yellow]number of examples not checked:[/] {_escape(note)}", highlight=False, soft_wrap=True)
     console.print(f"run folder: {planned.folder}", highlight=False, soft_wrap=True)
 
 

@@ -16,10 +16,14 @@ from rich.console import Console
 
 from harness.cli import app
 from harness.core.errors import UserError
+from harness.core.record import PlannedTrial, TrialRecord
 from harness.sweep import run
 from harness.tracking import grid
 from harness.tracking.grid import open_grid
+from tasks.drawing.task import DrawnConfig
+from tasks.scenes import Scenes
 from tests.support.cli import Harness, Outcome, assert_refused, caller
+from tests.support.runs import fake_plan, write_run
 
 ROOT = Path(__file__).parents[2]
 Write = Callable[[str], Path]
@@ -104,7 +108,16 @@ def test_wrong_experiments_end_before_any_compute(harness: Harness, experiment_f
     assert_refused(harness("run", experiment_file(text)), says)
 
 
-@pytest.mark.parametrize("case", ["unknown key", "unknown built-in language model", "encoder of an unknown modality"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "unknown key",
+        "unknown built-in language model",
+        "encoder of an unknown modality",
+        "more examples than there are",
+        "more test examples than there are",
+    ],
+)
 def test_a_plan_of_a_wrong_experiment_is_refused_too(harness: Harness, experiment_file: Write, case: str) -> None:
     text, says = WRONG[case]
     assert_refused(harness("plan", experiment_file(text)), says)
@@ -191,6 +204,64 @@ def row(text: str, name: str) -> list[str]:
     """The cells behind a name in a printed table."""
     (line,) = [line for line in text.splitlines() if line.strip().startswith(name)]
     return re.split(r"  +", line.strip())[1:]
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_plan_counts_drawn_examples_but_draws_none(
+    harness: Harness, experiment_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: bool
+) -> None:
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
+    if drawn:
+        Scenes(DrawnConfig(train_examples=4, validation_examples=2, test_examples=2)).prepare()
+    before = sorted(tmp_path.rglob("*"))
+    says = "budget.examples: task scenes: requests 5 examples, but there are 4"
+    assert_refused(harness("plan", experiment_file(ONE + "budget: {examples: 5}\n")), says)
+    assert harness("plan", experiment_file(ONE + "budget: {examples: 4}\n")).code == 0
+    assert [path for path in sorted(tmp_path.rglob("*")) if path not in before] == [tmp_path / "experiment.yaml"]
+
+
+def test_a_plan_counts_the_examples_of_a_folder_that_is_there(
+    harness: Harness, experiment_file: Write, tmp_path: Path
+) -> None:
+    text = coco(coco_folder(tmp_path / "coco"))
+    found = harness("plan", experiment_file(text + "budget: {examples: 3}\n"))
+    assert_refused(found, "budget.examples: task coco_captions: requests 3 examples, but there are 2")
+    small = "eval: {validation_examples: 1, test_examples: 1}\n"
+    outcome = harness("plan", experiment_file(text + "budget: {examples: 2}\n" + small))
+    assert outcome.code == 0
+    assert "not checked" not in outcome.out
+    away = harness("plan", experiment_file(coco(tmp_path / "absent") + "budget: {examples: 3}\n"))
+    assert away.code == 0
+    assert f"number of examples not checked: task coco_captions: {tmp_path}/absent" in away.out
+    hub = f"task: {{name: coco_captions, dataset: {{path: some/thing}}}}\n{LORA}"
+    online = harness("plan", experiment_file(hub))
+    assert online.code == 0, online.err
+    assert "number of examples not checked: task coco_captions: its data may have to be downloaded" in online.out
+
+
+def test_the_last_screen_counts_the_trials_that_did_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = fake_plan(seeds=tuple(range(30)), settings=("",))
+    kept = {trial.trial_id: number for number, trial in enumerate(plan.trials[:40])}
+
+    def change(trial: PlannedTrial, record: TrialRecord) -> TrialRecord | None:
+        if trial.trial_id not in kept:
+            return None
+        failed = kept[trial.trial_id] < 12
+        return record.model_copy(update={"status": "failed", "reason": "no [room]"}) if failed else record
+
+    results = run.Results(write_run(tmp_path, plan, change), tmp_path / "report.html", complete=False)
+    monkeypatch.setattr(app, "console", Console(width=200))
+    app._last_screen(results, 5.0)
+    text = capsys.readouterr().out
+    assert text.count("no [room]") == 10
+    assert f"failed {plan.trials[0].trial_id} none seed 0: no [room]\n… and 2 more that failed" not in text
+    assert "… and 2 more that failed: see the report\n" in text
+    missing = len(plan.trials) - 40
+    says = f"28 of {len(plan.trials)} trials finished, 12 failed, {missing} not run; this run took 5.0 s; run the same"
+    assert says in text
+    assert text.count("not run") == 1
 
 
 @pytest.mark.quick
