@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from adapters.base import AdapterMethod, Change, Delta, ModelChange
+from adapters.placement.checkpointing import Checkpointing
+from adapters.placement.offload import device_of, dtype_of
 from adapters.placement.roles import Target, find_targets
 from adapters.placement.router import Router
 from harness.core.errors import UserError
@@ -32,6 +35,7 @@ class AdaptedLayer(nn.Module):
         self.target = target
         rows = None if target.rows is None else torch.tensor(target.rows)
         self.register_buffer("rows_D", rows, persistent=False)  # this role's outputs of a fused layer
+        self._probe = tuple(self.parameters())[:1]  # tells where the parameters are; in a tuple: not registered again
         for change in changes.values():
             router.prepare_lookup(change.groups)
 
@@ -45,17 +49,26 @@ class AdaptedLayer(nn.Module):
             handles.append(layer.register_forward_hook(self._after))
         return handles
 
-    def _before(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (self._change("input", args[0], args[0]), *args[1:])
+    def _before(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (self._change(module, "input", args[0], args[0]), *args[1:])
 
-    def _after(self, _module: nn.Module, args: tuple[Tensor, ...], y_BTO: Tensor) -> Tensor:
-        return self._change("output", args[0], y_BTO)
+    def _after(self, module: nn.Module, args: tuple[Tensor, ...], y_BTO: Tensor) -> Tensor:
+        return self._change(module, "output", args[0], y_BTO)
 
-    def _change(self, acts_on: str, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
+    def _change(self, module: nn.Module, acts_on: str, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
         if x_BTI.dim() == 2:  # OPT flattens rows and positions before its feed-forward layers
             rows = (x.view(-1, self.router.layout.length, x.shape[-1]) for x in (x_BTI, value_BTD))
-            return self._change(acts_on, *rows).flatten(0, 1)
+            return self._change(module, acts_on, *rows).flatten(0, 1)
+        if self.training != module.training:  # the caller may switch the base alone; dropout follows it
+            self.train(module.training)
         layout = self.router.layout_of(x_BTI.shape[1])
+        device = value_BTD.device
+        if layout.group_ids_XT.device != device:  # the model's layers are on several devices
+            layout = layout.on(device)
+        if x_BTI.device != device:  # accelerate moves inputs inside the layer
+            x_BTI = x_BTI.to(device)
+        if self._probe and self._probe[0].device != device:  # the base was moved without its adapters
+            self.to(device)
         rows_D = self.rows_D if acts_on == "output" else None
         whole_BTD = value_BTD
         if rows_D is not None:
@@ -135,14 +148,27 @@ class Adapters(nn.Module):
                 )
         self._undo: list[Callable[[], None]] = []
 
+    def place(self, language_model: Any) -> None:
+        """Put each layer's adapters on the device of their layer, in fp32 (float64 on a float64 layer)."""
+        embedding = language_model.get_input_embeddings()
+        self.shared.to(device_of(embedding), dtype_of(language_model))
+        for layer in self.layers.values():
+            assert isinstance(layer, AdaptedLayer)  # noqa: S101 - for the type checker
+            adapted = language_model.get_submodule(layer.target.path)
+            layer.to(device_of(adapted), dtype_of(adapted))
+        for change in self.model_changes.values():
+            assert isinstance(change, ModelChange)  # noqa: S101
+            change.place(language_model)
+
     def attach(self, language_model: nn.Module) -> None:
         """Register the hooks on the model."""
+        self._undo.append(Checkpointing(language_model, self.router).undo)
         for layer in self.layers.values():
             assert isinstance(layer, AdaptedLayer)  # noqa: S101 - for the type checker
             self._undo += [handle.remove for handle in layer.attach(language_model.get_submodule(layer.target.path))]
         for change in self.model_changes.values():
             assert isinstance(change, ModelChange)  # noqa: S101
-            self._undo.append(change.attach(language_model))
+            self._undo.append(_copied_with_the_model(change.attach(language_model)))
 
     def detach(self) -> None:
         """Remove the hooks: the model computes what it did before."""
@@ -190,6 +216,25 @@ class Adapters(nn.Module):
             counts[role] = counts.get(role, 0) + count_trainable(layer)
         elsewhere = count_trainable(self.shared) + count_trainable(self.model_changes)
         return {**counts, "model": elsewhere} if elsewhere else counts
+
+
+def _copied_with_the_model(undo: Callable[[], None]) -> Callable[[], None]:
+    """``undo``, or in the place of a closure an object that cannot be copied: its copy would act on the original."""
+    return _Closure(undo) if isinstance(undo, FunctionType) and undo.__closure__ else undo
+
+
+class _Closure:
+    def __init__(self, undo: Callable[[], None]) -> None:
+        self._undo = undo
+
+    def __call__(self) -> None:
+        self._undo()
+
+    def __reduce__(self) -> Any:
+        raise UserError(
+            f"a model with this adapter cannot be copied or pickled: {self._undo.__qualname__} is a closure; "
+            "ModelChange.attach should return a method or a functools.partial"
+        )
 
 
 def count_trainable(module: nn.Module) -> int:

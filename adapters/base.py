@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adapters.placement.offload import device_of, dtype_of
 from adapters.placement.roles import ATTENTION, FEED_FORWARD, Target
 from adapters.placement.router import Layout, Router
 from harness.core.errors import UserError
@@ -129,7 +130,17 @@ class ModelChange(nn.Module, ABC):
 
     @abstractmethod
     def attach(self, language_model: nn.Module) -> Callable[[], None]:
-        """Attach to the model. Returns a function that restores the model."""
+        """Attach to the model.
+
+        Returns:
+            What restores the model: a method or a ``functools.partial``, so that a copy of the model restores itself. A
+            closure would restore the original; a model with one cannot be copied.
+        """
+
+    def place(self, language_model: Any) -> None:
+        """Put the parameters on the device where the model begins, in fp32 (float64 on a float64 model)."""
+        embedding = language_model.get_input_embeddings()
+        self.to(device_of(embedding), dtype_of(embedding))
 
     def by_group(self) -> Mapping[str, nn.Module]:
         """Group → the module that holds its parameters."""

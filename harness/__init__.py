@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the same names, for type checkers and editors
     from adapters.base import AdapterMethod, Delta
     from adapters.base import Config as AdapterConfig
-    from adapters.library.adapted_model import AdaptedModel, adapt, load_adapter
+    from adapters.library.adapted_model import AdaptedModel, adapt, detach, load_adapter
     from adapters.library.peft_import import import_peft
     from adapters.placement.roles import Target
     from harness.core.errors import UserError
@@ -47,6 +47,7 @@ _PUBLIC = {
     "TaskConfig": "tasks.base:Config",
     "UserError": "harness.core.errors:UserError",
     "adapt": "adapters.library.adapted_model:adapt",
+    "detach": "adapters.library.adapted_model:detach",
     "import_peft": "adapters.library.peft_import:import_peft",
     "load_adapter": "adapters.library.adapted_model:load_adapter",
     "parameter_groups": "harness.core.weight_decay:parameter_groups",
@@ -71,6 +72,7 @@ __all__ = [
     "TaskConfig",
     "UserError",
     "adapt",
+    "detach",
     "import_peft",
     "load_adapter",
     "parameter_groups",

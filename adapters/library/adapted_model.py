@@ -20,10 +20,11 @@ from adapters.library.merge import merge_into
 from adapters.library.peft_export import export_group
 from adapters.library.spec import Spec, resolve
 from adapters.placement.generation import layouts_while_generating
+from adapters.placement.offload import is_offloaded
 from adapters.placement.router import Router
 from harness.core.errors import UserError, did_you_mean
 
-_MARK = "_context_peft_adapted"  # an attribute of the base while it is adapted
+_MARK = "_context_peft_adapted"  # an attribute of the base while it is adapted: the AdaptedModel
 SHARED = "(shared)"  # no group can have this name
 
 
@@ -38,8 +39,8 @@ def adapt(
     """Attach context-grouped adapters (Context-PEFT, arXiv 2312.08900) to a Hugging Face causal LM.
 
     The model is frozen except for what the method itself trains, and hooked, not copied: ``detach`` restores it.
-    Adapter parameters are created on the model's device in fp32, even on a bf16 or fp16 base, because small updates are
-    lost in 16 bits (PEFT does the same); in float64 on a float64 base.
+    Adapter parameters are created on the device of their layer in fp32, even on a bf16 or fp16 base, because small
+    updates are lost in 16 bits (PEFT does the same); in float64 on a float64 layer.
 
     Args:
         model: a Hugging Face causal LM.
@@ -90,6 +91,25 @@ def load_adapter(model: Any, folder: str | Path, contexts: Sequence[str] | None 
     return adapted
 
 
+def detach(model: Any) -> Any:
+    """Remove the adapters of a model, also if what ``adapt`` or ``load_adapter`` returned is lost.
+
+    Args:
+        model: the base model, or the adapted one. A model without adapters is returned as it is.
+
+    Returns:
+        The base model (see ``AdaptedModel.detach``).
+
+    Raises:
+        UserError: it is not a language model.
+    """
+    if isinstance(model, AdaptedModel):
+        return model.detach()
+    _check_language_model(model)
+    adapted: AdaptedModel | None = vars(model).get(_MARK)
+    return model if adapted is None else adapted.detach()
+
+
 class AdaptedModel(nn.Module):
     """A language model and its adapters, as returned by ``adapt`` and ``load_adapter``.
 
@@ -113,15 +133,15 @@ class AdaptedModel(nn.Module):
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in own.values()) else torch.float32
         with _default_dtype(dtype):
             self.adapters = Adapters(base_model, methods, self.router, spec.seed, ungrouped, spec.roles)
-        self.adapters.to(base_model.get_input_embeddings().weight.device, dtype)
+        self.adapters.place(base_model)
         self.train(base_model.training)  # before the base becomes a submodule, which keeps its own flags
         self.base_model = base_model
-        self._base_parameters = own
         self._required_grad = {name: p.requires_grad for name, p in own.items()}
         self._caches = CacheContexts()
         trained = [p for choice in spec.choices for p in choice.method.trained(base_model)]
-        self._mark = object()
-        setattr(base_model, _MARK, self._mark)
+        if any(p.is_meta for p in trained) and is_offloaded(base_model):
+            raise UserError("the base model is offloaded, and weights that are offloaded cannot be trained")
+        vars(base_model)[_MARK] = self  # not by setattr, which would register a submodule
         try:
             for p in own.values():
                 p.requires_grad_(False)
@@ -160,12 +180,14 @@ class AdaptedModel(nn.Module):
         """
         self._check_attached()
         given = only_input(input_ids, inputs_embeds)
-        ids_XT = checked_context_ids(context_ids, given, self.contexts)
-        self.router.set_context_ids(ids_XT, self._caches.of(past_key_values, given.shape[0]))
+        ids_XT, host_XT = checked_context_ids(context_ids, given, self.contexts)
+        past_XK = self._caches.of(past_key_values, given.shape[0])
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-        output = self.base_model(**inputs, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)
-        cache = getattr(output, "past_key_values", None) if past_key_values is None else past_key_values
-        self._caches.remember(cache, self.router.layout.context_ids_XK)
+        with self.router.one_pass():
+            self.router.set_context_ids(ids_XT, past_XK, host_XT)
+            output = self.base_model(**inputs, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)
+            cache = getattr(output, "past_key_values", None) if past_key_values is None else past_key_values
+            self._caches.remember(cache, self.router.layout.context_ids_XK)
         return output
 
     @torch.no_grad()
@@ -196,7 +218,7 @@ class AdaptedModel(nn.Module):
             UserError: see ``forward``; an unknown ``new_token_context``, padding on the right, or a non-empty cache.
         """
         self._check_attached()
-        ids_XT = checked_context_ids(context_ids, only_input(input_ids, inputs_embeds), self.contexts)
+        ids_XT, host_XT = checked_context_ids(context_ids, only_input(input_ids, inputs_embeds), self.contexts)
         if new_token_context not in self.contexts:
             allowed = did_you_mean(str(new_token_context), self.contexts)
             raise UserError(f"new_token_context: found {new_token_context!r}; {allowed}")
@@ -210,10 +232,11 @@ class AdaptedModel(nn.Module):
                 raise UserError(f"attention_mask: rows {padded} are padded on the right; allowed: padding on the left")
             kwargs["attention_mask"] = attention_mask
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-        self.router.set_context_ids(ids_XT)
-        with layouts_while_generating(self.base_model, self.router, new_token_context):
-            output = self.base_model.generate(**inputs, **kwargs)
-        self._caches.remember(getattr(output, "past_key_values", None), self.router.layout.context_ids_XK)
+        with self.router.one_pass():
+            self.router.set_context_ids(ids_XT, host_XT=host_XT)
+            with layouts_while_generating(self.base_model, self.router, new_token_context, host_XT):
+                output = self.base_model.generate(**inputs, **kwargs)
+            self._caches.remember(getattr(output, "past_key_values", None), self.router.layout.context_ids_XK)
         return output
 
     def num_trainable_parameters(self, by: Literal["group", "role"] | None = None) -> Any:
@@ -244,7 +267,7 @@ class AdaptedModel(nn.Module):
         """
         self._check_attached()
         paths = dict.fromkeys(key.partition(":")[0].replace("/", ".") for key in self.adapters.layers)
-        base = checkpoint.describe_base(self.base_model, paths, self._base_parameters)
+        base = checkpoint.describe_base(self.base_model, paths)
         checkpoint.write(Path(folder), self.spec, base, self._tensors())
 
     def export_peft(self, folder: str | Path, group: str | None = None) -> None:
@@ -294,9 +317,9 @@ class AdaptedModel(nn.Module):
         """
         self.adapters.detach()
         if self._is_attached():
-            for name, p in self._base_parameters.items():
-                p.requires_grad_(self._required_grad[name])
-            delattr(self.base_model, _MARK)
+            for name, p in self.base_model.named_parameters():
+                p.requires_grad_(self._required_grad_of(name))
+            del vars(self.base_model)[_MARK]
         return self.base_model
 
     @torch.no_grad()
@@ -323,18 +346,30 @@ class AdaptedModel(nn.Module):
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
         for name in also:
-            self._base_parameters[name].requires_grad_(True)
+            self.base_model.get_parameter(name).requires_grad_(True)
 
     def _tensors(self, also: Collection[str] = ()) -> dict[str, Tensor]:
         """Name → every tensor that differs from the base, each once; ``also`` names further parameters of the base."""
         named = {f"adapters.{name}": tensor for name, tensor in self.adapters.state_dict(keep_vars=True).items()}
-        named |= {f"base.{name}": p for name, p in self._base_parameters.items() if p.requires_grad or name in also}
+        own = self.base_model.named_parameters()
+        named |= {f"base.{name}": p for name, p in own if p.requires_grad or name in also}
         once = {id(tensor): name for name, tensor in reversed(named.items())}
         return {name: tensor for name, tensor in named.items() if once[id(tensor)] == name}
 
+    def _required_grad_of(self, name: str) -> bool:
+        """Whether a parameter of the base required a gradient before; one that is new, whether its layer's others did.
+
+        Merging and resizing embeddings make new parameters.
+        """
+        if name in self._required_grad:
+            return bool(self._required_grad[name])
+        layer = name.rpartition(".")[0]
+        siblings = [required for other, required in self._required_grad.items() if other.rpartition(".")[0] == layer]
+        return any(siblings or self._required_grad.values())
+
     def _is_attached(self) -> bool:
-        # Compare marks: the base may have been adapted again after this model was detached.
-        return getattr(self.base_model, _MARK, None) is self._mark
+        # The base may have been adapted again after this model was detached.
+        return vars(self.base_model).get(_MARK) is self
 
     def _check_attached(self) -> None:
         if not self._is_attached():
@@ -348,7 +383,11 @@ def _check_free(model: Any) -> None:
         UserError: it is not.
     """
     if isinstance(model, AdaptedModel) or hasattr(model, _MARK):
-        raise UserError("this model already has adapters; call detach() on what harness.adapt or load_adapter returned")
+        raise UserError("this model already has adapters; remove them with harness.detach(model)")
+    _check_language_model(model)
+
+
+def _check_language_model(model: Any) -> None:
     if not isinstance(model, nn.Module) or not hasattr(model, "get_input_embeddings"):
         raise UserError(f"model: found {type(model).__name__}; allowed: a Hugging Face causal language model")
 

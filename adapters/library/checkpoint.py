@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adapters.library.spec import Spec, resolve
+from adapters.placement.offload import tensor_of
 from adapters.registry import ADAPTERS, Choice
 from harness.core.errors import UserError, did_you_mean
 from harness.core.files import atomic, write_atomically
@@ -82,31 +83,39 @@ class Saved(_Schema):
     base: SavedBase
 
 
-def describe_base(language_model: nn.Module, paths: Iterable[str], parameters: Mapping[str, nn.Parameter]) -> SavedBase:
+def describe_base(language_model: nn.Module, paths: Iterable[str]) -> SavedBase:
     """What will tell this base from another.
 
     Args:
         language_model: the base.
         paths: of the layers that adapters act on; none: all layers.
-        parameters: the base's own, by name.
     """
+    parameters = dict(language_model.named_parameters())
     wanted = list(paths) or list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
     layers = {
         path: {
-            name.removeprefix(f"{path}."): _describe(p) for name, p in parameters.items() if name.startswith(f"{path}.")
+            name.removeprefix(f"{path}."): _describe(p, _values(language_model, name))
+            for name, p in parameters.items()
+            if name.startswith(f"{path}.")
         }
         for path in wanted
     }
     return SavedBase(model_type=_model_type(language_model), layers=layers)
 
 
-def _describe(parameter: nn.Parameter) -> SavedParameter:
+def _values(language_model: nn.Module, name: str) -> Tensor:
+    path, _, own = name.rpartition(".")
+    values: Tensor = tensor_of(language_model.get_submodule(path), own)
+    return values
+
+
+def _describe(parameter: nn.Parameter, values: Tensor) -> SavedParameter:
     if not parameter.is_floating_point():
         return SavedParameter(shape=None, sample=None)
     shape = tuple(parameter.shape)
     if parameter.requires_grad:
         return SavedParameter(shape=shape, sample=None)
-    flat_N = parameter.detach().flatten()
+    flat_N = values.detach().flatten()
     sample = flat_N[:: max(1, flat_N.numel() // _SAMPLE_SIZE)][:_SAMPLE_SIZE].double().tolist()
     return SavedParameter(shape=shape, sample=tuple(sample))
 
@@ -120,7 +129,7 @@ def check_base(saved: SavedBase, language_model: nn.Module, where: str) -> None:
     found_type = _model_type(language_model)
     if found_type != saved.model_type:
         raise UserError(f"{where}: saved on a {saved.model_type} model; found a {found_type} model")
-    found = describe_base(language_model, saved.layers, dict(language_model.named_parameters())).layers
+    found = describe_base(language_model, saved.layers).layers
     for path, parameters in saved.layers.items():
         if sorted(found[path]) != sorted(parameters):
             raise UserError(

@@ -5,12 +5,13 @@ Shapes: B rows, T positions of this pass, K positions in the cache, D the model'
 
 from __future__ import annotations
 
-import weakref
+import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, int64
 
+from adapters.placement.router import Ids, not_compiled, on_host
 from harness.core.errors import UserError
 
 
@@ -30,8 +31,16 @@ def only_input(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor
     return given[0]
 
 
-def checked_context_ids(context_ids: Any, given: Tensor, contexts: Sequence[str]) -> Tensor:
-    """Context ids with a row dimension, (X, T), where X is 1 or B.
+class ContextIds(NamedTuple):
+    """Context ids with a row dimension, where X is 1 or B."""
+
+    ids_XT: Tensor
+    host_XT: Ids  # the same on the host, read once
+
+
+@not_compiled
+def checked_context_ids(context_ids: Any, given: Tensor, contexts: Sequence[str]) -> ContextIds:
+    """The caller's context ids, here and on the host: the one time that a pass reads a tensor back.
 
     Args:
         context_ids: the caller's, (T,) or (B, T).
@@ -50,10 +59,11 @@ def checked_context_ids(context_ids: Any, given: Tensor, contexts: Sequence[str]
         found = f"shape {tuple(context_ids.shape)}"
     elif context_ids.device != given.device:
         found = f"device {context_ids.device}"
-    elif bool(((context_ids < 0) | (context_ids >= len(contexts))).any()):
-        found = f"values from {int(context_ids.min())} to {int(context_ids.max())}"
     else:
-        return context_ids if context_ids.dim() == 2 else context_ids[None]
+        host_XT = on_host(context_ids).reshape(-1, length)
+        if not host_XT.size or (host_XT.min() >= 0 and host_XT.max() < len(contexts)):
+            return ContextIds(context_ids if context_ids.dim() == 2 else context_ids[None], host_XT)
+        found = f"values from {host_XT.min()} to {host_XT.max()}"
     names = ", ".join(f"{index} ({name})" for index, name in enumerate(contexts))
     raise UserError(
         f"context_ids: found {found}; allowed: int64 of shape ({length},) or ({rows}, {length}) on {given.device}, "
@@ -67,15 +77,18 @@ def cached_positions(cache: Any) -> int:
 
 
 class CacheContexts:
-    """The contexts of the tokens in each KV cache, kept as long as the cache exists."""
+    """The contexts of the tokens in each KV cache, kept with the cache itself: a copy of it has them too."""
 
     def __init__(self) -> None:
-        self._seen: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
+        self._name = f"_context_peft_{uuid.uuid4().hex}"  # of this model
+
+    def __reduce__(self) -> tuple[type[CacheContexts], tuple[()]]:
+        return CacheContexts, ()  # a copy of the model does not know the caches that the original filled
 
     def remember(self, cache: Any, context_ids_XK: Tensor) -> None:
         """Store the context ids (X, K) of a cache after a pass; does nothing if the pass used no cache."""
         if cache is not None:
-            self._seen[cache] = context_ids_XK
+            setattr(cache, self._name, context_ids_XK)
 
     def of(self, cache: Any, rows: int) -> Tensor | None:
         """Context ids (X, K) of the positions in a cache; None if it is empty.
@@ -86,7 +99,7 @@ class CacheContexts:
         cached = cached_positions(cache)
         if not cached:
             return None
-        seen_XK = self._seen.get(cache)
+        seen_XK: Tensor | None = getattr(cache, self._name, None)
         known = 0 if seen_XK is None else seen_XK.shape[1]
         if seen_XK is None or known < cached or seen_XK.shape[0] not in (1, rows):
             raise UserError(

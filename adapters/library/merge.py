@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters.attach import Adapters
 from adapters.base import Delta
+from adapters.placement.offload import is_offloaded
 from adapters.placement.roles import Target
 from harness.core.errors import UserError
 
@@ -48,6 +49,9 @@ def merge_into(language_model: nn.Module, adapters: Adapters) -> None:
     for group in adapters.router.groups:
         for name, target, delta in adapters.deltas_of(group):
             steps.setdefault(target.path, []).append(_Step(name, target, delta))
+    for path, found in steps.items():
+        if is_offloaded(language_model.get_submodule(path)):
+            raise UserError(f"{found[0].method} cannot be merged at layer {path}: its weight is offloaded")
     merged = {path: _merged(language_model.get_submodule(path), _in_order(found)) for path, found in steps.items()}
     for path, (weight, bias) in merged.items():
         _write(language_model.get_submodule(path), weight, bias)

@@ -18,6 +18,9 @@ class Combination(base.AdapterMethod):
 
     classes: tuple[type[base.AdapterMethod], ...] = ()
 
+    def __reduce__(self) -> Any:
+        return _restored, (self.classes, self.config.model_dump())  # the class is made, and so not found by name
+
     def label(self) -> str:
         """``LoRA r=4 + BitFit``."""
         return " + ".join(part.label() for part in self.parts)
@@ -73,6 +76,11 @@ def combine(classes: tuple[type[base.AdapterMethod], ...]) -> type[Combination]:
             "__doc__": f"{_names(classes)}, each acting on the previous one's result.",
         },
     )
+
+
+def _restored(classes: tuple[type[base.AdapterMethod], ...], options: dict[str, Any]) -> Combination:
+    combined = combine(classes)
+    return combined(combined.Config(**options))
 
 
 def _names(classes: Sequence[type]) -> str:

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from transformers.utils.generic import maybe_autocast
 
 from adapters import base
+from adapters.placement.offload import tensor_of
 from adapters.placement.roles import Target
 from adapters.placement.router import Layout
 
@@ -73,7 +74,7 @@ class DoRADelta(base.Delta):
     def ratio(self) -> Tensor:
         """``m / ‖W + s B A‖`` (O,); the norm is a constant for the gradient."""
         a_RI, b_OR, magnitude_O = self.lora_A.detach(), self.lora_B.detach(), self.lora_magnitude_vector
-        weight_OI, dtype = self.target.weight().detach(), self._norm_dtype()
+        weight_OI, dtype = self.target.weight().detach().to(magnitude_O.device), self._norm_dtype()
         with maybe_autocast(magnitude_O.device.type, enabled=False):  # bf16 would make the norm imprecise
             sum_OI = torch.addmm(weight_OI.to(dtype), b_OR.to(dtype), a_RI.to(dtype), alpha=self.scale)
             norm_O = _row_norms(sum_OI).to(magnitude_O.dtype)
@@ -90,8 +91,11 @@ class DoRADelta(base.Delta):
         return torch.promote_types(self.lora_A.dtype, torch.float32)
 
     def _layer_bias(self) -> Tensor | None:
-        bias_O = cast("Tensor | None", getattr(self.target.layer, "bias", None))
-        if bias_O is None or self.target.rows is None:
+        bias_O = cast("Tensor | None", tensor_of(self.target.layer, "bias"))
+        if bias_O is None:
+            return None
+        bias_O = bias_O.to(self.lora_B.device)
+        if self.target.rows is None:
             return bias_O
         return bias_O.index_select(0, torch.as_tensor(self.target.rows, device=bias_O.device))
 

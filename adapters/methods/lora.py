@@ -136,6 +136,8 @@ class LoRAChange(base.Change):
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
         """``y + scale · B_c A_c dropout(x)``."""
+        if torch._C._are_functorch_transforms_active():  # torch.func does not see through the forms' own backward
+            return super().forward(x_BTI, value_BTD, layout)
         deltas: dict[str, LoRADelta] = {group: self.delta(group) for group in self.groups}
         first = deltas[self.groups[0]]
         # All groups have the same options, so one dropout over all tokens is equivalent to one per group.

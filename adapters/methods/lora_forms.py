@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -113,9 +112,12 @@ def pieces_of(layout: Layout, groups: tuple[str, ...]) -> tuple[Piece, ...]:
     return tuple(Piece(groups.index(s.group) if s.group in groups else None, s.start, s.stop) for s in spans)
 
 
-@lru_cache(maxsize=8)
 def order_of(layout: Layout, groups: tuple[str, ...], rows: int) -> Order:
-    """The layout's tokens sorted by group. Cached, because all layers of a pass need the same order."""
+    """The layout's tokens sorted by group; all layers of a pass need the same order."""
+    return layout.keep((order_of, groups, rows), lambda: _order(layout, groups, rows))
+
+
+def _order(layout: Layout, groups: tuple[str, ...], rows: int) -> Order:
     index_XT = layout.lookup(groups).index_XT
     sorted_N = index_XT.expand(rows, -1).flatten().argsort(stable=True)
     if layout.spans is None:

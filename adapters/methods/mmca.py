@@ -17,8 +17,8 @@ Shapes: B rows, H heads, E features of a head, T queries, K keys (including the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import Field
@@ -28,11 +28,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from adapters import base
-from adapters.placement.router import Layout, Router
+from adapters.placement.router import Layout, Router, to_device
 from harness.core.contexts import TEXT_CONTEXT
 from harness.core.errors import UserError, did_you_mean
 
 NAME = "harness_mmca"  # in transformers' attention registry; models that do not select it are unaffected
+_ATTENTION = "_harness_mmca"  # an attribute of the modules of an adapted model: its attention
 _UNKNOWN = ("softcap", "s_aux", "position_bias")  # attention features of some families that are not supported
 
 
@@ -66,21 +67,13 @@ class MultiModalAttention(base.ModelChange):
         Raises:
             UserError: the architecture does not use transformers' attention registry.
         """
-        AttentionInterface.register(NAME, _attention)
-        AttentionMaskInterface.register(NAME, _mask)
         before = language_model.config._attn_implementation
         language_model.set_attn_implementation(NAME)
         if language_model.config._attn_implementation != NAME:
             raise UserError(f"mmca cannot replace the attention of a {language_model.config.model_type} model")
-        modules = list(language_model.modules())
-        _ATTENTION_OF.update(dict.fromkeys(modules, self))
-
-        def undo() -> None:
-            language_model.set_attn_implementation(before)
-            for module in modules:
-                del _ATTENTION_OF[module]
-
-        return undo
+        for module in language_model.modules():
+            vars(module)[_ATTENTION] = self  # not by setattr, which would register a submodule
+        return partial(_restore, language_model, before)
 
     def weights(self, scores_BHTK: Tensor, allowed_BHTK: Tensor, layout: Layout) -> Tensor:
         """Attention weights (B, H, T, K): the sum over sources of a softmax over the source's keys.
@@ -92,7 +85,7 @@ class MultiModalAttention(base.ModelChange):
         """
         # A sliding-window cache holds only the latest keys; a static cache has unused slots after them (never allowed).
         keys = scores_BHTK.shape[-1]
-        source_XK = torch.tensor(self.source_of, device=scores_BHTK.device)[layout.context_ids_XK]
+        source_XK = layout.keep(self, lambda: to_device(self.source_of, scores_BHTK.device)[layout.context_ids_XK])
         of_query_XT1 = source_XK[:, -layout.length :, None]
         first_key = max(source_XK.shape[1] - keys, 0)
         key_XK = F.pad(source_XK[:, first_key:], (0, keys - source_XK.shape[1] + first_key))
@@ -125,9 +118,10 @@ def _known_text(contexts: tuple[str, ...]) -> tuple[str, ...]:
     )
 
 
-_ATTENTION_OF: WeakKeyDictionary[nn.Module, MultiModalAttention] = (
-    WeakKeyDictionary()
-)  # module of an adapted model → its attention
+def _restore(language_model: Any, implementation: str) -> None:
+    language_model.set_attn_implementation(implementation)
+    for module in language_model.modules():
+        vars(module).pop(_ATTENTION, None)
 
 
 def _attention(
@@ -141,17 +135,16 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Called by transformers instead of its own attention. Returns output (B, T, H, E) and weights (B, H, T, K)."""
-    attention = _ATTENTION_OF.get(module)
+    attention: MultiModalAttention | None = vars(module).get(_ATTENTION)
     if attention is None:
         raise RuntimeError(
-            f"attention {NAME!r} was set on another model with the same config object, or on the original of this "
-            "copy; give every model its own config"
+            f"attention {NAME!r} was set on another model with the same config object; give every model its own config"
         )
     extra = [name for name in _UNKNOWN if kwargs.get(name) is not None]
     if extra or attention_mask is None:
         needs = " and ".join(extra) or "attention without a causal mask"
         raise UserError(f"mmca cannot replace the attention of {type(module).__name__}, which needs {needs}")
-    layout = attention.router.layout_of(query_BHTE.shape[2])
+    layout = attention.router.layout_of(query_BHTE.shape[2]).on(query_BHTE.device)
     shared_by = query_BHTE.shape[1] // key.shape[1]  # query heads of each key head
     key_BHKE, value_BHKE = key.repeat_interleave(shared_by, dim=1), value.repeat_interleave(shared_by, dim=1)
     scale = query_BHTE.shape[-1] ** -0.5 if scaling is None else scaling
@@ -170,6 +163,10 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """Causality and padding (B, 1, T, K), True where attended; never None, even if plain attention needs no mask."""
     mask_B1TK: Tensor | None = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
     return mask_B1TK
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)
 
 
 class MMCA(base.AdapterMethod):

@@ -25,6 +25,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from torch.nn import functional as F
 
 from adapters import base
 from adapters.placement.roles import Target
-from adapters.placement.router import Layout, Router
+from adapters.placement.router import Layout, Router, not_compiled, to_device
 from harness.core.contexts import TEXT_CONTEXT
 from harness.core.errors import UserError, did_you_mean
 
@@ -81,9 +82,7 @@ class CrossModal(nn.Module):
     def __init__(self, config: MokAConfig) -> None:
         super().__init__()
         self.config = config
-        self.attention_mask: Tensor | None = None  # (B, K), of the current pass
         self.known_text: tuple[str, ...] | None = None  # the group of the context named text, if there is one
-        self._known: tuple[Layout, Tensor | None, Visible | None] | None = None
 
     def text_groups(self, groups: Sequence[str]) -> tuple[str, ...]:
         """The text groups among ``groups``.
@@ -112,6 +111,7 @@ class CrossModal(nn.Module):
             f"text, of {', '.join(groups)}"
         )
 
+    @not_compiled
     def visible(self, layout: Layout, groups: tuple[str, ...]) -> Visible | None:
         """Queries, keys and their mask in the current pass; None if no token attends to another.
 
@@ -119,35 +119,35 @@ class CrossModal(nn.Module):
             UserError: tokens of this pass would have to attend to tokens in the KV cache, or the reverse; or the
                 attention mask is not (B, K).
         """
-        if self._known is None or self._known[0] is not layout or self._known[1] is not self.attention_mask:
-            self._known = (layout, self.attention_mask, self._compute(layout, groups))
-        return self._known[2]
+        return layout.keep((self, groups), lambda: self._compute(layout, groups))
 
     def _compute(self, layout: Layout, groups: tuple[str, ...]) -> Visible | None:
         text = self.text_groups(groups)
         instruction = self.config.instruction_groups
-        owner_XTG = layout.lookup(groups).owner_XTG
-        is_key_G, is_query_G = (
-            torch.tensor([group in named for group in groups], device=owner_XTG.device)
+        # On the host: which positions are keys and queries decides the shapes.
+        host_key_XT, host_query_XT = (
+            np.isin(layout.host_ids_XT, [layout.groups.index(group) for group in named])
             for named in (instruction or text, [group for group in groups if group not in text])
         )
-        key_XT, query_XT = (owner_XTG & is_key_G).any(dim=-1), (owner_XTG & is_query_G).any(dim=-1)
-        if layout.past and (query_XT.any() or (instruction and key_XT.any())):
+        if layout.past and (host_query_XT.any() or (instruction and host_key_XT.any())):
             raise UserError(
                 "moka: with a filled KV cache, new tokens must be text and not instruction "
                 f"(text groups: {', '.join(text)}); otherwise generate with use_cache=False"
             )
-        if self.attention_mask is not None:
-            if self.attention_mask.dim() != 2:
-                raise UserError(
-                    f"moka: attention_mask: found {self.attention_mask.dim()} dimensions; allowed: 2, (rows, positions)"
-                )
-            attended_BT = self.attention_mask[:, -layout.length :].to(key_XT.device, torch.bool)
-            # Soft prompts come before the caller's positions.
-            key_XT = key_XT & F.pad(attended_BT, (layout.length - attended_BT.shape[1], 0), value=True)
-        queries_Q, keys_S = (is_some_XT.any(dim=0).nonzero()[:, 0] for is_some_XT in (query_XT, key_XT))
+        mask = layout.attention_mask
+        if mask is not None and mask.dim() != 2:
+            raise UserError(f"moka: attention_mask: found {mask.dim()} dimensions; allowed: 2, (rows, positions)")
+        device = layout.group_ids_XT.device
+        queries_Q, keys_S = (
+            to_device(np.flatnonzero(some_XT.any(axis=0)), device) for some_XT in (host_query_XT, host_key_XT)
+        )
         if not len(queries_Q) or not len(keys_S):
             return None
+        key_XT, query_XT = (torch.from_numpy(some_XT).to(device) for some_XT in (host_key_XT, host_query_XT))
+        if mask is not None:
+            attended_BT = mask[:, -layout.length :].to(device, torch.bool)
+            # Soft prompts come before the caller's positions.
+            key_XT = key_XT & F.pad(attended_BT, (layout.length - attended_BT.shape[1], 0), value=True)
         mask_XQS = query_XT[:, queries_Q, None] & key_XT[:, None, keys_S]
         if not instruction:
             mask_XQS = mask_XQS & (keys_S < queries_Q[:, None])
@@ -188,11 +188,11 @@ class MokAChange(base.Change):
 
 
 class PaddingMask(base.ModelChange):
-    """Passes the model's ``attention_mask`` to the layers' cross-attention."""
+    """Passes the model's ``attention_mask`` to the layers' cross-attention, with the layout of the pass."""
 
-    def __init__(self, cross_modal: CrossModal) -> None:
+    def __init__(self, router: Router) -> None:
         super().__init__()
-        self.cross_modal = cross_modal
+        self.router = router
 
     def attach(self, language_model: nn.Module) -> Callable[[], None]:
         """Read the model's arguments before every pass, without changing them."""
@@ -200,7 +200,8 @@ class PaddingMask(base.ModelChange):
 
     def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         # The second positional argument of every causal LM, or a keyword.
-        self.cross_modal.attention_mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        self.router.use(self.router.layout.with_mask(mask))
 
 
 class MokA(base.AdapterMethod):
@@ -256,4 +257,4 @@ class MokA(base.AdapterMethod):
         if TEXT_CONTEXT in router.grouping:
             shared.known_text = tuple(group for group in (router.grouping[TEXT_CONTEXT],) if group is not None)
         shared.text_groups(groups)  # before the first pass
-        return PaddingMask(shared)
+        return PaddingMask(router)

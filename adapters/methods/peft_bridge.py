@@ -15,6 +15,7 @@ import importlib
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from pydantic import Field, TypeAdapter, ValidationError, field_validator
 from torch import nn
 
 from adapters import base
+from adapters.placement.offload import device_of, dtype_of
 from adapters.placement.router import Router
 from harness.core.errors import UserError, did_you_mean
 
@@ -150,16 +152,30 @@ class PeftChange(base.ModelChange):
             adapted = language_model.get_submodule(key.replace("/", "."))
             done.append((adapted, vars(adapted).get("forward")))
             # Not the layer itself: assigning a module would register it as a submodule.
-            adapted.forward = layer.__call__
+            adapted.forward = partial(_forward, adapted, layer)
+        return partial(_restore_forward, done)
 
-        def undo() -> None:
-            while done:
-                adapted, forward = done.pop()
-                del adapted.forward
-                if forward is not None:
-                    adapted.forward = forward
+    def place(self, language_model: Any) -> None:
+        """Put each of PEFT's layers on the device of its layer, and what they share where the model begins."""
+        super().place(language_model)
+        for key, layer in self.layers.items():
+            adapted = language_model.get_submodule(key.replace("/", "."))
+            layer.to(device_of(adapted), dtype_of(adapted))
 
-        return undo
+
+def _forward(adapted: nn.Module, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """``layer`` in the place of ``adapted``, whose mode it follows (dropout)."""
+    if layer.training != adapted.training:
+        layer.train(adapted.training)
+    return layer(*args, **kwargs)
+
+
+def _restore_forward(done: list[tuple[Any, Any]]) -> None:
+    while done:
+        adapted, forward = done.pop()
+        del adapted.forward
+        if forward is not None:
+            adapted.forward = forward
 
 
 def _build(language_model: nn.Module, config: Any, seed: int) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
@@ -183,6 +199,7 @@ def _build(language_model: nn.Module, config: Any, seed: int) -> tuple[nn.Module
             raise
         except Exception as error:  # PEFT raises various exceptions for unsuitable models and options
             raise UserError(f"peft: {name} on this model: {type(error).__name__}: {error}") from error
+    tuner.__class__ = peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]  # the subclass cannot be pickled
     if changed:
         raise UserError(
             f"peft: {name} with this initialisation changes the weights of the frozen base ({changed[0]} and others); "

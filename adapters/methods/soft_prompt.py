@@ -17,15 +17,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from adapters import base
-from adapters.placement.router import Layout, Router
+from adapters.placement.offload import tensor_of
+from adapters.placement.router import Layout, Router, to_device
 from harness.core.errors import UserError
 
 
@@ -59,8 +62,6 @@ class SoftPrompts(base.ModelChange):
         self.groups = tuple(prompts)
         contexts = {group: context for context, group in reversed(router.grouping.items())}
         self._context_ids = [router.contexts.index(contexts[group]) for group in prompts]
-        self._layouts: tuple[Layout, Layout] | None = None  # the caller's, and the one with prompts that is set now
-        self._added = 0
 
     def by_group(self) -> Mapping[str, nn.Module]:
         """Group → its prompt."""
@@ -86,12 +87,7 @@ class SoftPrompts(base.ModelChange):
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             decoder.register_forward_hook(self._after),
         ]
-
-        def undo() -> None:
-            for handle in handles:
-                handle.remove()
-
-        return undo
+        return partial(_remove, handles)
 
     def _before(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         """Prepend the prompts in the first pass of a sequence; set mask and positions in every pass."""
@@ -103,14 +99,17 @@ class SoftPrompts(base.ModelChange):
         cache = given.get("past_key_values")
         cached = 0 if cache is None else int(cache.get_seq_length())
         prompts = list(self.prompts.values())
-        self._added = 0 if cached else self.length * len(prompts)
+        added = 0 if cached else self.length * len(prompts)
         past = cached - self.length * len(prompts) if cached else 0  # cached positions without the prompts
         layout = self._callers_layout(length)
-        mask_XKK = self._mask(layout, past, given.get("attention_mask"), embeds_BTD.device)
-        positions_XT = self._positions(past, length, given.get("attention_mask"), given.get("position_ids"), mask_XKK)
+        padding_BS, device = given.get("attention_mask"), embeds_BTD.device
+        mask_XKK = self._mask(layout, past, padding_BS, device)
+        positions_XT = self._positions(past, length, padding_BS, given.get("position_ids"), added, device)
         if not cached:
             embeds_BTD = torch.cat([*(prompt(rows, embeds_BTD.dtype) for prompt in prompts), embeds_BTD], dim=1)
             self._set_layout(layout)
+        else:
+            self.router.use(layout)
         given["inputs_embeds"] = embeds_BTD
         given["attention_mask"] = _for_attention(decoder.config, mask_XKK, embeds_BTD.dtype)
         given["position_ids"] = positions_XT
@@ -118,17 +117,18 @@ class SoftPrompts(base.ModelChange):
 
     def _after(self, _decoder: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         """Remove the prompts' positions from the output."""
-        if self._added:
-            output.last_hidden_state = output.last_hidden_state[:, self._added :]
+        layout = self.router.layout
+        if layout.of_caller is not None:
+            added = layout.length - layout.of_caller.length
+            output.last_hidden_state = output.last_hidden_state[:, added:]
             if output.get("hidden_states") is not None:
-                output.hidden_states = tuple(hidden_BTD[:, self._added :] for hidden_BTD in output.hidden_states)
+                output.hidden_states = tuple(hidden_BTD[:, added:] for hidden_BTD in output.hidden_states)
         return output
 
     def _callers_layout(self, length: int) -> Layout:
         """The layout without prompts, even if it was set once for several passes."""
         layout = self.router.layout
-        if self._layouts is not None and layout is self._layouts[1]:
-            layout = self._layouts[0]
+        layout = layout.of_caller or layout
         if layout.length != length:
             raise RuntimeError(
                 f"the layout covers {layout.length} positions but the batch has {length}; set it before forward"
@@ -136,11 +136,8 @@ class SoftPrompts(base.ModelChange):
         return layout
 
     def _set_layout(self, layout: Layout) -> None:
-        """Include the prompts for adapted layers. Stays set: activation checkpointing reruns layers in backward."""
-        ids_XT = layout.context_ids_XK
-        ids_N = torch.tensor(self._context_ids, device=ids_XT.device).repeat_interleave(self.length)
-        self.router.set_context_ids(torch.cat([ids_N.expand(ids_XT.shape[0], -1), ids_XT], dim=1))
-        self._layouts = (layout, self.router.layout)
+        """Include the prompts, for adapted layers."""
+        self.router.prepend(layout, [i for i in self._context_ids for _ in range(self.length)])
 
     def _mask(self, layout: Layout, past: int, attention_mask: Tensor | None, device: torch.device) -> Tensor:
         """Attention mask, True where attended: (X, N + T, N + S) in the first pass, (X, T, N + S) later."""
@@ -150,8 +147,7 @@ class SoftPrompts(base.ModelChange):
             raise UserError(
                 f"soft_prompt: attention_mask: found {attention_mask.dim()} dimensions; allowed: 2, (rows, positions)"
             )
-        group_N = torch.tensor([layout.groups.index(g) for g in self.groups], device=device)
-        group_N = group_N.repeat_interleave(self.length)
+        group_N = to_device([layout.groups.index(g) for g in self.groups for _ in range(self.length)], device)
         place_T = torch.arange(past, past + layout.length, device=device)
         place_S = torch.arange(past + layout.length, device=device)
         earlier_XTS = (place_S <= place_T[:, None])[None]
@@ -168,16 +164,27 @@ class SoftPrompts(base.ModelChange):
         return torch.cat([prompts_XNK, mask_XTK], dim=1)
 
     def _positions(
-        self, past: int, length: int, attention_mask: Tensor | None, position_ids: Tensor | None, mask_XKK: Tensor
+        self,
+        past: int,
+        length: int,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        added: int,
+        device: torch.device,
     ) -> Tensor:
         """Position ids (X, N + T) in the first pass, (X, T) later; without the caller's ids, padding is not counted."""
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
         elif position_ids is None:
-            position_ids = torch.arange(past, past + length, device=mask_XKK.device)[None]
+            position_ids = torch.arange(past, past + length, device=device)[None]
         positions_XT = position_ids + self.length
-        own_N = torch.arange(self.length, device=mask_XKK.device).repeat(self._added // self.length)
+        own_N = torch.arange(self.length, device=device).repeat(added // self.length)
         return torch.cat([own_N.expand(len(positions_XT), -1), positions_XT], dim=1)
+
+
+def _remove(handles: Sequence[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _for_attention(config: Any, mask_XKK: Tensor, dtype: torch.dtype) -> Tensor:
@@ -234,7 +241,7 @@ class SoftPrompt(base.AdapterMethod):
         generator: torch.Generator,
     ) -> base.ModelChange:
         """One prompt per group, initialised in the order of the groups."""
-        weight_VD = language_model.get_input_embeddings().weight.detach().float()
+        weight_VD = tensor_of(language_model.get_input_embeddings(), "weight").detach().float()
         return SoftPrompts({group: self._draw(weight_VD, generator) for group in groups}, router)
 
     def _draw(self, weight_VD: Tensor, generator: torch.Generator) -> Tensor:

@@ -9,14 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from adapters.placement.router import Router
+from adapters.placement.router import Ids, Router, on_host
 
 
 @contextmanager
-def layouts_while_generating(language_model: nn.Module, router: Router, new_token_context: str) -> Iterator[None]:
+def layouts_while_generating(
+    language_model: nn.Module, router: Router, new_token_context: str, prompt_host_XT: Ids | None = None
+) -> Iterator[None]:
     """Keep the router's layout correct inside ``language_model.generate``. Set the prompt's layout before entering.
 
     All beams of a row have the row's layout; reordering beams never mixes rows.
@@ -25,8 +28,10 @@ def layouts_while_generating(language_model: nn.Module, router: Router, new_toke
         language_model: the model whose ``generate`` is called.
         router: the router of its adapters, with the prompt's layout.
         new_token_context: context of the generated tokens.
+        prompt_host_XT: the prompt's context ids on the host, if known; otherwise they are read.
     """
     prompt_XT = router.layout.context_ids_XK
+    host_prompt_XT = on_host(prompt_XT) if prompt_host_XT is None else prompt_host_XT
     new_id = router.contexts.index(new_token_context)
 
     def set_layout(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -36,14 +41,21 @@ def layouts_while_generating(language_model: nn.Module, router: Router, new_toke
         cache = kwargs.get("past_key_values")
         cached = 0 if cache is None else int(cache.get_seq_length())
         rows, length = new.shape[0], new.shape[1]
-        first_XT = prompt_XT if prompt_XT.shape[0] == 1 else prompt_XT.repeat_interleave(rows // prompt_XT.shape[0], 0)
+        repeats = 1 if prompt_XT.shape[0] == 1 else rows // prompt_XT.shape[0]
+        first_XT = prompt_XT if repeats == 1 else prompt_XT.repeat_interleave(repeats, 0)
+        # The same on the host, so that no pass reads from the device.
+        host_XT = np.full((first_XT.shape[0], length), new_id, dtype=np.int64)
+        of_prompt_XT = host_prompt_XT[:, cached : cached + length].repeat(repeats, axis=0)
+        host_XT[:, : of_prompt_XT.shape[1]] = of_prompt_XT
         # The prompt, possibly in chunks, then new tokens. Without a cache every pass covers the whole sequence.
         new_tokens = max(cached + length - first_XT.shape[1], 0)
         tail_XT = torch.full((first_XT.shape[0], new_tokens), new_id, device=new.device)
         all_XT = torch.cat([first_XT, tail_XT], dim=1)
-        router.set_context_ids(all_XT[:, cached : cached + length], all_XT[:, :cached] if cached else None)
+        past_XK = all_XT[:, :cached] if cached else None
+        router.set_context_ids(all_XT[:, cached : cached + length], past_XK, host_XT)
 
-    handle = language_model.register_forward_pre_hook(set_layout, with_kwargs=True)
+    # Before the hooks of methods that add to the layout (moka's padding mask).
+    handle = language_model.register_forward_pre_hook(set_layout, with_kwargs=True, prepend=True)
     try:
         yield
     finally:

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from adapters.placement.discovery import Discovery, discover, why_not, with_stars
 from adapters.placement.families import ATTENTION, FAMILIES, FEED_FORWARD, ROLES, Fused, Table
 from adapters.placement.layers import features_of, is_linear
+from adapters.placement.offload import tensor_of
 from harness.core.errors import UserError, did_you_mean
 
 __all__ = ["ATTENTION", "FAMILIES", "FEED_FORWARD", "ROLES", "Fused", "Target", "find_targets", "parse_roles"]
@@ -55,7 +56,7 @@ class Target:
             UserError: the layer is not linear or its weight is quantised.
         """
         layer = self.layer
-        weight = getattr(layer, "weight", None)
+        weight = tensor_of(layer, "weight")
         # 8-bit integers and floats cannot be interpreted without their scales.
         readable = isinstance(weight, Tensor) and weight.is_floating_point() and weight.element_size() > 1
         if not isinstance(layer, nn.Linear | Conv1D) or not readable:
@@ -63,7 +64,7 @@ class Target:
                 f"layer {self.path} ({type(layer).__name__}) has no weight matrix that can be read: "
                 "it is not linear, or it is quantised"
             )
-        weight_OI: Tensor = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+        weight_OI: Tensor = weight.T if isinstance(layer, Conv1D) else weight
         return weight_OI if self.rows is None else weight_OI[torch.as_tensor(self.rows, device=weight_OI.device)]
 
 

@@ -115,13 +115,14 @@ class ContextModel(nn.Module):
         """
         length = batch.token_ids_BT.shape[1]
         embeds_BTD = self.embed(batch)[:, :-1]  # the last position is only a target
-        self._set_layout(batch, length - 1)
         labels_BT = batch.labels_BT[:, batch.first_label :]
         # The model is causal and padding is on the right, so no token attends to it and no attention mask is needed.
         # Logits are computed only for positions that predict targets.
-        logits_BTV = self.language_model(
-            inputs_embeds=embeds_BTD, use_cache=False, logits_to_keep=labels_BT.shape[1]
-        ).logits
+        with self.router.one_pass():
+            self._set_layout(batch, length - 1)
+            logits_BTV = self.language_model(
+                inputs_embeds=embeds_BTD, use_cache=False, logits_to_keep=labels_BT.shape[1]
+            ).logits
         nll_BT = F.cross_entropy(logits_BTV.float().transpose(1, 2), labels_BT, ignore_index=IGNORED, reduction="none")
         return nll_BT.sum(dim=1), (labels_BT != IGNORED).sum(dim=1)
 
@@ -142,7 +143,13 @@ class ContextModel(nn.Module):
             Token ids (B, at most max_new_tokens), padded with EOS.
         """
         embeds_BTD = self.embed(prompt)
-        self._set_layout(prompt, embeds_BTD.shape[1])
+        with self.router.one_pass():
+            self._set_layout(prompt, embeds_BTD.shape[1])
+            return self._generate(embeds_BTD, prompt, target_context, max_new_tokens, eos_id, num_beams)
+
+    def _generate(
+        self, embeds_BTD: Tensor, prompt: Batch, target_context: str, max_new_tokens: int, eos_id: int, num_beams: int
+    ) -> Tensor:
         with layouts_while_generating(self.language_model, self.router, target_context):
             ids_BT: Tensor = self.language_model.generate(
                 inputs_embeds=embeds_BTD,

@@ -18,8 +18,9 @@ from adapters.base import AdapterMethod
 from adapters.methods.bitfit import BitFit, BitFitConfig
 from adapters.methods.ia3 import IA3, IA3Config
 from adapters.methods.lora import LoRA, LoRAConfig
-from adapters.placement.router import Router
+from adapters.placement.router import Layout, Router
 from harness.core.contexts import Segment, resolve_grouping
+from harness.core.errors import UserError
 from harness.model.context_model import IGNORED, Batch, ContextModel
 from tests.support.adapters import adapt, disturb, embeds
 from tests.support.batches import batch_of, model_of, prompt_of, ungroup
@@ -190,8 +191,10 @@ def test_features_of_several_contexts_are_in_order_and_have_their_own_adapters()
     assert embeds_BTD.shape == (2, 1 + 4 + 3 + 2, 32)
     projected = [model.projectors[c](features[c].flatten(0, 1), ()).view(2, -1, 32) for c in ("image", "audio")]
     torch.testing.assert_close(embeds_BTD[:, 1:8], torch.cat(projected, dim=1))
+    seen: list[Layout] = []
+    language_model.model.register_forward_hook(lambda *_: seen.append(router.layout_of(9)))
     model(batch)
-    spans = [tuple(span) for span in router.layout_of(9).spans or ()]
+    spans = [tuple(span) for span in seen[0].spans or ()]
     assert spans == [(0, 1, "language"), (1, 5, "vision"), (5, 8, "sound"), (8, 9, "language")]
 
 
@@ -239,7 +242,7 @@ def test_a_forward_pass_without_a_layout_or_with_that_of_another_batch_is_an_err
     model = make_model()
     router = Router(resolve_grouping("specific", ("image", "text"))[0])
     Adapters(model, dict.fromkeys(router.groups, method), router, seed=0).attach(model)
-    with pytest.raises(RuntimeError, match="no layout was set"):
+    with pytest.raises(UserError, match="no layout was set"):
         model(inputs_embeds=embeds(), use_cache=False)
     router.set_layout([Segment(0, 10, "text")])
     with pytest.raises(RuntimeError, match="covers 10 positions but the batch has 11"):

@@ -82,17 +82,14 @@ def test_forward_and_gradients_equal_the_definition(non_text_attention: Any, tex
     text = tuple(CONTEXTS.index(context) for context in text_contexts)
     expected = by_loops(query, key, value, text, non_text_attention == "itself")
     expected_grads = torch.autograd.grad((expected * weight).sum(), (query, key, value))
-    mmca._ATTENTION_OF[module] = MultiModalAttention(config, router)
-    try:
-        for one in (mask, torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)):
-            found, weights = mmca._attention(module, query, key, value, one)
-            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-            found_grads = torch.autograd.grad((found * weight).sum(), (query, key, value))
-            for grad, expected_grad in zip(found_grads, expected_grads, strict=True):
-                torch.testing.assert_close(grad, expected_grad, rtol=1e-12, atol=1e-12)
-    finally:
-        del mmca._ATTENTION_OF[module]
-    # The last token of the answer sees all three contexts: three sources, each with weights that sum to one.
+    vars(module)[mmca._ATTENTION] = MultiModalAttention(config, router)
+    for one in (mask, torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)):
+        found, weights = mmca._attention(module, query, key, value, one)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        found_grads = torch.autograd.grad((found * weight).sum(), (query, key, value))
+        for grad, expected_grad in zip(found_grads, expected_grads, strict=True):
+            torch.testing.assert_close(grad, expected_grad, rtol=1e-12, atol=1e-12)
+    # The answer's last token sees all three contexts: as many sources, each with weights that sum to one.
     sources = 1 + len(set(range(3)) - set(text))
     assert weights[0, 0, -1].sum().item() == pytest.approx(sources)
 
@@ -163,15 +160,17 @@ def test_detached_the_model_has_its_own_attention_again() -> None:
         assert model.config._attn_implementation == mmca.NAME
         adapters.detach()
         assert model.config._attn_implementation == implementation
-        assert not set(model.modules()) & set(mmca._ATTENTION_OF)
+        assert not [module for module in model.modules() if mmca._ATTENTION in vars(module)]
 
 
-def test_a_copy_of_an_adapted_model_is_refused_rather_than_routed_by_the_original() -> None:
+def test_a_copy_of_an_adapted_model_is_not_routed_by_the_original() -> None:
     model = tiny_llama()
     adapters = attach(model)
     adapters.router.set_context_ids(IDS)
-    with pytest.raises(RuntimeError, match="config object, or on the original of this copy"):
+    with pytest.raises(UserError, match="no layout was set"):
         copy.deepcopy(model)(inputs_embeds=embeds(), use_cache=False)
+    with pytest.raises(RuntimeError, match="another model with the same config object"):
+        type(model)(model.config)(inputs_embeds=embeds(), use_cache=False)
 
 
 def test_dropout_falls_on_the_weights_in_training() -> None:
@@ -221,10 +220,9 @@ def test_wrong_input() -> None:
         MMCAConfig(non_text_attention="all")  # type: ignore[arg-type]
     module = nn.Identity()
     router = SimpleNamespace(layout_of=None)
-    mmca._ATTENTION_OF[module] = router  # type: ignore[assignment]
+    vars(module)[mmca._ATTENTION] = SimpleNamespace(router=router)
     with pytest.raises(UserError, match="mmca cannot replace the attention of Identity, which needs softcap"):
         mmca._attention(module, *torch.ones(3, 1, 1, 1, 1), torch.ones(1).bool(), softcap=1.0)  # type: ignore[misc]
-    del mmca._ATTENTION_OF[module]
 
 
 def test_text_is_known_by_its_name_or_asked_for() -> None:

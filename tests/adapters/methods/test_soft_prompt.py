@@ -132,8 +132,8 @@ def test_the_mask_and_the_positions_follow_their_definition(grouping: Any, past:
             seen = [(s <= past + t and bool(attended_BS[b, s])) or s == past + t for s in range(past + 7)]
             expected[b, t - 7] = torch.tensor([owner == group for owner in owners] + seen)
     assert torch.equal(mask, expected)
-    prompts._added = 0 if past else len(owners)
-    positions = prompts._positions(past, 7, attended_BS, None, mask)
+    added = 0 if past else len(owners)
+    positions = prompts._positions(past, 7, attended_BS, None, added, torch.device("cpu"))
     own = [] if past else list(range(P)) * len(router.groups)
     assert positions[0].tolist() == own + [P + past + t for t in range(7)]
     assert positions[1].tolist() == own + [P + max(past + t - 2, 0) for t in range(7)]

@@ -7,6 +7,7 @@ import torch
 
 from adapters.placement.router import Router
 from harness.core.contexts import Segment, Span
+from harness.core.errors import UserError
 
 pytestmark = pytest.mark.quick
 
@@ -84,7 +85,7 @@ def test_a_batch_of_another_length_is_never_passed_silently(length: int) -> None
 
 
 def test_no_layout_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="no layout was set"):
+    with pytest.raises(UserError, match="no layout was set"):
         router(image="a").layout_of(5)
 
 
