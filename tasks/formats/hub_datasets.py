@@ -215,7 +215,7 @@ class _SplitWriter:
             raise UserError(f"column {self.source.image_column!r} holds no image; one stored in the row is needed")
         image_id = self._id(number, row)
         digest = hashlib.sha256(content).digest()
-        if self.source.id_column is None and digest in list(self.digests.values())[-1:]:
+        if self.source.id_column is None and digest == next(reversed(self.digests.values()), None):
             raise UserError(
                 "the same picture as in the row before; if each row is one caption, set id_column to the image's id"
             )
