@@ -27,6 +27,7 @@ from pydantic import field_validator, model_validator
 from harness.core.errors import ProblemList, UserError, did_you_mean
 from tasks.base import Config, Split
 from tasks.cache_folder import cache_folder, write_once
+from tasks.containers.picture_metadata import without_metadata
 from tasks.formats.coco import write_annotations
 
 SHARDS = ("parquet", "webdataset")  # what `datasets` calls the packaged readers of files that hold images
@@ -270,8 +271,13 @@ def _suffix(content: bytes) -> str:
     Raises:
         UserError: Pillow does not know the format.
     """
-    try:
-        with Image.open(io.BytesIO(content)) as picture:
-            return f".{(picture.format or '').lower()}".replace("jpeg", "jpg")
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"not a picture ({len(content)} bytes): {error}") from error
+    reason: Exception | None = None
+    for data in (content, without_metadata(content, oriented=False)):
+        if data is None:
+            continue
+        try:
+            with Image.open(io.BytesIO(data)) as picture:
+                return f".{(picture.format or '').lower()}".replace("jpeg", "jpg")
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            reason = reason or error
+    raise UserError(f"not a picture ({len(content)} bytes): {reason}")

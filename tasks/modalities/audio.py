@@ -17,7 +17,7 @@ import numpy.typing as npt
 from harness.core import hub
 from harness.core.errors import UserError
 from tasks.base import Modality
-from tasks.modalities.audio_streams import Stream, streams
+from tasks.containers.audio_streams import Stream, streams
 from tasks.modalities.encoders.recording import SAMPLING_RATE, Recording
 
 if TYPE_CHECKING:

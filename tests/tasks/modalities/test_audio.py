@@ -22,11 +22,11 @@ from transformers import (
 )
 
 from harness.core.errors import UserError
+from tasks.containers.audio_streams import streams
+from tasks.containers.mpeg_frames import find_frames
 from tasks.modalities import audio as audio_module
 from tasks.modalities.audio import Audio
-from tasks.modalities.audio_streams import streams
 from tasks.modalities.encoders.recording import Recording
-from tasks.modalities.mpeg_frames import find_frames
 
 
 def _sine(hertz: float, rate: int, seconds: float = 0.5) -> npt.NDArray[np.float64]:

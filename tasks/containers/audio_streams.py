@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.core.errors import UserError
-from tasks.modalities.mpeg_frames import Data, find_frames, with_count
+from tasks.containers.mpeg_frames import Data, find_frames, with_count
 
 _FLAC = (b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22")  # the mark, and the header of STREAMINFO
 _TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN")
