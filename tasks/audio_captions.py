@@ -86,7 +86,7 @@ class AudioCaptions(FileTask):
         require_folder(self.root, "captions and recordings")
         tables = self.root / self.config.csv_folder
         layout = self.config.layout if self.config.layout != "auto" else find_layout(tables)
-        files = AudioFiles(self.root)
+        files = AudioFiles()
         splits: dict[Split, list[Example]] = {}
         for split, name in _NAMES[layout].items():
             table, folder = tables / _csv_name(layout, name), self.root / self.config.audio_folder / name

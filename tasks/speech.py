@@ -97,7 +97,7 @@ class Speech(FileTask):
         require_folder(self.root, "recordings")
         layout = self.config.layout if self.config.layout != "auto" else find_layout(self.root)
         _check_options(self.config, layout)
-        return _READERS[layout](self.root, self.config, AudioFiles(self.root), problems)
+        return _READERS[layout](self.root, self.config, AudioFiles(), problems)
 
 
 def find_layout(root: Path) -> Layout:

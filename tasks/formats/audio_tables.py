@@ -131,8 +131,8 @@ def _jsonl(path: Path, text: str, columns: Sequence[str], problems: ProblemList)
 class AudioFiles(DataFiles):
     """The recordings of a data set; each may be listed once, in one split."""
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
+    def __init__(self) -> None:
+        super().__init__()
         self._taken: dict[Path, str] = {}  # with links resolved → where it was listed
 
     def find(self, folder: Path, name: str, where: str) -> Path:
@@ -140,7 +140,7 @@ class AudioFiles(DataFiles):
 
         Raises:
             MissingFileError: it does not exist.
-            UserError: it is outside the data set, cannot be reached, or was listed before.
+            UserError: it is outside the folder, cannot be reached, or was listed before.
         """
         path = super().find(folder, name, where)
         real = self.real(path)

@@ -84,7 +84,7 @@ def read_captioned(root: Path, name: str) -> tuple[Captioned, ...]:
 
 def _combine(path: Path, content: _CaptionFile, root: Path, name: str) -> tuple[Captioned, ...]:
     problems = ProblemList()
-    files = DataFiles(root)
+    files = DataFiles()
     if not content.images:
         problems.add(f"{path}: images: the list is empty; at least one image is needed")
     references: dict[str, list[str]] = {}

@@ -77,7 +77,7 @@ def read_karpathy(path: Path, root: Path) -> dict[Split, tuple[Example, ...]]:
 
 def _combine(path: Path, content: _KarpathyFile, root: Path) -> dict[Split, tuple[Example, ...]]:
     problems = ProblemList()
-    files = DataFiles(root)
+    files = DataFiles()
     splits: dict[Split, list[Example]] = {"train": [], "validation": [], "test": []}
     seen: set[int | None] = set()
     for number, image in enumerate(content.images):

@@ -165,7 +165,7 @@ class _Images:
 
     def __init__(self, root: Path, folder: Path, questions: Path, problems: ProblemList) -> None:
         self.folder, self.questions, self.problems = folder, questions, problems
-        self._files = DataFiles(root)
+        self._files = DataFiles()
         self._found: dict[str, Path] = {}  # one path for all questions on an image
         self._reachable = True
         try:

@@ -100,7 +100,7 @@ def test_files_below_a_linked_root_are_inside_it_and_taken_once(tmp_path: Path) 
     (real / "a" / "b.wav").touch()
     (real / "c.wav").symlink_to(real / "a" / "b.wav")
     root.symlink_to(real)
-    files = AudioFiles(root)
+    files = AudioFiles()
     assert files.find(root / "a", "b.wav", "line 1") == root / "a" / "b.wav"
     with pytest.raises(UserError, match=r"line 2: 'c\.wav' is already listed: line 1;"):
         files.find(root, "c.wav", "line 2")
