@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import get_args
 
 from harness.core.errors import ProblemList, UserError
 from tasks.base import Example, Split, Task
+from tasks.containers.text_files import unicode_problem
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 
@@ -68,7 +69,7 @@ class FileTask(Task):
 
 
 def check_splits(where: object, splits: Mapping[Split, Sequence[Example]], problems: ProblemList) -> None:
-    """Check that every split has examples, that no id occurs twice, and that no file is in two splits.
+    """Check that every split has examples, no id occurs twice, texts are Unicode, and no file is in two splits.
 
     Args:
         where: the beginning of each message: a folder, or a key of the experiment.
@@ -84,12 +85,25 @@ def check_splits(where: object, splits: Mapping[Split, Sequence[Example]], probl
             if example.id in ids:
                 problems.add(f"{where}: id {example.id!r} is in {ids[example.id]} and again in {split}; ids are unique")
             ids[example.id] = split
+            for place, text in _texts(example):
+                if problem := unicode_problem(text):
+                    problems.add(f"{where}: {split}: {place} of {example.id!a}: {problem}")
             for _, path in example.files:
                 other, other_id = files.setdefault(path, (split, example.id))
                 if other != split:
                     shared[path] = f"{path} is in {other} ({other_id!r}) and in {split} ({example.id!r})"
     for message in shared.values():
         problems.add(f"{where}: {message}; splits may not overlap")
+
+
+def _texts(example: Example) -> Iterator[tuple[str, str]]:
+    """The texts of an example, each with its place."""
+    yield "the id", example.id
+    for context, value in example.inputs:
+        if isinstance(value, str):
+            yield context, value
+    for number, text in enumerate(example.references):
+        yield f"references[{number}]", text
 
 
 def check_disjoint(where: object, what: str, keys: Mapping[Split, Iterable[object]], problems: ProblemList) -> None:

@@ -1,1 +1,1 @@
-"""The structure of audio and picture files, as far as the libraries that decode them do not judge it."""
+"""Audio, picture and text files as such: what their structure says, before they are decoded and whatever they mean."""

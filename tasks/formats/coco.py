@@ -20,7 +20,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from harness.core.errors import ProblemList, UserError
 from tasks.base import Example, Part
-from tasks.formats.data_files import DataFiles, require_file, require_folder
+from tasks.containers.text_files import folder_looks_like, looks_like, read_text, unicode_problem
+from tasks.formats.data_files import DataFiles, or_compressed, require_file, require_folder
 
 # COCO's ids are numbers; those of other sets in its format are names.
 Id = Annotated[str, Field(coerce_numbers_to_str=True)]
@@ -71,8 +72,10 @@ def read_captioned(root: Path, name: str) -> tuple[Captioned, ...]:
     Raises:
         UserError: as ``read_captions``.
     """
-    path = root / "annotations" / f"captions_{name}.json"
+    path = or_compressed(root / "annotations" / f"captions_{name}.json")
     try:
+        if not path.parent.exists() and (hint := folder_looks_like(root)):
+            raise UserError(f"{path.parent}: the folder of annotations does not exist{hint}")
         require_folder(path.parent, "annotations")
         require_file(path, "annotation file")
         content = parse_json(path, _CaptionFile)
@@ -100,6 +103,8 @@ def _combine(path: Path, content: _CaptionFile, root: Path, name: str) -> tuple[
             problems.add(f"{path}: annotations[{number}].image_id: {annotation.image_id} is not among the images")
         elif not caption:
             problems.add(f"{path}: annotations[{number}].caption of image {annotation.image_id} is empty")
+        elif problem := unicode_problem(caption):
+            problems.add(f"{path}: annotations[{number}].caption of image {annotation.image_id}: {problem}")
         else:
             references[annotation.image_id].append(caption)
     captioned = []
@@ -124,12 +129,13 @@ def parse_json(path: Path, content: type[Content]) -> Content:
         UserError: the JSON is broken or has another format; everything that is wrong at once.
     """
     try:
-        return content.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return content.model_validate(json.loads(read_text(path)))
     except json.JSONDecodeError as error:
         line = error.doc.split("\n")[error.lineno - 1]
         shown = line[max(0, error.colno - 60) : error.colno + 60]  # COCO's files are one line of megabytes
         raise UserError(
             f"{path}: line {error.lineno}, column {error.colno}: broken JSON, {error.msg}: {shown!r}"
+            f"{looks_like(error.doc)}"
         ) from error
     except ValidationError as error:
         problems = ProblemList()
@@ -138,7 +144,7 @@ def parse_json(path: Path, content: type[Content]) -> Content:
             problems.add(f"{path}: {key}: {problem['msg']}; found {str(problem['input'])[:80]!r}")
         problems.raise_any()
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
 

@@ -46,6 +46,12 @@ def _missing(path: Path, folders: bool) -> str:
     return f"does not exist; in {parent} {nearest(name, present)}"
 
 
+def or_compressed(path: Path) -> Path:
+    """The path, or that of the same file with ``.gz`` behind its name if only this one exists."""
+    packed = path.with_name(f"{path.name}.gz")
+    return packed if not path.exists() and packed.is_file() else path
+
+
 def nearest(found: str, present: Iterable[str]) -> str:
     """As ``did_you_mean``, but only the ten nearest names: a folder may hold thousands."""
     return did_you_mean(found, get_close_matches(found, list(present), n=10, cutoff=0))

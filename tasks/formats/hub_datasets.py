@@ -33,6 +33,7 @@ from harness.core.errors import ProblemList, UserError, did_you_mean
 from tasks.base import Config, Split
 from tasks.cache_folder import cache_folder, write_once
 from tasks.containers.picture_metadata import without_metadata
+from tasks.containers.text_files import unicode_problem
 from tasks.formats.coco import write_annotations
 from tasks.formats.data_files import DataFiles, MissingFileError
 
@@ -340,6 +341,8 @@ def _texts(row: Mapping[str, Any], columns: Iterable[str]) -> list[str]:
         for text in value if isinstance(value, list) else [value]:
             if not isinstance(text, str) or not text.strip():
                 raise UserError(f"column {column!r}: found {str(text)[:80]!r} ({type(text).__name__}); allowed: text")
+            if problem := unicode_problem(text):
+                raise UserError(f"column {column!r}: {problem}")
             found.append(text)
     if not found:
         raise UserError(f"no caption in {', '.join(columns)}; every image needs one or more")

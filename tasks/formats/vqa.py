@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from harness.core.errors import ProblemList, UserError
-from tasks.formats.data_files import DataFiles, require_file, require_folder
+from tasks.containers.text_files import looks_like, read_utf8
+from tasks.formats.data_files import DataFiles, or_compressed, require_file, require_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,8 @@ def read_vqav2(root: Path, name: str, problems: ProblemList) -> list[Question]:
     Returns:
         What could be read, in the order of the question file; everything else is added to the problems.
     """
-    path, answers_path = root / _QUESTIONS.format(name=name), root / _ANNOTATIONS.format(name=name)
+    path = or_compressed(root / _QUESTIONS.format(name=name))
+    answers_path = or_compressed(root / _ANNOTATIONS.format(name=name))
     asked = _parse(path, TypeAdapter(_QuestionFile), problems)
     annotated = _parse(answers_path, TypeAdapter(_AnnotationFile), problems)
     if asked is None or annotated is None:
@@ -117,7 +119,7 @@ def read_gqa(root: Path, name: str, problems: ProblemList) -> list[Question]:
     Returns:
         What could be read, in the order of the file; everything else is added to the problems.
     """
-    path = root / _GQA.format(name=name)
+    path = or_compressed(root / _GQA.format(name=name))
     questions = _parse(path, TypeAdapter(dict[str, _GqaQuestion]), problems)
     if questions is None:
         return []
@@ -147,7 +149,7 @@ def detect(root: Path) -> str:
     Raises:
         UserError: it holds the questions of none or of several formats.
     """
-    present = {entry.name for entry in root.iterdir()}
+    present = {entry.name.removesuffix(".gz") for entry in root.iterdir()}
     found = [
         key
         for key, form in FORMATS.items()
@@ -218,19 +220,18 @@ def _parse(path: Path, adapter: TypeAdapter[_Parsed], problems: ProblemList) -> 
     """Parse a JSON file; whatever is wrong with it is added to the problems."""
     try:
         require_file(path, "file")
-        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        data = read_utf8(path)
         return adapter.validate_json(data)
     except ValidationError as error:
         for problem in error.errors(include_url=False, include_context=False):
             if problem["type"] == "json_invalid":
-                problems.add(f"{path}: broken JSON: {problem['msg']}{_excerpt(data, problem['msg'])}")
+                head = data[:400].decode(errors="replace")
+                problems.add(f"{path}: broken JSON: {problem['msg']}{_excerpt(data, problem['msg'])}{looks_like(head)}")
             else:
                 key = ".".join(map(str, problem["loc"])) or "the whole file"
                 problems.add(f"{path}: {key}: {problem['msg']}; found {str(problem['input'])[:80]!r}")
     except UserError as error:
         problems.add(error)
-    except OSError as error:
-        problems.add(f"{path}: cannot be read: {error.strerror}")
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 from harness.core.errors import Problems, UserError
 from tasks.captioning import CocoCaptions
 from tasks.formats.coco import read_captions
+from tasks.formats.karpathy import read_karpathy
 from tasks.modalities.image import Image
 
 
@@ -280,8 +282,47 @@ def test_broken_json_shows_the_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="line 1, column 1: broken JSON"):
         read_captions(tmp_path, "train2017")
     path.write_bytes(b'{"images": "\xff"}')
-    with pytest.raises(UserError, match=r"captions_train2017\.json: cannot be read: .*utf-8"):
+    with pytest.raises(UserError, match=r"captions_train2017\.json: line 1: not UTF-8 \(byte 0xff\)"):
         read_captions(tmp_path, "train2017")
+
+
+def test_annotations_in_utf_16_and_compressed(tmp_path: Path) -> None:
+    path = write_coco(tmp_path, "train2017", [4, 5])
+    expected = read_captions(tmp_path, "train2017")
+    path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_text().encode("utf-16")))
+    path.unlink()
+    assert read_captions(tmp_path, "train2017") == expected
+
+
+def test_half_a_surrogate_pair_is_named_with_its_caption(tmp_path: Path) -> None:
+    path = write_coco(tmp_path, "train2017", [4, 5])
+    content = json.loads(path.read_text())
+    content["annotations"][2]["caption"] = "so nice \ud83d"
+    path.write_text(json.dumps(content))
+    with pytest.raises(
+        UserError, match=r"annotations\[2\]\.caption of image \d: half of a surrogate.*'so nice \\ud83d'"
+    ):
+        read_captions(tmp_path, "train2017")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "layout"),
+    [
+        ("Flickr8k.token.txt", "1000268201_693b08cb0e.jpg#0\tA child in a pink dress .\n", "Flickr's token file"),
+        (
+            "captions.txt",
+            "image,caption\n1000268201_693b08cb0e.jpg,A child in a pink dress .\n",
+            "Flickr's captions as a",
+        ),
+        ("results.csv", "image_name| comment_number| comment\n1.jpg| 0| A child .\n", "Flickr's captions as a table"),
+    ],
+)
+def test_a_layout_that_is_not_read_is_named(tmp_path: Path, name: str, content: str, layout: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"annotations does not exist; this looks like {layout}.*\({name}\)"):
+        read_captions(tmp_path, "train2017")
+    with pytest.raises(UserError, match=rf"{name}: line 1, column .*broken JSON.*; this looks like {layout}"):
+        read_karpathy(tmp_path / name, tmp_path)
 
 
 def test_missing_folders_and_files_name_what_is_there(tmp_path: Path) -> None:
