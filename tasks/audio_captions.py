@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 from harness.core.errors import ProblemList, UserError
 from tasks.base import Config, Example, Part, Split
 from tasks.formats.audio_tables import AudioFiles, read_table, write_tone
-from tasks.formats.data_files import MissingFileError, require_folder
+from tasks.formats.data_files import MissingFileError, or_compressed, require_folder
 from tasks.splits import FileTask
 
 _log = logging.getLogger(__name__)
@@ -86,10 +86,10 @@ class AudioCaptions(FileTask):
         require_folder(self.root, "captions and recordings")
         tables = self.root / self.config.csv_folder
         layout = self.config.layout if self.config.layout != "auto" else find_layout(tables)
-        files = AudioFiles(self.root)
+        files = AudioFiles()
         splits: dict[Split, list[Example]] = {}
         for split, name in _NAMES[layout].items():
-            table, folder = tables / _csv_name(layout, name), self.root / self.config.audio_folder / name
+            table, folder = or_compressed(tables / _csv_name(layout, name)), self.root / self.config.audio_folder / name
             try:
                 require_folder(folder, f"recordings for {split}")
                 splits[split] = self._read(layout, table, folder, files, problems)
@@ -128,7 +128,7 @@ def find_layout(folder: Path) -> Layout:
     """
     require_folder(folder, "CSV files")
     first = {layout: _csv_name(layout, names["train"]) for layout, names in _NAMES.items()}
-    found = [layout for layout, name in first.items() if (folder / name).is_file()]
+    found = [layout for layout, name in first.items() if or_compressed(folder / name).is_file()]
     if len(found) == 1:
         return found[0]
     if found:

@@ -27,7 +27,8 @@ from typing import Any, Literal, NamedTuple
 
 from harness.core.errors import ProblemList, UserError, did_you_mean
 from tasks.base import Config, Example, Part, Split
-from tasks.formats.audio_tables import AudioFiles, read_table, read_text, spoken_text, write_tone
+from tasks.containers.text_files import folder_looks_like, read_text
+from tasks.formats.audio_tables import AudioFiles, read_table, spoken_text, write_tone
 from tasks.formats.data_files import require_folder
 from tasks.splits import SPLITS, FileTask
 
@@ -97,7 +98,7 @@ class Speech(FileTask):
         require_folder(self.root, "recordings")
         layout = self.config.layout if self.config.layout != "auto" else find_layout(self.root)
         _check_options(self.config, layout)
-        return _READERS[layout](self.root, self.config, AudioFiles(self.root), problems)
+        return _READERS[layout](self.root, self.config, AudioFiles(), problems)
 
 
 def find_layout(root: Path) -> Layout:
@@ -120,7 +121,7 @@ def find_layout(root: Path) -> Layout:
     raise UserError(
         f"{root}: no known layout: no metadata.csv or metadata.jsonl in it or in its folders (audiofolder), no "
         "train-clean-100/84/121123/84-121123.trans.txt or the like (librispeech), no recordings/ (fsdd); it holds "
-        f"{', '.join(sorted(entry.name for entry in root.iterdir())[:10]) or 'nothing'}"
+        f"{', '.join(sorted(entry.name for entry in root.iterdir())[:10]) or 'nothing'}{folder_looks_like(root)}"
     )
 
 
@@ -139,7 +140,8 @@ def _tables(root: Path) -> list[Path]:
     return sorted(
         path
         for pattern in ("metadata.csv", "metadata.jsonl", "*/metadata.csv", "*/metadata.jsonl")
-        for path in root.glob(pattern)
+        for packed in ("", ".gz")
+        for path in root.glob(pattern + packed)
     )
 
 

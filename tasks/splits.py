@@ -11,6 +11,7 @@ from typing import get_args
 
 from harness.core.errors import ProblemList, UserError
 from tasks.base import Example, Split, Task
+from tasks.containers.text_files import unicode_problem
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 
@@ -68,13 +69,13 @@ class FileTask(Task):
 
 
 def check_splits(where: object, splits: Mapping[Split, Sequence[Example]], problems: ProblemList) -> None:
-    """Check that every split has examples, that no id occurs twice, and that no file is in two splits.
+    """Check that every split has examples, no id occurs twice, texts are Unicode, and no file is in two splits.
 
     Args:
         where: the beginning of each message: a folder, or a key of the experiment.
         problems: receives what is wrong.
     """
-    for check in (empty_splits, repeated_ids, shared_files):
+    for check in (empty_splits, repeated_ids, broken_texts, shared_files):
         for message in check(splits):
             problems.add(f"{where}: {message}")
 
@@ -94,6 +95,25 @@ def repeated_ids(splits: Mapping[Split, Sequence[Example]]) -> Iterator[str]:
             if example.id in seen:
                 yield f"id {example.id!r} is in {seen[example.id]} and again in {split}; ids are unique"
             seen[example.id] = split
+
+
+def broken_texts(splits: Mapping[Split, Sequence[Example]]) -> Iterator[str]:
+    """A message for every text that is not Unicode."""
+    for split, examples in splits.items():
+        for example in examples:
+            for place, text in _texts(example):
+                if problem := unicode_problem(text):
+                    yield f"{split}: {place} of {example.id!a}: {problem}"
+
+
+def _texts(example: Example) -> Iterator[tuple[str, str]]:
+    """The texts of an example, each with its place."""
+    yield "the id", example.id
+    for context, value in example.inputs:
+        if isinstance(value, str):
+            yield context, value
+    for number, text in enumerate(example.references):
+        yield f"references[{number}]", text
 
 
 def shared_files(splits: Mapping[Split, Sequence[Example]], resolve: bool = False) -> Iterator[str]:

@@ -63,6 +63,19 @@ def test_all_that_is_wrong_with_splits_is_reported() -> None:
     ]
 
 
+def test_texts_that_are_no_unicode_are_named() -> None:
+    """Of every task, whatever it reads: they could not be written, tokenised or scored."""
+    problems = ProblemList()
+    wrong = Example("a", (Part("user", "hi \udc00"),), ("fine", "so nice \ud83d"))
+    check_splits("/data", {"train": [wrong], "validation": [example("b")], "test": [example("c\ud800")]}, problems)
+    assert problems.messages == [
+        "/data: train: user of 'a': half of a surrogate pair, which is not Unicode text; found 'hi \\udc00'",
+        "/data: train: references[1] of 'a': half of a surrogate pair, which is not Unicode text; "
+        "found 'so nice \\ud83d'",
+        "/data: test: the id of 'c\\ud800': half of a surrogate pair, which is not Unicode text; found 'c\\ud800'",
+    ]
+
+
 def test_a_key_in_two_splits_is_reported_once() -> None:
     problems = ProblemList()
     check_disjoint("/data", "image", {"train": [1, 2, 2], "validation": [3], "test": [2, 2]}, problems)

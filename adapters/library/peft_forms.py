@@ -35,6 +35,8 @@ class Form:
     tensors: ClassVar[Mapping[str, str]]  # a delta's parameter → its name in the checkpoint, after the layer's path
     shared: ClassVar[tuple[str, ...]] = ()  # buffers shared by all layers
     fixed: ClassVar[Mapping[str, Any]] = {}  # values of PEFT's options that select this method
+    # PEFT's options that give no shape, with a value of the type that it declares; it computes with any number.
+    any_scale: ClassVar[Mapping[str, Any]] = {}
     roles: ClassVar[frozenset[str]] = ATTENTION | FEED_FORWARD
 
     def peft_options(self, config: Any) -> dict[str, Any]:
@@ -97,6 +99,7 @@ class LoRAForm(Form):
     options: ClassVar = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "use_rslora": "use_rslora"}
     tensors: ClassVar = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
     fixed: ClassVar = {"use_dora": False}
+    any_scale: ClassVar = {"lora_alpha": 1}
 
     def peft_options(self, config: Any) -> dict[str, Any]:
         """Includes the alpha that gives our scale."""
@@ -108,7 +111,7 @@ class LoRAForm(Form):
 
     def our_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Alpha is a float here."""
-        return {**super().our_options(options), "alpha": float(options["lora_alpha"])}
+        return {**super().our_options(options), "alpha": _number(options, "lora_alpha")}
 
     def saved(self, target: Target, delta: nn.Module, _so_far: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The low-rank pair that is added."""
@@ -124,6 +127,7 @@ class DoRAForm(Form):
     options: ClassVar = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
     tensors: ClassVar = {**LoRAForm.tensors, "lora_magnitude_vector": "lora_magnitude_vector"}
     fixed: ClassVar = {"use_dora": True}
+    any_scale: ClassVar = {"lora_alpha": 1}
 
     def peft_options(self, config: Any) -> dict[str, Any]:
         """Alpha is explicit in PEFT."""
@@ -139,7 +143,7 @@ class DoRAForm(Form):
                 "further training differs, evaluation does not",
                 stacklevel=2,
             )
-        return {**super().our_options(options), "alpha": float(options["lora_alpha"]) * factor}
+        return {**super().our_options(options), "alpha": _number(options, "lora_alpha") * factor}
 
 
 class VeRAForm(Form):
@@ -195,6 +199,18 @@ class IA3Form(Form):
 def _whole(alpha: float) -> float:
     """An int if possible: PEFT declares alpha as an integer but accepts floats."""
     return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _number(options: Mapping[str, Any], key: str) -> float:
+    """The value of an option of which PEFT checks no type.
+
+    Raises:
+        UserError: it is not a finite number.
+    """
+    value = options[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"import_peft: {key}: found {value!r}; allowed: a number")
+    return float(value)
 
 
 FORMS: dict[type[AdapterMethod], Form] = {LoRA: LoRAForm(), DoRA: DoRAForm(), IA3: IA3Form(), VeRA: VeRAForm()}

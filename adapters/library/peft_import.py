@@ -64,7 +64,7 @@ def import_peft(
     form, options = _read_options(raw, str(folder / CONFIG))
     tensors = _read_tensors(folder / TENSORS)
     # What PEFT itself would build for this model: its layers, and the shapes of its tensors.
-    built = PeftChange(model, make_config({"peft_type": form.peft_type, **options}), seed=0)
+    built = PeftChange(model, make_config({"peft_type": form.peft_type, **options, **form.any_scale}), seed=0)
     _check_tensors(built, tensors, str(folder / TENSORS))
     where = _where(model, built, form, tensors, roles)
     grouping = "agnostic" if context is None else {c: c if c == context else None for c in contexts}

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_jsonable_python
 from rich.console import Console
@@ -23,6 +22,7 @@ from harness.core.cursor import Cursor
 from harness.core.errors import UserError, did_you_mean
 from harness.core.registry import Entry, Registry
 from harness.experiment.sections import Backbone
+from harness.experiment.source import read_value
 from results.leaderboard.format import ABSENT
 
 
@@ -171,12 +171,9 @@ def parse_options(assignments: Iterable[str]) -> dict[str, Any]:
         if not equals or not name:
             raise UserError(f"--set {assignment}: found no '='; expected OPTION=VALUE, such as rank=64")
         try:
-            options[name] = json.loads(value)  # YAML would read 1e-3 as a string
-        except json.JSONDecodeError:
-            try:
-                options[name] = yaml.safe_load(value)
-            except yaml.YAMLError:
-                raise UserError(f"--set {assignment}: {value!r} is not valid YAML") from None
+            options[name] = read_value(value)
+        except UserError:
+            raise UserError(f"--set {assignment}: {value!r} is not valid YAML") from None
     return options
 
 

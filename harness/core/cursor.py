@@ -19,9 +19,11 @@ class Cursor:
     origin: str = ""  # file name; empty for values from Python
     path: KeyPath = ()
     lines: Mapping[KeyPath, int] = field(default_factory=dict, repr=False)  # line number of every key path in the file
+    # The text of values from environment variables, which look like a number where an option may take text.
+    texts: Mapping[KeyPath, str] = field(default_factory=dict, repr=False)
 
     def __truediv__(self, key: str | int) -> Cursor:
-        return Cursor(self.origin, (*self.path, key), self.lines)
+        return Cursor(self.origin, (*self.path, key), self.lines, self.texts)
 
     def __str__(self) -> str:
         known = next((self.path[:n] for n in range(len(self.path), -1, -1) if self.path[:n] in self.lines), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import json
 from collections.abc import Iterable, Mapping
@@ -30,15 +31,40 @@ def check(model: type[M], data: Mapping[str, Any], where: Cursor, also: Iterable
         UserError: a key is unknown or missing, or a value has the wrong type or is out of range.
     """
     try:
+        return _validated(model, data, where)
+    except ValidationError as error:
+        as_text = _with_texts(error, data, where)
+        if as_text is None:
+            raise UserError(_message(error, model, data, where, also, hint)) from None
+    return check(model, as_text, where, also, hint)
+
+
+def _validated(model: type[M], data: Mapping[str, Any], where: Cursor) -> M:
+    try:
         text = json.dumps(dict(data), default=_as_text)
     except TypeError as error:
         place = str(where) or "experiment"
         raise UserError(f"{place}: options must be numbers, strings, lists and mappings; {error}") from None
-    try:
-        # Through JSON: its strict mode accepts a string for a path and a list for a tuple, but not "4" for 4.
-        return model.model_validate_json(text, strict=True)
-    except ValidationError as error:
-        raise UserError(_message(error, model, data, where, also, hint)) from None
+    # Through JSON: its strict mode accepts a string for a path and a list for a tuple, but not "4" for 4.
+    return model.model_validate_json(text, strict=True)
+
+
+def _with_texts(error: ValidationError, data: Mapping[str, Any], where: Cursor) -> dict[str, Any] | None:
+    """The options with the text of environment values that look like numbers where text is needed; None: no such."""
+    if not where.texts:
+        return None
+    replaced, found = copy.deepcopy(dict(data)), False
+    for problem in error.errors():
+        if problem["type"] not in ("string_type", "path_type"):
+            continue
+        location = [part for part in problem["loc"] if isinstance(part, int) or _is_key(data, part)]
+        text = where.texts.get((*where.path, *location))
+        if text is not None:
+            holder: Any = replaced
+            for part in location[:-1]:
+                holder = holder[part]
+            holder[location[-1]], found = text, True
+    return replaced if found else None
 
 
 def _as_text(value: Any) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, Unpack
 
-import yaml
 from pydantic import Field
 
 from harness.core import hub
@@ -31,7 +30,7 @@ from harness.experiment.sections import (
     TaskChoice,
     Tracking,
 )
-from harness.experiment.source import read_yaml
+from harness.experiment.source import read_yaml, write_yaml
 
 
 class Sections(TypedDict, total=False):
@@ -104,7 +103,7 @@ class Experiment:
         plain = _plain(dict(sections))
         self.file = None
         self._read(plain, Cursor(), Path.cwd())
-        self.text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        self.text = write_yaml(plain)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Experiment:

@@ -1,14 +1,16 @@
 """Reads YAML files with the line numbers of their keys, for error messages.
 
-Differs from ``yaml.safe_load`` in three ways: a duplicate key is an error (PyYAML silently keeps the last one),
-``1e-3`` is a number (a string in YAML 1.1), and ``${NAME}`` or ``${NAME:-default}`` in a string is replaced by an
-environment variable.
+Scalars follow the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema), not YAML 1.1: ``010`` is
+ten, ``1:30``, ``yes``, ``off`` and ``2020-01-01`` are text, ``1e-3`` is a number, and only ``true`` and ``false`` are
+booleans. A key given twice is an error (YAML keeps the last silently). ``${NAME}`` or ``${NAME:-default}`` is taken
+from the environment, and a value made of it is read by the same schema.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,60 @@ from harness.core.cursor import Cursor, KeyPath
 from harness.core.errors import UserError
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+_TAG = "tag:yaml.org,2002:"
+_SCHEMA = (  # tag, form, the characters that it may begin with
+    ("null", r"(?:null|Null|NULL|~|)", ["n", "N", "~", ""]),
+    ("bool", r"(?:true|True|TRUE|false|False|FALSE)", list("tTfF")),
+    ("int", r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)", list("-+0123456789")),
+    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    ("float", r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))", list("-+.")),
+    ("merge", r"<<", ["<"]),  # not in the core schema, but widely used
+)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the floats of YAML 1.2."""
+    """SafeLoader with the core schema of YAML 1.2."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - replaces those of YAML 1.1
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what ``_Loader`` would not read as text."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+
+def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node))
+    return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+
+
+def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
+    return float(re.sub(r"\.(inf|nan)$", r"\1", str(loader.construct_scalar(node)).lower()))
+
+
+for _name, _form, _first in _SCHEMA:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_TAG + _name, re.compile(f"^{_form}$"), _first)
+_Loader.add_constructor(_TAG + "int", _int)
+_Loader.add_constructor(_TAG + "float", _float)
+
+
+def write_yaml(content: Any) -> str:
+    """The text from which ``read_yaml`` reads the same content."""
+    return str(yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+
+
+def read_value(text: str) -> Any:
+    """One value of the command line, read as in a file.
+
+    Raises:
+        UserError: it is not YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader subclass
+    except (yaml.YAMLError, ValueError, KeyError) as error:
+        raise UserError(f"not valid YAML: {error}") from error
 
 
 def read_yaml(path: Path) -> tuple[Any, Cursor]:
@@ -48,20 +93,25 @@ def read_yaml(path: Path) -> tuple[Any, Cursor]:
         raise UserError(f"{path}: no such file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        data = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader subclass
-    except (yaml.YAMLError, ValueError) as error:  # a date like 2020-13-45 is a ValueError
-        raise UserError(f"{path}: not valid YAML: {error}") from error
     lines: dict[KeyPath, int] = {}
-    top = Cursor(str(path), (), lines)
-    if node is None:
-        return None, top
+    texts: dict[KeyPath, str] = {}
+    top = Cursor(str(path), (), lines, texts)
+    loader: _Loader | None = None
     try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None, top
         _collect_lines(node, top, lines)
+        _substitute(loader, node, top, texts, set())
+        return loader.construct_document(node), top
     except RecursionError:
         raise UserError(f"{path}: an alias (*name) refers to a value that contains it") from None
-    return _expand(data, top), top
+    except (yaml.YAMLError, ValueError, KeyError) as error:  # an explicit tag that does not fit: !!int x, !!bool x
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
 
 
 def _collect_lines(node: yaml.Node, here: Cursor, lines: dict[KeyPath, int]) -> None:
@@ -79,20 +129,38 @@ def _collect_lines(node: yaml.Node, here: Cursor, lines: dict[KeyPath, int]) -> 
             _collect_lines(child, inner, lines)
 
 
-def _expand(value: Any, here: Cursor) -> Any:
-    """Replace environment variables in all strings of a value."""
-    if isinstance(value, dict):
-        return {key: _expand(child, here / str(key)) for key, child in value.items()}
-    if isinstance(value, list):
-        return [_expand(child, here / index) for index, child in enumerate(value)]
-    if not isinstance(value, str):
-        return value
+def _substitute(
+    loader: _Loader, node: yaml.Node, here: Cursor, texts: dict[KeyPath, str], seen: set[yaml.Node]
+) -> None:
+    """Put environment variables in, and read a value that they are part of by the schema.
 
-    def replace(match: re.Match[str]) -> str:
-        name, default = match.groups()
-        found = os.environ.get(name) or default
-        if found is None:
-            raise UserError(f"{here}: environment variable {name} is not set; set it, or write ${{{name}:-default}}")
-        return str(found)
+    A quoted value is read so only if it is one variable and nothing else: within ``{…}`` YAML has no other way to write
+    it. A block (``|``, ``>``) stays text. ``texts`` receives the text of what is no text afterwards, for options that
+    take one (a folder called 2017).
+    """
+    if isinstance(node, yaml.ScalarNode):
+        whole = _VARIABLE.fullmatch(node.value)
+        if node in seen or node.tag != f"{_TAG}str" or not _VARIABLE.search(node.value):
+            return
+        node.value = _VARIABLE.sub(lambda match: _variable(match, here), node.value)
+        if node.value and (node.style is None or (whole and node.style in ("'", '"'))):
+            resolve: Callable[..., str] = loader.resolve
+            node.tag = resolve(yaml.ScalarNode, node.value, (True, False))
+            texts[here.path] = node.value
+    elif node in seen:
+        return
+    elif isinstance(node, yaml.SequenceNode):
+        for index, child in enumerate(node.value):
+            _substitute(loader, child, here / index, texts, seen)
+    elif isinstance(node, yaml.MappingNode):
+        for key, child in node.value:
+            _substitute(loader, child, here / str(key.value), texts, seen)
+    seen.add(node)
 
-    return _VARIABLE.sub(replace, value)
+
+def _variable(match: re.Match[str], here: Cursor) -> str:
+    name, default = match.groups()
+    found = os.environ.get(name) or default
+    if found is None:
+        raise UserError(f"{here}: environment variable {name} is not set; set it, or write ${{{name}:-default}}")
+    return str(found)

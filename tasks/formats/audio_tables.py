@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.core.errors import ProblemList, UserError, did_you_mean
+from tasks.containers.text_files import looks_like, read_text, unicode_problem
 from tasks.formats.data_files import DataFiles
 
 
@@ -49,40 +50,26 @@ def spoken_text(text: str, where: str) -> str:
     """Collapse white space.
 
     Raises:
-        UserError: it has no letter or digit.
+        UserError: it has no letter or digit, or is not Unicode.
     """
+    if problem := unicode_problem(text):
+        raise UserError(f"{where}: {problem}")
     if not any(character.isalnum() for character in text):
         raise UserError(f"{where}: found {text[:80]!r}; a text with a letter or digit is needed")
     return " ".join(text.split())
 
 
-def read_text(path: Path) -> str:
-    """Read a UTF-8 file, with or without byte-order mark.
-
-    Raises:
-        UserError: it cannot be read; for bytes that are not UTF-8, the message gives their line.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}: line {line}: not UTF-8 (byte 0x{content[error.start]:02x}); save the file as UTF-8"
-        ) from error
-
-
 def read_table(path: Path, columns: Sequence[str], problems: ProblemList) -> list[Row]:
-    """Read the rows of a ``.csv`` or ``.jsonl`` file that have these columns; what is wrong goes to ``problems``."""
+    """Read the rows of a ``.csv`` or ``.jsonl`` file (``.gz`` too) that have these columns.
+
+    What is wrong goes to ``problems``.
+    """
     try:
         text = read_text(path)
     except UserError as error:
         problems.add(error)
         return []
-    return (_jsonl if path.suffix == ".jsonl" else _csv)(path, text, columns, problems)
+    return (_jsonl if path.name.removesuffix(".gz").endswith(".jsonl") else _csv)(path, text, columns, problems)
 
 
 def _csv(path: Path, text: str, columns: Sequence[str], problems: ProblemList) -> list[Row]:
@@ -93,7 +80,8 @@ def _csv(path: Path, text: str, columns: Sequence[str], problems: ProblemList) -
         header = list(reader.fieldnames or ())
         if missing := [column for column in columns if column not in header]:
             for column in missing:
-                problems.add(f"{path}: line 1: no column {column!r}; {did_you_mean(column, header)}")
+                hint = did_you_mean(column, header) + looks_like(text)
+                problems.add(f"{path}: line 1: no column {column!r}; {hint}")
             return []
         for values in reader:
             row = Row(f"{path}: line {reader.line_num}", values)
@@ -131,8 +119,8 @@ def _jsonl(path: Path, text: str, columns: Sequence[str], problems: ProblemList)
 class AudioFiles(DataFiles):
     """The recordings of a data set; each may be listed once, in one split."""
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
+    def __init__(self) -> None:
+        super().__init__()
         self._taken: dict[Path, str] = {}  # with links resolved → where it was listed
 
     def find(self, folder: Path, name: str, where: str) -> Path:
@@ -140,7 +128,7 @@ class AudioFiles(DataFiles):
 
         Raises:
             MissingFileError: it does not exist.
-            UserError: it is outside the data set, cannot be reached, or was listed before.
+            UserError: it is outside the folder, cannot be reached, or was listed before.
         """
         path = super().find(folder, name, where)
         real = self.real(path)

@@ -20,7 +20,8 @@ from pydantic import BaseModel, Field
 
 from harness.core.errors import ProblemList, UserError
 from tasks.base import Example, Part
-from tasks.formats.data_files import DataFiles, require_file, require_folder
+from tasks.containers.text_files import folder_looks_like, unicode_problem
+from tasks.formats.data_files import DataFiles, or_compressed, require_file, require_folder
 from tasks.formats.json_file import parse_json
 
 # COCO's ids are numbers; those of other sets in its format are names.
@@ -71,8 +72,10 @@ def read_captioned(root: Path, name: str) -> tuple[Captioned, ...]:
     Raises:
         UserError: as ``read_captions``.
     """
-    path = root / "annotations" / f"captions_{name}.json"
+    path = or_compressed(root / "annotations" / f"captions_{name}.json")
     try:
+        if not path.parent.exists() and (hint := folder_looks_like(root)):
+            raise UserError(f"{path.parent}: the folder of annotations does not exist{hint}")
         require_folder(path.parent, "annotations")
         require_file(path, "annotation file")
         content = parse_json(path, _CaptionFile)
@@ -84,7 +87,7 @@ def read_captioned(root: Path, name: str) -> tuple[Captioned, ...]:
 
 def _combine(path: Path, content: _CaptionFile, root: Path, name: str) -> tuple[Captioned, ...]:
     problems = ProblemList()
-    files = DataFiles(root)
+    files = DataFiles()
     if not content.images:
         problems.add(f"{path}: images: the list is empty; at least one image is needed")
     references: dict[str, list[str]] = {}
@@ -100,6 +103,8 @@ def _combine(path: Path, content: _CaptionFile, root: Path, name: str) -> tuple[
             problems.add(f"{path}: annotations[{number}].image_id: {annotation.image_id} is not among the images")
         elif not caption:
             problems.add(f"{path}: annotations[{number}].caption of image {annotation.image_id} is empty")
+        elif problem := unicode_problem(caption):
+            problems.add(f"{path}: annotations[{number}].caption of image {annotation.image_id}: {problem}")
         else:
             references[annotation.image_id].append(caption)
     captioned = []

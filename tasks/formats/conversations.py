@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.core.errors import ProblemList, did_you_mean
+from harness.core.errors import ProblemList, UserError, did_you_mean
+from tasks.containers.text_files import looks_like, read_utf8, unicode_problem
 
 ROLES = ("system", "user", "assistant")
 Turn = tuple[str, str]  # role, text
@@ -16,6 +17,17 @@ _FORMS = {
     "messages": '{"messages": [{"role": …, "content": …}, …]}',
     "instruction": '{"instruction": …, "input": …, "output": …}',
     "prompt": '{"prompt": …, "completion": …}',
+}
+_NEEDED = {"messages": ("messages",), "instruction": ("instruction", "output"), "prompt": ("prompt", "completion")}
+# Forms that are not read: the keys that identify one → its name and what to write instead.
+_OTHER_FORMS = {
+    ("conversations",): "ShareGPT's (from, value); write messages with role (user, assistant) and content",
+    ("chosen", "rejected"): "a preference pair; write the chosen answer as completion, or as messages",
+    ("question", "answer"): "a question and its answer; write prompt and completion, or instruction and output",
+    ("prompt", "response"): "a prompt and its response; name the answer completion",
+    ("instruction", "response"): "Dolly's (instruction, context, response); name them instruction, input and output",
+    ("inputs", "targets"): "FLAN's (inputs, targets); name them prompt and completion",
+    ("text",): "plain text to continue; write prompt and completion",
 }
 
 
@@ -30,7 +42,7 @@ class Conversation:
 
 
 def read_lines(path: Path, name: str, problems: ProblemList) -> list[Conversation]:
-    """Read one file; blank lines are skipped, a byte order mark and CRLF are accepted.
+    """Read one file; blank lines are skipped; a byte order mark, CRLF, UTF-16 and gzip are accepted.
 
     Args:
         name: the file's path below the root; the id of a line is ``name:number``, counted from 1.
@@ -40,9 +52,9 @@ def read_lines(path: Path, name: str, problems: ProblemList) -> list[Conversatio
         The valid lines, in order.
     """
     try:
-        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        problems.add(f"{path}: cannot be read: {error.strerror}")
+        data = read_utf8(path)
+    except UserError as error:
+        problems.add(error)
         return []
     if data.lstrip().startswith(b"["):
         problems.add(f"{path}: is a JSON array; one object per line is needed (`jq -c '.[]'` writes them)")
@@ -74,7 +86,7 @@ class _Line:
         record = self._parse(raw)
         if record is None:
             return None
-        verbatim = isinstance(record.get("prompt"), str)
+        verbatim = _forms(record) == ["prompt"] and isinstance(record["prompt"], str)
         turns = self._turns(record)
         if len(self.problems.messages) == known:
             self._check_order([role for role, _ in turns])
@@ -91,7 +103,8 @@ class _Line:
         except UnicodeDecodeError as error:
             self.complain(f"byte {error.start + 1} is not UTF-8: {raw[error.start : error.start + 1]!r}")
         except json.JSONDecodeError as error:
-            self.complain(f"column {error.colno}: broken JSON, {error.msg}: {_around(error.doc, error.pos)!r}")
+            around = f"{_around(error.doc, error.pos)!r}{looks_like(error.doc)}"
+            self.complain(f"column {error.colno}: broken JSON, {error.msg}: {around}")
         except (ValueError, RecursionError) as error:
             self.complain(f"cannot be read: {error}")
         else:
@@ -101,12 +114,15 @@ class _Line:
         return None
 
     def _turns(self, record: dict[str, Any]) -> list[Turn]:
-        forms = [key for key in _FORMS if key in record]
+        forms = _forms(record)
         if len(forms) != 1:
             found = ", ".join(map(repr, record)) or "no keys"
             allowed = " or ".join(_FORMS.values())
             near = did_you_mean(next(iter(record), ""), _FORMS).partition("; ")[2]
-            self.complain(f"found {found}; allowed: {allowed}{near and f'; {near}'}")
+            filled = {key for key, value in record.items() if value not in (None, "", [])}
+            other = next((what for keys, what in _OTHER_FORMS.items() if filled >= {*keys} and not forms), None)
+            hint = f"this looks like {other}" if other else near
+            self.complain(f"found {found}; allowed: {allowed}{hint and f'; {hint}'}")
             return []
         if forms == ["messages"]:
             return self._messages(record, "messages")
@@ -154,7 +170,9 @@ class _Line:
             self.complain(f"the last message has the role {roles[-1]}; an answer of the assistant is needed")
 
     def _references(self, record: dict[str, Any]) -> list[str]:
-        texts = record.get("references", [])
+        texts = record.get("references")
+        if texts is None:
+            return []
         if not isinstance(texts, list):
             self.complain(f"references: a list of texts is needed; found {_shown(texts)}")
             return []
@@ -169,9 +187,17 @@ class _Line:
             return ""
         if not text.strip():
             self.complain(f"{prefix}{key} is empty")
-        elif any("\ud800" <= letter <= "\udfff" for letter in text):
-            self.complain(f"{prefix}{key}: half of a surrogate pair, which is not Unicode text; found {_shown(text)}")
+        elif problem := unicode_problem(text):
+            self.complain(f"{prefix}{key}: {problem}")
         return text
+
+
+def _forms(record: dict[str, Any]) -> list[str]:
+    """The forms of a line by what is filled: a table of mixed forms has empty columns, a chat a copy of its prompt."""
+    present = [key for key in _FORMS if key in record]
+    filled = [key for key in present if all(record.get(needed) not in (None, "", []) for needed in _NEEDED[key])]
+    begun = [key for key in present if record[key] is not None]
+    return filled or begun or present
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,9 @@
-"""The folders and files of a data set: what must exist, and what the names in annotations may lead to."""
+"""The folders and files of a data set: what must exist, and what the names in annotations may lead to.
+
+One policy for all tasks: a name is relative to its folder and stays in it (no ``..``, no absolute path), so that the
+author of annotations cannot name files outside the data set. Symbolic links in a data set that the user named are
+followed wherever they lead: whoever set up the folder made them (pictures on another disk, the hub's cache).
+"""
 
 from __future__ import annotations
 
@@ -41,6 +46,12 @@ def _missing(path: Path, folders: bool) -> str:
     return f"does not exist; in {parent} {nearest(name, present)}"
 
 
+def or_compressed(path: Path) -> Path:
+    """The path, or that of the same file with ``.gz`` behind its name if only this one exists."""
+    packed = path.with_name(f"{path.name}.gz")
+    return packed if not path.exists() and packed.is_file() else path
+
+
 def nearest(found: str, present: Iterable[str]) -> str:
     """As ``did_you_mean``, but only the ten nearest names: a folder may hold thousands."""
     return did_you_mean(found, get_close_matches(found, list(present), n=10, cutoff=0))
@@ -57,39 +68,30 @@ class MissingFileError(UserError):
 
 
 class DataFiles:
-    """Finds the files that annotations name, without leaving the data set.
+    """Finds the files that annotations name, without leaving the data set."""
 
-    Args:
-        root: the data set; symbolic links may lead to other places in it.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self._root = root.resolve()
+    def __init__(self) -> None:
         self._real: dict[Path, Path] = {}  # folder → with its links resolved
 
     def find(self, folder: Path, name: str, where: str) -> Path:
-        """The path of an existing file.
+        """The path of an existing file; links are followed.
 
         Args:
-            folder: what the name is relative to. It may itself be a link to anywhere: the user who set up the data
-                created it, not the author of the annotations.
+            folder: what the name is relative to.
             name: as the annotation gives it.
             where: the beginning of an error message.
 
         Raises:
             MissingFileError: it does not exist.
-            UserError: it is outside the data set, or cannot be reached.
+            UserError: it is outside the folder, or cannot be reached.
         """
         if leaves_folder(name):
             raise UserError(f"{where}: {name!r} leads out of {folder}; allowed: files inside it")
         path = folder / name
         try:
-            if "/" in name or path.is_symlink():
-                real = self.real(path)
-                if not any(real.is_relative_to(place) for place in (self._root, self._real_folder(folder))):
-                    raise UserError(f"{where}: {name!r} is a link that leads out of {folder} to {real}")
             if not path.is_file():
-                raise MissingFileError(f"{where}: {name!r} is not in {folder}")
+                link = f"; it is a link to {path.readlink()}" if path.is_symlink() else ""
+                raise MissingFileError(f"{where}: {name!r} is not in {folder}{link}")
         except (OSError, ValueError, RuntimeError) as error:  # no permission, too long a name, a loop of links
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{where}: {name[:80]!r} in {folder} cannot be read: {reason}") from error

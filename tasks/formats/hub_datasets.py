@@ -8,7 +8,11 @@ disk:
     {path: parquet, data_files: {train: train.parquet, validation: val.parquet}, caption_column: captions}
         {"image": {"bytes": b"\\xff\\xd8…", "path": "391895.jpg"}, "captions": ["A man with a red helmet.", …]}
 
-Images are written byte for byte. Rows are streamed, so that ``datasets`` keeps no second copy.
+    {path: pictures}      # pictures/train/0.jpg, pictures/train/metadata.jsonl: {"file_name": "0.jpg", "text": "a dog"}
+
+A row holds a picture or names it, ``{"bytes": null, "path": "images/391895.jpg"}`` or ``"images/391895.jpg"``: below
+the folder of the data set or of its shards. Images are written byte for byte. Rows are streamed, so that ``datasets``
+keeps no second copy.
 """
 
 from __future__ import annotations
@@ -17,7 +21,8 @@ import glob
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +33,10 @@ from harness.core.errors import ProblemList, UserError, did_you_mean
 from harness.core.files import cache_folder
 from tasks.base import Config, Split
 from tasks.cache_folder import write_once
+from tasks.containers.picture_metadata import without_metadata
+from tasks.containers.text_files import unicode_problem
 from tasks.formats.coco import write_annotations
+from tasks.formats.data_files import DataFiles, MissingFileError
 
 SHARDS = ("parquet", "webdataset")  # what `datasets` calls the packaged readers of files that hold images
 
@@ -112,26 +120,50 @@ def _local_files(source: DatasetSource) -> dict[str, list[str]] | None:
 
 
 def _flat(source: DatasetSource, files: Mapping[str, list[str]] | None) -> list[str]:
-    folder = Path(source.path).expanduser()
     if source.path not in SHARDS:
-        return sorted(str(file.absolute()) for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
+        return sorted(_below(Path(source.path).expanduser().absolute(), set()))
     return [name for names in (files or {}).values() for name in names if "://" not in name]
+
+
+def _below(folder: Path, seen: set[Path]) -> Iterator[str]:
+    """All files below a folder, links followed."""
+    real = folder.resolve()
+    if not folder.is_dir() or real in seen:
+        return
+    seen.add(real)
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            yield from _below(folder / entry.name, seen)
+        elif entry.is_file():
+            yield str(folder / entry.name)
 
 
 def _write(source: DatasetSource, files: Mapping[str, list[str]] | None, folder: Path) -> None:
     problems = ProblemList()
-    revision, splits = _open(source, files)
+    revision, splits, is_folder_of_pictures = _open(source, files)
     for split, rows in splits.items():
-        _SplitWriter(source, folder, split, problems).write(_rows(source, split, rows))
+        pictures = _NamedPictures(_folders(source, files, split), trusted=is_folder_of_pictures)
+        _SplitWriter(source, folder, split, problems, pictures).write(_rows(source, split, rows))
     problems.raise_any()
     origin = {"source": source.model_dump(mode="json"), "revision": revision}
     (folder / "source.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
 
 
+def _folders(source: DatasetSource, files: Mapping[str, list[str]] | None, split: Split) -> list[Path]:
+    """What the names of pictures may be relative to: the folder of the data set, or those of the split's files."""
+    path = Path(source.path).expanduser().absolute()
+    if source.path not in SHARDS and path.is_dir():
+        return [path]
+    names = (files or {}).get(source.splits[split], [])
+    return list(dict.fromkeys(Path(name).absolute().parent for name in names if "://" not in name))
+
+
 def _open(
     source: DatasetSource, files: Mapping[str, list[str]] | None
-) -> tuple[str, dict[Split, Iterable[Mapping[str, Any]]]]:
-    """The commit (of a hub data set) or fingerprint, and the rows of each split, images as their bytes."""
+) -> tuple[str, dict[Split, Iterable[Mapping[str, Any]]], bool]:
+    """The commit (of a hub data set) or fingerprint, the rows of each split, images as their bytes or with their path,
+    and whether the paths are from a list of files rather than from rows.
+    """
     import datasets
 
     path = str(Path(source.path).expanduser()) if Path(source.path).expanduser().is_dir() else source.path
@@ -152,9 +184,12 @@ def _open(
     problems.raise_any()
     try:
         raw = datasets.Image(decode=False)
-        return str(builder.hash), {s: opened[n].cast_column(source.image_column, raw) for s, n in source.splits.items()}
+        rows = {s: opened[n].cast_column(source.image_column, raw) for s, n in source.splits.items()}
     except Exception as error:
         raise UserError(f"dataset.image_column: {source.image_column!r} holds no images: {_reason(error)}") from error
+    from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
+
+    return str(builder.hash), rows, isinstance(builder, FolderBasedBuilder)
 
 
 def _check_columns(
@@ -190,11 +225,62 @@ def _reason(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:400]
 
 
+class _NamedPictures:
+    """Reads pictures that rows name instead of holding them.
+
+    Args:
+        folders: what a name may be relative to; absolute ones must be inside one of them.
+        trusted: `datasets` found the files itself (``imagefolder``): they may be on the hub, or in an archive.
+    """
+
+    def __init__(self, folders: Sequence[Path] = (), trusted: bool = False) -> None:
+        self.folders, self.trusted = folders, trusted
+        self._files = DataFiles()
+
+    def read(self, name: str) -> bytes:
+        """The file's content.
+
+        Raises:
+            UserError: it does not exist, is outside the folders, or cannot be read.
+        """
+        try:
+            if self.trusted and "://" in name:
+                from datasets.utils.file_utils import xopen
+
+                with xopen(name, "rb") as file:
+                    return bytes(file.read())
+            return self._find(name).read_bytes()
+        except UserError:
+            raise
+        except Exception as error:  # the hub and each archive format have their own
+            raise UserError(f"picture {name[:200]!r} cannot be read: {_reason(error)}") from error
+
+    def _find(self, name: str) -> Path:
+        missing: UserError | None = None
+        for folder in self.folders:
+            inside = name
+            if Path(name).is_absolute() and Path(name).is_relative_to(folder):
+                inside = str(Path(name).relative_to(folder))
+            try:
+                return self._files.find(folder, inside, "picture")
+            except MissingFileError as error:
+                missing = error
+        raise missing or UserError(f"picture {name[:200]!r}: a name, and no folder on this machine that it is below")
+
+
 class _SplitWriter:
     """Writes the images of one split as they are read, then the annotations."""
 
-    def __init__(self, source: DatasetSource, folder: Path, split: Split, problems: ProblemList) -> None:
+    def __init__(
+        self,
+        source: DatasetSource,
+        folder: Path,
+        split: Split,
+        problems: ProblemList,
+        pictures: _NamedPictures | None = None,
+    ) -> None:
         self.source, self.folder, self.split, self.problems = source, folder, split, problems
+        self.pictures = pictures or _NamedPictures()
         self.images: list[dict[str, str]] = []
         self.captions: dict[str, list[str]] = {}
         self.digests: dict[str, bytes] = {}  # image id → SHA-256 of the file
@@ -211,12 +297,17 @@ class _SplitWriter:
 
     def _add(self, number: int, row: Mapping[str, Any]) -> None:
         texts = _texts(row, _caption_columns(self.source))
-        content = (row.get(self.source.image_column) or {}).get("bytes")
+        image = row.get(self.source.image_column) or {}
+        content = image.get("bytes")
+        if not content and image.get("path"):
+            content = self.pictures.read(image["path"])
         if not content:
-            raise UserError(f"column {self.source.image_column!r} holds no image; one stored in the row is needed")
+            raise UserError(
+                f"column {self.source.image_column!r} holds no image; one stored in the row or named by it is needed"
+            )
         image_id = self._id(number, row)
         digest = hashlib.sha256(content).digest()
-        if self.source.id_column is None and digest in list(self.digests.values())[-1:]:
+        if self.source.id_column is None and digest == next(reversed(self.digests.values()), None):
             raise UserError(
                 "the same picture as in the row before; if each row is one caption, set id_column to the image's id"
             )
@@ -251,6 +342,8 @@ def _texts(row: Mapping[str, Any], columns: Iterable[str]) -> list[str]:
         for text in value if isinstance(value, list) else [value]:
             if not isinstance(text, str) or not text.strip():
                 raise UserError(f"column {column!r}: found {str(text)[:80]!r} ({type(text).__name__}); allowed: text")
+            if problem := unicode_problem(text):
+                raise UserError(f"column {column!r}: {problem}")
             found.append(text)
     if not found:
         raise UserError(f"no caption in {', '.join(columns)}; every image needs one or more")
@@ -271,8 +364,13 @@ def _suffix(content: bytes) -> str:
     Raises:
         UserError: Pillow does not know the format.
     """
-    try:
-        with Image.open(io.BytesIO(content)) as picture:
-            return f".{(picture.format or '').lower()}".replace("jpeg", "jpg")
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"not a picture ({len(content)} bytes): {error}") from error
+    reason: Exception | None = None
+    for data in (content, without_metadata(content, oriented=False)):
+        if data is None:
+            continue
+        try:
+            with Image.open(io.BytesIO(data)) as picture:
+                return f".{(picture.format or '').lower()}".replace("jpeg", "jpg")
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            reason = reason or error
+    raise UserError(f"not a picture ({len(content)} bytes): {reason}")

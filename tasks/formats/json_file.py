@@ -9,7 +9,8 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from harness.core.errors import ProblemList, UserError
+from harness.core.errors import ProblemList
+from tasks.containers.text_files import looks_like, read_text
 
 T = TypeVar("T")
 _PLACE = re.compile(r"^Invalid JSON: (.*) at line (\d+) column (\d+)$", re.DOTALL)
@@ -26,10 +27,7 @@ def parse_json(path: Path, content: type[T]) -> T:
     Raises:
         UserError: the file could not be read, is not JSON, or has another format; all problems at once.
     """
-    try:
-        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    data = read_text(path).encode()
     problems = ProblemList()
     try:
         return TypeAdapter(content).validate_json(data)
@@ -50,4 +48,8 @@ def _describe(problem: ErrorDetails, data: bytes) -> str:
         return f"broken JSON, {message}"
     reason, line, column = place[1], int(place[2]), max(1, int(place[3]))  # 0 in an empty file
     text = data.split(b"\n")[line - 1][max(0, column - _SHOWN) : column + _SHOWN]
-    return f"line {line}, column {column}: broken JSON, {reason}: {text.decode('utf-8', errors='replace')!r}"
+    shown = text.decode("utf-8", errors="replace")
+    head = data[:400].decode("utf-8", errors="replace")
+    if "hex escape" in reason:  # \\ud83d without its other half: valid JSON, but no text
+        return f"line {line}, column {column}: half of a surrogate pair, which is not Unicode text: {shown!r}"
+    return f"line {line}, column {column}: broken JSON, {reason}: {shown!r}{looks_like(head)}"

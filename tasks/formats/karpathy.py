@@ -20,6 +20,7 @@ from pydantic import BaseModel
 
 from harness.core.errors import ProblemList, UserError, did_you_mean
 from tasks.base import Example, Part, Split
+from tasks.containers.text_files import unicode_problem
 from tasks.formats.data_files import DataFiles, require_file, require_folder
 from tasks.formats.json_file import parse_json
 
@@ -77,7 +78,7 @@ def read_karpathy(path: Path, root: Path) -> dict[Split, tuple[Example, ...]]:
 
 def _combine(path: Path, content: _KarpathyFile, root: Path) -> dict[Split, tuple[Example, ...]]:
     problems = ProblemList()
-    files = DataFiles(root)
+    files = DataFiles()
     splits: dict[Split, list[Example]] = {"train": [], "validation": [], "test": []}
     seen: set[int | None] = set()
     for number, image in enumerate(content.images):
@@ -90,7 +91,9 @@ def _combine(path: Path, content: _KarpathyFile, root: Path) -> dict[Split, tupl
         captions = tuple(" ".join(sentence.raw.split()) for sentence in image.sentences)
         if not captions:
             problems.add(f"{where}.sentences: image {image.id} has no caption; every image needs one or more")
-        problems.messages += [f"{where}.sentences[{n}].raw is empty" for n, text in enumerate(captions) if not text]
+        for number_of, text in enumerate(captions):
+            if problem := unicode_problem(text) if text else "is empty":
+                problems.add(f"{where}.sentences[{number_of}].raw {problem}")
         if image.split not in SPLITS:
             problems.add(f"{where}.split: unknown split {image.split!r}; {did_you_mean(image.split, SPLITS)}")
         try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from harness.core.errors import ProblemList, UserError
-from tasks.formats.data_files import DataFiles, require_file, require_folder
+from tasks.formats.data_files import DataFiles, or_compressed, require_file, require_folder
 from tasks.formats.json_file import parse_json
 
 
@@ -83,7 +83,8 @@ def read_vqav2(root: Path, name: str, problems: ProblemList) -> list[Question]:
     Returns:
         What could be read, in the order of the question file; everything else is added to the problems.
     """
-    path, answers_path = root / _QUESTIONS.format(name=name), root / _ANNOTATIONS.format(name=name)
+    path = or_compressed(root / _QUESTIONS.format(name=name))
+    answers_path = or_compressed(root / _ANNOTATIONS.format(name=name))
     asked = _parse(path, _QuestionFile, problems)
     annotated = _parse(answers_path, _AnnotationFile, problems)
     if asked is None or annotated is None:
@@ -115,7 +116,7 @@ def read_gqa(root: Path, name: str, problems: ProblemList) -> list[Question]:
     Returns:
         What could be read, in the order of the file; everything else is added to the problems.
     """
-    path = root / _GQA.format(name=name)
+    path = or_compressed(root / _GQA.format(name=name))
     questions = _parse(path, dict[str, _GqaQuestion], problems)
     if questions is None:
         return []
@@ -145,7 +146,7 @@ def detect(root: Path) -> str:
     Raises:
         UserError: it holds the questions of none or of several formats.
     """
-    present = {entry.name for entry in root.iterdir()}
+    present = {entry.name.removesuffix(".gz") for entry in root.iterdir()}
     found = [
         key
         for key, form in FORMATS.items()
@@ -163,7 +164,7 @@ class _Images:
 
     def __init__(self, root: Path, folder: Path, questions: Path, problems: ProblemList) -> None:
         self.folder, self.questions, self.problems = folder, questions, problems
-        self._files = DataFiles(root)
+        self._files = DataFiles()
         self._found: dict[str, Path] = {}  # one path for all questions on an image
         self._reachable = True
         try:

@@ -5,6 +5,7 @@ Shapes: S samples, C channels.
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from harness.core import hub
 from harness.core.errors import UserError
 from tasks.base import Modality
+from tasks.containers.audio_streams import Stream, streams
 from tasks.modalities.encoders.recording import SAMPLING_RATE, Recording
 
 if TYPE_CHECKING:
@@ -62,8 +64,12 @@ class Audio(Modality):
         try:
             with soundfile.SoundFile(path) as file:
                 _check_header(path, file)
-                samples_SC = file.read(dtype="float32", always_2d=True)
                 rate, promised = file.samplerate, file.frames
+                parts = streams(path, file.format, promised, MAX_SECONDS)
+                if parts is None:
+                    samples_SC = file.read(dtype="float32", always_2d=True)
+            if parts is not None:
+                samples_SC, promised = _joined(path, parts, rate), 0
         except UserError:
             raise
         except Exception as error:  # soundfile's own, and those caused by invalid headers
@@ -95,6 +101,32 @@ class Audio(Modality):
         if item.original_rate != SAMPLING_RATE:
             said.append(f"{item.original_rate:,} Hz, resampled to {SAMPLING_RATE:,} Hz")
         return "; ".join(said) or None
+
+
+def _joined(path: Path, parts: list[Stream], rate: int) -> npt.NDArray[np.float32]:
+    """The samples of all streams of a file, one after the other."""
+    import soundfile
+
+    decoded: list[npt.NDArray[np.float32]] = []
+    so_far = 0
+    for number, part in enumerate(parts, 1):
+        with soundfile.SoundFile(io.BytesIO(part.data)) as file:
+            _check_header(path, file)
+            samples_SC = file.read(dtype="float32", always_2d=True)[part.skip :]
+            if decoded and (file.samplerate, file.channels) != (rate, decoded[0].shape[1]):
+                kinds = ((rate, decoded[0].shape[1]), (file.samplerate, file.channels))
+                found = " and ".join(f"{hertz:,} Hz with {channels} channels" for hertz, channels in kinds)
+                raise UserError(f"{path}: joined from different recordings: {found}; convert it")
+            if len(samples_SC) < max(part.frames, file.frames - part.skip):
+                raise UserError(
+                    f"{path}: stream {number} must have {max(part.frames, file.frames - part.skip):,} frames, "
+                    f"{len(samples_SC):,} can be decoded"
+                )
+        so_far += len(samples_SC)
+        if so_far > MAX_SECONDS * rate or so_far * samples_SC.shape[1] > MAX_SAMPLES:
+            raise UserError(f"{path}: more than {so_far / rate:,.0f} s long; allowed: at most {MAX_SECONDS} s")
+        decoded.append(samples_SC)
+    return np.concatenate(decoded)
 
 
 def _check_header(path: Path, file: soundfile.SoundFile) -> None:

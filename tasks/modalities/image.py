@@ -5,6 +5,7 @@ Shapes: B pictures, C channels, H × W pixels, N tokens, D features.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -15,6 +16,7 @@ from PIL import Image as PilImage
 from harness.core import hub
 from harness.core.errors import UserError
 from tasks.base import Modality
+from tasks.containers.picture_metadata import without_metadata
 
 if TYPE_CHECKING:
     from tasks.encoder import Encoder
@@ -45,20 +47,14 @@ class Image(Modality):
                 has pixels without a defined range (32-bit integers and floats).
         """
         try:
-            with PilImage.open(path) as picture:
-                pixels = picture.width * picture.height
-                if pixels > MAX_PIXELS:
-                    raise UserError(f"{path}: {picture.width} × {picture.height} pixels; allowed: {MAX_PIXELS} in all")
-                if picture.mode in ("I", "F"):
-                    raise UserError(
-                        f"{path}: pixel mode {picture.mode} (32 bits) has no fixed range; save it with 8 or 16"
-                    )
-                picture.load()
-                return _rgb(picture)
+            return _decoded(path, path)
         except UserError:
             raise
         except Exception as error:  # each of Pillow's decoders has its own exceptions
-            raise UserError(f"{path}: cannot be decoded as a picture: {error}") from error
+            picture = _without_metadata(path)
+            if picture is None:
+                raise UserError(f"{path}: cannot be decoded as a picture: {error}") from error
+            return picture
 
     def remark(self, item: PilImage.Image) -> str | None:
         """What ``load`` converted: orientation, colours or bit depth."""
@@ -74,6 +70,38 @@ class Image(Modality):
         from tasks.modalities.encoders import pretrained_vision
 
         return (pretrained_vision.load if weights else pretrained_vision.empty)(name, trust_remote_code)
+
+
+def _decoded(path: Path, file: Path | io.BytesIO) -> PilImage.Image:
+    with PilImage.open(file) as picture:
+        pixels = picture.width * picture.height
+        if pixels > MAX_PIXELS:
+            raise UserError(f"{path}: {picture.width} × {picture.height} pixels; allowed: {MAX_PIXELS} in all")
+        if picture.mode in ("I", "F"):
+            raise UserError(f"{path}: pixel mode {picture.mode} (32 bits) has no fixed range; save it with 8 or 16")
+        picture.load()
+        return _rgb(picture)
+
+
+def _without_metadata(path: Path) -> PilImage.Image | None:
+    """The picture without what Pillow cannot read of its metadata; None: its pixels are the reason."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    for oriented in (True, False):
+        pixels = without_metadata(data, oriented)
+        try:
+            picture = _decoded(path, io.BytesIO(pixels)) if pixels is not None else None
+        except UserError:
+            raise
+        except Exception:  # noqa: S112 - the first error is the one that is reported
+            continue
+        if picture is not None:
+            said = picture.info.get(_REMARK)
+            picture.info = {_REMARK: "; ".join(filter(None, ["damaged or oversized metadata, ignored", said]))}
+            return picture
+    return None
 
 
 def _rgb(picture: PilImage.Image) -> PilImage.Image:

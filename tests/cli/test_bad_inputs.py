@@ -112,10 +112,9 @@ def truncated_picture(root: Path) -> None:
     cut_in_half(picture(root))
 
 
-def link_out(root: Path) -> None:
-    secret = root.parent / "secret.jpg"
-    picture(root).rename(secret)
-    picture(root).symlink_to(secret)
+def dangling_link(root: Path) -> None:
+    picture(root).unlink()
+    picture(root).symlink_to(root.parent / "gone.jpg")
 
 
 def set_first(part: str, **values: Any) -> Change:
@@ -137,7 +136,7 @@ BROKEN_PICTURES: dict[str, tuple[Change, tuple[str, ...]]] = {
     "broken JSON": (lambda root: cut_in_half(root / "annotations" / "captions_train2017.json"), ("captions_train2017.json: line ", "broken JSON")),
     "name that climbs out": (set_first("images", file_name="../../secret.jpg"), ("'../../secret.jpg' leads out of ",)),
     "absolute name": (set_first("images", file_name="/etc/passwd"), ("'/etc/passwd' leads out of ",)),
-    "link that leads out": (link_out, ("'000000000003.jpg' is a link that leads out of ", "secret.jpg")),
+    "link to nothing": (dangling_link, ("'000000000003.jpg' is not in ", "it is a link to ", "gone.jpg")),
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import pytest
 from harness.core.errors import UserError
 from harness.experiment.load import Experiment
 from harness.experiment.plan import expand
+from harness.experiment.source import read_yaml, write_yaml
 
 pytestmark = pytest.mark.quick
 
@@ -100,6 +101,97 @@ def test_agnostic_is_the_default_and_methods_without_groups_have_none(experiment
 def test_numbers_with_an_exponent_are_numbers(experiment_file: Write, written: str) -> None:
     text = f"task: scenes\nadapters: [{{method: none}}]\noptimizer: {{learning_rate: {written}}}\n"
     assert Experiment.from_yaml(experiment_file(text)).optimizers[0].learning_rate == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("010", 10), ("-7", -7), ("+7", 7), ("0o17", 15), ("0x1F", 31), ("08", 8), ("1:30", "1:30"), ("190:20:30", "190:20:30"),
+        ("0b11", "0b11"), ("1_000", "1_000"), ("1.", 1.0), (".5", 0.5), ("1e3", 1000.0), ("0.1_5", "0.1_5"), ("-.inf", float("-inf")),
+        ("yes", "yes"), ("No", "No"), ("on", "on"), ("OFF", "OFF"), ("y", "y"), ("true", True), ("False", False), ("tRue", "tRue"),
+        ("null", None), ("~", None), ("", None), ("2020-01-01", "2020-01-01"), ("2001-12-14 21:59:43.10", "2001-12-14 21:59:43.10"),
+        ("=", "="), ("'010'", "010"), ('"true"', "true"), ("1e", "1e"), (".", "."), ("e3", "e3"), ("!!str 010", "010"),
+    ],
+)  # fmt: skip
+def test_scalars_follow_the_core_schema_of_yaml_1_2(experiment_file: Write, written: str, value: Any) -> None:
+    for text in (f"key: {written}\n", f"- {written}\n"):
+        (found,) = content.values() if isinstance(content := read_yaml(experiment_file(text))[0], dict) else content
+        assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        10,
+        "010",
+        "1:30",
+        "yes",
+        "0o17",
+        "1e-3",
+        1e-05,
+        1e22,
+        "1_0",
+        "2020-01-01",
+        True,
+        "true",
+        None,
+        "null",
+        "=",
+        float("inf"),
+        "<<",
+        "",
+        "~",
+        "é ☃",
+    ],
+)
+def test_what_is_written_is_read_again_with_its_type(experiment_file: Write, value: Any) -> None:
+    (found,) = read_yaml(experiment_file(write_yaml({"key": [value]})))[0]["key"]
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize("value", ["010", "1:30", "off", "1e-3", "true", "/a/b", "0x10", "null", "-5"])
+def test_an_environment_value_is_read_as_if_it_were_written_there(
+    experiment_file: Write, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("VALUE", value)
+    monkeypatch.delenv("UNSET", raising=False)
+    text = f"a: ${{VALUE}}\nb: {{c: '${{VALUE}}', d: [\"${{UNSET:-{value}}}\"]}}\ne: {value}\nf: |-\n  ${{VALUE}}\ng: ' ${{VALUE}}'\n"
+    content = read_yaml(experiment_file(text))[0]
+    expected = content["e"]
+    for found in (content["a"], content["b"]["c"], content["b"]["d"][0]):
+        assert (found, type(found)) == (expected, type(expected))
+    assert (content["f"], content["g"]) == (value, f" {value}")  # blocks, and text around it, stay text
+
+
+def test_environment_numbers_reach_options_of_every_type(
+    experiment_file: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A number for a number; for a text option (a name, a folder) the text as it is in the environment."""
+    for name, value in {"N": "64", "LR": "1e-3", "JOB": "0123", "YEAR": "2017"}.items():
+        monkeypatch.setenv(name, value)
+    text = (
+        "name: ${JOB}\ntask: {name: speech, root: '${YEAR}', train: ['${YEAR}']}\n"
+        "adapters:\n  - {method: lora, rank: ['${N}', 8], learning_rate: '${LR}'}\nbudget:\n  examples: ${N}\nseeds: ['${N}']\n"
+    )
+    experiment = Experiment.from_yaml(experiment_file(text))
+    assert experiment.name == "0123"
+    assert experiment.tasks[0].config["root"] == "2017"
+    assert experiment.tasks[0].config["train"] == ["2017"]
+    assert [choice.config["rank"] for choice in experiment.adapters[0]] == [64, 8]
+    assert experiment.adapters[0][0].learning_rate == 1e-3
+    assert (experiment.budgets[0].examples, experiment.seeds) == (64, (64,))
+
+
+def test_an_environment_value_out_of_range_is_named_as_the_number_it_is(
+    experiment_file: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("N", "-3")
+    path = experiment_file(ONE + "name: ${N}\nbudget: {examples: '${N}'}\n")
+    with pytest.raises(UserError, match=r"line 4, name: string should match pattern.*found '-3'"):
+        Experiment.from_yaml(path)
+    path = experiment_file(ONE + "budget: {examples: '${N}'}\n")
+    with pytest.raises(UserError, match=r"line 4, budget\.examples: .*greater than 0.*found -3"):
+        Experiment.from_yaml(path)
 
 
 def test_the_name_is_the_file_name_unless_given(experiment_file: Write) -> None:
@@ -205,10 +297,20 @@ def test_invalid_input_is_named_with_its_location(experiment_file: Write, case: 
         "task: scenes\n---\ntask: scenes\n",
         "task: !python/name:os.system scenes\n",
         "? [a, b]\n: 3\n",
-        ONE + "name: 2020-13-45\n",
+        ONE + "name: !!int many\n",
+        ONE + "name: !!bool many\n",
         "task: &task [*task]\n",
     ],
-    ids=["open bracket", "tab", "two documents", "a tag", "a list as key", "no such date", "contains itself"],
+    ids=[
+        "open bracket",
+        "tab",
+        "two documents",
+        "a tag",
+        "a list as key",
+        "no integer",
+        "no boolean",
+        "contains itself",
+    ],
 )
 def test_what_is_not_plain_yaml_is_refused(experiment_file: Write, text: str) -> None:
     path = experiment_file(text)

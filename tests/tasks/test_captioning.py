@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 from harness.core.errors import Problems, UserError
 from tasks.captioning import CocoCaptions
 from tasks.formats.coco import read_captions
+from tasks.formats.karpathy import read_karpathy
 from tasks.modalities.image import Image
 
 
@@ -148,14 +150,13 @@ def test_every_entry_of_another_format_is_told(tmp_path: Path) -> None:
         read_captions(tmp_path, "train2017")
 
 
-def test_a_link_out_of_the_data_set_is_rejected(tmp_path: Path) -> None:
+def test_a_link_out_of_the_data_set_is_followed(tmp_path: Path) -> None:
     root = tmp_path / "coco"
     write_coco(root, "train2017", [4, 5])
     picture = root / "train2017" / "000000000004.jpg"
     picture.rename(tmp_path / "outside.jpg")
     picture.symlink_to(tmp_path / "outside.jpg")
-    with pytest.raises(UserError, match=r"images\[0\]\.file_name: '000000000004\.jpg' is a link that leads out of"):
-        read_captions(root, "train2017")
+    assert read_captions(root, "train2017")[0].files[0][1] == picture
 
 
 def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,8 +282,45 @@ def test_broken_json_shows_the_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="line 1, column 1: broken JSON"):
         read_captions(tmp_path, "train2017")
     path.write_bytes(b'{"images": "\xff"}')
-    with pytest.raises(UserError, match=r"captions_train2017\.json: line 1, column \d+: broken JSON, .*unicode"):
+    with pytest.raises(UserError, match=r"captions_train2017\.json: line 1: not UTF-8 \(byte 0xff\)"):
         read_captions(tmp_path, "train2017")
+
+
+def test_annotations_in_utf_16_and_compressed(tmp_path: Path) -> None:
+    path = write_coco(tmp_path, "train2017", [4, 5])
+    expected = read_captions(tmp_path, "train2017")
+    path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_text().encode("utf-16")))
+    path.unlink()
+    assert read_captions(tmp_path, "train2017") == expected
+
+
+def test_half_a_surrogate_pair_is_named_with_its_caption(tmp_path: Path) -> None:
+    path = write_coco(tmp_path, "train2017", [4, 5])
+    content = json.loads(path.read_text())
+    content["annotations"][2]["caption"] = "so nice \ud83d"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"line 1, column \d+: half of a surrogate pair, .*so nice"):
+        read_captions(tmp_path, "train2017")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "layout"),
+    [
+        ("Flickr8k.token.txt", "1000268201_693b08cb0e.jpg#0\tA child in a pink dress .\n", "Flickr's token file"),
+        (
+            "captions.txt",
+            "image,caption\n1000268201_693b08cb0e.jpg,A child in a pink dress .\n",
+            "Flickr's captions as a",
+        ),
+        ("results.csv", "image_name| comment_number| comment\n1.jpg| 0| A child .\n", "Flickr's captions as a table"),
+    ],
+)
+def test_a_layout_that_is_not_read_is_named(tmp_path: Path, name: str, content: str, layout: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"annotations does not exist; this looks like {layout}.*\({name}\)"):
+        read_captions(tmp_path, "train2017")
+    with pytest.raises(UserError, match=rf"{name}: line 1, column .*broken JSON.*; this looks like {layout}"):
+        read_karpathy(tmp_path / name, tmp_path)
 
 
 def test_missing_folders_and_files_name_what_is_there(tmp_path: Path) -> None:

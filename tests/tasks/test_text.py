@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +71,55 @@ def test_the_other_forms(tmp_path: Path) -> None:
     assert plain.inputs == (Part("user", "Greet.\n"),)
     assert (sky.inputs, sky.references) == ((Part("user", "The sky is"),), (" blue.",))  # no template: TRL has none
     assert (talk.inputs, talk.references) == ((Part("user", "Why?\n"),), ("Because.",))
+
+
+def test_the_form_of_a_line_is_what_is_filled(tmp_path: Path) -> None:
+    """Rows of ultrachat_200k (messages beside their prompt), and of mixed tables with null or empty columns."""
+    talk = chat("user: Why?", "assistant: Because.")
+    alpaca = {"instruction": "Why?", "output": "Because."}
+    empty: dict[str, Any] = {"messages": None, "instruction": None, "input": None, "output": None, "prompt": None}
+    rows = [
+        {"prompt": "Why?", "prompt_id": "f0e37e9f", **talk},
+        {"prompt": [{"role": "user", "content": "Why?"}], **talk, "completion": None},
+        empty | talk | {"completion": None, "references": None},
+        empty | alpaca,
+        {"messages": [], "prompt": "", "completion": "", **alpaca},
+    ]
+    for row, example in zip(rows, read(tmp_path, *rows), strict=True):
+        assert (example.inputs, example.references) == ((Part("user", "Why?\n"),), ("Because.",)), row
+    (plain,) = read(tmp_path, {"messages": None, "instruction": "", "output": None, **GOOD})
+    assert (plain.inputs, plain.references) == ((Part("user", "The sky is"),), (" blue.",))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress, lzma.compress])
+def test_files_of_any_unicode_encoding_compressed_or_not(tmp_path: Path, encoding: str, compress: Any) -> None:
+    lines = [json.dumps({"prompt": f"È {n}? 日本\u2028", "completion": " 🙂"}, ensure_ascii=False) for n in range(3)]
+    for name in ("train.jsonl.gz", "validation.jsonl", "test.jsonl"):
+        (tmp_path / name).write_bytes(compress("\r\n".join(lines).encode(encoding)))
+    options = {"train": "train.jsonl.gz", "validation": "validation.jsonl", "test": "test.jsonl"}
+    examples = text(tmp_path, **options).examples("train")
+    assert [e.id for e in examples] == [f"train.jsonl.gz:{n}" for n in (1, 2, 3)]
+    assert [e.inputs[0].value for e in examples] == [f"È {n}? 日本\u2028" for n in range(3)]
+    assert {e.references for e in examples} == {(" 🙂",)}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b'{"prompt": "a"}', mtime=0)[:-9], r"train\.jsonl: broken gzip file"),
+        (b"PK\x03\x04abc", r"train\.jsonl: is a ZIP archive; unpack it"),
+        (b"\x28\xb5\x2f\xfdabc", r"train\.jsonl: is compressed with zstd"),
+        (b"PAR1abc", r"train\.jsonl: is Parquet; text is needed"),
+        (b"\xff\xfe\x00\xd8", r"train\.jsonl: broken UTF-16-LE at byte 3"),
+        (b"version https://git-lfs.github.com/spec/v1\n", r"line 1: .*this looks like a pointer of Git LFS"),
+        (b"<!DOCTYPE html><html>", r"line 1: .*this looks like a web page: the download failed"),
+    ],
+)
+def test_what_is_no_text_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "train.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        text(tmp_path).prepare()
 
 
 def test_templates_stand_around_each_turn(tmp_path: Path) -> None:
@@ -175,7 +227,13 @@ def test_splits_without_files_are_made_by_a_hash_of_the_question(tmp_path: Path)
         ({**GOOD, "references": ["b", " "]}, r"references\[1\] is empty"),
         ({"prompt": "a", "completion": "\ud800"}, r"completion: half of a surrogate pair"),
         ({"mesages": []}, r"found 'mesages'; allowed: .*\"instruction\".*; did you mean 'messages'\?"),
-        ({**GOOD, "messages": []}, r"found 'prompt', 'completion', 'messages'; allowed: "),
+        ({**GOOD, **chat("user: a", "assistant: b")}, r"found 'prompt', 'completion', 'messages'; allowed: "),
+        ({"messages": None, "instruction": None}, r"found 'messages', 'instruction'; allowed: "),
+        ({"messages": None, "instruction": "a", "output": None}, r"output: a text is needed; found nothing"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, r"allowed: .*; this looks like ShareGPT's"),
+        ({"question": "a", "answer": "b"}, r"; this looks like a question and its answer; write prompt and completion"),
+        ({"chosen": [1], "rejected": [2]}, r"; this looks like a preference pair"),
+        ({"text": "a"}, r"; this looks like plain text to continue"),
         ({}, r"found no keys; allowed: "),
         ([1], r"train\.jsonl: is a JSON array; one object per line is needed"),
         (5, r"an object is needed; found 5"),

@@ -63,7 +63,10 @@ EXPORTED: dict[str, dict[str, Any]] = {
         "method": "lora", "rank": 4, "dropout": 0.1, "where": ["o", "down"],
     },
     "rslora": {"method": "lora", "rank": 4, "alpha": 6.0, "use_rslora": True},
+    "lora of an alpha that is no integer": {"method": "lora", "rank": 3, "alpha": 6.5},
+    "rslora of an alpha below one": {"method": "lora", "rank": 3, "alpha": 0.3, "use_rslora": True},
     "dora": {"method": "dora", "rank": 3, "alpha": 6.0},
+    "dora of an alpha below one": {"method": "dora", "rank": 3, "alpha": 0.5},
     "ia3": {"method": "ia3"},
     "ia3 of the feed-forward part": {"method": "ia3", "where": "F"},
     "vera": {"method": "vera", "rank": 5},
@@ -98,7 +101,10 @@ def test_a_pair_that_starts_from_the_weight_is_exported_as_all_that_it_adds(
     adapted.export_peft(tmp_path)
     theirs: Any = peft.PeftModel.from_pretrained(tiny_llama().double(), str(tmp_path)).eval()
     assert theirs.peft_config["default"].r == 6
-    assert relative(logits(theirs), logits(adapted, context_ids=CONTEXT_IDS)) < 1e-12
+    expected_BTV = logits(adapted, context_ids=CONTEXT_IDS)
+    assert relative(logits(theirs), expected_BTV) < 1e-12
+    again = harness.import_peft(tiny_llama().double(), tmp_path)
+    assert relative(logits(again, context_ids=CONTEXT_IDS), expected_BTV) < 1e-12
 
 
 def test_the_files_say_what_peft_and_a_reader_need(tmp_path: Path) -> None:
@@ -245,6 +251,8 @@ def change_config(folder: Path, **changes: Any) -> None:
     ("changes", "message"),
     [
         ({"peft_type": "LOHA"}, "peft_type: found 'LOHA'; allowed: IA3, LORA, VERA"),
+        ({"lora_alpha": "16"}, "lora_alpha: found '16'; allowed: a number"),
+        ({"lora_alpha": True}, "lora_alpha: found True; allowed: a number"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern: found {'q_proj': 2}"),
         ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern: found {'q_proj': 2}"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save: found \['lm_head'\]"),

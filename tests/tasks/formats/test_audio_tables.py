@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -81,6 +82,31 @@ def test_a_table_that_cannot_be_read(tmp_path: Path) -> None:
         assert problems.messages == [f"{tmp_path}/{name}: cannot be read: {reason}"]
 
 
+def test_half_a_surrogate_pair_in_a_transcript() -> None:
+    with pytest.raises(UserError, match=r"line 3: text: half of a surrogate pair.*found 'yes \\ud83d'"):
+        Row("line 3", {"text": "yes \ud83d"}).text("text")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-32-be"])
+def test_tables_of_other_encodings_and_compressed(tmp_path: Path, encoding: str) -> None:
+    mark = "\ufeff" if encoding == "utf-32-be" else ""
+    (tmp_path / "a.csv").write_bytes(gzip.compress(f'{mark}name,text\r\n1,"Où, là"\r\n'.encode(encoding)))
+    problems = ProblemList()
+    (found,) = read_table(tmp_path / "a.csv", ["name", "text"], problems)
+    assert (found.text("text"), problems.messages) == ("Où, là", [])
+
+
+def test_a_table_of_another_data_set_is_named(tmp_path: Path) -> None:
+    for content, layout in (
+        ("LJ001-0001|Printing, in|Printing, in\n", "LJ Speech's"),
+        ("client_id\tpath\tsentence\n", "Common Voice's"),
+    ):
+        (tmp_path / "metadata.csv").write_text(content)
+        problems = ProblemList()
+        read_table(tmp_path / "metadata.csv", ["file_name"], problems)
+        assert f"; this looks like {layout}" in problems.messages[0]
+
+
 @pytest.mark.parametrize("value", ["", "  ", "?!", "…", None, 7, ["a"]])
 def test_a_value_that_is_no_text(value: object) -> None:
     with pytest.raises(UserError, match=r"line 3: text: found .*; a text (with a letter or digit )?is needed"):
@@ -100,7 +126,7 @@ def test_files_below_a_linked_root_are_inside_it_and_taken_once(tmp_path: Path) 
     (real / "a" / "b.wav").touch()
     (real / "c.wav").symlink_to(real / "a" / "b.wav")
     root.symlink_to(real)
-    files = AudioFiles(root)
+    files = AudioFiles()
     assert files.find(root / "a", "b.wav", "line 1") == root / "a" / "b.wav"
     with pytest.raises(UserError, match=r"line 2: 'c\.wav' is already listed: line 1;"):
         files.find(root, "c.wav", "line 2")

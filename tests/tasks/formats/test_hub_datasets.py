@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
@@ -16,8 +18,9 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from harness.core.errors import Problems, UserError
+from harness.core.errors import ProblemList, Problems, UserError
 from tasks.captioning import CocoCaptions
+from tasks.formats import hub_datasets
 from tasks.formats.hub_datasets import DatasetSource, materialise
 
 Row = dict[str, Any]
@@ -159,6 +162,92 @@ def test_a_folder_in_the_layout_of_the_hub(tmp_path: Path) -> None:
     assert [e.id for e in task.examples("test")] == ["test-0", "test-1", "test-2"]
 
 
+def pictures(folder: Path, numbers: list[int]) -> list[bytes]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        (folder / f"{number}.jpg").write_bytes(encoded(number))
+    return [encoded(number) for number in numbers]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "zip"])
+def test_an_imagefolder_with_metadata(tmp_path: Path, form: str) -> None:
+    """https://huggingface.co/docs/datasets/image_dataset#imagefolder; the files may be links, and may be zipped."""
+    expected = {}
+    for split, first in (("train", 0), ("validation", 40), ("test", 80)):
+        numbers = [first + n for n in range(4)]
+        folder = tmp_path / "pictures" / split
+        expected[split] = pictures(folder, numbers)
+        if form == "csv":
+            text = "file_name,text\n" + "".join(f"{n}.jpg,a square {n}\n" for n in numbers)
+        else:
+            rows = ({"file_name": f"{n}.jpg", "text": f"a square {n}"} for n in numbers)
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"metadata.{'csv' if form == 'csv' else 'jsonl'}").write_text(text)
+        if form == "zip":
+            shutil.make_archive(str(folder), "zip", folder)
+            shutil.rmtree(folder)
+        else:
+            (folder / f"{first}.jpg").rename(tmp_path / f"blob{first}")
+            (folder / f"{first}.jpg").symlink_to(tmp_path / f"blob{first}")
+    task = new_task({"dataset": {"path": str(tmp_path / "pictures"), "caption_column": "text", "test": "test"}})
+    assert [data for _, data, _ in content(task)] == expected["train"]
+    assert [e.references for e in task.examples("test")] == [(f"a square {80 + n}",) for n in range(4)]
+
+
+def test_pictures_that_rows_only_name(tmp_path: Path) -> None:
+    """In a struct or as plain text, relative to the shards or absolute, linked from elsewhere."""
+    bytes_of = pictures(tmp_path / "disk", list(range(15)))[:5]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "images").symlink_to(tmp_path / "disk")
+    names = [f"images/{n}.jpg" for n in range(4)] + [str(tmp_path / "set" / "images" / "4.jpg")]
+    others = [f"images/{n}.jpg" for n in range(5, 15)]
+    for form in ("struct", "text"):
+        files = {}
+        for split, chosen in (("train", names), ("validation", others)):
+            images = [{"bytes": None, "path": name} if form == "struct" else name for name in chosen]
+            rows = [{"image": image, "caption": "a"} for image in images]
+            files[split] = parquet(tmp_path / "set" / f"{split}-{form}.parquet", rows)
+        task = new_task({"dataset": {"path": "parquet", "data_files": files}})
+        assert [data for _, data, _ in content(task)] == bytes_of
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "images").symlink_to(tmp_path / "disk")
+    for split in ("train", "validation", "test"):
+        chosen = {"train": names[:3], "validation": names[3:4], "test": ["images/4.jpg"]}[split]
+        lines = (json.dumps({"image": name, "caption": "a"}) + "\n" for name in chosen)
+        (tmp_path / "folder" / f"{split}.jsonl").write_text("".join(lines))
+    task = new_task({"dataset": {"path": str(tmp_path / "folder"), "test": "test"}})
+    assert [data for _, data, _ in content(task)] == bytes_of[:3]
+
+
+def test_a_changed_picture_behind_a_link_is_noticed(tmp_path: Path) -> None:
+    pictures(tmp_path / "disk", list(range(3)))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "images").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "loop").symlink_to(tmp_path / "disk")
+    source = DatasetSource(path=str(tmp_path / "set"))
+    for number, split in enumerate(("train", "validation")):
+        line = json.dumps({"image": f"images/{number}.jpg", "caption": "a"})
+        (tmp_path / "set" / f"{split}.jsonl").write_text(line + "\n")
+    first = materialise(source)
+    assert materialise(source) == first
+    (tmp_path / "disk" / "0.jpg").write_bytes(encoded(9))
+    assert next((materialise(source) / "train").iterdir()).read_bytes() == encoded(9)
+
+
+def test_the_time_of_a_row_does_not_grow_with_the_rows_before_it(tmp_path: Path) -> None:
+    def seconds(before: int) -> float:
+        folder = tmp_path / str(before)
+        (folder / "train").mkdir(parents=True)
+        writer = hub_datasets._SplitWriter(DatasetSource(path="a/b"), folder, "train", ProblemList())
+        writer.digests = {str(n): n.to_bytes(32, "big") for n in range(before)}
+        start = time.perf_counter()
+        for n in range(50):
+            writer._add(before + n, {"image": {"bytes": encoded(0) + bytes([n])}, "caption": "a"})
+        return time.perf_counter() - start
+
+    assert min(seconds(300_000 + n) for n in range(3)) < 5 * min(seconds(100 + n) for n in range(3))
+
+
 def test_changed_shards_are_written_anew_and_others_are_not(tmp_path: Path, cache: Path) -> None:
     options = shards(tmp_path, [row(1), row(2)])
     source = new_task(options).config.dataset
@@ -180,7 +269,11 @@ def test_changed_shards_are_written_anew_and_others_are_not(tmp_path: Path, cach
         ({"caption": ["fine", " "]}, r"row 1: column 'caption': found ' ' \(str\); allowed: text"),
         ({"caption": None}, r"row 1: column 'caption': found 'None'"),
         ({"image": None}, r"row 1: column 'image' holds no image"),
-        ({"image": {"bytes": b"", "path": "/etc/passwd"}}, r"row 1: column 'image' holds no image"),
+        ({"image": {"bytes": b"", "path": None}}, r"row 1: column 'image' holds no image"),
+        ({"image": {"bytes": b"", "path": "/etc/passwd"}}, r"row 1: picture: '/etc/passwd' leads out of"),
+        ({"image": {"bytes": None, "path": "../x.jpg"}}, r"row 1: picture: '\.\./x\.jpg' leads out of"),
+        ({"image": {"bytes": None, "path": "gone.jpg"}}, r"row 1: picture: 'gone\.jpg' is not in"),
+        ({"image": {"bytes": None, "path": "http://x/y.jpg"}}, r"row 1: picture: 'http://x/y\.jpg' is not in"),
         ({"image": {"bytes": b"no picture", "path": "a.jpg"}}, r"row 1: not a picture \(10 bytes\)"),
         ({"image": row(1)["image"]}, r"row 1: the same picture as in the row before; .*id_column"),
     ],

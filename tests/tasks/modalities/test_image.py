@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image as PilImage
+from PIL import TiffImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
 from harness.core.errors import UserError
+from tasks.containers.picture_metadata import without_metadata
 from tasks.modalities import image as image_module
 from tasks.modalities.image import Image
 
@@ -140,6 +144,101 @@ def test_a_file_cannot_set_its_remark(tmp_path: Path) -> None:
 def test_a_photograph_with_broken_exif_is_read(tmp_path: Path) -> None:
     PilImage.new("RGB", (20, 10), RED).save(tmp_path / "odd.jpg", exif=b"Exif\0\0garbage and no more")
     assert _load(tmp_path / "odd.jpg").size == (20, 10)
+
+
+IGNORED = "damaged or oversized metadata, ignored"
+TILE = PilImage.effect_noise((48, 32), 40).convert("RGB")
+
+
+def _file(kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    TILE.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _png(name: bytes, content: bytes, crc: int | None = None, **options: Any) -> bytes:
+    data = _file("PNG", **options)
+    check = zlib.crc32(name + content) if crc is None else crc
+    return data[:33] + struct.pack(">I", len(content)) + name + content + struct.pack(">I", check) + data[33:]
+
+
+def _turned() -> bytes:
+    exif = PilImage.Exif()
+    exif[0x0112] = 6
+    return bytes(exif.tobytes())
+
+
+def _tiff_with_a_text_outside_the_file() -> bytes:
+    directory = TiffImagePlugin.ImageFileDirectory_v2()
+    directory[270] = "a description" * 50
+    data = bytearray(_file("TIFF", tiffinfo=directory))
+    (start,) = struct.unpack_from("<I", data, 4)
+    for place in range(start + 2, start + 2 + 12 * data[start], 12):
+        if struct.unpack_from("<H", data, place)[0] == 270:
+            struct.pack_into("<I", data, place + 8, 2**31 - 5)
+    return bytes(data)
+
+
+LONG = zlib.compress(b"node " * 600_000)
+DAMAGED = {
+    "EXIF.png": _png(b"eXIf", b"garbage" * 9),
+    "EXIF without a directory.png": _png(b"eXIf", b"\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"),
+    "EXIF as text.png": _png(b"tEXt", b"Raw profile type exif\0\nexif\n       8\n" + b"b'Exif".hex().encode()),
+    "EXIF of another checksum.png": _png(b"eXIf", b"MM\0*", crc=1),
+    "profile cut short.png": _png(b"iCCP", b"name"),
+    "profile of an unknown compression.png": _png(b"iCCP", b"name\0\x05abc"),
+    "profile too long.png": _png(b"iCCP", b"name\0\0" + LONG),
+    "text too long.png": _png(b"zTXt", b"workflow\0\0" + LONG),
+    "international text too long.png": _png(b"iTXt", b"workflow\0\1\0\0\0" + LONG),
+    "text of another checksum.png": _png(b"tEXt", b"k\0v", crc=1),
+    "resolution.png": _png(b"pHYs", b"\1"),
+    "gamma.png": _png(b"gAMA", b"\1"),
+    "transparency of no colour.png": _png(b"tRNS", b"\1"),
+    "animation.png": _png(b"acTL", b"\1"),
+    "text cut off behind the pixels.png": _file("PNG")[:-12] + b"\0\0\1\0tEXtabc",
+    "EXIF.webp": _file("WEBP", lossless=True, exif=b"Exif\0\0 no directory"),
+    "EXIF cut off.webp": _file("WEBP", lossless=True, exif=_turned())[:-6],
+    "a tag that points out of the file.tif": _tiff_with_a_text_outside_the_file(),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_metadata_does_not_make_pixels_unreadable(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(DAMAGED[name])
+    picture = _load(tmp_path / name)
+    np.testing.assert_array_equal(np.asarray(picture), np.asarray(TILE))
+    assert Image().remark(picture) == IGNORED
+
+
+def test_orientation_is_applied_although_other_metadata_are_damaged(tmp_path: Path) -> None:
+    (tmp_path / "turned.png").write_bytes(_png(b"zTXt", b"workflow\0\0" + LONG, exif=_turned()))
+    expected = TILE.transpose(PilImage.Transpose.ROTATE_270)
+    picture = _load(tmp_path / "turned.png")
+    np.testing.assert_array_equal(np.asarray(picture), np.asarray(expected))
+    assert Image().remark(picture) == f"{IGNORED}; rotated by its EXIF orientation"
+
+
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {}), ("TIFF", {})])
+def test_pixels_that_are_cut_off_stay_an_error(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+    data = _file(kind, **options)
+    for share in (0.3, 0.6, 0.9):
+        (tmp_path / "cut").write_bytes(data[: int(share * len(data))])
+        with pytest.raises(UserError, match=r"cut: cannot be decoded as a picture"):
+            Image().load(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG", "TIFF"])
+@pytest.mark.parametrize("oriented", [True, False])
+def test_pixels_are_the_same_without_metadata(tmp_path: Path, kind: str, oriented: bool) -> None:
+    data = _file(kind, exif=_turned(), quality=90)
+    stripped = without_metadata(data, oriented)
+    assert stripped is not None
+    (tmp_path / "stripped").write_bytes(stripped)
+    (tmp_path / "expected").write_bytes(data if oriented else _file(kind, quality=90))
+    found, expected = _load(tmp_path / "stripped"), _load(tmp_path / "expected")
+    assert found.size == ((32, 48) if oriented else (48, 32))
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+    assert without_metadata(b"GIF89a", oriented) is None
 
 
 def test_a_png_header_that_claims_ten_billion_pixels_is_refused(tmp_path: Path) -> None:
