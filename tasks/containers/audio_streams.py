@@ -2,12 +2,13 @@
 
 MP3: see mpeg_frames. Ogg and FLAC: of several joined streams libsndfile reads the first only, and it leaves out a last
 page that is cut off (RFC 3533, section 6; RFC 9639, section 8). WAV: it does not read samples behind the end of a data
-chunk that is too short.
+chunk that is too short. NIST SPHERE (TIMIT, WSJ): it does not compare the header's number of samples with the file.
 """
 
 from __future__ import annotations
 
 import mmap
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from tasks.containers.mpeg_frames import Data, find_frames, with_count
 
 _FLAC = (b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22")  # the mark, and the header of STREAMINFO
 _TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN")
+_NIST_COUNT = re.compile(rb"\nsample_count -i (\d+)\s")
 _LAYER_3 = 3
 
 
@@ -42,7 +44,7 @@ def streams(path: Path, form: str, promised: int, max_seconds: float) -> list[St
     Raises:
         UserError: the file is cut off, joined from recordings of different kinds, too long, or its header is wrong.
     """
-    check = {"MP3": _mp3, "OGG": _ogg, "FLAC": _flac, "WAV": _wav, "WAVEX": _wav}.get(form)
+    check = {"MP3": _mp3, "OGG": _ogg, "FLAC": _flac, "WAV": _wav, "WAVEX": _wav, "NIST": _nist}.get(form)
     if check is None:
         return None
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -121,6 +123,13 @@ def _wav(path: Path, data: Data, _promised: int, _max_seconds: float) -> list[St
             f"{path}: its header promises {size:,} bytes of samples, {len(rest):,} more follow that would not be read; "
             "convert it again"
         )
+    return None
+
+
+def _nist(path: Path, data: Data, promised: int, _max_seconds: float) -> list[Stream] | None:
+    count = _NIST_COUNT.search(data[:4096])
+    if count is not None and int(count[1]) != promised:
+        raise UserError(f"{path}: truncated: its header promises {int(count[1]):,} frames, there are {promised:,}")
     return None
 
 

@@ -32,6 +32,9 @@ MIN_RATE, MAX_RATE = 1_000, 384_000  # Hz
 
 # libsndfile's log messages for a header that promises more bytes, or frames, than the file has.
 _SHORT = re.compile(r"^\s*(?:data|SSND|Data Size|riff)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
+# Those for a file that goes on behind what its header says (AIFF, RF64, W64): more samples, or another recording.
+_LONG = re.compile(r"^\s*(?:FORM|Riff size|riff)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
+_NOTES = 4096  # bytes behind the end that may be something else
 _SHORT_FRAMES = re.compile(r"Calculated frame count (\d+) does not match value from 'ds64' chunk of (\d+)")
 # Programs that write into a pipe, and cannot fill in the real size afterwards, use sizes from here on.
 _UNKNOWN_SIZE = 0x7FFF_0000
@@ -149,6 +152,11 @@ def _check_header(path: Path, file: soundfile.SoundFile) -> None:
         if int(found) < int(promised) < _UNKNOWN_SIZE:
             raise UserError(
                 f"{path}: truncated: its header promises {int(promised):,} bytes of samples, there are {int(found):,}"
+            )
+    for promised, found in _LONG.findall(file.extra_info):
+        if int(found) > int(promised) + _NOTES:
+            raise UserError(
+                f"{path}: its header promises {int(promised):,} bytes, there are {int(found):,}; convert it"
             )
     if frame_counts := _SHORT_FRAMES.search(file.extra_info):
         found, promised = map(int, frame_counts.groups())

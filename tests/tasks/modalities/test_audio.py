@@ -295,6 +295,29 @@ def test_joined_streams_are_all_read_and_cut_ones_refused(tmp_path: Path, form: 
         Audio().load(tmp_path / "joined")
 
 
+@pytest.mark.parametrize("form", ["WAV", "WAVEX", "AIFF", "AU", "CAF", "W64", "RF64", "NIST", "FLAC", "OGG", "MP3"])
+def test_a_file_cut_anywhere_is_never_read_as_a_shorter_one(tmp_path: Path, form: str) -> None:
+    soundfile.write(tmp_path / "whole", np.random.default_rng(0).normal(0, 0.1, 16_000), 16_000, format=form)
+    data = (tmp_path / "whole").read_bytes()
+    assert len(Audio().load(tmp_path / "whole").samples) == 16_000
+    for end in range(len(data) // 3, len(data) - 40, len(data) // 9):
+        (tmp_path / "cut").write_bytes(data[:end])
+        with pytest.raises(UserError, match=r"cut: (truncated|cannot be decoded|its header)"):
+            Audio().load(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("form", ["AIFF", "RF64", "W64", "WAV"])
+def test_joined_files_of_other_formats_are_refused_not_cut(tmp_path: Path, form: str) -> None:
+    soundfile.write(tmp_path / "one", _sine(440, 16_000), 16_000, format=form, subtype="PCM_16")
+    data = (tmp_path / "one").read_bytes()
+    assert len(Audio().load(tmp_path / "one").samples) == 8_000
+    (tmp_path / "two").write_bytes(data + data)
+    with pytest.raises(
+        UserError, match=r"two: (its header promises [\d,]+ bytes.*|cannot be decoded as audio: .*marker)"
+    ):
+        Audio().load(tmp_path / "two")
+
+
 @pytest.mark.parametrize("size", [0, 100, 7_000])
 def test_a_wav_whose_data_chunk_is_longer_than_its_header_says_is_refused(tmp_path: Path, size: int) -> None:
     data = _wav(tmp_path / "a.wav", _sine(440, 16_000))
