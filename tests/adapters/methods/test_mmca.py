@@ -233,6 +233,6 @@ def test_text_is_known_by_its_name_or_asked_for() -> None:
         assert [context for context, source in zip(contexts, source_of, strict=True) if source == 0] == ["text"]
     with pytest.raises(
         UserError,
-        match="text_contexts: found none, .*; allowed: a list of those that are text, of image, question, answer",
+        match=r"text_contexts: found none, .*; allowed: a list of those that are text, of image, question, answer",
     ):
         MultiModalAttention(MMCAConfig(), Router(dict.fromkeys(CONTEXTS)))
