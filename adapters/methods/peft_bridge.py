@@ -54,6 +54,11 @@ def config_keys(config_class: type) -> set[str]:
     return {field.name for field in dataclasses.fields(config_class) if field.init} - BOOKKEEPING
 
 
+# Parts of the names of PEFT's parameters that are not the identity at zero: weight decay leaves them alone.
+_NOT_ZERO = frozenset({"ia3_l", "ln_tuning_layers", "lora_magnitude_vector", "boft_s", "road_alpha", "osf_svd_params"})
+_NOT_ZERO |= {"frod_lambda_l", "frod_lambda_s_values"}
+
+
 class PeftBridgeConfig(base.Config):
     """Options. In an experiment file a list is an axis; use a pattern instead: ``target_modules: .*(q|v)_proj``."""
 
@@ -144,6 +149,9 @@ class PeftChange(base.ModelChange):
         self.layers = nn.ModuleDict({paths[old].replace(".", "/"): new for old, new in replaced.items()})
         if on_meta:
             self.to("meta")
+        for path, module in self.named_modules():
+            names = [name for name, _ in module.named_parameters(recurse=False)]
+            module.undecayed = tuple(n for n in names if not _NOT_ZERO.isdisjoint([*path.split("."), n]))
 
     def attach(self, language_model: nn.Module) -> Callable[[], None]:
         """Replace every adapted layer's ``forward`` by PEFT's."""

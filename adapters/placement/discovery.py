@@ -134,7 +134,8 @@ def with_stars(path: str) -> str:
 def discover(language_model: nn.Module) -> Discovery:
     """Roles of the layers in the blocks of a causal LM's text decoder; empty if no stack of blocks has known names."""
     found, config = Discovery(), _text_config(language_model)
-    reason = _OTHER_AXES.get(str(getattr(config, "model_type", None)))
+    model_type = str(getattr(getattr(language_model, "config", None), "model_type", None))
+    reason = _OTHER_AXES.get(model_type)
     if reason is not None:
         found.refuse(type(language_model).__name__, _ALL, reason)
         return found

@@ -23,6 +23,7 @@ from adapters.placement.router import Router
 from adapters.registry import choose
 from harness import UserError
 from harness.core.cursor import Cursor
+from harness.core.weight_decay import parameter_groups
 from tests.support.adapters import disturb, embeds
 from tests.support.models import tiny_gpt2, tiny_llama, tiny_opt
 
@@ -127,6 +128,20 @@ def test_at_start_it_is_the_identity_and_afterwards_it_leaves_no_trace(options: 
     adapters.detach()
     assert trace(model) == before
     assert torch.equal(logits(model), bare)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS.keys() - {"modules_to_save"}))  # copies of weights decay as weights do
+@torch.no_grad()
+def test_weight_decay_alone_leads_no_further_from_the_base(name: str) -> None:
+    model = tiny_llama()
+    bare_BTV = logits(model)
+    adapters = build(model, OPTIONS[name])
+    adapters.attach(model)
+    away = (logits(model) - bare_BTV).abs().max()
+    for group in parameter_groups(adapters, 0.5):
+        for p in group["params"]:
+            p.mul_(1 - group["weight_decay"])
+    assert (logits(model) - bare_BTV).abs().max() <= away + 1e-5
 
 
 def test_the_base_keeps_its_names_and_its_own_hooks_fire_once() -> None:

@@ -197,6 +197,12 @@ def test_an_encoder_beside_the_language_model_has_no_roles() -> None:
             assert not any("tower" in path or "encoder.vision" in path for path in paths)
 
 
+@pytest.mark.parametrize("model_type", ["blt", "cpmant", "prophetnet", "xlnet"])
+def test_a_model_whose_layers_see_no_single_sequence_is_refused_with_the_reason(model_type: str) -> None:
+    with pytest.raises(UserError, match=rf"'{model_type}': its layer roles are unknown; \w+: its? .*(bytes|positions)"):
+        find_targets(small(model_type, "meta"), ROLES)
+
+
 def test_attention_to_something_else_has_no_roles() -> None:
     paths = {target.path for target in find_targets(small("bart"), ROLES)}
     assert paths

@@ -38,11 +38,18 @@ def test_a_syntax_error_is_shown_with_the_text_around_it(path: Path) -> None:
         parse_json(path, list[Item])
 
 
-@pytest.mark.parametrize("text", ["", "[" * 100_000, '["\\ud800"]'])
+@pytest.mark.parametrize("text", ["", "[" * 100_000])
 def test_no_json_at_all_is_refused(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"items\.json: .*broken JSON, "):
         parse_json(path, list[Item])
+
+
+@pytest.mark.parametrize("text", ['["\\ud800"]', '["\\ude00"]', '["\\ud83d and more"]'])
+def test_half_a_surrogate_pair_is_valid_json_and_no_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"items\.json: line 1, column \d+: half of a surrogate pair, which is not"):
+        parse_json(path, list[str])
 
 
 def test_a_file_that_could_not_be_read_is_named(path: Path) -> None:
