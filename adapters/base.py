@@ -86,6 +86,8 @@ class Change(nn.Module):
         if layout.owned_by(self.groups):  # agnostic: nothing to split or concatenate
             changed_BTD: Tensor = self.delta(self.groups[0])(x_BTI, value_BTD)
             return changed_BTD
+        if torch.compiler.is_compiling():
+            return self._by_mask(x_BTI, value_BTD, layout)
         if layout.spans is not None:
             return self._by_span(x_BTI, value_BTD, layout)
         return self._by_token(x_BTI, value_BTD, layout)
@@ -114,6 +116,17 @@ class Change(nn.Module):
             changed_MD = self.delta(group)(x_NI[where_M], value_ND[where_M])
             value_ND = value_ND.index_copy(0, where_M, changed_MD)
         return value_ND.view_as(value_BTD)
+
+    def _by_mask(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
+        """Every group's change of every token, of which each token keeps its own.
+
+        More work, but the same for all layouts of one shape: torch.compile makes one graph for them.
+        """
+        owner_XTG, changed_BTD = layout.lookup(self.groups).owner_XTG, value_BTD
+        for index, group in enumerate(self.groups):
+            own_XT1 = owner_XTG[..., index, None]
+            changed_BTD = torch.where(own_XT1, self.delta(group)(x_BTI, value_BTD), changed_BTD)
+        return changed_BTD
 
     def table(self, name: str, layout: Layout, absent: float) -> Tensor:
         """The vector parameter ``name`` of each token's group (X, T, D); ``absent`` where none of these groups acts."""

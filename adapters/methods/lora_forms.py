@@ -77,8 +77,15 @@ def low_rank(
     """
     groups = tuple(pairs)
     factors = [*(A_RI for A_RI, _ in pairs.values()), *(B_OR for _, B_OR in pairs.values())]
-    pieces = pieces_of(layout, groups)
-    form = form or form_of(layout, pieces, len(groups) * factors[0].shape[0])
+    if (
+        form is None and torch.compiler.is_compiling()
+    ):  # one graph for all layouts of one shape: nothing is taken from the spans
+        owned = layout.owned_by(groups)
+        pieces: tuple[Piece, ...] = (Piece(0, 0, layout.length),) if owned else ()
+        form = "whole" if owned else "masked"
+    else:
+        pieces = pieces_of(layout, groups)
+        form = form or form_of(layout, pieces, len(groups) * factors[0].shape[0])
     changed: Tensor
     if form in {"whole", "masked"}:
         owner_TG = layout.lookup(groups).owner_XTG.flatten(0, 1) if form == "masked" else None

@@ -56,6 +56,7 @@ class Layout:
     context_ids_XK: Tensor  # int64: index into the router's contexts, of all positions seen so far
     spans: tuple[Span, ...] | None  # None: rows have different layouts
     positions: Mapping[str, Tensor]  # group → its positions in the concatenated rows; empty if all rows are alike
+    owner: str | None = None  # the group that owns every position, if rows are alike and there is one
     attention_mask: Tensor | None = None  # of the pass (B, K), where a method needs it
     of_caller: Layout | None = None  # the caller's, if a method has put positions before the caller's (soft prompts)
     _kept: dict[Any, Any] = field(default_factory=dict)
@@ -67,7 +68,7 @@ class Layout:
 
     def owned_by(self, groups: Sequence[str]) -> bool:
         """Whether ``groups`` is a single group that owns every position of this pass."""
-        return len(groups) == 1 and self.spans is not None and [span.group for span in self.spans] == list(groups)
+        return len(groups) == 1 and self.owner == groups[0]
 
     def lookup(self, groups: tuple[str, ...]) -> Lookup:
         """Which of ``groups`` owns each position; computed once per layout."""
@@ -217,14 +218,16 @@ class Router:
 
     def _of_groups(self, ids_XT: Tensor, host_groups_XT: Ids, seen_XK: Tensor) -> Layout:
         alike = host_groups_XT.shape[0] == 1
+        spans = _spans(host_groups_XT[0].tolist(), self.groups) if alike else None
         layout = Layout(
             groups=self.groups,
             length=ids_XT.shape[1],
             group_ids_XT=to_device(host_groups_XT, ids_XT.device),
             host_ids_XT=host_groups_XT,
             context_ids_XK=seen_XK,
-            spans=_spans(host_groups_XT[0].tolist(), self.groups) if alike else None,
+            spans=spans,
             positions={} if alike else self._positions(host_groups_XT, ids_XT.device),
+            owner=spans[0].group if spans and len(spans) == 1 else None,
         )
         for asked in self._asked:
             layout.lookup(asked)
