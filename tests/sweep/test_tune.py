@@ -65,7 +65,7 @@ def test_a_sweep_that_tune_ended_early_was_interrupted(
     monkeypatch.setattr(tune.ray, "cluster_resources", lambda: {"CPU": 8.0})
     wanted: Any = SimpleNamespace(trials=range(2), resources=Resources(), run=tmp_path, experiment="x")
     display: Any = SimpleNamespace(opened=lambda run, at_once: opened.append((run, at_once)))
-    with pytest.raises(KeyboardInterrupt, match="^$") if ended < 2 else nullcontext():
+    with pytest.raises(KeyboardInterrupt, match=r"^$") if ended < 2 else nullcontext():
         tune.sweep(wanted, display)
     assert opened == [(tmp_path, 2)]
 
