@@ -1,7 +1,7 @@
 """``harness check``: tests the plugins of a package or a file against their contracts.
 
-The checks are in ``harness.check.task``, ``harness.check.modality`` and ``harness.check.metric``; the tests
-in ``tests/contracts`` run the same checks on every registered plugin.
+The checks are in ``harness.check.task``, ``harness.check.modality``, ``harness.check.metric`` and
+``harness.check.adapter``; the tests in ``tests/contracts`` run the same checks on every registered plugin.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from rich.console import Console
 from rich.text import Text
 
 from adapters.registry import ADAPTERS
+from harness.check import adapter as adapter_checks
 from harness.check import metric as metric_checks
 from harness.check import modality as modality_checks
 from harness.check import task as task_checks
+from harness.check.adapter import AdapterSubject
 from harness.check.metric import MetricSubject
 from harness.check.modality import ModalitySubject
 from harness.check.process import another_process_agrees
@@ -35,7 +37,7 @@ from tasks.registry import METRICS, MODALITIES, TASKS
 _SHOWN = 5  # problems of one check
 _FILES = 4  # that a modality is tested on
 _REGISTRIES: tuple[Registry[Any], ...] = (TASKS, MODALITIES, METRICS, ADAPTERS)
-S = TypeVar("S", TaskSubject, ModalitySubject, MetricSubject)
+S = TypeVar("S", TaskSubject, ModalitySubject, MetricSubject, AdapterSubject)
 Check = Callable[[S], Iterator[str]]
 
 
@@ -147,7 +149,7 @@ class Samples:
 
 
 def check_entry(registry: Registry[Any], entry: Entry, samples: Samples, folder: Path) -> Iterator[Result]:
-    """Run all checks of one task, modality or metric.
+    """Run all checks of one plugin.
 
     Args:
         registry: the registry of the plugin.
@@ -165,6 +167,9 @@ def check_entry(registry: Registry[Any], entry: Entry, samples: Samples, folder:
     elif registry is MODALITIES:
         modality = ModalitySubject(plugin, samples.files(entry.name), folder)
         yield from run_checks(modality_checks.FIRST, modality_checks.THEN, modality)
+    elif registry is ADAPTERS:
+        method = AdapterSubject(plugin, entry.name, folder)
+        yield from run_checks(adapter_checks.FIRST, adapter_checks.THEN, method)
     else:
         metric = MetricSubject(plugin, samples.references(entry.name))
         yield from run_checks(metric_checks.FIRST, metric_checks.THEN, metric)
@@ -181,11 +186,9 @@ def check_plugins(target: str, console: Console) -> bool:
         Whether every check passed.
 
     Raises:
-        UserError: there is no such package or file, or it has no plugins that can be checked.
+        UserError: there is no such package or file, or it registers no plugins.
     """
-    chosen = _entries_of(target)
-    checked = [(registry, entry) for registry, entry in chosen if registry is not ADAPTERS]
-    adapters = [entry.name for registry, entry in chosen if registry is ADAPTERS]
+    checked = _entries_of(target)
     results: list[Result] = []
     with TemporaryDirectory(prefix="harness-check-") as folder, _cache_in(Path(folder)):
         samples = Samples(Path(folder) / "samples", [entry for registry, entry in checked if registry is TASKS])
@@ -196,16 +199,6 @@ def check_plugins(target: str, console: Console) -> bool:
             for result in _results(registry, entry, samples, own):
                 _print(result, console)
                 results.append(result)
-    for name in adapters:
-        console.print(
-            f"adapter {name}: this command does not check adapter methods; the test suite of the harness does: "
-            f"python -m pytest tests/contracts -k {name}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-    if not checked:
-        raise UserError(f"{target}: registers only adapter methods, so nothing was checked")
     failed, skipped = sum(bool(r.problems) for r in results), sum(r.problems is None for r in results)
     counts = f"{len(results) - failed - skipped} checks passed, {failed} failed"
     console.print(counts + (f", {skipped} not run" if skipped else ""), highlight=False)

@@ -203,7 +203,7 @@ def prepare(
 def check(
     target: Annotated[str, typer.Argument(metavar="PACKAGE", help="An installed package, or a Python file.")],
 ) -> None:
-    """Test the tasks, modalities and metrics of a package against their contracts. Exit code 1: a check failed."""
+    """Test the plugins of a package or a file against their contracts. Exit code 1: a check failed."""
     from harness.check.plugins import check_plugins
 
     if not check_plugins(target, console):

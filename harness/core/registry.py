@@ -264,7 +264,9 @@ def add_file(path: Path, where: str, registries: Iterable[Registry[Any]]) -> Non
     for registry in registries:
         for plugin in _defined_in(module, registry.contract()):
             found = True
-            name = getattr(plugin, "name", None) or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", plugin.__name__).lower()
+            given = getattr(plugin, "name", None)  # of adapter methods: a property
+            snake_case = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", plugin.__name__).lower()
+            name = given if isinstance(given, str) and given else snake_case
             registry.add(Entry(name, f"{path}:{plugin.__name__}", str(path)))
     if not found:
         kinds = ", ".join(registry.contract().__name__ for registry in registries)

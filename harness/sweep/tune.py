@@ -80,7 +80,7 @@ class Sweep:
 
 
 def sweep(wanted: Sweep, display: Display) -> None:
-    """Run trials in parallel, within the available resources; returns when all have a record, or on Ctrl-C.
+    """Run trials in parallel, within the available resources; returns when all have a record.
 
     Args:
         wanted: the trials.
@@ -88,6 +88,7 @@ def sweep(wanted: Sweep, display: Display) -> None:
 
     Raises:
         UserError: a trial requires more CPUs or GPUs than there are.
+        KeyboardInterrupt: Ctrl-C was pressed.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
     started = not ray.is_initialized()
@@ -97,7 +98,10 @@ def sweep(wanted: Sweep, display: Display) -> None:
         available = ray.cluster_resources()
         request = per_trial(wanted.resources, available)
         display.opened(wanted.run, at_once(wanted, request, available))
-        _tuner(wanted, request, display).fit()
+        events = _Events(wanted.run, wanted.experiment, display)
+        _tuner(wanted, request, events).fit()
+        if events.ended < len(wanted.trials):  # Tune handles Ctrl-C itself: it stops all trials and returns
+            raise KeyboardInterrupt
     finally:
         if started:
             ray.shutdown()
@@ -132,7 +136,7 @@ def at_once(wanted: Sweep, request: Mapping[str, float], available: Mapping[str,
     return min(*fit, len(wanted.trials), wanted.resources.max_concurrent_trials or len(wanted.trials))
 
 
-def _tuner(wanted: Sweep, request: dict[str, float], display: Display) -> Any:
+def _tuner(wanted: Sweep, request: dict[str, float], events: _Events) -> Any:
     packed = [{"spec": spec.model_dump_json(), "planned": planned.model_dump_json()} for spec, planned in wanted.trials]
     trainable = tune.with_parameters(
         _run_one,
@@ -155,7 +159,7 @@ def _tuner(wanted: Sweep, request: dict[str, float], display: Display) -> Any:
             storage_path=str((wanted.run / "ray").resolve()),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=wanted.resources.max_failures),
-            callbacks=[_Events(wanted.run, wanted.experiment, display)],
+            callbacks=[events],
         ),
     )
 
@@ -197,6 +201,7 @@ class _Events(tune.Callback):  # type: ignore[misc]
 
     def __init__(self, run: Path, experiment: str, display: Display) -> None:
         self.run, self.experiment, self.display = run, experiment, display
+        self.ended = 0  # trials with a record
 
     def __getstate__(self) -> dict[str, Any]:
         """Return no state: Tune pickles callbacks into a snapshot that is never read, and displays are unpicklable."""
@@ -209,12 +214,16 @@ class _Events(tune.Callback):  # type: ignore[misc]
         self.display.progressed(_id(trial), result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self.display.ended(read_record(record_path(self.run, _id(trial))))
+        self._end(record_path(self.run, _id(trial)))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         path = record_path(self.run, _id(trial))
         if not path.exists():
             write_record(self.run, _died(trial, self.experiment, path.with_name(LOG)))
+        self._end(path)
+
+    def _end(self, path: Path) -> None:
+        self.ended += 1
         self.display.ended(read_record(path))
 
 

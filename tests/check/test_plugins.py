@@ -11,9 +11,11 @@ import pytest
 from rich.console import Console
 
 from adapters.registry import ADAPTERS
+from harness.check import adapter as adapter_checks
 from harness.check import metric as metric_checks
 from harness.check import modality as modality_checks
 from harness.check import task as task_checks
+from harness.check.adapter import AdapterSubject
 from harness.check.metric import REFERENCES, MetricSubject
 from harness.check.modality import ModalitySubject
 from harness.check.plugins import check_plugins, problems_of, promise, run_checks
@@ -23,13 +25,16 @@ from harness.core.errors import UserError
 from harness.core.registry import Entry
 from tasks.modalities.series import Series
 from tasks.registry import METRICS, MODALITIES, TASKS
+from tests.support.broken_adapters import ADAPTER_CASES, GoodAdapter
 from tests.support.broken_plugins import METRIC_CASES, MODALITY_CASES, TASK_CASES, GoodMetric, GoodTask
 
-CASES = TASK_CASES | MODALITY_CASES | METRIC_CASES
+ROOT = Path(__file__).parents[2]
+CASES = TASK_CASES | MODALITY_CASES | METRIC_CASES | ADAPTER_CASES
 CHECKS = {
     task_checks: (*task_checks.FIRST, *task_checks.THEN),
     modality_checks: (*modality_checks.FIRST, *modality_checks.THEN),
     metric_checks: (*metric_checks.FIRST, *metric_checks.THEN),
+    adapter_checks: (*adapter_checks.FIRST, *adapter_checks.THEN),
 }
 FILE = """
 from collections.abc import Mapping
@@ -86,6 +91,12 @@ def subject_of(plugin: type, folder: Path) -> Any:
         for number, path in enumerate(files, 1):
             path.write_text("1\n" * 9 * number + "2\n", encoding="utf-8")
         return ModalitySubject(plugin, files, folder)
+    if issubclass(plugin, GoodAdapter):
+        # Registered by the class itself: most are made without a name in a module.
+        target = f"{__name__}:{plugin.__name__}"
+        ADAPTERS.added = [Entry("under_test", target, "tests", "1.0")]
+        globals()[plugin.__name__] = plugin
+        return AdapterSubject(plugin, "under_test", folder)
     return MetricSubject(plugin, REFERENCES)
 
 
@@ -131,8 +142,13 @@ def test_a_broken_contract_is_reported(
 @pytest.mark.quick
 @pytest.mark.parametrize(
     ("module", "plugin"),
-    [(task_checks, GoodTask), (modality_checks, Series), (metric_checks, GoodMetric)],
-    ids=["task", "modality", "metric"],
+    [
+        (task_checks, GoodTask),
+        (modality_checks, Series),
+        (metric_checks, GoodMetric),
+        (adapter_checks, GoodAdapter),
+    ],
+    ids=["task", "modality", "metric", "adapter"],
 )
 def test_a_correct_plugin_passes_every_check(module: Any, plugin: type, tmp_path: Path) -> None:
     results = list(run_checks(module.FIRST, module.THEN, subject_of(plugin, tmp_path)))
@@ -197,10 +213,22 @@ def test_a_process_that_fails_is_a_problem(tmp_path: Path) -> None:
 def test_a_package_is_found_by_its_distribution_or_its_module() -> None:
     with pytest.raises(UserError, match=r"no installed package 'no-such' registers plugins; allowed: .*context-peft-h"):
         checked("no-such")
-    with pytest.raises(UserError, match=r"^adapters: registers only adapter methods, so nothing was checked$"):
-        checked("adapters")
     with pytest.raises(UserError, match=r"gone\.py'; allowed: a Python file"):
         checked("gone.py")
+
+
+def test_a_file_with_an_adapter_method_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "ssf_adapter.py"
+    source = (ROOT / "examples" / "adapter_plugin" / "ssf_adapter.py").read_text(encoding="utf-8")
+    path.write_text(source, encoding="utf-8")
+    passed, printed = checked(path)
+    assert passed, printed
+    assert printed.startswith("adapter ssf  ")
+    assert printed.splitlines()[-1] == f"{len(CHECKS[adapter_checks])} checks passed, 0 failed"
+    path.write_text(source.replace("else value_BTD + self.beta", "else value_BTD - self.beta"), encoding="utf-8")
+    passed, printed = checked(path)
+    assert not passed
+    assert "✗ Where it can be merged into the weights, the merged model computes the same" in printed
 
 
 def test_a_plugin_that_cannot_be_imported_is_a_failed_check() -> None:

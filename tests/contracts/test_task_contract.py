@@ -1,7 +1,7 @@
-"""The contract of every registered task, modality and metric: a new plugin is checked as soon as it is registered.
+"""The contract of every registered plugin: a new one is checked as soon as it is registered.
 
 The checks are those of ``harness check``: ``harness/check/task.py``, ``harness/check/modality.py``,
-``harness/check/metric.py``.
+``harness/check/metric.py``, ``harness/check/adapter.py``.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 
+from adapters.registry import ADAPTERS
+from harness.check import adapter as adapter_checks
 from harness.check import metric as metric_checks
 from harness.check import modality as modality_checks
 from harness.check import task as task_checks
+from harness.check.adapter import AdapterSubject
 from harness.check.metric import MetricSubject
 from harness.check.modality import ModalitySubject
 from harness.check.plugins import Samples, problems_of
@@ -26,6 +29,7 @@ CHECKS = {
     TASKS: (*task_checks.FIRST, *task_checks.THEN),
     MODALITIES: (*modality_checks.FIRST, *modality_checks.THEN),
     METRICS: (*metric_checks.FIRST, *metric_checks.THEN),
+    ADAPTERS: (*adapter_checks.FIRST, *adapter_checks.THEN),
 }
 CASES = [
     pytest.param(registry, entry, id=f"{registry.kind}-{entry.name}")
@@ -56,6 +60,9 @@ def subject_of(samples: Samples, tmp_path_factory: pytest.TempPathFactory) -> Ca
                 folder = tmp_path_factory.mktemp(entry.name)
                 plugin = registry.load(entry.target)
                 made[entry.target] = ModalitySubject(plugin, samples.files(entry.name), folder)
+            elif registry is ADAPTERS:
+                folder = tmp_path_factory.mktemp(entry.name)
+                made[entry.target] = AdapterSubject(registry.load(entry.target), entry.name, folder)
             else:
                 made[entry.target] = MetricSubject(registry.load(entry.target), samples.references(entry.name))
         return made[entry.target]

@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from adapters.registry import ADAPTERS
+from harness.check import adapter as adapter_checks
 from harness.check import metric as metric_checks
 from harness.check import modality as modality_checks
 from harness.check import task as task_checks
@@ -101,8 +102,13 @@ def test_the_run_finishes(folder: Path) -> None:
 
 
 def test_the_list_of_checks_is_complete() -> None:
-    modules = {"task": task_checks, "modality": modality_checks, "metric": metric_checks}
+    modules = {
+        "A task": task_checks,
+        "A modality": modality_checks,
+        "A metric": metric_checks,
+        "An adapter method": adapter_checks,
+    }
     for kind, module in modules.items():
-        (listed,) = re.findall(rf"^A {kind}:\n\n((?:- .*\n)+)", TEXT, re.MULTILINE)
-        checks = [*module.FIRST, *module.THEN, *([another_process_agrees] if kind == "task" else [])]
+        (listed,) = re.findall(rf"^{kind}:\n\n((?:- .*\n)+)", TEXT, re.MULTILINE)
+        checks = [*module.FIRST, *module.THEN, *([another_process_agrees] if kind == "A task" else [])]
         assert listed.splitlines() == [f"- {promise(check)}." for check in checks]

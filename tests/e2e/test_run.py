@@ -181,28 +181,34 @@ def test_the_slot_of_a_killed_worker_is_filled_again(tmp_path: Path) -> None:
     with (tmp_path / "small.yaml").open("a", encoding="utf-8") as file:
         file.write("seeds: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]\n")
     driver = subprocess.Popen([*HARNESS, "run", "small.yaml"], cwd=tmp_path, stdout=subprocess.DEVNULL)
-    _wait_for_a_record(tmp_path / "runs/small/trials", driver)
-    time.sleep(1)  # the workers have begun their next trial
-    first = {worker.pid for worker in _workers(driver.pid)}
-    next(iter(_workers(driver.pid))).kill()
-    assert driver.wait(timeout=500) == 0
+    try:
+        ended = _wait_for_a_record(tmp_path / "runs/small/trials", driver, 400)
+        between_trials = set().union(*(_pids_in(path.with_name("log.txt")) for path in ended))
+        first = {worker.pid: worker for worker in _workers(driver.pid)}
+        next(worker for pid, worker in first.items() if pid not in between_trials or len(ended) > 1).kill()
+        assert driver.wait(timeout=500) == 0
+    finally:
+        driver.terminate()
     found = read_run(tmp_path / "runs/small").records.values()
     assert [record.status for record in found] == ["finished"] * 20
-    used = [set(re.findall(r"^\S+ \S+ (\d+) ", path.read_text(encoding="utf-8"), re.MULTILINE))
-            for path in (tmp_path / "runs/small/trials").glob("*/log.txt")]  # fmt: skip
-    later = [pids - {str(pid) for pid in first} for pids in used]
+    later = [_pids_in(path) - first.keys() for path in (tmp_path / "runs/small/trials").glob("*/log.txt")]
     assert sum(map(bool, later)) >= 3, "a new worker ran several of the remaining trials"
 
 
-def _wait_for_a_record(trials: Path, driver: subprocess.Popen[bytes]) -> list[Path]:
-    deadline = time.monotonic() + 200
+def _pids_in(log: Path) -> set[int]:
+    """The processes that wrote a trial's log."""
+    return {int(pid) for pid in re.findall(r"^\S+ \S+ (\d+) ", log.read_text(encoding="utf-8"), re.MULTILINE)}
+
+
+def _wait_for_a_record(trials: Path, driver: subprocess.Popen[bytes], seconds: float = 200) -> list[Path]:
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         found = list(trials.glob("*/record.json"))
         if found:
             return found
         assert driver.poll() is None, "the sweep ended before its first trial"
         time.sleep(0.1)
-    raise AssertionError("no record in 200 s")
+    raise AssertionError(f"no record in {seconds} s")
 
 
 def _workers(driver: int) -> Iterator[psutil.Process]:

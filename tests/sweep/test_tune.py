@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 
 from harness.core.errors import UserError
 from harness.experiment.sections import Resources
+from harness.sweep import tune
 from harness.sweep.tune import _KeepStartingWorkers, at_once, per_trial
 
 
@@ -41,6 +44,30 @@ def test_more_resources_than_available_are_an_error() -> None:
 def test_how_many_trials_run_at_once(resources: Resources, available: dict[str, float], expected: int) -> None:
     wanted: Any = SimpleNamespace(trials=range(20), resources=resources)
     assert at_once(wanted, per_trial(resources, available), available) == expected
+
+
+@pytest.mark.parametrize("ended", [1, 2])
+def test_a_sweep_that_tune_ended_early_was_interrupted(
+    ended: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune handles Ctrl-C itself, and returns as if all was done."""
+    opened: list[tuple[Path, int]] = []
+
+    class Tuner:
+        def __init__(self, _wanted: Any, _request: Any, events: Any) -> None:
+            self.events = events
+
+        def fit(self) -> None:
+            self.events.ended = ended
+
+    monkeypatch.setattr(tune, "_tuner", Tuner)
+    monkeypatch.setattr(tune.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(tune.ray, "cluster_resources", lambda: {"CPU": 8.0})
+    wanted: Any = SimpleNamespace(trials=range(2), resources=Resources(), run=tmp_path, experiment="x")
+    display: Any = SimpleNamespace(opened=lambda run, at_once: opened.append((run, at_once)))
+    with pytest.raises(KeyboardInterrupt, match=r"^$") if ended < 2 else nullcontext():
+        tune.sweep(wanted, display)
+    assert opened == [(tmp_path, 2)]
 
 
 def controller(*trials: Any, starting: tuple[str, ...] = (), resetting: tuple[str, ...] = ()) -> Any:

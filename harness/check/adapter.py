@@ -1,0 +1,388 @@
+"""What every adapter method promises, checked on a tiny Llama with two contexts and the method's default options.
+
+Each check yields problems; the first line of its docstring is what it requires. ``harness check`` runs them, and
+``tests/contracts`` on every registered method. Shapes: B rows, T positions, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from adapters.base import AdapterMethod
+from harness.core.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+CONTEXTS = ("image", "text")
+GROUPINGS: dict[str, Any] = {
+    "agnostic": "agnostic",
+    "specific": "specific",
+    "text alone": {"image": None, "text": "language"},
+}
+# A row each: two long segments, interleaved, the image last, and text alone; 0 is image, 1 is text.
+ROWS = (
+    (1, 0, 0, 0, 0, 1, 1, 1, 1, 1),
+    (1, 0, 1, 0, 0, 1, 1, 0, 1, 1),
+    (1, 1, 1, 1, 1, 0, 0, 0, 0, 0),
+    (1, 1, 1, 1, 1, 1, 1, 1, 1, 1),
+)
+_LENGTH, _WIDTH = len(ROWS[0]), 32
+_TOLERANCE = 1e-4  # of fp32 logits that are summed in another order
+
+
+@dataclass(frozen=True)
+class AdapterSubject:
+    """An adapter method to check.
+
+    Attributes:
+        plugin: its class.
+        name: its registered name.
+        folder: for saved adapters.
+    """
+
+    plugin: type[AdapterMethod]
+    name: str
+    folder: Path
+
+    @cached_property
+    def method(self) -> AdapterMethod:
+        """The method with its default options."""
+        return self.plugin(self.plugin.Config())
+
+    @property
+    def groupings(self) -> dict[str, Any]:
+        """The groupings to check; a method without groups takes only the default one."""
+        return GROUPINGS if self.method.grouped else {"agnostic": "agnostic"}
+
+    def adapted(self, grouping: Any = "specific", scale: float = 0.2, seed: int = 0) -> Any:
+        """A tiny model with the adapter, whose parameters are moved away from their initialisation by ``scale``."""
+        from adapters.library.adapted_model import adapt
+
+        grouping = grouping if self.method.grouped else "agnostic"
+        model = adapt(tiny_model(), {"method": self.name}, CONTEXTS, grouping, seed)
+        _disturb(model.adapters.parameters(), scale)
+        return model.eval()
+
+
+def tiny_model() -> Any:
+    """A Llama of two layers, with the same weights at every call; on the ``meta`` device inside ``torch.device``."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=_WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+
+def _disturb(parameters: Any, scale: float, seed: int = 2) -> None:
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype), alpha=scale)
+
+
+def _rows(*numbers: int) -> Tensor:
+    import torch
+
+    return torch.tensor([ROWS[number] for number in numbers or range(len(ROWS))])
+
+
+def _embeds(rows: int = len(ROWS)) -> Tensor:
+    import torch
+
+    return torch.randn(rows, _LENGTH, _WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def _logits(model: Any, x_BTD: Tensor, ids_BT: Tensor, **options: Any) -> Tensor:
+    logits_BTV: Tensor = model(inputs_embeds=x_BTD, context_ids=ids_BT, use_cache=False, **options).logits
+    return logits_BTV
+
+
+def _bare(model: Any, x_BTD: Tensor) -> Tensor:
+    logits_BTV: Tensor = model(inputs_embeds=x_BTD, use_cache=False).logits
+    return logits_BTV
+
+
+def _gradients(model: Any, logits_BTV: Tensor, weight_BTV: Tensor) -> dict[str, Tensor]:
+    """Gradients of the adapter's parameters, for a loss in which every position counts differently."""
+    model.zero_grad()
+    loss: Tensor = (logits_BTV.float() * weight_BTV).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    return {name: p.grad.clone() for name, p in model.adapters.named_parameters() if p.grad is not None}
+
+
+def _weights() -> Tensor:
+    import torch
+
+    return torch.randn(len(ROWS), _LENGTH, 64, generator=torch.Generator().manual_seed(5))
+
+
+def _trains(model: Any) -> bool:
+    return any(p.requires_grad for p in model.adapters.parameters())
+
+
+def _apart(one: Tensor, other: Tensor, tolerance: float = _TOLERANCE) -> str:
+    """How far two tensors are apart, if that is more than rounding; "" if it is not."""
+    if one.shape != other.shape:
+        return f"shapes {tuple(one.shape)} and {tuple(other.shape)}"
+    gap, size = (one - other).abs().max().item(), max(1.0, other.abs().max().item())
+    return "" if gap <= tolerance * size else f"a difference of up to {gap:.2g}"
+
+
+def it_says_what_it_is(subject: AdapterSubject) -> Iterator[str]:
+    """`label` and `summary` are one line each, and not empty."""
+    for name, text in (("label()", subject.method.label()), ("summary", getattr(subject.plugin, "summary", ""))):
+        if not isinstance(text, str) or not text.strip() or "\n" in text:
+            yield f"{name} is {text!r}; required: one line of text"
+
+
+def options_are_strict(subject: AdapterSubject) -> Iterator[str]:
+    """Unknown options are rejected, and options cannot be changed later."""
+    try:
+        subject.plugin.Config(no_such_option=1)  # type: ignore[call-arg]
+    except ValidationError:
+        pass
+    else:
+        yield "the unknown option 'no_such_option' is accepted; Config must extend harness.AdapterConfig"
+    try:
+        subject.method.config.anything = 1
+    except (ValidationError, ValueError, TypeError, AttributeError):
+        return
+    yield "an option can be set after the method was made; Config must be frozen"
+
+
+def it_attaches(subject: AdapterSubject) -> Iterator[str]:
+    """It attaches to a language model with every grouping, and the model computes finite logits."""
+    import torch
+
+    for name, grouping in subject.groupings.items():
+        with torch.no_grad():
+            found_BTV = _logits(subject.adapted(grouping, scale=0.0), _embeds(), _rows())
+        if tuple(found_BTV.shape) != (len(ROWS), _LENGTH, 64):
+            yield f"{name}: logits of shape {tuple(found_BTV.shape)}; required: {(len(ROWS), _LENGTH, 64)}"
+        elif not found_BTV.isfinite().all():
+            yield f"{name}: the logits are not finite"
+
+
+def it_starts_as_the_base(subject: AdapterSubject) -> Iterator[str]:
+    """Before training, the model computes exactly what the base computes, unless `identity_at_start` is False."""
+    import torch
+
+    with torch.no_grad():
+        expected_BTV = _bare(tiny_model(), _embeds())
+        for name, grouping in subject.groupings.items():
+            same = torch.equal(_logits(subject.adapted(grouping, scale=0.0), _embeds(), _rows()), expected_BTV)
+            if same is not subject.method.identity_at_start:
+                found = "the same logits as" if same else "other logits than"
+                yield f"{name}: {found} the base, but identity_at_start is {subject.method.identity_at_start}"
+
+
+def it_starts_from_the_seed(subject: AdapterSubject) -> Iterator[str]:
+    """Its initial parameters depend only on the seed."""
+    import torch
+
+    first = subject.adapted(scale=0.0, seed=5).adapters.state_dict()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(99)
+        again = subject.adapted(scale=0.0, seed=5).adapters.state_dict()
+    if list(first) != list(again):
+        yield "the names of its parameters differ from one call to the next"
+        return
+    for name, tensor in first.items():
+        if not torch.equal(tensor, again[name]):
+            yield f"{name} differs with the same seed; draw it from the generator that is passed to `delta`"
+
+
+def it_is_counted_without_weights(subject: AdapterSubject) -> Iterator[str]:
+    """Parameters are counted on the `meta` device as they are with weights, equally many in every group."""
+    import torch
+
+    for name, grouping in subject.groupings.items():
+        with torch.device("meta"):
+            empty = subject.adapted(grouping).adapters.parameters_by_group()
+        counts = subject.adapted(grouping).adapters.parameters_by_group()
+        if counts != empty:
+            yield f"{name}: {empty} on the meta device, {counts} with weights"
+        if len(set(counts.values())) > 1:
+            yield f"{name}: groups have different numbers of parameters: {counts}"
+        if subject.method.grouped and not any(p.requires_grad for p in subject.adapted(grouping).parameters()):
+            yield f"{name}: nothing is trained"
+
+
+def it_leaves_no_trace(subject: AdapterSubject) -> Iterator[str]:
+    """Attached it changes the output, and detached it leaves no hook and no changed weight."""
+    import torch
+
+    with torch.no_grad():
+        expected_BTV, weights = _bare(tiny_model(), _embeds()), tiny_model().state_dict()
+        for name, grouping in subject.groupings.items():
+            model = subject.adapted(grouping, scale=1.0)
+            if _trains(model) and torch.equal(_logits(model, _embeds(), _rows()), expected_BTV):
+                yield f"{name}: its parameters were changed, and the output was not"
+            base = model.detach()
+            if hooked := [n for n, m in base.named_modules() if m._forward_hooks or m._forward_pre_hooks]:
+                yield f"{name}: {hooked[0] or 'the model'} still has a hook after detach"
+            found = base.state_dict()
+            if list(found) != list(weights):
+                yield f"{name}: the base has other parameters after detach"
+            elif changed := [n for n, x in found.items() if not torch.equal(x, weights[n])]:
+                yield f"{name}: {changed[0]} is changed after detach"
+            elif not torch.equal(_bare(base, _embeds()), expected_BTV):
+                yield f"{name}: the base computes other logits after detach"
+
+
+def rows_do_not_depend_on_the_batch(subject: AdapterSubject) -> Iterator[str]:
+    """Rows with different layouts in one batch equal each row alone, in outputs and gradients."""
+    model, x_BTD, weight_BTV = subject.adapted(), _embeds(), _weights()
+    together_BTV = _logits(model, x_BTD, _rows())
+    found = _gradients(model, together_BTV, weight_BTV) if _trains(model) else {}
+    expected: dict[str, Any] = {}
+    for row in range(len(ROWS)):
+        alone_1TV = _logits(model, x_BTD[row : row + 1], _rows(row))
+        if gap := _apart(together_BTV[row : row + 1].detach(), alone_1TV.detach()):
+            yield f"row {row}: {gap} to the same row alone"
+        for name, grad in (_gradients(model, alone_1TV, weight_BTV[row : row + 1]) if found else {}).items():
+            expected[name] = expected.get(name, 0) + grad
+    for name, grad in expected.items():
+        if name in found and (gap := _apart(found[name], grad, 1e-3)):
+            yield f"gradient of {name}: {gap} to the sum over single rows"
+
+
+def absent_groups_have_zero_gradients(subject: AdapterSubject) -> Iterator[str]:
+    """Every parameter has a finite gradient in every batch, which is zero if its group has no token."""
+    model = subject.adapted()
+    if not _trains(model):
+        return
+    names = {name for name, p in model.adapters.named_parameters() if p.requires_grad}
+    for what, ids_BT in (("text only", _rows(3)), ("image only", _rows(3) * 0), ("both", _rows())):
+        logits_BTV = _logits(model, _embeds(len(ids_BT)), ids_BT)
+        grads = _gradients(model, logits_BTV, _weights()[: len(ids_BT)])
+        if missing := sorted(names - grads.keys()):
+            yield f"{what}: {missing[0]} has no gradient; it must be zero, not None, for distributed training"
+        absent = {"text only": "group_image", "image only": "group_text"}.get(what, "none")
+        for name, grad in grads.items():
+            if not grad.isfinite().all():
+                yield f"{what}: the gradient of {name} is not finite"
+            elif absent in name.split(".") and grad.any():
+                yield f"{what}: {name} has a gradient, but no token is of its group"
+
+
+def groups_are_isolated(subject: AdapterSubject) -> Iterator[str]:
+    """A group's parameters change only tokens of that group in a layer, unless `joins_groups` is True."""
+    import torch
+
+    if subject.method.joins_groups or not subject.method.grouped:
+        return
+    model, text_BT = subject.adapted(), _rows() == CONTEXTS.index("text")
+    seen: list[torch.Tensor] = []
+    first = model.base_model.model.layers[0]
+    modules = (first.input_layernorm, first.self_attn.q_proj, first.self_attn.v_proj)
+    handles = [m.register_forward_hook(lambda _m, _a, y: seen.append(y[:, -_LENGTH:].clone())) for m in modules]
+    with torch.no_grad():
+        _logits(model, _embeds(), _rows())
+        _disturb((p for n, p in model.adapters.named_parameters() if "group_image" in n.split(".")), 1.0, seed=7)
+        _logits(model, _embeds(), _rows())
+    for handle in handles:
+        handle.remove()
+    for place, before_BTO, after_BTO in zip(("norm", "q", "v"), seen[:3], seen[3:], strict=True):
+        if not torch.equal(before_BTO[text_BT], after_BTO[text_BT]):
+            yield f"layer {place}: parameters of the group image change tokens of the group text"
+
+
+def equal_groups_are_one(subject: AdapterSubject) -> Iterator[str]:
+    """Groups with equal weights compute what one group for all contexts computes, unless `joins_groups` is True."""
+    import torch
+
+    if subject.method.joins_groups or not subject.method.grouped:
+        return
+    one, two = subject.adapted("agnostic"), subject.adapted("specific")
+    weights = one.adapters.state_dict()
+    names = {
+        n: n.replace("group_image", "group_all").replace("group_text", "group_all") for n in two.adapters.state_dict()
+    }
+    if unknown := [name for name in names.values() if name not in weights]:
+        yield f"the grouping specific has a parameter {unknown[0]} that the grouping agnostic lacks"
+        return
+    two.adapters.load_state_dict({name: weights[other] for name, other in names.items()})
+    with torch.no_grad():
+        if gap := _apart(_logits(two, _embeds(), _rows()), _logits(one, _embeds(), _rows()), 1e-5):
+            yield f"{gap} between two groups with equal weights and one group"
+
+
+def merging_keeps_the_output(subject: AdapterSubject) -> Iterator[str]:
+    """Where it can be merged into the weights, the merged model computes the same."""
+    import torch
+
+    model = subject.adapted("agnostic")
+    with torch.no_grad():
+        expected_BTV = _logits(model, _embeds(), _rows())
+        try:
+            base = model.merge()
+        except UserError:  # not offered
+            return
+        if gap := _apart(_bare(base, _embeds()), expected_BTV):
+            yield f"{gap} after merge"
+
+
+def saving_keeps_the_output(subject: AdapterSubject) -> Iterator[str]:
+    """Saved and loaded onto the same base, it computes exactly the same."""
+    import torch
+
+    from adapters.library.adapted_model import load_adapter
+
+    model = subject.adapted()
+    with torch.no_grad():
+        expected_BTV = _logits(model, _embeds(), _rows())
+        model.save(subject.folder / "saved")
+        loaded = load_adapter(tiny_model(), subject.folder / "saved", CONTEXTS).eval()
+        if not torch.equal(_logits(loaded, _embeds(), _rows()), expected_BTV):
+            yield "other logits after save and load_adapter"
+
+
+def padding_has_no_effect(subject: AdapterSubject) -> Iterator[str]:
+    """A row padded on either side computes what it computes alone."""
+    import torch
+
+    model, x_BTD, real = subject.adapted(), _embeds(2), 7
+    with torch.no_grad():
+        alone_1TV = _logits(model, x_BTD[:1, :real], _rows(0)[:, :real])
+        for side, place in (("left", slice(_LENGTH - real, _LENGTH)), ("right", slice(0, real))):
+            row_TD, ids_T, mask_T = x_BTD[1].clone(), _rows(3)[0], torch.zeros(_LENGTH, dtype=torch.long)
+            row_TD[place], ids_T[place], mask_T[place] = x_BTD[0, :real], _rows(0)[0, :real], 1
+            mask_BT = torch.stack([mask_T, torch.ones_like(mask_T)])
+            found_BTV = _logits(
+                model, torch.stack([row_TD, x_BTD[1]]), torch.stack([ids_T, _rows(1)[0]]), attention_mask=mask_BT,
+                position_ids=(mask_BT.cumsum(1) - 1).clamp(min=0),
+            )  # fmt: skip
+            if gap := _apart(found_BTV[:1, place], alone_1TV):
+                yield f"padded on the {side}: {gap} to the row alone"
+
+
+FIRST: Sequence[Any] = (it_says_what_it_is, options_are_strict, it_attaches)
+THEN: Sequence[Any] = (
+    it_starts_as_the_base,
+    it_starts_from_the_seed,
+    it_is_counted_without_weights,
+    it_leaves_no_trace,
+    rows_do_not_depend_on_the_batch,
+    absent_groups_have_zero_gradients,
+    groups_are_isolated,
+    equal_groups_are_one,
+    merging_keeps_the_output,
+    saving_keeps_the_output,
+    padding_has_no_effect,
+)
