@@ -173,6 +173,7 @@ def test_a_trial_whose_process_is_killed_is_started_again(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_slot_of_a_killed_worker_is_filled_again(tmp_path: Path) -> None:
     """With trials shorter than the start of a worker: the other worker must not take over each that starts."""
     if (os.cpu_count() or 1) < 2:
@@ -192,7 +193,7 @@ def test_the_slot_of_a_killed_worker_is_filled_again(tmp_path: Path) -> None:
     found = read_run(tmp_path / "runs/small").records.values()
     assert [record.status for record in found] == ["finished"] * 20
     later = [_pids_in(path) - first.keys() for path in (tmp_path / "runs/small/trials").glob("*/log.txt")]
-    assert sum(map(bool, later)) >= 3, "a new worker ran several of the remaining trials"
+    assert sum(map(bool, later)) >= 2, "a new worker ran trial after trial"  # 0 if each that starts is stopped
 
 
 def _pids_in(log: Path) -> set[int]:
