@@ -7,7 +7,7 @@ when they are loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from adapters.attach import Adapters
 from adapters.placement.router import Router
 from harness.core.errors import UserError
 from harness.core.files import digest_of
+from harness.core.weights import short
 from harness.experiment.init_sources import WEIGHTS, Shapes, check_equal, finished_record, read_section, shapes_of
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import AdapterChoice, Backbone, InitSource
@@ -44,6 +45,7 @@ def check(spec: TrialSpec, model: ContextModel) -> None:
             record = finished_record(folder)
             theirs: Backbone = read_section(Backbone, folder, record.spec["backbone"])
             check_equal(folder, *(_options(backbone, source, spec) for backbone in (spec.backbone, theirs)))
+            _check_weights(spec, source, record.spec.get("fingerprints") or {})
             _check_separable(spec, model, record.seed)
             _match_tensors(model, group, source)
         except UserError as error:
@@ -54,11 +56,29 @@ def _options(backbone: Backbone, source: InitSource, spec: TrialSpec) -> dict[st
     """The options that must be equal: the language model, and the encoders and options of the loaded projectors."""
     options = backbone.model_dump(include={"language_model", "roles"})
     if source.projectors:
-        modalities = make_task(spec).modalities
-        used = {modalities[context] for context in source.projectors if context in modalities}
-        options |= {f"encoders.{name}": backbone.encoders.get(name) for name in sorted(used)}
+        options |= {f"encoders.{name}": backbone.encoders.get(name) for name in _modalities(source, spec)}
         options |= {name: value for name, value in backbone.model_dump().items() if name.startswith("projector")}
     return options
+
+
+def _check_weights(spec: TrialSpec, source: InitSource, theirs: Mapping[str, str | None]) -> None:
+    """Check that the models have the weights that the source was trained on, as far as both are known.
+
+    Raises:
+        UserError: one has others.
+    """
+    for key in ("language_model", *(f"encoders.{name}" for name in _modalities(source, spec))):
+        here, there = spec.fingerprints.get(key), theirs.get(key)
+        if here and there and here != there:
+            raise UserError(f"trained with other weights of backbone.{key} ({short(there)}, here {short(here)})")
+
+
+def _modalities(source: InitSource, spec: TrialSpec) -> list[str]:
+    """The modalities whose projectors are loaded."""
+    if not source.projectors:
+        return []
+    modalities = make_task(spec).modalities
+    return sorted({modalities[context] for context in source.projectors if context in modalities})
 
 
 def _check_separable(spec: TrialSpec, model: ContextModel, seed: int) -> None:

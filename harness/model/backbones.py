@@ -5,6 +5,7 @@ Encoders are loaded by their modalities (``tasks/modalities/``); ``check_backbon
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,11 @@ class LanguageModel:
         return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
 
     @property
+    def max_positions(self) -> int | None:
+        """See ``max_positions``."""
+        return max_positions(self.model)
+
+    @property
     def eos_id(self) -> int:
         """Token that ends a target."""
         return int(self.tokenizer.eos_token_id)
@@ -42,17 +48,76 @@ def load_language_model(backbone: Backbone) -> LanguageModel:
     Raises:
         UserError: the model could not be loaded.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     name = backbone.pinned_language_model
-    place = hub.resolve(name)
-    options: dict[str, Any] = {"revision": hub.revision_of(name), "trust_remote_code": backbone.trust_remote_code}
     try:
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **options).eval()
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            hub.resolve(name), dtype=torch.float32, **_options(backbone)
+        ).eval()
     except (OSError, ValueError) as error:
         raise UserError(hub.load_error(name, error)) from error
-    return LanguageModel(model, tokenizer)
+    return LanguageModel(model, load_tokenizer(backbone))
+
+
+def load_tokenizer(backbone: Backbone) -> Any:
+    """Load the tokenizer; a missing ``eos_token`` is that of the generation configuration or the configuration.
+
+    Raises:
+        UserError: it could not be loaded, or nothing names an end-of-text token.
+    """
+    from transformers import AutoTokenizer
+
+    name = backbone.pinned_language_model
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(hub.resolve(name), **_options(backbone))
+    except (OSError, ValueError) as error:
+        raise UserError(hub.load_error(name, error)) from error
+    if tokenizer.eos_token_id is None:
+        for kind in ("bos", "eos"):
+            token = _special_token(backbone, tokenizer, f"{kind}_token_id")
+            if token is not None and getattr(tokenizer, f"{kind}_token") is None:
+                tokenizer.add_special_tokens({f"{kind}_token": token})  # so that it is left out when decoding
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"backbone.language_model: {name!r}: neither its tokenizer nor its config.json or generation_config.json "
+            "names an eos token, which ends every target; set eos_token in its tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def _special_token(backbone: Backbone, tokenizer: Any, key: str) -> str | None:
+    """A token by its id in the generation configuration, else in the configuration; of several ids, the first."""
+    from transformers import GenerationConfig
+
+    name, found = backbone.pinned_language_model, []
+    with suppress(OSError, ValueError):
+        found.append(GenerationConfig.from_pretrained(hub.resolve(name), revision=hub.revision_of(name)))
+    found.append(hub.load_config(name, backbone.trust_remote_code))
+    for config in found:
+        ids = getattr(config, key, None)
+        first = ids[0] if isinstance(ids, list | tuple) and ids else ids
+        if isinstance(first, int) and 0 <= first < len(tokenizer):
+            token = tokenizer.convert_ids_to_tokens(first)
+            return None if token is None else str(token)
+    return None
+
+
+def _options(backbone: Backbone) -> dict[str, Any]:
+    revision = hub.revision_of(backbone.pinned_language_model)
+    return {"revision": revision, "trust_remote_code": backbone.trust_remote_code}
+
+
+def max_positions(model: Any) -> int | None:
+    """How many positions a language model has; None if it has no fixed number (rotary, ALiBi, recurrent, …).
+
+    Learned and tabulated positions end: one more is an index error. Rotary ones do not.
+    """
+    config, kinds = model.config, {type(module).__name__ for module in model.modules()}
+    if any("Rotary" in kind or "Sinusoidal" in kind for kind in kinds) or getattr(config, "alibi", False):
+        return None
+    limit = getattr(config, "max_position_embeddings", None)
+    return int(limit) if isinstance(limit, int) and limit > 0 else None
 
 
 def check_backbone(backbone: Backbone) -> None:

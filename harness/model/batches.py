@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from harness.core.contexts import Segment
+from harness.core.errors import UserError
 from harness.experiment.sections import Backbone, Budget
 from harness.model.backbones import LanguageModel
 from harness.model.checks import check_ids, check_labels
@@ -50,6 +51,7 @@ class BatchMaker:
         self.features, self.language_model, self.budget = features, language_model, budget
         self.backbone = backbone or Backbone()
         self.contexts = features.task.contexts
+        self._max_positions = language_model.max_positions
         self.cut_targets: set[str] = set()
         self.cut_inputs: set[str] = set()
         self._tokens: dict[str, list[int]] = {}
@@ -123,6 +125,12 @@ class BatchMaker:
     def _pad(self, rows: Sequence[Sequence[_Chunk]], targets: Sequence[str], left: bool) -> Batch:
         lengths = [sum(chunk.length for chunk in row) for row in rows]
         shape = (len(rows), max(lengths))
+        if self._max_positions is not None and shape[1] > self._max_positions:
+            raise UserError(
+                f"a row takes {shape[1]} positions, but the language model has {self._max_positions} "
+                "(max_position_embeddings); lower budget.max_input_length or budget.max_target_length, or use an "
+                "encoder with fewer tokens per item"
+            )
         ids, labels = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
         contexts, mask = np.empty(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
         items: dict[str, list[tuple[Tensor, np.ndarray]]] = {context: [] for context in self.features.task.modalities}

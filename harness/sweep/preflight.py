@@ -5,23 +5,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 
 from harness.core.errors import ProblemList, UserError
+from harness.core.naming import flatten
 from harness.core.record import MetricInfo
 from harness.core.weights import models_of
 from harness.experiment.plan import TrialSpec
 from harness.model import assembly
-from harness.model.backbones import check_backbone
-from harness.model.build import choose_splits, count_parameters, empty_model
+from harness.model.backbones import build_empty, check_backbone, load_tokenizer, max_positions
+from harness.model.build import Splits, choose_splits, count_parameters, empty_model
 from harness.model.components import empty_encoders, make_modalities, make_task, method_of
 from harness.model.inputs import Inputs, Reader
 from harness.trial.scores import metric_name
+from tasks.base import Example
 from tasks.registry import METRICS
 
 
@@ -60,6 +64,36 @@ def check_shell() -> None:
         raise UserError(f"PATH={os.environ.get('PATH', '')}: bash not found; Ray needs it to start its workers")
 
 
+# Ray's longest socket, below its temporary folder; the kernel limits a socket's path (man 7 unix).
+_SOCKET = "ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
+_MAX_SOCKET_BYTES = 107
+
+
+def check_ray() -> None:
+    """Check that Ray can start here: its temporary folder, the length of its sockets' paths, and its folder in HOME.
+
+    Raises:
+        UserError: it cannot; the message names the environment variable.
+    """
+    ray = sys.modules.get("ray")
+    if os.environ.get("RAY_ADDRESS") or (ray is not None and ray.is_initialized()):
+        return  # a cluster that runs already
+    name = next((key for key in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(key)), "TMPDIR")
+    temporary = Path(os.environ.get(name) or "/tmp")  # noqa: S108 - Ray's default
+    if (size := len(os.fsencode(temporary / _SOCKET.format(pid=os.getpid())))) > _MAX_SOCKET_BYTES:
+        allowed = len(os.fsencode(temporary)) - (size - _MAX_SOCKET_BYTES)
+        raise UserError(
+            f"{name}={temporary}: too long for Ray, which makes sockets below it; allowed: a path of at most {allowed} "
+            "bytes; set RAY_TMPDIR to a short folder such as /tmp"
+        )
+    _check_writable(temporary, f"{name}={temporary}: not writable", "Ray needs it; set RAY_TMPDIR to another folder")
+    home = Path.home()
+    if not (home / ".ray" / "auth_token").is_file():
+        _check_writable(
+            home / ".ray", f"HOME={home}: not writable", "Ray and other libraries keep files there; set HOME"
+        )
+
+
 def check_stages(specs: Sequence[TrialSpec], where: str) -> None:
     """Check that the training stages of every method fit into the budget's epochs.
 
@@ -79,25 +113,28 @@ def check_folder(folder: Path) -> None:
     Raises:
         UserError: they cannot.
     """
+    _check_writable(folder, f"{folder}: not writable", "choose another folder with --output")
+
+
+def _check_writable(folder: Path, problem: str, hint: str) -> None:
     probe = folder / f".write-test.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"{folder}: not writable: {error.strerror or error}; choose another folder with --output"
-        ) from error
+        raise UserError(f"{problem}: {error.strerror or error}; {hint}") from error
 
 
 def check_models(specs: Sequence[TrialSpec]) -> None:
-    """Check that every backbone is available, and that every adapter fits its language model and its ``init_from``.
+    """Check every backbone: available, with an eos token, and fitting every adapter and its ``init_from``.
 
     Raises:
         UserError: one is not, or does not.
     """
-    for backbone in {spec.backbone.model_dump_json(): spec.backbone for spec in specs}.values():
+    for backbone in {(own := spec.pinned_backbone).model_dump_json(): own for spec in specs}.values():
         check_backbone(backbone)
+        load_tokenizer(backbone)
     for spec in {spec.model_dump_json(include={"task", "backbone", "adapter"}): spec for spec in specs}.values():
         count_parameters(spec)
     for spec in specs:
@@ -122,7 +159,8 @@ def check_fingerprints(specs: Sequence[TrialSpec], where: str) -> None:
 
 
 def check_data(specs: Sequence[TrialSpec], run: Path, console: Console) -> None:
-    """Prepare every task, check that there are enough examples, and decode every input file that will be used.
+    """Prepare every task, check that there are enough examples that fit into the language model's positions, and decode
+    every input file that will be used.
 
     Files are cached as checked in the run folder, and read again only when they change.
 
@@ -135,6 +173,7 @@ def check_data(specs: Sequence[TrialSpec], run: Path, console: Console) -> None:
         task = make_task(spec)
         task.prepare()
         splits = choose_splits(spec, task)
+        check_positions(spec, splits)
         encoders = empty_encoders(spec)
         readers = {
             name: Reader(f"{name} {spec.task.modalities[name].id} {spec.backbone.encoders[name]}", m, (encoders[name],))
@@ -148,8 +187,54 @@ def check_data(specs: Sequence[TrialSpec], run: Path, console: Console) -> None:
 
 
 def _data_key(spec: TrialSpec) -> str:
-    parts = [spec.task.model_dump(mode="json"), spec.budget.examples, spec.eval.model_dump(), spec.seed]
-    return json.dumps([*parts, spec.backbone.encoders])
+    parts = [spec.task.model_dump(mode="json"), spec.budget.model_dump(), spec.eval.model_dump(), spec.seed]
+    return json.dumps([*parts, spec.backbone.model_dump(), _prompt_positions(spec)])
+
+
+def _prompt_positions(spec: TrialSpec) -> int:
+    """The positions of soft prompts, which come before those of a row."""
+    if "soft_prompt" not in spec.adapter.method.split("+"):
+        return 0
+    return max(
+        (n for key, n in flatten(spec.adapter.config) if key.rpartition(".")[2] == "num_virtual_tokens"), default=0
+    )
+
+
+def check_positions(spec: TrialSpec, splits: Splits) -> None:
+    """Check that the texts of every example fit into the positions of the language model.
+
+    An encoded file counts as one position: how many it takes is known when it is encoded, and checked then.
+
+    Raises:
+        UserError: one does not fit.
+    """
+    limit = max_positions(build_empty(spec.pinned_backbone))
+    if limit is None:
+        return
+    budget, given = spec.budget, 1 + _prompt_positions(spec)
+    tokenizer: Any = None
+
+    def length(text: str, most: int, bound: bool) -> int:
+        if bound:  # no tokenizer makes more tokens: tokenizing every text of a large data set would take minutes
+            return min(2 * len(text.encode("utf-8", "surrogatepass")) + 2, most)
+        return min(len(tokenizer(text, add_special_tokens=False)["input_ids"]), most)
+
+    def positions(example: Example, bound: bool) -> int:
+        texts = [value for _, value in example.inputs if isinstance(value, str)]
+        row = given + len(example.files) + sum(length(text, budget.max_input_length, bound) for text in texts)
+        target = max((length(text, budget.max_target_length, bound) for text in example.references), default=0) + 1
+        return row + max(target, spec.eval.max_new_tokens - 1)
+
+    for example in (*splits.train, *splits.validation, *splits.test):
+        if positions(example, bound=True) <= limit:
+            continue
+        tokenizer = tokenizer or load_tokenizer(spec.pinned_backbone)
+        if (found := positions(example, bound=False)) > limit:
+            raise UserError(
+                f"task {spec.task.name}: example {example.id} takes {found} positions, but "
+                f"{spec.backbone.language_model} has {limit} (max_position_embeddings); lower budget.max_input_length, "
+                "budget.max_target_length or eval.max_new_tokens, or leave such examples out"
+            )
 
 
 def _read_all(wanted: Sequence[tuple[Path, Reader]], inputs: Inputs, console: Console) -> None:

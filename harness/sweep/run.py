@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -165,11 +166,11 @@ def run_experiment(
     prepared = prepare(experiment, Path(output), fresh)
     folder = prepared.folder
     preflight.check_shell()
-    preflight.check_folder(folder)
-    with _exclusive(folder):
-        check_uri(prepared.mlflow_uri)
-        preflight.check_models(prepared.specs)
-        preflight.check_fingerprints(prepared.specs, str(experiment.top / "backbone"))
+    preflight.check_ray()
+    preflight.check_models(prepared.specs)
+    preflight.check_fingerprints(prepared.specs, str(experiment.top / "backbone"))
+    with _run_folder_for(prepared, fresh):
+        check_uri(prepared.mlflow_uri, experiment=experiment.name)
         preflight.check_data(prepared.specs, folder, console)
         write_atomically(folder / "plan.json", prepared.plan.model_dump_json(indent=1) + "\n")
         write_atomically(folder / "experiment.yaml", experiment.text)
@@ -184,6 +185,28 @@ def run_experiment(
         complete = not prepared.unfinished()
         problem = close_grid(grid, complete, list(report.all))
     return Results(folder, report.html, complete, problem)
+
+
+@contextmanager
+def _run_folder_for(prepared: Prepared, fresh: bool) -> Iterator[None]:
+    """Create and lock the run folder; a fresh one is removed again if the experiment is refused before its plan.
+
+    Otherwise the next run would continue in an empty folder instead of the latest one.
+
+    Raises:
+        UserError: it is not writable, or another sweep is running in it.
+    """
+    from harness.sweep import preflight
+
+    folder, new = prepared.folder, not prepared.folder.exists()
+    preflight.check_folder(folder)
+    with _exclusive(folder):
+        try:
+            yield
+        except BaseException:
+            if fresh and new and not (folder / "plan.json").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from rich.console import Console
 from rich.progress import Progress
@@ -19,7 +20,7 @@ from rich.progress import Progress
 from harness.core.errors import UserError, did_you_mean
 from harness.core.files import write_atomically
 from harness.core.record import record_path
-from harness.tracking.grid import RUN_FILES, check_uri, child_runs, connect, reason_of, redacted
+from harness.tracking.grid import RUN_FILES, check_uri, child_runs, connect, reason_of, redacted, sqlite_path
 from harness.tracking.log import TRIAL_FILES
 
 MARKER = "fetched_from_mlflow.json"  # marks folders that may be overwritten
@@ -46,7 +47,7 @@ def fetch_run(uri: str, run: str, into: Path) -> Path:
             no plan, or the folder was not created by fetching this run.
     """
     where = "--from"
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+    if (database := sqlite_path(uri)) and not database.is_file():
         raise UserError(f"{where}: {uri}: no such file")  # MLflow would create an empty database
     check_uri(uri, where)
     client = connect(uri)
@@ -128,10 +129,14 @@ def _is_folder_name(name: str) -> bool:
 
 def _missing_plan(parent: Any) -> str:
     start = f"run {parent.info.run_name} ({parent.info.run_id}, {_date(parent)})"
-    artifacts = Path(parent.info.artifact_uri)
+    artifacts = _local_path(parent.info.artifact_uri)
     if artifacts.is_absolute() and not artifacts.exists():
         return f"{start}: its artifacts are files in {artifacts}, which does not exist on this machine; copy them there"
     return f"{start} has no artifact plan.json; create its report from its run folder"
+
+
+def _local_path(uri: str) -> Path:
+    return Path(unquote(uri.removeprefix("file://"))) if uri.startswith("file://") else Path(uri)
 
 
 def _latest_per_trial(children: Any) -> list[Any]:

@@ -276,6 +276,15 @@ def test_another_backbone_is_an_error_with_both_values(
         check_models([spec])
 
 
+@pytest.mark.parametrize("key", ["language_model", "encoders.image"])
+def test_other_weights_of_the_same_backbone_are_an_error(key: str, copy: Path, tmp_path: Path) -> None:
+    content = json.loads((copy / "record.json").read_text())
+    content["spec"]["fingerprints"][key] = f"sha256:{'0' * 64}"
+    (copy / "record.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"init_from\.image: .*other weights of backbone\.{key} \(0{{12}}, "):
+        check_models([assembled(tmp_path, {"image": str(copy)}, SCENES)])
+
+
 def test_the_encoder_and_projector_do_not_matter_to_a_group_of_text(copy: Path, tmp_path: Path) -> None:
     content = json.loads((copy / "record.json").read_text())
     content["spec"]["backbone"] |= {"projector": "mlp", "encoders": {"image": "another"}}

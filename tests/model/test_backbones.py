@@ -22,6 +22,7 @@ from harness.core import hub
 from harness.core.errors import UserError
 from harness.experiment.sections import Backbone
 from harness.model import backbones
+from tests.support.models import tiny_gpt2, tiny_llama, tiny_neox, tiny_opt
 
 WORDS = ["a", "red", "blue", "circle", "square", "is", "left", "of", "the"]
 
@@ -91,6 +92,41 @@ def test_a_language_model_without_bos_begins_with_its_end_of_text_token(tmp_path
     llama().save_pretrained(tmp_path)
     save_tokenizer(tmp_path, eos_token="</s>")
     assert backbones.load_language_model(Backbone(language_model=str(tmp_path))).bos_id == 2
+
+
+@pytest.mark.parametrize("place", ["config", "generation_config"])
+@pytest.mark.usefixtures("_offline")
+def test_a_tokenizer_without_eos_takes_that_of_the_model(tmp_path: Path, place: str) -> None:
+    """Qwen-1 is published like this; of several end-of-text tokens the first is taken (Llama 3 has two)."""
+    model = llama()
+    model.config.eos_token_id, model.config.bos_token_id = None, 1
+    model.generation_config.eos_token_id = None
+    getattr(model, place).eos_token_id = [2, 1]
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    loaded = backbones.load_language_model(Backbone(language_model=str(tmp_path)))
+    assert (loaded.eos_id, loaded.bos_id) == (2, 1)
+    assert loaded.tokenizer.decode([3, 4, 2], skip_special_tokens=True) == "a red"
+
+
+@pytest.mark.usefixtures("_offline")
+def test_a_model_without_eos_is_refused_before_compute(tmp_path: Path) -> None:
+    model = llama()
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, bos_token="<s>")
+    with pytest.raises(UserError, match=r"backbone\.language_model: .*names an eos token.*tokenizer_config\.json"):
+        backbones.load_tokenizer(Backbone(language_model=str(tmp_path)))
+
+
+@pytest.mark.parametrize(("make", "limit"), [(tiny_gpt2, 64), (tiny_opt, 64), (tiny_llama, None), (tiny_neox, None)])
+def test_learned_positions_end_and_rotary_ones_do_not(make: Callable[[], Any], limit: int | None) -> None:
+    model = make()
+    assert backbones.max_positions(model) == limit
+    if limit is not None:  # the last position works, the next one is an index error
+        model(torch.zeros(1, limit, dtype=torch.long))
+        with pytest.raises(IndexError, match="index out of range"):
+            model(torch.zeros(1, limit + 1, dtype=torch.long))
 
 
 def test_the_built_in_language_model_reads_any_text() -> None:

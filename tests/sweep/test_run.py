@@ -45,6 +45,20 @@ def test_wrong_paths_are_refused_before_anything_is_written(tmp_path: Path) -> N
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_refused_experiment_leaves_no_fresh_run_folder(tmp_path: Path) -> None:
+    """Otherwise the next run would continue in the empty folder, not in the one with results."""
+    (tmp_path / "grid").mkdir()
+    broken = harness.Experiment(
+        name="grid",
+        task={"name": "scenes", "train_examples": 8, "validation_examples": 4, "test_examples": 4},
+        adapters=[{"method": "none", "learning_rate": 1e-2}],
+        budget={"examples": 9},
+    )
+    with pytest.raises(harness.UserError, match=r"budget\.examples: .*9 examples"):
+        harness.run_experiment(broken, tmp_path, fresh=True, console=Console(file=io.StringIO()))
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["grid"]
+
+
 def test_ctrl_c_keeps_what_there_is_and_reports_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt

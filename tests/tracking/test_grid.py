@@ -23,6 +23,7 @@ from harness.tracking.grid import (
     default_uri,
     open_grid,
     redacted,
+    sqlite_path,
 )
 from tests.support.tracking import Trial, artifacts, finished_record, four_trials, new_grid, write_plan
 
@@ -327,3 +328,38 @@ def test_a_password_is_in_no_artifact_warning_or_log(
     assert "user:***@db" in tracker.warnings[0]
     assert "user:***@db" in caplog.text
     assert "s3cret" not in f"{tracker.warnings} {caplog.text} {client.get_run(grid.parent_run_id).data}"
+
+
+@pytest.mark.parametrize("name", ["is it?yes", "50%25off", "a#b", "ü ß", "anna's"])
+def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
+    runs = tmp_path / "top" / name
+    (runs / "grid").mkdir(parents=True)
+    uri = default_uri(runs)
+    assert sqlite_path(uri) == runs / "mlflow.db"
+    check_uri(uri)
+    grid = open_grid(uri, "e", runs / "grid")
+    (runs / "grid" / "report").mkdir()
+    (runs / "grid" / "report" / "index.html").write_text("report")
+    assert close_grid(grid, True, [runs / "grid" / "report"]) is None
+    assert (runs / "mlflow.db").is_file()
+    assert [path.name for path in (runs / "mlartifacts").rglob("*.html")] == ["index.html"]
+    assert [path.name for path in (tmp_path / "top").iterdir()] == [name]  # nothing is written next to it
+
+
+def test_options_of_a_database_uri_are_no_part_of_its_file(tmp_path: Path) -> None:
+    (tmp_path / "grid").mkdir()
+    open_grid(f"sqlite:///{tmp_path}/m.db?timeout=60", "e", tmp_path / "grid")
+    assert (tmp_path / "m.db").is_file()
+    assert not (tmp_path / "m.db?timeout=60").exists()
+    assert sqlite_path("http://host:5000") is None
+
+
+def test_a_deleted_mlflow_experiment_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "grid").mkdir()
+    uri = default_uri(tmp_path)
+    grid = open_grid(uri, "mine", tmp_path / "grid")
+    check_uri(uri, experiment="mine")
+    MlflowClient(uri).delete_experiment(grid.experiment_id)
+    with pytest.raises(UserError, match=rf"'mine' .* is deleted; .*--experiment-id {grid.experiment_id}\)"):
+        check_uri(uri, experiment="mine")
+    check_uri(uri, experiment="other")
