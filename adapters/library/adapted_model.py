@@ -160,6 +160,7 @@ class AdaptedModel(nn.Module):
         context_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values: Any = None,
+        labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The base model's forward, with every token adapted by its context's group.
@@ -170,7 +171,8 @@ class AdaptedModel(nn.Module):
             context_ids: int64 index into ``contexts``, (B, T), or (T,) if all rows are alike.
             inputs_embeds: (B, T, D).
             past_key_values: a KV cache that this model filled; ``context_ids`` are then those of the new tokens only.
-            kwargs: passed to the base (``labels``, ``use_cache``, …).
+            labels: (B, T), for the base's loss; named here because ``transformers.Trainer`` reads the signature.
+            kwargs: passed to the base (``use_cache``, …).
 
         Returns:
             The base model's output.
@@ -183,12 +185,21 @@ class AdaptedModel(nn.Module):
         ids_XT, host_XT = checked_context_ids(context_ids, given, self.contexts)
         past_XK = self._caches.of(past_key_values, given.shape[0])
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        inputs |= {} if labels is None else {"labels": labels}
         with self.router.one_pass():
             self.router.set_context_ids(ids_XT, past_XK, host_XT)
             output = self.base_model(**inputs, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)
             cache = getattr(output, "past_key_values", None) if past_key_values is None else past_key_values
             self._caches.remember(cache, self.router.layout.context_ids_XK)
         return output
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """As the base's: recompute activations in backward. ``transformers.Trainer`` calls it."""
+        self.base_model.gradient_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """As the base's."""
+        self.base_model.gradient_checkpointing_disable()
 
     @torch.no_grad()
     def generate(

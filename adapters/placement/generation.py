@@ -33,21 +33,27 @@ def layouts_while_generating(
     prompt_XT = router.layout.context_ids_XK
     host_prompt_XT = on_host(prompt_XT) if prompt_host_XT is None else prompt_host_XT
     new_id = router.contexts.index(new_token_context)
+    seen = 0  # positions of the sequence up to the end of the latest pass
 
     def set_layout(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = kwargs.get("inputs_embeds")
         new = given if given is not None else kwargs.get("input_ids", args[0] if args else None)
         assert new is not None  # noqa: S101 - generate passes one of the two
+        nonlocal seen
         cache = kwargs.get("past_key_values")
-        cached = 0 if cache is None else int(cache.get_seq_length())
         rows, length = new.shape[0], new.shape[1]
+        # Without a cache every pass covers the whole sequence, which grows. A pass that is no longer than what was seen
+        # continues a state that the model keeps in another form (Mamba's cache_params, RWKV's state).
+        without = 0 if length > seen else seen
+        cached = without if cache is None else int(cache.get_seq_length())
+        seen = cached + length
         repeats = 1 if prompt_XT.shape[0] == 1 else rows // prompt_XT.shape[0]
         first_XT = prompt_XT if repeats == 1 else prompt_XT.repeat_interleave(repeats, 0)
         # The same on the host, so that no pass reads from the device.
         host_XT = np.full((first_XT.shape[0], length), new_id, dtype=np.int64)
         of_prompt_XT = host_prompt_XT[:, cached : cached + length].repeat(repeats, axis=0)
         host_XT[:, : of_prompt_XT.shape[1]] = of_prompt_XT
-        # The prompt, possibly in chunks, then new tokens. Without a cache every pass covers the whole sequence.
+        # The prompt, possibly in chunks, then new tokens.
         new_tokens = max(cached + length - first_XT.shape[1], 0)
         tail_XT = torch.full((first_XT.shape[0], new_tokens), new_id, device=new.device)
         all_XT = torch.cat([first_XT, tail_XT], dim=1)
