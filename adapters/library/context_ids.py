@@ -86,8 +86,8 @@ class CacheContexts:
         return CacheContexts, ()  # a copy of the model does not know the caches that the original filled
 
     def remember(self, cache: Any, context_ids_XK: Tensor) -> None:
-        """Store the context ids (X, K) of a cache after a pass; does nothing if the pass used no cache."""
-        if cache is not None:
+        """Store the context ids (X, K) of a cache after a pass; does nothing if the pass used no KV cache."""
+        if hasattr(cache, "get_seq_length"):  # not RWKV's state, which is a list
             setattr(cache, self._name, context_ids_XK)
 
     def of(self, cache: Any, rows: int) -> Tensor | None:
