@@ -170,12 +170,13 @@ def test_a_method_that_does_not_fit_the_model_says_why(adapters: Harness, tmp_pa
     assert counts(outcome.out, "full") == ["125,239,296", "–"]
     assert_refused(adapters("lora", "--model", "facebook/opt-125m", "--set", "where=[gate]"), reason)
 
-    bloom = model_folder(tmp_path / "bloom", model_type="bloom", hidden_size=64, n_layer=2, n_head=4, vocab_size=100)
-    outcome = adapters("--model", bloom)
-    assert len(re.findall("cannot be used: language model of type 'bloom':", outcome.out)) == 1
+    sizes = {"hidden_size": 64, "attention_hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100}
+    rwkv = model_folder(tmp_path / "rwkv", model_type="rwkv", **sizes)
+    outcome = adapters("--model", rwkv)
+    assert len(re.findall("cannot be used: language model of type 'rwkv':", outcome.out)) == 1
     assert "… (harness adapters METHOD shows the rest)" in outcome.out
-    assert counts(outcome.out, "full") == ["106,624", "–"]
-    assert_refused(adapters("lora", "--model", bloom), "transformer.h.*.mlp.dense_h_to_4h")
+    assert counts(outcome.out, "full") == ["120,960", "–"]
+    assert_refused(adapters("lora", "--model", rwkv), "rwkv.blocks.*.attention.key")
 
 
 class WithoutLabel(AdapterMethod):

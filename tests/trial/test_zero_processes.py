@@ -32,6 +32,7 @@ from adapters.methods.lora import LoRA
 from adapters.placement.router import Layout, Router
 from adapters.registry import ADAPTERS
 from harness.core.contexts import Segment, resolve_grouping
+from harness.core.weight_decay import parameter_groups
 from harness.experiment.sections import Optimizer
 from harness.model.context_model import IGNORED, Batch, ContextModel
 from harness.trial.engine import Engine, join_process_group
@@ -157,8 +158,8 @@ def one_process(
     """Losses and trained weights of a plain loop that sees what all ranks see in every step."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
-        trained.values(), lr=OPTIONS.learning_rate or 0.0, betas=(OPTIONS.adam_beta1, OPTIONS.adam_beta2),
-        eps=OPTIONS.adam_epsilon, weight_decay=OPTIONS.weight_decay,
+        parameter_groups(model, OPTIONS.weight_decay), lr=OPTIONS.learning_rate or 0.0,
+        betas=(OPTIONS.adam_beta1, OPTIONS.adam_beta2), eps=OPTIONS.adam_epsilon,
     )  # fmt: skip
     scheduler = get_scheduler(OPTIONS.lr_scheduler_type, optimizer, 0, STEPS)
     losses = []
