@@ -89,7 +89,7 @@ def test_at_first_the_whole_captions_are_drawn(page: Page) -> None:
     label = sample(page, 0).locator("canvas").get_attribute("aria-label") or ""
     assert label.startswith("Heat map of the whole caption: ")
     assert page.locator("img.heat").count() == 0
-    assert page.get_by_text("Choosing needs JavaScript").count() == 0
+    assert page.get_by_text("Selecting needs JavaScript").count() == 0
     box, picture = (sample(page, 0).locator(one).bounding_box() for one in ("canvas", ".map img"))
     assert box == pytest.approx(picture, abs=1)
 
@@ -162,5 +162,5 @@ def test_without_javascript_a_map_is_there(chromium: Browser, file: Path) -> Non
     assert sample(page, 0).locator(".tokens").inner_text() == "".join(TOKENS)
     assert expected(weights_of(0))[1] in sample(page, 0).locator(".sentence").inner_text()
     assert not page.get_by_label("Layer").is_visible()
-    assert page.get_by_text("Choosing needs JavaScript").is_visible()
+    assert page.get_by_text("Selecting needs JavaScript").is_visible()
     context.close()
