@@ -5,7 +5,8 @@ Encoders are loaded by their modalities (``tasks/modalities/``); ``check_backbon
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,9 +129,10 @@ def check_backbone(backbone: Backbone) -> None:
     """
     _check_kind(backbone.language_model)
     # Built-in encoders are checked by their modality: some have no weights, so no folder.
-    encoders = [name for name in backbone.encoders.values() if not hub.is_builtin(name)]
-    for name in (backbone.pinned_language_model, *encoders):
-        hub.check_reachable(name, backbone.trust_remote_code)
+    encoders = {f"encoders.{m}": name for m, name in backbone.encoders.items() if not hub.is_builtin(name)}
+    for key, name in {"language_model": backbone.pinned_language_model, **encoders}.items():
+        with _at(key):
+            hub.check_reachable(name, backbone.trust_remote_code)
 
 
 def build_empty(backbone: Backbone) -> Any:
@@ -144,10 +146,23 @@ def build_empty(backbone: Backbone) -> Any:
     name, trust = backbone.pinned_language_model, backbone.trust_remote_code
     _check_kind(name)
     with torch.device("meta"):
+        with _at("language_model"):
+            config = hub.load_config(name, trust)
         try:
-            return AutoModelForCausalLM.from_config(hub.load_config(name, trust), trust_remote_code=trust)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
         except ValueError as error:
             raise UserError(f"backbone.language_model: {name!r} is not a causal language model") from error
+
+
+@contextmanager
+def _at(key: str) -> Iterator[None]:
+    """Begin the errors of the block with the key of the section ``backbone`` that names the model."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(
+            f"backbone.{key}: {str(error).removeprefix('backbone: ').removeprefix('backbone ')}"
+        ) from error
 
 
 def _check_kind(name: str) -> None:
