@@ -7,7 +7,7 @@ from pathlib import Path
 
 import harness
 
-PAGES = sorted((Path(__file__).parent.parent / "docs" / "reference").glob("*.md"))
+PAGES = sorted((Path(__file__).parents[2] / "docs" / "reference").glob("*.md"))
 
 
 def test_every_public_name_is_in_the_reference_once() -> None:
