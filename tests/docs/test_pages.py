@@ -109,3 +109,23 @@ def test_every_score_on_the_leaderboard_is_explained() -> None:
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     names = [name for entry in METRICS.entries().values() for name in METRICS.load(entry.target).labels]
     assert [name for name in names if f"`{name}`" not in page] == []
+
+
+# Rooms that the map describes as "one file per …".
+LISTED_AS_A_WHOLE = {
+    "adapters/methods", "tasks", "tasks/containers", "tasks/metrics", "tasks/metrics/coco", "tasks/modalities/encoders",
+    "results/page/plots",
+}  # fmt: skip
+
+
+def test_the_map_of_the_house_has_every_file() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    house = text[text.index("harness/     the benchmark") : text.index("clusters/    ")]
+    missing = [
+        str(path.relative_to(ROOT))
+        for package in ("harness", "adapters", "tasks", "results")
+        for path in sorted((ROOT / package).rglob("*.py"))
+        if not path.stem.startswith("__") and str(path.parent.relative_to(ROOT)) not in LISTED_AS_A_WHOLE
+        if not re.search(rf"\b{path.stem}\b", house)
+    ]
+    assert missing == []
