@@ -1,7 +1,8 @@
 """Schemas of plans and trial records, their files, and reading a run folder.
 
 A run folder contains ``plan.json`` (the planned trials), ``trials/<trial_id>/record.json`` (one for each trial that has
-ended; the status ``finished`` marks it as done) and ``trials/<trial_id>/examples.parquet`` (per-example scores).
+ended; the status ``finished`` marks it as done), ``trials/<trial_id>/examples.parquet`` (per-example scores) and
+``profile.json`` (speed and memory of the methods; see profile.py).
 Results can be read without torch, Ray or a GPU.
 """
 
@@ -12,28 +13,23 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import Field, FiniteFloat
 
 from harness.core.files import write_atomically
+from harness.core.profile import Profile, read_profile
+from harness.core.schema import Schema, read_strictly
 from harness.core.weights import model_key, models_of
 
 Status = Literal["finished", "failed", "out_of_memory", "pruned", "cancelled"]
-
-
-class _Schema(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-S = TypeVar("S", bound=BaseModel)
 
 
 # How a score of the whole split is computed from its examples: see harness/core/formulas.py.
 Formula = Literal["mean", "ratio", "bleu", "meteor"]
 
 
-class MetricInfo(_Schema):
+class MetricInfo(Schema):
     """A metric: its name and label, its direction, and how it is computed from the examples."""
 
     name: str
@@ -42,7 +38,7 @@ class MetricInfo(_Schema):
     corpus: Formula = "mean"
 
 
-class PlannedTrial(_Schema):
+class PlannedTrial(Schema):
     """One trial of the plan: the fields that the report needs."""
 
     trial_id: str
@@ -55,7 +51,7 @@ class PlannedTrial(_Schema):
     tried_learning_rates: tuple[float, ...] = ()  # candidates tried before this run, from the experiment file
 
 
-class Plan(_Schema):
+class Plan(Schema):
     """``plan.json``: all trials of an experiment, in order, and its metrics."""
 
     schema_version: Literal[1] = 1
@@ -69,7 +65,7 @@ class Plan(_Schema):
     trials: tuple[PlannedTrial, ...]
 
 
-class Epoch(_Schema):
+class Epoch(Schema):
     """Results of one pass over the training examples. Perplexity is exp(total NLL / total target tokens)."""
 
     epoch: int  # from 1
@@ -79,7 +75,7 @@ class Epoch(_Schema):
     learning_rate: FiniteFloat
 
 
-class Parameters(_Schema):
+class Parameters(Schema):
     """Parameter counts of a model, each parameter counted once."""
 
     trainable: int
@@ -91,7 +87,7 @@ class Parameters(_Schema):
     by_group: dict[str, int] = Field(default_factory=dict)
 
 
-class Memory(_Schema):
+class Memory(Schema):
     """Memory of training in bytes, by kind, without the frozen encoders, which run before training.
 
     The values of the process are resident memory on a CPU (including the interpreter and memory kept from earlier
@@ -106,7 +102,7 @@ class Memory(_Schema):
     process_before_bytes: int | None = None  # the same value before the model was built
 
 
-class Throughput(_Schema):
+class Throughput(Schema):
     """Steady-state training speed, without warm-up steps, evaluation and checkpoints."""
 
     examples_per_s: FiniteFloat
@@ -114,7 +110,7 @@ class Throughput(_Schema):
     measured_steps: int
 
 
-class Data(_Schema):
+class Data(Schema):
     """Fingerprints of the data: trials are comparable only if these are equal (see results/leaderboard/matched.py)."""
 
     examples: int
@@ -125,7 +121,7 @@ class Data(_Schema):
     started_from: tuple[str, ...] = ()  # SHA-256 of the weights that init_from loaded: they were trained on more data
 
 
-class TrialRecord(_Schema):
+class TrialRecord(Schema):
     """The result of one trial. A metric that was not measured is absent, never 0."""
 
     schema_version: Literal[1] = 1
@@ -174,26 +170,6 @@ def read_record(path: Path) -> TrialRecord:
         raise ValueError(f"{path}: not a trial record: {error}") from error
 
 
-def read_strictly(schema: type[S], path: Path, what: str) -> S:
-    """Read and validate a JSON file.
-
-    Args:
-        schema: of the file.
-        path: the file.
-        what: what the file should be, for the message, such as "a trial record".
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it does not match the schema; the message names the file and the location in it.
-    """
-    try:
-        return schema.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{path}: not {what}: {place}{': ' if place else ''}{first['msg']}") from error
-
-
 @dataclass(frozen=True)
 class Run:
     """The content of a run folder: its plan, the records of planned trials, and files that could not be read."""
@@ -201,11 +177,12 @@ class Run:
     folder: Path
     plan: Plan
     records: dict[str, TrialRecord]  # by trial id; only trials of the plan
-    broken: tuple[str, ...]  # one message per unreadable record file
+    broken: tuple[str, ...]  # one message per unreadable record file, or profile
     foreign: tuple[str, ...]  # ids of trials on disk but not in the plan (from an earlier version of the experiment)
     folders: Mapping[str, Path] = field(default_factory=dict)  # trial id → its run folder, if it is not ``folder``
     notes: tuple[str, ...] = ()  # from joining several run folders
     foreign_reasons: tuple[str, ...] = ()  # for each of ``foreign``: what changed; empty if it is not known
+    profile: Profile | None = None  # speed and memory measured apart from training; None if they were not
 
     @property
     def foreign_lines(self) -> list[str]:
@@ -251,8 +228,13 @@ def read_run(folder: Path) -> Run:
             records[record.trial_id] = record
         else:
             foreign[record.trial_id] = _what_changed(plan, record)
+    try:
+        profile = read_profile(folder)
+    except ValueError as error:
+        profile = None
+        broken.append(str(error))
     reasons = tuple(foreign.values())
-    return Run(folder, plan, records, tuple(broken), tuple(foreign), foreign_reasons=reasons)
+    return Run(folder, plan, records, tuple(broken), tuple(foreign), foreign_reasons=reasons, profile=profile)
 
 
 def _what_changed(plan: Plan, record: TrialRecord) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from harness.core import naming
 from harness.core.errors import UserError
+from harness.core.profile import Profile
 from harness.core.record import MetricInfo, PlannedTrial, Run, TrialRecord, read_run
 
 AGREES = 1e-6  # relative: test scores of one trial in two folders
@@ -92,8 +93,15 @@ def _joined(parts: Sequence[_Part]) -> Run:
         foreign=tuple(trial_id for part in parts for trial_id in part.run.foreign),
         foreign_reasons=tuple(reason for part in parts for reason in part.run.foreign_reasons),
         folders=folders,
+        profile=_profile([part.run for part in parts]),
         notes=(f"Joined from {len(parts)} run folders (trials with a record): {names}.", *notes),
     )
+
+
+def _profile(runs: Sequence[Run]) -> Profile | None:
+    """The entries of all runs, with the ratios of their own run; a trial that is in two has the entry of the first."""
+    profiles = [run.profile for run in runs if run.profile is not None]
+    return Profile(entries=tuple(entry for one in profiles for entry in one.entries)) if profiles else None
 
 
 def _same(one: Run, other: Run, key: str) -> None:

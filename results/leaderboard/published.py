@@ -8,7 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-from harness.core.record import Data, Parameters, Run, read_strictly
+from harness.core.record import Data, Parameters, Run
+from harness.core.schema import read_strictly
 from results.leaderboard.rows import Candidate
 from results.leaderboard.table import Leaderboard, Row
 from results.statistics.intervals import Difference, Estimate
