@@ -121,6 +121,24 @@ class Data(Schema):
     started_from: tuple[str, ...] = ()  # SHA-256 of the weights that init_from loaded: they were trained on more data
 
 
+class Answers(Schema):
+    """The texts generated for the test split, apart from their scores; in a mixture, those of one task.
+
+    Texts are counted with white space collapsed. The baselines exist where answers are short and repeat, for the
+    metrics that are ``of_answers``: an answer that is right for many examples scores without looking at any input.
+    """
+
+    texts: int  # how many test examples
+    distinct: int  # how many different texts
+    commonest: str  # the beginning of the most frequent one
+    commonest_count: int
+    distinct_references: int  # how many different first references
+    majority: str = ""  # the most frequent answer of the training examples; "": they hardly repeat
+    training_answers: int | None = None  # how many different answers they have
+    majority_scores: dict[str, FiniteFloat] = Field(default_factory=dict)  # metric → score of that answer to everything
+    chance_scores: dict[str, FiniteFloat] = Field(default_factory=dict)  # metric → expected score of a random answer
+
+
 class TrialRecord(Schema):
     """The result of one trial. A metric that was not measured is absent, never 0."""
 
@@ -132,6 +150,7 @@ class TrialRecord(Schema):
     spec: dict[str, Any]  # the resolved TrialSpec, with defaults
     seed: int
     metrics: dict[str, dict[str, FiniteFloat]] = Field(default_factory=dict)  # split → metric → value
+    answers: dict[str, Answers] = Field(default_factory=dict)  # task of a mixture, or "" → its generated texts
     history: tuple[Epoch, ...] = ()
     best_epoch: int | None = None  # the epoch whose weights were tested: lowest validation perplexity
     parameters: Parameters | None = None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from harness.core.formulas import Floats
 from harness.core.record import Parameters, PlannedTrial, Run, TrialRecord
 from harness.core.registry import plugins_in
+from results.leaderboard.badges import Badge, badges_of
 from results.leaderboard.format import rank_text
 from results.statistics.intervals import Difference, Estimate, estimate
 from results.statistics.resample import Resampled, score_on_test
@@ -69,6 +70,7 @@ class Row:
     apart: tuple[str, ...] = ()  # why it is excluded from ranking; empty if it is ranked
     notes: tuple[str, ...] = ()  # why a difference is missing, and what is unresolved about the learning rate
     mixed_versions: str | None = None  # what the trials were computed with, where it differs between them
+    badges: tuple[Badge, ...] = ()  # whether it answers at all: one text for all, ignores its input, at chance
 
     @property
     def name(self) -> str:
@@ -184,11 +186,13 @@ def make_row(search: Search, reference_method: str, resampled: Resampled) -> Row
     candidates, chosen = search.candidates, search.chosen
     finished = chosen.finished
     estimates = {name: resampled.estimate(finished, name) for name in resampled.metrics}
+    metrics = {name: found for name, found in estimates.items() if found is not None}
     right, wrong = by_seed(finished, RIGHT), by_seed(finished, WRONG)
 
     def mean(read: Callable[[TrialRecord], float | None]) -> Estimate | None:
         return estimate([value for value in map(read, finished) if value is not None])
 
+    input_use = estimate([wrong[seed] / right[seed] for seed in right if seed in wrong])
     first, mixed = candidates[0].trials[0], mixed_versions(finished)
     return Row(
         setting=first.setting,
@@ -199,8 +203,8 @@ def make_row(search: Search, reference_method: str, resampled: Resampled) -> Row
         chosen=chosen,
         effort=search_effort(candidates),
         is_reference=first.method == reference_method,
-        metrics={name: found for name, found in estimates.items() if found is not None},
-        input_use=estimate([wrong[seed] / right[seed] for seed in right if seed in wrong]),
+        metrics=metrics,
+        input_use=input_use,
         parameters=next((record.parameters for record in finished if record.parameters), None),
         peak_bytes=mean(_peak_growth_bytes),
         examples_per_s=mean(lambda record: record.throughput.examples_per_s if record.throughput else None),
@@ -209,6 +213,7 @@ def make_row(search: Search, reference_method: str, resampled: Resampled) -> Row
         wall_time_s=mean(lambda record: record.wall_time_s),
         notes=(*_search_notes(candidates, chosen), *([mixed] if mixed else [])),
         mixed_versions=mixed,
+        badges=badges_of(finished, metrics, input_use, list(resampled.metrics.values())),
     )
 
 
