@@ -1,6 +1,7 @@
 """Compare parameter-efficient fine-tuning methods of language models on image, audio, series and text tasks.
 
-``harness.run_experiment("experiment.yaml")`` runs an experiment, ``harness.Experiment(...)`` writes one in Python.
+``harness.run_experiment("experiment.yaml")`` runs an experiment, ``harness.Experiment(...)`` writes one in Python, and
+``harness.load_results("runs/experiment")`` reads what it wrote.
 ``harness.adapt(model, {"method": "lora", "rank": 8}, grouping="specific")`` attaches context-grouped adapters to any
 Hugging Face causal LM, without the rest of the harness.
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from harness.core.errors import UserError
     from harness.core.weight_decay import parameter_groups
     from harness.experiment.load import Experiment
-    from harness.sweep.run import Results, run_experiment
+    from harness.sweep.run import run_experiment
+    from results.loaded import Results, load_results
     from tasks.base import Config as TaskConfig
     from tasks.base import Example, Metric, Modality, Part, Scores, Split, Task
     from tasks.encoder import Encoder
@@ -39,7 +41,7 @@ _PUBLIC = {
     "Metric": "tasks.base:Metric",
     "Modality": "tasks.base:Modality",
     "Part": "tasks.base:Part",
-    "Results": "harness.sweep.run:Results",
+    "Results": "results.loaded:Results",
     "Scores": "tasks.base:Scores",
     "Split": "tasks.base:Split",
     "Target": "adapters.placement.roles:Target",
@@ -50,6 +52,7 @@ _PUBLIC = {
     "detach": "adapters.library.adapted_model:detach",
     "import_peft": "adapters.library.peft_import:import_peft",
     "load_adapter": "adapters.library.adapted_model:load_adapter",
+    "load_results": "results.loaded:load_results",
     "parameter_groups": "harness.core.weight_decay:parameter_groups",
     "run_experiment": "harness.sweep.run:run_experiment",
 }
@@ -75,6 +78,7 @@ __all__ = [
     "detach",
     "import_peft",
     "load_adapter",
+    "load_results",
     "parameter_groups",
     "run_experiment",
 ]

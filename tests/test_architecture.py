@@ -24,7 +24,7 @@ FLOORS = (
     ("adapters.attach", "tasks.registry", "tasks.splits", "tasks.modalities.encoders", "tasks.metrics.coco"),
     ("adapters.methods", "tasks.formats", "tasks.drawing", "tasks.modalities", "tasks.metrics", "results.page.plots"),
     ("adapters.registry", "tasks", "results.page", "results.export"),
-    ("adapters.library", "results.report"),
+    ("adapters.library", "results.report", "results.loaded"),
     ("harness.experiment", "harness.check", "harness.pretraining"),
     ("harness.model", "harness.tracking"),
     ("harness.trial",),

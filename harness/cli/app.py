@@ -16,7 +16,7 @@ from harness.core.errors import UserError
 
 if TYPE_CHECKING:
     from harness.core.record import Parameters
-    from harness.sweep.run import Results
+    from results.loaded import Results
 
 EXPERIMENTS, RESULTS, COMPONENTS = "Experiments", "Results", "Tasks, adapters, metrics and backbones"
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)

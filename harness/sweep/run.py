@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,12 +20,10 @@ from harness.core.files import write_atomically
 from harness.core.record import Plan, PlannedTrial, TrialRecord, read_record, read_run, record_path
 from harness.experiment.load import Experiment
 from harness.experiment.plan import TrialSpec, describe, expand
+from results.loaded import Results
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from harness.tracking.grid import Grid
-    from results.leaderboard.table import Leaderboard
 
 
 @dataclass(frozen=True)
@@ -53,50 +50,6 @@ class Prepared:
         finished = self.finished()
         pairs = zip(self.specs, self.plan.trials, strict=True)
         return [(spec, planned) for spec, planned in pairs if spec.trial_id not in finished]
-
-
-@dataclass(frozen=True)
-class Results:
-    """The results of an experiment.
-
-    Attributes:
-        folder: the run folder.
-        report: the HTML report.
-        complete: whether all planned trials have finished.
-        tracking_problem: why the end of the run could not be logged to MLflow; None if it was.
-    """
-
-    folder: Path
-    report: Path
-    complete: bool
-    tracking_problem: str | None = None
-
-    @cached_property
-    def records(self) -> pd.DataFrame:
-        """One row for each trial that has ended: names, status, all scores, parameters, memory, speed.
-
-        The columns are those of ``trials.parquet`` next to the report.
-        """
-        from results.export.trials import trials_table
-
-        frame: pd.DataFrame = trials_table(read_run(self.folder)).to_pandas()
-        return frame
-
-    @cached_property
-    def leaderboard(self) -> pd.DataFrame:
-        """One row for each method and setting, with means, intervals and ranks; the columns of ``leaderboard.csv``."""
-        import pandas as pd
-
-        from results.export.text import table_rows
-
-        return pd.DataFrame(table_rows(self.board))
-
-    @cached_property
-    def board(self) -> Leaderboard:
-        """The leaderboard as Python objects."""
-        from results.leaderboard.table import build_leaderboard
-
-        return build_leaderboard(read_run(self.folder))
 
 
 def prepare(experiment: Experiment, output: Path = Path("runs"), fresh: bool = False) -> Prepared:
@@ -151,7 +104,7 @@ def run_experiment(
             shows nothing.
 
     Returns:
-        The records, leaderboard and report of the run folder.
+        The trials, leaderboard and report of the run folder, as ``load_results`` gives them.
 
     Raises:
         UserError: the experiment, its data, a backbone or the tracking server cannot be used; raised before any
@@ -184,7 +137,7 @@ def run_experiment(
         report = write_report([folder])
         complete = not prepared.unfinished()
         problem = close_grid(grid, complete, list(report.all))
-    return Results(folder, report.html, complete, problem)
+    return Results((folder,), report.html, problem)
 
 
 @contextmanager

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +13,13 @@ from pydantic import BaseModel
 
 from harness.core.files import atomic
 from harness.core.record import Data, Memory, Parameters, PlannedTrial, Run, Throughput, TrialRecord
+from results.export.options import option_columns
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+Read = Callable[[PlannedTrial, TrialRecord], Any]
+Columns = dict[str, tuple[pa.DataType, Read]]
 _TYPES: dict[Any, pa.DataType] = {
     int: pa.int64(),
     float: pa.float64(),
@@ -24,11 +30,13 @@ _TYPES: dict[Any, pa.DataType] = {
 def trials_table(run: Run) -> pa.Table:
     """One row per planned trial with a record, in the order of the plan; missing is null.
 
-    Columns: the names of the trial in the plan; status and reason; each score as ``split.metric``; ``parameters.*``,
-    ``memory.*``, ``throughput.*`` and ``data.*`` as in the record; time, versions (JSON), origin and folder.
+    Columns: the names of the trial in the plan; status and reason; each axis and option by its key in the experiment
+    file (see ``results.export.options``); each score as ``split.metric``; ``parameters.*``, ``memory.*``,
+    ``throughput.*`` and ``data.*`` as in the record; ``phases_s.*``; time, versions (JSON), origin and folder.
     """
     pairs = [(trial, run.records[trial.trial_id]) for trial in run.plan.trials if trial.trial_id in run.records]
-    columns = _named() | _scores([record for _, record in pairs])
+    records = [record for _, record in pairs]
+    columns = _scores(records)
     for part, schema in (
         ("parameters", Parameters),
         ("memory", Memory),
@@ -36,14 +44,23 @@ def trials_table(run: Run) -> pa.Table:
         ("data", Data),
     ):
         columns |= _part(part, schema)
-    columns |= _ending(run)
-    fields = [pa.field(name, kind) for name, (kind, _) in columns.items()]
-    arrays = [pa.array([read(*pair) for pair in pairs], kind) for kind, read in columns.values()]
-    return pa.table(arrays, schema=pa.schema(fields))
+    columns |= _phases(records) | _ending(run)
+    return pa.table(
+        _read(_named(), pairs) | option_columns([record.spec for record in records]) | _read(columns, pairs)
+    )
 
 
-Read = Callable[[PlannedTrial, TrialRecord], Any]
-Columns = dict[str, tuple[pa.DataType, Read]]
+def _read(columns: Columns, pairs: Sequence[tuple[PlannedTrial, TrialRecord]]) -> dict[str, pa.Array]:
+    return {name: pa.array([read(*pair) for pair in pairs], kind) for name, (kind, read) in columns.items()}
+
+
+def trials_frame(run: Run) -> pd.DataFrame:
+    """``trials_table`` as a DataFrame; integers and booleans have pandas' nullable types."""
+    import pandas as pd
+
+    nullable = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}
+    frame: pd.DataFrame = trials_table(run).to_pandas(types_mapper=nullable.get)
+    return frame
 
 
 def _named() -> Columns:
@@ -72,6 +89,16 @@ def _scores(records: list[TrialRecord]) -> Columns:
     return {f"{split}.{name}": (pa.float64(), reader(split, name)) for split, name in sorted(found)}
 
 
+def _phases(records: Sequence[TrialRecord]) -> Columns:
+    """Seconds of each phase: build, train, validate, test."""
+
+    def reader(name: str) -> Read:
+        return lambda _, record: record.phases_s.get(name)
+
+    names = dict.fromkeys(name for record in records for name in record.phases_s)
+    return {f"phases_s.{name}": (pa.float64(), reader(name)) for name in names}
+
+
 def _part(part: str, schema: type[BaseModel]) -> Columns:
     """A column for each plain field; counts by group and lists of fingerprints are JSON."""
 
@@ -98,6 +125,7 @@ def _ending(run: Run) -> Columns:
         "versions": (text, lambda _, record: json.dumps(record.versions, sort_keys=True)),
         "git_revision": (text, lambda _, record: record.git_revision),
         "device": (text, lambda _, record: record.device or None),
+        "mlflow_run_id": (text, lambda _, record: record.mlflow_run_id),
         "folder": (text, lambda trial, _: str(run.trial_folder(trial.trial_id))),
     }
 

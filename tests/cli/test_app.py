@@ -20,6 +20,7 @@ from harness.core.record import PlannedTrial, TrialRecord
 from harness.sweep import run
 from harness.tracking import grid
 from harness.tracking.grid import open_grid
+from results.loaded import Results
 from tasks.drawing.task import DrawnConfig
 from tasks.scenes import Scenes
 from tests.support.cli import Harness, Outcome, assert_refused, caller
@@ -252,7 +253,7 @@ def test_the_last_screen_counts_the_trials_that_did_not_run(
         failed = kept[trial.trial_id] < 12
         return record.model_copy(update={"status": "failed", "reason": "no [room]"}) if failed else record
 
-    results = run.Results(write_run(tmp_path, plan, change), tmp_path / "report.html", complete=False)
+    results = Results((write_run(tmp_path, plan, change),), tmp_path / "report.html")
     monkeypatch.setattr(app, "console", Console(width=200))
     app._last_screen(results, 5.0)
     text = capsys.readouterr().out

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 CHECKS = """
-results.records.to_csv("records.csv")
+results.trials.to_csv("trials.csv")
 results.leaderboard.to_csv("leaderboard.csv")
 again = harness.run_experiment(experiment)
 assert again.folder == results.folder
@@ -47,8 +47,8 @@ def test_the_script_runs_the_experiment_once_and_prints_its_results(script: tupl
     assert (experiment.name, experiment.seeds) == ("first", (0,))
 
 
-def test_records_and_leaderboard_are_tables(script: tuple[Path, str]) -> None:
-    records, leaderboard = (pd.read_csv(script[0] / f"{name}.csv") for name in ("records", "leaderboard"))
+def test_trials_and_leaderboard_are_tables(script: tuple[Path, str]) -> None:
+    records, leaderboard = (pd.read_csv(script[0] / f"{name}.csv") for name in ("trials", "leaderboard"))
     assert list(records["label"]) == ["none", "LoRA r=2", "LoRA r=4"]
     assert set(records["status"]) == {"finished"}
     assert sorted(leaderboard["label"]) == sorted(records["label"])

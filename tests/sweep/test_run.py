@@ -68,8 +68,9 @@ def test_ctrl_c_keeps_what_there_is_and_reports_it(tmp_path: Path, monkeypatch: 
     results = harness.run_experiment(EXPERIMENT, tmp_path, console=Console(file=shown))
     assert not results.complete
     assert "interrupted: finished trials are kept" in shown.getvalue()
+    assert results.report is not None
     assert results.report.is_file()
-    assert (len(results.records), results.folder) == (0, tmp_path / "grid")
+    assert (len(results.trials), results.folder) == (0, tmp_path / "grid")
 
 
 def test_other_weights_at_the_same_path_are_other_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +102,7 @@ def test_other_weights_at_the_same_path_are_other_trials(tmp_path: Path, monkeyp
     again = harness.run_experiment(experiment([0, 1]), tmp_path, console=Console(file=shown))
     assert f"1 record belongs to a trial not in the plan: language_model weights changed ({model})" in shown.getvalue()
     assert [row.seeds for row in again.board.rows] == ["2/2"]
-    assert len(again.records) == 2
+    assert len(again.trials) == 2
 
 
 def test_a_hub_id_whose_commit_is_unknown_is_refused_before_compute(monkeypatch: pytest.MonkeyPatch) -> None:

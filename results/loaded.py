@@ -1,0 +1,106 @@
+"""The results of run folders as a Python object: DataFrames, the leaderboard, a LaTeX table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.core.errors import UserError
+from harness.core.record import Run
+from results.leaderboard.join import read_runs
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from results.leaderboard.table import Leaderboard
+
+
+@dataclass(frozen=True)
+class Results:
+    """The results of one run folder, or of several as one leaderboard. Everything is read on first use.
+
+    Attributes:
+        folders: the run folders.
+        report: the HTML report; None if it has not been written.
+        tracking_problem: why the end of a run could not be logged to MLflow; None if it was.
+    """
+
+    folders: tuple[Path, ...]
+    report: Path | None = None
+    tracking_problem: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The run folder.
+
+        Raises:
+            UserError: there are several.
+        """
+        if len(self.folders) > 1:
+            raise UserError(f"these are the results of {len(self.folders)} run folders; use Results.folders")
+        return self.folders[0]
+
+    @property
+    def complete(self) -> bool:
+        """Whether all planned trials have finished."""
+        records = self.run.records
+        return all(
+            trial.trial_id in records and records[trial.trial_id].status == "finished" for trial in self.run.plan.trials
+        )
+
+    @cached_property
+    def run(self) -> Run:
+        """The plan and the records."""
+        return read_runs(self.folders)
+
+    @cached_property
+    def trials(self) -> pd.DataFrame:
+        """One row for each trial that has ended: names, options, status, all scores, parameters, memory, speed.
+
+        The columns are those of ``trials.parquet``; docs/leaderboard.md explains them.
+        """
+        from results.export.trials import trials_frame
+
+        return trials_frame(self.run)
+
+    @cached_property
+    def leaderboard(self) -> pd.DataFrame:
+        """One row for each method and setting, with means, intervals and ranks; the columns of ``leaderboard.csv``."""
+        import pandas as pd
+
+        from results.export.text import table_rows
+
+        return pd.DataFrame(table_rows(self.board))
+
+    @cached_property
+    def board(self) -> Leaderboard:
+        """The leaderboard as Python objects."""
+        from results.leaderboard.table import build_leaderboard
+
+        return build_leaderboard(self.run)
+
+
+def load_results(runs: str | Path | Iterable[str | Path]) -> Results:
+    """The results of a run folder, or of several as one leaderboard; also while a run is in progress.
+
+    ``harness.load_results("runs/quickstart").trials`` is a DataFrame with one row for each trial.
+
+    Args:
+        runs: a run folder, which is what ``harness run`` writes, or several.
+
+    Raises:
+        UserError: a folder is missing, is given twice or holds no run; a plan is invalid; or the runs have different
+            primary metrics or reference methods.
+    """
+    folders = tuple(map(Path, [runs] if isinstance(runs, str | Path) else runs))
+    results = Results(folders, _written_report(folders))
+    _ = results.run  # folders that hold no run are found here, not at the first use
+    return results
+
+
+def _written_report(folders: tuple[Path, ...]) -> Path | None:
+    path = folders[0] / "report" / "index.html" if len(folders) == 1 else None
+    return path if path and path.exists() else None
