@@ -204,6 +204,9 @@ class Metric(ABC):
     # what they need. Intervals over test examples are computed with it; a score that it does not reproduce has
     # intervals over seeds only.
     corpus: ClassVar[Mapping[str, Formula]] = {}
+    # The lowest and the highest possible value of a score, None where there is none: {"wer": (0.0, None)}. Scores that
+    # have both are compared on the logit scale; no interval leaves the bounds.
+    bounds: ClassVar[Mapping[str, tuple[float | None, float | None]]] = {}
 
     @abstractmethod
     def score(self, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Scores:

@@ -148,9 +148,7 @@ def comparison_view(comparison: Comparison) -> Group:
         ]
         table.add_row(*cells, p_text(found).removeprefix("p = ").removeprefix("p ") or ABSENT, str(found.n))
     lines = [comparison.sentence(info) for info in comparison.metrics]
-    if any(found.p_value is not None for found in comparison.differences.values()):
-        count = f"{len(comparison.metrics)} metric{'s' * (len(comparison.metrics) > 1)} shown"
-        lines.append(f"p: paired by seed and, where covered, by test example; Holm-corrected over the {count}.")
+    lines += [comparison.rule] if comparison.rule else []
     return Group(*head, table, *(Text(line) for line in (*lines, *comparison.notes)))
 
 

@@ -86,10 +86,10 @@ def _setting(key: str, value: Any) -> str:
     return f"{key.rpartition('.')[2]}={value}"
 
 
-# Keys in which trials of one setting may differ: the ranking metric, the batch size of evaluation, and the learning
-# rate, which is searched.
+# Keys in which trials of one setting may differ: the ranking metric, the margin of equivalence, the batch size of
+# evaluation, and the learning rate, which is searched.
 _LEFT_OUT = {
-    "eval": {"primary_metric", "per_device_eval_batch_size"},
+    "eval": {"primary_metric", "equivalence_margin", "per_device_eval_batch_size"},
     "optimizer": {"learning_rate"},
 }
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, FiniteFloat
+from pydantic import Field, FiniteFloat, model_validator
 
 from harness.core.files import write_atomically
 from harness.core.profile import Profile, read_profile
@@ -29,13 +29,38 @@ Status = Literal["finished", "failed", "out_of_memory", "pruned", "cancelled"]
 Formula = Literal["mean", "ratio", "bleu", "meteor"]
 
 
+# On what scale scores are compared: see results/statistics/scales.py.
+MetricScale = Literal["log", "logit", "identity"]
+_FROM_ZERO_TO_ONE = ("bleu", "meteor")  # formulas
+
+
 class MetricInfo(Schema):
-    """A metric: its name and label, its direction, and how it is computed from the examples."""
+    """A metric: its name and label, its direction, its range, and how it is computed from the examples.
+
+    Where the scale is not given, perplexities have the logarithm and scores between two bounds the logit.
+    """
 
     name: str
     label: str
     higher_is_better: bool
     corpus: Formula = "mean"
+    scale: MetricScale = "identity"
+    lower: FiniteFloat | None = None  # no score is below; None: unbounded
+    upper: FiniteFloat | None = None  # no score is above
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_range(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "name" not in given:
+            return given
+        found = dict(given)
+        if found.get("lower") is None and str(found["name"]).rpartition("/")[2].startswith("perplexity"):
+            found = {"scale": "log", **found, "lower": 1.0}
+        if found.get("lower") is None and found.get("corpus") in _FROM_ZERO_TO_ONE:
+            found |= {"lower": 0.0, "upper": 1.0}
+        if found.get("lower") is not None and found.get("upper") is not None:
+            found = {"scale": "logit", **found}
+        return found
 
 
 class PlannedTrial(Schema):
@@ -60,6 +85,8 @@ class Plan(Schema):
     primary_metric: str
     metrics: tuple[MetricInfo, ...]
     reference_method: str = "full"  # the baseline that other methods are compared with
+    # Scores that differ by no more are as good as equal: relative for scores compared by ratio, else absolute.
+    equivalence_margin: FiniteFloat = 0.01
     mlflow_uri: str | None = None  # without its password
     fingerprints: dict[str, str | None] = Field(default_factory=dict)  # "language_model ./model" → fingerprint
     trials: tuple[PlannedTrial, ...]

@@ -52,7 +52,8 @@ class TrialSpec(BaseModel):
     def trial_id(self) -> str:
         """The first twelve hexadecimal digits of the SHA-256 of the spec as canonical JSON.
 
-        Display names, ``tried_learning_rates`` and the primary metric are left out; they do not affect the result.
+        Display names, ``tried_learning_rates``, the primary metric and the margin are left out; they do not affect the
+        result.
         """
         content = self.model_dump(
             mode="json",
@@ -64,7 +65,7 @@ class TrialSpec(BaseModel):
                     "tried_learning_rates": True,
                     "init_from": {"__all__": {"trial"}},
                 },
-                "eval": {"primary_metric"},
+                "eval": {"primary_metric", "equivalence_margin"},
             },
         )
         return hashlib.sha256(json.dumps(identity(content), sort_keys=True).encode()).hexdigest()[:12]
@@ -167,6 +168,7 @@ def describe(experiment: Experiment, specs: list[TrialSpec], metrics: tuple[Metr
         experiment_file=str(experiment.file or ""),
         primary_metric=primary,
         metrics=metrics,
+        equivalence_margin=experiment.evaluation.equivalence_margin,
         mlflow_uri=mlflow_uri,
         fingerprints={
             model_key(key, name, revision): spec.fingerprints.get(key)

@@ -75,6 +75,8 @@ class Evaluation(Section):
     num_beams: PositiveInt = 1  # 1: greedy
     metrics: tuple[str, ...] = ()  # registry names, in addition to those of the task
     primary_metric: str = "perplexity"  # the leaderboard is ordered by it
+    # Scores that differ by no more are as good as equal: 0.01 is 1 % of a perplexity, and 0.01 of any other score.
+    equivalence_margin: Annotated[float, Field(gt=0, lt=1)] = 0.01
 
 
 class Resources(Section):

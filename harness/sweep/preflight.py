@@ -48,6 +48,8 @@ def metrics_of(specs: Sequence[TrialSpec]) -> tuple[MetricInfo, ...]:
                         label=f"{prefix}{label}",
                         higher_is_better=name not in metric.lower_is_better,
                         corpus=metric.corpus.get(name, "mean"),
+                        lower=metric.bounds.get(name, (None, None))[0],
+                        upper=metric.bounds.get(name, (None, None))[1],
                     )
                     for name, label in metric.labels.items()
                 ]

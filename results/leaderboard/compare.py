@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from harness.core.errors import UserError, did_you_mean
 from harness.core.record import MetricInfo, PlannedTrial, Run
-from results.leaderboard.format import number, verdict
+from results.leaderboard.families import families_of
+from results.leaderboard.format import change, number, verdict, verdict_text
 from results.leaderboard.matched import Pairs, pairs
 from results.leaderboard.rows import WRONG, Row, Search, candidates_of, choose, make_row
-from results.statistics.intervals import Difference, holm
+from results.leaderboard.table import build_leaderboard
+from results.statistics.intervals import Difference
 from results.statistics.resample import Resampled, examples_of, score_on_test
 
 
@@ -34,7 +36,7 @@ class _Named:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``one`` minus ``other``; p-values are corrected over the metrics shown."""
+    """``one`` less ``other``; p-values are corrected over the pairs of rows of their setting, for each metric."""
 
     one: Side
     other: Side
@@ -42,6 +44,15 @@ class Comparison:
     differences: dict[str, Difference]  # by metric name; empty if the two are not comparable
     pairs: Pairs  # the trials compared
     notes: tuple[str, ...]  # seeds left out, or why nothing is compared
+    corrected: int  # over how many pairs of rows p-values are corrected
+
+    @property
+    def rule(self) -> str:
+        """A sentence on the p-values; empty where nothing is tested."""
+        if all(found.p_value is None for found in self.differences.values()):
+            return ""
+        family = f"Holm-corrected over the {self.corrected} pairs of rows" if self.corrected > 1 else "one pair"
+        return f"p: paired by seed and, where covered, by test example; {family}, for each metric."
 
     def means(self, metric: str) -> tuple[float, float]:
         """The means of both sides over the compared seeds."""
@@ -61,12 +72,19 @@ class Comparison:
     def sentence(self, info: MetricInfo) -> str:
         """A sentence on what the difference in one metric shows."""
         one, other, found = self.one.name, self.other.name, self.differences[info.name]
-        kind = verdict(found, info.higher_is_better)
+        kind = verdict(found)
         if not kind:
             return f"{info.label}: one seed gives no interval, so neither is shown to be better."
-        if kind == "tie":
-            return f"{info.label}: {one} and {other} are not significantly different."
-        return f"{info.label}: {one} is {kind} than {other} by {number(abs(found.mean))}."
+        if found.verdict == "equivalent":
+            return f"{info.label}: {one} and {other} tie: they are equal within the margin."
+        if found.verdict == "unresolved":
+            return f"{info.label}: {one} and {other} are {verdict_text(found)}."
+        size = change(found) if found.null == 1 else number(abs(found.mean))
+        return (
+            f"{info.label}: {one} is {kind} than {other}, {size}."
+            if found.null == 1
+            else (f"{info.label}: {one} is {kind} than {other} by {size}.")
+        )
 
 
 def compare(run: Run, one: str, other: str, setting: str | None = None, metric: str | None = None) -> Comparison:
@@ -86,21 +104,53 @@ def compare(run: Run, one: str, other: str, setting: str | None = None, metric: 
     trials = _of_setting(run.plan.trials, setting)
     sides = _in_one_setting(_named(one, trials), _named(other, trials))
     searches = [_search(side, by, run) for side, by in (sides, sides[::-1])]
-    finished = [record for search in searches for record in search.chosen.finished]
-    resampled = Resampled(finished, shown, examples_of(run, finished, shown))
     first, second = (
-        Side(side.name, make_row(search, run.plan.reference_method, resampled))
+        Side(side.name, make_row(search, run.plan.reference_method))
         for side, search in zip(sides, searches, strict=True)
     )
     matched, notes = _pairs(first, second)
-    (found,) = resampled.differences([matched])
-    p_values = holm([difference.p_value for difference in found.values()])
-    differences = {name: replace(found[name], p_adjusted=p) for name, p in zip(found, p_values, strict=True)}
-    if found and resampled.unreadable:
-        count = f"{len(resampled.unreadable)} files of per-example scores could not be read"
-        notes += (f"{count}: {resampled.unreadable[0]}",)
-    metrics = tuple(info for info in shown if info.name in found)
-    return Comparison(first, second, metrics, differences, matched, notes)
+    found, corrected = _differences(run, first, second, shown) if matched else (_Found({}, ()), 1)
+    if found.differences and found.unreadable:
+        count = f"{len(found.unreadable)} files of per-example scores could not be read"
+        notes += (f"{count}: {found.unreadable[0]}",)
+    metrics = tuple(info for info in shown if info.name in found.differences)
+    return Comparison(first, second, metrics, found.differences, matched, notes, corrected)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Differences by metric, and the files of per-example scores that could not be read."""
+
+    differences: dict[str, Difference]
+    unreadable: tuple[str, ...]
+
+
+def _differences(run: Run, first: Side, second: Side, shown: Sequence[MetricInfo]) -> tuple[_Found, int]:
+    """The differences, and over how many pairs of rows each is corrected.
+
+    Two ranked rows are compared as on the leaderboard, where all rows of their setting inform the variance; two trials,
+    or rows that are excluded from ranking, on their own.
+    """
+    trials = tuple(trial for trial in run.plan.trials if trial.setting == first.row.setting)
+    board = build_leaderboard(replace(run, plan=run.plan.model_copy(update={"trials": trials})))
+    ranked = {row.name: row for row in board.of(first.row.setting)}
+    rows = [ranked.get(side.row.name) for side in (first, second) if side.name == side.row.name]
+    if len(rows) == 2 and rows[0] is not None and rows[1] is not None:
+        both = {info.name: board.compare(rows[0], rows[1], info.name) for info in shown}
+        scored = sum(board.primary.name in row.metrics for row in ranked.values())
+        return _Found(_present(both), board.unreadable), scored * (scored - 1) // 2
+    finished = [*first.row.finished, *second.row.finished]
+    resampled = Resampled(finished, shown, examples_of(run, finished, shown))
+    one, other = (
+        replace(side.row, label=f"{letter} {side.row.label}") for letter, side in (("A", first), ("B", second))
+    )
+    families, _ = families_of([one, other], shown, run.plan.equivalence_margin, resampled)
+    alone = {info.name: families.difference(one, other, info.name) for info in shown}
+    return _Found(_present(alone), tuple(resampled.unreadable)), 1
+
+
+def _present(differences: Mapping[str, Difference | None]) -> dict[str, Difference]:
+    return {name: found for name, found in differences.items() if found is not None}
 
 
 def _shown(run: Run, metric: str | None) -> tuple[MetricInfo, ...]:

@@ -31,20 +31,61 @@ def interval(estimate: Estimate, show_sign: bool = False) -> str:
     return f"[{show(estimate.low)}, {show(estimate.high)}]"
 
 
+def ratio(value: float) -> str:
+    """A ratio, with a third decimal near 1: ``1.09×``, ``1.004×``, ``17.2×``."""
+    if value >= 9.995 or value < 0.095:
+        return f"{number(value)}×"
+    return f"{value:.3f}×" if abs(value - 1) < 0.0195 else f"{value:.2f}×"
+
+
+def change(difference: Difference) -> str:
+    """A difference as a ratio where its metric has the log scale, else with its sign: ``1.09×``, ``+0.031``."""
+    return ratio(difference.mean) if difference.null == 1 else signed(difference.mean)
+
+
+def change_interval(difference: Difference) -> str:
+    """``[1.02×, 1.17×]``, ``[+0.01, +0.05]``, or empty for one seed."""
+    if difference.low is None or difference.high is None:
+        return ""
+    show = ratio if difference.null == 1 else signed
+    return f"[{show(difference.low)}, {show(difference.high)}]"
+
+
 def estimate_text(estimate: Estimate | None, show_sign: bool = False) -> str:
-    """Mean and interval on one line; a dash if nothing was measured."""
+    """Mean and interval on one line, a difference with its sign or as a ratio; a dash if nothing was measured."""
     if estimate is None:
         return ABSENT
+    if isinstance(estimate, Difference):
+        return f"{change(estimate)} {change_interval(estimate)}".rstrip()
     return f"{(signed if show_sign else number)(estimate.mean)} {interval(estimate, show_sign)}".rstrip()
 
 
-def verdict(difference: Difference | None, higher_is_better: bool) -> str:
-    """``better`` or ``worse`` if significant after the correction, else ``tie``; empty for one seed."""
+VERDICTS = {"better": "better", "worse": "worse", "equivalent": "tie", "unresolved": "not separated yet"}
+
+
+def verdict(difference: Difference | None) -> str:
+    """For new seeds: ``better``, ``worse``, ``tie`` if shown to be equivalent, else ``not separated yet``.
+
+    Empty for one seed.
+    """
     if difference is None or difference.p_adjusted is None:
         return ""
-    if not difference.significant:
-        return "tie"
-    return "better" if (difference.mean > 0) == higher_is_better else "worse"
+    return VERDICTS[difference.verdict]
+
+
+def verdict_text(difference: Difference | None) -> str:
+    """The verdict, with what would separate the two: ``not separated yet (3 more seeds might)``; empty for one seed."""
+    words = verdict(difference)
+    if difference is None or difference.more_seeds is None or difference.verdict != "unresolved":
+        return words
+    return f"{words} ({difference.more_seeds} more seed{'s' * (difference.more_seeds > 1)} might)"
+
+
+def examples_text(difference: Difference | None) -> str:
+    """The verdict on these trained models, on new test examples; empty where the examples cannot be resampled."""
+    if difference is None or difference.verdict_examples is None:
+        return ""
+    return VERDICTS[difference.verdict_examples]
 
 
 def rank_text(rank: tuple[int, int] | None) -> str:

@@ -81,6 +81,7 @@ def _joined(parts: Sequence[_Part]) -> Run:
             "experiment": " + ".join(dict.fromkeys(part.run.plan.experiment for part in parts)),
             "experiment_file": ", ".join(dict.fromkeys(part.run.plan.experiment_file for part in parts)),
             "metrics": _metrics([part.run for part in parts]),
+            "equivalence_margin": min(part.run.plan.equivalence_margin for part in parts),
             "trials": _trials(parts, records),
         }
     )

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from harness.core.formulas import Floats
 from harness.core.record import Parameters, PlannedTrial, Run, TrialRecord
 from harness.core.registry import plugins_in
-from results.leaderboard.badges import Badge, badges_of
+from results.leaderboard.badges import Badge
 from results.leaderboard.format import rank_text
-from results.statistics.intervals import Difference, Estimate, estimate
-from results.statistics.resample import Resampled, score_on_test
+from results.statistics.intervals import Difference, Estimate, estimate_positive
+from results.statistics.resample import score_on_test
 
 RIGHT, WRONG = "perplexity", "perplexity_wrong_input"  # the wrong-input test compares these two
 VALIDATION = "perplexity"  # on the validation split: the criterion by which a learning rate is chosen
@@ -55,7 +55,7 @@ class Row:
     chosen: Candidate  # the one that validated best; everything below is measured with it
     effort: int  # learning rates it was chosen from, including those tried before
     is_reference: bool
-    metrics: dict[str, Estimate]  # test split, by metric name
+    metrics: dict[str, Estimate]  # test split, by metric name; a perplexity's mean over seeds is geometric
     input_use: Estimate | None  # perplexity with the wrong input / with the right one; 1 = the input is not used
     parameters: Parameters | None
     peak_bytes: Estimate | None  # growth of memory from before the model was built to the peak in training
@@ -65,7 +65,8 @@ class Row:
     wall_time_s: Estimate | None
     rank: tuple[int, int] | None = None  # best and worst possible rank in its setting; None: not ranked
     differences: dict[str, Difference] = field(default_factory=dict)  # from the reference, by metric name
-    # Errors of the primary difference on resampled test examples (B,), the same resamples in every setting.
+    # Errors of the primary difference on resampled test examples (B,), on the metric's scale (results/statistics/
+    # scales.py); the same resamples in every setting.
     difference_errors_B: Floats | None = field(default=None, repr=False, compare=False)
     apart: tuple[str, ...] = ()  # why it is excluded from ranking; empty if it is ranked
     notes: tuple[str, ...] = ()  # why a difference is missing, and what is unresolved about the learning rate
@@ -123,7 +124,7 @@ def candidates_of(trials: Sequence[PlannedTrial], run: Run) -> tuple[Candidate, 
         records = [run.records[trial.trial_id] for trial in planned if trial.trial_id in run.records]
         finished = tuple(record for record in records if record.status == "finished")
         bare = Candidate(rate, tuple(planned), finished, len(records), None)
-        found.append(replace(bare, validation=estimate(list(bare.validation_by_seed.values()))))
+        found.append(replace(bare, validation=estimate_positive(list(bare.validation_by_seed.values()))))
     return tuple(found)
 
 
@@ -181,18 +182,15 @@ def _search_notes(candidates: Sequence[Candidate], chosen: Candidate) -> tuple[s
     return tuple(notes)
 
 
-def make_row(search: Search, reference_method: str, resampled: Resampled) -> Row:
-    """The row of trials that differ only in seed and learning rate, with the resampled metrics; not compared yet."""
+def make_row(search: Search, reference_method: str) -> Row:
+    """The row of trials that differ only in seed and learning rate, without its scores and badges."""
     candidates, chosen = search.candidates, search.chosen
     finished = chosen.finished
-    estimates = {name: resampled.estimate(finished, name) for name in resampled.metrics}
-    metrics = {name: found for name, found in estimates.items() if found is not None}
     right, wrong = by_seed(finished, RIGHT), by_seed(finished, WRONG)
 
     def mean(read: Callable[[TrialRecord], float | None]) -> Estimate | None:
-        return estimate([value for value in map(read, finished) if value is not None])
+        return estimate_positive([value for value in map(read, finished) if value is not None])
 
-    input_use = estimate([wrong[seed] / right[seed] for seed in right if seed in wrong])
     first, mixed = candidates[0].trials[0], mixed_versions(finished)
     return Row(
         setting=first.setting,
@@ -203,8 +201,8 @@ def make_row(search: Search, reference_method: str, resampled: Resampled) -> Row
         chosen=chosen,
         effort=search_effort(candidates),
         is_reference=first.method == reference_method,
-        metrics=metrics,
-        input_use=input_use,
+        metrics={},
+        input_use=estimate_positive([wrong[seed] / right[seed] for seed in right if seed in wrong]),
         parameters=next((record.parameters for record in finished if record.parameters), None),
         peak_bytes=mean(_peak_growth_bytes),
         examples_per_s=mean(lambda record: record.throughput.examples_per_s if record.throughput else None),
@@ -213,7 +211,6 @@ def make_row(search: Search, reference_method: str, resampled: Resampled) -> Row
         wall_time_s=mean(lambda record: record.wall_time_s),
         notes=(*_search_notes(candidates, chosen), *([mixed] if mixed else [])),
         mixed_versions=mixed,
-        badges=badges_of(finished, metrics, input_use, list(resampled.metrics.values())),
     )
 
 

@@ -74,11 +74,17 @@ def _reference(board: Leaderboard, setting: str) -> str:
     compared = [row.differences[board.primary.name] for row in rows if board.primary.name in row.differences]
     if reference is None or not compared:
         return f"There is no comparison with {board.run.plan.reference_method!r} on the same data."
-    verdicts = [verdict(difference, board.primary.higher_is_better) for difference in compared]
+    verdicts = [verdict(difference) for difference in compared]
     against = f"Against {reference.name} on the same data, paired by seed"
     if not any(verdicts):
         return f"{against}, there is one seed: no difference can be tested."
-    kinds = {"better": "better", "worse": "worse", "tie": "not significantly different", "": "on one seed only"}
+    kinds = {
+        "better": "better",
+        "worse": "worse",
+        "tie": "equal within the margin",
+        "not separated yet": "not separated yet",
+        "": "on one seed only",
+    }
     if len(compared) == 1:
         return f"{against}, the only other row is {kinds[verdicts[0]]}."
     counts = ", ".join(f"{verdicts.count(kind)} {words}" for kind, words in kinds.items() if kind in verdicts)

@@ -10,12 +10,13 @@ from typing import Literal
 import numpy as np
 
 from harness.core import naming
-from harness.core.record import TrialRecord
+from harness.core.record import MetricInfo, TrialRecord
 from results.leaderboard.matched import pairs
 from results.leaderboard.rows import Row
 from results.leaderboard.table import Leaderboard
 from results.statistics.crossover import Gap, locate
 from results.statistics.resample import score_on_test
+from results.statistics.scales import scale_of
 
 Kind = Literal["examples", "epochs"]
 KINDS: tuple[Kind, ...] = ("examples", "epochs")
@@ -144,7 +145,7 @@ def _curve(board: Leaderboard, kind: Kind, points: dict[int, Row], references: d
 def _gap(board: Leaderboard, compared: dict[int, Row], references: dict[int, Row]) -> Gap:
     name = board.primary.name
     sign = -1.0 if board.primary.higher_is_better else 1.0  # differences are method - reference
-    by_seed = [_by_seed(row, references[budget], name) for budget, row in compared.items()]
+    by_seed = [_by_seed(row, references[budget], board.primary) for budget, row in compared.items()]
     shared = sorted(set(by_seed[0]).intersection(*by_seed))
     values_SK = np.array([[values[seed] for values in by_seed] for seed in shared])
     differences = [row.differences[name] for row in compared.values()]
@@ -156,7 +157,7 @@ def _gap(board: Leaderboard, compared: dict[int, Row], references: dict[int, Row
         examples_KK = np.cov(np.stack(errors)) * count / (count - 1)  # resampling E of E has (E - 1)/E of the variance
     return Gap(
         budgets=tuple(compared),
-        ahead_K=sign * np.array([difference.mean for difference in differences]),
+        ahead_K=sign * np.array([np.mean(list(values.values())) for values in by_seed]),
         seeds=len(shared),
         seeds_KK=np.cov(values_SK, rowvar=False) / len(shared) if len(shared) > 1 else None,
         examples_KK=examples_KK,
@@ -164,9 +165,14 @@ def _gap(board: Leaderboard, compared: dict[int, Row], references: dict[int, Row
     )
 
 
-def _by_seed(row: Row, reference: Row, metric: str) -> dict[int, float]:
-    scores = ((a.seed, score_on_test(a, metric), score_on_test(b, metric)) for a, b in pairs(row, reference)[0])
-    return {seed: a - b for seed, a, b in scores if a is not None and b is not None}
+def _by_seed(row: Row, reference: Row, metric: MetricInfo) -> dict[int, float]:
+    """The differences on the metric's scale, of logarithms for a perplexity."""
+    scores = [
+        (a.seed, score_on_test(a, metric.name), score_on_test(b, metric.name)) for a, b in pairs(row, reference)[0]
+    ]
+    both = [(seed, a, b) for seed, a, b in scores if a is not None and b is not None]
+    z_2S = scale_of(metric, row.differences[metric.name].examples).rows(np.array([one[1:] for one in both], float).T)
+    return {seed: float(z) for (seed, *_), z in zip(both, z_2S[0] - z_2S[1], strict=True)}
 
 
 def _words(gap: Gap, crossover: tuple[float, float | None, float | None], name: str, reference: str) -> str:

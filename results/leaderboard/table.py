@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 
-import numpy as np
 from threadpoolctl import threadpool_limits
 
 from harness.core.errors import UserError, did_you_mean
 from harness.core.formulas import Floats
 from harness.core.record import MetricInfo, Plan, PlannedTrial, Run
+from results.leaderboard.families import Families, families_of
 from results.leaderboard.matched import Pairs, exclude_unmatched, pairs
 from results.leaderboard.rows import RIGHT, WRONG, Row, make_row, search_of
-from results.statistics.intervals import Difference, ahead, holm, rank_ranges
+from results.statistics.intervals import Difference, rank_ranges
 from results.statistics.resample import Resampled, examples_of
+from results.statistics.scales import scale_of
 
 __all__ = ["RIGHT", "WRONG", "Delta", "Leaderboard", "Row", "Unfinished", "build_leaderboard"]
 
@@ -54,6 +55,23 @@ class Leaderboard:
     missing: tuple[Unfinished, ...]
     # Per-example files that could not be read: the intervals of their rows cover only seeds.
     unreadable: tuple[str, ...] = ()
+    families: Mapping[str, Families] = field(default_factory=dict, repr=False, compare=False)  # by setting
+
+    def compare(self, one: Row, other: Row, metric: str | None = None) -> Difference | None:
+        """``one`` less ``other``, two ranked rows of one setting, corrected over all pairs of its ranked rows.
+
+        Args:
+            one: a row.
+            other: another row of its setting.
+            metric: None for the primary one.
+
+        Returns:
+            None if a row is not ranked or lacks the score, or if they share no seed.
+        """
+        families = self.families.get(one.setting)
+        if families is None or one.setting != other.setting:
+            return None
+        return families.difference(one, other, metric or self.primary.name)
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -99,6 +117,7 @@ def build_leaderboard(run: Run) -> Leaderboard:
     rows: list[Row] = []
     deltas: list[Delta] = []
     unreadable: list[str] = []
+    families: dict[str, Families] = {}
     searches = [[search_of(trials, run) for trials in groups.values()] for groups in settings.values()]
     records = [[record for search in setting for record in search.chosen.finished] for setting in searches]
     examples = examples_of(run, list(itertools.chain(*records)), plan.metrics)
@@ -106,13 +125,14 @@ def build_leaderboard(run: Run) -> Leaderboard:
     with threadpool_limits(1, user_api="blas"):
         for setting, finished in zip(searches, records, strict=True):
             resampled = Resampled(finished, plan.metrics, itertools.islice(examples, len(finished)))
-            made = [make_row(search, plan.reference_method, resampled) for search in setting]
-            found, steps = _compared(made, plan, primary, resampled)
+            made = [make_row(search, plan.reference_method) for search in setting]
+            found, steps, compared = _compared(made, plan, primary, resampled)
             rows += sorted(found, key=_best_first(primary))
             deltas += steps
+            families[made[0].setting] = compared
             unreadable += resampled.unreadable
     failed, missing = _unfinished(run)
-    return Leaderboard(run, primary, tuple(rows), tuple(deltas), failed, missing, tuple(unreadable))
+    return Leaderboard(run, primary, tuple(rows), tuple(deltas), failed, missing, tuple(unreadable), families)
 
 
 def _primary(plan: Plan) -> MetricInfo:
@@ -123,57 +143,57 @@ def _primary(plan: Plan) -> MetricInfo:
     raise UserError(f"plan.json: primary_metric: {plan.primary_metric!r} is not a metric of this run; {hint}")
 
 
-def _compared(rows: list[Row], plan: Plan, primary: MetricInfo, resampled: Resampled) -> tuple[list[Row], list[Delta]]:
-    """The rows of one setting, ranked and compared with the reference, and the steps from agnostic to specific."""
-    ranked = _ranked(exclude_unmatched(rows), primary, resampled)
-    found = _against_reference(ranked, plan, primary, resampled)
-    return found, _deltas(found, plan, resampled)
+def _compared(
+    rows: list[Row], plan: Plan, primary: MetricInfo, resampled: Resampled
+) -> tuple[list[Row], list[Delta], Families]:
+    """The rows of one setting, ranked and compared with the reference, the steps from agnostic to specific, and the
+    families of its comparable rows."""
+    marked = exclude_unmatched(rows)
+    margin = plan.equivalence_margin
+    families, able = families_of([row for row in marked if not row.apart], plan.metrics, margin, resampled)
+    measured = {row.name: row for row in able}
+    for row in marked:
+        if row.apart:
+            measured[row.name] = families_of([row], plan.metrics, margin, resampled)[1][0]
+    ranked = _ranked([measured[row.name] for row in marked], primary, families)
+    found = _against_reference(ranked, plan, primary, families, resampled)
+    return found, _deltas(found, plan, families, resampled), families
 
 
-def _ranked(rows: list[Row], primary: MetricInfo, resampled: Resampled) -> list[Row]:
+def _ranked(rows: list[Row], primary: MetricInfo, families: Families) -> list[Row]:
     """Rank the comparable rows that have the primary score."""
-    chosen = [index for index, row in enumerate(rows) if not row.apart and primary.name in row.metrics]
-    if not chosen:
+    if primary.name not in families.of:
         return rows
-    seeds = sorted({record.seed for row in rows for record in row.finished})
-    values = [rows[index].values(primary.name) for index in chosen]
-    scores_RS = np.array([[by_seed.get(seed, np.nan) for seed in seeds] for by_seed in values])
-    replicates = resampled.replicates_of_rows([rows[index].finished for index in chosen], primary.name)
-    ranks = rank_ranges(ahead(scores_RS, replicates, primary.higher_is_better))
-    ranked = list(rows)
-    for index, rank in zip(chosen, ranks, strict=True):
-        ranked[index] = replace(rows[index], rank=rank)
-    return ranked
+    ranges = rank_ranges(families.of[primary.name].order())
+    places = families.places[primary.name]
+    return [row if row.name not in places else replace(row, rank=ranges[places[row.name]]) for row in rows]
 
 
-def _adjusted(families: Sequence[dict[str, Difference]], metrics: Sequence[MetricInfo]) -> list[dict[str, Difference]]:
-    """Holm's correction over each column of a table of differences: one metric, all rows shown."""
-    found = [dict(family) for family in families]
-    for info in metrics:
-        column = [family for family in found if info.name in family]
-        p_values = holm([family[info.name].p_value for family in column])
-        for family, p_adjusted in zip(column, p_values, strict=True):
-            family[info.name] = replace(family[info.name], p_adjusted=p_adjusted)
-    return found
-
-
-def _against_reference(rows: list[Row], plan: Plan, primary: MetricInfo, resampled: Resampled) -> list[Row]:
+def _against_reference(
+    rows: list[Row], plan: Plan, primary: MetricInfo, families: Families, resampled: Resampled
+) -> list[Row]:
     """Each row with its differences from the reference, the first row in the plan with the reference method."""
     reference = next((row for row in rows if row.is_reference), None)
     if reference is None:
         note = f"no {plan.reference_method!r} trial in this setting to compare with"
         return [replace(row, notes=(*row.notes, note)) for row in rows]
-    paired = [_with_reference(row, reference) for row in rows]
-    differences = _adjusted(resampled.differences([found for found, _ in paired]), plan.metrics)
-    return [
-        replace(
-            row,
-            differences=found,
-            difference_errors_B=_errors(own, primary, resampled),
-            notes=(*row.notes, *notes),
+    found = []
+    for row in rows:
+        own, notes = _with_reference(row, reference)
+        found.append(
+            replace(
+                row,
+                differences=_differences(row, reference, plan.metrics, families) if own else {},
+                difference_errors_B=_errors(own, primary, resampled),
+                notes=(*row.notes, *notes),
+            )
         )
-        for row, (own, notes), found in zip(rows, paired, differences, strict=True)
-    ]
+    return found
+
+
+def _differences(one: Row, other: Row, metrics: Sequence[MetricInfo], families: Families) -> dict[str, Difference]:
+    both = ((info.name, families.difference(one, other, info.name)) for info in metrics)
+    return {name: found for name, found in both if found is not None}
 
 
 def _with_reference(row: Row, reference: Row) -> tuple[Pairs, tuple[str, ...]]:
@@ -190,7 +210,8 @@ def _errors(own: Pairs, primary: MetricInfo, resampled: Resampled) -> Floats | N
     other = resampled.replicates([pair[1] for pair in own], primary.name)
     if one is None or other is None:
         return None
-    difference_B = one[0] - other[0]
+    scale = scale_of(primary, one[1])
+    difference_B = scale.forward(one[0]) - scale.forward(other[0])
     errors_B: Floats = difference_B - difference_B.mean()
     return errors_B
 
@@ -205,19 +226,23 @@ def _best_first(primary: MetricInfo) -> Callable[[Row], tuple[bool, bool, float]
     return key
 
 
-def _deltas(rows: list[Row], plan: Plan, resampled: Resampled) -> list[Delta]:
+def _deltas(rows: list[Row], plan: Plan, families: Families, resampled: Resampled) -> list[Delta]:
     by_name = {(row.label, row.grouping): row for row in rows}
     steps = [
         (row, by_name[(row.label, "specific")])
         for row in rows
         if row.grouping == "agnostic" and (row.label, "specific") in by_name
     ]
-    paired = [pairs(specific, agnostic) for agnostic, specific in steps]
-    differences = _adjusted(resampled.differences([found for found, _ in paired]), plan.metrics)
-    return [
-        Delta(agnostic.setting, agnostic.label, agnostic, specific, found, notes)
-        for (agnostic, specific), (_, notes), found in zip(steps, paired, differences, strict=True)
-    ]
+    found = []
+    for agnostic, specific in steps:
+        own, notes = pairs(specific, agnostic)
+        # Two rows that are excluded from ranking may match one another.
+        both = families
+        if own and (agnostic.apart or specific.apart):
+            both = families_of([specific, agnostic], plan.metrics, plan.equivalence_margin, resampled)[0]
+        differences = _differences(specific, agnostic, plan.metrics, both) if own else {}
+        found.append(Delta(agnostic.setting, agnostic.label, agnostic, specific, differences, notes))
+    return found
 
 
 def _unfinished(run: Run) -> tuple[tuple[Unfinished, ...], tuple[Unfinished, ...]]:

@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,7 @@ CONFIDENCE = 0.95
 RESAMPLES = 1000  # of the test examples, and permutations: a standard error to about 2 %
 SIGNIFICANT = 1 - CONFIDENCE
 _Z = float(ndtri((1 + CONFIDENCE) / 2))
+_LARGEST_LOG = math.log(float(np.finfo(float).max)) * (1 - 1e-15)
 _EQUAL = 1e-9  # relative: differences that are equal up to rounding
 
 
@@ -62,12 +64,24 @@ class Estimate:
         return "seeds" if self.example_se is None else "seeds and test examples"
 
 
+# "unresolved": neither a difference nor equivalence is shown.
+Verdict = Literal["better", "worse", "equivalent", "unresolved"]
+
+
 @dataclass(frozen=True)
 class Difference(Estimate):
-    """A paired difference; ``p_value`` is uncorrected, ``p_adjusted`` Holm-corrected over the family it is shown in."""
+    """A paired difference: a ratio on the log scale, else a difference of scores.
 
-    p_value: float | None = None
-    p_adjusted: float | None = None
+    The interval is at the level of its step in the correction: it excludes ``null`` where ``p_adjusted`` is at most
+    0.05.
+    """
+
+    p_value: float | None = None  # uncorrected
+    p_adjusted: float | None = None  # corrected over the family it is shown in; None: not tested, as with one seed
+    null: float = 0.0  # what "equal" is: 1 for a ratio
+    verdict: Verdict = "unresolved"  # for models trained with new seeds
+    verdict_examples: Verdict | None = None  # for these trained models, on new test examples; None: not resampled
+    more_seeds: int | None = None  # seeds that would probably separate the two; None if separated, or not known
 
     @property
     def significant(self) -> bool:
@@ -110,6 +124,22 @@ def estimate(
     )
     low, high = mean - half + min(0.0, tail), mean + half + max(0.0, tail)
     return Estimate(mean, low, high, n, seed_se, example_se, examples)
+
+
+def estimate_positive(scores_S: Sequence[float]) -> Estimate | None:
+    """Mean of positive numbers, such as ratios, times and bytes, with an interval that stays positive.
+
+    Student's interval of the logarithm, around the logarithm of the mean. A number that is not positive has none: the
+    interval is then that of the numbers, and ends at 0.
+    """
+    found = estimate(scores_S)
+    if found is None or found.low is None or found.high is None:
+        return found
+    if min(scores_S) <= 0:
+        return replace(found, low=min(max(found.low, 0.0), found.mean))
+    half = (found.high - found.mean) / found.mean
+    low, high = found.mean * math.exp(-half), found.mean * math.exp(min(half, _LARGEST_LOG - math.log(found.mean)))
+    return replace(found, low=low, high=high)
 
 
 def _spread(replicates_B: Floats, examples: int) -> tuple[float | None, float]:

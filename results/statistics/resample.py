@@ -123,6 +123,9 @@ class Resampled:
 
     def _mean_of(self, records: Sequence[TrialRecord], metric: str) -> Floats:
         present = [self._trials[record.trial_id].replicates_B[metric] for record in records]
+        if self.metrics[metric].scale == "log":
+            logarithms = [np.log(one) for one in present]
+            return np.exp(sum(logarithms[1:], start=logarithms[0]) / len(present))
         found: Floats = sum(present[1:], start=present[0]) / len(present)
         return found
 

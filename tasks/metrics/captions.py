@@ -49,6 +49,10 @@ class CaptionMetrics(Metric):
         "meteor": "METEOR",
         "rouge_l": "ROUGE-L",
     }
+    bounds: ClassVar[Mapping[str, tuple[float | None, float | None]]] = {
+        **dict.fromkeys(("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "spice"), (0.0, 1.0)),
+        **dict.fromkeys(("cider", "cider_d"), (0.0, None)),
+    }
     corpus: ClassVar[Mapping[str, Formula]] = {
         "bleu_1": "bleu",
         "bleu_2": "bleu",

@@ -21,6 +21,10 @@ class Diversity(Metric):
     """
 
     labels: ClassVar[Mapping[str, str]] = {"distinct_2": "distinct-2"}
+    bounds: ClassVar[Mapping[str, tuple[float | None, float | None]]] = {
+        **dict.fromkeys(("distinct_1", "distinct_2"), (0.0, 1.0)),
+        **dict.fromkeys(("length", "vocabulary"), (0.0, None)),
+    }
 
     def score(self, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Scores:
         """Score predictions by example id; ``distinct_n`` is absent where no prediction has a word.

@@ -51,6 +51,7 @@ class ErrorRate(Metric):
     labels: ClassVar[Mapping[str, str]] = {"wer": "WER", "cer": "CER"}
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"wer", "cer"})
     corpus: ClassVar[Mapping[str, Formula]] = {"wer": "ratio", "cer": "ratio"}
+    bounds: ClassVar[Mapping[str, tuple[float | None, float | None]]] = dict.fromkeys(("wer", "cer"), (0.0, None))
 
     def score(self, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Scores:
         """Score predictions by example id; ``per_example`` is in the order of ``references``.

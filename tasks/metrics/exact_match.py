@@ -20,6 +20,7 @@ class ExactMatch(Metric):
     """
 
     labels: ClassVar[Mapping[str, str]] = {"exact_match": "Exact match"}
+    bounds: ClassVar[Mapping[str, tuple[float | None, float | None]]] = {"exact_match": (0.0, 1.0)}
 
     def score(self, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Scores:
         """Score predictions by example id.

@@ -21,6 +21,7 @@ class Rouge(Metric):
     """
 
     labels: ClassVar[Mapping[str, str]] = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
+    bounds: ClassVar[Mapping[str, tuple[float | None, float | None]]] = dict.fromkeys(labels, (0.0, 1.0))
 
     def score(self, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Scores:
         """Score predictions by example id.

@@ -59,6 +59,7 @@ class VQAAccuracy(Metric):
     """
 
     labels: ClassVar[Mapping[str, str]] = {"vqa_accuracy": "VQA accuracy"}
+    bounds: ClassVar[Mapping[str, tuple[float | None, float | None]]] = {"vqa_accuracy": (0.0, 1.0)}
 
     def score(self, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Scores:
         """Score predictions by example id.

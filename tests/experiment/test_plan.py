@@ -104,6 +104,7 @@ task: scenes
     "resources": BASE + "resources: {cpus_per_trial: 2, zero_stage: 2, max_failures: 3}\n",
     "tracking": BASE + "tracking: {mlflow_uri: 'http://localhost:5000'}\n",
     "name": BASE + "name: other\n",
+    "equivalence margin": BASE.replace("{test", "{equivalence_margin: 0.03, test"),
     "primary metric": BASE.replace("primary_metric: perplexity", "primary_metric: cider"),
     "defaults written out": BASE.replace("rank: 4", "rank: 4, dropout: 0.0, where: AF"),
     "the grouping written out": BASE.replace("specific", "{text: text, image: image}"),

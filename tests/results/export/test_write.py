@@ -161,7 +161,8 @@ def test_json_is_read_back_and_agrees_with_the_records(board: Leaderboard, files
         scores = {seed: records[trial_id].metrics["test"]["cider"] for seed, trial_id in row.trial_ids.items()}
         assert row.metrics["cider"].by_seed == scores
         assert row.metrics["cider"].mean == pytest.approx(statistics.fmean(scores.values()))
-        assert row.metrics["cider"].seed_se == pytest.approx(statistics.stdev(scores.values()) / len(scores) ** 0.5)
+        alone = statistics.stdev(scores.values()) / len(scores) ** 0.5  # the other rows' seeds may say that it is more
+        assert row.apart or (row.metrics["cider"].seed_se or 0) >= alone * (1 - 1e-9)
         assert {seed: records[trial_id].data for seed, trial_id in row.trial_ids.items()} == row.data
         assert (row.rank is None) == bool(row.apart) == (row.method == "bitfit")
         assert (row.learning_rate, row.effort, len(row.candidates)) == (1e-3, 1, 1)

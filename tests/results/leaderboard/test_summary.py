@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 from scipy.stats import t
@@ -12,7 +13,7 @@ from harness.core.record import Plan, PlannedTrial, Run, TrialRecord
 from results.leaderboard import summary
 from results.leaderboard.coverage import DAGGER, coverage
 from results.leaderboard.table import Leaderboard, build_leaderboard
-from results.statistics.intervals import Difference, Estimate
+from results.statistics.intervals import Difference, Estimate, Verdict
 from tests.support.runs import METHODS, Change, fake_data, fake_plan, fake_record
 
 BOTH = Estimate(1.0, 0.9, 1.1, 3, 0.01, 0.02, 50)
@@ -123,13 +124,14 @@ def test_the_headline_counts_verdicts_after_correction() -> None:
     p_values = [0.001, 0.04, 0.06, 0.5, None, 0.001, 0.3]
     rows = []
     for row, p in zip(others, p_values, strict=True):
-        found = Difference(0.1 if p == 0.001 else -0.1, -1, 1, 5, p_value=p and p / 10, p_adjusted=p)
+        said = {0.001: "better", 0.04: "worse", 0.3: "equivalent"}.get(p or 0, "unresolved")
+        found = Difference(0.1, -1, 1, 5, p_value=p and p / 10, p_adjusted=p, verdict=cast("Verdict", said))
         rows.append(replace(row, differences={board.primary.name: found}))
     reference = next(row for row in board.rows if row.is_reference)
     sentence = summary.headline(replace(board, rows=(reference, *rows)))[1]
     assert sentence == (
         "Against Full fine-tuning on the same data, paired by seed and corrected for 7 comparisons, the other "
-        "rows are: 2 better, 1 worse, 3 not significantly different, 1 on one seed only."
+        "rows are: 2 better, 1 worse, 1 equal within the margin, 2 not separated yet, 1 on one seed only."
     )
 
 

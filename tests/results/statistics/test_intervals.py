@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -9,7 +10,17 @@ import pytest
 from scipy import stats
 
 from harness.core.formulas import Floats
-from results.leaderboard.format import duration, number, signed, size_text, verdict
+from results.leaderboard.format import (
+    duration,
+    estimate_text,
+    examples_text,
+    number,
+    ratio,
+    signed,
+    size_text,
+    verdict,
+    verdict_text,
+)
 from results.statistics.intervals import (
     Difference,
     Estimate,
@@ -288,12 +299,24 @@ def test_interquartile_mean_of_many_is_scipys_trimmed_mean() -> None:
         interquartile_mean([])
 
 
-def test_verdict_is_after_the_correction_and_follows_the_direction() -> None:
-    difference = Difference(0.5, 0.2, 0.8, 3, p_value=0.01, p_adjusted=0.04)
-    assert verdict(difference, higher_is_better=True) == "better"
-    assert verdict(difference, higher_is_better=False) == "worse"
-    assert verdict(Difference(0.5, 0.2, 0.8, 3, p_value=0.01, p_adjusted=0.06), True) == "tie"
-    assert verdict(Difference(0.5, None, None, 1), True) == ""
+def test_a_tie_is_said_only_where_equivalence_is_shown() -> None:
+    one = Difference(0.5, 0.2, 0.8, 3, p_value=0.01, p_adjusted=0.06, more_seeds=1)
+    assert verdict(replace(one, verdict="better")) == "better"
+    assert verdict(replace(one, verdict="equivalent")) == verdict_text(replace(one, verdict="equivalent")) == "tie"
+    assert verdict(one) == "not separated yet"
+    assert verdict_text(one) == "not separated yet (1 more seed might)"
+    assert verdict_text(replace(one, more_seeds=None)) == "not separated yet"
+    assert verdict(Difference(0.5, None, None, 1)) == verdict(None) == ""
+    assert examples_text(replace(one, verdict_examples="worse")) == "worse"
+    assert examples_text(one) == ""
+
+
+def test_ratios_and_differences_as_text() -> None:
+    assert [ratio(value) for value in (1.0934, 1.0042, 17.24, 0.913, 0.05)] == [
+        "1.09×", "1.004×", "17.24×", "0.91×", "0.050×",
+    ]  # fmt: skip
+    assert estimate_text(Difference(1.09, 1.02, 1.17, 3, null=1)) == "1.09× [1.02×, 1.17×]"
+    assert estimate_text(Difference(0.03, -0.01, 0.07, 3)) == "+0.030 [−0.010, +0.070]"
 
 
 def test_numbers_as_text() -> None:
