@@ -159,7 +159,7 @@ def _side(side: Side) -> str:
 
 
 def diff_view(found: BoardDiff) -> Group:
-    """Old and new mean of each row, the change and its significance; added and removed rows."""
+    """Old and new mean of each row, the change and its significance; rows of one leaderboard only are so called."""
     direction = "higher" if found.metric.higher_is_better else "lower"
     parts: list[RenderableType] = [Text(f"{found.metric.label}, {direction} is better; rows old → new", style="italic")]
     for setting in dict.fromkeys(change.setting for change in found.changes):
@@ -170,7 +170,6 @@ def diff_view(found: BoardDiff) -> Group:
         for change in found.changes
         if change.notes
     ]
-    lines += [f"added: {name}" for name in found.added] + [f"removed: {name}" for name in found.removed]
     tested = any(change.difference for change in found.changes)
     return Group(*parts, *(Text(line) for line in lines), *([Text(RULE, style="dim")] if tested else []))
 

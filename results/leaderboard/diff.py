@@ -24,20 +24,20 @@ RULE = (
     "p after Holm's correction over all rows tested: a paired t test where the seeds are the same, else Welch's. It "
     "covers the seeds; the test examples are the same and held fixed."
 )
-# "untested": one side has a single seed.
-Verdict = Literal["unchanged", "better", "worse", "noise", "untested", "not comparable"]
+# "untested": one side has a single seed; "new", "removed": the row is in one of the leaderboards only.
+Verdict = Literal["new", "removed", "unchanged", "better", "worse", "noise", "untested", "not comparable"]
 Rank = tuple[int, int] | None
 
 
 @dataclass(frozen=True)
 class Change:
-    """One row in both leaderboards."""
+    """One row, in both leaderboards or in one of them."""
 
     setting: str
     name: str
     old_mean: float | None
     new_mean: float | None
-    difference: Difference | None  # new - old; None where not comparable
+    difference: Difference | None  # new - old; None where not comparable, or in one leaderboard only
     paired: bool  # by seed
     verdict: Verdict
     reason: str  # why it is not comparable; else empty
@@ -48,12 +48,10 @@ class Change:
 
 @dataclass(frozen=True)
 class BoardDiff:
-    """What changed from the old to the new leaderboard, in the order of the new one."""
+    """What changed from the old to the new leaderboard: the rows of the new one in its order, then removed ones."""
 
     metric: PublishedMetric
     changes: tuple[Change, ...]
-    added: tuple[str, ...]
-    removed: tuple[str, ...]
 
 
 Key = tuple[str, str, str]
@@ -72,14 +70,12 @@ def diff(old: PublishedLeaderboard, new: PublishedLeaderboard, metric: str | Non
     """
     info = _metric(old, new, metric)
     before, after = _by_key(old), _by_key(new)
-    changes = [_change(before[key], row, info) for key, row in after.items() if key in before]
+    changes = [
+        _change(before[key], row, info) if key in before else _alone(row, info, "new") for key, row in after.items()
+    ]
+    changes += [_alone(row, info, "removed") for key, row in before.items() if key not in after]
     p_values = holm([change.difference.p_value if change.difference else None for change in changes])
-    return BoardDiff(
-        info,
-        tuple(_judged(change, p, info) for change, p in zip(changes, p_values, strict=True)),
-        tuple(_full_name(row) for key, row in after.items() if key not in before),
-        tuple(_full_name(row) for key, row in before.items() if key not in after),
-    )
+    return BoardDiff(info, tuple(_judged(change, p, info) for change, p in zip(changes, p_values, strict=True)))
 
 
 def _metric(old: PublishedLeaderboard, new: PublishedLeaderboard, metric: str | None) -> PublishedMetric:
@@ -102,8 +98,13 @@ def _by_key(board: PublishedLeaderboard) -> dict[Key, PublishedRow]:
     return {(row.setting, row.label, row.grouping): row for row in board.rows}
 
 
-def _full_name(row: PublishedRow) -> str:
-    return f"{row.setting}: {row.name}" if row.setting else row.name
+def _alone(row: PublishedRow, info: PublishedMetric, verdict: Literal["new", "removed"]) -> Change:
+    """A row that one of the leaderboards does not have."""
+    score = row.metrics.get(info.name)
+    mean = score.mean if score else None
+    old_mean, new_mean = (None, mean) if verdict == "new" else (mean, None)
+    old_rank, new_rank = (None, row.rank) if verdict == "new" else (row.rank, None)
+    return Change(row.setting, row.name, old_mean, new_mean, None, False, verdict, "", old_rank, new_rank, ())
 
 
 def _change(old: PublishedRow, new: PublishedRow, info: PublishedMetric) -> Change:

@@ -175,7 +175,9 @@ def test_leaderboard_diff(harness: Harness, run: Path) -> None:
     assert outcome.out.count("unchanged") == 5
     assert re.search(r"IA3 agnostic .*\+0\.501 \[\+0\.\d+, \+0\.\d+\] +better", outcome.out)
     assert re.search(r"IA3 agnostic .*→ 1–2", outcome.out)
-    assert "removed: BitFit specific" in outcome.out
+    assert re.search(r"BitFit +0\.\d+ +– +removed +\S+ → –\s+specific", outcome.out)
+    back = harness("leaderboard", "diff", "new.json", path)
+    assert re.search(r"BitFit +– +0\.\d+ +new +– → \S+\s+specific", back.out)
     assert max(map(len, outcome.out.splitlines())) <= 80
 
 

@@ -47,7 +47,7 @@ def test_a_leaderboard_is_unchanged_from_itself(tmp_path: Path) -> None:
     one = board(tmp_path)
     found = diff(one, one)
     assert {change.verdict for change in found.changes} == {"unchanged"}
-    assert (len(found.changes), found.added, found.removed) == (8, (), ())
+    assert len(found.changes) == 8
     assert all(change.notes == () and change.old_rank == change.new_rank for change in found.changes)
 
 
@@ -176,9 +176,21 @@ def test_rows_that_came_and_went_and_changed_ranks(tmp_path: Path) -> None:
     scores = {0: 9.0, 1: 9.01, 2: 9.02}
     new = board(tmp_path / "new", cider(scores), methods=[*methods, ("BitFit", "bitfit", "specific", 1, 0.5)])
     found = diff(old, new)
-    assert (found.added, found.removed) == (("BitFit specific",), ("IA3 agnostic",))
-    assert [change.name for change in found.changes] == [LORA, "Full fine-tuning"]
-    assert (found.changes[0].old_rank, found.changes[0].new_rank) == ((1, 2), (1, 1))
+    by_name = {change.name: change for change in found.changes}
+    assert [change.name for change in found.changes][-1] == "IA3 agnostic"  # after the rows of the new one
+    assert (by_name[LORA].old_rank, by_name[LORA].new_rank) == ((1, 2), (1, 1))
+    came, went = by_name["BitFit specific"], by_name["IA3 agnostic"]
+    assert (came.verdict, came.old_mean, came.old_rank, came.difference) == ("new", None, None, None)
+    assert came.new_mean == pytest.approx(
+        new.rows[[row.name for row in new.rows].index(came.name)].metrics["cider"].mean
+    )
+    assert came.new_rank is not None
+    assert (went.verdict, went.new_mean, went.new_rank, went.difference) == ("removed", None, None, None)
+    assert went.old_mean is not None
+    tested = [change for change in found.changes if change.difference]
+    assert {change.name for change in tested} == {LORA}  # p is corrected over these alone
+    assert tested[0].difference is not None
+    assert tested[0].difference.p_adjusted == tested[0].difference.p_value
 
 
 def test_metrics_must_be_shared(tmp_path: Path) -> None:
