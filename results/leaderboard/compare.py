@@ -138,7 +138,9 @@ def _differences(run: Run, first: Side, second: Side, shown: Sequence[MetricInfo
     if len(rows) == 2 and rows[0] is not None and rows[1] is not None:
         both = {info.name: board.compare(rows[0], rows[1], info.name) for info in shown}
         scored = sum(board.primary.name in row.metrics for row in ranked.values())
-        return _Found(_present(both), board.unreadable), scored * (scored - 1) // 2
+        own = tuple(record.trial_id for side in (first, second) for record in side.row.finished)
+        unreadable = tuple(message for message in board.unreadable if message.startswith(own))
+        return _Found(_present(both), unreadable), scored * (scored - 1) // 2
     finished = [*first.row.finished, *second.row.finished]
     resampled = Resampled(finished, shown, examples_of(run, finished, shown))
     one, other = (
