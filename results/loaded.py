@@ -15,6 +15,7 @@ from results.leaderboard.join import read_runs
 if TYPE_CHECKING:
     import pandas as pd
 
+    from results.leaderboard.recommend import Recommendation
     from results.leaderboard.table import Leaderboard
 
 
@@ -81,6 +82,37 @@ class Results:
         from results.leaderboard.table import build_leaderboard
 
         return build_leaderboard(self.run)
+
+    def recommend(
+        self,
+        *,
+        max_trainable: str | float | None = None,
+        max_memory: str | float | None = None,
+        max_hours: str | float | None = None,
+        within: str | float | None = None,
+        metric: str | None = None,
+    ) -> tuple[Recommendation, ...]:
+        """Which method to use: the cheapest that is not worse than the best, as ``harness recommend`` says it.
+
+        Args:
+            max_trainable: most trainable parameters: ``2_000_000``, ``"2M"``, or ``"1%"`` of the reference method's.
+            max_memory: most memory in training: ``"24GiB"``, bytes, or a share.
+            max_hours: longest training of one trial, or a share.
+            within: how much worse than the best is good enough: ``"2%"``; default: the experiment's margin.
+            metric: decide by this metric; default: the primary one.
+
+        Returns:
+            One for each setting; with several settings the first is the one over all of them.
+
+        Raises:
+            UserError: an amount cannot be read, the metric is unknown, or a share has no reference method.
+        """
+        from results.leaderboard.amounts import parse_margin
+        from results.leaderboard.recommend import limits_of, recommend_from
+
+        limits = limits_of(max_trainable, max_memory, max_hours)
+        margin = None if within is None else parse_margin(within, "within")
+        return recommend_from(self.run, limits, margin, metric)
 
 
 def load_results(runs: str | Path | Iterable[str | Path]) -> Results:

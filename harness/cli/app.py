@@ -140,7 +140,7 @@ def plan_command(file: ExperimentFile, output: Output = Path("runs"), fresh: Fre
 
 
 app.command(rich_help_panel=EXPERIMENTS)(cli_results.status)
-for command in (cli_results.report, cli_results.compare, cli_results.attention):
+for command in (cli_results.recommend, cli_results.report, cli_results.compare, cli_results.attention):
     app.command(rich_help_panel=RESULTS)(command)
 
 

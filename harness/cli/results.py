@@ -135,6 +135,36 @@ def compare(
     console.print(comparison_view(found))
 
 
+def recommend(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="[RUN...]", help="Run folders; by default the newest in ./runs.")
+    ] = None,
+    max_trainable: Annotated[
+        str | None, typer.Option(help="Most trainable parameters: 2M, or 1% of the reference method's.")
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Most memory in training: 24GiB, or 50% of the reference method's.")
+    ] = None,
+    max_hours: Annotated[
+        str | None, typer.Option(help="Longest training of one trial in hours: 2, or 50% of the reference method's.")
+    ] = None,
+    within: Annotated[
+        str | None,
+        typer.Option(help="How much worse than the best is good enough; default: the experiment's margin."),
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="Decide by this metric, such as cider.")] = None,
+) -> None:
+    """Say which method to use: the cheapest that is not shown to be worse than the best, and its price."""
+    from results.leaderboard.amounts import parse_margin
+    from results.leaderboard.join import read_runs
+    from results.leaderboard.recommend import limits_of, recommend_from
+
+    limits = limits_of(max_trainable, max_memory, max_hours, prefix="--")
+    margin = None if within is None else parse_margin(within, "--within")
+    for found in recommend_from(read_runs(runs or [newest_run()]), limits, margin, metric):
+        _print(found.text)
+
+
 @leaderboard_app.command("diff")
 def leaderboard_diff(
     old: Annotated[Path, typer.Argument(metavar="OLD.json", help="The leaderboard.json of a report.")],

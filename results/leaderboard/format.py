@@ -102,6 +102,12 @@ def p_text(difference: Difference) -> str:
     return "" if p is None else "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
+def share(value: float) -> str:
+    """A share of 1 in percent: ``0.7 %``, ``41 %``."""
+    percent = 100 * value
+    return f"{percent:.0f} %" if percent >= 9.95 else f"{percent:.2g} %"
+
+
 def count(value: int | None) -> str:
     """``12,976,128``."""
     return ABSENT if value is None else f"{value:,}"
