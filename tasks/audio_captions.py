@@ -107,7 +107,8 @@ class AudioCaptions(FileTask):
         for clip in clips:
             try:
                 path = files.find(folder, clip.file, clip.where)
-                examples.append(Example(clip.id, (Part("audio", path),), tuple(clip.captions)))
+                parts = (Part("audio", path),)
+                examples.append(Example(clip.id, parts, tuple(clip.captions), cluster=clip.video))
             except MissingFileError as error:
                 missing.append(error)
             except UserError as error:
@@ -149,6 +150,7 @@ class _Clip(NamedTuple):
     id: str
     file: str  # name in the folder of its split
     captions: list[str]
+    video: str | None = None  # several clips may be cut from one
 
 
 def _clotho(table: Path, folder: Path, problems: ProblemList) -> list[_Clip]:
@@ -186,5 +188,5 @@ def _audiocaps(table: Path, folder: Path, problems: ProblemList) -> list[_Clip]:
         clip_id = f"{video}_{start_s}"
         stems = [clip_id, video, f"Y{video}", *(number for _, number, _ in rows)]
         file = next((present[stem] for stem in stems if stem in present), f"{video}.wav")
-        clips.append(_Clip(f"{rows[0][0]}: youtube_id", clip_id, file, [caption for _, _, caption in rows]))
+        clips.append(_Clip(f"{rows[0][0]}: youtube_id", clip_id, file, [caption for _, _, caption in rows], video))
     return clips

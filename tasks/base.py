@@ -52,6 +52,9 @@ class Example:
     references: tuple[str, ...]
     target: str | None = None  # context of the answer; None: the last one of the task
     member: str = ""  # in a mixture: the task that this example comes from
+    # What it shares with others that have the same: the picture of several questions, a conversation, a speaker. Such
+    # examples are resampled together. None: none, except examples with the same input file (tasks/clusters.py).
+    cluster: str | None = None
 
     def __post_init__(self) -> None:
         pairs = self.inputs.items() if isinstance(self.inputs, Mapping) else self.inputs

@@ -164,7 +164,13 @@ class Mixture(Task):
     def _splits(self) -> dict[Split, tuple[Example, ...]]:
         splits: dict[Split, tuple[Example, ...]] = {
             split: tuple(
-                replace(example, id=f"{key}/{example.id}", member=key, target=example.target or task.contexts[-1])
+                replace(
+                    example,
+                    id=f"{key}/{example.id}",
+                    member=key,
+                    target=example.target or task.contexts[-1],
+                    cluster=None if example.cluster is None else f"{key}/{example.cluster}",
+                )
                 for key, task in self._members.items()
                 for example in task.examples(split)
             )

@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
@@ -98,7 +99,17 @@ class Speech(FileTask):
         require_folder(self.root, "recordings")
         layout = self.config.layout if self.config.layout != "auto" else find_layout(self.root)
         _check_options(self.config, layout)
-        return _READERS[layout](self.root, self.config, AudioFiles(), problems)
+        splits = _READERS[layout](self.root, self.config, AudioFiles(), problems)
+        return {split: _several_speakers(examples) for split, examples in splits.items()}
+
+
+def _several_speakers(examples: list[Example]) -> list[Example]:
+    """Without clusters if there is one speaker: then it is a condition of the test, and what varies is the recording.
+
+    Of several speakers each is a cluster: how well one is understood is alike in all its recordings.
+    """
+    several = len({example.cluster for example in examples}) > 1
+    return examples if several else [replace(example, cluster=None) for example in examples]
 
 
 def find_layout(root: Path) -> Layout:
@@ -174,8 +185,9 @@ def read_audiofolder(root: Path, config: SpeechConfig, files: AudioFiles, proble
             try:
                 path = files.find(table.parent, str(row.values["file_name"]), f"{row.where}: file_name")
                 example_id = path.relative_to(root).as_posix()
-                example = Example(example_id, (Part("audio", path),), (row.text(config.text_column),))
+                text = row.text(config.text_column)
                 speaker = row.name(config.speaker_column) if config.speaker_column else ""
+                example = Example(example_id, (Part("audio", path),), (text,), cluster=speaker or None)
                 recordings.append(_Recording(row.where, speaker, example))
             except UserError as error:
                 problems.add(error)
@@ -261,7 +273,8 @@ def _chapter(table: Path, lower_case: bool, files: AudioFiles, problems: Problem
             where = f"{table}: line {number}"
             path = files.find(table.parent, f"{utterance}.flac", where)
             text = spoken_text(text.lower() if lower_case else text, where)
-            examples.append(Example(utterance, (Part("audio", path),), (text,)))
+            speaker = table.parent.parent.name
+            examples.append(Example(utterance, (Part("audio", path),), (text,), cluster=speaker))
         except UserError as error:
             problems.add(error)
     for stem in sorted(unlisted):
@@ -288,8 +301,9 @@ def read_fsdd(root: Path, config: SpeechConfig, files: AudioFiles, problems: Pro
         except UserError as error:
             problems.add(error)
             continue
-        example = Example(path.stem, (Part("audio", path),), (DIGITS[int(match["digit"])],))
-        recordings.append(_Recording(where, match["speaker"], example))
+        text, speaker = DIGITS[int(match["digit"])], match["speaker"]
+        example = Example(path.stem, (Part("audio", path),), (text,), cluster=speaker)
+        recordings.append(_Recording(where, speaker, example))
 
     speakers = sorted({recording.speaker for recording in recordings})
     if len(speakers) < 3:

@@ -21,7 +21,7 @@ from pydantic import field_validator
 
 from harness.core.errors import ProblemList
 from tasks.base import Config, Example, Part, Split
-from tasks.formats.conversations import Conversation, read_lines
+from tasks.formats.conversations import Conversation, clusters, read_lines
 from tasks.formats.data_files import leaves_folder, nearest, require_folder
 from tasks.splits import FileTask, check_disjoint
 
@@ -93,9 +93,9 @@ class Text(FileTask):
         if "test" not in lines:
             lines["test"] = [line for line in lines["validation"] if _hash(line)[1] % 2 == 1]
             lines["validation"] = [line for line in lines["validation"] if _hash(line)[1] % 2 == 0]
-        return {split: tuple(map(self._example, lines[split])) for split in names}
+        return {split: tuple(map(self._example, lines[split], clusters(lines[split]))) for split in names}
 
-    def _example(self, line: Conversation) -> Example:
+    def _example(self, line: Conversation, cluster: str) -> Example:
         templates = {
             "system": self.config.system_template,
             "user": self.config.user_template,
@@ -105,7 +105,7 @@ class Text(FileTask):
             Part(role, text if line.verbatim else templates[role].replace("{content}", text))
             for role, text in line.turns
         )
-        return Example(line.id, tuple(parts), line.references)
+        return Example(line.id, tuple(parts), line.references, cluster=cluster)
 
 
 def _hash(line: Conversation) -> bytes:

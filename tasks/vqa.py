@@ -85,7 +85,8 @@ class VQA(FileTask):
 
     def _example(self, question: Question) -> Example:
         text = self.config.question_template.replace("{question}", question.text)
-        return Example(question.id, (Part("image", question.image), Part("question", text)), question.answers)
+        parts = (Part("image", question.image), Part("question", text))
+        return Example(question.id, parts, question.answers, cluster=question.image_id)
 
 
 def _write_vqav2(root: Path, name: str, image_ids: Sequence[int], questions: int) -> None:

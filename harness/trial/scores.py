@@ -20,6 +20,7 @@ from harness.model.budget import by_member
 from harness.model.build import Splits
 from harness.trial.evaluate import Likelihood
 from tasks.base import Example, Metric, Scores
+from tasks.clusters import clusters_of
 from tasks.registry import METRICS
 
 
@@ -77,17 +78,18 @@ def write_examples(
 ) -> None:
     """Write one row per evaluated example.
 
-    Columns: ``split``, ``example_id``, ``nll`` (nats, summed over references), ``tokens`` (likewise), ``nll_first`` and
-    ``tokens_first`` (of the first reference); for the test split also ``nll_wrong_input``, ``prediction``,
-    ``references`` (list), ``inputs`` (JSON: list of [context, "file" or "text", value]), one column per metric, and,
-    for metrics whose corpus score is not a mean, ``<metric>.counts`` (list of doubles), from whose sums it is computed.
+    Columns: ``split``, ``example_id``, ``cluster`` (the id of the first example that shares its input), ``nll`` (nats,
+    summed over references), ``tokens`` (likewise), ``nll_first`` and ``tokens_first`` (of the first reference); for the
+    test split also ``nll_wrong_input``, ``prediction``, ``references`` (list), ``inputs`` (JSON: list of [context,
+    "file" or "text", value]), one column per metric, and, for metrics whose corpus score is not a mean,
+    ``<metric>.counts`` (list of doubles), from whose sums it is computed.
     Values that were not measured are null.
     """
-    rows = [_row("validation", example, validation, i) for i, example in enumerate(splits.validation)]
-    for i, example in enumerate(splits.test):
+    rows = _rows("validation", splits.validation, validation)
+    for i, (row, example) in enumerate(zip(_rows("test", splits.test, test), splits.test, strict=True)):
         rows.append(
             {
-                **_row("test", example, test, i),
+                **row,
                 "nll_wrong_input": None if wrong is None else wrong.nll[i],
                 "prediction": predictions[example.id],
                 "references": list(example.references),
@@ -102,12 +104,16 @@ def write_examples(
         pd.DataFrame(rows).to_parquet(partial, index=False)
 
 
-def _row(split: str, example: Example, likelihood: Likelihood, index: int) -> dict[str, Any]:
-    return {
-        "split": split,
-        "example_id": example.id,
-        "nll": likelihood.nll[index],
-        "tokens": likelihood.tokens[index],
-        "nll_first": likelihood.first_nll[index],
-        "tokens_first": likelihood.first_tokens[index],
-    }
+def _rows(split: str, examples: Sequence[Example], likelihood: Likelihood) -> list[dict[str, Any]]:
+    return [
+        {
+            "split": split,
+            "example_id": example.id,
+            "cluster": cluster,
+            "nll": likelihood.nll[index],
+            "tokens": likelihood.tokens[index],
+            "nll_first": likelihood.first_nll[index],
+            "tokens_first": likelihood.first_tokens[index],
+        }
+        for index, (example, cluster) in enumerate(zip(examples, clusters_of(examples), strict=True))
+    ]

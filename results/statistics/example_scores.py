@@ -24,10 +24,16 @@ Source = tuple[Path, Mapping[str, float]]  # a trial's examples.parquet, and its
 
 
 class Examples:
-    """The test examples of one trial: their sorted ids, and by metric the columns that its score is computed from."""
+    """The test examples of one trial: their sorted ids, and by metric the columns that its score is computed from.
 
-    def __init__(self, ids: tuple[str, ...], columns: Mapping[str, Floats]) -> None:
-        self.ids, self.columns = ids, columns  # columns: metric → (E, K)
+    ``clusters`` are names shared by examples that share an input (``tasks/clusters.py``); None: the file is from an
+    earlier version, and nothing is known.
+    """
+
+    def __init__(
+        self, ids: tuple[str, ...], columns: Mapping[str, Floats], clusters: tuple[str, ...] | None = None
+    ) -> None:
+        self.ids, self.columns, self.clusters = ids, columns, clusters  # columns: metric → (E, K)
 
 
 def read_many(sources: Sequence[Source], metrics: Mapping[str, MetricInfo]) -> Iterator[Examples | str]:
@@ -67,7 +73,8 @@ def read_examples(path: Path, metrics: Mapping[str, MetricInfo], scores: Mapping
         wanted = {name: _columns_of(info) for name, info in metrics.items() if name in scores}
         wanted = {name: columns for name, columns in wanted.items() if known.issuperset(columns)}
         needed = dict.fromkeys(column for columns in wanted.values() for column in columns)
-        table = file.read(columns=["split", "example_id", *needed], use_threads=False)
+        named = ["cluster"] if "cluster" in known else []
+        table = file.read(columns=["split", "example_id", *named, *needed], use_threads=False)
     rows = np.flatnonzero(table.column("split").to_numpy() == "test")
     ids = table.column("example_id").to_numpy()[rows].astype(str)
     order = np.argsort(ids, kind="stable")
@@ -80,7 +87,8 @@ def read_examples(path: Path, metrics: Mapping[str, MetricInfo], scores: Mapping
             continue
         if agree(float(score(metrics[name], values_EK.sum(axis=0))), scores[name]):
             found[name] = values_EK
-    return Examples(tuple(ids.tolist()), found)
+    clusters = tuple(table.column("cluster").to_numpy()[rows].astype(str).tolist()) if named else None
+    return Examples(tuple(ids.tolist()), found, clusters)
 
 
 def _columns_of(metric: MetricInfo) -> tuple[str, ...]:

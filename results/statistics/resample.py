@@ -1,7 +1,13 @@
 """The trials of one setting on resampled test examples, for intervals over examples and paired tests.
 
-Axes: B resamples or permutations, E examples, K columns of a score (``results/statistics/example_scores.py``), R rows.
-Every trial has the same resamples, so differences between trials are paired by example.
+Axes: B resamples or permutations, E examples, G clusters of examples, K columns of a score
+(``results/statistics/example_scores.py``), R rows. Every trial has the same resamples, so differences between trials
+are paired by example.
+
+Examples that share an input (questions about one picture) are drawn and exchanged together: what varies between test
+sets is the picture. Scores depend on sums over examples alone, so all that follows works on the sums of the clusters,
+and their number, not that of the examples, gives the degrees of freedom. Where nothing is shared, a cluster is an
+example.
 
 A corpus score is recomputed from the columns of the drawn examples: BLEU from their n-gram counts, perplexity from
 their likelihoods and tokens, an error rate from their errors and words. CIDEr is the mean of the examples' CIDEr, whose
@@ -55,8 +61,30 @@ class _Trial:
     """The examples of one trial, its scores on their resamples, and a number shared by trials with the same ids."""
 
     ids: int
-    columns_KE: Mapping[str, Floats]  # by key of the counts, which bleu_1 to bleu_4 share
+    columns_KG: Mapping[str, Floats]  # by key of the counts, which bleu_1 to bleu_4 share
     replicates_B: Mapping[str, Floats]  # by metric
+
+
+class Clusters:
+    """Which examples are drawn together.
+
+    Args:
+        names: of the cluster of each example (E).
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        numbers: dict[str, int] = {}  # in the order of first occurrence
+        number_E = np.array([numbers.setdefault(name, len(numbers)) for name in names])
+        self.count = len(numbers)
+        self._order_E = np.argsort(number_E, kind="stable")
+        self._starts_G = np.searchsorted(number_E[self._order_E], np.arange(self.count))
+
+    def sums(self, columns_E: Floats) -> Floats:
+        """(…, G) sums over the examples of each cluster of (…, E); the same numbers where no example shares one."""
+        if self.count == columns_E.shape[-1]:
+            return columns_E
+        sums: Floats = np.add.reduceat(columns_E[..., self._order_E], self._starts_G, axis=-1)
+        return sums
 
 
 class Resampled:
@@ -78,32 +106,40 @@ class Resampled:
         self.unreadable: list[str] = []  # one message per file that could not be read
         self._ids: dict[tuple[str, ...], int] = {}
         self._trials: dict[str, _Trial] = {}
+        self._clusters: dict[int, Clusters] = {}  # of the examples with this number
         alike: dict[tuple[int, tuple[str, ...]], dict[str, Examples]] = {}
         for record, found in zip(records, examples, strict=False):
             if isinstance(found, str):
                 self.unreadable.append(f"{record.trial_id}: {found}")
-            elif len(found.ids) > 1:  # a single example has no variance
+            else:
                 ids = self._ids.setdefault(found.ids, len(self._ids))
                 alike.setdefault((ids, tuple(found.columns)), {})[record.trial_id] = found
+                if found.clusters is not None:  # files of earlier versions have none, and are resampled like the others
+                    self._clusters.setdefault(ids, Clusters(found.clusters))
         for (ids, names), trials in alike.items():
+            clusters = self._clusters.setdefault(ids, Clusters(next(iter(trials.values())).ids))
             for part in _parts(list(trials.items()), _BATCH):
-                self._resample(ids, names, dict(part))
+                if clusters.count > 1:  # a single one has no variance
+                    self._resample(ids, names, dict(part))
 
     def _resample(self, ids: int, names: tuple[str, ...], trials: Mapping[str, Examples]) -> None:
         """Resample trials with the same examples and scores in one matrix product: many small ones take longer."""
         keys = {counts_key(self.metrics[name]): name for name in names}
-        columns_TKE = {key: np.stack([one.columns[name].T for one in trials.values()]) for key, name in keys.items()}
+        clusters = self._clusters[ids]
+        columns_TKG = {
+            key: clusters.sums(np.stack([one.columns[name].T for one in trials.values()])) for key, name in keys.items()
+        }
         replicates_TB: dict[str, Floats] = {}
         if keys:
-            joined_TKE = np.concatenate(list(columns_TKE.values()), axis=1)
-            sums_TBK = _weighted(joined_TKE, resample_weights(joined_TKE.shape[-1]))
-            ends = np.cumsum([columns.shape[1] for columns in columns_TKE.values()])
-            sums = dict(zip(columns_TKE, np.split(sums_TBK, ends[:-1], axis=-1), strict=True))
+            joined_TKG = np.concatenate(list(columns_TKG.values()), axis=1)
+            sums_TBK = _weighted(joined_TKG, resample_weights(clusters.count))
+            ends = np.cumsum([columns.shape[1] for columns in columns_TKG.values()])
+            sums = dict(zip(columns_TKG, np.split(sums_TBK, ends[:-1], axis=-1), strict=True))
             replicates_TB = {name: score(self.metrics[name], sums[counts_key(self.metrics[name])]) for name in names}
         for t, trial_id in enumerate(trials):
             self._trials[trial_id] = _Trial(
                 ids,
-                {key: columns[t] for key, columns in columns_TKE.items()},
+                {key: columns[t] for key, columns in columns_TKG.items()},
                 {name: replicates[t] for name, replicates in replicates_TB.items()},
             )
 
@@ -111,10 +147,10 @@ class Resampled:
         return self._trials[record.trial_id].ids
 
     def _examples(self, ids: int) -> int:
-        return len(list(self._ids)[ids])
+        return self._clusters[ids].count
 
     def replicates(self, records: Sequence[TrialRecord], metric: str) -> tuple[Floats, int] | None:
-        """The mean over trials on each resample (B,), and the number of examples; None if a trial lacks the score."""
+        """The mean over trials on each resample (B,), and the number of clusters; None if a trial lacks the score."""
         trials = [trial for record in records if (trial := self._trials.get(record.trial_id)) is not None]
         present = [trial.replicates_B[metric] for trial in trials if metric in trial.replicates_B]
         if not records or len(present) < len(records) or len({trial.ids for trial in trials}) > 1:
@@ -130,7 +166,7 @@ class Resampled:
         return found
 
     def replicates_of_rows(self, rows: Sequence[Sequence[TrialRecord]], metric: str) -> tuple[Floats, int] | None:
-        """Each row's mean over the trials that have the score (R, B), and the number of examples; None without rows.
+        """Each row's mean over the trials that have the score (R, B), and the number of clusters; None without rows.
 
         NaN for a row that cannot be resampled, or whose examples differ from those of the first row: no pairing.
         """
@@ -201,12 +237,12 @@ class Resampled:
         columns = counts_key(self.metrics[metric])
         key = (columns, tuple(one.trial_id for pairs in rows for one, _ in pairs))
         if key not in sums:
-            one_RSKE, other_RSKE = (
-                np.array([[self._trials[pair[side].trial_id].columns_KE[columns] for pair in pairs] for pairs in rows])
+            one_RSKG, other_RSKG = (
+                np.array([[self._trials[pair[side].trial_id].columns_KG[columns] for pair in pairs] for pairs in rows])
                 for side in (0, 1)
             )
-            moved_RSBK = _weighted(other_RSKE - one_RSKE, swaps(one_RSKE.shape[-1]))
-            one_RSK, other_RSK = one_RSKE.sum(axis=-1)[:, :, None], other_RSKE.sum(axis=-1)[:, :, None]
+            moved_RSBK = _weighted(other_RSKG - one_RSKG, swaps(one_RSKG.shape[-1]))
+            one_RSK, other_RSK = one_RSKG.sum(axis=-1)[:, :, None], other_RSKG.sum(axis=-1)[:, :, None]
             sums[key] = (one_RSK + moved_RSBK, other_RSK - moved_RSBK)
         one_RSBK, other_RSBK = sums[key]
         info = self.metrics[metric]
@@ -230,12 +266,12 @@ def _parts(whole: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (whole[start : start + size] for start in range(0, len(whole), size))
 
 
-def _weighted(columns_KE: Floats, weights_BE: NDArray[np.float32]) -> Floats:
-    """(…, B, K) weighted sums over the examples of (…, K, E), contiguous by column.
+def _weighted(columns_KG: Floats, weights_BG: NDArray[np.float32]) -> Floats:
+    """(…, B, K) weighted sums over the clusters of (…, K, G), contiguous by column.
 
     In single precision, which is twice as fast: counts stay exact, other sums are accurate to 1e-6.
     """
-    *shape, examples = columns_KE.shape
-    sums = columns_KE.reshape(-1, examples).astype(np.float32) @ weights_BE.T
+    *shape, clusters = columns_KG.shape
+    sums = columns_KG.reshape(-1, clusters).astype(np.float32) @ weights_BG.T
     found: Floats = np.swapaxes(sums.reshape(*shape, -1), -1, -2).astype(np.float64)
     return found

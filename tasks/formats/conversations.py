@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,24 @@ def read_lines(path: Path, name: str, problems: ProblemList) -> list[Conversatio
     if not found and len(problems.messages) == known:
         problems.add(f"{path}: the file has no lines; at least one is needed")
     return found
+
+
+def clusters(lines: Sequence[Conversation]) -> list[str]:
+    """For each line the id of the first one of its conversation, among the shortest.
+
+    Lines are turns of one conversation if their turns before the answer are the same, or if one goes on from the answer
+    of the other.
+    """
+    of_turns: dict[tuple[Turn, ...], str] = {}  # turns with or without the answer → the conversation
+    found: dict[str, str] = {}
+    for line in sorted(lines, key=lambda line: len(line.turns)):
+        starts = [line.turns, *(line.turns[:n] for n in range(len(line.turns) - 1, 0, -1))]
+        answered = (start for start in starts if start == line.turns or start[-1][0] == "assistant")
+        found[line.id] = next((of_turns[start] for start in answered if start in of_turns), line.id)
+        of_turns.setdefault(line.turns, found[line.id])
+        for reference in line.references:
+            of_turns.setdefault((*line.turns, ("assistant", reference)), found[line.id])
+    return [found[line.id] for line in lines]
 
 
 class _Line:

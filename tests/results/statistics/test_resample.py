@@ -217,6 +217,61 @@ def test_permutations_are_those_of_exchanged_answers(grid: Grid, monkeypatch: py
         assert null_B[:40] == pytest.approx(again_B, rel=1e-4, abs=1e-5)
 
 
+def test_clusters_are_drawn_and_exchanged_whole(grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of trials with the same examples, one file that names the clusters is enough: the others may be older."""
+    other = Grid(tmp_path)
+    rng = np.random.default_rng(3)
+    of_index = rng.integers(0, 9, E)  # clusters of unequal sizes, scattered over the file
+    path = tmp_path / "trials" / other.one[1] / "examples.parquet"
+    table = pq.read_table(path)
+    names = [f"c{of_index[int(key.rpartition('-')[2])]}" for key in table["example_id"].to_pylist()]
+    pq.write_table(table.append_column("cluster", pa.array(names)), path)
+    run, resampled = other.read()
+    records = [run.records[trial_id] for trial_id in other.one]
+    order = list(dict.fromkeys(of_index[index] for index in other.index))
+    members = [[index for index in other.index if of_index[index] == cluster] for cluster in order]
+
+    def drawn(weights_G: Floats) -> list[int]:
+        return [index for own, times in zip(members, weights_G, strict=True) for index in own * int(times)]
+
+    nulls: list[Floats] = []
+
+    def keep(mean_N: Floats, seed_se_N: Floats, n: int, null_NB: Floats) -> list[float]:
+        nulls.extend(null_NB)
+        return [0.5] * len(null_NB)
+
+    monkeypatch.setattr("results.statistics.resample.p_values", keep)
+    metrics = list(resampled.differences([other.pairs(run)])[0])
+    for metric, null_B in zip(metrics, nulls, strict=True):
+        found = resampled.replicates(records, metric)
+        assert found is not None
+        assert found[1] == len(order)
+        for weights_G, value in zip(resample_weights(len(order))[:8], found[0], strict=False):
+            by_seed = [other.texts[trial_id].scores(drawn(weights_G))[metric] for trial_id in other.one]
+            mean = np.exp(np.mean(np.log(by_seed))) if metric == "perplexity" else np.mean(by_seed)
+            assert value == pytest.approx(mean, rel=1e-5)
+        for swap_G, value in zip(swaps(len(order))[:8], null_B, strict=False):
+            swap_E = np.isin(of_index, [cluster for cluster, swap in zip(order, swap_G, strict=True) if swap])
+            exchanged = [
+                exchange(other.texts[a], other.texts[b], swap_E.tolist())
+                for a, b in zip(other.one, other.other, strict=True)
+            ]
+            by_seed = [a.scores(range(E))[metric] - b.scores(range(E))[metric] for a, b in exchanged]
+            assert value == pytest.approx(np.mean(by_seed), rel=1e-4, abs=1e-5)
+
+
+def test_examples_of_one_cluster_have_no_variance(tmp_path: Path) -> None:
+    grid = Grid(tmp_path)
+    for trial_id in grid.texts:
+        path = tmp_path / "trials" / trial_id / "examples.parquet"
+        table = pq.read_table(path)
+        pq.write_table(table.append_column("cluster", pa.array(["all"] * len(table))), path)
+    run, resampled = grid.read()
+    found = resampled.estimate([run.records[trial_id] for trial_id in grid.one], "wer")
+    assert found is not None
+    assert (found.covers, found.examples) == ("seeds", None)
+
+
 def test_a_score_that_its_columns_do_not_give_again_covers_seeds_alone(tmp_path: Path) -> None:
     def change(trial_id: str, scores: dict[str, float]) -> None:
         scores["wer"] += 0.01
