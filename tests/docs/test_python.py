@@ -15,6 +15,7 @@ import harness
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+(RECOMMEND,) = (block for block in BLOCKS if ".recommend(" in block)
 CHECKS = """
 results.trials.to_csv("trials.csv")
 results.leaderboard.to_csv("leaderboard.csv")
@@ -25,9 +26,9 @@ assert again.folder == results.folder
 
 @pytest.fixture(scope="module")
 def script(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The document's first two blocks as one script: its folder, and what it printed."""
+    """The document's blocks on an experiment and its results as one script: its folder, and what it printed."""
     folder = tmp_path_factory.mktemp("python")
-    body = "\n".join((*BLOCKS[:2], CHECKS)).replace("import harness\n", "", 1).replace("\n", "\n    ")
+    body = "\n".join((*BLOCKS[:2], RECOMMEND, CHECKS)).replace("import harness\n", "", 1).replace("\n", "\n    ")
     (folder / "script.py").write_text(f"import harness\n\nif __name__ == '__main__':\n    {body}\n", encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "script.py"], cwd=folder, capture_output=True, text=True, timeout=280, check=False
@@ -40,6 +41,7 @@ def test_the_script_runs_the_experiment_once_and_prints_its_results(script: tupl
     folder, printed = script
     assert "[3/3]" in printed
     assert "\nTrue\n" in printed
+    assert "There is one seed, so no difference can be tested" in printed
     assert "runs/first/report/index.html" in printed
     assert printed.rstrip().endswith("all 3 trials have already finished; nothing to compute")
     assert (folder / "runs" / "first" / "report" / "index.html").is_file()
