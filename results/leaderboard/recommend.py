@@ -180,7 +180,9 @@ def _choose(board: Leaderboard, setting: str, limits: Limits, margin: float) -> 
     kept = [row for row in ranked if row.name not in dropped]
     reasons = tuple(f"{name} is left out: {reason}" for name, reason in dropped.items())
     if not kept:
-        return Recommendation(setting, None, None, "No row can be recommended: none is left.", (), reasons)
+        return Recommendation(
+            setting, None, None, "No row can be recommended: each is beyond a limit or in doubt.", (), reasons
+        )
     best = kept[0]
     enough = [row for row in kept if row is best or _good_enough(board, row, best, margin)]
     enough.sort(key=lambda row: (trainable(row) is None, trainable(row) or 0.0))
