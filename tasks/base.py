@@ -210,6 +210,9 @@ class Metric(ABC):
     # The lowest and the highest possible value of a score, None where there is none: {"wer": (0.0, None)}. Scores that
     # have both are compared on the logit scale; no interval leaves the bounds.
     bounds: ClassVar[Mapping[str, tuple[float | None, float | None]]] = {}
+    # Whether it scores short answers that repeat: then one answer to everything, and chance, are scored too, to compare
+    # with. Costs up to 50,000 more scored answers in every trial.
+    of_answers: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Scores:

@@ -33,6 +33,7 @@ from harness.model.context_model import Batch
 from harness.model.inputs import Inputs
 from harness.tracking.grid import Tracker
 from harness.trial import measure
+from harness.trial.answers import answers_of
 from harness.trial.engine import prepare_process
 from harness.trial.evaluate import Evaluator, mismatched
 from harness.trial.scores import perplexities, score_members, write_examples
@@ -270,6 +271,7 @@ class Trial:
         wrong = evaluator.likelihood(splits.test, others) if others else None
         predictions = evaluator.generate(splits.test)
         scores = score_members(self.spec.task.metrics, splits.test, predictions)
+        self.measured["answers"] = answers_of(self.spec.task.metrics, splits.train, splits.test, predictions)
         self.notes = scores.notes
         write_examples(self.folder / "examples.parquet", splits, validation, test, wrong, predictions, scores)
         wrong_input = {"perplexity_wrong_input": wrong.perplexity} if wrong else {}

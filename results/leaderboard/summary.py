@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from scipy.special import stdtrit
 
 from harness.core.record import TrialRecord
+from results.leaderboard.badges import doubts
 from results.leaderboard.coverage import DAGGER, PERCENT
 from results.leaderboard.format import estimate_text, verdict
 from results.leaderboard.table import Leaderboard, Row
@@ -47,6 +48,8 @@ def _leader(board: Leaderboard, setting: str) -> str:
         return f"Nothing is ranked: no finished trial has a test {label} that is comparable."
     best = ranked[0][0]
     mean = f"{best.name} has the best mean test {label}, {estimate_text(best.metrics[metric])}"
+    if doubt := doubts(best):
+        mean += f", although it {doubt}"
     if len(ranked) == 1:
         return f"{mean}; no other row is ranked."
     if best.metrics[metric].low is None:
@@ -127,7 +130,11 @@ def _intervals(board: Leaderboard) -> list[str]:
         ]
     examples = sorted({estimate.examples for estimate in both if estimate.examples})
     count = f"{examples[0]:,}" if len(examples) == 1 else f"{examples[0]:,} to {examples[-1]:,}"
-    words = f"{start}, and the choice of the {count} test examples, by resampling them"
+    texts = sum(one.texts for one in next(iter(_scored(board)[0].finished)).answers.values())
+    drawn = f"{count} test examples"
+    if texts > examples[-1]:  # some share a picture, a conversation or a speaker
+        drawn = f"test examples, by what they share ({count} clusters of the {texts:,} examples)"
+    words = f"{start}, and the choice of the {drawn}, by resampling them"
     alone = len(shown) - len(both)
     return [f"{words}; those of {alone} of {len(shown)} rows cover seeds alone ({DAGGER})." if alone else f"{words}."]
 

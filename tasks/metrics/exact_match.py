@@ -19,6 +19,7 @@ class ExactMatch(Metric):
     (. , ; : ! ?). Articles and other punctuation count, unlike in SQuAD's exact match: "the end" is not "end".
     """
 
+    of_answers: ClassVar[bool] = True
     labels: ClassVar[Mapping[str, str]] = {"exact_match": "Exact match"}
     bounds: ClassVar[Mapping[str, tuple[float | None, float | None]]] = {"exact_match": (0.0, 1.0)}
 

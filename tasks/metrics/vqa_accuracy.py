@@ -58,6 +58,7 @@ class VQAAccuracy(Metric):
       answer that all agree on scores below 1; a note says so.
     """
 
+    of_answers: ClassVar[bool] = True
     labels: ClassVar[Mapping[str, str]] = {"vqa_accuracy": "VQA accuracy"}
     bounds: ClassVar[Mapping[str, tuple[float | None, float | None]]] = {"vqa_accuracy": (0.0, 1.0)}
 

@@ -111,6 +111,10 @@ def test_per_example_scores_add_up_to_the_corpus_metrics(finished: Any) -> None:
     assert first == pytest.approx(record.metrics["test"]["perplexity_one_reference"], rel=1e-12)
     assert (test["tokens_first"] < test["tokens"]).all()
     assert test["prediction"].str.len().gt(0).any()
+    assert (table["cluster"] == table["example_id"]).all()  # every picture is another one
+    (answers,) = record.answers.values()
+    assert (answers.texts, answers.distinct) == (12, len({" ".join(text.split()) for text in test["prediction"]}))
+    assert answers.majority == ""  # captions hardly repeat
 
 
 def test_the_real_metrics_and_real_progress_of_a_whole_trial(tmp_path: Path) -> None:

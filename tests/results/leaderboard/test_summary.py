@@ -9,7 +9,7 @@ from typing import cast
 import pytest
 from scipy.stats import t
 
-from harness.core.record import Plan, PlannedTrial, Run, TrialRecord
+from harness.core.record import Answers, Plan, PlannedTrial, Run, TrialRecord
 from results.leaderboard import summary
 from results.leaderboard.coverage import DAGGER, coverage
 from results.leaderboard.table import Leaderboard, build_leaderboard
@@ -151,3 +151,26 @@ def test_a_table_marks_what_covers_less_than_the_rest() -> None:
     assert [mixed.cell("a", one).strip() for one in (BOTH, SEEDS)] == ["", DAGGER]
     assert mixed.cell("b", SEEDS) == ""
     assert coverage({"a": [ONE, None]}).sentence == "One seed each: there are no intervals."
+
+
+def test_a_winner_that_does_not_answer_is_named_in_the_same_sentence() -> None:
+    def change(trial: PlannedTrial, record: TrialRecord) -> TrialRecord:
+        same = Answers(texts=64, distinct=1, commonest="a cat", commonest_count=64, distinct_references=60)
+        return record.model_copy(update={"answers": {"": same}} if trial.method == "full" else {})
+
+    plan = fake_plan(seeds=(0, 1, 2))
+    first = summary.headline(board_of(plan, change))[0]
+    assert first.startswith("Full fine-tuning has the best mean test CIDEr")
+    assert ", although it writes the same text for all 64 test examples (“a cat”)" in first
+    assert "although" not in summary.headline(board_of(plan))[0]
+    alone = summary.headline(board_of(fake_plan(seeds=(0,)), change))[0]
+    assert ", although it writes the same text for all 64 test examples (“a cat”), from a single seed" in alone
+
+
+def test_clusters_are_said_to_be_what_is_drawn() -> None:
+    def change(_: PlannedTrial, record: TrialRecord) -> TrialRecord:
+        some = Answers(texts=120, distinct=90, commonest="a cat", commonest_count=2, distinct_references=100)
+        return record.model_copy(update={"answers": {"": some}})
+
+    sentence = summary.caveats(with_primary(board_of(fake_plan(), change), [BOTH] * 8))[0]
+    assert "the choice of the test examples, by what they share (50 clusters of the 120 examples)" in sentence
