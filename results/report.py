@@ -46,7 +46,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> ReportP
     board = build_leaderboard(read_runs(folders))
     folder = folders[0] / "report" if output is None else output
     page = folder / "index.html"
-    write_atomically(page, html(board))
+    write_atomically(page, html(board, folder))
     return ReportPaths(page, write_exports(board, folder))
 
 

@@ -9,6 +9,13 @@
       history.replaceState(null, "", (query ? `?${query}` : location.pathname) + location.hash);
     } catch { /* a page in a sandboxed frame cannot change its URL */ }
   };
+  window.pageState = {
+    set: (name, value) => {
+      if (value) state.set(name, value);
+      else state.delete(name);
+      remember();
+    },
+  };
 
   // Cells without a value stay last in both directions.
   const collator = new Intl.Collator("en", { numeric: true });
@@ -34,10 +41,12 @@
     body.replaceChildren(...keyed.map(([, row]) => row));
     table.append(body);
   };
+  const opposite = { ascending: "descending", descending: "ascending" };
   document.addEventListener("click", (event) => {
     const heading = event.target.closest("th[data-key] button")?.closest("th");
     if (!heading) return;
-    const direction = heading.getAttribute("aria-sort") === "ascending" ? "descending" : "ascending";
+    // The first click shows the best first.
+    const direction = opposite[heading.getAttribute("aria-sort")] ?? heading.dataset.first ?? "ascending";
     sort(heading, direction);
     const table = heading.closest("table").id;
     const others = state.getAll("sort").filter((one) => one.split("~")[0] !== table);
@@ -72,48 +81,44 @@
     offer(table, rows);
   }
 
-  // A row is shown if it has the selected method and setting and contains every word of the search.
+  // A row is shown if its setting is selected and it contains every word of the search.
   const form = document.querySelector("#leaderboard form");
-  const blocks = Array.from(document.querySelectorAll("#leaderboard .setting"), (element) => ({
-    element,
-    setting: element.dataset.setting,
-    tables: Array.from(element.querySelectorAll("table[data-filtered]"), (table) => ({
-      table,
-      frame: table.closest(".part"),
-      counted: !table.id.startsWith("differences"),
+  const tables = Array.from(document.querySelectorAll("table[data-filtered]"), (table) => {
+    const block = table.closest(".setting");
+    const setting = block?.dataset.setting ?? "";
+    return {
+      table, block, setting,
+      overview: table.id === "overview",
       rows: Array.from(table.tBodies[0].rows, (row) => ({
-        row,
-        label: row.dataset.label,
-        text: `${row.querySelector("th").textContent} ${element.dataset.setting}`.toLowerCase(),
+        row, text: `${row.querySelector("th").textContent} ${setting}`.toLowerCase(),
       })),
-    })),
-  }));
+    };
+  });
   const filter = () => {
-    const { find, setting, method } = Object.fromEntries(new FormData(form));
-    const wanted = find.toLowerCase().split(/\s+/);
+    const data = new FormData(form);
+    const wanted = data.get("find").toLowerCase().split(/\s+/).filter(Boolean);
+    const chosen = data.get("setting") ?? "";
     let shown = 0;
     let all = 0;
-    for (const block of blocks) {
-      let inBlock = 0;
-      for (const table of block.tables) {
-        let inTable = 0;
-        for (const { row, label, text } of table.rows) {
-          const keep = (!setting || setting === block.setting) && (!method || method === label)
-            && wanted.every((word) => text.includes(word));
-          if (row.hidden === keep) row.hidden = !keep;
-          inTable += keep;
-        }
-        table.frame.hidden = inTable === 0;
-        offer(table.table, inTable);
-        inBlock += inTable;
-        if (table.counted) [shown, all] = [shown + inTable, all + table.rows.length];
+    for (const { table, block, setting, overview, rows } of tables) {
+      let inTable = 0;
+      for (const { row, text } of rows) {
+        const keep = (overview || !chosen || setting === chosen) && wanted.every((word) => text.includes(word));
+        if (row.hidden === keep) row.hidden = !keep;
+        inTable += keep;
       }
-      block.element.hidden = inBlock === 0;
+      offer(table, inTable);
+      if (block) block.hidden = inTable === 0;
+      if (!overview) [shown, all] = [shown + inTable, all + rows.length];
     }
-    form.querySelector(".found").textContent = `${number.format(shown)} of ${number.format(all)} rows match`;
+    if (chosen) for (const { block, setting } of tables) if (block && setting === chosen) block.open = true;
+    form.querySelector(".found").textContent =
+      shown < all ? `${number.format(shown)} of ${number.format(all)} rows match` : `${number.format(all)} rows`;
   };
-  const changed = () => {
+  const changed = (event) => {
+    if (event.target.name === "column") return;
     for (const [name, value] of new FormData(form)) {
+      if (name === "column") continue;
       if (value) state.set(name, value);
       else state.delete(name);
     }
@@ -121,11 +126,32 @@
     remember();
   };
   for (const field of form.elements) {
-    if (field.name && state.has(field.name)) field.value = state.get(field.name);
+    if (field.name && field.name !== "column" && state.has(field.name)) field.value = state.get(field.name);
   }
   form.addEventListener("input", changed);
-  form.addEventListener("reset", () => setTimeout(changed));
+  form.querySelector("[type=reset]").addEventListener("click", (event) => { // the columns stay
+    event.preventDefault();
+    for (const name of ["find", "setting"]) {
+      if (form.elements[name]) form.elements[name].value = "";
+      state.delete(name);
+    }
+    filter();
+    remember();
+  });
   form.addEventListener("submit", (event) => event.preventDefault());
   form.hidden = false;
   filter();
+
+  // A menu closes when something else is clicked, or by Escape.
+  const menus = [...document.querySelectorAll("details.menu")];
+  document.addEventListener("click", (event) => {
+    for (const menu of menus) if (menu.open && !menu.contains(event.target)) menu.open = false;
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape") return;
+    for (const menu of menus.filter((one) => one.open)) {
+      menu.open = false;
+      menu.querySelector("summary").focus();
+    }
+  });
 })();

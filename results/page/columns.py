@@ -1,0 +1,262 @@
+"""The columns of the leaderboard: what each shows, how it sorts, and whether it is shown before it is asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from harness.core.record import MetricInfo
+from results.leaderboard import format as text
+from results.leaderboard.coverage import Coverage
+from results.leaderboard.efficiency import memory_bytes
+from results.leaderboard.rows import Row
+from results.leaderboard.table import Leaderboard
+from results.statistics.intervals import Difference, Estimate
+
+Best = Literal["low", "high", ""]  # which end is the better one; "" where neither is
+_MEMORY = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "activations_bytes")
+_MOST_OPTIONS = 12  # columns of adapter options; a comparison of many methods has more than a table can hold
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: its text, the value by which it sorts (None: last), and what stands beneath."""
+
+    text: str
+    value: float | str | None = None
+    small: str = ""
+    kind: str = ""  # a class of the style sheet: better, worse
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column; ``key`` names it in links, ``group`` in the chooser."""
+
+    key: str
+    title: str
+    group: str
+    read: Callable[[Row], Cell]
+    best: Best = ""
+    shown: bool = False
+    words: bool = False  # sorted as text, not as numbers
+
+    @property
+    def css(self) -> str:
+        """The key as a class name."""
+        return re.sub(r"[^A-Za-z0-9_-]", "_", self.key)
+
+    @property
+    def note(self) -> str:
+        """Which end is better, in words."""
+        return {"low": "lower is better", "high": "higher is better", "": ""}[self.best]
+
+    @property
+    def first(self) -> str:
+        """The direction of the first click: best first; text from A, other numbers from the smallest."""
+        return "descending" if self.best == "high" else "ascending"
+
+
+NOTHING = Cell(text.ABSENT)
+
+
+def columns_of(board: Leaderboard, rows: Sequence[Row], covered: Coverage) -> list[Column]:
+    """The columns of a table of rows, without rank and method, which every table has.
+
+    Columns in which no row has a value are left out.
+    """
+    found = [*_scores(board, covered), *_price(board), *_other_scores(board, covered), *_costs(), *_options(rows)]
+    return [one for one in found if any(one.read(row) != NOTHING for row in rows)]
+
+
+def percent(share: float) -> str:
+    """``0.7 %``, ``14 %``, ``113 %``: two digits, or what stands before the point."""
+    hundred = 100 * share
+    digits = 0 if hundred >= 9.95 or hundred == 0 else 1 if hundred >= 0.95 else 2
+    return f"{hundred:.{digits}f} %"
+
+
+def short_count(value: float) -> str:
+    """``9.3k``, ``80.7k``, ``1.24M``: three digits, for a column that is read at a glance."""
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:.3g}{letter}"
+    return f"{value:g}"
+
+
+def _best(info: MetricInfo) -> Best:
+    return "high" if info.higher_is_better else "low"
+
+
+def _scores(board: Leaderboard, covered: Coverage) -> list[Column]:
+    info = board.primary
+    return [
+        Column(info.name, f"{info.label}{covered.head(info.name)}", "Scores", _score(info, covered), _best(info), True),
+        Column(
+            "difference",
+            f"Against {board.reference_name}{covered.head('difference')}",
+            "Scores",
+            lambda row: _difference(row, info, covered, "difference"),
+            _best(info),
+            True,
+        ),
+    ]
+
+
+def _score(info: MetricInfo, covered: Coverage) -> Callable[[Row], Cell]:
+    return lambda row: _estimate(row.metrics.get(info.name), row, covered, info.name)
+
+
+def _estimate(one: Estimate | None, row: Row, covered: Coverage, key: str, unit: str = "") -> Cell:
+    if one is None:
+        return NOTHING
+    seeds = f"{one.n} of {len(row.finished)} seeds" if one.n < len(row.finished) else ""
+    bounds = f"{text.interval(one)}{covered.cell(key, one)}" if one.low is not None else ""
+    return Cell(f"{text.number(one.mean)}{unit}", one.mean, " ".join(filter(None, [bounds, seeds])))
+
+
+def _difference(row: Row, info: MetricInfo, covered: Coverage, key: str) -> Cell:
+    one: Difference | None = row.differences.get(info.name)
+    if one is None:
+        return Cell("reference", 0.0) if row.is_reference and not row.apart else NOTHING
+    verdict = text.verdict(one, info.higher_is_better)
+    small = f"{verdict}, {text.p_text(one)}" if verdict else "one seed"
+    return Cell(text.signed(one.mean), one.mean, f"{small}{covered.cell(key, one)}", verdict)
+
+
+def _price(board: Leaderboard) -> list[Column]:
+    """What a row costs: the columns that are shown at first."""
+    full = {row.setting: row for row in board.rows if row.is_reference and not row.apart}
+
+    def trainable(row: Row) -> Cell:
+        if row.parameters is None:
+            return NOTHING
+        own, other = row.parameters.trainable, full.get(row.setting)
+        share = ""
+        if other is not None and other is not row and other.parameters and other.parameters.trainable:
+            share = f"{percent(own / other.parameters.trainable)} of full"
+        return Cell(short_count(own), own, share)
+
+    def memory(row: Row) -> Cell:
+        own, other = memory_bytes(row), full.get(row.setting)
+        if own is None:
+            return NOTHING
+        whole = memory_bytes(other) if other is not None and other is not row else None
+        return Cell(text.size_text(own), own, f"{percent(own / whole)} of full" if whole else "")
+
+    def seconds(row: Row) -> Cell:
+        one = row.train_time_s
+        return NOTHING if one is None else Cell(text.duration(one.mean), one.mean)
+
+    return [
+        Column("trainable", "Trainable parameters", "Cost", trainable, "low", True),
+        Column("memory", "Memory in training", "Cost", memory, "low", True),
+        Column("train_time", "Training time", "Cost", seconds, "low", True),
+    ]
+
+
+def _other_scores(board: Leaderboard, covered: Coverage) -> list[Column]:
+    found = []
+    for info in board.ranking_metrics[1:]:
+        title = f"{info.label}{covered.head(info.name)}"
+        found.append(Column(info.name, title, "Scores", _score(info, covered), _best(info)))
+        found.append(
+            Column(
+                f"difference.{info.name}",
+                f"{info.label} against {board.reference_name}",
+                "Scores",
+                lambda row, info=info: _difference(row, info, covered, f"difference.{info.name}"),  # type: ignore[misc]
+                _best(info),
+            )
+        )
+    use = f"Uses the input{covered.head('input_use')}"
+    found.append(
+        Column(
+            "input_use", use, "Scores", lambda row: _estimate(row.input_use, row, covered, "input_use", "×"), "high"
+        )
+    )
+    return found
+
+
+def _costs() -> list[Column]:
+    def count(kind: str) -> Callable[[Row], Cell]:
+        return lambda row: NOTHING if row.parameters is None else _count(getattr(row.parameters, kind))
+
+    def size(kind: str) -> Callable[[Row], Cell]:
+        def read(row: Row) -> Cell:
+            memory = row.finished[0].memory if row.finished else None
+            value = None if memory is None else getattr(memory, kind)
+            return NOTHING if value is None else Cell(text.size_text(value), value)
+
+        return read
+
+    def mean(name: str, show: Callable[[float], str]) -> Callable[[Row], Cell]:
+        def read(row: Row) -> Cell:
+            one: Estimate | None = getattr(row, name)
+            return NOTHING if one is None else Cell(show(one.mean), one.mean)
+
+        return read
+
+    titles = ("Weights", "Gradients", "Optimizer state", "Activations")
+    return [
+        Column("examples_per_s", "Examples/s", "Cost", mean("examples_per_s", text.number), "high"),
+        Column("tokens_per_s", "Tokens/s", "Cost", mean("tokens_per_s", text.number), "high"),
+        Column("wall_time", "Wall time", "Cost", mean("wall_time_s", text.duration), "low"),
+        *(Column(kind, title, "Memory", size(kind), "low") for kind, title in zip(_MEMORY, titles, strict=True)),
+        Column("peak", "Peak of the process", "Memory", mean("peak_bytes", text.size_text), "low"),
+        *(
+            Column(f"parameters.{kind}", title, "Parameters", count(kind))
+            for kind, title in (("adapter", "In adapters"), ("projector", "In the projector"), ("total", "In total"))
+        ),
+        Column("seeds", "Seeds", "Trials", lambda row: Cell(row.seeds, len(row.finished))),
+        Column("learning_rate", "Learning rate", "Trials", _learning_rate),
+    ]
+
+
+def _count(value: int | None) -> Cell:
+    return NOTHING if value is None else Cell(text.count(value), value)
+
+
+def _learning_rate(row: Row) -> Cell:
+    rate = row.chosen.learning_rate
+    return NOTHING if rate is None else Cell(f"{rate:g}", rate, f"of {row.effort}" if row.effort > 1 else "")
+
+
+def options_of(row: Row) -> dict[str, Any]:
+    """The options of a row's adapter, as its records resolved them; empty without a finished trial."""
+    found: dict[str, Any] = row.finished[0].spec.get("adapter", {}).get("config", {}) if row.finished else {}
+    return found
+
+
+def _options(rows: Sequence[Row]) -> list[Column]:
+    """A column for every adapter option that differs between rows which have it."""
+    values: dict[str, set[str]] = {}
+    for row in rows:
+        for key, value in options_of(row).items():
+            values.setdefault(key, set()).add(_plain(value))
+    varying = [key for key, found in values.items() if len(found) > 1][:_MOST_OPTIONS]
+
+    def reader(key: str) -> Callable[[Row], Cell]:
+        def read(row: Row) -> Cell:
+            value = options_of(row).get(key)
+            if value is None:
+                return NOTHING
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            return Cell(_plain(value), value if number else _plain(value))
+
+        return read
+
+    return [Column(f"option.{key}", key, "Options", reader(key), words=not _numeric(rows, key)) for key in varying]
+
+
+def _numeric(rows: Sequence[Row], key: str) -> bool:
+    found = [options_of(row).get(key) for row in rows]
+    return all(isinstance(one, int | float) and not isinstance(one, bool) for one in found if one is not None)
+
+
+def _plain(value: Any) -> str:
+    """An option as text: ``q, v`` for a list."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
