@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
 
 from results.leaderboard import summary
 from results.leaderboard.rows import Row
@@ -46,13 +49,23 @@ def first_card(board: Leaderboard) -> FirstCard:
 
 
 def question_of(board: Leaderboard) -> str:
-    """``Which of 8 methods, by test Perplexity (lower is better), at what price? 5 seeds, 192 test examples``."""
+    """``Which of 8 ways to fine-tune tiny-llama for scenes: test Perplexity (lower is better), at what price? …``."""
     rows = [row for row in board.rows if row.finished]
     names = len({row.name for row in rows})
     direction = "higher" if board.primary.higher_is_better else "lower"
     settings = f" in {len(board.settings)} settings" if len(board.settings) > 1 else ""
-    start = f"Which of these {names} methods{settings}" if names > 1 else "How good is this method"
-    return f"{start}, by test {board.primary.label} ({direction} is better), and at what price? {_evidence(rows, board)}"
+    specs = [record.spec for row in rows for record in row.finished]
+    model, task = _only(specs, "backbone", "language_model"), _only(specs, "task", "name")
+    what = f"{names} way{'s' if names != 1 else ''} to fine-tune {PurePath(model or 'a model').name}"
+    start = f"Which of {what}{f' for {task}' if task else ''}{settings}"
+    measure = f"by test {board.primary.label} ({direction} is better)"
+    return f"{start} is worth its price, {measure}? {_evidence(rows, board)}".rstrip()
+
+
+def _only(specs: Sequence[Mapping[str, Any]], section: str, key: str) -> str | None:
+    """The value that all specs share; None if they differ or do not have it."""
+    found = {str(spec[section][key]) for spec in specs if key in spec.get(section, {})}
+    return next(iter(found)) if len(found) == 1 else None
 
 
 def _evidence(rows: list[Row], board: Leaderboard) -> str:

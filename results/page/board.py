@@ -10,8 +10,7 @@ from harness.core.record import MetricInfo
 from results.leaderboard.coverage import Coverage, table_coverage
 from results.leaderboard.rows import Row
 from results.leaderboard.table import Leaderboard
-from results.page.columns import Column, columns_of
-from results.page.embedded import row_id
+from results.page.columns import Column, columns_of, row_id
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def chooser(tables: Sequence[BoardTable]) -> dict[str, list[Column]]:
 
 def marks_of(row: Row) -> list[Mark]:
     """The badges of a row."""
-    found = []
+    found = [Mark(badge.label, f"{row.name} {badge.text}", badge.doubts_answer) for badge in row.badges]
     if row.incomplete:
         found.append(Mark(f"{row.seeds} seeds", "incomplete: not every planned seed has finished"))
     if row.mixed_versions:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from harness.core.profile import Measured, ProfileEntry
 from harness.core.record import MetricInfo
 from results.leaderboard import format as text
 from results.leaderboard.coverage import Coverage
 from results.leaderboard.efficiency import memory_bytes
+from results.leaderboard.efficiency import trainable as trainable_parameters
 from results.leaderboard.rows import Row
 from results.leaderboard.table import Leaderboard
 from results.statistics.intervals import Difference, Estimate
@@ -49,7 +51,9 @@ class Column:
 
     @property
     def note(self) -> str:
-        """Which end is better, in words."""
+        """Which end is better, in words; of costs everyone knows."""
+        if self.group != "Scores":
+            return ""
         return {"low": "lower is better", "high": "higher is better", "": ""}[self.best]
 
     @property
@@ -59,6 +63,8 @@ class Column:
 
 
 NOTHING = Cell(text.ABSENT)
+REFERENCE = Cell("reference", 0.0)
+_EMPTY = (NOTHING, REFERENCE)  # a column of these alone is left out
 
 
 def columns_of(board: Leaderboard, rows: Sequence[Row], covered: Coverage) -> list[Column]:
@@ -67,7 +73,7 @@ def columns_of(board: Leaderboard, rows: Sequence[Row], covered: Coverage) -> li
     Columns in which no row has a value are left out.
     """
     found = [*_scores(board, covered), *_price(board), *_other_scores(board, covered), *_costs(), *_options(rows)]
-    return [one for one in found if any(one.read(row) != NOTHING for row in rows)]
+    return [one for one in found if any(one.read(row) not in _EMPTY for row in rows)]
 
 
 def percent(share: float) -> str:
@@ -119,41 +125,82 @@ def _estimate(one: Estimate | None, row: Row, covered: Coverage, key: str, unit:
 def _difference(row: Row, info: MetricInfo, covered: Coverage, key: str) -> Cell:
     one: Difference | None = row.differences.get(info.name)
     if one is None:
-        return Cell("reference", 0.0) if row.is_reference and not row.apart else NOTHING
+        return REFERENCE if row.is_reference and not row.apart else NOTHING
     verdict = text.verdict(one, info.higher_is_better)
     small = f"{verdict}, {text.p_text(one)}" if verdict else "one seed"
     return Cell(text.signed(one.mean), one.mean, f"{small}{covered.cell(key, one)}", verdict)
 
 
 def _price(board: Leaderboard) -> list[Column]:
-    """What a row costs: the columns that are shown at first."""
+    """What a row costs: the columns that are shown at first. Speed and memory as profiled, or else as trained."""
     full = {row.setting: row for row in board.rows if row.is_reference and not row.apart}
 
+    def of_full(row: Row, read: Callable[[Row], float | None]) -> str:
+        own, other = read(row), full.get(row.setting)
+        whole = read(other) if other is not None and other is not row else None
+        return f"{percent(own / whole)} of full" if own is not None and whole else ""
+
     def trainable(row: Row) -> Cell:
-        if row.parameters is None:
-            return NOTHING
-        own, other = row.parameters.trainable, full.get(row.setting)
-        share = ""
-        if other is not None and other is not row and other.parameters and other.parameters.trainable:
-            share = f"{percent(own / other.parameters.trainable)} of full"
-        return Cell(short_count(own), own, share)
+        own = trainable_parameters(row)
+        return NOTHING if own is None else Cell(short_count(own), own, of_full(row, trainable_parameters))
 
     def memory(row: Row) -> Cell:
-        own, other = memory_bytes(row), full.get(row.setting)
-        if own is None:
-            return NOTHING
-        whole = memory_bytes(other) if other is not None and other is not row else None
-        return Cell(text.size_text(own), own, f"{percent(own / whole)} of full" if whole else "")
+        own = memory_bytes(row)
+        return NOTHING if own is None else Cell(text.size_text(own), own, of_full(row, memory_bytes))
 
     def seconds(row: Row) -> Cell:
         one = row.train_time_s
         return NOTHING if one is None else Cell(text.duration(one.mean), one.mean)
 
+    profiled = board.run.profile is not None
     return [
-        Column("trainable", "Trainable parameters", "Cost", trainable, "low", True),
-        Column("memory", "Memory in training", "Cost", memory, "low", True),
-        Column("train_time", "Training time", "Cost", seconds, "low", True),
+        Column("trainable", "Trainable", "Cost", trainable, "low", True),
+        *(_profiled(board) if profiled else ()),
+        Column("memory", "Memory of the model", "Cost", memory, "low", not profiled),
+        Column("train_time", "Training time", "Cost", seconds, "low", not profiled),
     ]
+
+
+def _profiled(board: Leaderboard) -> list[Column]:
+    """Step time and memory as ``harness profile`` measured them, apart from training."""
+
+    def entry_of(row: Row) -> ProfileEntry | None:
+        return board.run.profile.entry_of(row_id(row)) if board.run.profile else None
+
+    def step_time(row: Row) -> Cell:
+        entry = entry_of(row)
+        one = entry.step_time_ratio if entry else None
+        return NOTHING if one is None else Cell(f"{text.number(one.median)}×", one.median, _bounds(one))
+
+    def peak(row: Row) -> Cell:
+        entry = entry_of(row)
+        if entry is None or entry.peak_memory_bytes is None:
+            return NOTHING
+        ratio = entry.memory_ratio
+        return Cell(
+            text.size_text(entry.peak_memory_bytes.median),
+            entry.peak_memory_bytes.median,
+            f"{percent(ratio.median)} of {board.reference_name}" if ratio and not entry.is_reference else "",
+        )
+
+    def measured(name: str) -> Callable[[Row], Cell]:
+        def read(row: Row) -> Cell:
+            one: Measured | None = getattr(entry_of(row), name, None)
+            return NOTHING if one is None else Cell(text.number(one.median), one.median, _bounds(one))
+
+        return read
+
+    return [
+        Column("step_time", "Step time", "Cost", step_time, "low", True),
+        Column("peak_memory", "Peak memory", "Cost", peak, "low", True),
+        Column("profile.examples_per_s", "Examples/s, profiled", "Cost", measured("examples_per_s"), "high"),
+        Column("profile.tokens_per_s", "Tokens/s, profiled", "Cost", measured("tokens_per_s"), "high"),
+        Column("profile.energy", "Energy of a step (J)", "Cost", measured("energy_j_per_step"), "low"),
+    ]
+
+
+def _bounds(one: Measured) -> str:
+    return "" if one.low is None or one.high is None else f"[{text.number(one.low)}, {text.number(one.high)}]"
 
 
 def _other_scores(board: Leaderboard, covered: Coverage) -> list[Column]:
@@ -172,9 +219,7 @@ def _other_scores(board: Leaderboard, covered: Coverage) -> list[Column]:
         )
     use = f"Uses the input{covered.head('input_use')}"
     found.append(
-        Column(
-            "input_use", use, "Scores", lambda row: _estimate(row.input_use, row, covered, "input_use", "×"), "high"
-        )
+        Column("input_use", use, "Scores", lambda row: _estimate(row.input_use, row, covered, "input_use", "×"), "high")
     )
     return found
 
@@ -221,6 +266,11 @@ def _count(value: int | None) -> Cell:
 def _learning_rate(row: Row) -> Cell:
     rate = row.chosen.learning_rate
     return NOTHING if rate is None else Cell(f"{rate:g}", rate, f"of {row.effort}" if row.effort > 1 else "")
+
+
+def row_id(row: Row) -> str:
+    """What a link to a row ends with: the id of its first trial."""
+    return row.trials[0].trial_id
 
 
 def options_of(row: Row) -> dict[str, Any]:

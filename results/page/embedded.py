@@ -13,7 +13,7 @@ from typing import Any
 from harness.core.record import PlannedTrial, TrialRecord
 from results.leaderboard.rows import Row
 from results.leaderboard.table import Leaderboard
-from results.page.columns import Column, options_of
+from results.page.columns import Column, options_of, row_id
 from results.page.gallery import Gallery
 from results.page.plots.style import INK, Look
 
@@ -60,15 +60,10 @@ def embedded(
         "costs": list({one.key: {"key": one.key, "title": one.title} for one in costs}.values()),
         "curves": curves,
         "mlflow": board.run.plan.mlflow_uri or "",
-        "files": FILES,
+        "files": list(FILES.items()),  # a list: the order counts
         "samples": _samples(gallery),
         "rows": rows,
     }
-
-
-def row_id(row: Row) -> str:
-    """What a link to a row ends with: the id of its first trial."""
-    return row.trials[0].trial_id
 
 
 def _row(

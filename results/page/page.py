@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from results.leaderboard.table import Leaderboard
 from results.page.answer import first_card
 from results.page.attention import build_attention
 from results.page.board import BoardTable, build_overview, build_tables, chooser, marks_of
-from results.page.embedded import embedded, row_id
+from results.page.columns import row_id
+from results.page.embedded import embedded
 from results.page.gallery import build_gallery
 from results.page.plots.all import all_plots
 from results.page.plots.style import looks_of
@@ -128,6 +129,8 @@ def html(board: Leaderboard, folder: Path) -> str:
         "provenance": build_provenance(board),
         "plots": plots,
         "plot_data": plotted,
+        # The first stands beside the leaderboard where there are no scripts.
+        "other_fronts": replace(plots["parameters"], plots=plots["parameters"].plots[1:]),
         "sweeps": sweeps,
         "efficiency": efficiency,
         "attention": attention,

@@ -59,6 +59,7 @@ def _declared(row: Row) -> list[float]:
 
 
 def no_search(board: Leaderboard) -> str:
+    """A sentence for a run in which no row had a choice."""
     rates = sorted({trial.learning_rate for trial in board.run.plan.trials if trial.learning_rate is not None})
     if not rates:
         return "The plan has no learning rates."

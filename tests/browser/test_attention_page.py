@@ -38,7 +38,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "page.html"
     path.write_text(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Attention</title><style>{style}</style>'
-        f"</head><body><main><h1>Attention</h1>{section}</main></body></html>",
+        f"</head><body><main><h1>Attention</h1><section id='attention'>{section}</section></main></body></html>",
         encoding="utf-8",
     )
     return path

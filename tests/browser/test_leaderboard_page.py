@@ -1,7 +1,8 @@
-"""The leaderboard in a real browser: sorted, filtered, and shown again by a link."""
+"""The leaderboard in a real browser: sorted, filtered, its columns chosen, and shown again by a link."""
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -11,55 +12,58 @@ from tests.browser.conftest import Open
 from tests.support.rich_run import SETTINGS
 
 pytestmark = pytest.mark.browser
-ALL = 16  # rows of two settings, four of them apart
+ALL = 16  # rows of two settings, four of them not ranked
 
 
-def column(page: Page, table: str, number: int) -> list[str]:
+def column(page: Page, table: str, key: str) -> list[str]:
     """What a column of a table shows, in the order shown, without what is beneath the number."""
-    rows = page.locator(f"#{table} tbody tr:visible > :nth-child({number})").all_inner_texts()
+    place = page.locator(f"#{table} th[data-key='{key}']").evaluate("heading => heading.cellIndex + 1")
+    rows = page.locator(f"#{table} tbody tr:visible > :nth-child({place})").all_inner_texts()
     return [text.split("\n")[0].strip() for text in rows]
 
 
-def heading(page: Page, table: str, name: str) -> None:
-    page.locator(f"#{table} th").get_by_role("button", name=name).click()
+def heading(page: Page, table: str, key: str) -> None:
+    page.locator(f"#{table} th[data-key='{key}'] button").click()
 
 
-def test_numbers_are_sorted_as_numbers_in_both_directions(open_page: Open, report: Path) -> None:
+def sorted_as(page: Page, table: str, key: str) -> str | None:
+    return page.locator(f"#{table} th[data-key='{key}']").get_attribute("aria-sort")
+
+
+def test_the_first_click_shows_the_best_first(open_page: Open, report: Path) -> None:
     page = open_page(report.as_uri())
-    by_rank = column(page, "board-0", 4)
+    by_rank = column(page, "board-0", "cider")
     assert [float(text) for text in by_rank] == sorted(map(float, by_rank), reverse=True)
-    heading(page, "board-0", "CIDEr ▲")
-    assert column(page, "board-0", 4) == by_rank[::-1]
-    expect(page.locator("#board-0 th[data-key=cider]")).to_have_attribute("aria-sort", "ascending")
-    heading(page, "board-0", "CIDEr ▲")
-    assert column(page, "board-0", 4) == by_rank
-    heading(page, "board-0", "Trainable")
-    assert column(page, "board-0", 9) == ["9,312", "10,848", "12,384", "45,000", "80,688", "561,312"]
+    assert sorted_as(page, "board-0", "cider") == "descending"
+    heading(page, "board-0", "cider")
+    assert column(page, "board-0", "cider") == by_rank[::-1]
+    assert sorted_as(page, "board-0", "cider") == "ascending"
+    heading(page, "board-0", "trainable")
+    assert sorted_as(page, "board-0", "trainable") == "ascending"
+    cheapest = ["9.31k", "10.8k", "12.4k", "13.2k", "17k", "45k", "80.7k", "561k"]
+    assert column(page, "board-0", "trainable") == cheapest
+    heading(page, "board-0", "trainable")
+    assert column(page, "board-0", "trainable") == cheapest[::-1]
     assert page.locator("#board-0 th[aria-sort]").count() == 1
-    assert column(page, "board-1", 4) == sorted(column(page, "board-1", 4), key=float, reverse=True)
+    heading(page, "board-0", "cider")
+    assert column(page, "board-0", "cider") == by_rank
+    assert column(page, "board-1", "cider") == sorted(column(page, "board-1", "cider"), key=float, reverse=True)
 
 
 def test_text_is_sorted_as_text_by_the_keyboard(open_page: Open, report: Path) -> None:
     page = open_page(report.as_uri())
     page.locator("#board-1 th").get_by_role("button", name="Method").focus()
     page.keyboard.press("Enter")
-    names = column(page, "board-1", 2)
-    assert names == [
-        "Full fine-tuning",
-        "IA3 agnostic",
-        "IA3 specific",
-        "LoRA r=4 agnostic",
-        "LoRA r=4 specific",
-        "none",
-    ]
+    names = [name.partition(" ")[0] for name in column(page, "board-1", "method")]
+    assert names == ["BitFit", "BitFit", "Full", "IA3", "IA3", "LoRA", "LoRA", "none"]
 
 
 def test_what_is_missing_stays_last(open_page: Open, report: Path) -> None:
-    page = open_page(report.as_uri())
+    page = open_page(f"{report.as_uri()}#search")
     for direction in ("ascending", "descending"):
-        heading(page, "search-table", "Validation perplexity")
-        expect(page.locator("#search-table th[data-key=validation]")).to_have_attribute("aria-sort", direction)
-        shown = column(page, "search-table", 5)
+        heading(page, "search-table", "validation")
+        assert sorted_as(page, "search-table", "validation") == direction
+        shown = column(page, "search-table", "validation")
         numbers = [text for text in shown if text != "–"]
         assert 0 < len(numbers) < len(shown)
         assert shown == [*numbers, *["–"] * (len(shown) - len(numbers))]
@@ -69,57 +73,77 @@ def test_what_is_missing_stays_last(open_page: Open, report: Path) -> None:
 
 def test_words_filter_every_table_of_the_leaderboard(open_page: Open, report: Path) -> None:
     page = open_page(report.as_uri())
-    found = page.locator("#leaderboard [role=status]")
-    expect(found).to_have_text(f"{ALL} of {ALL} rows match")
-    page.get_by_label("Find").fill("LORA spec")
+    found, field = page.locator("#leaderboard [role=status]"), page.get_by_label("Find rows")
+    expect(found).to_have_text(f"{ALL} rows")
+    field.fill("LORA spec")
     expect(found).to_have_text(f"2 of {ALL} rows match")
-    for table in ("board-0", "board-1"):
-        assert column(page, table, 2) == ["LoRA r=4 specific"]
-    assert column(page, "differences-0", 1) == ["LoRA r=4 specific"]
-    expect(page.locator("#apart-0")).to_be_hidden()
-    page.get_by_label("Find").fill("bitfit")
-    assert column(page, "apart-0", 1) == ["BitFit specific", "BitFit agnostic"]
+    for table in ("overview", "board-0", "board-1"):
+        assert column(page, table, "method") == ["LoRA r=4 specific"]
+    field.fill("lora examples=1024")
+    expect(found).to_have_text(f"2 of {ALL} rows match")
     expect(page.locator("#board-0")).to_be_hidden()
-    page.get_by_label("Find").fill("nothing has this name")
+    expect(page.locator("#board-1")).to_be_visible()
+    field.fill("nothing has this name")
     expect(found).to_have_text(f"0 of {ALL} rows match")
-    page.get_by_role("button", name="Show all").first.click()
-    expect(found).to_have_text(f"{ALL} of {ALL} rows match")
+    field.fill("")
+    expect(found).to_have_text(f"{ALL} rows")
     expect(page.locator("#board-0")).to_be_visible()
 
 
-def test_setting_and_method_are_chosen(open_page: Open, report: Path) -> None:
+def test_columns_are_chosen_and_the_table_as_shown_is_a_file(open_page: Open, report: Path, tmp_path: Path) -> None:
     page = open_page(report.as_uri())
-    form = page.locator("#leaderboard form")
-    form.get_by_label("Setting").select_option(SETTINGS[1])
-    expect(page.locator("#board-0")).to_be_hidden()
-    expect(form.get_by_role("status")).to_have_text(f"8 of {ALL} rows match")
-    form.get_by_label("Method").select_option("IA3")
-    assert column(page, "board-1", 2) == ["IA3 specific", "IA3 agnostic"]
+    speed = page.locator("#board-0 th[data-key=examples_per_s]")
+    expect(speed).to_be_hidden()
+    page.get_by_text("Columns", exact=True).click()
+    page.get_by_role("checkbox", name="Examples/s").check()
+    page.get_by_role("checkbox", name="Trainable", exact=True).uncheck()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("checkbox", name="Examples/s")).to_be_hidden()
+    expect(speed).to_be_visible()
+    expect(page.locator("#board-0 th[data-key=trainable]")).to_be_hidden()
+    again = open_page(page.url)
+    expect(again.locator("#board-0 th[data-key=examples_per_s]")).to_be_visible()
+    expect(again.locator("#board-0 th[data-key=trainable]")).to_be_hidden()
+
+    page.get_by_text("Download", exact=True).click()
+    with page.expect_download() as waiting:
+        page.get_by_role("button", name="the table as shown").click()
+    waiting.value.save_as(tmp_path / "shown.csv")
+    lines = list(csv.reader((tmp_path / "shown.csv").open(encoding="utf-8")))
+    board = next(number for number, line in enumerate(lines) if line[0] == "Rank")
+    assert lines[board][:3] == ["Rank", "Method", "CIDEr"]
+    assert "Examples/s" in lines[board]
+    assert "Trainable" not in lines[board]
+    speeds = [float(line[lines[board].index("Examples/s")]) for line in lines[board + 1 : board + 9]]
+    assert min(speeds) > 250
 
 
 def test_a_link_shows_the_same(open_page: Open, report: Path) -> None:
     page = open_page(report.as_uri())
-    page.get_by_label("Find").fill("specific")
-    page.locator("#leaderboard").get_by_label("Setting").select_option(SETTINGS[0])
-    heading(page, "board-0", "Perplexity")
-    heading(page, "board-0", "Perplexity")
-    heading(page, "search-table", "Learning rate")
-    shown = [column(page, table, 2) for table in ("board-0", "search-table")]
-    assert shown[0] == ["IA3 specific", "LoRA r=4 specific"]
-
+    page.get_by_label("Find rows").fill("specific")
+    heading(page, "board-0", "trainable")
+    shown = column(page, "board-0", "method")
+    assert [name.partition(" ")[0] for name in shown] == ["IA3", "BitFit", "LoRA"]
     again = open_page(page.url)
-    expect(again.get_by_label("Find")).to_have_value("specific")
-    expect(again.locator("#leaderboard").get_by_label("Setting")).to_have_value(SETTINGS[0])
-    expect(again.locator("#leaderboard [role=status]")).to_have_text(f"3 of {ALL} rows match")
-    assert [column(again, table, 2) for table in ("board-0", "search-table")] == shown
-    expect(again.locator("#board-0 th[data-key=perplexity]")).to_have_attribute("aria-sort", "descending")
+    expect(again.get_by_label("Find rows")).to_have_value("specific")
+    expect(again.locator("#leaderboard [role=status]")).to_have_text(f"6 of {ALL} rows match")
+    assert column(again, "board-0", "method") == shown
+    assert sorted_as(again, "board-0", "trainable") == "ascending"
 
 
-def test_rows_that_may_not_be_compared_are_never_ranked(open_page: Open, report: Path) -> None:
+def test_rows_that_may_not_be_compared_stay_in_their_place_unranked_with_the_reason(
+    open_page: Open, report: Path
+) -> None:
     page = open_page(report.as_uri())
     for number in range(len(SETTINGS)):
-        assert not any("BitFit" in name for name in column(page, f"board-{number}", 2))
-        apart = page.locator(f"#apart-{number}")
-        assert "Rank" not in apart.locator("thead").inner_text()
-        expect(apart.locator("tbody tr")).to_have_count(2)
-        expect(apart).to_contain_text("learning-rate search effort differs (3 tried, Full fine-tuning 2)")
+        ranks = dict(
+            zip(column(page, f"board-{number}", "method"), column(page, f"board-{number}", "rank"), strict=True)
+        )
+        assert {name for name, rank in ranks.items() if rank == "–"} == {"BitFit specific", "BitFit agnostic"}
+        scores = [float(text) for text in column(page, f"board-{number}", "cider")]
+        assert scores == sorted(scores, reverse=True)
+        rows = page.locator(f"#board-{number} tr.apart")
+        expect(rows).to_have_count(2)
+        expect(rows.first).to_contain_text(
+            "not ranked: learning-rate search effort differs (3 tried, Full fine-tuning 2)"
+        )

@@ -59,7 +59,7 @@ def test_axe_finds_nothing(open_page: Open, report: Path, theme: str, width: int
 def test_axe_would_find_pale_text(open_page: Open, report: Path) -> None:
     page = open_page(report.as_uri())
     page.evaluate("document.documentElement.style.setProperty('--soft', '#bbb')")
-    found = Axe().run(page, context=".headline", options={"runOnly": ["color-contrast"]})
+    found = Axe().run(page, context="#leaderboard", options={"runOnly": ["color-contrast"]})
     assert [one["id"] for one in found.response["violations"]] == ["color-contrast"]
 
 
@@ -78,11 +78,13 @@ def test_a_link_to_a_trial_opens_its_row(open_page: Open, report: Path) -> None:
 def test_every_row_leads_to_its_trials(open_page: Open, report: Path) -> None:
     page = open_page(report.as_uri())
     expect(page.locator("#trials-table")).to_be_hidden()
-    link = page.locator("#board-0 tbody tr", has_text="LoRA r=4 specific").get_by_role("link", name="seed 2")
-    link.click()
-    target = str(link.get_attribute("href")).removeprefix("#")
-    expect(page.locator(f"[id='{target}']")).to_be_in_viewport()
-    expect(page.locator(f"[id='{target}']")).to_contain_text("LoRA r=4 specific")
+    page.locator("#board-0").get_by_role("link", name="LoRA r=4 specific").click()
+    drawer = page.get_by_role("dialog", name="LoRA r=4 specific")
+    expect(drawer).to_be_visible()
+    expect(drawer.get_by_role("link", name="record")).to_have_count(3)
+    expect(drawer).to_contain_text("rank 1–")
+    page.keyboard.press("Escape")
+    expect(drawer).to_be_hidden()
     for status in ("failed", "pruned"):
         page.locator("#failed tbody tr", has_text=status).get_by_role("link").click()
         expect(page.locator("#trials tr:target")).to_contain_text(status)
@@ -91,9 +93,7 @@ def test_every_row_leads_to_its_trials(open_page: Open, report: Path) -> None:
 def test_nothing_is_wider_than_a_phone(open_page: Open, report: Path) -> None:
     page = open_page(report.as_uri(), viewport=PHONE)
     assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
-    too_wide = (
-        "[...document.querySelectorAll('main > section > *:not(.scroll)')].filter(e => e.scrollWidth > 390).length"
-    )
+    too_wide = "[...document.querySelectorAll('main section > *:not(.scroll)')].filter(e => e.scrollWidth > 390).length"
     assert page.evaluate(too_wide) == 0
     assert page.evaluate("[...document.querySelectorAll('svg')].every(e => e.getBoundingClientRect().right <= 390)")
 
@@ -102,8 +102,8 @@ def test_paper_has_the_leaderboard_and_no_controls(open_page: Open, report: Path
     page = open_page(report.as_uri(), color_scheme="dark", viewport={"width": 1032, "height": 720})
     page.get_by_role("button", name="Dark").click()
     page.emulate_media(media="print")
-    for control in ("nav", ".themes", "#leaderboard form", "#trials"):
-        expect(page.locator(control)).to_be_hidden()
+    for control in ("nav", ".themes", "#leaderboard input", ".menu >> nth=0", ".axes", "#trials"):
+        expect(page.locator(control).first).to_be_hidden()
     expect(page.locator("#board-0")).to_be_visible()
     assert background(page) == "rgb(255, 255, 255)"
     assert page.evaluate("document.documentElement.scrollWidth") <= 1032
@@ -113,10 +113,12 @@ def test_paper_has_the_leaderboard_and_no_controls(open_page: Open, report: Path
 
 def test_without_scripts_everything_is_there_to_read(open_page: Open, report: Path) -> None:
     page = open_page(report.as_uri(), java_script_enabled=False)
-    expect(page.locator("#board-0 tbody tr")).to_have_count(6)
+    expect(page.locator("#board-0 tbody tr")).to_have_count(8)
     expect(page.locator("#board-0")).to_be_visible()
-    for control in (".themes", "#leaderboard form"):
-        expect(page.locator(control)).to_be_hidden()
+    for control in (".themes", "#leaderboard input", ".axes", "#drawer"):
+        expect(page.locator(control).first).to_be_hidden()
+    expect(page.locator("noscript svg").first).to_be_visible()
+    page.locator("#provenance > details > summary").click()
     page.locator("#trials summary").click()
     expect(page.locator("#trials tbody tr").last).to_be_visible()
 

@@ -28,8 +28,8 @@
 
   const links = (trial) => {
     const found = (trial.files ?? []).map((number) => {
-      const name = Object.keys(data.files)[number];
-      return make("a", { href: `${trial.folder}/${name}`, textContent: data.files[name] });
+      const [name, words] = data.files[number];
+      return make("a", { href: `${trial.folder}/${name}`, textContent: words });
     });
     if (trial.mlflow && /^https?:/.test(data.mlflow)) {
       found.push(make("a", { href: `${data.mlflow}/#/runs/${trial.mlflow}`, textContent: "MLflow run" }));
@@ -70,6 +70,7 @@
     });
     plot.setAttribute("role", "img");
     plot.setAttribute("aria-label", `Validation perplexity by epoch of ${row.name}, a line for each seed`);
+    for (const group of plot.querySelectorAll("g[aria-label]")) group.removeAttribute("aria-label"); // not allowed without a role
     return [make("h3", { textContent: "Curve" }), plot];
   };
 

@@ -30,12 +30,25 @@
   const fit = () => {
     const found = points();
     const metric = data.metrics.find((one) => one.key === ys.value);
-    for (const [box, values, wanted] of [[logx, found.map((p) => p.x), true], [logy, found.map((p) => p.y), !metric.higher]]) {
+    const cut = outliers(found, metric.higher);
+    for (const [box, values, wanted] of [[logx, found.map((p) => p.x), true], [logy, found.filter((p) => !cut.has(p)).map((p) => p.y), !metric.higher]]) {
       box.disabled = !found.length || spread(values) === 0;
       box.checked = wanted && spread(values) > farApart;
     }
   };
 
+  // Far worse than the others: without them the others could not be told apart, so they stand at the frame with their value.
+  const outliers = (found, higher) => {
+    const cut = new Set();
+    const badness = (p) => (higher ? -p.y : p.y > 0 ? Math.log(p.y) : p.y);
+    const sorted = [...found].sort((a, b) => badness(b) - badness(a));
+    for (let n = 0; n < sorted.length / 4 && sorted.length - n > 3; n++) {
+      const [worst, next, best] = [sorted[n], sorted[n + 1], sorted.at(-1)].map(badness);
+      if (worst - next < 1.5 * (next - best)) break;
+      for (const one of sorted.slice(0, n + 1)) cut.add(one);
+    }
+    return cut;
+  };
   // Limits that show all means, and as much of the intervals as keeps the means apart.
   const limits = (found, log) => {
     const means = found.map((p) => (log ? Math.log(p.y) : p.y));
@@ -62,12 +75,12 @@
   };
 
   // Names beside their points, each where it covers no point and no other name; without room only the tip has it.
-  const labelled = (found, at, box) => {
+  const labelled = (found, name, at, box) => {
     const taken = found.map((p) => { const [x, y] = at(p); return [x - 7, y - 7, x + 7, y + 7]; });
     const meets = (a, b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];
     return found.flatMap((p) => {
       const [x, y] = at(p);
-      const width = 6.3 * p.row.name.length + 4;
+      const width = 6.3 * name(p).length + 4;
       for (const [dx, dy, anchor] of [[10, 0, "start"], [-10, 0, "end"], [0, -14, "middle"], [0, 14, "middle"],
         [9, -12, "start"], [9, 12, "start"], [-9, -12, "end"], [-9, 12, "end"]]) {
         const left = x + dx - (anchor === "end" ? width : anchor === "middle" ? width / 2 : 0);
@@ -98,10 +111,15 @@
     }
     const width = Math.max(280, place.clientWidth);
     const height = Math.max(260, Math.min(420, place.dataset.height || 0.72 * width));
-    const best = front(found, metric.higher);
+    const cut = outliers(found, metric.higher);
+    const kept = found.filter((p) => !cut.has(p));
+    const best = front(kept, metric.higher);
     const symbol = (p) => symbols[p.row.marker] ?? "circle";
-    const intervals = found.filter((p) => p.low !== null && p.low !== undefined);
-    const y = { type: logy.checked ? "log" : "linear", domain: limits(found, logy.checked), clamp: true, ticks: 6, tickFormat: logy.checked ? "~g" : undefined,
+    const domain = limits(kept, logy.checked);
+    const edge = domain[metric.higher ? 0 : 1]; // where what is cut stands
+    for (const p of found) p.at = cut.has(p) ? edge : p.y;
+    const intervals = kept.filter((p) => p.low !== null && p.low !== undefined);
+    const y = { type: logy.checked ? "log" : "linear", domain, clamp: true, ticks: 6, tickFormat: logy.checked ? "~g" : undefined,
       label: `${metric.title}: ${metric.higher ? "higher" : "lower"} is better`, labelAnchor: "center", grid: true };
     const x = { type: logx.checked ? "log" : "linear", domain: padded(found.map((p) => p.x), logx.checked), ticks: Math.max(3, Math.floor(width / 90)),
       tickFormat: (v) => text(v), label: `${data.costs.find((one) => one.key === xs.value).title}${unit(xs.value)}: lower is better`, labelAnchor: "center" };
@@ -111,19 +129,21 @@
     const marks = [
       Plot.line(best.length ? line : [], { x: "x", y: "y", stroke: "currentColor", strokeOpacity: 0.45 }),
       Plot.ruleX(intervals, { x: "x", y1: "low", y2: "high", stroke: (p) => p.row.colour, strokeOpacity: 0.5, strokeWidth: 1.5 }),
-      Plot.dot(found, { x: "x", y: "y", r: 5, symbol: { value: symbol }, stroke: (p) => p.row.colour, strokeWidth: 1.7,
+      Plot.dot(found, { x: "x", y: "at", r: 5, symbol: { value: symbol }, stroke: (p) => p.row.colour, strokeWidth: 1.7,
         fill: (p) => (p.row.hollow || p.row.apart.length ? "var(--card)" : p.row.colour),
         ariaLabel: words, href: (p) => `#trial-${p.row.id}`, className: "points" }),
     ];
+    const name = (p) => (cut.has(p) ? `${p.row.name} ${text(p.y)} ${metric.higher ? "↓" : "↑"}` : p.row.name);
+    const rankOf = (p) => (cut.has(p) ? -1 : best.includes(p) ? 0 : 1); // who is named first where there is little room
     const bare = Plot.plot({ ...base, marks: [marks[2]] });
     const [sx, sy] = [bare.scale("x"), bare.scale("y")];
     if (found.length <= few) {
-      const names = labelled(found, (p) => [sx.apply(p.x), sy.apply(p.y)], [base.marginLeft, 0, width, height - base.marginBottom]);
+      const names = labelled([...found].sort((a, b) => rankOf(a) - rankOf(b)), name, (p) => [sx.apply(p.x), sy.apply(p.at)], [base.marginLeft, 0, width, height - base.marginBottom]);
       for (const { p, dx, dy, anchor } of names) {
-        marks.push(Plot.text([p], { x: "x", y: "y", text: () => p.row.name, dx, dy, textAnchor: anchor, fill: "currentColor", pointerEvents: "none" }));
+        marks.push(Plot.text([p], { x: "x", y: "at", text: () => name(p), dx, dy, textAnchor: anchor, fill: "currentColor", pointerEvents: "none" }));
       }
     }
-    marks.push(Plot.tip(found, Plot.pointer({ x: "x", y: "y", title: words, fill: "var(--card)", stroke: "var(--rule)", maxRadius: 30 })));
+    marks.push(Plot.tip(found, Plot.pointer({ x: "x", y: "at", title: words, fill: "var(--card)", stroke: "var(--rule)", maxRadius: 30 })));
     const plot = Plot.plot({ ...base, symbol: { range: undefined, type: "identity" }, marks });
     plot.setAttribute("role", "group");
     plot.setAttribute("aria-label", `${metric.title} against ${data.costs.find((one) => one.key === xs.value).title}, a link for each row`);
@@ -133,6 +153,7 @@
       link.dataset.row = (link.getAttribute("href") ?? link.getAttributeNS("http://www.w3.org/1999/xlink", "href")).replace("#trial-", "");
       point.removeAttribute("aria-label");
     }
+    for (const group of plot.querySelectorAll("g[aria-label]")) group.removeAttribute("aria-label"); // not allowed without a role
     place.replaceChildren(plot);
   };
 

@@ -81,13 +81,13 @@
     offer(table, rows);
   }
 
-  // A row is shown if its setting is selected and it contains every word of the search.
+  // A row is shown if its name and setting contain every word of the search.
   const form = document.querySelector("#leaderboard form");
   const tables = Array.from(document.querySelectorAll("table[data-filtered]"), (table) => {
     const block = table.closest(".setting");
     const setting = block?.dataset.setting ?? "";
     return {
-      table, block, setting,
+      table, block,
       overview: table.id === "overview",
       rows: Array.from(table.tBodies[0].rows, (row) => ({
         row, text: `${row.querySelector("th").textContent} ${setting}`.toLowerCase(),
@@ -95,15 +95,13 @@
     };
   });
   const filter = () => {
-    const data = new FormData(form);
-    const wanted = data.get("find").toLowerCase().split(/\s+/).filter(Boolean);
-    const chosen = data.get("setting") ?? "";
+    const wanted = form.elements.find.value.toLowerCase().split(/\s+/).filter(Boolean);
     let shown = 0;
     let all = 0;
-    for (const { table, block, setting, overview, rows } of tables) {
+    for (const { table, block, overview, rows } of tables) {
       let inTable = 0;
       for (const { row, text } of rows) {
-        const keep = (overview || !chosen || setting === chosen) && wanted.every((word) => text.includes(word));
+        const keep = wanted.every((word) => text.includes(word));
         if (row.hidden === keep) row.hidden = !keep;
         inTable += keep;
       }
@@ -111,7 +109,7 @@
       if (block) block.hidden = inTable === 0;
       if (!overview) [shown, all] = [shown + inTable, all + rows.length];
     }
-    if (chosen) for (const { block, setting } of tables) if (block && setting === chosen) block.open = true;
+    if (wanted.length && shown < all) for (const { block } of tables) if (block && !block.hidden) block.open = true;
     form.querySelector(".found").textContent =
       shown < all ? `${number.format(shown)} of ${number.format(all)} rows match` : `${number.format(all)} rows`;
   };
@@ -129,15 +127,6 @@
     if (field.name && field.name !== "column" && state.has(field.name)) field.value = state.get(field.name);
   }
   form.addEventListener("input", changed);
-  form.querySelector("[type=reset]").addEventListener("click", (event) => { // the columns stay
-    event.preventDefault();
-    for (const name of ["find", "setting"]) {
-      if (form.elements[name]) form.elements[name].value = "";
-      state.delete(name);
-    }
-    filter();
-    remember();
-  });
   form.addEventListener("submit", (event) => event.preventDefault());
   form.hidden = false;
   filter();
