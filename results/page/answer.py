@@ -8,48 +8,64 @@ from pathlib import PurePath
 from typing import Any
 
 from results.leaderboard import summary
+from results.leaderboard.format import ratio, share
+from results.leaderboard.recommend import Price, Recommendation, recommend
 from results.leaderboard.rows import Row
 from results.leaderboard.table import Leaderboard
 
 _SURE_IN_WORDS = 4  # further lines stand under Rules and caveats
+_IN_PERCENT = ("trainable parameters", "memory")  # "41 % of the memory"; other prices are "1.06×"
 
 
 @dataclass(frozen=True)
-class Price:
-    """One price of the recommended row."""
+class ShownPrice:
+    """One price of the recommended row, relative to the reference."""
 
     label: str
     text: str
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One recommendation: its sentence, and its prices as figures."""
-
-    title: str
-    sentence: str
-    prices: tuple[Price, ...] = ()
+    note: str  # its interval
 
 
 @dataclass(frozen=True)
 class FirstCard:
-    """What stands above everything else."""
+    """What stands above everything else; ``others``: the recommendations by setting, where there are several."""
 
     question: str
-    answers: tuple[Answer, ...]
+    title: str
+    sentence: str
+    prices: tuple[ShownPrice, ...]
+    against: str  # the reference that prices are relative to
     sure: tuple[str, ...]
+    others: tuple[Recommendation, ...]
 
 
 def first_card(board: Leaderboard) -> FirstCard:
-    """The question, the answers, and how sure they are."""
-    sentences = summary.headline(board)
-    sure = (*sentences[1:], *summary.few_seeds(board))[:_SURE_IN_WORDS]
-    return FirstCard(question_of(board), (Answer("The answer", sentences[0]),), sure)
+    """The question, the recommendation (over all settings, if there are several), and what is not known."""
+    first, *others = recommend(board)
+    title = f"Use {first.name}" if first.name else "No recommendation"
+    sentence = first.sentence.removeprefix(f"{first.name}: ").removeprefix(f"{first.name} is ")
+    if first.prices and "; " in sentence:  # its first part says the prices, which the card shows as figures
+        sentence = sentence.partition("; ")[2]
+    sure = [*summary.headline(board)[: 1 if len(board.settings) == 1 else 0], *first.unknown]
+    return FirstCard(
+        question_of(board),
+        title,
+        f"{sentence[:1].upper()}{sentence[1:]}",
+        tuple(map(_shown, first.prices)),
+        board.reference_name,
+        tuple(sure[:_SURE_IN_WORDS]),
+        tuple(others),
+    )
+
+
+def _shown(price: Price) -> ShownPrice:
+    show = share if price.name in _IN_PERCENT else ratio
+    bounds = "" if price.low is None or price.high is None else f"[{show(price.low)}, {show(price.high)}]"
+    return ShownPrice(price.name, show(price.ratio), bounds)
 
 
 def question_of(board: Leaderboard) -> str:
-    """``Which of 8 ways to fine-tune tiny-llama for scenes: test Perplexity (lower is better), at what price? …``."""
+    """``Which of 8 ways to fine-tune tiny-llama for scenes? Test Perplexity (lower is better), 2 seeds, 192 …``."""
     rows = [row for row in board.rows if row.finished]
     names = len({row.name for row in rows})
     direction = "higher" if board.primary.higher_is_better else "lower"
@@ -58,8 +74,7 @@ def question_of(board: Leaderboard) -> str:
     model, task = _only(specs, "backbone", "language_model"), _only(specs, "task", "name")
     what = f"{names} way{'s' if names != 1 else ''} to fine-tune {PurePath(model or 'a model').name}"
     start = f"Which of {what}{f' for {task}' if task else ''}{settings}"
-    measure = f"by test {board.primary.label} ({direction} is better)"
-    return f"{start} is worth its price, {measure}? {_evidence(rows, board)}".rstrip()
+    return f"{start}? Test {board.primary.label} ({direction} is better), {_evidence(rows, board)}".rstrip(", ")
 
 
 def _only(specs: Sequence[Mapping[str, Any]], section: str, key: str) -> str | None:
@@ -68,7 +83,7 @@ def _only(specs: Sequence[Mapping[str, Any]], section: str, key: str) -> str | N
     return next(iter(found)) if len(found) == 1 else None
 
 
-def _evidence(rows: list[Row], board: Leaderboard) -> str:
+def _evidence(rows: Sequence[Row], board: Leaderboard) -> str:
     """``5 seeds, 192 test examples.``"""
     scores = [row.metrics[board.primary.name] for row in rows if board.primary.name in row.metrics]
     parts = []

@@ -24,12 +24,13 @@ _MOST_OPTIONS = 12  # columns of adapter options; a comparison of many methods h
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: its text, the value by which it sorts (None: last), and what stands beneath."""
+    """One cell: its text, the value by which it sorts (None: last), what stands beneath, and more on demand."""
 
     text: str
     value: float | str | None = None
     small: str = ""
-    kind: str = ""  # a class of the style sheet: better, worse
+    kind: str = ""  # a class of the style sheet: better, worse, tie, open
+    hint: str = ""  # more of it, where the pointer rests and in the drawer
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,6 @@ def columns_of(board: Leaderboard, rows: Sequence[Row], covered: Coverage) -> li
     return [one for one in found if any(one.read(row) not in _EMPTY for row in rows)]
 
 
-def percent(share: float) -> str:
-    """``0.7 %``, ``14 %``, ``113 %``: two digits, or what stands before the point."""
-    hundred = 100 * share
-    digits = 0 if hundred >= 9.95 or hundred == 0 else 1 if hundred >= 0.95 else 2
-    return f"{hundred:.{digits}f} %"
-
-
 def short_count(value: float) -> str:
     """``9.3k``, ``80.7k``, ``1.24M``: three digits, for a column that is read at a glance."""
     for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -126,9 +120,20 @@ def _difference(row: Row, info: MetricInfo, covered: Coverage, key: str) -> Cell
     one: Difference | None = row.differences.get(info.name)
     if one is None:
         return REFERENCE if row.is_reference and not row.apart else NOTHING
-    verdict = text.verdict(one, info.higher_is_better)
-    small = f"{verdict}, {text.p_text(one)}" if verdict else "one seed"
-    return Cell(text.signed(one.mean), one.mean, f"{small}{covered.cell(key, one)}", verdict)
+    kind = {"equivalent": "tie", "unresolved": "open"}.get(one.verdict, one.verdict) if text.verdict(one) else ""
+    small = f"{text.verdict(one) or 'one seed'}{covered.cell(key, one)}"
+    return Cell(text.change(one), one.mean, small, kind, _more(one))
+
+
+def _more(one: Difference) -> str:
+    """The interval, p, both verdicts, and what would separate the two."""
+    examples = text.examples_text(one)
+    parts = [
+        text.change_interval(one),
+        text.p_text(one),
+        text.verdict_text(one) and f"new seeds: {text.verdict_text(one)}",
+    ]
+    return "; ".join(filter(None, [*parts, examples and f"these trained models: {examples}"]))
 
 
 def _price(board: Leaderboard) -> list[Column]:
@@ -138,7 +143,7 @@ def _price(board: Leaderboard) -> list[Column]:
     def of_full(row: Row, read: Callable[[Row], float | None]) -> str:
         own, other = read(row), full.get(row.setting)
         whole = read(other) if other is not None and other is not row else None
-        return f"{percent(own / whole)} of full" if own is not None and whole else ""
+        return f"{text.share(own / whole)} of full" if own is not None and whole else ""
 
     def trainable(row: Row) -> Cell:
         own = trainable_parameters(row)
@@ -180,7 +185,7 @@ def _profiled(board: Leaderboard) -> list[Column]:
         return Cell(
             text.size_text(entry.peak_memory_bytes.median),
             entry.peak_memory_bytes.median,
-            f"{percent(ratio.median)} of {board.reference_name}" if ratio and not entry.is_reference else "",
+            f"{text.share(ratio.median)} of {board.reference_name}" if ratio and not entry.is_reference else "",
         )
 
     def measured(name: str) -> Callable[[Row], Cell]:

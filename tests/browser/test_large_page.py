@@ -33,7 +33,9 @@ def write_page(path: Path, rows: int) -> Path:
     known = {(label, grouping): (trainable, quality) for label, _, grouping, trainable, quality in METHODS}
     records = {trial.trial_id: fake_record(trial, *known[(trial.label, trial.grouping)]) for trial in plan.trials}
     board = build_leaderboard(Run(path.parent, plan, records, (), ()))
-    many = [replace(row, grouping=f"{row.grouping} {number}".strip()) for number in range(rows // 8) for row in board.rows]
+    many = [
+        replace(row, grouping=f"{row.grouping} {number}".strip()) for number in range(rows // 8) for row in board.rows
+    ]
     with pytest.MonkeyPatch.context() as patch:
         kinds = ("contexts", "parameters", "curves", "input", "sweeps", "options", "pareto")
         patch.setattr(page_module, "all_plots", lambda *_: dict.fromkeys(kinds, Drawings()))
@@ -73,7 +75,7 @@ def test_the_first_rows_are_drawn_until_all_are_asked_for(open_page: Open, long_
     page.get_by_label("Find rows").fill("lora r=4 17")
     expect(page.locator("#leaderboard [role=status]")).to_have_text("2 of 240 rows match")
     expect(shown).to_have_count(2)
-    page.get_by_label("Find rows").fill("a")
+    page.get_by_label("Find rows").fill("")
     expect(shown).to_have_count(100)
     page.locator("#leaderboard").get_by_role("button", name="Show all 240 rows").first.click()
     expect(shown).to_have_count(240)

@@ -82,7 +82,7 @@ def test_every_row_leads_to_its_trials(open_page: Open, report: Path) -> None:
     drawer = page.get_by_role("dialog", name="LoRA r=4 specific")
     expect(drawer).to_be_visible()
     expect(drawer.get_by_role("link", name="record")).to_have_count(3)
-    expect(drawer).to_contain_text("rank 1–")
+    expect(drawer).to_contain_text("rank 2")
     page.keyboard.press("Escape")
     expect(drawer).to_be_hidden()
     for status in ("failed", "pruned"):

@@ -21,7 +21,8 @@
       const text = cell.firstChild?.textContent.trim() ?? "";
       if (text === "" || text === "–") return [];
       const value = make("dd", { textContent: text });
-      if (small) value.append(" ", make("small", { textContent: small.textContent, className: small.className }));
+      if (cell.title) value.append(" ", make("small", { textContent: cell.title }));
+      else if (small) value.append(" ", make("small", { textContent: small.textContent, className: small.className }));
       return [make("dt", { textContent: heads[index + 2].querySelector("button").textContent }), value];
     });
   };

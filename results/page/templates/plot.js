@@ -120,9 +120,9 @@
     for (const p of found) p.at = cut.has(p) ? edge : p.y;
     const intervals = kept.filter((p) => p.low !== null && p.low !== undefined);
     const y = { type: logy.checked ? "log" : "linear", domain, clamp: true, ticks: 6, tickFormat: logy.checked ? "~g" : undefined,
-      label: `${metric.title}: ${metric.higher ? "higher" : "lower"} is better`, labelAnchor: "center", grid: true };
+      label: `${metric.title}: ${metric.higher ? "higher" : "lower"} is better`, labelAnchor: "center", labelArrow: "none", grid: true };
     const x = { type: logx.checked ? "log" : "linear", domain: padded(found.map((p) => p.x), logx.checked), ticks: Math.max(3, Math.floor(width / 90)),
-      tickFormat: (v) => text(v), label: `${data.costs.find((one) => one.key === xs.value).title}${unit(xs.value)}: lower is better`, labelAnchor: "center" };
+      tickFormat: (v) => text(v), label: `${data.costs.find((one) => one.key === xs.value).title}${unit(xs.value)}: lower is better`, labelAnchor: "center", labelArrow: "none" };
     const base = { width, height, marginLeft: 58, marginBottom: 42, marginTop: 12, marginRight: 14, style: { background: "none", fontSize: "12px" }, x, y };
     const line = best.flatMap((p, i) => (i ? [{ x: p.x, y: best[i - 1].y }, p] : [p])).map(({ x, y }) => ({ x, y }));
     line.push({ x: x.domain[1], y: best.at(-1)?.y });
