@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from harness.sweep.run import run_experiment
     from results.loaded import Results, load_results
     from tasks.base import Config as TaskConfig
-    from tasks.base import Example, Metric, Modality, Part, Scores, Split, Task
+    from tasks.base import Example, Metric, Modality, Part, Preview, Scores, Split, Task
     from tasks.encoder import Encoder
 
 _PUBLIC = {
@@ -41,6 +41,7 @@ _PUBLIC = {
     "Metric": "tasks.base:Metric",
     "Modality": "tasks.base:Modality",
     "Part": "tasks.base:Part",
+    "Preview": "tasks.base:Preview",
     "Results": "results.loaded:Results",
     "Scores": "tasks.base:Scores",
     "Split": "tasks.base:Split",
@@ -67,6 +68,7 @@ __all__ = [
     "Metric",
     "Modality",
     "Part",
+    "Preview",
     "Results",
     "Scores",
     "Split",

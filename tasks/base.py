@@ -128,6 +128,34 @@ class Task(ABC):
         return {member: size / total for member, size in sizes.items()}
 
 
+PreviewKind = Literal["png", "wav", "text"]
+_MOST_PREVIEW_BYTES = 1 << 20  # of one, which a page embeds whole
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What people see or hear of an item: a PNG picture, a WAV recording, or text in UTF-8."""
+
+    kind: PreviewKind
+    content: bytes
+
+    def __post_init__(self) -> None:
+        starts = {"png": self.content.startswith(b"\x89PNG\r\n\x1a\n"), "wav": self.content[8:12] == b"WAVE"}
+        if self.kind == "text":
+            self.content.decode("utf-8")
+        elif not starts.get(self.kind, False):
+            raise ValueError(
+                f"a preview of kind {self.kind!r} begins with {self.content[:12]!r}; allowed: png, wav, text"
+            )
+        if not 0 < len(self.content) <= _MOST_PREVIEW_BYTES:
+            raise ValueError(f"a preview of {len(self.content):,} bytes; allowed: 1 to {_MOST_PREVIEW_BYTES:,}")
+
+    @classmethod
+    def text(cls, text: str) -> Preview:
+        """A text to read."""
+        return cls("text", text.encode("utf-8"))
+
+
 class Modality(ABC):
     """One kind of input file: how it is read, and which frozen encoders turn it into tokens."""
 
@@ -176,6 +204,10 @@ class Modality(ABC):
         if hub.is_builtin(name):
             return Modality.pretrained(self, name, weights, trust_remote_code)  # which rejects it
         return self.pretrained(name, weights, trust_remote_code).eval()
+
+    def preview(self, item: Any) -> Preview | None:
+        """What the report shows of a decoded item, in at most 1 MiB; None, by default: only the file's name."""
+        return None
 
     def remark(self, item: Any) -> str | None:
         """What ``load`` had to convert, the same text for all such files ("grey-scale, read as RGB"); None: nothing."""

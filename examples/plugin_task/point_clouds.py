@@ -9,6 +9,7 @@ clouds/train/ball-000.xyz: one point per line, x y z
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from harness import Example, Modality, Part, Split, Task, TaskConfig, UserError
+from harness import Example, Modality, Part, Preview, Split, Task, TaskConfig, UserError
 
 if TYPE_CHECKING:
     from harness import Encoder
@@ -77,6 +78,22 @@ class PointCloud(Modality):
         if not points or not np.isfinite(points).all():
             raise UserError(f"{path}: allowed: at least one point, of finite numbers")
         return np.array(points)
+
+    def preview(self, item: NDArray[np.float64]) -> Preview:
+        """The cloud from the direction in which it is widest, nearer points darker."""
+        from PIL import Image, ImageDraw
+
+        centred = item - item.mean(axis=0)
+        turned = centred @ np.linalg.eigh(centred.T @ centred)[1][:, ::-1]  # its principal axes
+        reach = np.abs(turned).max() or 1.0
+        picture = Image.new("RGB", (200, 200), "white")
+        draw = ImageDraw.Draw(picture)
+        for x, y, z in turned[turned[:, -1].argsort()] / reach:
+            shade, across, down = int(110 - 90 * z), 100 + 90 * x, 100 - 90 * y
+            draw.ellipse((across - 2, down - 2, across + 2, down + 2), fill=(shade, shade, 220))
+        buffer = io.BytesIO()
+        picture.save(buffer, "png")
+        return Preview("png", buffer.getvalue())
 
 
 def _features(points_P3: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import wave
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.check.task import same
 from harness.core.errors import UserError
-from tasks.base import Modality
+from tasks.base import Modality, Preview
 
 if TYPE_CHECKING:
     from tasks.encoder import Encoder
@@ -161,8 +163,44 @@ def unknown_encoders_are_refused(subject: ModalitySubject) -> Iterator[str]:
             yield f"{method.__name__} silently accepted {name!r}; it must raise a UserError"
 
 
+def previews_can_be_shown(subject: ModalitySubject) -> Iterator[str]:
+    """`preview` returns None or a `Preview` that can be opened, the same every time, and does not modify the item."""
+    for path, item in zip(subject.files, subject.items, strict=True):
+        try:
+            one, other = (subject.modality.preview(item) for _ in range(2))
+        except Exception as error:  # third-party code
+            yield f"{path.name}: preview raised {type(error).__name__}: {error}"
+            return
+        found: Any = one
+        if found is not None and not isinstance(found, Preview):
+            yield f"{path.name}: preview returned a {type(found).__name__}; it must be a harness.Preview, or None"
+            return
+        if one != other:
+            yield f"{path.name}: its preview was different the second time"
+        if not same(item, subject.modality.load(path)):
+            yield f"{path.name}: preview modified the item in place"
+        if one is not None and (why := _broken_preview(one)):
+            yield f"{path.name}: its preview cannot be opened as {one.kind}: {why}"
+
+
+def _broken_preview(preview: Preview) -> str:
+    """Why it cannot be shown; empty if it can."""
+    from PIL import Image
+
+    try:
+        if preview.kind == "png":
+            with Image.open(io.BytesIO(preview.content), formats=["PNG"]) as picture:
+                picture.load()
+        elif preview.kind == "wav":
+            with wave.open(io.BytesIO(preview.content)) as recording:
+                return "" if recording.readframes(recording.getnframes()) else "it has no samples"
+    except Exception as error:  # each decoder has its own
+        return str(error)
+    return ""
+
+
 FIRST: tuple[Callable[[ModalitySubject], Iterator[str]], ...] = (files_are_read, default_encoder_loads)
 THEN: tuple[Callable[[ModalitySubject], Iterator[str]], ...] = (
     loading_is_repeatable, broken_files_are_named, features_have_their_shape, features_do_not_depend_on_the_batch,
-    empty_encoder_agrees, unknown_encoders_are_refused,
+    empty_encoder_agrees, unknown_encoders_are_refused, previews_can_be_shown,
 )  # fmt: skip

@@ -227,6 +227,25 @@ def augment_is_reproducible(subject: TaskSubject) -> Iterator[str]:
                 yield f"augment changes {context}, which `augmented` lacks: cached features would be used instead"
 
 
+def clusters_hold_what_is_shared(subject: TaskSubject) -> Iterator[str]:
+    """The cluster of an example is a non-empty string or None, and no file is in examples of two clusters."""
+    for split, examples in subject.splits.items():
+        for example in examples:
+            found: Any = example.cluster
+            if found is not None and not (isinstance(found, str) and found):
+                yield f"{split} example {example.id!r}: its cluster is {found!r}; allowed: a non-empty string, or None"
+                return
+        first: dict[Path, Example] = {}
+        users = Counter(path for example in examples for path in {path for _, path in example.files})
+        for example in (example for example in examples if example.cluster is not None):
+            for _, path in example.files:
+                other = first.setdefault(path, example)
+                if other.cluster != example.cluster and users[path] < len(examples):  # one of all is like a prompt
+                    clusters = f"{other.cluster!r} ({other.id!r}) and {example.cluster!r} ({example.id!r})"
+                    yield f"{split}: {path} is in two clusters, {clusters}; what shares a file is not independent"
+                    return
+
+
 def members_have_shares(subject: TaskSubject) -> Iterator[str]:
     """Every example belongs to a member, and the members' shares of the training draws sum to 1."""
     members = subject.task.members()
@@ -244,7 +263,8 @@ FIRST: tuple[Callable[[TaskSubject], Iterator[str]], ...] = (sample_gives_option
 THEN: tuple[Callable[[TaskSubject], Iterator[str]], ...] = (
     contexts_are_distinct, names_are_registered, options_are_strict, options_survive_json, it_is_repeatable,
     splits_are_not_empty, ids_are_unique, splits_share_no_file, inputs_are_of_their_context, files_can_be_decoded,
-    references_are_texts, targets_are_known, augment_is_reproducible, members_have_shares,
+    references_are_texts, targets_are_known, augment_is_reproducible, clusters_hold_what_is_shared,
+    members_have_shares,
 )  # fmt: skip
 
 

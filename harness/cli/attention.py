@@ -31,6 +31,7 @@ from adapters.methods import mmca
 from harness.core.errors import UserError
 from harness.core.files import atomic
 from harness.core.record import PlannedTrial, Run, TrialRecord
+from harness.core.samples import draw_ids
 from harness.experiment.init_sources import WEIGHTS, finished_record, read_section
 from harness.experiment.plan import TrialSpec
 from harness.model.build import Built, build
@@ -39,7 +40,7 @@ from harness.trial.engine import load_weights
 from results.leaderboard.join import read_runs
 from results.leaderboard.table import build_leaderboard
 from results.page.attention import FILE_NAME, HEADER, MOST_METHODS, RecordedAttention, RecordedExample
-from results.page.gallery import draw_ids, members_of, predicted_ids, predictions_of
+from results.page.gallery import members_of, predicted_ids, predictions_of
 from tasks.base import Example
 from tasks.modalities.patches import Grid, grid_of
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,7 @@ def write_examples(
     wrong: Likelihood | None,
     predictions: dict[str, str],
     scores: Scores,
+    previews: Mapping[str, Sequence[str | None]] = MappingProxyType({}),
 ) -> None:
     """Write one row per evaluated example.
 
@@ -82,7 +84,8 @@ def write_examples(
     summed over references), ``tokens`` (likewise), ``nll_first`` and ``tokens_first`` (of the first reference); for the
     test split also ``nll_wrong_input``, ``prediction``, ``references`` (list), ``inputs`` (JSON: list of [context,
     "file" or "text", value]), one column per metric, and, for metrics whose corpus score is not a mean,
-    ``<metric>.counts`` (list of doubles), from whose sums it is computed.
+    ``<metric>.counts`` (list of doubles), from whose sums it is computed. Where there are ``previews``, their names by
+    input (JSON), see ``harness/trial/previews.py``.
     Values that were not measured are null.
     """
     rows = _rows("validation", splits.validation, validation)
@@ -96,6 +99,7 @@ def write_examples(
                 "inputs": json.dumps(
                     [[context, "file" if isinstance(v, Path) else "text", str(v)] for context, v in example.inputs]
                 ),
+                **({"previews": json.dumps(previews[example.id])} if example.id in previews else {}),
                 **scores.per_example.get(example.id, {}),
                 **{f"{name}.counts": np.asarray(c, float) for name, c in scores.counts.get(example.id, {}).items()},
             }

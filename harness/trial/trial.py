@@ -36,6 +36,7 @@ from harness.trial import measure
 from harness.trial.answers import answers_of
 from harness.trial.engine import prepare_process
 from harness.trial.evaluate import Evaluator, mismatched
+from harness.trial.previews import write_previews
 from harness.trial.scores import perplexities, score_members, write_examples
 from harness.trial.stages import Stages
 
@@ -273,7 +274,9 @@ class Trial:
         scores = score_members(self.spec.task.metrics, splits.test, predictions)
         self.measured["answers"] = answers_of(self.spec.task.metrics, splits.train, splits.test, predictions)
         self.notes = scores.notes
-        write_examples(self.folder / "examples.parquet", splits, validation, test, wrong, predictions, scores)
+        features = self.stages.built.batches.features
+        shown = write_previews(self.folder.parent.parent, splits.test, features, self.spec.task.modalities)
+        write_examples(self.folder / "examples.parquet", splits, validation, test, wrong, predictions, scores, shown)
         wrong_input = {"perplexity_wrong_input": wrong.perplexity} if wrong else {}
         return {
             "validation": perplexities(splits.validation, validation),

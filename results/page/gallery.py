@@ -6,11 +6,10 @@ Pictures, recordings and texts are shown; of other files only the name.
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +20,10 @@ from PIL import Image, ImageOps
 from pyarrow import ArrowException
 
 from harness.core.record import MetricInfo
+from harness.core.samples import PREVIEWS, draw_ids, of_member
 from results.leaderboard.format import size_text
 from results.leaderboard.table import Leaderboard, Row
 
-_SHOWN = 8
 _MOST_ROWS = 40  # of the leaderboard, best first: more outputs per example are not readable
 _THUMBNAIL_PIXELS = 240  # longer side; smaller pictures are embedded unchanged and enlarged by the page
 _SHOWN_CHARACTERS = 280  # of a text; the rest unfolds on a click
@@ -125,8 +124,9 @@ def build_gallery(board: Leaderboard) -> Gallery:
                 unreadable.append(f"{row.finished[0].trial_id}: {str(error).splitlines()[0]}")
         tables = [table for table in tables if table[2]]
         if tables:
-            samples = tuple(_sample(example_id, tables, metrics) for example_id in drawn)
-            shown = tuple(member for member in members if any(_of(member, example_id) for example_id in drawn))
+            previews = board.run.trial_folder(tables[0][0].finished[0].trial_id).parent.parent / PREVIEWS
+            samples = tuple(_sample(example_id, tables, metrics, previews) for example_id in drawn)
+            shown = tuple(member for member in members if any(of_member(member, example_id) for example_id in drawn))
             return Gallery(setting, samples, tuple(unreadable), len(rows), shown)
     return Gallery("", (), tuple(unreadable))
 
@@ -134,10 +134,6 @@ def build_gallery(board: Leaderboard) -> Gallery:
 def members_of(metrics: Sequence[MetricInfo]) -> list[str]:
     """The tasks of a mixture, which prefix its metrics and example ids: ``scenes/cider``, ``scenes/17``."""
     return list(dict.fromkeys(member for info in metrics if (member := info.name.rpartition("/")[0])))
-
-
-def _of(member: str, example_id: str) -> bool:
-    return example_id.startswith(f"{member}/")
 
 
 def predicted_ids(path: Path) -> list[str]:
@@ -154,25 +150,10 @@ def predictions_of(path: Path, drawn: Sequence[str], metrics: Sequence[MetricInf
     known = pq.read_schema(path).names
     if not drawn or not set(known) >= _PREDICTED:
         return {}
-    wanted = {"example_id", "prediction", "references", "inputs", *(info.name for info in metrics)}
+    wanted = {"example_id", "prediction", "references", "inputs", "previews", *(info.name for info in metrics)}
     chosen = (pc.field("split") == "test") & pc.field("prediction").is_valid() & pc.field("example_id").isin(drawn)
     table = pq.read_table(path, columns=[name for name in known if name in wanted], filters=chosen)
     return {row["example_id"]: row for row in table.to_pylist()}
-
-
-def draw_ids(ids: Sequence[str], members: Sequence[str], most: int = _SHOWN) -> list[str]:
-    """The ids with the smallest hash: pseudo-random, reproducible and blind to scores.
-
-    A mixture gets equal shares of its members, at least one example each.
-    """
-    shuffled = sorted(ids, key=lambda example_id: hashlib.sha256(example_id.encode()).digest())
-    strata = [[example_id for example_id in shuffled if _of(member, example_id)] for member in members]
-    strata = [stratum for stratum in strata if stratum] or [shuffled]
-    taken = [0] * len(strata)
-    while sum(taken) < max(most, len(strata)) and sum(taken) < sum(map(len, strata)):
-        left = [number for number, stratum in enumerate(strata) if taken[number] < len(stratum)]
-        taken[min(left, key=lambda number: taken[number])] += 1
-    return [example_id for stratum, count in zip(strata, taken, strict=True) for example_id in stratum[:count]]
 
 
 def _by_preference(board: Leaderboard) -> list[MetricInfo]:
@@ -187,13 +168,15 @@ def _by_preference(board: Leaderboard) -> list[MetricInfo]:
     return sorted(board.run.plan.metrics, key=key)
 
 
-def _sample(example_id: str, tables: Sequence[tuple[Row, int, Predictions]], metrics: Sequence[MetricInfo]) -> Sample:
+def _sample(
+    example_id: str, tables: Sequence[tuple[Row, int, Predictions]], metrics: Sequence[MetricInfo], previews: Path
+) -> Sample:
     rows = [(row, seed, examples[example_id]) for row, seed, examples in tables if example_id in examples]
     first = rows[0][2]
     score = next((info for info in metrics if any(example.get(info.name) is not None for *_, example in rows)), None)
     return Sample(
         example_id=example_id,
-        inputs=_inputs(first.get("inputs") or "[]"),
+        inputs=_inputs(first.get("inputs") or "[]", first.get("previews") or "[]", previews),
         references=tuple(first.get("references") or ()),
         score=score,
         outputs=tuple(
@@ -203,11 +186,29 @@ def _sample(example_id: str, tables: Sequence[tuple[Row, int, Predictions]], met
     )
 
 
-def _inputs(column: str) -> tuple[Input, ...]:
+def _inputs(column: str, names: str, previews: Path) -> tuple[Input, ...]:
+    """The inputs of an example.
+
+    Args:
+        column: of the inputs, JSON.
+        names: of their previews, JSON; empty if the example has none.
+        previews: the folder of the previews.
+    """
+    parts = json.loads(column)
     return tuple(
-        Input(context, "text", value) if kind == "text" else show_file(context, Path(value))
-        for context, kind, value in json.loads(column)
+        Input(context, "text", value) if kind == "text" else _file(context, Path(value), name and previews / name)
+        for (context, kind, value), name in zip(parts, json.loads(names) or [None] * len(parts), strict=True)
     )
+
+
+def _file(context: str, path: Path, preview: Path | None) -> Input:
+    """The file itself, or if the page cannot show it the preview that its modality made."""
+    shown = show_file(context, path)
+    if shown.kind != "note" or preview is None or not preview.is_file():
+        return shown
+    if preview.suffix == ".txt":
+        return Input(context, "text", preview.read_text(encoding="utf-8"))
+    return replace(show_file(context, preview), text=path.name)
 
 
 def show_file(context: str, path: Path) -> Input:

@@ -15,7 +15,7 @@ from PIL import Image as PilImage
 
 from harness.core import hub
 from harness.core.errors import UserError
-from tasks.base import Modality
+from tasks.base import Modality, Preview
 from tasks.containers.picture_metadata import without_metadata
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 TINY = "builtin/tiny-vision"
 MAX_PIXELS = 89_478_485  # the limit at which Pillow only warns: 256 MiB of RGB
+_PREVIEW_PIXELS = 240
 _REMARK = "harness_remark"  # key in a picture's info: what was converted
 _MODES = {"1": "black and white", "L": "grey-scale", "P": "palette of colours"}  # names of Pillow's modes
 
@@ -55,6 +56,15 @@ class Image(Modality):
             if picture is None:
                 raise UserError(f"{path}: cannot be decoded as a picture: {error}") from error
             return picture
+
+    def preview(self, item: PilImage.Image) -> Preview:
+        """The picture, its longer side at most 240 pixels."""
+        small = item.copy()
+        small.info = {}
+        small.thumbnail((_PREVIEW_PIXELS, _PREVIEW_PIXELS))
+        buffer = io.BytesIO()
+        small.save(buffer, "png", optimize=True)
+        return Preview("png", buffer.getvalue())
 
     def remark(self, item: PilImage.Image) -> str | None:
         """What ``load`` converted: orientation, colours or bit depth."""

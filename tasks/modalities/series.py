@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -16,12 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.core.errors import UserError
-from tasks.base import Modality
+from tasks.base import Modality, Preview
 
 if TYPE_CHECKING:
     from tasks.encoder import Encoder
 
 PATCHES = "builtin/series"
+_WIDTH, _HEIGHT, _MARGIN = 240, 100, 4  # of a preview, pixels
+_SCALE = 3  # drawn larger, for smooth lines
+_BLUE = (51, 119, 204, 255)
 
 
 def _patches(_weights: bool) -> Encoder:  # it has none
@@ -58,6 +62,34 @@ class Series(Modality):
         if len(broken):
             raise UserError(f"{path}: value {broken[0] + 1} is {values[broken[0]]}; allowed: finite numbers")
         return values
+
+    def preview(self, item: NDArray[np.float64]) -> Preview:
+        """The curve; where several values fall on a pixel, from the lowest to the highest of them."""
+        return Preview("png", _curve(item))
+
+
+def _curve(values_T: NDArray[np.float64]) -> bytes:
+    from PIL import Image, ImageDraw
+
+    parts = np.array_split(values_T, min(len(values_T), _WIDTH))
+    ends = np.array([(part.min(), part.max()) for part in parts])
+    low, high = float(ends.min()), float(ends.max())
+    # Halved first, because the difference of two floats may be infinite.
+    share = (ends / 2 - low / 2) / (high / 2 - low / 2) if high > low else np.full_like(ends, 0.5)
+    across = np.linspace(_MARGIN, _WIDTH - _MARGIN, len(parts)) if len(parts) > 1 else np.array([_WIDTH / 2])
+    points = []
+    for number, (x, pair) in enumerate(zip(across, share, strict=True)):
+        ordered = pair if number % 2 else pair[::-1]  # up and down in turn: the line crosses the range of each part
+        points += [(_SCALE * x, _SCALE * (_HEIGHT - _MARGIN - (_HEIGHT - 2 * _MARGIN) * y)) for y in ordered]
+    picture = Image.new("RGBA", (_SCALE * _WIDTH, _SCALE * _HEIGHT), (255, 255, 255, 0))  # on light and dark pages
+    draw = ImageDraw.Draw(picture)
+    draw.line(points, fill=_BLUE, width=2 * _SCALE, joint="curve")
+    if len(values_T) == 1:
+        (x, y), size = points[0], 3 * _SCALE
+        draw.ellipse((x - size, y - size, x + size, y + size), fill=_BLUE)
+    buffer = io.BytesIO()
+    picture.resize((_WIDTH, _HEIGHT), Image.Resampling.LANCZOS).save(buffer, "png", optimize=True)
+    return buffer.getvalue()
 
 
 def _read_npy(path: Path) -> NDArray[np.float64]:

@@ -21,10 +21,10 @@ from harness.cli.attention import attention_of, default_trials, give_weights, re
 from harness.core.errors import UserError
 from harness.core.files import write_atomically
 from harness.core.record import Plan, PlannedTrial, TrialRecord, read_run, write_record
+from harness.core.samples import draw_ids
 from harness.experiment.plan import TrialSpec
 from harness.model.build import Built, build
 from results.page.attention import FILE_NAME, read_attention
-from results.page.gallery import draw_ids
 from tests.support.runs import METRICS, fake_plan, write_run
 from tests.support.trials import LORA, examples_of, run, spec_of
 

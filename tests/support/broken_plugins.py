@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from random import random
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +15,7 @@ from harness.check import metric as metric_checks
 from harness.check import modality as modality_checks
 from harness.check import task as task_checks
 from harness.core.errors import UserError
-from tasks.base import Config, Example, Metric, Part, Scores, Split, Task
+from tasks.base import Config, Example, Metric, Part, Preview, Scores, Split, Task
 from tasks.encoder import Encoder
 from tasks.modalities.series import Series
 
@@ -94,6 +95,23 @@ class Growing(GoodTask):
         return super().examples(split) * min(self.asked, 4)
 
 
+class TwoOfThree(GoodTask):
+    """Two examples with the same file say that they have nothing in common."""
+
+    def examples(self, split: Split) -> Sequence[Example]:
+        one, other = super().examples(split)
+        again = replace(one, id=f"{split}3")
+        return [replace(example, cluster=example.id) for example in (one, other, again)]
+
+
+PNG_START = b"\x89PNG\r\n\x1a\n rest"
+
+
+def preview_in_place(self: Series, item: Any) -> Preview:
+    item[:] = 0
+    return Preview.text("zeros")
+
+
 def in_place(self: Task, context: str, item: Any, rng: np.random.Generator) -> Any:
     item += rng.normal()
     return item
@@ -102,6 +120,11 @@ def in_place(self: Task, context: str, item: Any, rng: np.random.Generator) -> A
 SHARED = Path(__file__)
 # Check → plugins that must fail it, each with a pattern of the message.
 TASK_CASES: dict[Callable[..., Any], list[tuple[type, str]]] = {
+    task_checks.clusters_hold_what_is_shared: [
+        (with_example(cluster=7), r"train example 'train1': its cluster is 7; allowed: a non-empty string, or None"),
+        (with_example(cluster=""), r"its cluster is ''"),
+        (TwoOfThree, r"train1.csv is in two clusters, 'train1' \('train1'\) and 'train3' \('train3'\)"),
+    ],
     task_checks.sample_gives_options: [
         (make(GoodTask, sample=classmethod(lambda cls, folder: {})), r"ValidationError: root: Field required"),
         (make(GoodTask, Config=dict), r"Config is <class 'dict'>; it must be a subclass of harness.TaskConfig"),
@@ -197,6 +220,15 @@ def load_coarse(self: Series, path: Path) -> Any:
 
 
 MODALITY_CASES: dict[Callable[..., Any], list[tuple[type, str]]] = {
+    modality_checks.previews_can_be_shown: [
+        (make(Series, preview=lambda self, item: 1 / 0), r"train1.csv: preview raised ZeroDivisionError"),
+        (make(Series, preview=lambda self, item: "text"), r"preview returned a str; it must be a harness.Preview"),
+        (make(Series, preview=lambda self, item: Preview("jpeg", b"1")), r"raised ValueError: .* kind 'jpeg'"),
+        (make(Series, preview=lambda self, item: Preview("png", PNG_START)), r"cannot be opened as png: "),
+        (make(Series, preview=lambda self, item: Preview("wav", b"RIFF\0\0\0\0WAVE")), r"cannot be opened as wav: "),
+        (make(Series, preview=lambda self, item: Preview.text(f"{random()}")), r"different the second time"),
+        (make(Series, preview=preview_in_place), r"preview modified the item in place"),
+    ],
     modality_checks.files_are_read: [(make(Series, load=lambda *_: None), r"train1.csv: load returned None")],
     modality_checks.default_encoder_loads: [
         (make(Series, encoder=lambda *_: Features(lambda item, n: 0)), r"in training mode"),

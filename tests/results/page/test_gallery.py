@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -14,10 +15,11 @@ import soundfile
 from PIL import Image
 
 from harness.core.record import MetricInfo, read_run
+from harness.core.samples import draw_ids
 from results.leaderboard.table import build_leaderboard
 from results.page import gallery as gallery_module
 from results.page import page as page_module
-from results.page.gallery import Gallery, Input, build_gallery, draw_ids
+from results.page.gallery import Gallery, Input, build_gallery
 from results.page.plots.all import Drawings
 from results.report import write_report
 from tests.support.pages import Page
@@ -213,3 +215,26 @@ def test_outputs_are_in_the_order_of_the_leaderboard_up_to_a_limit(
     monkeypatch.setattr(gallery_module, "_MOST_ROWS", 1)
     assert [output.row.name for output in build_gallery(board).samples[0].outputs] == names[:1]
     assert "Methods are in the order of the leaderboard: the first 1 of 2." in write_report([tmp_path]).html.read_text()
+
+
+def test_a_file_that_the_page_cannot_show_is_shown_by_its_preview(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("1\n2\n", encoding="utf-8")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "b.png")
+    folder = tmp_path / "previews"
+    folder.mkdir()
+    Image.new("RGB", (30, 10), "blue").save(folder / "curve.png")
+    (folder / "text.txt").write_text("3 < 4 values", encoding="utf-8")
+    soundfile.write(folder / "tone.wav", np.zeros(80), 8000)
+    names = ["curve.png", "text.txt", "tone.wav", "gone.png", None, "curve.png"]
+    parts: Parts = [("x", "file", str(tmp_path / "a.csv"))] * 5
+    parts += [("y", "file", str(tmp_path / "b.png")), ("z", "text", "how?")]
+    previews = [json.dumps([*names, None])] * COUNT
+    run_with(tmp_path, [parts] * COUNT, previews=previews)
+    found = gallery_of(tmp_path).samples[0].inputs
+    assert [one.kind for one in found] == ["picture", "text", "sound", "note", "note", "picture", "text"]
+    assert [one.text for one in found[:3]] == ["a.csv", "3 < 4 values", "a.csv"]
+    shown, own = (Image.open(io.BytesIO(base64.b64decode(found[n].uri.partition(",")[2]))) for n in (0, 5))
+    assert (shown.size, own.size) == ((30, 10), (8, 8))  # the file itself where it can be shown
+    page = write_report([tmp_path]).html.read_text()
+    assert "3 &lt; 4 values" in page
+    assert Page(page).open == []
