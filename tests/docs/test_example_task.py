@@ -117,7 +117,7 @@ def test_installed_it_is_checked_and_trained_in_a_worker(installed: Path, tmp_pa
     checked = call(installed, HARNESS, "check", "point-clouds", cwd=tmp_path)
     assert "task clouds  point-clouds 0.1.0, point_clouds:Clouds" in checked.replace("\n", "")
     assert "modality point_cloud  point-clouds 0.1.0, point_clouds:PointCloud" in checked.replace("\n", "")
-    assert "25 checks passed, 0 failed" in checked
+    assert "27 checks passed, 0 failed" in checked
 
     clouds = tmp_path / "clouds"
     draw = "from pathlib import Path; import point_clouds; point_clouds.Clouds.sample(Path('clouds'))"
@@ -129,6 +129,9 @@ def test_installed_it_is_checked_and_trained_in_a_worker(installed: Path, tmp_pa
     (record,) = run.records.values()
     assert record.status == "finished"
     assert {"perplexity", "perplexity_wrong_input", "exact_match", "words"} <= set(record.metrics["test"])
+    assert (record.answers[""].texts, record.answers[""].distinct_references) == (4, 4)
+    previews = list((tmp_path / "runs" / "clouds" / "previews").iterdir())
+    assert [path.suffix for path in previews] == [".png"] * 4
     rows = pd.read_parquet(tmp_path / "runs" / "clouds" / "trials" / record.trial_id / "examples.parquet")
     assert sorted(rows["example_id"]) == sorted(
         f"{s}/{thing}-{i:03}" for s in ("validation", "test") for i, thing in THINGS

@@ -5,12 +5,22 @@ Axes: S seeds, E examples, G clusters, B resamples, K columns.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from harness.core.formulas import Floats
+from harness.core.record import MetricInfo
+from harness.model.build import Splits
+from harness.trial.evaluate import Likelihood
+from harness.trial.scores import write_examples
+from results.statistics.example_scores import Examples, read_examples
 from results.statistics.intervals import estimate, resample_weights
-from results.statistics.resample import Clusters
+from results.statistics.resample import Clusters, Resampled
+from tasks.base import Scores
+from tasks.vqa import VQA, _write_vqav2
+from tests.support.runs import fake_plan, fake_record
 
 REPETITIONS = 500
 
@@ -63,3 +73,33 @@ def test_clusters_add_up_whatever_their_order() -> None:
     assert found.count == 3
     assert found.sums(columns_KE).tolist() == [[2, 5, 3], [12, 15, 8]]  # b, a, c
     assert Clusters(list("abcde")).sums(columns_KE) is columns_KE
+
+
+def test_intervals_of_questions_about_the_same_pictures_widen(tmp_path: Path) -> None:
+    """VQA's sample with a test split of two questions per picture, which are answered alike."""
+    options = VQA.sample(tmp_path)
+    _write_vqav2(tmp_path, "test2014", range(30, 54), questions=2)
+    test = list(VQA(VQA.Config.model_validate(options | {"test": "test2014"})).examples("test"))
+    rng = np.random.default_rng(0)
+    hard = {example.inputs[0].value: rng.normal() for example in test}
+    nll = np.array([8 + 2 * hard[example.inputs[0].value] + 0.2 * rng.normal() for example in test])
+    ones = np.ones(len(test), int)
+    likelihood, empty = Likelihood(nll, 4 * ones, nll, 4 * ones), Likelihood(*(np.zeros(0) for _ in range(4)))
+    scores = Scores({}, {example.id: {} for example in test})
+    path = tmp_path / "examples.parquet"
+    write_examples(path, Splits([], [], test), empty, likelihood, None, {example.id: "red" for example in test}, scores)
+    metric = MetricInfo(name="perplexity", label="Perplexity", higher_is_better=False)
+    found = read_examples(path, {"perplexity": metric}, {"perplexity": likelihood.perplexity})
+    assert found.clusters is not None
+    record = fake_record(fake_plan().trials[0], 1, 0.5)
+    record = record.model_copy(update={"metrics": {"test": {"perplexity": likelihood.perplexity}}})
+    errors = {}
+    for clusters in (None, found.clusters):
+        resampled = Resampled([record], [metric], [Examples(found.ids, found.columns, clusters)])
+        one = resampled.estimate([record], "perplexity")
+        assert one is not None
+        assert one.example_se is not None
+        errors[one.examples] = one.example_se
+    assert list(errors) == [48, 24]
+    # Two answers that are alike tell as much as one: the variance is twice as large.
+    assert errors[24] / errors[48] == pytest.approx(np.sqrt(2), rel=0.1)

@@ -67,7 +67,8 @@ def heights(values: list[float] | np.ndarray) -> np.ndarray:
     opacity = np.asarray(opened(Series().preview(np.asarray(values, dtype=float))))[..., 3].astype(float)
     rows = np.arange(len(opacity))[::-1, None]
     with np.errstate(invalid="ignore"):
-        return (opacity * rows).sum(axis=0) / opacity.sum(axis=0)
+        found: np.ndarray = (opacity * rows).sum(axis=0) / opacity.sum(axis=0)
+    return found
 
 
 def test_a_series_is_drawn_from_left_to_right() -> None:
