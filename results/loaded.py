@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,11 +27,14 @@ class Results:
         folders: the run folders.
         report: the HTML report; None if it has not been written.
         tracking_problem: why the end of a run could not be logged to MLflow; None if it was.
+        tracking_link: path of the table of trials on MLflow's page, below its address; None if nothing was run.
     """
 
     folders: tuple[Path, ...]
     report: Path | None = None
     tracking_problem: str | None = None
+    tracking_link: str | None = None
+    known_board: Leaderboard | None = field(default=None, repr=False, compare=False)  # if it has been made already
 
     @property
     def folder(self) -> Path:
@@ -47,15 +50,13 @@ class Results:
     @property
     def complete(self) -> bool:
         """Whether all planned trials have finished."""
-        records = self.run.records
-        return all(
-            trial.trial_id in records and records[trial.trial_id].status == "finished" for trial in self.run.plan.trials
-        )
+        finished = {trial_id for trial_id, record in self.run.records.items() if record.status == "finished"}
+        return all(trial.trial_id in finished for trial in self.run.plan.trials)
 
     @cached_property
     def run(self) -> Run:
         """The plan and the records."""
-        return read_runs(self.folders)
+        return self.known_board.run if self.known_board else read_runs(self.folders)
 
     @cached_property
     def trials(self) -> pd.DataFrame:
@@ -81,7 +82,7 @@ class Results:
         """The leaderboard as Python objects."""
         from results.leaderboard.table import build_leaderboard
 
-        return build_leaderboard(self.run)
+        return self.known_board or build_leaderboard(self.run)
 
     def recommend(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.core.errors import UserError
@@ -19,10 +19,11 @@ from results.page.page import html
 
 @dataclass(frozen=True)
 class ReportPaths:
-    """The files written."""
+    """The files written, and the leaderboard that they show."""
 
     html: Path
     exports: tuple[Path, ...]
+    board: Leaderboard = field(repr=False)
 
     @property
     def all(self) -> tuple[Path, ...]:
@@ -47,7 +48,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> ReportP
     folder = folders[0] / "report" if output is None else output
     page = folder / "index.html"
     write_atomically(page, html(board, folder))
-    return ReportPaths(page, write_exports(board, folder))
+    return ReportPaths(page, write_exports(board, folder), board)
 
 
 def write_exports(board: Leaderboard, folder: Path) -> tuple[Path, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,6 @@ from harness.core.errors import UserError
 
 if TYPE_CHECKING:
     from harness.core.record import Parameters
-    from results.loaded import Results
 
 EXPERIMENTS, RESULTS, COMPONENTS = "Experiments", "Results", "Tasks, adapters, metrics and backbones"
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
@@ -49,6 +47,7 @@ def _escape(text: str) -> str:
 @app.command(rich_help_panel=EXPERIMENTS)
 def run(file: ExperimentFile, output: Output = Path("runs"), fresh: Fresh = False) -> None:
     """Run the trials of an experiment and write the report. Run it again to continue where it stopped."""
+    from harness.cli.leaderboard import print_last_screen
     from harness.sweep.run import run_experiment
 
     began = time.monotonic()
@@ -58,43 +57,9 @@ def run(file: ExperimentFile, output: Output = Path("runs"), fresh: Fresh = Fals
             f"[yellow]MLflow could not be updated:[/] {_escape(results.tracking_problem)}",
             soft_wrap=True,
         )
-    _last_screen(results, time.monotonic() - began)
+    print_last_screen(results, time.monotonic() - began, console)
     if not results.complete:
         raise typer.Exit(1)
-
-
-def _last_screen(results: Results, seconds: float) -> None:
-    from harness.cli.terminal import SHOWN_FAILURES, leaderboard_table
-    from harness.sweep.live import trial_names
-    from results.leaderboard.format import duration
-    from results.leaderboard.summary import few_seeds
-
-    board = results.board
-    console.print(leaderboard_table(board))
-    for sentence in few_seeds(board):
-        console.print(sentence, style="dim", highlight=False)
-    plan, records = board.run.plan, board.run.records
-    names = trial_names(plan.trials)
-    for item in board.failed[:SHOWN_FAILURES]:
-        reason = _escape(item.reason or "no reason given")
-        name = f"{item.trial.trial_id} {names[item.trial.trial_id]}"
-        console.print(f"[red]{item.status}[/] {_escape(name)}: {reason}", highlight=False, soft_wrap=True)
-    if (rest := len(board.failed) - SHOWN_FAILURES) > 0:
-        console.print(f"… and {rest} more that failed: see the report", highlight=False)
-    done = sum(record.status == "finished" for record in records.values())
-    counts = [f"{len(items)} {word}" for items, word in ((board.failed, "failed"), (board.missing, "not run")) if items]
-    again = "; run the same command again for the rest" if counts else ""
-    summary = ", ".join([f"{done} of {len(plan.trials)} trials finished", *counts])
-    console.print(f"{summary}; this run took {duration(seconds)}{again}", highlight=False, soft_wrap=True)
-    console.print(f"report:  {results.report}", highlight=False, soft_wrap=True)
-    console.print(f"MLflow:  {_mlflow_command(plan.mlflow_uri or '')}", highlight=False, soft_wrap=True)
-
-
-def _mlflow_command(uri: str) -> str:
-    if uri.startswith(("http://", "https://")):
-        return uri
-    program = Path(sys.executable).with_name("mlflow")
-    return shlex.join([str(program), "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", "5000"])
 
 
 @app.command("plan", rich_help_panel=EXPERIMENTS)

@@ -1,10 +1,10 @@
-"""Commands that read run folders and leaderboards: status, report, compare, leaderboard diff, attention."""
+"""Commands that read run folders and leaderboards: status, report, compare, leaderboard, attention."""
 
 from __future__ import annotations
 
 import gc
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from filelock import FileLock, Timeout
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 RUNS = Path("runs")  # where `harness run` puts run folders by default
 MLFLOW = "mlflow:"
 console = Console()
-leaderboard_app = typer.Typer(no_args_is_help=True, help="Compare two leaderboard.json files.")
+leaderboard_app = typer.Typer(no_args_is_help=True, help="Show a leaderboard, or what changed between two.")
 
 RunFolder = Annotated[Path | None, typer.Argument(help="A run folder; by default the newest in ./runs.")]
 
@@ -41,7 +41,8 @@ def newest_run() -> Path:
 
 def status(folder: RunFolder = None) -> None:
     """Show the progress of a run, its failures and the leaderboard so far, without writing anything."""
-    from harness.cli.terminal import leaderboard_table, progress_lines
+    from harness.cli.leaderboard import LeaderboardView
+    from harness.cli.terminal import progress_lines
     from results.leaderboard.join import read_runs
     from results.leaderboard.progress import progress_of
     from results.leaderboard.table import build_leaderboard
@@ -58,7 +59,7 @@ def status(folder: RunFolder = None) -> None:
         _print(line)
     if any(record.status == "finished" for record in run.records.values()):
         console.print()
-        console.print(leaderboard_table(build_leaderboard(run)))
+        console.print(LeaderboardView(build_leaderboard(run)))
 
 
 def _is_running(folder: Path) -> bool:
@@ -163,6 +164,41 @@ def recommend(
     margin = None if within is None else parse_margin(within, "--within")
     for found in recommend_from(read_runs(runs or [newest_run()]), limits, margin, metric):
         _print(found.text)
+
+
+@leaderboard_app.command("show")
+def leaderboard_show(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="RUN...", help="Run folders; by default the newest in ./runs.")
+    ] = None,
+    style: Annotated[
+        Literal["table", "markdown", "latex", "csv"], typer.Option("--format", "-f", help="How to print it.")
+    ] = "table",
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME…", help="Only these columns, in this order, such as rank,method,cider,trainable."
+        ),
+    ] = None,
+) -> None:
+    """Print the leaderboard of a run, or of several as one, with the columns of your choice."""
+    from harness.cli.leaderboard import LeaderboardView
+    from results.export.columns import choose_columns
+    from results.export.latex import latex
+    from results.export.text import markdown, table_csv
+    from results.leaderboard.join import read_runs
+    from results.leaderboard.table import build_leaderboard
+
+    if style == "csv" and columns is not None:
+        raise UserError("--columns: not for csv, which has every column; allowed with: table, markdown, latex")
+    board = build_leaderboard(read_runs(runs or [newest_run()]))
+    names = [name.strip() for name in columns.split(",") if name.strip()] if columns is not None else None
+    chosen = () if names is None else choose_columns(board, names)
+    if style == "table":
+        console.print(LeaderboardView(board, chosen))
+        return
+    written = {"markdown": lambda: markdown(board, chosen), "latex": lambda: latex(board, chosen)}
+    typer.echo(written.get(style, lambda: table_csv(board))(), nl=False)
 
 
 @leaderboard_app.command("diff")

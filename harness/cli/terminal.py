@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from textwrap import shorten
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from harness.core.record import MetricInfo, Parameters, Plan, PlannedTrial
+from harness.core.record import Parameters, Plan, PlannedTrial
 from harness.sweep.live import trial_name
 from results.leaderboard.compare import Comparison, Side
 from results.leaderboard.diff import RULE, BoardDiff, Change
 from results.leaderboard.format import ABSENT, duration, estimate_text, number, p_text, rank_text
 from results.leaderboard.progress import Progress
-from results.leaderboard.table import Leaderboard, Row
 
 SHOWN_FAILURES = 10
 _REASON_LENGTH = 240  # characters of the reason why a row is excluded from ranking: three lines
@@ -59,47 +57,6 @@ def _table(title: str | None = None) -> Table:
 def _counted(words: Iterable[str]) -> list[str]:
     all_words = list(words)
     return [f"{all_words.count(word)} {word}" for word in dict.fromkeys(all_words)]
-
-
-def leaderboard_table(board: Leaderboard) -> Group:
-    """The leaderboard at the end of a run, with the columns that fit into 80 characters; the report has all.
-
-    A table for each setting; below it the rows excluded from ranking, with the reason.
-    """
-    shown = [info for info in board.run.plan.metrics if any(info.name in row.metrics for row in board.rows)]
-    # The first score of generated text among the metrics; in a mixture, that of its first task.
-    second = next((i for i in shown if "perplexity" not in i.name and i != board.primary), None)
-    parts: list[RenderableType] = [
-        Text(f"{board.run.plan.experiment}: scores on the test split, mean [95 % interval] over seeds", style="italic")
-    ]
-    for setting in board.settings:
-        parts += [Text(f"\n{setting}", style="bold")] if setting else []
-        if rows := board.of(setting):
-            parts.append(_setting_table(rows, board.primary, second))
-        mixed = [row for row in (*board.of(setting), *board.apart(setting)) if row.mixed_versions]
-        parts += [Text(f"{row.name}: {row.mixed_versions}", style="yellow") for row in mixed]
-        by_reason: dict[str, list[str]] = {}
-        for row in board.apart(setting):
-            by_reason.setdefault(shorten("; ".join(row.apart), _REASON_LENGTH, placeholder=" …"), []).append(row.name)
-        parts += [Text(f"excluded from ranking: {', '.join(names)}: {reason}") for reason, names in by_reason.items()]
-    return Group(*parts)
-
-
-def _setting_table(rows: Sequence[Row], primary: MetricInfo, second: MetricInfo | None) -> Table:
-    table = _table()
-    table.add_column("rank", justify="right", no_wrap=True)
-    table.add_column("method")
-    table.add_column(primary.label, justify="right", no_wrap=True)
-    for heading in filter(None, (second.label if second else "", "wrong / right input", "trainable", "seeds")):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        other = row.metrics.get(second.name) if second else None
-        cells = [row.rank_text or ABSENT, row.name, estimate_text(row.metrics.get(primary.name))]
-        cells += [number(other.mean) if other else ABSENT] if second else []
-        cells += [number(row.input_use.mean) if row.input_use else ABSENT]
-        cells += [f"{row.parameters.trainable:,}" if row.parameters else ABSENT, row.seeds]
-        table.add_row(*(Text(cell) for cell in cells))
-    return table
 
 
 def progress_lines(progress: Progress, active: bool) -> Iterator[str]:

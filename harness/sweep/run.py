@@ -135,9 +135,8 @@ def run_experiment(
         except KeyboardInterrupt:
             console.print("interrupted: finished trials are kept; run the same experiment again to continue")
         report = write_report([folder])
-        complete = not prepared.unfinished()
-        problem = close_grid(grid, complete, list(report.all))
-    return Results((folder,), report.html, problem)
+        problem = close_grid(grid, not prepared.unfinished(), list(report.all), report.board)
+    return Results((folder,), report.html, problem, grid.trials_link, known_board=report.board)
 
 
 @contextmanager

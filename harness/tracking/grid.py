@@ -19,10 +19,12 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from harness.core.errors import UserError
-from harness.core.record import PlannedTrial, TrialRecord, read_record, read_run, record_path
+from harness.core.record import PlannedTrial, TrialRecord, read_record, record_path
 from harness.experiment.plan import TrialSpec
+from harness.tracking.board import describe_board, grid_link, log_board, save_view, trials_link
 from harness.tracking.log import log_end, log_metrics, log_params
 from harness.tracking.system import SystemMetrics
+from results.leaderboard.table import Leaderboard
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ PARENT_TAG = "mlflow.parentRunId"
 FOLDER_TAG = "harness.run_folder"
 PAGE_SIZE = 1000  # runs per page of a search
 RUN_FILES = ("plan.json", "experiment.yaml")
+_CURVES = {"learning_rate": "schedule/learning_rate"}  # in a section of its own, below the losses
 _OUTCOME_TAGS = {"harness.status", "harness.reason"}
 
 
@@ -53,6 +56,16 @@ class Grid:
     uri: str
     experiment_id: str
     parent_run_id: str
+
+    @property
+    def trials_link(self) -> str:
+        """Path on MLflow's page of the table of trials; its columns are there once the grid has been closed."""
+        return trials_link(self.experiment_id, self.parent_run_id)
+
+    @property
+    def grid_link(self) -> str:
+        """Path on MLflow's page of the parent run."""
+        return grid_link(self.experiment_id, self.parent_run_id)
 
 
 def default_uri(runs: Path) -> str:
@@ -211,7 +224,8 @@ One grid of trials. Each child run is one adapter, learning rate, data budget an
 - **Report:** `report/index.html` among the artifacts, once the grid has ended. To render it again:
   `harness report {run_folder.resolve()}`, or from this server
   `harness report {run_folder.name} --from mlflow:URI --output FOLDER`.
-- **Scores:** `test/…` and `validation/…`, from the epoch that validated best. **Curves** by optimizer step: `epoch/…`.
+- **Scores:** `test/…` and `validation/…`, from the epoch that validated best; `leaderboard/…`, means over seeds, once
+  the grid has ended. **Curves** by optimizer step: `epoch/…`. **Sizes and times:** `system/…`.
 - **Status:** the tag `harness.reason` of a run that is `FAILED` or `KILLED` gives the reason.
 - "Model training", at the top left of the page, shows the views for training runs. Every name is explained in
   `docs/mlflow.md` of the harness.
@@ -242,34 +256,50 @@ def _open_run(client: Any, experiment_id: str, folder: Path, name: str, tags: di
     return run, False
 
 
-def close_grid(grid: Grid, complete: bool, artifacts: list[Path]) -> str | None:
-    """End the parent run, with the report as artifact; returns the reason if MLflow fails.
+def close_grid(grid: Grid, complete: bool, artifacts: list[Path], board: Leaderboard | None = None) -> str | None:
+    """End the parent run, with the leaderboard's scores and the report; returns the reason if MLflow fails.
 
     Args:
         grid: its child runs are ended too if their processes died.
         complete: whether all trials have finished.
         artifacts: the report's files or folders; they keep their relative paths below ``report/``.
+        board: the leaderboard of its run folder, if there is one.
     """
+    parent = grid.parent_run_id
     try:
         client = connect(grid.uri)
-        folder = Path(client.get_run(grid.parent_run_id).data.tags[FOLDER_TAG])
-        lost = list(child_runs(client, grid.experiment_id, grid.parent_run_id, "attributes.status = 'RUNNING'"))
+        folder = Path(client.get_run(parent).data.tags[FOLDER_TAG])
+        lost = list(child_runs(client, grid.experiment_id, parent, "attributes.status = 'RUNNING'"))
         for child in lost:
             _end_lost(client, child, folder)
-        files = [f for path in artifacts for f in (path.rglob("*") if path.is_dir() else [path]) if f.is_file()]
-        base = os.path.commonpath([file.parent for file in files]) if files else ""
-        for file in files:
-            place = Path("report", file.relative_to(base)).parent.as_posix()
-            client.log_artifact(grid.parent_run_id, str(file), place)
-        if (folder / "plan.json").exists():
-            run = read_run(folder)
-            finished = sum(record.status == "finished" for record in run.records.values())
-            counts = {"planned": len(run.plan.trials), "finished": finished, "failed": len(run.records) - finished}
-            log_metrics(client, grid.parent_run_id, {f"trials/{key}": count for key, count in counts.items()})
-        client.set_terminated(grid.parent_run_id, "FINISHED" if complete else "FAILED")
+        _log_artifacts(client, parent, artifacts)
+        if board is not None:
+            log_board(client, parent, child_runs(client, grid.experiment_id, parent), board)
+            save_view(client, grid.experiment_id, parent, PARENT_TAG, board)
+            for key, value in _counts(board).items():
+                client.set_tag(parent, f"harness.trials_{key}", str(value))
+            client.set_tag(parent, "mlflow.note.content", f"{describe_board(board)}\n{_note(folder)}")
+        client.set_terminated(parent, "FINISHED" if complete else "FAILED")
     except Exception as error:  # database drivers and HTTP clients raise many types; the results are on disk
         return reason_of(error, grid.uri)
     return None
+
+
+def _counts(board: Leaderboard) -> dict[str, int]:
+    planned = len(board.run.plan.trials)
+    return {
+        "planned": planned,
+        "finished": planned - len(board.failed) - len(board.missing),
+        "failed": len(board.failed),
+    }
+
+
+def _log_artifacts(client: Any, run_id: str, paths: list[Path]) -> None:
+    """Log files, and the files of folders, below ``report/``."""
+    files = [f for path in paths for f in (path.rglob("*") if path.is_dir() else [path]) if f.is_file()]
+    base = os.path.commonpath([file.parent for file in files]) if files else ""
+    for file in files:
+        client.log_artifact(run_id, str(file), Path("report", file.relative_to(base)).parent.as_posix())
 
 
 def _end_lost(client: Any, run: Any, run_folder: Path) -> None:
@@ -323,7 +353,7 @@ class MlflowTracker:
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log the metrics of an epoch, by optimizer step."""
-        named = {f"epoch/{name}": value for name, value in values.items()}
+        named = {_CURVES.get(name, f"epoch/{name}"): value for name, value in values.items()}
         self._guard(lambda: log_metrics(self._client, str(self.run_id), named, step))
 
     def finish(self, record: TrialRecord, folder: Path) -> None:

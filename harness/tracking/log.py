@@ -13,6 +13,8 @@ from harness.core.naming import flatten
 from harness.core.record import Data, TrialRecord
 from harness.experiment.plan import TrialSpec
 
+# MLflow charts what is below it on its page "System metrics", apart from losses and scores.
+SYSTEM = "system"
 TRIAL_FILES = ("record.json", "examples.parquet", "attention.safetensors", "log.txt")
 _STATUS = {"finished": "FINISHED", "cancelled": "KILLED", "pruned": "KILLED"}
 # A param is named by its path in the spec. Params used for filtering and sorting have short names …
@@ -39,7 +41,7 @@ def log_params(client: Any, run_id: str, spec: TrialSpec) -> None:
 
     pairs = flatten(spec.model_dump(mode="json"))
     params = [
-        Param(_key(_SHORT.get(path, path)), str(value))
+        Param(key_of(_SHORT.get(path, path)), str(value))
         for path, value in pairs
         if value not in (None, "", []) and not _NO_PARAM.fullmatch(path)
     ]
@@ -51,25 +53,18 @@ def log_metrics(client: Any, run_id: str, values: Mapping[str, float], step: int
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
-    client.log_batch(run_id, [Metric(_key(key), float(value), now, step) for key, value in values.items()])
+    client.log_batch(run_id, [Metric(key_of(key), float(value), now, step) for key, value in values.items()])
 
 
-def _key(name: str) -> str:
+def key_of(name: str) -> str:
     """A name that MLflow accepts: ``recall@5`` becomes ``recall_5``."""
     return re.sub(r"[^\w.\-/: ]", "_", name)
 
 
 def log_end(client: Any, run_id: str, record: TrialRecord, folder: Path) -> None:
     """Log the numbers, datasets and files of a trial, and end its run."""
-    values = {f"{split}/{name}": x for split, metrics in record.metrics.items() for name, x in metrics.items()}
-    values["wall_time_s"] = record.wall_time_s
-    if record.best_epoch is not None:
-        values["best_epoch"] = record.best_epoch
-    for kind in ("parameters", "memory", "throughput"):
-        part = getattr(record, kind)
-        fields = part.model_dump(exclude={"by_group"}, exclude_none=True) if part else {}
-        values |= {f"{kind}/{name}": x for name, x in fields.items()}
-    log_metrics(client, run_id, values)
+    scores = {f"{split}/{name}": x for split, metrics in record.metrics.items() for name, x in metrics.items()}
+    log_metrics(client, run_id, scores | {f"{SYSTEM}/{name}": x for name, x in _counters(record).items()})
     if record.data:
         _log_data(client, run_id, record.spec["task"]["name"], record.data)
     for path in filter(Path.exists, (folder / name for name in TRIAL_FILES)):
@@ -80,6 +75,18 @@ def log_end(client: Any, run_id: str, record: TrialRecord, folder: Path) -> None
         if value:
             client.set_tag(run_id, f"harness.{key}", value)
     client.set_terminated(run_id, _STATUS.get(record.status, "FAILED"))
+
+
+def _counters(record: TrialRecord) -> dict[str, float]:
+    """Counts, sizes and times: what has no curve and is no score."""
+    values: dict[str, float] = {"wall_time_s": record.wall_time_s}
+    if record.best_epoch is not None:
+        values["best_epoch"] = record.best_epoch
+    for kind in ("parameters", "memory", "throughput"):
+        part = getattr(record, kind)
+        fields = part.model_dump(exclude={"by_group"}, exclude_none=True) if part else {}
+        values |= {f"{kind}/{name}": x for name, x in fields.items()}
+    return values | {f"phases_s/{name}": x for name, x in record.phases_s.items()}
 
 
 def _log_data(client: Any, run_id: str, task: str, data: Data) -> None:

@@ -8,7 +8,7 @@ import time
 import weakref
 from typing import Any
 
-from harness.tracking.log import log_metrics
+from harness.tracking.log import SYSTEM, log_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +48,11 @@ def _sample(over: threading.Event, client: Any, uri: str, info: Any) -> None:
             if time.monotonic() - began < 1:
                 return  # too short for a share of CPU time to mean anything
             monitor.collect_metrics()
-            values = {f"system/{name}": x for name, x in monitor.aggregate_metrics().items()}
+            values = {f"{SYSTEM}/{name}": x for name, x in monitor.aggregate_metrics().items()}
             for part in monitor.monitors:
                 part.clear_metrics()
-            values["system/process_memory_megabytes"] = process.memory_info().rss / 1e6
-            values["system/process_cpu_utilization_percentage"] = process.cpu_percent()
+            values[f"{SYSTEM}/process_memory_megabytes"] = process.memory_info().rss / 1e6
+            values[f"{SYSTEM}/process_cpu_utilization_percentage"] = process.cpu_percent()
             log_metrics(client, info.run_id, values, int(time.time() - info.start_time / 1000))
     except Exception as error:  # from psutil, a GPU driver or the server: must not affect the trial
         logger.warning(

@@ -4,44 +4,26 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+from harness.core.profile import Measured
+from results.export.columns import PROFILED, all_columns
 from results.leaderboard import format as text
 from results.leaderboard import summary
-from results.leaderboard.coverage import Coverage, table_coverage
+from results.leaderboard.coverage import table_coverage
 from results.leaderboard.table import Leaderboard, Row
 from results.statistics.intervals import Difference, Estimate
 
 Cells = dict[str, str | int | float | None]
 
 
-def shows_rates(rows: Iterable[Row]) -> bool:
-    """Whether any of the rows has a learning rate."""
-    return any(row.chosen.learning_rate is not None for row in rows)
+def markdown(board: Leaderboard, columns: Sequence[str] = ()) -> str:
+    """The leaderboard as GitHub tables, with the headline, the caveats and the failures.
 
-
-def rate_text(row: Row) -> str:
-    """The chosen learning rate and the number tried: ``0.001 (of 3)``."""
-    rate = row.chosen.learning_rate
-    return text.ABSENT if rate is None else f"{rate:g} (of {row.effort})"
-
-
-def cell_text(found: Estimate | None, column: str, cover: Coverage, show_sign: bool = False) -> str:
-    """Mean and interval, with a dagger if the interval covers less than others in its column."""
-    shown = text.estimate_text(found, show_sign)
-    return f"{shown}{cover.cell(column, found)}" if found else shown
-
-
-def difference_text(row: Row, metric: str, cover: Coverage) -> str:
-    """The difference from the reference with its interval and adjusted p; ``reference`` for the reference itself."""
-    if row.is_reference:
-        return "reference"
-    found = row.differences.get(metric)
-    return " ".join(filter(None, [cell_text(found, "difference", cover, True), text.p_text(found) if found else ""]))
-
-
-def markdown(board: Leaderboard) -> str:
-    """The leaderboard as GitHub tables, with the headline, the caveats and the failures."""
+    Args:
+        board: the leaderboard.
+        columns: names of columns (``results.export.columns``); default: all that an article would discuss.
+    """
     lines = [f"# {_cell(board.run.plan.experiment)}", ""]
     lines += [
         f"- {_cell(sentence)}" for sentence in (*summary.headline(board), *summary.caveats(board), summary.RANK_RULE)
@@ -50,12 +32,12 @@ def markdown(board: Leaderboard) -> str:
         if setting:
             lines += ["", f"## {_cell(setting)}"]
         if rows := board.of(setting):
-            lines += ["", *_markdown_table(rows, board)]
+            lines += ["", *markdown_table(board, rows, columns)]
             notes = [f"- {_cell(row.name)}: {_cell(note)}" for row in rows for note in row.notes]
             lines += ["", *notes] if notes else []
         if apart := board.apart(setting):
             lines += ["", "Excluded from ranking, because not trained, scored or searched for like the others:", ""]
-            lines += _markdown_table(apart, board)
+            lines += markdown_table(board, apart, columns)
             lines += ["", *(f"- {_cell(row.name)}: {_cell('; '.join((*row.apart, *row.notes)))}" for row in apart)]
     unfinished = (*board.failed, *board.missing)
     if unfinished:
@@ -66,21 +48,28 @@ def markdown(board: Leaderboard) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _markdown_table(rows: Sequence[Row], board: Leaderboard) -> list[str]:
-    rates, primary, metrics = shows_rates(rows), board.primary, board.ranking_metrics
-    cover = table_coverage(board, rows)
-    heads = ["Rank", "Method", "Seeds", *(["Learning rate"] if rates else [])]
-    heads += [info.label + cover.head(info.name) for info in metrics]
-    heads += [f"Δ {primary.label} from {board.reference_name}{cover.head('difference')}"]
-    heads += [f"Wrong/right input{cover.head('input_use')}", "Trainable"]
-    lines = [_line(heads), _line(["---"] * 3 + ["---:"] * (len(heads) - 3))]
-    for row in rows:
-        cells = [row.rank_text or text.ABSENT, row.name, f"{row.seeds} (incomplete)" if row.incomplete else row.seeds]
-        cells += [rate_text(row)] if rates else []
-        cells += [cell_text(row.metrics.get(info.name), info.name, cover) for info in metrics]
-        cells += [difference_text(row, primary.name, cover), cell_text(row.input_use, "input_use", cover)]
-        lines.append(_line([*cells, text.count(row.parameters.trainable if row.parameters else None)]))
-    return [*lines, "", cover.sentence]
+def markdown_table(
+    board: Leaderboard, rows: Sequence[Row], columns: Sequence[str] = (), brief: bool = False
+) -> list[str]:
+    """The lines of one table, and below it what its intervals cover.
+
+    Args:
+        board: the leaderboard.
+        rows: some of its rows.
+        columns: names of columns.
+        brief: means without intervals.
+    """
+    known = all_columns(board, rows)
+    chosen = [known[name] for name in columns or _default(board) if name in known]
+    lines = [_line([one.head for one in chosen]), _line(["---" if one.is_text else "---:" for one in chosen])]
+    lines += [_line([(one.brief if brief else one.read)(row) for one in chosen]) for row in rows]
+    return lines if brief else [*lines, "", table_coverage(board, rows).sentence]
+
+
+def _default(board: Leaderboard) -> list[str]:
+    others = [info.name for info in board.ranking_metrics[1:]]
+    first = ["rank", "method", board.primary.name, "difference", "verdict", "trainable", "step_time", "memory"]
+    return [*first, *others, "input_use", "learning_rate", "seeds", "badges"]
 
 
 def _cell(value: str) -> str:
@@ -127,7 +116,7 @@ def _cells(row: Row, board: Leaderboard) -> Cells:
         cells |= _columns(info.name, row.metrics.get(info.name))
         difference = row.differences.get(info.name)
         cells |= _columns(f"{info.name}_difference", difference)
-        cells |= _p_values(f"{info.name}_difference", difference)
+        cells |= _tests(f"{info.name}_difference", difference)
     cells |= _columns("wrong_to_right_input_perplexity", row.input_use)
     for count in ("trainable", "adapter", "projector", "language_model", "encoder", "total"):
         cells[f"{count}_parameters"] = getattr(row.parameters, count) if row.parameters else None
@@ -136,6 +125,8 @@ def _cells(row: Row, board: Leaderboard) -> Cells:
     cells |= _columns("tokens_per_s", row.tokens_per_s)
     cells |= _columns("train_time_s", row.train_time_s)
     cells |= _columns("wall_time_s", row.wall_time_s)
+    cells |= _profiled(row, board)
+    cells["badges"] = "; ".join(badge.label for badge in row.badges)
     cells["notes"] = "; ".join(row.notes)
     return cells
 
@@ -152,8 +143,22 @@ def _columns(name: str, estimate: Estimate | None) -> Cells:
     }
 
 
-def _p_values(name: str, difference: Difference | None) -> Cells:
+def _tests(name: str, difference: Difference | None) -> Cells:
     return {
         f"{name}_p_value": difference.p_value if difference else None,
         f"{name}_p_adjusted": difference.p_adjusted if difference else None,
+        f"{name}_verdict": text.verdict(difference) or None,
+        f"{name}_verdict_examples": text.examples_text(difference) or None,
+        f"{name}_more_seeds": difference.more_seeds if difference else None,
     }
+
+
+def _profiled(row: Row, board: Leaderboard) -> Cells:
+    """The profile of the row's method: medians and intervals of what was measured apart from training."""
+    entry = board.run.profile.entry_of(row.trials[0].trial_id) if board.run.profile else None
+    cells: Cells = {}
+    for name in PROFILED:
+        value: Measured | None = getattr(entry, name) if entry else None
+        for part, key in (("median", name), ("low", f"{name}_low"), ("high", f"{name}_high")):
+            cells[f"profile_{key}"] = getattr(value, part) if value else None
+    return cells

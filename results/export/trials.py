@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from harness.core.files import atomic
+from harness.core.profile import Measured
 from harness.core.record import Data, Memory, Parameters, PlannedTrial, Run, Throughput, TrialRecord
+from results.export.columns import PROFILED
 from results.export.options import option_columns
 
 if TYPE_CHECKING:
@@ -32,7 +34,8 @@ def trials_table(run: Run) -> pa.Table:
 
     Columns: the names of the trial in the plan; status and reason; each axis and option by its key in the experiment
     file (see ``results.export.options``); each score as ``split.metric``; ``parameters.*``, ``memory.*``,
-    ``throughput.*`` and ``data.*`` as in the record; ``phases_s.*``; time, versions (JSON), origin and folder.
+    ``throughput.*`` and ``data.*`` as in the record; ``phases_s.*``; ``profile.*`` if there is one; time, versions
+    (JSON), origin and folder.
     """
     pairs = [(trial, run.records[trial.trial_id]) for trial in run.plan.trials if trial.trial_id in run.records]
     records = [record for _, record in pairs]
@@ -44,7 +47,7 @@ def trials_table(run: Run) -> pa.Table:
         ("data", Data),
     ):
         columns |= _part(part, schema)
-    columns |= _phases(records) | _ending(run)
+    columns |= _phases(records) | _profile(run) | _ending(run)
     return pa.table(
         _read(_named(), pairs) | option_columns([record.spec for record in records]) | _read(columns, pairs)
     )
@@ -97,6 +100,25 @@ def _phases(records: Sequence[TrialRecord]) -> Columns:
 
     names = dict.fromkeys(name for record in records for name in record.phases_s)
     return {f"phases_s.{name}": (pa.float64(), reader(name)) for name in names}
+
+
+def _profile(run: Run) -> Columns:
+    """The profile of each trial's method: medians and intervals of what was measured apart from training."""
+
+    def reader(name: str, part: str) -> Read:
+        def read(trial: PlannedTrial, _: TrialRecord) -> float | None:
+            entry = run.profile.entry_of(trial.trial_id) if run.profile else None
+            value: Measured | None = getattr(entry, name) if entry else None
+            return getattr(value, part) if value else None
+
+        return read
+
+    parts = {"median": "", "low": "_low", "high": "_high"}
+    return {
+        f"profile.{name}{ending}": (pa.float64(), reader(name, part))
+        for name in (PROFILED if run.profile else ())
+        for part, ending in parts.items()
+    }
 
 
 def _part(part: str, schema: type[BaseModel]) -> Columns:

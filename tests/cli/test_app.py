@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from harness.cli import app
+from harness.cli.leaderboard import print_last_screen
 from harness.core.errors import UserError
 from harness.core.record import PlannedTrial, TrialRecord
 from harness.sweep import run
@@ -23,6 +24,7 @@ from harness.tracking.grid import open_grid
 from results.loaded import Results
 from tasks.drawing.task import DrawnConfig
 from tasks.scenes import Scenes
+from tests.support import screens
 from tests.support.cli import Harness, Outcome, assert_refused, caller
 from tests.support.runs import fake_plan, write_run
 
@@ -241,9 +243,7 @@ def test_a_plan_counts_the_examples_of_a_folder_that_is_there(
     assert "number of examples not checked: task coco_captions: its data may have to be downloaded" in online.out
 
 
-def test_the_last_screen_counts_the_trials_that_did_not_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_last_screen_counts_the_trials_that_did_not_run(tmp_path: Path) -> None:
     plan = fake_plan(seeds=tuple(range(30)), settings=("",))
     kept = {trial.trial_id: number for number, trial in enumerate(plan.trials[:40])}
 
@@ -254,9 +254,9 @@ def test_the_last_screen_counts_the_trials_that_did_not_run(
         return record.model_copy(update={"status": "failed", "reason": "no [room]"}) if failed else record
 
     results = Results((write_run(tmp_path, plan, change),), tmp_path / "report.html")
-    monkeypatch.setattr(app, "console", Console(width=200))
-    app._last_screen(results, 5.0)
-    text = capsys.readouterr().out
+    screen = screens.console(width=200)
+    print_last_screen(results, 5.0, screen)
+    text = screens.output(screen)
     assert text.count("no [room]") == 10
     assert f"failed {plan.trials[0].trial_id} none seed 0: no [room]\n… and 2 more that failed" not in text
     assert "… and 2 more that failed: see the report\n" in text

@@ -220,7 +220,7 @@ def test_status_of_a_run_in_progress(harness: Harness, run: Path) -> None:
     )
     assert len(re.findall(r"^out of memory: \w+ \w+ seed \d: \[cuda\] too large$", out, re.MULTILINE)) == 10
     assert "… and 2 more that did not finish" in out
-    assert re.search(r"1(–\d)? +Full +1\.\d+ \[", out)
+    assert re.search(r"1(–\d)? +Full fine-tuning +1\.\d+ ", out)
     idle = harness("status", run).out
     assert "0 running, 3 waiting\nno harness is running in this folder" in idle
     with FileLock(run / ".lock", timeout=0):  # released

@@ -73,6 +73,7 @@ def finished_record(planned: PlannedTrial, run_id: str | None, **changes: Any) -
         "device": "cpu",
         "git_revision": "0123456789ab",
         "wall_time_s": 1.5,
+        "phases_s": {"train": 1.25},
         "started_at": "2026-01-01T00:00:00+00:00",
         "mlflow_run_id": run_id,
     }

@@ -72,7 +72,7 @@ def test_a_trial_is_a_child_run_with_everything_in_it(
     assert tracker.run_id is not None
     assert client.get_run(tracker.run_id).info.status == "RUNNING"
     tracker.metrics({"train_loss": 2.5, "validation_perplexity": 9.5}, step=2)
-    tracker.metrics({"train_loss": 2.0, "validation_perplexity": 9.0}, step=4)
+    tracker.metrics({"train_loss": 2.0, "validation_perplexity": 9.0, "learning_rate": 1e-3}, step=4)
     record = finished_record(planned, tracker.run_id)
     write_record(tmp_path, record)
     (folder / "log.txt").write_text("a line\n", encoding="utf-8")
@@ -101,7 +101,10 @@ def test_a_trial_is_a_child_run_with_everything_in_it(
     assert not [key for key, value in run.data.params.items() if key.endswith(".target") or value in ("", "None", "[]")]
     losses = client.get_metric_history(tracker.run_id, "epoch/train_loss")
     assert [(metric.step, metric.value) for metric in losses] == [(2, 2.5), (4, 2.0)]
-    assert {metric.step for metric in run.data._metric_objs if not metric.key.startswith("epoch/")} == {0}
+    rates = client.get_metric_history(tracker.run_id, "schedule/learning_rate")
+    assert [(metric.step, metric.value) for metric in rates] == [(4, 1e-3)]
+    curves = ("epoch/", "schedule/")
+    assert {metric.step for metric in run.data._metric_objs if not metric.key.startswith(curves)} == {0}
     inputs = {input_.tags[0].value: input_.dataset for input_ in run.inputs.dataset_inputs}
     assert {context: dataset.digest for context, dataset in inputs.items()} == {
         "training": "e" * 36,
@@ -109,13 +112,14 @@ def test_a_trial_is_a_child_run_with_everything_in_it(
     }
     assert (inputs["training"].name, inputs["training"].profile) == ("scenes training", '{"num_rows": 64}')
     assert run.data.metrics == {
-        "epoch/train_loss": 2.0, "epoch/validation_perplexity": 9.0, "validation/perplexity": 8.0,
-        "test/perplexity": 7.5, "test/cider": 0.5, "wall_time_s": 1.5, "best_epoch": 1,
-        "parameters/trainable": 30, "parameters/adapter": 20,
-        "parameters/projector": 10, "parameters/language_model": 100, "parameters/encoder": 50, "parameters/total": 180,
-        "memory/weights_bytes": 4, "memory/gradients_bytes": 3, "memory/optimizer_bytes": 2,
-        "memory/activations_bytes": 1, "throughput/examples_per_s": 12.5, "throughput/tokens_per_s": 100.0,
-        "throughput/measured_steps": 4,
+        "epoch/train_loss": 2.0, "epoch/validation_perplexity": 9.0, "schedule/learning_rate": 1e-3,
+        "validation/perplexity": 8.0, "test/perplexity": 7.5, "test/cider": 0.5,
+        "system/wall_time_s": 1.5, "system/best_epoch": 1, "system/phases_s/train": 1.25,
+        "system/parameters/trainable": 30, "system/parameters/adapter": 20, "system/parameters/projector": 10,
+        "system/parameters/language_model": 100, "system/parameters/encoder": 50, "system/parameters/total": 180,
+        "system/memory/weights_bytes": 4, "system/memory/gradients_bytes": 3, "system/memory/optimizer_bytes": 2,
+        "system/memory/activations_bytes": 1, "system/throughput/examples_per_s": 12.5,
+        "system/throughput/tokens_per_s": 100.0, "system/throughput/measured_steps": 4,
     }  # fmt: skip
     assert sorted(file.path for file in client.list_artifacts(tracker.run_id)) == ["log.txt", "record.json"]
 
@@ -126,7 +130,7 @@ def test_a_failed_trial_logs_the_reason_and_counts_as_failed(
     spec, planned = trials[0]
     tracker = MlflowTracker(grid, spec, planned, tmp_path)
     parts = ("parameters", "memory", "throughput", "data", "best_epoch")
-    changes: dict[str, Any] = {"metrics": {}, "history": (), **dict.fromkeys(parts)}
+    changes: dict[str, Any] = {"metrics": {}, "history": (), "phases_s": {}, **dict.fromkeys(parts)}
     tracker.finish(finished_record(planned, None, status="out_of_memory", reason="too large", **changes), tmp_path)
     assert tracker.warnings == ()
     assert tracker.run_id is not None
@@ -134,7 +138,7 @@ def test_a_failed_trial_logs_the_reason_and_counts_as_failed(
     assert run.info.status == "FAILED"
     assert run.data.tags["harness.reason"] == "too large"
     assert run.data.tags["harness.status"] == "out_of_memory"
-    assert run.data.metrics == {"wall_time_s": 1.5}
+    assert run.data.metrics == {"system/wall_time_s": 1.5}
 
 
 def test_running_again_reuses_the_same_runs(
@@ -221,7 +225,6 @@ def test_plan_experiment_and_report_are_artifacts_of_the_parent_run_and_not_doub
     assert Path(page).read_text(encoding="utf-8") == "second"
     run = client.get_run(grid.parent_run_id)
     assert run.info.status == "FINISHED"
-    assert run.data.metrics == {"trials/planned": 4, "trials/finished": 1, "trials/failed": 1}
 
 
 def test_a_trial_whose_process_died_does_not_run_forever(
