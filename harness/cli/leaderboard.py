@@ -16,6 +16,7 @@ from rich.text import Text
 from harness.sweep.live import trial_names
 from results.export.columns import Column, all_columns
 from results.leaderboard.format import duration
+from results.leaderboard.recommend import recommend
 from results.leaderboard.table import Leaderboard, Row
 from results.loaded import Results
 
@@ -137,6 +138,13 @@ def _heads(board: Leaderboard) -> Mapping[str, str]:
     }  # fmt: skip
 
 
+def recommendation(board: Leaderboard) -> Text:
+    """What to use, over all settings where there are several; empty while nothing is ranked."""
+    if not any(row.rank for row in board.rows):
+        return Text()
+    return Text.assemble(("recommended: ", "bold"), recommend(board)[0].sentence)
+
+
 def print_last_screen(results: Results, seconds: float, console: Console) -> None:
     """What a run ends with: the leaderboard, what failed, how long it took, and where report and MLflow are."""
 
@@ -144,7 +152,7 @@ def print_last_screen(results: Results, seconds: float, console: Console) -> Non
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     board = results.board
-    console.print(LeaderboardView(board))
+    console.print(LeaderboardView(board), recommendation(board), sep="\n")
     names = trial_names(board.run.plan.trials)
     for item in board.failed[:SHOWN_FAILURES]:
         name = f"{item.trial.trial_id} {names[item.trial.trial_id]}"

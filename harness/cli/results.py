@@ -41,7 +41,7 @@ def newest_run() -> Path:
 
 def status(folder: RunFolder = None) -> None:
     """Show the progress of a run, its failures and the leaderboard so far, without writing anything."""
-    from harness.cli.leaderboard import LeaderboardView
+    from harness.cli.leaderboard import LeaderboardView, recommendation
     from harness.cli.terminal import progress_lines
     from results.leaderboard.join import read_runs
     from results.leaderboard.progress import progress_of
@@ -58,8 +58,9 @@ def status(folder: RunFolder = None) -> None:
     for line in run.foreign_lines:
         _print(line)
     if any(record.status == "finished" for record in run.records.values()):
+        board = build_leaderboard(run)
         console.print()
-        console.print(LeaderboardView(build_leaderboard(run)))
+        console.print(LeaderboardView(board), recommendation(board), sep="\n")
 
 
 def _is_running(folder: Path) -> bool:

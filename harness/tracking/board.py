@@ -19,6 +19,7 @@ from harness.tracking.log import SYSTEM, key_of, log_metrics
 from results.export.columns import PROFILED, all_columns
 from results.export.text import markdown_table
 from results.leaderboard.format import ABSENT
+from results.leaderboard.recommend import recommend
 from results.leaderboard.summary import headline
 from results.leaderboard.table import Leaderboard, Row
 
@@ -171,7 +172,8 @@ def _equal(known: float | None, value: float) -> bool:
 
 def describe_board(board: Leaderboard) -> str:
     """The leaderboard as Markdown, for the description of the parent run, of which MLflow shows the first lines."""
-    lines = [f"- {sentence}" for sentence in headline(board)]
+    ranked = any(row.rank for row in board.rows)
+    lines = [f"**Recommended:** {recommend(board)[0].sentence}"] if ranked else headline(board)
     columns = ("rank", "method", board.primary.name, "difference", "verdict", "trainable", "step_time", "memory")
     for setting in board.settings[:_DESCRIBED_SETTINGS]:
         rows = board.of(setting)[:_DESCRIBED_ROWS]

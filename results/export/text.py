@@ -11,6 +11,7 @@ from results.export.columns import PROFILED, all_columns
 from results.leaderboard import format as text
 from results.leaderboard import summary
 from results.leaderboard.coverage import table_coverage
+from results.leaderboard.recommend import recommend
 from results.leaderboard.table import Leaderboard, Row
 from results.statistics.intervals import Difference, Estimate
 
@@ -24,7 +25,7 @@ def markdown(board: Leaderboard, columns: Sequence[str] = ()) -> str:
         board: the leaderboard.
         columns: names of columns (``results.export.columns``); default: all that an article would discuss.
     """
-    lines = [f"# {_cell(board.run.plan.experiment)}", ""]
+    lines = [f"# {_cell(board.run.plan.experiment)}", "", *_recommended(board)]
     lines += [
         f"- {_cell(sentence)}" for sentence in (*summary.headline(board), *summary.caveats(board), summary.RANK_RULE)
     ]
@@ -46,6 +47,16 @@ def markdown(board: Leaderboard, columns: Sequence[str] = ()) -> str:
             f"- {_cell(one.trial.trial_id)}: {one.status}. {_cell(one.reason or '')}".rstrip() for one in unfinished
         ]
     return "\n".join(lines) + "\n"
+
+
+def _recommended(board: Leaderboard) -> list[str]:
+    """A paragraph for each recommendation and what is not known; nothing while nothing is ranked."""
+    lines: list[str] = []
+    for found in recommend(board) if any(row.rank for row in board.rows) else ():
+        start = f"{found.setting}: " if found.setting else ""
+        lines += [f"**Recommended:** {_cell(f'{start}{found.sentence}')}", ""]
+        lines += [*(f"- {_cell(line)}" for line in found.unknown), *([""] if found.unknown else [])]
+    return lines
 
 
 def markdown_table(

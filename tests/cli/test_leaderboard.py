@@ -11,6 +11,7 @@ import pytest
 from harness.cli.leaderboard import LeaderboardView, print_last_screen
 from harness.core.profile import Measured, Profile, ProfileEntry
 from harness.core.record import PlannedTrial, Run, TrialRecord, read_run
+from results.leaderboard.recommend import recommend
 from results.leaderboard.table import Leaderboard, build_leaderboard
 from results.loaded import Results
 from tests.support.runs import fake_plan, write_run
@@ -58,9 +59,10 @@ def test_eighty_characters_have_everything_that_decides(tmp_path: Path) -> None:
     assert re.search(r"^ *\d(–\d)? LoRA r=4 specific +5\.\d+ +1\.\d+× +80,688 +1\.17× 17 MiB \w", text, re.MULTILINE)
     assert re.search(r"^ *\d(–\d)? Full fine-tuning +\d\.\d+ +1 +561,312 +1\.16× 16 MiB reference$", text, re.MULTILINE)
     assert re.search(r"^ *\d(–\d)? IA3 specific +\S+ +\S+ +12,384 +– +– \w", text, re.MULTILINE)  # not profiled
-    assert "÷ full: Perplexity relative to Full fine-tuning; verdict: against Full fine-tuning" in " ".join(
-        text.split()
+    legend = (
+        "÷ full, step: relative to Full fine-tuning; verdict: against Full fine-tuning, for models trained with new"
     )
+    assert legend in " ".join(text.split())
 
 
 def test_a_wide_terminal_shows_intervals_and_more_scores(tmp_path: Path) -> None:
@@ -149,6 +151,7 @@ def test_the_last_screen_fits_and_says_where_to_look(tmp_path: Path) -> None:
     )
     results = Results((tmp_path,), tmp_path / "index.html", tracking_link="#/experiments/1/runs?x=y", known_board=board)
     text = last_screen(results)
+    assert f"recommended: {recommend(board)[0].sentence}" in " ".join(text.split())
     assert "24 of 24 trials finished; this run took 1 min 05 s\n" in text
     assert f"report:  {tmp_path / 'index.html'}\n" in text  # in one piece, however long
     assert re.search(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
@@ -22,7 +24,19 @@ from results.report import write_exports
 from tests.support.cli import Harness, Outcome, caller
 from tests.support.runs import fake_plan, write_run
 
-COMMANDS = ["run", "plan", "status", "report", "compare", "attention", "leaderboard", "tasks", "adapters", "prepare"]
+COMMANDS = [
+    "run",
+    "plan",
+    "status",
+    "recommend",
+    "report",
+    "compare",
+    "attention",
+    "leaderboard",
+    "tasks",
+    "adapters",
+    "prepare",
+]
 
 
 @pytest.fixture
@@ -196,6 +210,33 @@ def test_leaderboards_that_cannot_be_compared(harness: Harness, run: Path, tmp_p
         assert_refused(harness("leaderboard", "diff", path, name), says)
     assert_refused(harness("leaderboard", "diff", tmp_path, path), re.escape(str(tmp_path)))
     assert_refused(harness("leaderboard", "diff", path, path, "--metric", "cidre"), "did you mean 'cider'")
+
+
+def test_leaderboard_show_prints_the_columns_of_choice(harness: Harness, run: Path) -> None:
+    outcome = harness("leaderboard", "show", run, "--columns", "rank, method,bleu_4,trainable")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.splitlines()[1].split() == ["rank", "method", "BLEU-4", "trainable"]
+    written = harness("leaderboard", "show", "--format", "latex", "--columns", "method,cider,difference,verdict").out
+    assert re.search(
+        r"^Method & CIDEr & \$\\Delta\$ CIDEr from Full fine-tuning & Verdict \\\\$", written, re.MULTILINE
+    )
+    assert re.search(
+        r"^Full fine-tuning & \\textbf\{1\.\d+\} \[\S+, \S+\] & reference & reference ", written, re.MULTILINE
+    )
+    assert "Ranks are" not in written  # in the caption: there is no such column
+    table = harness("leaderboard", "show", "--format", "markdown", "--columns", "method,total").out
+    assert "| Method | Total parameters |\n| --- | ---: |\n| Full fine-tuning | " in table
+    everything = list(csv.DictReader(io.StringIO(harness("leaderboard", "show", run, "-f", "csv").out)))
+    assert [line["label"] for line in everything][:2] == ["Full fine-tuning", "LoRA r=4"]
+
+
+def test_columns_that_do_not_exist(harness: Harness, run: Path) -> None:
+    show = ("leaderboard", "show", run, "--columns")
+    assert_refused(harness(*show, "rank,metod"), r"--columns: no column 'metod'; allowed: .*did you mean 'method'")
+    assert_refused(harness(*show, "cider,rank,cider"), r"--columns: 'cider' is given twice")
+    assert_refused(harness(*show, ","), r"--columns: no column is named; allowed: adapter, badges")
+    assert_refused(harness(*show, "rank", "--format", "csv"), r"--columns: not for csv, which has every column")
+    assert_refused(harness("leaderboard", "show", "nowhere"), "nowhere: no such folder")
 
 
 def unfinished(trial: PlannedTrial, record: TrialRecord) -> TrialRecord | None:

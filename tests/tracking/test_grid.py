@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from mlflow.exceptions import MlflowException
 
 from harness.core.errors import UserError
 from harness.core.files import write_atomically
-from harness.core.record import write_record
+from harness.core.record import read_run, write_record
 from harness.tracking.grid import (
     PARENT_TAG,
     Grid,
@@ -25,6 +26,9 @@ from harness.tracking.grid import (
     redacted,
     sqlite_path,
 )
+from results.leaderboard.recommend import recommend
+from results.leaderboard.table import build_leaderboard
+from tests.support.runs import fake_plan, write_run
 from tests.support.tracking import Trial, artifacts, finished_record, four_trials, new_grid, write_plan
 
 DEAD_SERVER = "http://127.0.0.1:9"  # the discard port: refused at once
@@ -225,6 +229,29 @@ def test_plan_experiment_and_report_are_artifacts_of_the_parent_run_and_not_doub
     assert Path(page).read_text(encoding="utf-8") == "second"
     run = client.get_run(grid.parent_run_id)
     assert run.info.status == "FINISHED"
+
+
+def test_the_leaderboard_is_logged_when_a_grid_ends(runs: Path, client: MlflowClient) -> None:
+    folder = write_run(runs / "with-scores", fake_plan(seeds=(0, 1), settings=("",)))
+    grid = new_grid(runs, "with-scores")
+    board = build_leaderboard(read_run(folder))
+    children = {}
+    for trial in board.run.plan.trials[:4]:
+        tags = {PARENT_TAG: grid.parent_run_id, "harness.kind": "trial", "harness.trial_id": trial.trial_id}
+        children[trial.trial_id] = client.create_run(grid.experiment_id, tags=tags).info.run_id
+    assert close_grid(grid, complete=True, artifacts=[], board=board) is None
+    row = next(row for row in board.rows if row.method == "none")
+    child = client.get_run(children[row.trials[0].trial_id])
+    assert child.data.metrics["leaderboard/cider"] == pytest.approx(row.metrics["cider"].mean)
+    assert child.data.tags["harness.rank"] == row.rank_text
+    parent = client.get_run(grid.parent_run_id)
+    assert parent.data.tags["harness.trials_planned"] == "16"
+    assert parent.data.tags["mlflow.note.content"].startswith(f"**Recommended:** {recommend(board)[0].sentence}")
+    assert parent.data.metrics["leaderboard/none"] == pytest.approx(row.metrics["cider"].mean)
+    view = client.get_experiment(grid.experiment_id).tags[f"mlflow.sharedViewState.harness-{grid.parent_run_id[:12]}"]
+    found = client.search_runs([grid.experiment_id], json.loads(view)["searchFilter"])
+    assert {run.info.run_id for run in found} == set(children.values())
+    assert grid.trials_link.endswith(f"viewStateShareKey=harness-{grid.parent_run_id[:12]}")
 
 
 def test_a_trial_whose_process_died_does_not_run_forever(

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,9 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import BaseModel
 
+from harness.core.profile import Measured, Profile, ProfileEntry
 from harness.core.record import PlannedTrial, TrialRecord, read_run
 from results.export.latex import escape
 from results.leaderboard import published
+from results.leaderboard.format import verdict
 from results.leaderboard.published import PublishedLeaderboard, read_published
 from results.leaderboard.table import Leaderboard, build_leaderboard
 from results.report import write_exports
@@ -79,6 +82,38 @@ def test_csv_has_every_number_unrounded(board: Leaderboard, files: dict[str, Pat
         assert (line["cider_difference_p_value"] != "") == (line["cider_difference_p_adjusted"] != "") == compared
         if compared:
             assert float(line["cider_difference_p_value"]) <= float(line["cider_difference_p_adjusted"])
+
+
+def test_csv_has_verdicts_and_the_profile(board: Leaderboard, tmp_path: Path) -> None:
+    lora = [row for row in board.rows if row.method == "lora"]
+    entries = tuple(
+        ProfileEntry(
+            key=row.trials[0].trial_id, name=row.name, setting="", device="CPU", reference="Full fine-tuning",
+            trial_ids=tuple(trial.trial_id for trial in row.trials), reference_trial_ids=(),
+            step_time_ratio=Measured(median=1.125, low=1.0, high=1.25, n=9),
+            peak_memory_bytes=Measured(median=7.0, n=1),
+        )
+        for row in lora
+    )  # fmt: skip
+    profiled = replace(board, run=replace(board.run, profile=Profile(entries=entries)))
+    paths = {path.name: path for path in write_exports(profiled, tmp_path)}
+    for line in csv.DictReader(paths["leaderboard.csv"].open(newline="")):
+        measured = ("1.125", "1.0", "1.25") if line["method"] == "lora" else ("", "", "")
+        names = ("profile_step_time_ratio", "profile_step_time_ratio_low", "profile_step_time_ratio_high")
+        assert tuple(line[name] for name in names) == measured
+        assert line["profile_energy_ratio"] == ""
+        row = next(row for row in board.rows if (row.setting, row.name) == (line["setting"], name_of(line)))
+        assert line["cider_difference_verdict"] == verdict(row.differences.get("cider"))
+    trials = pq.read_table(paths["trials.parquet"]).to_pylist()
+    assert {(row["method"] == "lora", row["profile.step_time_ratio"], row["profile.step_time_ratio_high"],
+             row["profile.peak_memory_bytes"], row["profile.peak_memory_bytes_low"]) for row in trials} == {
+        (True, 1.125, 1.25, 7.0, None), (False, None, None, None, None)}  # fmt: skip
+    text = paths["leaderboard.md"].read_text(encoding="utf-8")
+    assert re.search(r"\| LoRA r=4 specific \| .* \| 1\.12× \[1\.000×, 1\.25×\] \| 7 B \| ", text)
+
+
+def name_of(line: dict[str, str]) -> str:
+    return f"{line['label']} {line['grouping']}".rstrip()
 
 
 def test_markdown_keeps_rows_apart_out_of_the_ranking(files: dict[str, Path]) -> None:
