@@ -42,13 +42,19 @@ class Choice:
     method: AdapterMethod
 
 
-def choose(options: Mapping[str, Any], where: Cursor, also: Iterable[str] = ()) -> Choice:
+def choose(
+    options: Mapping[str, Any],
+    where: Cursor,
+    also: Iterable[str] = (),
+    context: Mapping[str, Any] | None = None,
+) -> Choice:
     """The method that ``{"method": name, **options}`` asks for, with its options checked.
 
     Args:
         options: as the user wrote them.
         where: the location of the options, for messages.
         also: other allowed keys, which the caller has removed; an error about an unknown key lists them.
+        context: for the validators of the options, such as ``harness.core.paths.relative_to``.
 
     Raises:
         UserError: an unknown method, an unknown option, or an option out of range.
@@ -61,4 +67,5 @@ def choose(options: Mapping[str, Any], where: Cursor, also: Iterable[str] = ()) 
         raise UserError(f"{where / 'method'}: found {name!r}; {did_you_mean(str(name), ADAPTERS.entries())}")
     plugins = ADAPTERS.plugins(name, str(where / "method"))
     method_class = ADAPTERS.load(*(plugin.target for plugin in plugins))
-    return Choice(name, plugins, method_class(check(method_class.Config, own, where, ("method", *also))))
+    config = check(method_class.Config, own, where, ("method", *also), context=context)
+    return Choice(name, plugins, method_class(config))

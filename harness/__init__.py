@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from adapters.library.peft_import import import_peft
     from adapters.placement.roles import Target
     from harness.core.errors import UserError
+    from harness.core.paths import ExperimentPath
     from harness.core.weight_decay import parameter_groups
     from harness.experiment.load import Experiment
     from harness.sweep.run import run_experiment
@@ -38,6 +39,7 @@ _PUBLIC = {
     "Encoder": "tasks.encoder:Encoder",
     "Example": "tasks.base:Example",
     "Experiment": "harness.experiment.load:Experiment",
+    "ExperimentPath": "harness.core.paths:ExperimentPath",
     "Metric": "tasks.base:Metric",
     "Modality": "tasks.base:Modality",
     "Part": "tasks.base:Part",
@@ -65,6 +67,7 @@ __all__ = [
     "Encoder",
     "Example",
     "Experiment",
+    "ExperimentPath",
     "Metric",
     "Modality",
     "Part",

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from harness.core.errors import ProblemList, UserError
+from harness.core.paths import ExperimentPath
 from tasks.base import Config, Example, Part, Split
 from tasks.formats.audio_tables import AudioFiles, read_table, write_tone
 from tasks.formats.data_files import MissingFileError, or_compressed, require_folder
@@ -49,7 +50,7 @@ _LOOKED_FOR: Mapping[Layout, str] = {
 class AudioCaptionsConfig(Config):
     """Where the captions and recordings are."""
 
-    root: Path
+    root: ExperimentPath
     layout: Literal["auto", "audiocaps", "clotho"] = "auto"  # auto: detected from the names of the CSV files
     csv_folder: Path = Path()  # of root, with the CSV files: dataset, clotho_csv_files
     audio_folder: Path = Path()  # of root, with the folders of the splits: audio_32000Hz, clotho_audio_files

@@ -24,6 +24,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from harness.core.errors import ProblemList, UserError, did_you_mean
+from harness.core.paths import ExperimentPath
 from tasks.base import Config, Example, Split
 from tasks.formats.coco import read_captioned, read_captions, write_annotations
 from tasks.formats.hub_datasets import DatasetSource, materialise
@@ -37,13 +38,13 @@ Splits = Mapping[Split, tuple[Example, ...]]
 class CocoCaptionsConfig(Config):
     """Where the pictures and captions are (``root`` or ``dataset``), the splits, and augmentation while training."""
 
-    root: Path | None = None  # the folder that holds annotations/ and the image folders
+    root: ExperimentPath | None = None  # the folder that holds annotations/ and the image folders
     dataset: DatasetSource | None = None  # instead of root: a hub data set or shards
-    karpathy: Path | None = None  # Karpathy's JSON: his splits of the images below root
+    karpathy: ExperimentPath | None = None  # Karpathy's JSON: his splits of the images below root
     train: str = "train2017"  # the image folder; its captions are annotations/captions_<train>.json
     validation: str = "val2017"
     test: str | None = None  # none: half of the validation images, chosen by a hash of their ids
-    test_root: Path | None = None  # none: root; another data set to test on, such as NoCaps
+    test_root: ExperimentPath | None = None  # none: root; another data set to test on, such as NoCaps
     test_domain: str | None = None  # test only on these images of NoCaps: in-domain, near-domain, out-domain
     augmentation: Augmentation = Field(default_factory=Augmentation)  # of training pictures; none by default
 
@@ -115,20 +116,20 @@ class CocoCaptions(FileTask):
         """The folder that is read: the given one, or the one that the data set is written to."""
         if self.config.dataset is not None:
             return materialise(self.config.dataset)
-        return Path(str(self.config.root)).expanduser()
+        return Path(str(self.config.root))
 
     def _read(self) -> Splits:
         """All splits of the source, except a test split that is configured separately or taken from validation."""
         config = self.config
         if config.karpathy is not None:
-            return read_karpathy(config.karpathy.expanduser(), self.root)
+            return read_karpathy(config.karpathy, self.root)
         if config.dataset is not None:
             return _read_folder(self.root, {split: split for split in config.dataset.splits})
         return _read_folder(self.root, {"train": config.train, "validation": config.validation})
 
     def _read_test(self, name: str) -> tuple[Example, ...]:
         domain = self.config.test_domain
-        root = self.config.test_root.expanduser() if self.config.test_root is not None else self.root
+        root = self.config.test_root or self.root
         captioned = read_captioned(root, name)
         domains = {image.domain for image in captioned if image.domain is not None}
         if domain is not None and domain not in domains:

@@ -17,9 +17,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field, PositiveFloat, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from harness.core.errors import ProblemList, UserError, did_you_mean
@@ -39,10 +47,11 @@ class Member(Config):
     weight: Annotated[PositiveFloat, Field(allow_inf_nan=False)] | None = None  # share, before division by their sum
     plugin: Plugin  # of the task
     options: dict[str, Any]  # the task's own, defaults included
+    _context: dict[str, Any] = PrivateAttr(default_factory=dict)  # where relative paths in the options start from
 
     @model_validator(mode="before")
     @classmethod
-    def _complete(cls, entry: Any) -> Any:
+    def _complete(cls, entry: Any, info: ValidationInfo) -> Any:
         """Resolve what an experiment says; what was resolved before (it travels as JSON) stays as it is."""
         if isinstance(entry, str):
             entry = {"name": entry}
@@ -60,17 +69,23 @@ class Member(Config):
             if key not in config_class.model_fields:
                 allowed = did_you_mean(str(key), [*config_class.model_fields, *_KEYS])
                 raise _error(f"unknown key {key!r}; {allowed}", key, value)
-        config = config_class.model_validate_json(json.dumps(options, default=str), strict=True)
+        config = config_class.model_validate_json(json.dumps(options, default=str), strict=True, context=info.context)
         key = entry.get("as", name)
         if not isinstance(key, str) or not _KEY.match(key):
             raise _error("allowed: a name of letters, digits, '.', '_' and '-'", "as", key)
         own = {"key": key, "weight": entry.get("weight")}
         return {"plugin": plugin.model_dump(), **own, "options": config.model_dump(mode="json")}
 
+    @model_validator(mode="after")
+    def _start(self, info: ValidationInfo) -> Self:
+        self._context = {**(info.context or {}), "explain": False}
+        return self
+
     def task(self) -> Task:
         """The task, its data not prepared yet."""
         task_class = TASKS.load(self.plugin.target)
-        task: Task = task_class(task_class.Config.model_validate_json(json.dumps(self.options)))
+        options = json.dumps(self.options)
+        task: Task = task_class(task_class.Config.model_validate_json(options, context=self._context))
         return task
 
 

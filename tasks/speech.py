@@ -27,6 +27,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 from harness.core.errors import ProblemList, UserError, did_you_mean
+from harness.core.paths import ExperimentPath
 from tasks.base import Config, Example, Part, Split
 from tasks.containers.text_files import folder_looks_like, read_text
 from tasks.formats.audio_tables import AudioFiles, read_table, spoken_text, write_tone
@@ -56,7 +57,7 @@ Splits = dict[Split, list[Example]]
 class SpeechConfig(Config):
     """Where the recordings are, and which of them form each split."""
 
-    root: Path  # holds metadata.csv or train/ …, or train-clean-100/ …, or recordings/
+    root: ExperimentPath  # holds metadata.csv or train/ …, or train-clean-100/ …, or recordings/
     layout: Literal["auto", "audiofolder", "librispeech", "fsdd"] = "auto"  # auto: detected from the files in root
     text_column: str = "transcription"  # audiofolder: the column of the transcript
     speaker_column: str | None = None  # audiofolder without split folders: keeps each speaker in one split

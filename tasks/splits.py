@@ -34,7 +34,7 @@ class FileTask(Task):
     @property
     def root(self) -> Path:
         """The folder of the data, which messages name: the option ``root``."""
-        return Path(self.config.root).expanduser()
+        return Path(self.config.root)
 
     @cached_property
     def _splits(self) -> Mapping[Split, tuple[Example, ...]]:

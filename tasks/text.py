@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import field_validator
 
 from harness.core.errors import ProblemList
+from harness.core.paths import ExperimentPath
 from tasks.base import Config, Example, Part, Split
 from tasks.formats.conversations import Conversation, clusters, read_lines
 from tasks.formats.data_files import leaves_folder, nearest, require_folder
@@ -29,7 +30,7 @@ from tasks.splits import FileTask, check_disjoint
 class TextConfig(Config):
     """Where the lines are, and the template of each turn."""
 
-    root: Path  # the folder of the files
+    root: ExperimentPath  # the folder of the files
     train: str = "train.jsonl"  # a file below the root, or several by a pattern: "train-*.jsonl", "**/train.jsonl"
     validation: str | None = None  # none: a tenth of the training lines, by a hash of the turns before the answer
     test: str | None = None  # none: half of the validation lines, by the same hash

@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from harness.core.errors import ProblemList
+from harness.core.paths import ExperimentPath
 from tasks.base import Config, Example, Part, Split
 from tasks.formats.data_files import require_folder
 from tasks.formats.vqa import FORMATS, Question, detect
@@ -35,7 +36,7 @@ _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # part of a file nam
 class VQAConfig(Config):
     """Where questions and images are, and how a question is presented."""
 
-    root: Path  # the folder that holds the question files and the image folders
+    root: ExperimentPath  # the folder that holds the question files and the image folders
     format: Literal["vqav2", "gqa"] | None = None  # none: detected from the question files
     train: _Name | None = None  # none: train2014 of VQAv2, train_balanced of GQA
     validation: _Name | None = None  # none: val2014, val_balanced

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from harness import Example, Modality, Part, Preview, Split, Task, TaskConfig, UserError
+from harness import Example, ExperimentPath, Modality, Part, Preview, Split, Task, TaskConfig, UserError
 
 if TYPE_CHECKING:
     from harness import Encoder
@@ -116,7 +116,7 @@ def _histogram(distances: NDArray[np.float64], longest: float) -> NDArray[np.flo
 class CloudsConfig(TaskConfig):
     """Where the clouds are."""
 
-    root: Path  # the folder with train/, validation/ and test/
+    root: ExperimentPath  # the folder with train/, validation/ and test/; relative to the experiment's file
 
 
 class Clouds(Task):

@@ -17,7 +17,14 @@ from harness.core.errors import UserError, did_you_mean
 M = TypeVar("M", bound=BaseModel)
 
 
-def check(model: type[M], data: Mapping[str, Any], where: Cursor, also: Iterable[str] = (), hint: str = "") -> M:
+def check(
+    model: type[M],
+    data: Mapping[str, Any],
+    where: Cursor,
+    also: Iterable[str] = (),
+    hint: str = "",
+    context: Mapping[str, Any] | None = None,
+) -> M:
     """Validate options; only the first error is reported.
 
     Args:
@@ -26,27 +33,28 @@ def check(model: type[M], data: Mapping[str, Any], where: Cursor, also: Iterable
         where: their location.
         also: further keys of the same section, read elsewhere; listed as allowed when a key is unknown.
         hint: added to the error if a list was given for a single value.
+        context: for the model's validators, such as ``harness.core.paths.relative_to``.
 
     Raises:
         UserError: a key is unknown or missing, or a value has the wrong type or is out of range.
     """
     try:
-        return _validated(model, data, where)
+        return _validated(model, data, where, context)
     except ValidationError as error:
         as_text = _with_texts(error, data, where)
         if as_text is None:
             raise UserError(_message(error, model, data, where, also, hint)) from None
-    return check(model, as_text, where, also, hint)
+    return check(model, as_text, where, also, hint, context)
 
 
-def _validated(model: type[M], data: Mapping[str, Any], where: Cursor) -> M:
+def _validated(model: type[M], data: Mapping[str, Any], where: Cursor, context: Mapping[str, Any] | None) -> M:
     try:
         text = json.dumps(dict(data), default=_as_text)
     except TypeError as error:
         place = str(where) or "experiment"
         raise UserError(f"{place}: options must be numbers, strings, lists and mappings; {error}") from None
     # Through JSON: its strict mode accepts a string for a path and a list for a tuple, but not "4" for 4.
-    return model.model_validate_json(text, strict=True)
+    return model.model_validate_json(text, strict=True, context=dict(context or {}))
 
 
 def _with_texts(error: ValidationError, data: Mapping[str, Any], where: Cursor) -> dict[str, Any] | None:

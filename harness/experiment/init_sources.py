@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from harness.core.cursor import Cursor
 from harness.core.errors import UserError, did_you_mean
 from harness.core.files import digest_of
+from harness.core.paths import locate
 from harness.core.record import TrialRecord, read_record
 from harness.core.validation import check
 from harness.experiment.sections import AdapterChoice, InitSource, Section
@@ -27,17 +28,18 @@ Shapes = dict[str, tuple[int, ...]]
 class _Entry(Section):
     """An entry of ``init_from`` in its long form."""
 
-    trial: str  # folder, relative to the working directory
+    trial: str  # folder
     group: str | None = None  # of that trial; default: the same name
 
 
-def find_init_sources(given: Any, choice: AdapterChoice, where: Cursor) -> dict[str, InitSource]:
+def find_init_sources(given: Any, choice: AdapterChoice, where: Cursor, start: Path) -> dict[str, InitSource]:
     """Resolve ``init_from`` of an adapter to a mapping group → source.
 
     Args:
         given: its value in the experiment.
         choice: the adapter, with all other options resolved.
         where: location of ``init_from``.
+        start: the folder that relative paths start from.
 
     Raises:
         UserError: a group or trial does not exist, or the trial was trained with another method or other options.
@@ -57,14 +59,14 @@ def find_init_sources(given: Any, choice: AdapterChoice, where: Cursor) -> dict[
         wanted = check(_Entry, {"trial": entry} if isinstance(entry, str) else entry, here)
         contexts = [context for context, own in choice.grouping.items() if own == group]
         try:
-            sources[group] = _source(Path(wanted.trial), wanted.group or group, choice, contexts)
-        except UserError as error:
+            folder = locate(wanted.trial, start, explain=True).absolute()
+            sources[group] = _source(folder, wanted.group or group, choice, contexts)
+        except (UserError, ValueError) as error:
             raise UserError(f"{here}: {error}") from None
     return sources
 
 
 def _source(folder: Path, group: str, choice: AdapterChoice, contexts: list[str]) -> InitSource:
-    folder = folder.expanduser().absolute()
     record = finished_record(folder)
     adapter = read_section(AdapterChoice, folder, record.spec["adapter"])
     if adapter.method != choice.method:

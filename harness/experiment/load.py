@@ -6,6 +6,8 @@ types, empty axes, unknown plugins.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, Unpack
@@ -15,6 +17,7 @@ from pydantic import Field
 from harness.core import hub
 from harness.core.cursor import Cursor
 from harness.core.errors import UserError, did_you_mean
+from harness.core.paths import check_model, locate, locate_model
 from harness.core.registry import add_file
 from harness.core.validation import check
 from harness.experiment.axes import NO_AXIS, axes
@@ -72,12 +75,13 @@ class Experiment:
 
     ``Experiment(task="scenes", adapters=[{"method": "lora", "rank": [4, 16]}], budget={"examples": 64})`` takes the
     sections and keys of a YAML file, with the same checks; a list is an axis here too. ``Experiment.from_yaml(path)``
-    reads a file. Paths of plugins are relative to the file, or, in Python, to the working directory.
+    reads a file. Relative paths start from the folder of the file, or, in Python, from the current folder.
 
     Attributes:
         name: of the run folder; default: the name of the file, or ``experiment``.
         text: YAML that describes the same experiment.
         file: the file it was read from; None if built in Python.
+        folder: the absolute folder that relative paths start from.
         top: cursor of the top level, from which the locations in messages are made.
         adapters: one tuple for each task, because groupings refer to the task's contexts.
 
@@ -88,6 +92,7 @@ class Experiment:
     name: str
     text: str
     file: Path | None
+    folder: Path
     top: Cursor
     tasks: tuple[TaskChoice, ...]
     backbones: tuple[Backbone, ...]
@@ -118,7 +123,7 @@ class Experiment:
             raise UserError(f"{path}: not a mapping; allowed keys: {', '.join(_TopLevel.model_fields)}")
         experiment = cls.__new__(cls)
         experiment.file, experiment.text = path, path.read_text(encoding="utf-8")
-        experiment._read(content, top, path.parent)
+        experiment._read(content, top, path.parent.absolute())
         return experiment
 
     def _read(self, content: Mapping[str, Any], top: Cursor, folder: Path) -> None:
@@ -126,14 +131,18 @@ class Experiment:
         if len(set(given.seeds)) != len(given.seeds):
             raise UserError(f"{top / 'seeds'}: a seed is given twice: {given.seeds}")
         for number, plugin in enumerate(given.plugins):
-            add_file(folder / Path(plugin).expanduser(), str(top / "plugins" / number), REGISTRIES)
-        self.top = top
+            here = top / "plugins" / number
+            try:
+                add_file(locate(plugin, folder, explain=True), str(here), REGISTRIES)
+            except ValueError as error:
+                raise UserError(f"{here}: {error}") from None
+        self.top, self.folder = top, folder
         self.name = given.name or (self.file.stem if self.file else "experiment")
         self.evaluation = check(Evaluation, given.eval, top / "eval", hint=NO_AXIS)
         task = {"name": given.task} if isinstance(given.task, str) else given.task
-        self.tasks = tuple(choose_task(v, self.evaluation.metrics, top) for v in task_axes(task, top / "task"))
-        self.backbones = tuple(_backbones(given.backbone, top / "backbone"))
-        self.adapters = tuple(tuple(choose_adapters(given.adapters, t, top / "adapters")) for t in self.tasks)
+        self.tasks = tuple(choose_task(v, self.evaluation.metrics, top, folder) for v in task_axes(task, top / "task"))
+        self.backbones = tuple(_backbones(given.backbone, top / "backbone", folder))
+        self.adapters = tuple(tuple(choose_adapters(given.adapters, t, top / "adapters", folder)) for t in self.tasks)
         self.budgets = tuple(check(Budget, v, top / "budget") for v in axes(given.budget, top / "budget"))
         self.seeds = tuple(given.seeds)
         self.optimizers = tuple(
@@ -169,12 +178,18 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _backbones(section: Mapping[str, Any], where: Cursor) -> Iterator[Backbone]:
+def _backbones(section: Mapping[str, Any], where: Cursor, folder: Path) -> Iterator[Backbone]:
     # A mapping under `roles` is one value, not a section with axes of its own.
     fixed = {"roles": [section["roles"]]} if isinstance(section.get("roles"), dict) else {}
     for variant in axes({**section, **fixed}, where):
         backbone = check(Backbone, variant, where)
-        if backbone.revision is not None and hub.looks_like_folder(backbone.language_model):
+        models = {"language_model": backbone.language_model}
+        for key, name in (models | {f"encoders.{m}": name for m, name in backbone.encoders.items()}).items():
+            try:
+                check_model(name, folder)
+            except ValueError as error:
+                raise UserError(f"{functools.reduce(operator.truediv, key.split('.'), where)}: {error}") from None
+        if backbone.revision is not None and hub.looks_like_folder(locate_model(backbone.language_model, folder)):
             raise UserError(
                 f"{where / 'revision'}: found {backbone.revision!r}, but {backbone.language_model!r} is a folder; "
                 "allowed: a branch, tag or commit of a hub id"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.registry import ADAPTERS, choose
 from harness.core.contexts import resolve_grouping
 from harness.core.cursor import Cursor
 from harness.core.errors import UserError, did_you_mean
+from harness.core.paths import relative_to
 from harness.core.validation import check
 from harness.experiment.axes import NO_AXIS, axes
 from harness.experiment.init_sources import find_init_sources
@@ -54,13 +56,14 @@ def _alternatives(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [s for one in schema.get("anyOf", ()) for s in _alternatives(one)] or [schema]
 
 
-def choose_task(variant: dict[str, Any], more_metrics: tuple[str, ...], top: Cursor) -> TaskChoice:
+def choose_task(variant: dict[str, Any], more_metrics: tuple[str, ...], top: Cursor, folder: Path) -> TaskChoice:
     """Resolve a variant of the section ``task``.
 
     Args:
         variant: of the section, with one value for each option.
         more_metrics: registry names from ``eval.metrics``.
         top: cursor of the experiment's top level.
+        folder: that relative paths start from.
 
     Raises:
         UserError: the task, a modality or a metric is unknown, or the options are invalid.
@@ -71,7 +74,7 @@ def choose_task(variant: dict[str, Any], more_metrics: tuple[str, ...], top: Cur
         raise UserError(f"{where}: the key 'name' is required; {did_you_mean('', TASKS.entries())}")
     plugin = TASKS.plugin(name, str(where / "name" if (where / "name").is_written else where))
     task_class = TASKS.load(plugin.target)
-    config = check(task_class.Config, options, where, hint=NO_AXIS)
+    config = check(task_class.Config, options, where, hint=NO_AXIS, context=relative_to(folder, explain=True))
     try:
         task: Task = task_class(config)
         members = task.members()
@@ -91,7 +94,9 @@ def choose_task(variant: dict[str, Any], more_metrics: tuple[str, ...], top: Cur
     )
 
 
-def choose_adapters(entries: list[dict[str, Any]], task: TaskChoice, where: Cursor) -> Iterator[AdapterChoice]:
+def choose_adapters(
+    entries: list[dict[str, Any]], task: TaskChoice, where: Cursor, folder: Path
+) -> Iterator[AdapterChoice]:
     """Resolve the entries of ``adapters``, with their axes expanded.
 
     Raises:
@@ -105,7 +110,7 @@ def choose_adapters(entries: list[dict[str, Any]], task: TaskChoice, where: Curs
         if "tried_learning_rates" in section:  # the whole list belongs to every variant
             fixed["tried_learning_rates"] = [section["tried_learning_rates"]]
         for variant in axes({**section, **fixed}, where / index):
-            yield _adapter(variant, where / index, task.contexts)
+            yield _adapter(variant, where / index, task.contexts, folder)
 
 
 def _is_list_of_roles(where: Any) -> bool:
@@ -114,11 +119,12 @@ def _is_list_of_roles(where: Any) -> bool:
     return isinstance(where, list) and bool(where) and all(isinstance(role, str) and role in ROLES for role in where)
 
 
-def _adapter(variant: dict[str, Any], where: Cursor, contexts: tuple[str, ...]) -> AdapterChoice:
+def _adapter(variant: dict[str, Any], where: Cursor, contexts: tuple[str, ...], folder: Path) -> AdapterChoice:
     options = dict(variant)
     search = check(RateSearch, {key: options.pop(key) for key in RateSearch.model_fields if key in options}, where)
     grouping, init_from = options.pop("grouping", None), options.pop("init_from", None)
-    chosen = choose(options, where, also=("grouping", *RateSearch.model_fields, "init_from"))
+    also = ("grouping", *RateSearch.model_fields, "init_from")
+    chosen = choose(options, where, also, relative_to(folder, explain=True))
     method = chosen.method
     if grouping is not None and not method.grouped:
         raise UserError(f"{where / 'grouping'}: {chosen.name} has no adapter groups; leave 'grouping' out")
@@ -138,5 +144,5 @@ def _adapter(variant: dict[str, Any], where: Cursor, contexts: tuple[str, ...]) 
     )
     if init_from is None:
         return choice
-    sources = find_init_sources(init_from, choice, where / "init_from")
+    sources = find_init_sources(init_from, choice, where / "init_from", folder)
     return choice.model_copy(update={"init_from": sources, "label": f"{choice.label} assembled"})

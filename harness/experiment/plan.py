@@ -10,12 +10,13 @@ import hashlib
 import itertools
 import json
 from collections import Counter
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from harness.core import naming
-from harness.core.cursor import Cursor
 from harness.core.errors import UserError, did_you_mean
+from harness.core.paths import locate_model
 from harness.core.record import MetricInfo, Plan, PlannedTrial
 from harness.core.registry import identity
 from harness.core.weights import COMMIT, fingerprint, model_key, models_of, pinned
@@ -38,22 +39,35 @@ class TrialSpec(BaseModel):
     seed: int
     # Of each model of the backbone, by its key: see harness/core/weights.py. None: the weights are not on this machine.
     fingerprints: dict[str, str | None] = Field(default_factory=dict)
+    # The absolute folder that relative paths of the sections start from. It does not affect results.
+    relative_to: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative paths start from."""
+        return Path(self.relative_to or "")
 
     @property
     def pinned_backbone(self) -> Backbone:
-        """The backbone with every hub id at the commit that the trial was planned with."""
+        """The backbone with every hub id at the commit that the trial was planned with, and every folder located."""
         backbone = self.backbone
         commit = self.fingerprints.get("language_model") or ""
         revision = commit.removeprefix(COMMIT) if commit.startswith(COMMIT) else backbone.revision
-        encoders = {m: pinned(name, self.fingerprints.get(f"encoders.{m}")) for m, name in backbone.encoders.items()}
-        return backbone.model_copy(update={"revision": revision, "encoders": encoders})
+        language_model = locate_model(backbone.language_model, self.folder)
+        encoders = {
+            m: pinned(locate_model(name, self.folder), self.fingerprints.get(f"encoders.{m}"))
+            for m, name in backbone.encoders.items()
+        }
+        return backbone.model_copy(
+            update={"language_model": language_model, "revision": revision, "encoders": encoders}
+        )
 
     @property
     def trial_id(self) -> str:
         """The first twelve hexadecimal digits of the SHA-256 of the spec as canonical JSON.
 
-        Display names, ``tried_learning_rates``, the primary metric and the margin are left out; they do not affect the
-        result.
+        Display names, ``tried_learning_rates``, the primary metric, the margin and the folder of the experiment are left
+        out; they do not affect the result.
         """
         content = self.model_dump(
             mode="json",
@@ -66,6 +80,7 @@ class TrialSpec(BaseModel):
                     "init_from": {"__all__": {"trial"}},
                 },
                 "eval": {"primary_metric", "equivalence_margin"},
+                "relative_to": True,
             },
         )
         return hashlib.sha256(json.dumps(identity(content), sort_keys=True).encode()).hexdigest()[:12]
@@ -93,7 +108,8 @@ def expand(experiment: Experiment) -> list[TrialSpec]:
                     optimizer=optimizer.model_copy(update={"learning_rate": rate}),
                     eval=experiment.evaluation,
                     seed=seed,
-                    fingerprints=_fingerprints(complete, known, experiment.top / "backbone"),
+                    fingerprints=_fingerprints(complete, known, experiment),
+                    relative_to=str(experiment.folder),
                 )
             )
     counts = Counter(spec.trial_id for spec in specs)
@@ -117,16 +133,17 @@ def _with_encoders(backbone: Backbone, task: TaskChoice) -> Backbone:
 
 
 def _fingerprints(
-    backbone: Backbone, known: dict[tuple[str, str | None], str | None], where: Cursor
+    backbone: Backbone, known: dict[tuple[str, str | None], str | None], experiment: Experiment
 ) -> dict[str, str | None]:
     """The fingerprints of the backbone's models; each model is read once, and kept in ``known``."""
     found = {}
-    for key, model in models_of(backbone.model_dump()).items():
+    for key, (name, revision) in models_of(backbone.model_dump()).items():
+        model = locate_model(name, experiment.folder), revision
         if model not in known:
             try:
                 known[model] = fingerprint(*model)
             except UserError as error:
-                raise UserError(f"{where / key}: {error}") from None
+                raise UserError(f"{experiment.top / 'backbone' / key}: {error}") from None
         found[key] = known[model]
     return found
 

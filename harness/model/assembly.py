@@ -44,8 +44,12 @@ def check(spec: TrialSpec, model: ContextModel) -> None:
         try:
             record = finished_record(folder)
             theirs: Backbone = read_section(Backbone, folder, record.spec["backbone"])
-            check_equal(folder, *(_options(backbone, source, spec) for backbone in (spec.backbone, theirs)))
-            _check_weights(spec, source, record.spec.get("fingerprints") or {})
+            known: Mapping[str, str | None] = record.spec.get("fingerprints") or {}
+            here, there = (_options(backbone, source, spec) for backbone in (spec.backbone, theirs))
+            # The same weights may have other names: a folder, as two experiments in different folders write it.
+            alike = [key for key in here if known.get(key) and known[key] == spec.fingerprints.get(key)]
+            check_equal(folder, *({k: v for k, v in own.items() if k not in alike} for own in (here, there)))
+            _check_weights(spec, source, known)
             _check_separable(spec, model, record.seed)
             _match_tensors(model, group, source)
         except UserError as error:
@@ -171,7 +175,7 @@ def _check_frozen(spec: TrialSpec, model: ContextModel, group: str, source: Init
     record = finished_record(Path(source.trial))
     adapter: AdapterChoice = read_section(AdapterChoice, Path(source.trial), record.spec["adapter"])
     router = Router(adapter.grouping)
-    methods = dict.fromkeys(router.groups, method_of(adapter))
+    methods = dict.fromkeys(router.groups, method_of(adapter, record.spec.get("relative_to")))
     theirs = Adapters(model.language_model, methods, router, record.seed, roles=spec.backbone.roles).state_dict()
     ours = model.adapters.state_dict()
     for name in _frozen(model.adapters):

@@ -111,8 +111,8 @@ def build(spec: TrialSpec, device: torch.device) -> Built:
     with during(f"preparation of task {spec.task.name}"):
         task.prepare()
     splits = choose_splits(spec, task)
-    check_unchanged(spec.backbone.model_dump(), spec.fingerprints)
     backbone = spec.pinned_backbone
+    check_unchanged(backbone.model_dump(), spec.fingerprints)
     language_model = backbones.load_language_model(backbone)
     modalities = make_modalities(spec)
     encoders = {}
@@ -143,7 +143,7 @@ def assemble(spec: TrialSpec, language_model: Any, feature_widths: Mapping[str, 
         language_model: a Hugging Face causal LM.
         feature_widths: context → width of its encoder's features, for every context that is not text.
     """
-    method = method_of(spec.adapter)
+    method = method_of(spec.adapter, spec.relative_to)
     language_model.requires_grad_(False)
     for parameter in method.trained(language_model):
         parameter.requires_grad_(True)

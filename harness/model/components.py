@@ -6,6 +6,7 @@ import json
 
 from adapters.base import AdapterMethod
 from adapters.registry import ADAPTERS
+from harness.core.paths import relative_to
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import AdapterChoice
 from tasks.base import Modality, Task
@@ -16,15 +17,17 @@ from tasks.registry import MODALITIES, TASKS
 def make_task(spec: TrialSpec) -> Task:
     """The task; its data is not prepared yet."""
     task_class = TASKS.load(spec.task.plugin.target)
-    task: Task = task_class(task_class.Config.model_validate(spec.task.config))
+    task: Task = task_class(task_class.Config.model_validate(spec.task.config, context=relative_to(spec.relative_to)))
     return task
 
 
-def method_of(choice: AdapterChoice) -> AdapterMethod:
-    """The adapter method with its options."""
+def method_of(choice: AdapterChoice, start: str | None = None) -> AdapterMethod:
+    """The adapter method with its options; relative paths in them start from the folder ``start``."""
     method_class = ADAPTERS.load(*(plugin.target for plugin in choice.plugins))
     # Through JSON, as in validation: options that are lists there are tuples here.
-    method: AdapterMethod = method_class(method_class.Config.model_validate_json(json.dumps(choice.config)))
+    method: AdapterMethod = method_class(
+        method_class.Config.model_validate_json(json.dumps(choice.config), context=relative_to(start))
+    )
     return method
 
 

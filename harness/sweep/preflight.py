@@ -104,7 +104,7 @@ def check_stages(specs: Sequence[TrialSpec], where: str) -> None:
     """
     for spec in {spec.model_dump_json(include={"adapter", "budget"}): spec for spec in specs}.values():
         try:
-            method_of(spec.adapter).stages(spec.budget.epochs)
+            method_of(spec.adapter, spec.relative_to).stages(spec.budget.epochs)
         except UserError as error:
             raise UserError(f"{where}: {spec.adapter.label}: {error}") from None
 

@@ -64,11 +64,15 @@ def prepare(experiment: Experiment, output: Path = Path("runs"), fresh: bool = F
         UserError: two entries describe the same trial, a metric is unknown, or a method's stages do not fit the budget.
     """
     from harness.sweep.preflight import check_stages, metrics_of
-    from harness.tracking.grid import default_uri, redacted
+    from harness.tracking.grid import default_uri, located, redacted
 
     specs = expand(experiment)
     check_stages(specs, str(experiment.top / "adapters"))
-    uri = experiment.tracking.mlflow_uri or default_uri(output)
+    given = experiment.tracking.mlflow_uri
+    try:
+        uri = located(given, experiment.folder) if given else default_uri(output)
+    except ValueError as error:
+        raise UserError(f"{experiment.top / 'tracking' / 'mlflow_uri'}: {error}") from None
     plan = describe(experiment, specs, metrics_of(specs), redacted(uri))
     return Prepared(experiment, specs, plan, _run_folder(output, experiment.name, fresh), uri)
 

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from harness.core.errors import UserError
+from harness.core.paths import locate
 from harness.core.record import PlannedTrial, TrialRecord, read_record, record_path
 from harness.experiment.plan import TrialSpec
 from harness.tracking.board import describe_board, grid_link, log_board, save_view, trials_link
@@ -90,6 +91,22 @@ def sqlite_path(uri: str) -> Path | None:
 
     database = make_url(uri).database
     return Path(database) if database else None
+
+
+def located(uri: str, folder: Path) -> str:
+    """The URI from an experiment, its SQLite file or folder relative to the folder of the experiment's file.
+
+    Raises:
+        ValueError: there is one in the current folder only; the message says what to write.
+    """
+    if (database := sqlite_path(uri)) is not None:
+        if database.is_absolute() or str(database) == ":memory:":
+            return uri
+        from sqlalchemy.engine import make_url
+
+        path = str(locate(database, folder, explain=True))
+        return make_url(uri).set(database=path).render_as_string(hide_password=False)
+    return uri if ":" in uri or uri.startswith("databricks") else str(locate(uri, folder, explain=True))
 
 
 def _artifact_uri(folder: Path) -> str:

@@ -31,7 +31,7 @@ _SHORT = {
 # … and values that follow from other params, or are tags because they may change, are not params.
 _NO_PARAM = re.compile(
     r"task\.(plugin|modalities|metrics)\..*|adapter\.(plugins|label|learning_rate|tried_learning_rates)"
-    r"|eval\.(primary_metric|equivalence_margin)"
+    r"|eval\.(primary_metric|equivalence_margin)|relative_to"
 )
 
 

@@ -59,7 +59,7 @@ class Stages:
 
     def __init__(self, spec: TrialSpec, device: torch.device, zero_stage: int, folder: Path) -> None:
         self.spec, self.device, self.zero_stage, self.folder = spec, device, zero_stage, folder
-        self.stages = method_of(spec.adapter).stages(spec.budget.epochs)
+        self.stages = method_of(spec.adapter, spec.relative_to).stages(spec.budget.epochs)
         self.built = build(spec, device)
         batches = math.ceil(self.built.order.draws / spec.optimizer.per_device_train_batch_size)
         self.ends = stage_ends(self.stages, batches, spec.optimizer.gradient_accumulation_steps)

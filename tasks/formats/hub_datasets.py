@@ -24,13 +24,14 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from PIL import Image, UnidentifiedImageError
-from pydantic import field_validator, model_validator
+from pydantic import PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from harness.core.errors import ProblemList, UserError, did_you_mean
 from harness.core.files import cache_folder
+from harness.core.paths import check_pattern, folder_of, locate, locate_pattern
 from tasks.base import Config, Split
 from tasks.cache_folder import write_once
 from tasks.containers.picture_metadata import without_metadata
@@ -54,19 +55,38 @@ class DatasetSource(Config):
     image_column: str = "image"
     caption_column: str | list[str] = "caption"  # a caption or a list of them (json.captions: a key of a JSON column)
     id_column: str | None = None  # rows with the same id are one image; none: every row is an image
+    _start: Path = PrivateAttr(default=Path())  # the folder that relative paths start from
 
     @field_validator("path")
     @classmethod
-    def _known_path(cls, path: str) -> str:
-        if path not in SHARDS and not Path(path).expanduser().is_dir() and "/" not in path:
+    def _known_path(cls, path: str, info: ValidationInfo) -> str:
+        if path in SHARDS:
+            return path
+        check_pattern(glob.escape(path), info)
+        if not locate(path, folder_of(info)).is_dir() and "/" not in path:
             raise ValueError(f"{path!r} is neither a folder nor a hub id (owner/name); {did_you_mean(path, SHARDS)}")
         return path
 
     @model_validator(mode="after")
-    def _shards_have_files(self) -> DatasetSource:
+    def _shards_have_files(self, info: ValidationInfo) -> Self:
         if self.path in SHARDS and not self.data_files:
             raise ValueError(f"data_files: {self.path} needs the files of each split, as in {{train: 'train-*'}}")
+        self._start = folder_of(info)
+        if self.path in SHARDS:
+            for value in (self.data_files or {}).values():
+                for pattern in [value] if isinstance(value, str) else value:
+                    check_pattern(pattern, info)
         return self
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that ``path`` leads to; None: it is no folder."""
+        found = locate(self.path, self._start)
+        return found if self.path not in SHARDS and found.is_dir() else None
+
+    def located(self, pattern: str) -> str:
+        """Where a path or pattern of ``data_files`` leads."""
+        return locate_pattern(pattern, self._start)
 
     @property
     def splits(self) -> dict[Split, str]:
@@ -110,10 +130,10 @@ def _local_files(source: DatasetSource) -> dict[str, list[str]] | None:
     for split, value in source.data_files.items():
         files[split] = []
         for pattern in [value] if isinstance(value, str) else value:
-            matches = glob.glob(str(Path(pattern).expanduser()), recursive=True)  # noqa: PTH207 - absolute ones too
+            matches = glob.glob(source.located(pattern), recursive=True)  # noqa: PTH207 - absolute ones too
             found = [pattern] if "://" in pattern else sorted(matches)
             if not found:
-                problems.add(f"dataset.data_files.{split}: no file matches {pattern!r} (from {Path.cwd()})")
+                problems.add(f"dataset.data_files.{split}: no file matches {source.located(pattern)!r}")
             files[split] += [name if "://" in name else str(Path(name).absolute()) for name in found]
     problems.raise_any()
     return files
@@ -121,7 +141,7 @@ def _local_files(source: DatasetSource) -> dict[str, list[str]] | None:
 
 def _flat(source: DatasetSource, files: Mapping[str, list[str]] | None) -> list[str]:
     if source.path not in SHARDS:
-        return sorted(_below(Path(source.path).expanduser().absolute(), set()))
+        return sorted(_below(source.folder.absolute(), set())) if source.folder else []
     return [name for names in (files or {}).values() for name in names if "://" not in name]
 
 
@@ -151,9 +171,8 @@ def _write(source: DatasetSource, files: Mapping[str, list[str]] | None, folder:
 
 def _folders(source: DatasetSource, files: Mapping[str, list[str]] | None, split: Split) -> list[Path]:
     """What the names of pictures may be relative to: the folder of the data set, or those of the split's files."""
-    path = Path(source.path).expanduser().absolute()
-    if source.path not in SHARDS and path.is_dir():
-        return [path]
+    if source.folder is not None:
+        return [source.folder.absolute()]
     names = (files or {}).get(source.splits[split], [])
     return list(dict.fromkeys(Path(name).absolute().parent for name in names if "://" not in name))
 
@@ -166,7 +185,7 @@ def _open(
     """
     import datasets
 
-    path = str(Path(source.path).expanduser()) if Path(source.path).expanduser().is_dir() else source.path
+    path = str(source.folder or source.path)
     try:
         builder = datasets.load_dataset_builder(path, source.name, revision=source.revision, data_files=files)
         opened = builder.as_streaming_dataset()
