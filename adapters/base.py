@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -185,6 +186,11 @@ class AdapterMethod(ABC):
 
     def __init__(self, config: Any) -> None:
         self.config = config
+
+    @classmethod
+    def files(cls) -> Sequence[Path]:
+        """Files that the method depends on, besides code: tables, codebooks. Their content is part of trial ids."""
+        return ()
 
     @abstractmethod
     def label(self) -> str:

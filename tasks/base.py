@@ -110,6 +110,14 @@ class Task(ABC):
             UserError: annotations are broken, or their inputs are missing; all problems at once.
         """
 
+    @classmethod
+    def files(cls) -> Sequence[Path]:
+        """Files that the examples depend on, besides code and the data themselves; their content is part of trial ids.
+
+        What differs between machines is listed only where it is used. By default there are none.
+        """
+        return ()
+
     def augment(self, context: str, item: Any, rng: np.random.Generator) -> Any:
         """Change a decoded item for one training draw; never called for evaluation. By default unchanged."""
         return item
@@ -164,6 +172,14 @@ class Modality(ABC):
     # The modality's own encoders: a name that begins with "builtin/" → what makes the encoder, with its weights (True)
     # or without them, by its configuration alone (False).
     built_in: ClassVar[Mapping[str, Callable[[bool], Encoder]]] = {}
+
+    @classmethod
+    def files(cls) -> Sequence[Path]:
+        """Files that features depend on, besides code and the encoders; their content is part of trial ids.
+
+        What differs between machines is listed only where it is used. By default there are none.
+        """
+        return ()
 
     @abstractmethod
     def load(self, path: Path) -> Any:
@@ -245,6 +261,14 @@ class Metric(ABC):
     # Whether it scores short answers that repeat: then one answer to everything, and chance, are scored too, to compare
     # with. Costs up to 50,000 more scored answers in every trial.
     of_answers: ClassVar[bool] = False
+
+    @classmethod
+    def files(cls) -> Sequence[Path]:
+        """Files that the scores depend on, besides code (dictionaries, jars); their content is part of trial ids.
+
+        What differs between machines is listed only where it is used. By default there are none.
+        """
+        return ()
 
     @abstractmethod
     def score(self, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Scores:

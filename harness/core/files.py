@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -42,6 +44,31 @@ def digest_of(path: Path) -> str:
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digests_of(files: Sequence[Path]) -> list[str]:
+    """SHA-256 of each file, cached by path, size and times in ``fingerprints.json`` of the harness cache.
+
+    Raises:
+        OSError: one cannot be read.
+    """
+    store = cache_folder("fingerprints.json")
+    known: dict[str, list[Any]] = {}
+    with suppress(OSError, ValueError):
+        known = json.loads(store.read_text(encoding="utf-8"))
+    found, new = [], {}
+    for path in files:
+        stat = path.stat()
+        # The time of the last change of the inode too: a copy can keep the time of its content (cp -p, rsync -t).
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        cached = known.get(str(path))
+        if not isinstance(cached, list) or cached[:3] != stamp:
+            cached = new[str(path)] = [*stamp, digest_of(path)]
+        found.append(str(cached[3]))
+    if new:
+        with suppress(OSError):  # a cache that cannot be written to costs time only
+            write_atomically(store, json.dumps(known | new))
+    return found
 
 
 def cache_folder(*parts: str) -> Path:

@@ -144,6 +144,6 @@ def _is_folder(path: Path) -> bool:
 ExperimentPath = Annotated[
     Path,
     AfterValidator(_locate),
-    PlainSerializer(_as_written, return_type=str),
+    PlainSerializer(_as_written, return_type=str, when_used="json"),
     WithJsonSchema({"type": "string", "format": "path"}),
 ]

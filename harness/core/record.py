@@ -19,6 +19,7 @@ from pydantic import Field, FiniteFloat, model_validator
 
 from harness.core.files import write_atomically
 from harness.core.profile import Profile, read_profile
+from harness.core.registry import plugins_in
 from harness.core.schema import Schema, read_strictly
 from harness.core.weights import model_key, models_of
 
@@ -89,6 +90,7 @@ class Plan(Schema):
     equivalence_margin: FiniteFloat = 0.01
     mlflow_uri: str | None = None  # without its password
     fingerprints: dict[str, str | None] = Field(default_factory=dict)  # "language_model ./model" → fingerprint
+    plugins: dict[str, str] = Field(default_factory=dict)  # "context-peft-harness:lora" → its result version
     trials: tuple[PlannedTrial, ...]
 
 
@@ -284,7 +286,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _what_changed(plan: Plan, record: TrialRecord) -> str:
-    """Which models of a record have other weights than those of the same name in the plan."""
+    """Which models and plugins of a record are others than those of the same name in the plan."""
     known = record.spec.get("fingerprints") or {}
     changed = []
     for key, (name, revision) in models_of(record.spec.get("backbone") or {}).items():
@@ -293,6 +295,12 @@ def _what_changed(plan: Plan, record: TrialRecord) -> str:
             return "recorded by an earlier version, without fingerprints of its models"
         if planned and known.get(key) and known[key] != planned:
             changed.append(f"{key} weights changed ({name})")
+    for plugin in {plugin.key: plugin for plugin in plugins_in(record.spec)}.values():
+        now, before = plan.plugins.get(plugin.key), str(plugin.result_version)
+        if now and now != before:
+            own, files = (now.partition("+")[i] == before.partition("+")[i] for i in (0, 2))
+            what = "code" if files else "data files" if own else "code and data files"
+            changed.append(f"{what} of {plugin.name} changed ({before}, now {now})")
     return ", ".join(changed)
 
 

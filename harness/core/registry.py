@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,6 +28,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from harness.core.errors import UserError, did_you_mean
+from harness.core.files import digests_of
 from harness.core.revisions import distribution_revision
 
 T = TypeVar("T")
@@ -39,15 +41,22 @@ class Plugin(BaseModel):
 
     name: str  # registered name
     distribution: str  # that registers it; for a plugin file, the file's name
-    result_version: int | str  # raised by the author when results change; for a plugin file, a digest of its content
+    # Raised by the author when results change; for a plugin file, a digest of its content. With a digest of its data
+    # files behind a plus sign, if it declares any.
+    result_version: int | str
     target: str  # "package.module:Class", or "/folder/file.py:Class"
     version: str | None = None  # of the distribution
     git_revision: str | None = None  # of the distribution, if known
 
     @property
+    def key(self) -> str:
+        """``context-peft-harness:lora``."""
+        return f"{self.distribution}:{self.name}"
+
+    @property
     def id(self) -> str:
         """``context-peft-harness:lora@1``."""
-        return f"{self.distribution}:{self.name}@{self.result_version}"
+        return f"{self.key}@{self.result_version}"
 
 
 def identity(content: Any) -> Any:
@@ -163,8 +172,10 @@ class Registry(Generic[T]):
     def _plugin(self, entry: Entry) -> Plugin:
         if entry.target.rpartition(":")[0].endswith(".py"):
             path = Path(entry.target.rpartition(":")[0])
-            return Plugin(name=entry.name, distribution=path.name, result_version=_digest(path), target=entry.target)
-        version = getattr(self.load(entry.target), "result_version", None)
+            digest = _with_files(_digest(path), self.load(entry.target), f"{self.kind} {entry.target}")
+            return Plugin(name=entry.name, distribution=path.name, result_version=digest, target=entry.target)
+        plugin = self.load(entry.target)
+        version = getattr(plugin, "result_version", None)
         if isinstance(version, bool) or not isinstance(version, int) or version < 1:
             raise UserError(
                 f"{self.kind} {entry.target}: result_version: found {version!r}; allowed: an integer of 1 or more"
@@ -172,7 +183,7 @@ class Registry(Generic[T]):
         return Plugin(
             name=entry.name,
             distribution=entry.distribution,
-            result_version=version,
+            result_version=_with_files(version, plugin, f"{self.kind} {entry.target}"),
             target=entry.target,
             version=entry.version,
             git_revision=_git_revision(entry.distribution),
@@ -191,6 +202,21 @@ class Registry(Generic[T]):
             raise UserError(f"{self.kind} {' + '.join(targets)}: cannot be combined")
         return self.combine(classes)
 
+    def check_files(self, plugin: Plugin) -> None:
+        """Check that a plugin's data files are still those that its trial was planned with.
+
+        Raises:
+            UserError: one has changed, or cannot be read.
+        """
+        planned = str(plugin.result_version).partition(_FILES)[2]
+        where = f"{self.kind} {plugin.name}"
+        found = str(_with_files("", self.load(plugin.target), where)).partition(_FILES)[2]
+        if found != planned:
+            raise UserError(
+                f"{where}: its data files have changed since this trial was planned ({planned or 'none'}, now "
+                f"{found or 'none'}); run the experiment again"
+            )
+
     def _load(self, target: str) -> type[T]:
         contract, plugin = self.contract(), _import(target, self.kind)
         if not (isinstance(plugin, type) and issubclass(plugin, contract)):
@@ -202,6 +228,26 @@ class Registry(Generic[T]):
     def add(self, entry: Entry) -> None:
         """Register a plugin for this process; replaces an earlier one with the same target."""
         self.added = [other for other in self.added if other.target != entry.target] + [entry]
+
+
+_FILES = "+"  # between a plugin's own result version and the digest of its data files
+
+
+def _with_files(version: int | str, plugin: Any, where: str) -> int | str:
+    """The result version, with a digest of the plugin's data files if it has any: ``1+3f2a…``.
+
+    Raises:
+        UserError: a file does not exist or cannot be read.
+    """
+    files = [Path(file) for file in plugin.files()]
+    if not files:
+        return version
+    try:
+        # By name, not by path: folders differ between machines.
+        lines = sorted(f"{path.name} {digest}\n" for path, digest in zip(files, digests_of(files), strict=True))
+    except OSError as error:
+        raise UserError(f"{where}: its data file {error.filename} cannot be read: {error.strerror or error}") from error
+    return f"{version}{_FILES}{hashlib.sha256(''.join(lines).encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
 
 
 @cache
@@ -223,8 +269,9 @@ def _import(target: str, kind: str) -> Any:
 
 
 def _load_file(path: Path) -> ModuleType:
-    """Import a Python file as a module, once per process and content."""
-    name = f"harness_plugin_{_digest(path)}"
+    """Import a Python file as a module, once per process, path and content."""
+    place = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]  # a copy in another folder has its own data files
+    name = f"harness_plugin_{_digest(path)}_{place}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None  # noqa: S101 - true of every file called *.py

@@ -8,7 +8,6 @@ enter a trial's id, its record, and what must be equal for two trials to be comp
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,7 +17,7 @@ from typing import Any
 
 from harness.core import hub
 from harness.core.errors import UserError
-from harness.core.files import cache_folder, digest_of, write_atomically
+from harness.core.files import digests_of
 
 COMMIT = "commit:"
 FOLDER = "sha256:"
@@ -108,30 +107,9 @@ def _digest_of_folder(folder: Path) -> str:
         if path.suffix.lower() in _READ and not _NOT_READ.fullmatch(path.name) and path.is_file()
     )
     total = hashlib.sha256()
-    for path, digest in zip(files, _digests(files), strict=True):
+    for path, digest in zip(files, digests_of(files), strict=True):
         total.update(f"{path.name} {digest}\n".encode("utf-8", "surrogateescape"))
     return total.hexdigest()
-
-
-def _digests(files: list[Path]) -> list[str]:
-    """SHA-256 of each file, cached by path, size and times in ``fingerprints.json`` of the harness cache."""
-    store = cache_folder("fingerprints.json")
-    known: dict[str, list[Any]] = {}
-    with suppress(OSError, ValueError):
-        known = json.loads(store.read_text(encoding="utf-8"))
-    found, new = [], {}
-    for path in files:
-        stat = path.stat()
-        # The time of the last change of the inode too: a copy can keep the time of its content (cp -p, rsync -t).
-        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-        cached = known.get(str(path))
-        if not isinstance(cached, list) or cached[:3] != stamp:
-            cached = new[str(path)] = [*stamp, digest_of(path)]
-        found.append(str(cached[3]))
-    if new:
-        with suppress(OSError):  # a cache that cannot be written to costs time only
-            write_atomically(store, json.dumps(known | new))
-    return found
 
 
 @cache

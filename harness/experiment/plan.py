@@ -18,7 +18,7 @@ from harness.core import naming
 from harness.core.errors import UserError, did_you_mean
 from harness.core.paths import locate_model
 from harness.core.record import MetricInfo, Plan, PlannedTrial
-from harness.core.registry import identity
+from harness.core.registry import identity, plugins_in
 from harness.core.weights import COMMIT, fingerprint, model_key, models_of, pinned
 from harness.experiment.load import Experiment
 from harness.experiment.sections import AdapterChoice, Backbone, Budget, Evaluation, Optimizer, TaskChoice
@@ -192,5 +192,6 @@ def describe(experiment: Experiment, specs: list[TrialSpec], metrics: tuple[Metr
             for spec in specs
             for key, (name, revision) in models_of(dumps[spec.trial_id]["backbone"]).items()
         },
+        plugins={plugin.key: str(plugin.result_version) for dump in dumps.values() for plugin in plugins_in(dump)},
         trials=trials,
     )

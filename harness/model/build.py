@@ -19,7 +19,7 @@ from harness.experiment.plan import TrialSpec
 from harness.model import assembly, backbones, parameters
 from harness.model.batches import BatchMaker
 from harness.model.budget import Order, Shares, by_member, choose
-from harness.model.components import empty_encoders, make_modalities, make_task, method_of
+from harness.model.components import check_files, empty_encoders, make_modalities, make_task, method_of
 from harness.model.context_model import ContextModel
 from harness.model.features import Features
 from harness.model.projector import Projector
@@ -105,7 +105,8 @@ def build(spec: TrialSpec, device: torch.device) -> Built:
 
     Raises:
         UserError: a backbone, the data or the weights of ``init_from`` could not be loaded, a backbone has other
-            weights than when the trial was planned, or the language model lacks the roles that the adapter acts on.
+            weights than when the trial was planned or a plugin other data files, or the language model lacks the roles
+            that the adapter acts on.
     """
     task = make_task(spec)
     with during(f"preparation of task {spec.task.name}"):
@@ -113,6 +114,7 @@ def build(spec: TrialSpec, device: torch.device) -> Built:
     splits = choose_splits(spec, task)
     backbone = spec.pinned_backbone
     check_unchanged(backbone.model_dump(), spec.fingerprints)
+    check_files(spec)
     language_model = backbones.load_language_model(backbone)
     modalities = make_modalities(spec)
     encoders = {}

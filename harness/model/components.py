@@ -7,11 +7,12 @@ import json
 from adapters.base import AdapterMethod
 from adapters.registry import ADAPTERS
 from harness.core.paths import relative_to
+from harness.core.registry import plugins_in
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import AdapterChoice
 from tasks.base import Modality, Task
 from tasks.encoder import Encoder
-from tasks.registry import MODALITIES, TASKS
+from tasks.registry import METRICS, MODALITIES, TASKS
 
 
 def make_task(spec: TrialSpec) -> Task:
@@ -29,6 +30,24 @@ def method_of(choice: AdapterChoice, start: str | None = None) -> AdapterMethod:
         method_class.Config.model_validate_json(json.dumps(choice.config), context=relative_to(start))
     )
     return method
+
+
+def check_files(spec: TrialSpec) -> None:
+    """Check that the data files of the spec's plugins are those that it was planned with.
+
+    Raises:
+        UserError: one has changed, or cannot be read.
+    """
+    of_task = [spec.task.plugin, *plugins_in(spec.task.config)]
+    metrics = [plugin for member in spec.task.metrics.values() for plugin in member.values()]
+    for registry, plugins in (
+        (TASKS, of_task),
+        (MODALITIES, spec.task.modalities.values()),
+        (METRICS, metrics),
+        (ADAPTERS, spec.adapter.plugins),
+    ):
+        for plugin in plugins:
+            registry.check_files(plugin)
 
 
 def make_modalities(spec: TrialSpec) -> dict[str, Modality]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 from numpy.typing import NDArray
@@ -14,9 +15,10 @@ from tasks.metrics.alignment import check_aligned, name_ids
 from tasks.metrics.coco import spice
 from tasks.metrics.coco.bleu import bleu
 from tasks.metrics.coco.cider import cider
+from tasks.metrics.coco.meteor import files as meteor_files
 from tasks.metrics.coco.meteor import meteor
 from tasks.metrics.coco.ngrams import Ints
-from tasks.metrics.coco.ptb import tokenise
+from tasks.metrics.coco.ptb import JAR, tokenise
 from tasks.metrics.coco.references import References, prepare
 from tasks.metrics.coco.rouge_l import rouge_l
 
@@ -60,6 +62,11 @@ class CaptionMetrics(Metric):
         "bleu_4": "bleu",
         "meteor": "meteor",
     }
+
+    @classmethod
+    def files(cls) -> Sequence[Path]:
+        """The jars of the tokenizer, METEOR and, where it can run, SPICE, and METEOR's paraphrases."""
+        return (JAR, *meteor_files(), *spice.files())
 
     def __init__(self, with_meteor: bool = True) -> None:
         self.with_meteor = with_meteor

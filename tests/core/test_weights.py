@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.core import hub, weights
+from harness.core import files, hub, weights
 from harness.core.errors import UserError
 from harness.core.naming import settings
 from harness.core.record import Plan, PlannedTrial, TrialRecord, read_run, write_record
@@ -61,8 +61,8 @@ def test_weights_of_the_same_size_and_time_are_other_weights(model: Path) -> Non
 def test_a_file_is_read_once(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
     read: list[str] = []
-    digest_of = weights.digest_of
-    monkeypatch.setattr(weights, "digest_of", lambda path: (read.append(path.name), digest_of(path))[1])
+    digest_of = files.digest_of
+    monkeypatch.setattr(files, "digest_of", lambda path: (read.append(path.name), digest_of(path))[1])
     first = weights.fingerprint(str(model))
     assert "model.safetensors" in read
     read.clear()

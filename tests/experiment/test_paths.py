@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import harness
+from adapters.registry import ADAPTERS
 from harness.core.errors import UserError
 from harness.core.naming import conditions
 from harness.core.paths import ExperimentPath, locate_model, relative_to
@@ -238,7 +239,8 @@ class Tabled(AdapterMethod):
 """
 
 
-def test_options_of_adapter_methods_start_from_the_file(place: Place) -> None:
+def test_options_of_adapter_methods_start_from_the_file(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ADAPTERS, "added", [])
     path = place("plugins: [p.py]\ntask: scenes\nadapters: [{method: tabled, table: t.bin, learning_rate: 1e-3}]\n")
     (path.parent / "p.py").write_text(PLUGIN, encoding="utf-8")
     spec = only(path)

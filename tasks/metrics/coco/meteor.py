@@ -27,6 +27,7 @@ from tasks.metrics.coco.java import java_command, map_lines
 
 FOLDER = Path(library.__file__).parent
 JAR: str = library.METEOR_JAR
+PARAPHRASES = "data/paraphrase-en.gz"
 Floats = NDArray[np.float64]
 # Requests in flight. Their answers, of some 200 bytes each, must fit into a pipe; otherwise Java would wait for us to
 # read them, and we for Java to read the requests.
@@ -38,6 +39,11 @@ _WAYS = (1.0, 0.6, 0.8, 0.6)
 _UNCHANGED = re.compile("[a-z0-9 ]*")  # the normaliser leaves words of letters and digits as they are
 
 
+def files() -> tuple[Path, ...]:
+    """What METEOR reads: its jar, which holds its stemmer, synonyms and function words, and its paraphrases."""
+    return (FOLDER / JAR, FOLDER / PARAPHRASES)
+
+
 class _Meteor:
     """A running METEOR and its protocol: ``SCORE`` returns the statistics of an image, ``EVAL`` the scores."""
 
@@ -45,7 +51,7 @@ class _Meteor:
         # A file: nothing reads a pipe meanwhile, and a full one would block Java forever.
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process
         # `-a`: in a folder whose path has a space or an accent the jar does not find its own paraphrases.
-        options = ("-", "-", "-stdio", "-l", "en", "-a", "data/paraphrase-en.gz")
+        options = ("-", "-", "-stdio", "-l", "en", "-a", PARAPHRASES)
         self.java = subprocess.Popen(
             java_command("-Xmx2G", "-jar", JAR, *options),
             cwd=FOLDER,

@@ -36,6 +36,13 @@ def missing() -> str | None:
     return None
 
 
+def files() -> tuple[Path, ...]:
+    """The jars that SPICE runs; none where it cannot run."""
+    if missing():
+        return ()
+    return (FOLDER / library.SPICE_JAR, *sorted({*(FOLDER / "lib").glob("*.jar"), *_models().glob("*.jar")}))
+
+
 def spice(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> tuple[float, list[float]]:
     """Score tokenised captions in a separate Java process; parses of captions are cached below ``$HARNESS_CACHE``.
 
