@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,8 +54,8 @@ def streams(path: Path, form: str, promised: int, max_seconds: float) -> list[St
 
 def _mp3(path: Path, data: Data, promised: int, max_seconds: float) -> list[Stream] | None:
     found = find_frames(data, max_seconds)
-    if not found.frames:  # of free format: nothing is known
-        return None
+    if not found.frames:  # the length of a frame of free format is not in its header
+        raise UserError(f"{path}: no MPEG frames of a known bit rate found (free format?); convert it")
     first, count = found.frames[0], len(found.frames)
     if found.count is None:
         whole = promised == found.samples
@@ -88,16 +89,30 @@ def _mp3(path: Path, data: Data, promised: int, max_seconds: float) -> list[Stre
 def _ogg(path: Path, data: Data, _promised: int, _max_seconds: float) -> list[Stream] | None:
     starts: list[int] = []
     place, was_first, end = 0, False, len(data)
+    numbers: dict[bytes, int] = {}  # of the last page of each logical stream that has not ended
     while (place := data.find(b"OggS", place)) >= 0:
         head = data[place : place + 27]
         length = 27 + head[26] + sum(data[place + 27 : place + 27 + head[26]]) if len(head) == 27 else 28
         if place + length > end:
             raise UserError(f"{path}: truncated: its last page has {length:,} bytes or more, there are {end - place:,}")
-        is_first = bool(head[5] & 2)
+        is_first, stream, number = bool(head[5] & 2), head[14:18], int.from_bytes(head[18:22], "little")
         if is_first and not was_first:
+            _check_ended(path, numbers)
             starts.append(place)
+        if not is_first and number != numbers.get(stream, number - 1) + 1:
+            raise UserError(f"{path}: page {number} follows page {numbers[stream]}; pages between them are missing")
+        numbers[stream] = number
+        if head[5] & 4:
+            del numbers[stream]
         place, was_first = place + length, is_first
+    _check_ended(path, numbers)
     return _split(data, starts)
+
+
+def _check_ended(path: Path, numbers: Mapping[bytes, int]) -> None:
+    if numbers:
+        number = next(iter(numbers.values()))
+        raise UserError(f"{path}: truncated: page {number} is its last and not marked as such; convert it again")
 
 
 def _flac(_path: Path, data: Data, _promised: int, _max_seconds: float) -> list[Stream] | None:
@@ -129,7 +144,8 @@ def _wav(path: Path, data: Data, _promised: int, _max_seconds: float) -> list[St
 def _nist(path: Path, data: Data, promised: int, _max_seconds: float) -> list[Stream] | None:
     count = _NIST_COUNT.search(data[:4096])
     if count is not None and int(count[1]) != promised:
-        raise UserError(f"{path}: truncated: its header promises {int(count[1]):,} frames, there are {promised:,}")
+        cut = "truncated: " if int(count[1]) > promised else ""
+        raise UserError(f"{path}: {cut}its header promises {int(count[1]):,} frames, there are {promised:,}")
     return None
 
 

@@ -1,4 +1,4 @@
-"""Recordings: any file that libsndfile reads (WAV, FLAC, OGG, MP3, …), as mono at 16 kHz; three kinds of encoder.
+"""Recordings (WAV, FLAC, Ogg, MP3, …) as mono at 16 kHz; three kinds of encoder.
 
 Shapes: S samples, C channels.
 """
@@ -38,6 +38,11 @@ _SHORT = re.compile(r"^\s*(?:data|SSND|Data Size|riff)\s*: (\d+) \(should be (\d
 _LONG = re.compile(r"^\s*(?:FORM|Riff size|riff)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
 _NOTES = 4096  # bytes behind the end that may be something else
 _SHORT_FRAMES = re.compile(r"Calculated frame count (\d+) does not match value from 'ds64' chunk of (\d+)")
+# The formats of libsndfile whose length can be checked, by its names; of others it may silently read less.
+FORMATS = {
+    "WAV": "WAV", "WAVEX": "WAV", "RF64": "RF64", "W64": "W64", "AIFF": "AIFF", "NIST": "NIST SPHERE", "FLAC": "FLAC",
+    "OGG": "Ogg (Vorbis, Opus)", "MP3": "MP3",
+}  # fmt: skip
 # Programs that write into a pipe, and cannot fill in the real size afterwards, use sizes from here on.
 _UNKNOWN_SIZE = 0x7FFF_0000
 _UNKNOWN_FRAMES = 2**63 - 1  # SF_COUNT_MAX: a FLAC stream without a length
@@ -60,7 +65,7 @@ class Audio(Modality):
 
         Raises:
             UserError: the file is missing, shorter than its header says, too long (``MAX_SECONDS``, ``MAX_SAMPLES``),
-                has no samples or ones that are not finite, or has a format that libsndfile does not know.
+                has no samples or ones that are not finite, or has a format that is not in ``FORMATS``.
         """
         import soundfile
 
@@ -151,6 +156,10 @@ def _check_header(path: Path, file: soundfile.SoundFile) -> None:
     libsndfile reads a truncated WAV file as a shorter recording, and reports it in its log only.
     """
     rate, frames = file.samplerate, file.frames
+    if file.format not in FORMATS or ("MPEG" in file.subtype and file.format != "MP3"):
+        allowed = ", ".join(dict.fromkeys(FORMATS.values()))
+        found = f"{file.format_info} of {file.subtype_info}"
+        raise UserError(f"{path}: its format is {found}; allowed: {allowed}; convert it")
     if not MIN_RATE <= rate <= MAX_RATE:
         raise UserError(f"{path}: sampling rate {rate:,} Hz; allowed: {MIN_RATE:,} to {MAX_RATE:,} Hz")
     if frames == _UNKNOWN_FRAMES:
