@@ -106,6 +106,8 @@ class Task(ABC):
     def examples(self, split: Split) -> Sequence[Example]:
         """All examples of a split in a fixed order; ids are unique over the task.
 
+        ``harness plan`` calls it without ``prepare``, to count: where data are missing it must raise, not download.
+
         Raises:
             UserError: annotations are broken, or their inputs are missing; all problems at once.
         """

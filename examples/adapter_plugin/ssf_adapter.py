@@ -24,6 +24,8 @@ class SSFConfig(AdapterConfig):
 class SSFDelta(Delta):
     """The change that one group makes to one layer."""
 
+    undecayed = ("gamma",)  # weight decay would pull it to 0, but the identity is 1
+
     def __init__(self, out_features: int, train: str) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(out_features)) if train != "shift" else None

@@ -217,10 +217,34 @@ def it_is_counted_without_weights(subject: AdapterSubject) -> Iterator[str]:
         counts = subject.adapted(grouping).adapters.parameters_by_group()
         if counts != empty:
             yield f"{name}: {empty} on the meta device, {counts} with weights"
+        adapters = subject.adapted(grouping).adapters
+        if (total := sum(p.numel() for p in adapters.parameters() if p.requires_grad)) != sum(
+            adapters.parameters_by_role().values()
+        ):
+            yield f"{name}: {total:,} trainable parameters, by role {adapters.parameters_by_role()}"
         if len(set(counts.values())) > 1:
             yield f"{name}: groups have different numbers of parameters: {counts}"
         if subject.method.grouped and not any(p.requires_grad for p in subject.adapted(grouping).parameters()):
             yield f"{name}: nothing is trained"
+
+
+def decay_keeps_the_identity(subject: AdapterSubject) -> Iterator[str]:
+    """Weight decay leaves a new adapter the identity; `undecayed` of a delta names parameters that it would spoil."""
+    import torch
+
+    from harness.core.weight_decay import parameter_groups
+
+    if not subject.method.identity_at_start:
+        return
+    with torch.no_grad():
+        expected_BTV = _bare(tiny_model(), _embeds())
+        for name, grouping in subject.groupings.items():
+            model = subject.adapted(grouping, scale=0.0)
+            for group in parameter_groups(model.adapters, 0.5):
+                for p in group["params"]:
+                    p.mul_(1 - group["weight_decay"])
+            if gap := _apart(_logits(model, _embeds(), _rows()), expected_BTV, 1e-5):
+                yield f"{name}: {gap} to the base after one step of decay without a gradient"
 
 
 def it_leaves_no_trace(subject: AdapterSubject) -> Iterator[str]:
@@ -372,11 +396,46 @@ def padding_has_no_effect(subject: AdapterSubject) -> Iterator[str]:
                 yield f"padded on the {side}: {gap} to the row alone"
 
 
+def checkpointing_keeps_the_gradients(subject: AdapterSubject) -> Iterator[str]:
+    """With activation checkpointing, gradients are those without it."""
+    model, weight_BTV = subject.adapted(), _weights()
+    if not _trains(model):
+        return
+    model.train()
+    model.adapters.eval()  # no dropout
+    expected = _gradients(model, _logits(model, _embeds().requires_grad_(), _rows()), weight_BTV)
+    model.base_model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    found = _gradients(model, _logits(model, _embeds().requires_grad_(), _rows()), weight_BTV)
+    for name, grad in expected.items():
+        if gap := _apart(found[name], grad, 1e-5) if name in found else "no gradient":
+            yield f"gradient of {name}: {gap} with activation checkpointing"
+
+
+def generation_needs_no_cache(subject: AdapterSubject) -> Iterator[str]:
+    """Generation with a KV cache computes what it computes without one."""
+    import torch
+
+    model = subject.adapted()
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    # Tokens: with `inputs_embeds`, generate uses a cache even with use_cache=False (transformers 5.23).
+    ids_BT = torch.randint(64, (len(ROWS), _LENGTH), generator=torch.Generator().manual_seed(3))
+    prompt = {"input_ids": ids_BT, "context_ids": _rows(), "new_token_context": CONTEXTS[1]}
+    cached, plain = (
+        model.generate(**prompt, **options, use_cache=own, output_scores=True, return_dict_in_generate=True)
+        for own in (True, False)
+    )
+    for step, (cached_BV, plain_BV) in enumerate(zip(cached.scores, plain.scores, strict=True), 1):
+        if gap := _apart(cached_BV, plain_BV, 1e-5):
+            yield f"token {step}: {gap} between the logits with a KV cache and without one"
+            return
+
+
 FIRST: Sequence[Any] = (it_says_what_it_is, options_are_strict, it_attaches)
 THEN: Sequence[Any] = (
     it_starts_as_the_base,
     it_starts_from_the_seed,
     it_is_counted_without_weights,
+    decay_keeps_the_identity,
     it_leaves_no_trace,
     rows_do_not_depend_on_the_batch,
     absent_groups_have_zero_gradients,
@@ -385,4 +444,6 @@ THEN: Sequence[Any] = (
     merging_keeps_the_output,
     saving_keeps_the_output,
     padding_has_no_effect,
+    checkpointing_keeps_the_gradients,
+    generation_needs_no_cache,
 )

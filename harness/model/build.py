@@ -55,17 +55,22 @@ def choose_splits(spec: TrialSpec, task: Task) -> Splits:
     Raises:
         UserError: a split has fewer examples than the spec requires, or the selection has none of a mixture's task.
     """
+    return choose_from(spec, task, {split: _read_twice(task, spec.task.name, split) for split in SPLITS})
+
+
+def choose_from(spec: TrialSpec, task: Task, examples: Mapping[Split, Sequence[Example]]) -> Splits:
+    """As ``choose_splits``, from examples that are already read; ``task`` tells their shares."""
     name, seed = spec.task.name, spec.seed
-    train, validation, test = (_read_twice(task, name, split) for split in SPLITS)
+    train, validation, test = (examples[split] for split in SPLITS)
     splits = Splits(
         choose(train, spec.budget.examples, seed, f"budget.examples: task {name}", _shares(task, train)),
         choose(validation, spec.eval.validation_examples, 0, f"eval.validation_examples: task {name}"),
         choose(test, spec.eval.test_examples, 0, f"eval.test_examples: task {name}"),
     )
     keys = ("budget.examples", "eval.validation_examples", "eval.test_examples")
-    for key, examples in zip(keys, (splits.train, splits.validation, splits.test), strict=True):
-        if missing := [repr(member) for member in task.members() if member not in by_member(examples)]:
-            found = f"the {len(examples):,} selected examples contain none of {', '.join(missing)}"
+    for key, chosen in zip(keys, (splits.train, splits.validation, splits.test), strict=True):
+        if missing := [repr(member) for member in task.members() if member not in by_member(chosen)]:
+            found = f"the {len(chosen):,} selected examples contain none of {', '.join(missing)}"
             raise UserError(f"{key}: task {name}: {found}; use more examples")
     return splits
 

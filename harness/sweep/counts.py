@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from harness.core.errors import UserError
 from harness.experiment.plan import TrialSpec
-from harness.model.budget import choose
-from harness.model.build import choose_splits
+from harness.model.build import choose_from
 from harness.model.components import make_task
-from tasks.base import Example, Task
+from tasks.base import Example, Split, Task
+from tasks.captioning import CocoCaptions
 from tasks.drawing.task import DrawnTask
-from tasks.splits import SPLITS, FileTask
+from tasks.formats.hub_datasets import written_to
+from tasks.mixture import Mixture
+from tasks.splits import SPLITS
+
+Splits = Mapping[Split, Sequence[Example]]
+
+
+class _UnreadableError(Exception):
+    """The splits of a task cannot be read now; the message is the reason."""
 
 
 def check_counts(specs: Sequence[TrialSpec]) -> list[str]:
@@ -25,40 +33,50 @@ def check_counts(specs: Sequence[TrialSpec]) -> list[str]:
         UserError: a split has fewer, as in ``choose_splits``.
     """
     unchecked: dict[str, str] = {}
-    tasks: dict[str, Task] = {}
+    known: dict[str, tuple[Task, Splits]] = {}
     for spec in {spec.model_dump_json(include={"task", "budget", "eval", "seed"}): spec for spec in specs}.values():
         key = spec.task.model_dump_json()
-        if key not in tasks:
-            tasks[key] = make_task(spec)
-            if reason := _unreadable(tasks[key]):
-                unchecked[key] = f"task {spec.task.name}: {reason}"
-        if key not in unchecked:
-            choose_splits(spec, tasks[key])
-        elif isinstance(tasks[key], DrawnTask):
-            _check_drawn(spec, tasks[key].config)
-    return [why for key, why in unchecked.items() if not isinstance(tasks[key], DrawnTask)]
+        if key not in known and key not in unchecked:
+            task = make_task(spec)
+            try:
+                known[key] = task, _splits(task)
+            except _UnreadableError as error:
+                unchecked[key] = f"task {spec.task.name}: {error}"
+        if key in known:
+            choose_from(spec, *known[key])
+    return list(unchecked.values())
 
 
-def _unreadable(task: Task) -> str | None:
-    """The reason why the splits cannot be read now; None: they can. Nothing is downloaded or written."""
-    for member in task.members().values():
-        if isinstance(member, DrawnTask):
-            if not member.folder.is_dir():
-                return "its data is not drawn yet"
-        elif not isinstance(member, FileTask) or getattr(member.config, "dataset", None) is not None:
-            return "its data may have to be downloaded"
+def _splits(task: Task) -> Splits:
+    """The examples of each split, or as many others where they would have to be drawn first.
+
+    Raises:
+        _UnreadableError: the data of a task is not here.
+    """
+    if not isinstance(task, Mixture):
+        return {split: _examples(task, split) for split in SPLITS}
+    return {
+        split: [
+            replace(example, id=f"{member}/{example.id}", member=member)
+            for member, own in task.members().items()
+            for example in _examples(own, split)
+        ]
+        for split in SPLITS
+    }
+
+
+def _examples(task: Task, split: Split) -> Sequence[Example]:
+    if isinstance(task, DrawnTask) and not task.folder.is_dir():
+        # Which examples are chosen depends on their ids, but how many of each task does not.
+        return [Example(f"{split} {number}", (), ("",)) for number in range(getattr(task.config, f"{split}_examples"))]
+    source = task.config.dataset if isinstance(task, CocoCaptions) else None
     try:
-        for split in SPLITS:
-            task.examples(split)
+        if source is not None and not written_to(source).is_dir():
+            raise _UnreadableError("its data may have to be downloaded; once it is in the cache, it is counted")
+        return task.examples(split)
+    except _UnreadableError:
+        raise
     except (UserError, OSError) as error:
-        return str(error)
-    return None
-
-
-def _check_drawn(spec: TrialSpec, config: Any) -> None:
-    """Check the counts of a task whose data is not drawn yet, from its options."""
-    asked = (spec.budget.examples, spec.eval.validation_examples, spec.eval.test_examples)
-    keys = ("budget.examples", "eval.validation_examples", "eval.test_examples")
-    for split, key, count in zip(SPLITS, keys, asked, strict=True):
-        drawn = [Example(str(number), (), ("",)) for number in range(getattr(config, f"{split}_examples"))]
-        choose(drawn, count, 0, f"{key}: task {spec.task.name}")
+        raise _UnreadableError(str(error)) from error
+    except Exception as error:  # of a plugin whose data is not prepared
+        raise _UnreadableError(f"its examples cannot be read before they are prepared: {error!r}") from error

@@ -109,14 +109,30 @@ def materialise(source: DatasetSource) -> Path:
             cache cannot be written to.
     """
     files = _local_files(source)
-    stamps = [(file, Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in _flat(source, files)]
-    key = hashlib.sha256(json.dumps([source.model_dump(mode="json"), stamps]).encode()).hexdigest()[:16]
-    folder = cache_folder("coco_captions", key)
+    folder = written_to(source, files)
+    if folder.is_dir():
+        return folder
     try:
         write_once(folder, lambda partial: _write(source, files, partial))
     except OSError as error:
         raise UserError(f"{folder}: cannot write the pictures of {source.path}: {error}") from error
     return folder
+
+
+def written_to(source: DatasetSource, files: Mapping[str, list[str]] | None = None) -> Path:
+    """The folder that ``materialise`` writes to, or wrote to before. Nothing is downloaded or written.
+
+    Args:
+        source: the data set.
+        files: its ``data_files``, if their patterns are already resolved.
+
+    Raises:
+        UserError: a pattern of ``data_files`` matches no file.
+    """
+    names = _flat(source, files or _local_files(source))
+    stamps = [(file, Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in names]
+    key = hashlib.sha256(json.dumps([source.model_dump(mode="json"), stamps]).encode()).hexdigest()[:16]
+    return cache_folder("coco_captions", key)
 
 
 def _local_files(source: DatasetSource) -> dict[str, list[str]] | None:

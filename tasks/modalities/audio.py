@@ -158,8 +158,8 @@ def _check_header(path: Path, file: soundfile.SoundFile) -> None:
     rate, frames = file.samplerate, file.frames
     if file.format not in FORMATS or ("MPEG" in file.subtype and file.format != "MP3"):
         allowed = ", ".join(dict.fromkeys(FORMATS.values()))
-        found = f"{file.format_info} of {file.subtype_info}"
-        raise UserError(f"{path}: its format is {found}; allowed: {allowed}; convert it")
+        kind = f"{file.format_info} of {file.subtype_info}"
+        raise UserError(f"{path}: its format is {kind}; allowed: {allowed}; convert it")
     if not MIN_RATE <= rate <= MAX_RATE:
         raise UserError(f"{path}: sampling rate {rate:,} Hz; allowed: {MIN_RATE:,} to {MAX_RATE:,} Hz")
     if frames == _UNKNOWN_FRAMES:

@@ -1,4 +1,4 @@
-"""However a model is run, every registered adapter method computes the same: a new plugin gets these checks too.
+"""Ways to run a model that ``harness check`` does not try: every registered adapter method computes the same.
 
 Shapes: B rows, T positions, D width, V vocabulary.
 """
@@ -66,91 +66,32 @@ def weighted(logits_BTV: Tensor) -> Tensor:
     return (logits_BTV.float() * weight).sum()
 
 
-@every_method
-def test_rows_with_different_layouts_equal_each_row_alone(entry: Entry) -> None:
-    """The per-token path against the segment path, forward and gradients."""
-    model, adapters = adapted(entry)
-    x_BTD = embeds()
-    together_BTV = logits(model, adapters, x_BTD, ROWS)
-    found = gradients(adapters, weighted(together_BTV)) if adapters_train(adapters) else {}
-    weight = torch.randn(together_BTV.shape, generator=torch.Generator().manual_seed(5))
-    expected: dict[str, Tensor] = {}
-    for index in range(len(ROWS)):
-        alone_1TV = logits(model, adapters, x_BTD[index : index + 1], ROWS[index : index + 1])
-        torch.testing.assert_close(together_BTV[index : index + 1], alone_1TV, rtol=1e-4, atol=1e-4)
-        if found:
-            grads = gradients(adapters, (alone_1TV * weight[index]).sum())
-            expected = {name: expected.get(name, 0) + grad for name, grad in grads.items()}
-    assert list(found) == list(expected)
-    for name, grad in expected.items():
-        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-3 * grad.abs().max().item() + 1e-6)
-
-
 def adapters_train(adapters: Adapters) -> bool:
     return any(p.requires_grad for p in adapters.parameters())
 
 
 @every_method
-def test_every_parameter_has_a_gradient_whatever_the_layout(entry: Entry) -> None:
-    """Zero and not None where a group has no token: ZeRO reduces wrong gradients where ranks differ in that."""
-    model, adapters = adapted(entry)
-    names = {name for name, p in adapters.named_parameters() if p.requires_grad}
-    if not names:
-        pytest.skip("it has no parameters of its own")
-    for ids_XT in (ROWS[3:], ROWS[3:] * 0, ROWS, ROWS[2:]):
-        grads = gradients(adapters, weighted(logits(model, adapters, embeds(len(ids_XT)), ids_XT)))
-        assert set(grads) == names
-        assert all(grad.isfinite().all() for grad in grads.values())
-    text_only = gradients(adapters, weighted(logits(model, adapters, embeds(1), ROWS[3:])))
-    assert not any(grad.any() for name, grad in text_only.items() if "group_image" in name)
-
-
-@every_method
-def test_a_groups_parameters_do_not_reach_other_groups_in_the_first_layer(entry: Entry) -> None:
-    if method_of(entry).joins_groups or not method_of(entry).grouped:
-        pytest.skip("its groups act on one another, or it has none")
-    model, adapters = adapted(entry)
-    seen: list[Tensor] = []
-    first = model.model.layers[0]
-    for module in (first.input_layernorm, first.self_attn.q_proj, first.self_attn.v_proj):
-        module.register_forward_hook(lambda _m, _a, y: seen.append(y[:, -LENGTH:].clone()))
-    with torch.no_grad():
-        logits(model, adapters, embeds(), ROWS)
-        for name, p in adapters.named_parameters():
-            if "group_image" in name:
-                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(7)))
-        logits(model, adapters, embeds(), ROWS)
-    for before_BTO, after_BTO in zip(seen[:3], seen[3:], strict=True):
-        assert torch.equal(before_BTO[ROWS == TEXT], after_BTO[ROWS == TEXT])
-
-
-@every_method
 @torch.no_grad()
-def test_specific_with_equal_weights_is_agnostic(entry: Entry) -> None:
-    """fp32: 1e-6 of the largest logit. bf16: 2e-2, as the two may join their products in another order."""
+def test_specific_with_equal_weights_is_agnostic_in_bf16(entry: Entry) -> None:
+    """2e-2 of the largest logit, as the two may join their products in another order."""
     if method_of(entry).joins_groups or not method_of(entry).grouped:
         pytest.skip("its groups act on one another, or it has none")
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
-        model, one = adapted(entry, "agnostic")
-        model.to(dtype), one.to(dtype)
-        expected_BTV = logits(model, one, embeds().to(dtype), ROWS).float()
-        one.detach()
-        two = adapters_of(entry, model, "specific").to(dtype)
-        weights = one.state_dict()
-        two.load_state_dict(
-            {
-                n: weights[n.replace("group_image", "group_all").replace("group_text", "group_all")]
-                for n in two.state_dict()
-            }
-        )
-        two.attach(model)
-        found_BTV = logits(model, two, embeds().to(dtype), ROWS).float()
-        assert ((found_BTV - expected_BTV).abs().max() / expected_BTV.abs().max()).item() < tolerance
+    model, one = adapted(entry, "agnostic")
+    model.to(torch.bfloat16), one.to(torch.bfloat16)
+    x_BTD = embeds().to(torch.bfloat16)
+    expected_BTV = logits(model, one, x_BTD, ROWS).float()
+    one.detach()
+    two, weights = adapters_of(entry, model, "specific").to(torch.bfloat16), one.state_dict()
+    names = {n: n.replace("group_image", "group_all").replace("group_text", "group_all") for n in two.state_dict()}
+    two.load_state_dict({name: weights[other] for name, other in names.items()})
+    two.attach(model)
+    found_BTV = logits(model, two, x_BTD, ROWS).float()
+    assert ((found_BTV - expected_BTV).abs().max() / expected_BTV.abs().max()).item() < 2e-2
 
 
-@pytest.mark.parametrize("use_reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
-@every_plugin_and(*KINDS)
-def test_activation_checkpointing_gives_the_same_gradients(entry: Entry, use_reentrant: bool) -> None:
+@pytest.mark.slow
+@every_method
+def test_reentrant_activation_checkpointing_gives_the_same_gradients(entry: Entry) -> None:
     model, adapters = adapted(entry)
     model.train()
     calls: list[None] = []
@@ -164,7 +105,7 @@ def test_activation_checkpointing_gives_the_same_gradients(entry: Entry, use_ree
 
     plain, plain_x_BTD = run()
     assert len(calls) == 1
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
     found, found_x_BTD = run()
     assert len(calls) == 3, "nothing was recomputed"
     torch.testing.assert_close(found_x_BTD, plain_x_BTD, rtol=1e-5, atol=1e-5)
@@ -217,38 +158,19 @@ def test_autocast_is_close_to_full_precision(entry: Entry) -> None:
 
 @every_plugin_and(*KINDS)
 @torch.no_grad()
-def test_padding_on_either_side_equals_one_row_at_a_time(entry: Entry) -> None:
+def test_generation_of_beams_with_a_cache_equals_full_recomputation(entry: Entry) -> None:
+    """Rows of different layouts."""
     model, adapters = adapted(entry)
-    x_BTD = embeds(2)
-    alone_1TV = logits(model, adapters, x_BTD[:1, :7], ROWS[:1, :7])
-    for left in (False, True):
-        row_TD, ids_T, real_T = x_BTD[1].clone(), ROWS[3].clone(), torch.zeros(LENGTH, dtype=torch.long)
-        place = slice(LENGTH - 7, LENGTH) if left else slice(0, 7)
-        row_TD[place], ids_T[place], real_T[place] = x_BTD[0, :7], ROWS[0, :7], 1
-        mask_BT = torch.stack([real_T, torch.ones_like(real_T)])
-        positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
-        found_BTV = logits(
-            model, adapters, torch.stack([row_TD, x_BTD[1]]), torch.stack([ids_T, ROWS[1]]),
-            attention_mask=mask_BT, position_ids=positions_BT,
-        )  # fmt: skip
-        torch.testing.assert_close(found_BTV[:1, place], alone_1TV, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("num_beams", [pytest.param(1, marks=pytest.mark.slow), 3])
-@every_plugin_and(*KINDS)
-@torch.no_grad()
-def test_generation_with_a_cache_equals_full_recomputation(entry: Entry, num_beams: int) -> None:
-    """Rows of different layouts; greedy and beams."""
-    model, adapters = adapted(entry)
-    x_BTD = embeds()
+    # Tokens: with `inputs_embeds`, generate uses a cache even with use_cache=False (transformers 5.23).
+    ids_BT = torch.randint(model.config.vocab_size, ROWS.shape, generator=torch.Generator().manual_seed(3))
     found = []
     for use_cache in (True, False):
         adapters.router.set_context_ids(ROWS)
         with layouts_while_generating(model, adapters.router, CONTEXTS[TEXT]):
             found.append(
                 model.generate(
-                    inputs_embeds=x_BTD, attention_mask=torch.ones(ROWS.shape, dtype=torch.long), max_new_tokens=6,
-                    do_sample=False, num_beams=num_beams, use_cache=use_cache, eos_token_id=None, pad_token_id=0,
+                    input_ids=ids_BT, attention_mask=torch.ones(ROWS.shape, dtype=torch.long), max_new_tokens=6,
+                    do_sample=False, num_beams=3, use_cache=use_cache, eos_token_id=None, pad_token_id=0,
                     output_scores=True, return_dict_in_generate=True,
                 )
             )  # fmt: skip

@@ -20,6 +20,8 @@ class GoodConfig(Config):
 class Scale(Delta):
     """``gamma ⊙ y``."""
 
+    undecayed = ("gamma",)
+
     def __init__(self, out_features: int, siblings: list[Any]) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(out_features))
@@ -120,6 +122,18 @@ class Unsaved(Scale):
         return super().forward(x_BTI, value_BTD) + self.offset
 
 
+class Decays(Scale):
+    undecayed = ()
+
+
+class CountsCalls(Scale):
+    calls = 0
+
+    def forward(self, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x_BTI, value_BTD) * (1 + self.calls / 10)
+
+
 class CountsPositions(Scale):
     def forward(self, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
         return super().forward(x_BTI, value_BTD) + torch.arange(value_BTD.shape[-2])[:, None] / 10
@@ -146,5 +160,8 @@ ADAPTER_CASES: dict[Any, list[tuple[type, str]]] = {
     checks.equal_groups_are_one: [(_method(CountsGroups), "between two groups with equal weights and one group")],
     checks.merging_keeps_the_output: [(_method(MergesTwice), "a difference of up to .* after merge")],
     checks.saving_keeps_the_output: [(_method(Unsaved), "other logits after save and load_adapter")],
+    checks.decay_keeps_the_identity: [(_method(Decays), "specific: a difference of up to .* after one step of decay")],
+    checks.checkpointing_keeps_the_gradients: [(_method(CountsCalls), "gradient of .*gamma: a difference .* with act")],
+    checks.generation_needs_no_cache: [(_method(CountsPositions), "token 2: a difference .* with a KV cache and with")],
     checks.padding_has_no_effect: [(_method(CountsPositions), "padded on the (left|right): a difference")],
 }
