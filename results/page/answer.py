@@ -46,7 +46,8 @@ def first_card(board: Leaderboard) -> FirstCard:
     sentence = first.sentence.removeprefix(f"{first.name}: ").removeprefix(f"{first.name} is ")
     if first.prices and "; " in sentence:  # its first part says the prices, which the card shows as figures
         sentence = sentence.partition("; ")[2]
-    sure = [*summary.headline(board)[: 1 if len(board.settings) == 1 else 0], *first.unknown]
+    sure = [*(_ahead(board) if others else summary.headline(board)[:1]), *first.unknown]
+    sure += [f"{one.setting}: {line}" for one in others for line in one.unknown[:1]]
     return FirstCard(
         question_of(board),
         title,
@@ -56,6 +57,16 @@ def first_card(board: Leaderboard) -> FirstCard:
         tuple(sure[:_SURE_IN_WORDS]),
         tuple(others),
     )
+
+
+def _ahead(board: Leaderboard) -> list[str]:
+    """In how many settings the best mean is shown to be ahead of all others."""
+    ranked = [[row for row in board.of(setting) if row.rank] for setting in board.settings]
+    ranked = [rows for rows in ranked if len(rows) > 1]
+    clear = sum(all(row.rank and row.rank[0] > 1 for row in rows[1:]) for rows in ranked)
+    if not ranked:
+        return []
+    return [f"In {clear} of {len(ranked)} settings the row with the best mean is shown to be ahead of all others."]
 
 
 def _shown(price: Price) -> ShownPrice:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from harness.core.record import MetricInfo
 from results.leaderboard.coverage import Coverage, table_coverage
+from results.leaderboard.effects import MeanRanks, Spread, mean_ranks
 from results.leaderboard.rows import Row
 from results.leaderboard.table import Leaderboard
 from results.page.columns import Column, columns_of, row_id
@@ -54,6 +56,7 @@ class OverviewLine:
 
     label: str
     grouping: str
+    rank: Spread | None  # the mean rank
     cells: tuple[OverviewCell | None, ...]
 
 
@@ -63,6 +66,7 @@ class Overview:
 
     settings: tuple[str, ...]
     lines: tuple[OverviewLine, ...]
+    ranks: MeanRanks | None
 
 
 def build_tables(board: Leaderboard) -> list[BoardTable]:
@@ -107,8 +111,9 @@ def marks_of(row: Row) -> list[Mark]:
 
 
 def build_overview(board: Leaderboard) -> Overview:
-    """Methods in the order of their mean place within the settings, those in few settings last."""
-    metric = board.primary.name
+    """Methods by their mean rank; those without one after them, by their mean place within the settings they are in."""
+    metric, ranks = board.primary.name, mean_ranks(board)
+    mean = {(one.label, one.grouping): one.rank for one in ranks.rows} if ranks else {}
     places: dict[tuple[str, str], dict[str, OverviewCell]] = {}
     key = _best_first(board.primary)
     for setting in board.settings:
@@ -118,13 +123,16 @@ def build_overview(board: Leaderboard) -> Overview:
             cell = OverviewCell(row_id(row), row.metrics[metric].mean, row.rank_text, goodness)
             places.setdefault((row.label, row.grouping), {})[setting] = cell
 
-    def order(cells: dict[str, OverviewCell]) -> tuple[int, float]:
-        return -len(cells), -sum(one.goodness for one in cells.values()) / len(cells)
+    def order(name: tuple[str, str]) -> tuple[float, int, float]:
+        cells = places[name]
+        rank = mean[name].mean if name in mean else math.inf
+        return rank, -len(cells), -sum(one.goodness for one in cells.values()) / len(cells)
 
     return Overview(
         board.settings,
         tuple(
-            OverviewLine(label, grouping, tuple(cells.get(setting) for setting in board.settings))
-            for (label, grouping), cells in sorted(places.items(), key=lambda pair: order(pair[1]))
+            OverviewLine(*name, mean.get(name), tuple(places[name].get(setting) for setting in board.settings))
+            for name in sorted(places, key=order)
         ),
+        ranks,
     )

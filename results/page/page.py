@@ -25,6 +25,7 @@ from results.page.board import BoardTable, build_overview, build_tables, chooser
 from results.page.columns import row_id
 from results.page.embedded import embedded
 from results.page.gallery import build_gallery
+from results.page.main_effects import build_effects
 from results.page.plots.all import all_plots
 from results.page.plots.style import looks_of
 from results.page.provenance import build_provenance
@@ -57,6 +58,7 @@ class Section:
 
 _SECTIONS = (
     Section("settings", "Settings", "the leaderboard of each", True),
+    Section("effects", "Main effects", "what each axis of the grid changes with all else equal"),
     Section("rules", "Rules and caveats", "how ranks are made, what the intervals cover, what to know before trusting"),
     Section("samples", "Samples", "what the methods write, on the same examples"),
     Section("contexts", "Agnostic → specific", "the effect of one adapter group per context"),
@@ -90,10 +92,11 @@ def html(board: Leaderboard, folder: Path) -> str:
     plots = all_plots(board, sweeps, efficiency)
     tables = build_tables(board)
     columns = chooser(tables)
-    card = first_card(board)
+    card, effects = first_card(board), build_effects(board)
     plotted = any(board.primary.name in row.metrics for row in board.rows)
     shown = {
         "settings": len(tables) > 1,
+        "effects": effects,
         "contexts": board.deltas,
         "curves": plots["curves"],
         "input": plots["input"],
@@ -129,6 +132,7 @@ def html(board: Leaderboard, folder: Path) -> str:
         "plot_data": plotted,
         # The first stands beside the leaderboard where there are no scripts.
         "other_fronts": replace(plots["parameters"], plots=plots["parameters"].plots[1:]),
+        "effects": effects,
         "sweeps": sweeps,
         "efficiency": efficiency,
         "attention": attention,

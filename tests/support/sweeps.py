@@ -37,6 +37,7 @@ def write_sweep(
     primary: str = "cider",
     examples: int = 12,
     change: Change = lambda record: record,
+    by_options: Callable[[dict[str, Any]], float] = lambda _: 0.0,
 ) -> Path:
     """Write a trial per combination; the largest of several budgets is "all" in its spec. Returns ``folder``."""
     wanted = {}
@@ -63,7 +64,8 @@ def write_sweep(
         )
         trials.append(trial)
         noise_E = np.random.default_rng(len(trials)).normal(0, 0.004, examples)
-        cider_E = score(budget, count, method, grouping, seed) + noise_E - noise_E.mean()
+        own = spec["adapter"]["config"]
+        cider_E = score(budget, count, method, grouping, seed) + by_options(own) + noise_E - noise_E.mean()
         record = change(_record(trial, spec, budget, trainable, float(cider_E.mean())))
         if record is not None:
             write_record(folder, record)

@@ -11,15 +11,15 @@
   };
   const shown = (value) => (value === null || value === undefined ? "–" : `${value}`);
 
-  // Every column of the row, hidden ones too, as the table shows them.
-  const numbers = (id) => {
+  // The columns of the row as the table shows them; all of them, or those that are not hidden.
+  const numbers = (id, shownOnly) => {
     const line = document.querySelector(`table.board tr[data-row="${CSS.escape(id)}"]`);
     if (!line) return [];
     const heads = line.closest("table").tHead.rows[0].cells;
     return [...line.cells].slice(2).flatMap((cell, index) => {
       const small = cell.querySelector("small");
       const text = cell.firstChild?.textContent.trim() ?? "";
-      if (text === "" || text === "–") return [];
+      if (text === "" || text === "–" || (shownOnly && getComputedStyle(cell).display === "none")) return [];
       const value = make("dd", { textContent: text });
       if (cell.title) value.append(" ", make("small", { textContent: cell.title }));
       else if (small) value.append(" ", make("small", { textContent: small.textContent, className: small.className }));
@@ -93,11 +93,12 @@
     const row = rows.get(id);
     if (!row) return false;
     drawer.querySelector("h2").textContent = row.name;
-    const options = Object.entries(row.options).map(([key, value]) => `${key}=${value}`).join(", ");
-    part("where").textContent = [row.setting, row.rank && `rank ${row.rank}`, options].filter(Boolean).join(" · ");
+    part("where").textContent = [row.setting, row.rank && `rank ${row.rank}`].filter(Boolean).join(" · ");
     part("notes").replaceChildren(...[...row.apart.map((reason) => `Not ranked: ${reason}`), ...row.notes]
       .map((text) => make("p", { className: "small", textContent: text })));
-    part("numbers").replaceChildren(make("dl", {}, ...numbers(id)));
+    part("numbers").replaceChildren(make("dl", {}, ...numbers(id, true)));
+    part("all").replaceChildren(make("dl", {}, ...numbers(id, false),
+      ...Object.entries(row.options).flatMap(([key, value]) => [make("dt", { textContent: key }), make("dd", { textContent: shown(value) })])));
     part("trials").replaceChildren(...trials(row));
     if (!drawer.open) drawer.showModal();
     part("curve").replaceChildren(...curve(row));

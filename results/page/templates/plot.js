@@ -150,7 +150,11 @@
     for (const link of plot.querySelectorAll("a")) {
       const point = link.querySelector("[aria-label]");
       link.setAttribute("aria-label", point.getAttribute("aria-label").replaceAll("\n", ", "));
-      link.dataset.row = (link.getAttribute("href") ?? link.getAttributeNS("http://www.w3.org/1999/xlink", "href")).replace("#trial-", "");
+      const xlink = "http://www.w3.org/1999/xlink"; // Plot's; selectors see only what has no namespace
+      const href = link.getAttributeNS(xlink, "href");
+      link.removeAttributeNS(xlink, "href");
+      link.setAttribute("href", href);
+      link.dataset.row = href.replace("#trial-", "");
       point.removeAttribute("aria-label");
     }
     for (const group of plot.querySelectorAll("g[aria-label]")) group.removeAttribute("aria-label"); // not allowed without a role
