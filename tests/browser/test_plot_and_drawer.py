@@ -65,7 +65,7 @@ def test_a_point_is_read_by_the_pointer_and_opened_by_click_and_keyboard(open_pa
 
 def test_the_drawer_has_trials_curve_and_samples(open_page: Open, report: Path) -> None:
     page = open_page(report.as_uri())
-    page.locator("#board-0 tbody tr", has_text="LoRA r=4 specific").locator("td").nth(1).click()
+    page.locator("#board-1 tbody tr", has_text="LoRA r=4 specific").locator("td").nth(1).click()
     drawer = page.get_by_role("dialog", name="LoRA r=4 specific")
     record = drawer.get_by_role("link", name="record").first
     path = (report.parent / str(record.get_attribute("href"))).resolve()

@@ -44,7 +44,7 @@
     const sorted = [...found].sort((a, b) => badness(b) - badness(a));
     for (let n = 0; n < sorted.length / 4 && sorted.length - n > 3; n++) {
       const [worst, next, best] = [sorted[n], sorted[n + 1], sorted.at(-1)].map(badness);
-      if (worst - next < 1.5 * (next - best)) break;
+      if (worst - next <= 1.5 * (next - best)) break;
       for (const one of sorted.slice(0, n + 1)) cut.add(one);
     }
     return cut;
