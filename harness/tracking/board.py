@@ -27,7 +27,7 @@ BOARD = "leaderboard"
 RANK_TAG, VERDICT_TAG = "harness.rank", "harness.verdict"
 _DESCRIBED_SETTINGS, _DESCRIBED_ROWS = 3, 12  # MLflow keeps 8,000 characters
 _PER_CALL = 1000  # metrics that MLflow takes at once
-_NAME_WIDTH, _WIDTH = 330, 120  # pixels of the columns of the saved view
+_NAME_WIDTH, _PIXELS = 330, 6  # of the saved view's columns: of the run's name, of each character of other headings
 _TRAINING = "workflowType=machine_learning"  # the pages for training runs
 _SHARED = "mlflow.sharedViewState."
 
@@ -49,7 +49,9 @@ def _view(parent_run_id: str) -> str:
 def save_view(client: Any, experiment_id: str, parent_run_id: str, parent_tag: str, board: Leaderboard) -> None:
     """Save the view of the trials of a grid: the columns of the leaderboard, best row first."""
     primary = board.primary
-    columns = [f"tags.`{RANK_TAG}`", *map(_metric, _shown(board)), *map(_param, _varying(board)), _param("seed")]
+    scores, others = list(map(_metric, _scores_shown(board))), list(map(_metric, _others_shown(board)))
+    verdicts = [f"tags.`{VERDICT_TAG}`"] if len(scores) > 1 else []  # there is something to compare with
+    columns = [f"tags.`{RANK_TAG}`", *scores, *verdicts, *others, *map(_param, _varying(board)), _param("seed")]
     name = "attributes.`Run Name`"
     state = {
         "searchFilter": f"tags.`{parent_tag}` = '{parent_run_id}'",
@@ -61,7 +63,7 @@ def save_view(client: Any, experiment_id: str, parent_run_id: str, parent_tag: s
         "datasetsFilter": [],
         "selectedColumns": columns,
         "columnOrder": [name, *columns],
-        "columnWidths": {name: _NAME_WIDTH} | dict.fromkeys(columns, _WIDTH),
+        "columnWidths": {name: _NAME_WIDTH} | {one: _PIXELS * len(one) for one in columns},
         "runsHiddenMode": "FIRST_20_RUNS",
     }
     client.set_experiment_tag(experiment_id, _SHARED + _view(parent_run_id), json.dumps(state))
@@ -75,19 +77,22 @@ def _param(key: str) -> str:
     return f"params.`{key}`"
 
 
-def _shown(board: Leaderboard) -> Iterator[str]:
-    """Metrics that are columns: the leaderboard's, the trial's own primary score, one more, size, speed, memory."""
+def _scores_shown(board: Leaderboard) -> Iterator[str]:
     yield _mean_of(board.primary)
     if any(board.primary.name in row.differences for row in board.rows):
         yield _difference_of(board)
-    yield f"test/{board.primary.name}"
-    second = next((i for i in board.ranking_metrics[1:] if any(i.name in row.metrics for row in board.rows)), None)
-    if second is not None:
-        yield f"test/{second.name}"
+
+
+def _others_shown(board: Leaderboard) -> Iterator[str]:
+    """Size, speed, memory; the trial's own primary score and one more."""
     yield f"{SYSTEM}/parameters/trainable"
     if board.run.profile is not None:
         yield f"{SYSTEM}/profile/step_time_ratio"
         yield f"{SYSTEM}/profile/peak_memory_bytes"
+    yield f"test/{board.primary.name}"
+    second = next((i for i in board.ranking_metrics[1:] if any(i.name in row.metrics for row in board.rows)), None)
+    if second is not None:
+        yield f"test/{second.name}"
 
 
 def _varying(board: Leaderboard) -> list[str]:

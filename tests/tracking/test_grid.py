@@ -239,6 +239,7 @@ def test_the_leaderboard_is_logged_when_a_grid_ends(runs: Path, client: MlflowCl
     for trial in board.run.plan.trials[:4]:
         tags = {PARENT_TAG: grid.parent_run_id, "harness.kind": "trial", "harness.trial_id": trial.trial_id}
         children[trial.trial_id] = client.create_run(grid.experiment_id, tags=tags).info.run_id
+        client.set_terminated(children[trial.trial_id])
     assert close_grid(grid, complete=True, artifacts=[], board=board) is None
     row = next(row for row in board.rows if row.method == "none")
     child = client.get_run(children[row.trials[0].trial_id])
