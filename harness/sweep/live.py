@@ -21,6 +21,7 @@ from results.leaderboard.format import duration
 
 SHOWN_TRIALS = 12  # rows of the live table: running trials, and those that ended most recently
 QUIET_S = 60.0  # without a terminal, a line at most this often while no trial ends
+_NAME_WIDTH, _NUMBERS_WIDTH = 10, 67  # characters of the live table: at least for names, for everything else
 _MIN_FRACTION = 0.02  # fraction of the grid that must be done before the remaining time is estimated
 
 
@@ -125,14 +126,18 @@ class LiveTable:
         head.add_row(Text(summary, style="bold"))
         head.add_row(ProgressBar(total=1.0, completed=self._fraction, width=min(80, options.max_width)))
         yield head
-        yield self._table([row for row in rows if row.started and not row.ended], done)
+        yield self._table([row for row in rows if row.started and not row.ended], done, options.max_width)
 
-    def _table(self, running: list[_Row], done: list[_Row]) -> Table:
+    def _table(self, running: list[_Row], done: list[_Row], width: int) -> Table:
         table = Table(box=None, pad_edge=False, header_style="dim")
         left_aligned = ("trial", "phase", "progress")
+        name_width = max(_NAME_WIDTH, width - _NUMBERS_WIDTH)  # a long name or reason is cut, numbers are not
         for heading in ("trial", "seed", "phase", "epoch", "train loss", "val. ppl", "progress"):
             table.add_column(
-                heading, justify="left" if heading in left_aligned else "right", no_wrap=heading in left_aligned
+                heading,
+                justify="left" if heading in left_aligned else "right",
+                no_wrap=True,
+                max_width=name_width if heading == "trial" else None,
             )
         recent = done[max(0, len(done) - max(0, SHOWN_TRIALS - len(running))) :]
         for row in [*recent, *running[:SHOWN_TRIALS]]:

@@ -56,6 +56,20 @@ def test_the_live_table_counts_and_estimates() -> None:
     assert "LoRA r=3" not in text  # it waits
 
 
+def test_in_eighty_characters_a_long_name_is_cut_and_no_number() -> None:
+    trial = planned(4, setting="task=scenes language_model=builtin/tiny-llama examples=1024 epochs=8")
+    live = LiveTable(console(terminal=True), [trial], 0)
+    running(live, 4, 0.5, epoch=12, train_loss=1.25, validation_perplexity=12345.678)
+    lines = shown(live, width=80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert re.search(r"^LoRA r=4 \S*… +0 +train +12 +1\.250 +12345\.678 +━", lines[-1])
+    live.ended(record(trial, metrics={"test": {"perplexity": 4.25}}, wall_time_s=83.0))
+    cut = shown(live, width=80)
+    assert max(map(len, cut.splitlines())) <= 80
+    assert "12345.678  test 4.250 in 1 min 23…" in cut
+    assert "test 4.250 in 1 min 23 s" in shown(live, width=90)
+
+
 def test_time_left_is_in_proportion_to_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("harness.sweep.live.time.monotonic", lambda: now[0])
