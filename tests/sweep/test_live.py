@@ -67,7 +67,7 @@ def test_in_eighty_characters_a_long_name_is_cut_and_no_number() -> None:
     cut = shown(live, width=80)
     assert max(map(len, cut.splitlines())) <= 80
     assert "12345.678  test 4.250 in 1 min 23…" in cut
-    assert "test 4.250 in 1 min 23 s" in shown(live, width=90)
+    assert "test 4.250 in 1 min 23 s" in shown(live, width=140)
 
 
 def test_time_left_is_in_proportion_to_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
