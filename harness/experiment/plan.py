@@ -66,8 +66,8 @@ class TrialSpec(BaseModel):
     def trial_id(self) -> str:
         """The first twelve hexadecimal digits of the SHA-256 of the spec as canonical JSON.
 
-        Display names, ``tried_learning_rates``, the primary metric, the margin and the experiment's folder are left out;
-        they do not affect the result.
+        Display names, ``tried_learning_rates``, the primary metric, the margin and the folder of the experiment do not
+        affect the result and are left out.
         """
         content = self.model_dump(
             mode="json",
