@@ -131,7 +131,8 @@ class LiveTable:
     def _table(self, running: list[_Row], done: list[_Row], width: int) -> Table:
         table = Table(box=None, pad_edge=False, header_style="dim")
         left_aligned = ("trial", "phase", "progress")
-        name_width = max(_NAME_WIDTH, width - _NUMBERS_WIDTH)  # a long name or reason is cut, numbers are not
+        # A long name or reason is cut, numbers are not; where there is room, reasons get half of what is left.
+        name_width = max(_NAME_WIDTH, min(width - _NUMBERS_WIDTH, (width - 30) // 2))
         for heading in ("trial", "seed", "phase", "epoch", "train loss", "val. ppl", "progress"):
             table.add_column(
                 heading,
