@@ -175,7 +175,7 @@ def _profiled(board: Leaderboard) -> list[Column]:
     def step_time(row: Row) -> Cell:
         entry = entry_of(row)
         one = entry.step_time_ratio if entry else None
-        return NOTHING if one is None else Cell(f"{text.number(one.median)}×", one.median, _bounds(one))
+        return NOTHING if one is None else Cell(text.ratio(one.median), one.median, _bounds(one, text.ratio))
 
     def peak(row: Row) -> Cell:
         entry = entry_of(row)
@@ -204,8 +204,8 @@ def _profiled(board: Leaderboard) -> list[Column]:
     ]
 
 
-def _bounds(one: Measured) -> str:
-    return "" if one.low is None or one.high is None else f"[{text.number(one.low)}, {text.number(one.high)}]"
+def _bounds(one: Measured, show: Callable[[float], str] = text.number) -> str:
+    return "" if one.low is None or one.high is None else f"[{show(one.low)}, {show(one.high)}]"
 
 
 def _other_scores(board: Leaderboard, covered: Coverage) -> list[Column]:

@@ -58,6 +58,8 @@ def test_a_point_is_read_by_the_pointer_and_opened_by_click_and_keyboard(open_pa
     expect(drawer).to_be_visible()
     drawer.get_by_role("button", name="Close").click()
     expect(drawer).to_be_hidden()
+    page.get_by_role("link", name="none (rank").focus()
+    expect(page.locator("#plot")).to_contain_text("Trainable 9.31k")
     point.focus()
     page.keyboard.press("Enter")
     expect(drawer).to_be_visible()

@@ -157,6 +157,16 @@
       link.dataset.row = href.replace("#trial-", "");
       point.removeAttribute("aria-label");
     }
+    // The keyboard reads a point as the pointer does.
+    for (const link of plot.querySelectorAll("a")) {
+      link.addEventListener("focus", () => {
+        const box = link.getBoundingClientRect();
+        const where = { clientX: box.left + box.width / 2, clientY: box.top + box.height / 2, pointerType: "mouse", bubbles: true };
+        plot.dispatchEvent(new PointerEvent("pointerenter", where));
+        plot.dispatchEvent(new PointerEvent("pointermove", where));
+      });
+      link.addEventListener("blur", () => plot.dispatchEvent(new PointerEvent("pointerleave", { pointerType: "mouse" })));
+    }
     for (const group of plot.querySelectorAll("g[aria-label]")) group.removeAttribute("aria-label"); // not allowed without a role
     place.replaceChildren(plot);
   };
