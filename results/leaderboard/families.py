@@ -9,10 +9,12 @@ import numpy as np
 
 from harness.core.record import MetricInfo
 from results.leaderboard.badges import badges_of
-from results.leaderboard.rows import Row
+from results.leaderboard.rows import RIGHT, WRONG, Row
 from results.statistics.family import Family
 from results.statistics.intervals import Difference, Estimate
 from results.statistics.resample import Resampled
+
+_RATIO = MetricInfo(name="input_use", label="wrong/right input", higher_is_better=True, scale="log", lower=0.0)
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ def families_of(
         resampled: their trials.
     """
     seeds = sorted({record.seed for row in rows for record in row.finished})
+    uses = _input_use(rows, seeds, margin, resampled)
     families: dict[str, Family] = {}
     places: dict[str, dict[str, int]] = {}
     means: list[dict[str, Estimate]] = [{} for _ in rows]
@@ -58,7 +61,27 @@ def families_of(
         for place, index in enumerate(chosen):
             means[index][info.name] = family.estimate(place)
     scored = [
-        replace(row, metrics=found, badges=badges_of(row.finished, found, row.input_use, metrics))
-        for row, found in zip(rows, means, strict=True)
+        replace(row, metrics=found, input_use=use, badges=badges_of(row.finished, found, use, metrics))
+        for row, found, use in zip(rows, means, uses, strict=True)
     ]
     return Families(families, places), scored
+
+
+def _input_use(rows: Sequence[Row], seeds: Sequence[int], margin: float, resampled: Resampled) -> list[Estimate | None]:
+    """The perplexity with the wrong input relative to that with the right one, of each row."""
+    right, wrong = ([row.values(name) for row in rows] for name in (RIGHT, WRONG))
+    chosen = [index for index in range(len(rows)) if right[index].keys() & wrong[index].keys()]
+    found: list[Estimate | None] = [None] * len(rows)
+    if not chosen:
+        return found
+    nan = float("nan")
+    ratios_RS = np.array([[wrong[i].get(seed, nan) / right[i].get(seed, nan) for seed in seeds] for i in chosen])
+    records = [rows[index].finished for index in chosen]
+    replicates = [resampled.replicates_of_rows(records, name) for name in (WRONG, RIGHT)]
+    both = None
+    if replicates[0] is not None and replicates[1] is not None and replicates[0][1] == replicates[1][1]:
+        both = replicates[0][0] / replicates[1][0], replicates[0][1]
+    family = Family(ratios_RS, _RATIO, margin, both)
+    for place, index in enumerate(chosen):
+        found[index] = family.estimate(place)
+    return found

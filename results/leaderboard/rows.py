@@ -183,10 +183,9 @@ def _search_notes(candidates: Sequence[Candidate], chosen: Candidate) -> tuple[s
 
 
 def make_row(search: Search, reference_method: str) -> Row:
-    """The row of trials that differ only in seed and learning rate, without its scores and badges."""
+    """The row of trials that differ only in seed and learning rate; not scored and compared yet."""
     candidates, chosen = search.candidates, search.chosen
     finished = chosen.finished
-    right, wrong = by_seed(finished, RIGHT), by_seed(finished, WRONG)
 
     def mean(read: Callable[[TrialRecord], float | None]) -> Estimate | None:
         return estimate_positive([value for value in map(read, finished) if value is not None])
@@ -202,7 +201,7 @@ def make_row(search: Search, reference_method: str) -> Row:
         effort=search_effort(candidates),
         is_reference=first.method == reference_method,
         metrics={},
-        input_use=estimate_positive([wrong[seed] / right[seed] for seed in right if seed in wrong]),
+        input_use=None,
         parameters=next((record.parameters for record in finished if record.parameters), None),
         peak_bytes=mean(_peak_growth_bytes),
         examples_per_s=mean(lambda record: record.throughput.examples_per_s if record.throughput else None),

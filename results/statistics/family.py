@@ -1,96 +1,36 @@
 """All pairs of the rows of one setting in one metric: differences, verdicts, ranks, and the means' intervals.
 
-Every row informs how much seeds vary. A score on the metric's scale (``scales.py``) is row + seed + error; the error's
-variance is pooled over the rows. Rows may vary differently, so the variance of a pair is the larger of the pooled one
-and the pair's own, and the degrees of freedom are those of a sum of unequal variances (Box, Annals of Mathematical
-Statistics 1954, https://doi.org/10.1214/aoms/1177728786; Satterthwaite, Biometrics Bulletin 1946,
-https://doi.org/10.2307/3002019). The paired variance over test examples joins as Cochran and Cox (Experimental Designs,
-1957, section 4.14) join two variances: their t quantiles are
-weighted by variance. Holm's correction runs over all pairs of rows.
+Differences are paired by seed and by test example. How much a row varies over seeds is learnt from all rows
+(``spread.py``); the variance over test examples comes from resampling them. The two are added, with the degrees of
+freedom of a sum (Satterthwaite, Biometrics Bulletin 1946, https://doi.org/10.2307/3002019), and tested by Student's t.
+Holm's correction runs over all pairs of rows.
 
 The interval of a difference is at the level of its step in Holm's correction. So it excludes "equal" exactly where the
 corrected p-value is at most 0.05, and it is a 95 % interval or a wider one.
 
-Axes: R rows, S seeds, N pairs of rows, B resamples, G levels.
+Axes: R rows, S seeds, N pairs of rows, B resamples, C components of the spread.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri, stdtrit
+from scipy.special import ndtri, stdtr, stdtrit
 
 from harness.core.formulas import Floats
 from harness.core.record import MetricInfo
 from results.statistics.intervals import CONFIDENCE, SIGNIFICANT, Difference, Estimate, Verdict, long_tail
 from results.statistics.scales import Scale, scale_of
+from results.statistics.spread import Spread, spread_of
 
 Ints = NDArray[np.int64]
 POWER = 0.8  # with which further seeds would separate two rows
 _MOST_SEEDS = 100  # more are not proposed
 _Z = float(ndtri((1 + CONFIDENCE) / 2))
-_Z_POWER = float(ndtri(POWER))
-# -log of the levels of a test, from 1 to 1e-15. Quantiles between them are interpolated: to 1e-4, on the wide side.
-_GRID = np.concatenate([np.arange(0, 3, 0.01), np.arange(3, 15, 0.02), np.linspace(15, 34.5, 200)])
-
-
-@dataclass(frozen=True)
-class Variance:
-    """How much seeds vary: the error of one row at one seed, and the effect of a seed on all rows alike."""
-
-    error: float
-    error_freedom: float
-    seed: float  # of the means over rows; holds error / R
-    seed_freedom: int
-
-
-def fit(z_RS: Floats) -> Variance | None:
-    """Row + seed by least squares; None if no row has two seeds.
-
-    Args:
-        z_RS: on the scale, NaN where a seed is missing.
-    """
-    known_RS = np.isfinite(z_RS)
-    kept_S = known_RS.any(axis=0)
-    z_RS, known_RS = z_RS[:, kept_S], known_RS[:, kept_S]
-    rows, seeds = z_RS.shape
-    if known_RS.all():
-        seed_S = z_RS.mean(axis=0) - z_RS.mean()
-        error_RS = z_RS - z_RS.mean(axis=1, keepdims=True) - seed_S
-        freedom = (rows - 1) * (seeds - 1)
-    else:
-        row, seed = np.nonzero(known_RS)
-        design = np.zeros((len(row), rows + seeds))
-        design[np.arange(len(row)), row] = 1
-        design[np.arange(len(row)), rows + seed] = 1
-        found, _, rank, _ = np.linalg.lstsq(design, z_RS[known_RS], rcond=None)
-        seed_S = found[rows:] - found[rows:].mean()
-        error_RS = np.zeros_like(z_RS)
-        error_RS[known_RS] = z_RS[known_RS] - design @ found
-        freedom = len(row) - int(rank)
-    if seeds < 2 or freedom < 1:
-        return None
-    pooled = float(np.sum(error_RS**2)) / freedom
-    return Variance(pooled, _freedom(error_RS, freedom), float(np.sum(seed_S**2)) / (seeds - 1), seeds - 1)
-
-
-def _freedom(error_RS: Floats, freedom: int) -> float:
-    """Degrees of freedom of the pooled variance where the rows' variances differ (Box 1954, theorem 3.1)."""
-    rows = len(error_RS)
-    if rows < 3:
-        return freedom
-    seeds = freedom / (rows - 1)  # less 1, and less what is missing
-    total = float(np.sum(error_RS**2)) / seeds / (1 - 1 / rows)  # the sum of the rows' variances
-    if total == 0:
-        return freedom
-    of_row_R = np.maximum((np.sum(error_RS**2, axis=1) / seeds - total / rows**2) / (1 - 2 / rows), 0)
-    squares = float(np.sum(of_row_R**2))
-    found = seeds * ((1 - 1 / rows) * total) ** 2 / ((1 - 2 / rows) * squares + total**2 / rows**2)
-    return float(np.clip(found, 1, freedom))
+_ROUNDS = 60  # of bisection
 
 
 class Family:
@@ -115,7 +55,7 @@ class Family:
         self.seeds_R = np.isfinite(self.z_RS).sum(axis=1)
         self.z_R = np.nanmean(self.z_RS, axis=1)
         self.mean_R = self.scale.centre(scores_RS)
-        self.variance = fit(self.z_RS)
+        self.spread = spread_of(self.z_RS)
         self.covariance_RR, self.skewness_R = _over_examples(replicates_RB, self.mean_R, self.examples, self.scale)
         self._compare(*np.triu_indices(len(scores_RS), 1))
 
@@ -125,25 +65,28 @@ class Family:
         self.n_N = np.isfinite(difference_NS).sum(axis=1)
         with np.errstate(invalid="ignore"):
             self.d_N = np.nansum(difference_NS, axis=1) / np.where(self.n_N > 0, self.n_N, np.nan)
-        seed_N, self.freedom = self._seeds(difference_NS)
         variance_R = np.diag(self.covariance_RR)
         example_N = variance_R[first_N] + variance_R[second_N] - 2 * self.covariance_RR[first_N, second_N]
         example_N = np.maximum(example_N, 0)  # NaN where a row is not resampled
-        self.new = _Test(self.d_N, seed_N, self.freedom, np.nan_to_num(example_N), self._e)
-        self.trained = _Test(self.d_N, np.zeros(len(first_N)), 1.0, example_N, self._e)
+        self.seeds = self._seeds(difference_NS)
+        self.new = _Test(self.d_N, self.seeds, np.nan_to_num(example_N), self._e)
+        none = Errors(np.ones(1), np.zeros((1, len(first_N))), np.ones((1, len(first_N))))
+        self.trained = _Test(self.d_N, none, example_N, self._e)
 
     @property
     def _e(self) -> int:
         """Degrees of freedom of the variance over examples."""
         return max(1, (self.examples or 2) - 1)
 
-    def _seeds(self, difference_NS: Floats) -> tuple[Floats, float]:
-        """(N,) variances of the mean differences over seeds, NaN where unknown, and their degrees of freedom."""
-        if self.variance is None:
-            return np.full(len(difference_NS), np.nan), 1.0
+    def _seeds(self, difference_NS: Floats) -> Errors:
+        """The variances of the mean differences over seeds; NaN where unknown."""
         several_N = np.where(self.n_N > 1, self.n_N, np.nan)
-        own_N = np.nansum((difference_NS - self.d_N[:, None]) ** 2, axis=1) / (several_N - 1)
-        return np.maximum(2 * self.variance.error, own_N) / several_N, self.variance.error_freedom
+        first_N, second_N = self._pairs
+        if self.spread is None or len(self.z_R) < 3:  # two rows tell no more than their differences do
+            with np.errstate(invalid="ignore"):
+                own_N = np.nansum((difference_NS - self.d_N[:, None]) ** 2, axis=1) / (several_N - 1)
+            return Errors(np.ones(1), (own_N / several_N)[None], np.maximum(self.n_N - 1, 1)[None].astype(float))
+        return of_pairs(self.spread, first_N, second_N, several_N)
 
     def order(self) -> NDArray[np.bool_]:
         """(R, R): whether row i is ahead of row j, for new seeds."""
@@ -168,7 +111,7 @@ class Family:
             return None
         d = float(self.d_N[n]) * (1 if one < other else -1)
         tested, resampled = bool(self.new.tested_N[n]), bool(self.trained.tested_N[n])
-        half = self.new.half_of(n) if tested else 0.0
+        half = self.new.half(n) if tested else 0.0
         z = self.z_R[one], self.z_R[other]
         mean, low, high = self.scale.difference(*z, np.array([d, d - half, d + half])).tolist()
         unit = mean if self.scale.kind == "log" else 1 / float(self.scale.slope(self.scale.inverse(sum(z) / 2)))
@@ -177,7 +120,7 @@ class Family:
             low=low if tested else None,
             high=high if tested else None,
             n=int(self.n_N[n]),
-            seed_se=math.sqrt(self.new.seed_N[n]) * unit if tested else None,
+            seed_se=math.sqrt(self.seeds.average[n]) * unit if tested else None,
             example_se=math.sqrt(self.trained.example_N[n]) * unit if resampled else None,
             examples=self.examples if resampled else None,
             p_value=float(self.new.p_N[n]) if tested else None,
@@ -195,15 +138,19 @@ class Family:
 
     def _more_seeds(self, n: int) -> int | None:
         """Seeds to add until the difference observed is significant with a power of 80 %; None: no number is known."""
-        if self.variance is None or self.new.significant_N[n] or self._equal[0][n]:
+        if self.new.significant_N[n] or self._equal[0][n]:
             return None
-        have, d, level = int(self.n_N[n]), abs(float(self.d_N[n])), float(self.new.level_N[n])
-        example = float(self.new.example_N[n])
+        have, size = int(self.n_N[n]), abs(float(self.d_N[n]))
+        seed, example = float(self.seeds.average[n]) * have, float(self.new.example_N[n])
+        freedom = 2 * seed**2 / max(self.seeds.uncertainty[n] * have**2, 1e-300)
         for seeds in range(have + 1, _MOST_SEEDS + 1):
-            seed, freedom = 2 * self.variance.error / seeds, self.freedom * (seeds - 1) / (have - 1)
-            both = seed + example
-            needed = _quantile(freedom, level) * seed + _quantile(self._e, level) * example
-            if both > 0 and d >= needed / math.sqrt(both) + _Z_POWER * math.sqrt(both):
+            both = seed / seeds + example
+            if both == 0:
+                return None
+            freedoms = freedom * (seeds - 1) / (have - 1), self._e
+            joint = both**2 / ((seed / seeds) ** 2 / freedoms[0] + example**2 / freedoms[1])
+            needed = -float(stdtrit(max(joint, 1.0), self.new.level_N[n] / 2)) - float(stdtrit(joint, 1 - POWER))
+            if size >= needed * math.sqrt(both):
                 return seeds - have
         return None
 
@@ -215,30 +162,58 @@ class Family:
         unit = float(1 / self.scale.slope(mean))
         example_se = math.sqrt(example) * unit if known else None
         examples = self.examples if known else None
-        if n < 2:
+        if n < 2 or self.spread is None:
             return Estimate(mean, None, None, n, None, example_se, examples)
-        seed, freedom = self._seeds_of(row)
         example = example if known else 0.0
-        both = seed + example
-        half = 0.0
-        if both > 0:
-            t = _quantile(freedom, SIGNIFICANT) * seed + _quantile(self._e, SIGNIFICANT) * example
-            half = t / math.sqrt(both)
+        errors = self._of_row(row, self.spread)
+        test = _Test(np.zeros(1), errors, np.array([example]), self._e)
+        half, seed = test.half(0), float(errors.average[0])
         tail = long_tail(math.sqrt(seed), math.sqrt(example), float(self.skewness_R[row]))
         low, high = self.scale.inverse([z - half + min(0.0, tail), z + half + max(0.0, tail)]).tolist()
         return Estimate(mean, min(low, mean), max(high, mean), n, math.sqrt(seed) * unit, example_se, examples)
 
-    def _seeds_of(self, row: int) -> tuple[float, float]:
-        """The variance of a row's mean over seeds, and its degrees of freedom."""
-        n, own = int(self.seeds_R[row]), float(np.nanvar(self.z_RS[row], ddof=1))
-        if self.variance is None:
-            return own / n, n - 1
-        parts = self.variance.seed, self.variance.error * (1 - 1 / len(self.z_RS))
-        if not sum(parts):
-            return own / n, n - 1
-        freedoms = self.variance.seed_freedom, self.variance.error_freedom
-        freedom = sum(parts) ** 2 / sum(part**2 / f for part, f in zip(parts, freedoms, strict=True))
-        return max(sum(parts), own) / n, freedom
+    def _of_row(self, row: int, spread: Spread) -> Errors:
+        """The variance of a row's mean over seeds: its own errors', and that of the seeds' effects."""
+        n = int(self.seeds_R[row])
+        own = float(np.nanvar(self.z_RS[row], ddof=1))
+        if len(self.z_R) < 3:
+            return Errors(np.ones(1), np.full((1, 1), own / n), np.full((1, 1), float(n - 1)))
+        error_C, freedom_C = spread.variance_CR[:, row], spread.freedom_CR[:, row]
+        both_C = error_C + spread.seed
+        squares_C = error_C**2 / freedom_C + spread.seed**2 / spread.seed_freedom
+        with np.errstate(invalid="ignore", divide="ignore"):
+            joint_C = np.where(both_C > 0, both_C**2 / squares_C, 1.0)
+        return Errors(spread.weight_C, np.maximum(both_C, own)[:, None] / n, joint_C[:, None])
+
+
+class Errors:
+    """Variances of some means or differences over seeds: (C, N), with degrees of freedom and weights (C,)."""
+
+    def __init__(self, weight_C: Floats, variance_CN: Floats, freedom_CN: Floats) -> None:
+        self.weight_C, self.variance_CN, self.freedom_CN = weight_C, variance_CN, freedom_CN
+
+    @cached_property
+    def average(self) -> Floats:
+        """(N,) the variances, averaged over the components."""
+        found: Floats = self.weight_C @ self.variance_CN
+        return found
+
+    @cached_property
+    def uncertainty(self) -> Floats:
+        """(N,) how uncertain the variances are: the variance of each."""
+        squares_CN = self.variance_CN**2 * (1 + 2 / self.freedom_CN)
+        found: Floats = self.weight_C @ squares_CN - self.average**2
+        return np.maximum(found, 0)
+
+
+def of_pairs(spread: Spread, first_N: Ints, second_N: Ints, seeds_N: Floats) -> Errors:
+    """The variances of differences between the means of pairs of rows over ``seeds_N`` seeds; NaN where NaN."""
+    one_CN, other_CN = spread.variance_CR[:, first_N], spread.variance_CR[:, second_N]
+    variance_CN = one_CN + other_CN
+    squares_CN = one_CN**2 / spread.freedom_CR[:, first_N] + other_CN**2 / spread.freedom_CR[:, second_N]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        freedom_CN = np.where(variance_CN > 0, variance_CN**2 / squares_CN, 1.0)
+    return Errors(spread.weight_C, variance_CN / seeds_N, freedom_CN)
 
 
 class _Test:
@@ -246,45 +221,47 @@ class _Test:
 
     Args:
         d_N: the differences; NaN is not tested.
-        seed_N: their variances over seeds; NaN is not tested.
-        freedom: degrees of freedom of these variances.
+        seeds: their variances over seeds; NaN is not tested.
         example_N: their variances over test examples; NaN is not tested.
         examples: degrees of freedom of these variances.
     """
 
-    def __init__(self, d_N: Floats, seed_N: Floats, freedom: float, example_N: Floats, examples: int) -> None:
-        self.d_N, self.seed_N, self.example_N = d_N, seed_N, example_N
-        self.seed_t, self.example_t = _quantiles(freedom), _quantiles(examples)
-        self.both_N = seed_N + example_N
-        self.tested_N = np.isfinite(d_N) & np.isfinite(self.both_N) & ((self.both_N > 0) | (d_N == 0))
-        self.p_N = self._p(np.abs(d_N))
+    def __init__(self, d_N: Floats, seeds: Errors, example_N: Floats, examples: int) -> None:
+        self.d_N, self.example_N, self.weight_C = d_N, example_N, seeds.weight_C
+        self.both_CN = seeds.variance_CN + example_N
+        squares_CN = seeds.variance_CN**2 / seeds.freedom_CN + example_N**2 / examples
+        with np.errstate(invalid="ignore", divide="ignore"):
+            self.freedom_CN = np.where(self.both_CN > 0, self.both_CN**2 / squares_CN, 1.0)
+        self.error_N = np.sqrt(self.weight_C @ self.both_CN)
+        self.tested_N = np.isfinite(d_N) & np.isfinite(self.error_N) & ((self.error_N > 0) | (d_N == 0))
+        self.p_N = self._p(np.abs(d_N), self.tested_N & (self.error_N > 0))
         self.adjusted_N, self.level_N = _holm(self.p_N, self.tested_N)
         self.significant_N = self.tested_N & (self.adjusted_N <= SIGNIFICANT)
 
-    def halves(self, seed_t: Floats, example_t: Floats) -> Floats:
-        """Half widths (N,) of the intervals with these quantiles."""
-        with np.errstate(invalid="ignore", divide="ignore"):
-            found: Floats = (self.seed_N * seed_t + self.example_N * example_t) / np.sqrt(self.both_N)
-        return np.where(self.both_N > 0, found, 0.0)
+    def _p(self, size_N: Floats, kept_N: NDArray[np.bool_]) -> Floats:
+        """(N,) how probable errors of each size or more are, in either direction; 1 where it is not asked for."""
+        found = np.ones(len(size_N))
+        with np.errstate(divide="ignore"):  # a component without variance
+            tails_CK = 2 * stdtr(self.freedom_CN[:, kept_N], -size_N[kept_N] / np.sqrt(self.both_CN[:, kept_N]))
+        found[kept_N] = np.minimum(self.weight_C @ tails_CK, 1.0)
+        return found
 
-    def half_of(self, n: int) -> float:
+    def half(self, n: int) -> float:
         """Half of one interval, at the level of its step in Holm's correction."""
-        at = np.log(self.level_N[n])
-        seed_t, example_t = np.interp(-at, _GRID, self.seed_t), np.interp(-at, _GRID, self.example_t)
-        return float(self.halves(seed_t, example_t)[n])
-
-    def _p(self, size_N: Floats) -> Floats:
-        """(N,) the level at which half the interval is as wide as each size; by bisection over the grid of levels."""
-        low_N, high_N = np.zeros(len(size_N), int), np.full(len(size_N), len(_GRID) - 1)
-        for _ in range(math.ceil(math.log2(len(_GRID)))):
-            middle_N = (low_N + high_N) // 2
-            wider_N = self.halves(self.seed_t[middle_N], self.example_t[middle_N]) > size_N
-            low_N, high_N = np.where(wider_N, low_N, middle_N), np.where(wider_N, middle_N, high_N)
-        ends = [self.halves(self.seed_t[at_N], self.example_t[at_N]) for at_N in (low_N, high_N)]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            share_N = np.nan_to_num((size_N - ends[0]) / (ends[1] - ends[0]))
-        found: Floats = np.exp(-_GRID[low_N] - np.clip(share_N, 0, 1) * (_GRID[high_N] - _GRID[low_N]))
-        return np.where(self.tested_N & (self.both_N > 0), found, 1.0)
+        if not self.error_N[n] > 0:
+            return 0.0
+        level, root_C, freedom_C = self.level_N[n], np.sqrt(self.both_CN[:, n]), self.freedom_CN[:, n]
+        each_C = -stdtrit(freedom_C, level / 2) * root_C  # between the components' own half widths
+        low, high = float(each_C.min()), float(each_C.max())
+        for _ in range(_ROUNDS if len(each_C) > 1 else 0):
+            middle = (low + high) / 2
+            if float(self.weight_C @ (2 * stdtr(freedom_C, -middle / root_C))) > level:
+                low = middle
+            else:
+                high = middle
+            if high - low <= 1e-12 * high:
+                break
+        return high
 
     def equivalent(self, margin_N: Floats) -> NDArray[np.bool_]:
         """Whether each difference is shown to be within the margin: two one-sided tests, with Holm's correction.
@@ -292,19 +269,10 @@ class _Test:
         Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics 1987, https://doi.org/10.1007/BF01068419.
         """
         room_N = margin_N - np.abs(self.d_N)
-        p_N = np.where(room_N > 0, self._p(np.maximum(room_N, 0)) / 2, 1.0)
-        found: NDArray[np.bool_] = self.tested_N & (self.both_N > 0)
-        return found & (_holm(p_N, found)[0] <= SIGNIFICANT)
-
-
-def _quantiles(freedom: float) -> Floats:
-    """How many standard errors a two-sided test needs, at each level of the grid."""
-    found: Floats = -stdtrit(freedom, np.exp(-_GRID) / 2)
-    return found
-
-
-def _quantile(freedom: float, level: float) -> float:
-    return float(-stdtrit(freedom, level / 2))
+        kept_N: NDArray[np.bool_] = self.tested_N & (self.error_N > 0)
+        asked_N = kept_N & (room_N > 0)
+        p_N = np.where(asked_N, self._p(room_N, asked_N) / 2, 1.0)
+        return asked_N & (_holm(p_N, kept_N)[0] <= SIGNIFICANT)
 
 
 def _holm(p_N: Floats, tested_N: NDArray[np.bool_]) -> tuple[Floats, Floats]:
