@@ -3,11 +3,13 @@
 A row is compared with the row of the same setting, label and grouping. Where its seeds are the same the change is
 paired by seed (a paired t test); otherwise the two means are independent (Welch's t test with the Welch-Satterthwaite
 degrees of freedom, Biometrika 1947, https://doi.org/10.1093/biomet/34.1-2.28). Both cover the seeds. The test examples
-must be the same in both leaderboards and are held fixed: intervals do not cover their choice.
+must be the same in both leaderboards and are held fixed: intervals do not cover their choice. Perplexities are compared
+by their logarithms, and their change is a ratio; all other scores are compared as they are.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -20,6 +22,7 @@ from harness.core.record import Data
 from results.leaderboard.published import PublishedLeaderboard, PublishedMetric, PublishedRow
 from results.statistics.intervals import CONFIDENCE, Difference, estimate, holm, p_value
 
+_LARGEST_LOG = 700.0  # two seeds that differ much have an interval without a useful end: a finite one is written
 RULE = (
     "p after Holm's correction over all rows tested: a paired t test where the seeds are the same, else Welch's. It "
     "covers the seeds; the test examples are the same and held fixed."
@@ -37,7 +40,7 @@ class Change:
     name: str
     old_mean: float | None
     new_mean: float | None
-    difference: Difference | None  # new - old; None where not comparable, or in one leaderboard only
+    difference: Difference | None  # new - old, or new / old; None where not comparable, or in one leaderboard only
     paired: bool  # by seed
     verdict: Verdict
     reason: str  # why it is not comparable; else empty
@@ -132,8 +135,20 @@ def _change(old: PublishedRow, new: PublishedRow, info: PublishedMetric) -> Chan
     if before.by_seed == after.by_seed:
         return replace(change, verdict="unchanged", paired=True)
     paired = before.by_seed.keys() == after.by_seed.keys()
-    found = _paired(before.by_seed, after.by_seed) if paired else _unpaired(before.by_seed, after.by_seed)
-    return replace(change, difference=found, paired=paired)
+    ratio = info.scale == "log"
+    one, other = (_logarithms(score.by_seed) if ratio else score.by_seed for score in (before, after))
+    found = _paired(one, other) if paired else _unpaired(one, other)
+    return replace(change, difference=_as_ratio(found) if ratio else found, paired=paired)
+
+
+def _logarithms(scores: Mapping[int, float]) -> dict[int, float]:
+    return {seed: math.log(score) for seed, score in scores.items()}
+
+
+def _as_ratio(found: Difference) -> Difference:
+    """A difference of logarithms as a ratio; standard errors stay those of the logarithm."""
+    low, high = (None if end is None else math.exp(min(end, _LARGEST_LOG)) for end in (found.low, found.high))
+    return replace(found, mean=math.exp(found.mean), low=low, high=high, null=1.0)
 
 
 def _mismatch(old: Mapping[int, Data], new: Mapping[int, Data]) -> str:
@@ -210,5 +225,5 @@ def _judged(change: Change, p_adjusted: float | None, info: PublishedMetric) -> 
     if p_adjusted is None:
         verdict = "untested"
     elif found.significant:
-        verdict = "better" if (found.mean > 0) == info.higher_is_better else "worse"
+        verdict = "better" if (found.mean > found.null) == info.higher_is_better else "worse"
     return replace(change, difference=found, verdict=verdict)

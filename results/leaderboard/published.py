@@ -8,11 +8,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-from harness.core.record import Data, Parameters, Run
+from harness.core.profile import Measured
+from harness.core.record import Data, MetricScale, Parameters, Run
 from harness.core.schema import read_strictly
 from results.leaderboard.rows import Candidate
 from results.leaderboard.table import Leaderboard, Row
-from results.statistics.intervals import Difference, Estimate
+from results.statistics.intervals import Difference, Estimate, Verdict
 
 
 class _Schema(BaseModel):
@@ -20,11 +21,14 @@ class _Schema(BaseModel):
 
 
 class PublishedMetric(_Schema):
-    """Name, label and direction of a metric."""
+    """Name, label, direction and range of a metric, and the scale on which its scores are compared."""
 
     name: str
     label: str
     higher_is_better: bool
+    scale: MetricScale
+    lower: FiniteFloat | None
+    upper: FiniteFloat | None
 
 
 class PublishedEstimate(_Schema):
@@ -47,10 +51,37 @@ class PublishedScore(PublishedEstimate):
 
 
 class PublishedDifference(PublishedEstimate):
-    """A difference paired by seed and, where the interval covers them, by test example."""
+    """A difference paired by seed and, where the interval covers them, by test example; a ratio on the log scale."""
 
+    null: FiniteFloat
     p_value: FiniteFloat | None
     p_adjusted: FiniteFloat | None
+    verdict: Verdict
+    verdict_examples: Verdict | None
+    more_seeds: int | None
+
+
+class PublishedBadge(_Schema):
+    """A doubt whether a row answers at all."""
+
+    kind: str
+    text: str
+    doubts_answer: bool
+
+
+class PublishedProfile(_Schema):
+    """What was measured for the row's method apart from training."""
+
+    device: str
+    reference: str
+    step_time_ratio: Measured | None
+    step_time_s: Measured | None
+    examples_per_s: Measured | None
+    tokens_per_s: Measured | None
+    memory_ratio: Measured | None
+    peak_memory_bytes: Measured | None
+    energy_ratio: Measured | None
+    energy_j_per_step: Measured | None
 
 
 class PublishedCandidate(_Schema):
@@ -88,6 +119,8 @@ class PublishedRow(_Schema):
     tokens_per_s: PublishedEstimate | None
     train_time_s: PublishedEstimate | None
     wall_time_s: PublishedEstimate | None
+    profile: PublishedProfile | None
+    badges: tuple[PublishedBadge, ...]
     notes: tuple[str, ...]
 
     @property
@@ -125,7 +158,7 @@ class PublishedOrigin(_Schema):
 class PublishedLeaderboard(_Schema):
     """The whole file."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     created_from: PublishedOrigin
     primary_metric: str
     metrics: tuple[PublishedMetric, ...]
@@ -142,7 +175,7 @@ def read_published(path: Path) -> PublishedLeaderboard:
         OSError: the file could not be read.
         ValueError: it is not a leaderboard of this schema version; the message names the file and the key.
     """
-    return read_strictly(PublishedLeaderboard, path, "a leaderboard.json of schema version 1")
+    return read_strictly(PublishedLeaderboard, path, "a leaderboard.json of schema version 2")
 
 
 def publish(board: Leaderboard) -> PublishedLeaderboard:
@@ -152,11 +185,11 @@ def publish(board: Leaderboard) -> PublishedLeaderboard:
         created_from=_origin(board.run),
         primary_metric=plan.primary_metric,
         metrics=tuple(
-            PublishedMetric(name=info.name, label=info.label, higher_is_better=info.higher_is_better)
+            PublishedMetric.model_validate({name: getattr(info, name) for name in PublishedMetric.model_fields})
             for info in plan.metrics
         ),
         reference_method=plan.reference_method,
-        rows=tuple(map(_row, board.rows)),
+        rows=tuple(_row(row, board.run) for row in board.rows),
         deltas=tuple(
             PublishedDelta(
                 setting=delta.setting,
@@ -188,7 +221,7 @@ def _origin(run: Run) -> PublishedOrigin:
     )
 
 
-def _row(row: Row) -> PublishedRow:
+def _row(row: Row, run: Run) -> PublishedRow:
     scores = {
         name: PublishedScore.model_validate({**_fields(found), "by_seed": dict(sorted(row.values(name).items()))})
         for name, found in row.metrics.items()
@@ -218,6 +251,8 @@ def _row(row: Row) -> PublishedRow:
         tokens_per_s=_estimate(row.tokens_per_s),
         train_time_s=_estimate(row.train_time_s),
         wall_time_s=_estimate(row.wall_time_s),
+        profile=_profile(row, run),
+        badges=tuple(PublishedBadge.model_validate(vars(badge)) for badge in row.badges),
         notes=row.notes,
     )
 
@@ -240,10 +275,18 @@ def _estimate(found: Estimate | None) -> PublishedEstimate | None:
 
 
 def _differences(found: Mapping[str, Difference]) -> dict[str, PublishedDifference]:
+    own = ("null", "p_value", "p_adjusted", "verdict", "verdict_examples", "more_seeds")
     return {
-        name: PublishedDifference.model_validate({**_fields(one), "p_value": one.p_value, "p_adjusted": one.p_adjusted})
+        name: PublishedDifference.model_validate(_fields(one) | {field: getattr(one, field) for field in own})
         for name, one in found.items()
     }
+
+
+def _profile(row: Row, run: Run) -> PublishedProfile | None:
+    entry = run.profile.entry_of(row.trials[0].trial_id) if run.profile else None
+    if entry is None:
+        return None
+    return PublishedProfile.model_validate({name: getattr(entry, name) for name in PublishedProfile.model_fields})
 
 
 def _candidate(candidate: Candidate) -> PublishedCandidate:

@@ -200,8 +200,8 @@ def test_leaderboards_that_cannot_be_compared(harness: Harness, run: Path, tmp_p
     content = json.loads(path.read_text(encoding="utf-8"))
     wrong = {
         "missing.json": (None, r"missing\.json: no such file"),
-        "text.json": ("no json", r"text\.json: not a leaderboard\.json of schema version 1"),
-        "version.json": (json.dumps(content | {"schema_version": 2}), r"version\.json: .*schema_version"),
+        "text.json": ("no json", r"text\.json: not a leaderboard\.json of schema version 2"),
+        "version.json": (json.dumps(content | {"schema_version": 1}), r"version\.json: .*schema_version"),
         "primary.json": (json.dumps(content | {"primary_metric": "bleu_4"}), r"different primary metrics"),
     }
     for name, (text, says) in wrong.items():

@@ -190,7 +190,7 @@ def test_latex_has_the_best_mean_of_the_ranked_rows_in_bold(board: Leaderboard, 
 def test_json_is_read_back_and_agrees_with_the_records(board: Leaderboard, files: dict[str, Path]) -> None:
     found = read_published(files["leaderboard.json"])
     records = board.run.records
-    assert (found.schema_version, found.primary_metric, found.reference_method) == (1, "cider", "full")
+    assert (found.schema_version, found.primary_metric, found.reference_method) == (2, "cider", "full")
     assert found.created_from.experiments == ("synthetic",)
     assert found.created_from.run_folders == (board.run.folder.name,)
     assert found.created_from.git_revisions == ("0123456789abcdef",)
@@ -211,7 +211,7 @@ def test_json_is_read_back_and_agrees_with_the_records(board: Leaderboard, files
 
 @pytest.mark.parametrize(
     ("update", "place"),
-    [({"schema_version": 2}, "schema_version"), ({"colour": "red"}, "colour"), ({"rows": [{}]}, r"rows\.0\.setting")],
+    [({"schema_version": 1}, "schema_version"), ({"colour": "red"}, "colour"), ({"rows": [{}]}, r"rows\.0\.setting")],
 )
 def test_another_schema_is_refused(
     files: dict[str, Path], tmp_path: Path, update: dict[str, object], place: str
@@ -219,7 +219,7 @@ def test_another_schema_is_refused(
     content = json.loads(files["leaderboard.json"].read_text(encoding="utf-8"))
     path = tmp_path / "other.json"
     path.write_text(json.dumps(content | update), encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"other\.json: not a leaderboard\.json of schema version 1: {place}"):
+    with pytest.raises(ValueError, match=rf"other\.json: not a leaderboard\.json of schema version 2: {place}"):
         read_published(path)
 
 

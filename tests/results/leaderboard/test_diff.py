@@ -67,6 +67,29 @@ def test_the_same_seeds_are_paired(tmp_path: Path) -> None:
     assert (change.old_mean, change.new_mean) == pytest.approx((np.mean(SCORES), np.mean(list(after.values()))))
 
 
+@pytest.mark.parametrize("seeds", [(0, 1, 2, 3, 4), (0, 1, 2, 3)], ids=["paired", "unpaired"])
+def test_perplexities_change_by_a_ratio(tmp_path: Path, seeds: tuple[int, ...]) -> None:
+    before = {seed: 3 + score for seed, score in enumerate(SCORES)}
+    after = {seed: before[seed] * (1.2 + 0.01 * (-1) ** seed) for seed in seeds}
+
+    def perplexity(values: dict[int, float]) -> Edit:
+        return lambda trial, record: record.model_copy(update={"metrics": {"test": {"perplexity": values[trial.seed]}}})
+
+    plan = {"primary_metric": "perplexity", "methods": [("LoRA r=4", "lora", "specific", 1, 0.5)]}
+    old = board(tmp_path / "old", perplexity(before), seeds=tuple(before), **plan)
+    change = of(old, board(tmp_path / "new", perplexity(after), seeds=seeds, **plan))
+    logs = np.log(list(after.values())), np.log(list(before.values()))
+    expected = ttest_rel(*logs) if len(seeds) == 5 else ttest_ind(*logs, equal_var=False)
+    interval = expected.confidence_interval(0.95)
+    assert change.difference is not None
+    assert (change.difference.low, change.difference.high) == pytest.approx(
+        (np.exp(interval.low), np.exp(interval.high))
+    )
+    assert change.difference.p_value == pytest.approx(expected.pvalue)
+    assert (change.difference.null, change.verdict) == (1.0, "worse")
+    assert change.difference.mean == pytest.approx(np.exp(logs[0].mean() - logs[1].mean()))
+
+
 def test_other_seeds_are_tested_unpaired(tmp_path: Path) -> None:
     before, after = {0: 0.5, 1: 0.6, 2: 0.55}, {0: 0.5, 1: 0.6, 2: 0.55, 3: 0.2, 4: 0.3}
     change = of(board(tmp_path / "old", cider(before)), board(tmp_path / "new", cider(after), seeds=tuple(after)))
@@ -102,14 +125,14 @@ def noisy(rng: np.random.Generator, rows: int = 6, seeds: int = 5) -> PublishedL
         for seed in range(seeds)
     }
     absent = dict.fromkeys(
-        ("rank", "learning_rate", "input_use", "parameters", "peak_bytes", "examples_per_s", "tokens_per_s")
+        ("rank", "learning_rate", "input_use", "parameters", "peak_bytes", "examples_per_s", "tokens_per_s", "profile")
     ) | dict.fromkeys(("train_time_s", "wall_time_s"))
     score = dict.fromkeys(("low", "high", "seed_se", "example_se", "examples")) | {"covers": "", "seeds": 5, "mean": 0}
     made = [
         absent
         | {"setting": "", "label": str(row), "method": "x", "grouping": "", "is_reference": False, "apart": []}
         | {"effort": 1, "candidates": [], "seeds_finished": 5, "seeds_planned": 5, "trial_ids": {}, "data": data}
-        | {"differences": {}, "notes": []}
+        | {"differences": {}, "notes": [], "badges": []}
         | {"metrics": {"m": score | {"by_seed": {seed: rng.normal() for seed in range(seeds)}}}}
         for row in range(rows)
     ]
@@ -117,7 +140,9 @@ def noisy(rng: np.random.Generator, rows: int = 6, seeds: int = 5) -> PublishedL
         {
             "created_from": {"experiments": [], "run_folders": [], "git_revisions": [], "versions": {}},
             "primary_metric": "m",
-            "metrics": [{"name": "m", "label": "M", "higher_is_better": True}],
+            "metrics": [
+                {"name": "m", "label": "M", "higher_is_better": True, "scale": "identity", "lower": None, "upper": None}
+            ],
             "reference_method": "full",
             "rows": made,
             "deltas": [],
