@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from harness.core.paths import ExperimentPath
     from harness.core.weight_decay import parameter_groups
     from harness.experiment.load import Experiment
+    from harness.sweep.profile import profile_run
     from harness.sweep.run import run_experiment
     from results.loaded import Results, load_results
     from tasks.base import Config as TaskConfig
@@ -57,6 +58,7 @@ _PUBLIC = {
     "load_adapter": "adapters.library.adapted_model:load_adapter",
     "load_results": "results.loaded:load_results",
     "parameter_groups": "harness.core.weight_decay:parameter_groups",
+    "profile_run": "harness.sweep.profile:profile_run",
     "run_experiment": "harness.sweep.run:run_experiment",
 }
 __all__ = [
@@ -85,6 +87,7 @@ __all__ = [
     "load_adapter",
     "load_results",
     "parameter_groups",
+    "profile_run",
     "run_experiment",
 ]
 

@@ -78,6 +78,18 @@ class Results:
         return pd.DataFrame(table_rows(self.board))
 
     @cached_property
+    def profile(self) -> pd.DataFrame:
+        """One row for each method: step time, speed, memory, energy, measured apart from training, with intervals.
+
+        Ratios are to the method in the column ``reference``. Empty if nothing was profiled; see docs/profile.md.
+        """
+        import pandas as pd
+
+        from results.leaderboard.profiled import profile_rows
+
+        return pd.DataFrame(profile_rows(self.run.profile))
+
+    @cached_property
     def board(self) -> Leaderboard:
         """The leaderboard as Python objects."""
         from results.leaderboard.table import build_leaderboard

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from harness.cli import profile as cli_profile
 from harness.cli import results as cli_results
 from harness.core.errors import UserError
 
@@ -45,13 +46,20 @@ def _escape(text: str) -> str:
 
 
 @app.command(rich_help_panel=EXPERIMENTS)
-def run(file: ExperimentFile, output: Output = Path("runs"), fresh: Fresh = False) -> None:
+def run(
+    file: ExperimentFile,
+    output: Output = Path("runs"),
+    fresh: Fresh = False,
+    profile: Annotated[
+        bool, typer.Option("--profile/--no-profile", help="Measure speed and memory of the methods after the trials.")
+    ] = True,
+) -> None:
     """Run the trials of an experiment and write the report. Run it again to continue where it stopped."""
     from harness.cli.leaderboard import print_last_screen
     from harness.sweep.run import run_experiment
 
     began = time.monotonic()
-    results = run_experiment(file, output, fresh=fresh, console=console)
+    results = run_experiment(file, output, fresh=fresh, profile=profile, console=console)
     if results.tracking_problem:
         errors.print(
             f"[yellow]MLflow could not be updated:[/] {_escape(results.tracking_problem)}",
@@ -105,6 +113,7 @@ def plan_command(file: ExperimentFile, output: Output = Path("runs"), fresh: Fre
 
 
 app.command(rich_help_panel=EXPERIMENTS)(cli_results.status)
+app.command("profile", rich_help_panel=EXPERIMENTS)(cli_profile.profile)
 for command in (cli_results.recommend, cli_results.report, cli_results.compare, cli_results.attention):
     app.command(rich_help_panel=RESULTS)(command)
 

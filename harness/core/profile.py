@@ -7,6 +7,9 @@ writes the file (harness/trial/profile.py says how it measures); results read it
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -17,6 +20,7 @@ from harness.core.files import write_atomically
 from harness.core.schema import Schema, read_strictly
 
 FILE_NAME = "profile.json"
+_TAIL = 0.025  # probability that a median is below the interval, and that it is above
 
 
 class Measured(Schema):
@@ -30,6 +34,21 @@ class Measured(Schema):
     low: FiniteFloat | None = None
     high: FiniteFloat | None = None
     n: int  # measurements
+
+
+def measured(values: Sequence[float]) -> Measured:
+    """The median of repeated measurements, and its interval of at least 95 % without assuming a distribution.
+
+    The interval is from the k-th smallest to the k-th largest value, with the largest k for which a binomial variable
+    of n trials with probability 1/2 is below k with a probability of at most 2.5 % (H. A. David and H. N. Nagaraja,
+    Order Statistics, 3rd edition, section 7.1).
+    """
+    ordered, n = sorted(values), len(values)
+    below, k = 0.0, 0
+    while (below := below + math.comb(n, k) / 2**n) <= _TAIL:
+        k += 1
+    median = statistics.median(ordered)
+    return Measured(median=median, low=ordered[k - 1], high=ordered[-k], n=n) if k else Measured(median=median, n=n)
 
 
 class ProfiledStage(Schema):
@@ -54,12 +73,13 @@ class ProfileEntry(Schema):
     reference: str  # name of the entry that it was interleaved with; its own name if it is the reference
     reference_trial_ids: tuple[str, ...]
     device: str
-    reason: str | None = None  # why it was not measured, in one line; None if it was
-    batch_size: int | None = None  # examples of a step
+    reason: str | None = None  # why it, or its memory, was not measured, in one line; None if all was
+    examples_per_step: FiniteFloat | None = None
+    tokens_per_step: FiniteFloat | None = None  # positions that the language model processes, padding excluded
     step_time_s: Measured | None = None
     step_time_ratio: Measured | None = None
     examples_per_s: Measured | None = None
-    tokens_per_s: Measured | None = None  # positions that the language model processed, padding excluded
+    tokens_per_s: Measured | None = None
     # Growth from before the model was built to the peak of training, in a process of its own.
     peak_memory_bytes: Measured | None = None
     memory_ratio: Measured | None = None

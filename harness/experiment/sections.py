@@ -88,6 +88,7 @@ class Resources(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0  # preset clusters/deepspeed/zero<stage>.json
     checkpoint_interval_s: Annotated[float, Field(ge=0)] = 60.0  # saved at the first epoch end after this time
     max_failures: Annotated[int, Field(ge=0)] = 1  # restarts of a trial whose worker process died
+    profile: bool = True  # after the trials, measure speed and memory of the methods, each alone (harness profile)
 
 
 class Tracking(Section):

@@ -38,6 +38,16 @@ class Splits:
 
 
 @dataclass(frozen=True)
+class TrialData:
+    """The data of a trial and its frozen encoders: what does not depend on the adapter."""
+
+    task: Task
+    splits: Splits
+    order: Order
+    features: Features
+
+
+@dataclass(frozen=True)
 class Built:
     """The model and data of a trial, ready to train."""
 
@@ -47,6 +57,11 @@ class Built:
     splits: Splits
     order: Order
     parameters: Parameters
+
+    @property
+    def data(self) -> TrialData:
+        """The data and the encoders, without the model."""
+        return TrialData(self.task, self.splits, self.order, self.batches.features)
 
 
 def choose_splits(spec: TrialSpec, task: Task) -> Splits:
@@ -105,41 +120,56 @@ def order_of(spec: TrialSpec, task: Task, train: Sequence[Example]) -> Order:
     return Order(train, spec.seed, spec.budget.references, _shares(task, task.examples("train")))
 
 
-def build(spec: TrialSpec, device: torch.device) -> Built:
+def build(spec: TrialSpec, device: torch.device, data: TrialData | None = None) -> Built:
     """Load the backbones, attach the adapters, read the data.
+
+    Args:
+        spec: of the trial.
+        device: of the model.
+        data: of a trial that differs at most in its adapter and learning rate; None: it is read.
 
     Raises:
         UserError: a backbone, the data or the weights of ``init_from`` could not be loaded, a backbone has other
             weights than when the trial was planned or a plugin other data files, or the language model lacks the roles
             that the adapter acts on.
     """
-    task = make_task(spec)
-    with during(f"preparation of task {spec.task.name}"):
-        task.prepare()
-    splits = choose_splits(spec, task)
-    backbone = spec.pinned_backbone
-    check_unchanged(backbone.model_dump(), spec.fingerprints)
-    check_files(spec)
-    language_model = backbones.load_language_model(backbone)
-    modalities = make_modalities(spec)
-    encoders = {}
-    for name, modality in modalities.items():
-        with during(f"encoder of modality {name}"):
-            encoders[name] = modality.encoder(backbone.encoders[name], backbone.trust_remote_code)
-    features = Features(task, modalities, encoders, device)
-    widths = {context: features.width(context) for context in task.modalities}
+    data = data or read_data(spec, device)
+    features = data.features
+    language_model = backbones.load_language_model(spec.pinned_backbone)
+    widths = {context: features.width(context) for context in data.task.modalities}
     with during(f"adapter {spec.adapter.method} on {spec.backbone.language_model}"):
         model = assemble(spec, language_model.model, widths)
     assembly.load(spec, model)
     model.to(device)
     return Built(
-        task=task,
+        task=data.task,
         model=model,
         batches=BatchMaker(features, language_model, spec.budget, spec.backbone),
-        splits=splits,
-        order=order_of(spec, task, splits.train),
-        parameters=parameters.count_parameters(model, encoders.values()),
+        splits=data.splits,
+        order=data.order,
+        parameters=parameters.count_parameters(model, features.encoders.values()),
     )
+
+
+def read_data(spec: TrialSpec, device: torch.device) -> TrialData:
+    """Read the data, and load the encoders.
+
+    Raises:
+        UserError: as in ``build``.
+    """
+    task = make_task(spec)
+    with during(f"preparation of task {spec.task.name}"):
+        task.prepare()
+    splits = choose_splits(spec, task)
+    backbone, modalities = spec.pinned_backbone, make_modalities(spec)
+    check_unchanged(backbone.model_dump(), spec.fingerprints)
+    check_files(spec)
+    encoders = {}
+    for name, modality in modalities.items():
+        with during(f"encoder of modality {name}"):
+            encoders[name] = modality.encoder(backbone.encoders[name], backbone.trust_remote_code)
+    features = Features(task, modalities, encoders, device)
+    return TrialData(task, splits, order_of(spec, task, splits.train), features)
 
 
 def assemble(spec: TrialSpec, language_model: Any, feature_widths: Mapping[str, int]) -> ContextModel:

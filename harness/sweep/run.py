@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from harness.core.errors import UserError
@@ -20,6 +19,7 @@ from harness.core.files import write_atomically
 from harness.core.record import Plan, PlannedTrial, TrialRecord, read_record, read_run, record_path
 from harness.experiment.load import Experiment
 from harness.experiment.plan import TrialSpec, describe, expand
+from harness.sweep.lock import exclusive
 from results.loaded import Results
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def run_experiment(
     output: str | Path = "runs",
     *,
     fresh: bool = False,
+    profile: bool = True,
     console: Console | None = None,
 ) -> Results:
     """Run the trials of an experiment and write the report; a second call runs only the trials that are missing.
@@ -104,6 +105,8 @@ def run_experiment(
         experiment: built in Python, or the path of a YAML file.
         output: parent of the run folders; the results are in ``output/NAME``.
         fresh: start again in a new run folder, and keep the old one.
+        profile: after the trials, measure speed and memory of the methods, unless the experiment's
+            ``resources.profile`` is false; ``profile_run`` does it later.
         console: for progress; default: standard output, or the cell's output in a notebook. ``Console(quiet=True)``
             shows nothing.
 
@@ -136,6 +139,8 @@ def run_experiment(
         grid = open_grid(prepared.mlflow_uri, experiment.name, folder)
         try:
             _run_unfinished(prepared, grid, console)
+            if profile and experiment.resources.profile:
+                _profile(prepared, console)
         except KeyboardInterrupt:
             console.print("interrupted: finished trials are kept; run the same experiment again to continue")
         report = write_report([folder])
@@ -156,31 +161,13 @@ def _run_folder_for(prepared: Prepared, fresh: bool) -> Iterator[None]:
 
     folder, new = prepared.folder, not prepared.folder.exists()
     preflight.check_folder(folder)
-    with _exclusive(folder):
+    with exclusive(folder):
         try:
             yield
         except BaseException:
             if fresh and new and not (folder / "plan.json").exists():
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-
-
-@contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """Lock the run folder against other sweeps.
-
-    Raises:
-        UserError: another sweep is running in it.
-    """
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UserError(f"{folder}: in use by another sweep; wait until it has ended, or use --fresh") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _run_unfinished(prepared: Prepared, grid: Grid, console: Console) -> None:
@@ -197,6 +184,21 @@ def _run_unfinished(prepared: Prepared, grid: Grid, console: Console) -> None:
     finished = len(prepared.specs) - len(todo)
     with LiveTable(console, [planned for _, planned in todo], finished) as display:
         sweep(trials, display)
+
+
+def _profile(prepared: Prepared, console: Console) -> None:
+    """Measure what the profile lacks; the trials are what matters, so an error is shown and no more."""
+    from harness.sweep.profile import measure_run
+
+    if not prepared.finished():
+        return
+    try:
+        measure_run(prepared.folder, prepared.experiment.resources, console)
+    except KeyboardInterrupt:
+        again = f"harness profile {prepared.folder}"
+        console.print(f"profile interrupted: `{again}` continues it", highlight=False, markup=False, soft_wrap=True)
+    except (UserError, OSError, ValueError) as error:
+        console.print(f"no profile: {error}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _archive_record(record: Path) -> None:

@@ -60,11 +60,16 @@ def join_process_group(store: Store | None = None, rank: int = 0, world_size: in
         torch.distributed.init_process_group(backend, store=store or HashStore(), rank=rank, world_size=world_size)
 
 
-def prepare_process() -> None:
-    """Import the libraries that a trial needs, so that their memory is not attributed to a process's first trial."""
+def import_libraries() -> None:
+    """Import the libraries that a trial needs."""
     from transformers import AutoModelForCausalLM, LlamaForCausalLM, get_scheduler  # noqa: F401
 
     _import_deepspeed()
+
+
+def prepare_process() -> None:
+    """Prepare for trials: libraries are imported now, so that their memory is not attributed to the first trial."""
+    import_libraries()
     join_process_group()
 
 

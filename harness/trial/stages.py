@@ -13,7 +13,7 @@ import torch
 from adapters.base import Stage
 from harness.core.errors import UserError
 from harness.experiment.plan import TrialSpec
-from harness.model.build import build
+from harness.model.build import TrialData, build
 from harness.model.components import method_of
 from harness.trial.engine import Engine, load_weights
 
@@ -52,15 +52,18 @@ class Stages:
         device: of the model.
         zero_stage: of the engine.
         folder: of the trial; weights are stored there between two stages.
+        data: of a trial that differs at most in its adapter and learning rate; None: it is read.
 
     Raises:
         UserError: the method's stages do not fit the budget, or the model cannot be built.
     """
 
-    def __init__(self, spec: TrialSpec, device: torch.device, zero_stage: int, folder: Path) -> None:
+    def __init__(
+        self, spec: TrialSpec, device: torch.device, zero_stage: int, folder: Path, data: TrialData | None = None
+    ) -> None:
         self.spec, self.device, self.zero_stage, self.folder = spec, device, zero_stage, folder
         self.stages = method_of(spec.adapter, spec.relative_to).stages(spec.budget.epochs)
-        self.built = build(spec, device)
+        self.built = build(spec, device, data)
         batches = math.ceil(self.built.order.draws / spec.optimizer.per_device_train_batch_size)
         self.ends = stage_ends(self.stages, batches, spec.optimizer.gradient_accumulation_steps)
         self.total_steps = self.ends[-1]
@@ -84,6 +87,11 @@ class Stages:
         units = model.adapters.changes()
         self.engine = Engine(model, options, steps, self.zero_stage, keeps=trained, units=units)
         self._open = True
+
+    @property
+    def starts(self) -> list[int]:
+        """For each stage, an optimizer step of the trial with which ``start`` begins it."""
+        return [0, *(end + 1 for end in self.ends[:-1])]
 
     @property
     def step(self) -> int:

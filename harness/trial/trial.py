@@ -29,6 +29,7 @@ from harness.core.revisions import git_revision
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.model import budget
+from harness.model.build import TrialData
 from harness.model.context_model import Batch
 from harness.model.inputs import Inputs
 from harness.tracking.grid import Tracker
@@ -157,12 +158,9 @@ class Trial:
 
     def run(self) -> None:
         """Build, train and test; after an exception, ``state`` and ``measured`` have what was measured before it."""
-        torch.set_num_threads(self.resources.cpus_per_trial)
         self._report_progress("build", force=True)
         with self._phase("build"):
-            prepare_process()
-            self.peak = measure.PeakMemory(self.device)
-            self.stages = Stages(self.spec, self.device, self.resources.zero_stage, self.folder)
+            self.build()
             self.total_steps, batches = self.stages.total_steps, self.stages.built.batches
             self.cut = {"target": batches.cut_targets, "input": batches.cut_inputs}
             self.measured["parameters"] = self.stages.built.parameters  # trainable: parameters that any stage trains
@@ -179,6 +177,17 @@ class Trial:
         finally:
             self.stages.close()
         shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
+
+    def build(self, data: TrialData | None = None) -> None:
+        """Prepare the process and build the model, without an engine.
+
+        Args:
+            data: of a trial that differs at most in its adapter and learning rate; None: it is read.
+        """
+        torch.set_num_threads(self.resources.cpus_per_trial)
+        prepare_process()
+        self.peak = measure.PeakMemory(self.device)
+        self.stages = Stages(self.spec, self.device, self.resources.zero_stage, self.folder, data)
 
     def _begin_measuring(self) -> None:
         """Restart the measurement of speed and activations: stages differ, so only the last one is recorded."""
@@ -232,20 +241,26 @@ class Trial:
                 self._begin_measuring()
                 self.stages.built.model.train()
             with self._phase("train"):
-                losses.append(self._train_step(draws[start : start + size]))
+                losses.append(self.train_step(draws[start : start + size]))
             self._report_progress("train", epoch, losses[-1])
         self.measured["memory"] = self.stages.engine.memory(self.state.activations_bytes, self.peak)
         self.measured["throughput"] = self.clock.throughput()
         return sum(losses) / len(losses)
 
-    def _train_step(self, draws: list[budget.Draw]) -> float:
-        batches = self.stages.built.batches
+    def train_step(self, draws: list[budget.Draw]) -> float:
+        """Make a batch and train on it; returns its loss."""
+        with during("", dict.fromkeys(self.stages.built.splits.train[draw.example].id for draw in draws)):
+            return self.step_on(self.batch(draws))
+
+    def batch(self, draws: list[budget.Draw]) -> Batch:
+        """The batch of training items, on the device."""
         examples = [self.stages.built.splits.train[draw.example] for draw in draws]
         texts = [e.references[draw.reference] for e, draw in zip(examples, draws, strict=True)]
-        with during("", dict.fromkeys(example.id for example in examples)):
-            return self._step_on(batches.make(examples, texts, [draw.view for draw in draws]).to(self.device))
+        made = self.stages.built.batches.make(examples, texts, [draw.view for draw in draws])
+        return made.to(self.device)
 
-    def _step_on(self, batch: Batch) -> float:
+    def step_on(self, batch: Batch) -> float:
+        """Train on a batch, and measure the time; returns its loss."""
         # Activations are measured only in warm-up steps, because measuring them takes time.
         measuring = self.clock.warming_up
         model = self.stages.built.model

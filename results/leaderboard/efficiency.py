@@ -1,17 +1,21 @@
 """Quality against cost: Pareto fronts, cost per point of CIDEr, and one aggregate score over several tasks.
 
-Memory is the sum by kind of the model being trained (weights, gradients, optimizer, activations): it is exact and the
-same on every machine, whereas the peak of a process includes memory that the allocator retains.
+Time and memory are those of the run's profile, where all rows of a setting have been profiled together: measured alone
+and in turn with the reference. Otherwise memory is the sum by kind of the model being trained (weights, gradients,
+optimizer, activations), which is exact and the same on every machine; and time is that of the training phases, which
+depends on what else the machine did, and is labelled as not comparable.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from harness.core.record import MetricInfo, TrialRecord
+from results.leaderboard.profiled import entry_of
 from results.leaderboard.rows import Row, by_seed
 from results.leaderboard.sweeps import budget_of, settings_alike
 from results.leaderboard.table import Leaderboard
@@ -23,15 +27,17 @@ _NO_ADAPTER = "none"  # the method relative to which points are gained
 
 @dataclass(frozen=True)
 class Cost:
-    """One kind of cost."""
+    """One kind of cost, however it was measured."""
 
     name: CostName
-    label: str
+    label: str = field(compare=False)  # how it was measured too
 
 
 PARAMETERS = Cost("parameters", "trainable parameters")
 MEMORY = Cost("memory", "memory of the model in training")
-TIME = Cost("time", "training time")
+TIME = Cost("time", "training time, as trained (not comparable)")
+PROFILED_MEMORY = Cost("memory", "peak memory in training")
+PROFILED_TIME = Cost("time", "training time alone on the device")
 EXAMPLES = Cost("examples", "examples seen in training")
 
 
@@ -59,7 +65,7 @@ class Front:
 class PerPoint:
     """Cost of one point (0.01) of CIDEr."""
 
-    seconds: float | None  # of training
+    seconds: float | None  # of training, by the profile if there is one
     parameters: float | None  # trainable
 
 
@@ -134,12 +140,21 @@ def _cider(board: Leaderboard) -> MetricInfo | None:
 def _setting(board: Leaderboard, setting: str, cider: MetricInfo | None) -> SettingEfficiency:
     rows = [row for row in board.of(setting) if board.primary.name in row.metrics]
     devices = sorted({record.device for row in rows for record in row.finished})
-    costs: list[tuple[Cost, Callable[[Row], float | None]]] = [(PARAMETERS, trainable), (MEMORY, memory_bytes)]
+    profiled = is_profiled(board, rows)
+    memory: tuple[Cost, Callable[[Row], float | None]] = (MEMORY, memory_bytes)
+    seconds = train_seconds
+    if profiled:
+        seconds = partial(profiled_seconds, board)
+        if all(profiled_memory(board, row) is not None for row in rows):
+            memory = PROFILED_MEMORY, partial(profiled_memory, board)
+    costs = [(PARAMETERS, trainable), memory]
     notes = []
-    if len(devices) > 1:
+    if profiled:
+        costs.append((PROFILED_TIME, seconds))
+    elif len(devices) > 1:
         notes.append(f"trained on different devices ({'; '.join(devices)}): their training times are not comparable")
     else:
-        costs.append((TIME, train_seconds))
+        costs.append((TIME, seconds))
     fronts = []
     for cost, read in costs:
         measured = [(row, row.name, value) for row in rows if (value := read(row)) is not None]
@@ -153,8 +168,8 @@ def _setting(board: Leaderboard, setting: str, cider: MetricInfo | None) -> Sett
         RowEfficiency(
             row,
             tuple(front.cost for front in fronts if any(p.row is row and p.on_front for p in front.points)),
-            _per_point(row, cider, None),
-            _per_point(row, cider, bare) if bare is not None and row is not bare else None,
+            _per_point(row, cider, None, seconds),
+            _per_point(row, cider, bare, seconds) if bare is not None and row is not bare else None,
         )
         for row in rows
     ]
@@ -177,8 +192,31 @@ def memory_bytes(row: Row) -> float | None:
 
 
 def train_seconds(row: Row) -> float | None:
-    """Training time, mean over the seeds."""
+    """Training time as it was while training, mean over the seeds: not comparable between rows."""
     return row.train_time_s.mean if row.train_time_s else None
+
+
+def is_profiled(board: Leaderboard, rows: Sequence[Row]) -> bool:
+    """Whether all rows were profiled in turn with one reference, on one device: their times are comparable."""
+    entries = [entry_of(board.run, row) for row in rows]
+    measured = [entry for entry in entries if entry is not None and entry.step_time_s is not None]
+    same = {(entry.reference_trial_ids, entry.device) for entry in measured}
+    return len(measured) == len(rows) and len(same) == 1
+
+
+def profiled_seconds(board: Leaderboard, row: Row) -> float | None:
+    """Time of all training steps of a trial, alone on the device."""
+    entry = entry_of(board.run, row)
+    steps = next((record.data.steps for record in row.finished if record.data is not None), None)
+    if entry is None or entry.step_time_s is None or steps is None:
+        return None
+    return entry.step_time_s.median * steps
+
+
+def profiled_memory(board: Leaderboard, row: Row) -> float | None:
+    """Growth of memory from before the model was built to the peak of training, in a process of its own."""
+    entry = entry_of(board.run, row)
+    return entry.peak_memory_bytes.median if entry and entry.peak_memory_bytes else None
 
 
 def _points(measured: Sequence[tuple[Row, str, float]], primary: MetricInfo) -> tuple[Point, ...]:
@@ -198,7 +236,9 @@ def _points(measured: Sequence[tuple[Row, str, float]], primary: MetricInfo) -> 
     return tuple(found)
 
 
-def _per_point(row: Row, cider: MetricInfo | None, bare: Row | None) -> PerPoint | None:
+def _per_point(
+    row: Row, cider: MetricInfo | None, bare: Row | None, time: Callable[[Row], float | None]
+) -> PerPoint | None:
     """The cost of a point gained over ``bare``, on the seeds that both have; all seconds and parameters count."""
     if cider is None:
         return None
@@ -208,7 +248,7 @@ def _per_point(row: Row, cider: MetricInfo | None, bare: Row | None) -> PerPoint
     gain = statistics.fmean(gains) if gains else 0.0
     if gain <= 0:
         return None
-    seconds, parameters = train_seconds(row), trainable(row)
+    seconds, parameters = time(row), trainable(row)
     return PerPoint(
         None if seconds is None else seconds / gain,
         None if parameters is None else parameters / gain,

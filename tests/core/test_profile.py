@@ -16,7 +16,7 @@ pytestmark = pytest.mark.quick
 RATIO = Measured(median=1.13, low=1.1, high=1.17, n=15)
 LORA = ProfileEntry(
     key="a", name="LoRA r=4 specific", setting="", trial_ids=("l0", "l1"), reference="LoRA r=4 agnostic",
-    reference_trial_ids=("r0",), device="cpu x86_64", batch_size=16, step_time_ratio=RATIO,
+    reference_trial_ids=("r0",), device="cpu x86_64", examples_per_step=16, step_time_ratio=RATIO,
 )  # fmt: skip
 REFERENCE = LORA.model_copy(update={"key": "b", "name": "LoRA r=4 agnostic", "trial_ids": ("r0",)})
 PROFILE = Profile(entries=(LORA, REFERENCE))

@@ -29,7 +29,7 @@ adapters:
 budget: {{examples: 24, epochs: 2}}
 optimizer: {{per_device_train_batch_size: 8}}
 eval: {{max_new_tokens: 8}}
-resources: {{{resources}}}
+resources: {{profile: false, {resources}}}
 """
 FOUR_ONE_OF_WHICH_FAILS = """\
   - {method: none, learning_rate: 3e-3}

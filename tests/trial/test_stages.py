@@ -111,8 +111,8 @@ def test_the_best_epoch_may_be_in_the_first_stage(tmp_path: Path, monkeypatch: p
     base: dict[str, torch.Tensor] = {}
     build = stages.build
 
-    def remembering(spec: TrialSpec, device: torch.device) -> Any:
-        built = build(spec, device)
+    def remembering(spec: TrialSpec, device: torch.device, data: Any = None) -> Any:
+        built = build(spec, device, data)
         base.update({name: p.detach().clone() for name, p in built.model.named_parameters()})
         return built
 
@@ -186,9 +186,9 @@ def test_there_are_never_two_models_in_memory(tmp_path: Path, monkeypatch: pytes
     models: list[weakref.ref[Any]] = []
     build = stages.build
 
-    def counting(spec: TrialSpec, device: torch.device) -> Any:
+    def counting(spec: TrialSpec, device: torch.device, data: Any = None) -> Any:
         assert [model() for model in models] == [None] * len(models)
-        built = build(spec, device)
+        built = build(spec, device, data)
         models.append(weakref.ref(built.model))
         return built
 
