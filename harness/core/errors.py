@@ -25,6 +25,10 @@ class Problems(UserError):  # noqa: N818 - several errors in one
         super().__init__("\n".join([f"{len(self.messages)} problems:", *self.messages[:_SHOWN], *more]))
 
 
+class SweepEndedError(Exception):
+    """A sweep ended before its trials, for a reason that is no fault of the input; finished trials are kept."""
+
+
 class ProblemList:
     """Collects errors while reading continues, so that all of them are reported at once."""
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from harness.core.errors import UserError
+from harness.core.errors import SweepEndedError, UserError
 from harness.core.files import write_atomically
 from harness.core.record import Plan, PlannedTrial, TrialRecord, read_record, read_run, record_path
 from harness.experiment.load import Experiment
@@ -143,6 +143,9 @@ def run_experiment(
                 _profile(prepared, console)
         except KeyboardInterrupt:
             console.print("interrupted: finished trials are kept; run the same experiment again to continue")
+        except SweepEndedError as error:
+            kept = "finished trials are kept; run the same experiment again to continue"
+            console.print(f"{error}; {kept}", style="red", highlight=False, markup=False, soft_wrap=True)
         report = write_report([folder])
         problem = close_grid(grid, not prepared.unfinished(), list(report.all), report.board)
     return Results((folder,), report.html, problem, grid.trials_link, known_board=report.board)

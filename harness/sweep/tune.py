@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from harness.core.errors import UserError
+from harness.core.errors import SweepEndedError, UserError
 from harness.core.origin import shown
 from harness.core.record import PlannedTrial, TrialRecord, read_record, record_path, write_record
 from harness.experiment.plan import TrialSpec
@@ -89,6 +89,7 @@ def sweep(wanted: Sweep, display: Display) -> None:
     Raises:
         UserError: a trial requires more CPUs or GPUs than there are.
         KeyboardInterrupt: Ctrl-C was pressed.
+        SweepEndedError: one of Ray's own processes was killed.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
     started = not ray.is_initialized()
@@ -196,16 +197,38 @@ class _KeepStartingWorkers(FIFOScheduler):  # type: ignore[misc]
         return next(unserved, next(iter(waiting), None))
 
 
+_NODES_S = 5.0  # how often Ray is asked for its nodes
+
+
 class _Events(tune.Callback):  # type: ignore[misc]
-    """Forwards Tune's events to the display, and writes the record of a trial whose process died."""
+    """Forwards Tune's events to the display, and writes the record of a trial whose process died.
+
+    Ray's node process dies with its agents (``DashboardAgent``, ``RuntimeEnvAgent``), and Tune then waits forever for a
+    node that can run the next trial. So it asks for the nodes, and ends the sweep if none is alive.
+    """
 
     def __init__(self, run: Path, experiment: str, display: Display) -> None:
         self.run, self.experiment, self.display = run, experiment, display
         self.ended = 0  # trials with a record
+        self.asked = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return no state: Tune pickles callbacks into a snapshot that is never read, and displays are unpicklable."""
         return {}
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        """Check that a node is alive.
+
+        Raises:
+            SweepEndedError: none is.
+        """
+        if time.monotonic() - self.asked < _NODES_S:
+            return
+        self.asked = time.monotonic()
+        if not any(node["Alive"] for node in ray.nodes()):
+            raise SweepEndedError(
+                "Ray has died: one of its processes (raylet, DashboardAgent, RuntimeEnvAgent) was killed"
+            )
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self.display.started(_id(trial))

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import psutil
@@ -196,12 +197,29 @@ def test_the_slot_of_a_killed_worker_is_filled_again(tmp_path: Path) -> None:
     assert sum(map(bool, later)) >= 2, "a new worker ran trial after trial"  # 0 if each that starts is stopped
 
 
+@pytest.mark.slow
+def test_a_sweep_whose_ray_is_killed_ends_with_the_reason(tmp_path: Path) -> None:
+    """Ray's node dies with its DashboardAgent; Tune would wait for another node without a word."""
+    write_experiment(tmp_path, resources="max_concurrent_trials: 1", adapters=TWO)
+    driver = subprocess.Popen(
+        [*HARNESS, "run", "small.yaml"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    _wait_for_a_record(tmp_path / "runs/small/trials", driver)
+    (agent,) = [p for p in psutil.Process(driver.pid).children(recursive=True) if "DashboardAgent" in p.cmdline()[0]]
+    agent.kill()
+    said, _ = driver.communicate(timeout=200)
+    assert driver.returncode == 1, said
+    assert "Ray has died: one of its processes (raylet, DashboardAgent, RuntimeEnvAgent) was killed; finished" in said
+    assert "1 of 2 trials finished" in said
+    assert harness("run", "small.yaml", cwd=tmp_path).returncode == 0
+
+
 def _pids_in(log: Path) -> set[int]:
     """The processes that wrote a trial's log."""
     return {int(pid) for pid in re.findall(r"^\S+ \S+ (\d+) ", log.read_text(encoding="utf-8"), re.MULTILINE)}
 
 
-def _wait_for_a_record(trials: Path, driver: subprocess.Popen[bytes], seconds: float = 200) -> list[Path]:
+def _wait_for_a_record(trials: Path, driver: subprocess.Popen[Any], seconds: float = 200) -> list[Path]:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         found = list(trials.glob("*/record.json"))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import harness
 from harness.core import hub
+from harness.core.errors import SweepEndedError
 from harness.core.record import PlannedTrial, write_record
 from harness.experiment.plan import expand
 from harness.sweep import live, run
@@ -59,15 +60,24 @@ def test_a_refused_experiment_leaves_no_fresh_run_folder(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["grid"]
 
 
-def test_ctrl_c_keeps_what_there_is_and_reports_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("end", "says"),
+    [
+        (KeyboardInterrupt(), "interrupted: finished trials are kept"),
+        (SweepEndedError("Ray has died"), "Ray has died; finished trials are kept; run the same experiment again"),
+    ],
+)
+def test_a_sweep_that_ends_early_keeps_what_there_is_and_reports_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: BaseException, says: str
+) -> None:
     def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
+        raise end
 
     monkeypatch.setattr(run, "_run_unfinished", interrupted)
     shown = io.StringIO()
     results = harness.run_experiment(EXPERIMENT, tmp_path, console=Console(file=shown))
     assert not results.complete
-    assert "interrupted: finished trials are kept" in shown.getvalue()
+    assert says in shown.getvalue()
     assert results.report is not None
     assert results.report.is_file()
     assert (len(results.trials), results.folder) == (0, tmp_path / "grid")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from harness.core.errors import UserError
+from harness.core.errors import SweepEndedError, UserError
 from harness.experiment.sections import Resources
 from harness.sweep import tune
 from harness.sweep.tune import _KeepStartingWorkers, at_once, per_trial
@@ -68,6 +68,24 @@ def test_a_sweep_that_tune_ended_early_was_interrupted(
     with pytest.raises(KeyboardInterrupt, match=r"^$") if ended < 2 else nullcontext():
         tune.sweep(wanted, display)
     assert opened == [(tmp_path, 2)]
+
+
+def test_a_sweep_whose_last_node_died_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tune would wait forever for a node that can run the next trial."""
+    asked: list[bool] = []
+    nodes = [{"Alive": True}, {"Alive": False}]
+    monkeypatch.setattr(tune.ray, "nodes", lambda: asked.append(True) or nodes)
+    events = tune._Events(tmp_path, "x", SimpleNamespace())  # type: ignore[arg-type]
+    events.on_step_begin(0, [])
+    assert not asked, "not at every step"
+    events.asked -= tune._NODES_S
+    events.on_step_begin(1, [])
+    nodes[0]["Alive"] = False
+    events.on_step_begin(2, [])
+    assert len(asked) == 1
+    events.asked -= tune._NODES_S
+    with pytest.raises(SweepEndedError, match=r"^Ray has died: one of its processes \(raylet, DashboardAgent, Runtime"):
+        events.on_step_begin(3, [])
 
 
 def controller(*trials: Any, starting: tuple[str, ...] = (), resetting: tuple[str, ...] = ()) -> Any:
