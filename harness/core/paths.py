@@ -93,12 +93,18 @@ def check_model(written: str, folder: Path) -> None:
     """Check that a model's name does not change its meaning with the current folder.
 
     Raises:
-        ValueError: it is a folder here, but not in the folder of the experiment file; the message says what to write.
+        ValueError: it is a folder here, but not in the folder of the experiment file; or a hub id with a revision, and
+            a folder of the id's name is here, which ``from_pretrained`` would read instead.
     """
-    if hub.is_builtin(written) or _is_folder(folder / Path(written).expanduser()) or not _is_folder(Path(written)):
+    if hub.is_builtin(written) or _is_folder(folder / Path(written).expanduser()):
         return
-    hint = "" if written.startswith(".") or "@" in written else f"; the hub's model is {written + '@main'!r}"
-    raise ValueError(f"{only_here(written, folder)}{hint}")
+    elsewhere = "for the hub's model of this name, call harness from another folder"
+    if _is_folder(Path(written)):
+        hint = "" if written.startswith(".") else f"; {elsewhere}"
+        raise ValueError(f"{only_here(written, folder)}{hint}")
+    name = written.partition("@")[0]
+    if name != written and _is_folder(Path(name)):
+        raise ValueError(f"the current folder ({Path.cwd()}) has a folder {name!r}, which would be read; {elsewhere}")
 
 
 class _Located(PosixPath):

@@ -151,8 +151,13 @@ def test_names_of_the_hub_stay_names(tmp_path: Path) -> None:
 def test_a_hub_id_that_is_also_a_folder_here_must_be_made_clear(place: Place, elsewhere: Path) -> None:
     (elsewhere / "gpt2").mkdir()
     text = "task: scenes\nbackbone: {language_model: gpt2}\n" + REST
-    with pytest.raises(UserError, match=r"write '../elsewhere/gpt2', or an absolute path; the hub's model is 'gpt2@m"):
+    with pytest.raises(UserError, match=r"write '../elsewhere/gpt2', or an absolute path; for the hub's model of this"):
         Experiment.from_yaml(place(text))
+    with pytest.raises(
+        UserError, match=r"language_model: the current folder \(.*elsewhere\) has a folder 'gpt2', which"
+    ):
+        Experiment.from_yaml(place(text.replace("gpt2", "gpt2@main")))
+    (elsewhere / "gpt2").rmdir()
     assert Experiment.from_yaml(place(text.replace("gpt2", "gpt2@main"))).backbones[0].language_model == "gpt2@main"
 
 
