@@ -187,6 +187,25 @@ class _KeepStartingWorkers(FIFOScheduler):  # type: ignore[misc]
     its start, this would repeat, and its slot would stay empty to the end of the sweep.
     """
 
+    _watched: Any = None  # the controller whose failures are watched
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Watch the failures of a controller, from its first trial on."""
+        controller = getattr(tune_controller.get_trials, "__self__", tune_controller)  # given is a wrapper of it
+        if self._watched is controller:
+            return
+        self._watched, fail = controller, controller._trial_task_failure
+
+        def fail_once(trial: Any, exception: Exception) -> None:
+            # A worker that dies while Tune resets it fails its next trial twice: as the actor, after which the trial
+            # waits again, and as the task `reset`, which would end it for good whatever `max_failures` is.
+            if trial.status == "PENDING" and trial in controller._resetting_trials:
+                controller._resetting_trials.discard(trial)
+            else:
+                fail(trial, exception)
+
+        controller._trial_task_failure = fail_once
+
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """The first waiting trial without a worker; only if there is none, one whose worker is starting."""
         waiting = [trial for trial in tune_controller.get_trials() if trial.status == "PENDING"]

@@ -121,6 +121,31 @@ def test_a_free_worker_takes_a_trial_for_which_no_worker_is_starting() -> None:
     assert choose(controller(first, second)) is second
 
 
+def test_a_worker_that_dies_between_two_trials_fails_the_next_one_once() -> None:
+    """Tune tells of it twice: of the actor, when it sets the trial to RUNNING first, and of the task that resets it."""
+    failed: list[tuple[str, str]] = []
+    next_trial, other = waiting("next", "other")
+    known = controller(next_trial, other, resetting=("next",))
+
+    def fail(trial: Any, exception: Exception) -> None:
+        failed.append((trial.trial_id, str(exception)))
+        trial.status = "PENDING"  # it is tried again
+
+    known._trial_task_failure = fail
+    scheduler = _KeepStartingWorkers()
+    scheduler.on_trial_add(known, next_trial)
+    scheduler.on_trial_add(known, other)
+    next_trial.status = "RUNNING"
+    known._trial_task_failure(next_trial, RuntimeError("actor"))
+    known._trial_task_failure(next_trial, RuntimeError("reset"))
+    assert failed == [("next", "actor")]
+    assert scheduler.choose_trial_to_run(known) is next_trial, "no longer taken for one that is being reset"
+    for trial in (next_trial, other):
+        trial.status = "RUNNING"
+        known._trial_task_failure(trial, RuntimeError("train"))
+    assert failed[1:] == [("next", "train"), ("other", "train")]
+
+
 def test_the_installed_tune_has_what_the_choice_reads() -> None:
     from ray.air.execution._internal.actor_manager import RayActorManager
     from ray.tune.execution.tune_controller import TuneController
@@ -128,3 +153,5 @@ def test_the_installed_tune_has_what_the_choice_reads() -> None:
     used = set(TuneController.__init__.__code__.co_names)
     assert {"_trial_to_actor", "_resetting_trials", "_actor_manager"} <= used
     assert callable(RayActorManager.is_actor_started)
+    assert {"_resetting_trials", "_trial_task_failure"} <= set(TuneController._schedule_trial_reset.__code__.co_names)
+    assert "_trial_task_failure" in TuneController._actor_failed.__code__.co_names
