@@ -12,45 +12,19 @@ from rich.console import Console
 
 import harness
 from harness.core.errors import UserError
-from harness.core.files import write_atomically
 from harness.core.profile import Profile, read_profile
 from harness.core.record import TrialRecord, read_run, write_record
 from harness.experiment.sections import Resources
 from harness.sweep import profile as profiling
+from harness.sweep import run
 from harness.sweep.profile import AGAIN, PARTIAL, measure_run
 from harness.sweep.profile_plan import groups_of
-from harness.sweep.run import prepare
 from harness.trial.profile import Answer, Job, StageTimes
+from tests.support.profiled import ADAPTERS, trained
 from tests.support.runs import fake_record
 
-ADAPTERS: list[dict[str, Any]] = [
-    {"method": "none", "learning_rate": [1e-2, 1e-3]},
-    {"method": "lora", "rank": [2, 4], "grouping": "specific", "learning_rate": 1e-2},
-    {"method": "full", "learning_rate": 1e-3},
-]
 SPEED = {"none": 0.7, "lora": 1.1, "full": 1.0, "llava": 1.3}
 NAMES = ["none", "LoRA r=2 specific", "LoRA r=4 specific", "full fine-tuning"]
-
-Change = Callable[[TrialRecord], TrialRecord | None]
-
-
-def trained(folder: Path, change: Change = lambda record: record, **sections: Any) -> Path:
-    """A run folder in which every trial has a made-up record with its real spec."""
-    content: dict[str, Any] = {
-        "name": "grid",
-        "task": {"name": "scenes", "train_examples": 64},
-        "adapters": ADAPTERS,
-        "budget": {"examples": 32, "epochs": 2},
-        "seeds": [0, 1],
-    }
-    prepared = prepare(harness.Experiment(**content | sections), folder)
-    write_atomically(prepared.folder / "plan.json", prepared.plan.model_dump_json())
-    write_atomically(prepared.folder / "experiment.yaml", prepared.experiment.text)
-    for spec, planned in zip(prepared.specs, prepared.plan.trials, strict=True):
-        record = fake_record(planned, 1, 0.5).model_copy(update={"spec": spec.model_dump(mode="json")})
-        if (changed := change(record)) is not None:
-            write_record(prepared.folder, changed)
-    return prepared.folder
 
 
 class Process:
@@ -281,3 +255,49 @@ def test_a_run_whose_models_are_gone_is_refused(tmp_path: Path, process: Process
     with pytest.raises(UserError, match=r"gone"):
         harness.profile_run(folder, console=Console(quiet=True))
     assert process.asked == []
+
+
+def run_it(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[harness.Results, str]:
+    """``run_experiment`` where every trial finishes at once."""
+
+    def finish_all(prepared: run.Prepared, *_: object) -> None:
+        for spec, planned in prepared.unfinished():
+            record = fake_record(planned, 1, 0.5).model_copy(update={"spec": spec.model_dump(mode="json")})
+            write_record(prepared.folder, record)
+
+    monkeypatch.setattr(run, "_run_unfinished", finish_all)
+    shown = io.StringIO()
+    task = {"name": "scenes", "train_examples": 8, "validation_examples": 4, "test_examples": 4}
+    experiment = harness.Experiment(
+        name="grid", task=task, adapters=ADAPTERS[2:], resources=options.pop("resources", {})
+    )
+    console = Console(file=shown, width=200)
+    return harness.run_experiment(experiment, folder, console=console, **options), shown.getvalue()
+
+
+def test_a_run_is_profiled_at_its_end_unless_switched_off(
+    tmp_path: Path, process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for options in ({"profile": False}, {"resources": {"profile": False}}):
+        results, _ = run_it(tmp_path, monkeypatch, **options)
+        assert results.run.profile is None
+        assert len(results.profile) == 0
+    results, shown = run_it(tmp_path, monkeypatch)
+    assert "profile: speed and memory of 1 method, apart from training; about" in shown
+    assert list(results.profile["name"]) == ["full fine-tuning"]
+    assert list(results.profile["examples_per_s"]) == [8.0]
+    assert list(results.profile["energy_ratio"]) == [None]
+
+
+def test_ctrl_c_while_a_run_is_profiled_keeps_the_run(
+    tmp_path: Path, process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: str) -> None:
+        raise KeyboardInterrupt
+
+    process.trouble = interrupted
+    results, shown = run_it(tmp_path, monkeypatch)
+    assert results.complete
+    assert results.report is not None
+    assert f"profile interrupted: `harness profile {tmp_path / 'grid'}` continues it" in shown
+    assert results.run.profile is None

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from harness.core.profile import Measured, Profile, ProfileEntry, write_profile
 from harness.core.record import TrialRecord, read_run
 from results.leaderboard.efficiency import Efficiency, Front, build_efficiency
 from results.leaderboard.table import build_leaderboard
@@ -172,3 +173,52 @@ def test_a_row_without_a_task_says_so(tmp_path: Path) -> None:
 
 def test_one_task_has_no_mean_across_tasks(tmp_path: Path) -> None:
     assert efficiency_of(tmp_path).across is None
+
+
+def profiled(folder: Path, without: tuple[str, ...] = ()) -> Efficiency:
+    """A sweep with a profile: LoRA takes 1.5 s for a step and 30 MiB, full fine-tuning 2 s and 60 MiB."""
+    write_sweep(folder, any_score, budgets=(64,))
+    run = read_run(folder)
+    ids = {
+        label: tuple(trial.trial_id for trial in run.plan.trials if trial.method == label)
+        for label in dict.fromkeys(trial.method for trial in run.plan.trials)
+    }
+    entries = [
+        ProfileEntry(
+            key=method, name=method, setting="", trial_ids=own, reference="full", reference_trial_ids=ids["full"],
+            device="cpu", step_time_s=Measured(median=seconds, n=15),
+            step_time_ratio=Measured(median=seconds / 2, n=15), peak_memory_bytes=Measured(median=size * 2**20, n=1),
+        )
+        for method, own in ids.items()
+        for seconds, size in [{"none": (1.0, 20), "lora": (1.5, 30), "full": (2.0, 60)}[method]]
+        if method not in without
+    ]  # fmt: skip
+    write_profile(folder, Profile(entries=tuple(entries)))
+    return build_efficiency(build_leaderboard(read_run(folder)))
+
+
+def test_costs_are_those_of_the_profile_where_there_is_one(tmp_path: Path) -> None:
+    (setting,) = profiled(tmp_path).settings
+    by_name = {front.cost.name: {one.name: one.cost for one in front.points} for front in setting.fronts}
+    steps = next(record.data.steps for record in read_run(tmp_path).records.values() if record.data)
+    assert by_name["time"] == {
+        "none": steps * 1.0,
+        "LoRA specific": steps * 1.5,
+        "Full fine-tuning": steps * 2.0,
+    }
+    assert by_name["memory"]["LoRA specific"] == 30 * 2**20
+    assert [front.cost.label for front in setting.fronts][1:] == [
+        "peak memory in training",
+        "training time alone on the device",
+    ]
+    lora = next(line for line in setting.rows if line.row.method == "lora")
+    assert lora.per_point is not None
+    assert lora.per_point.seconds == pytest.approx(steps * 1.5 / 41)
+
+
+def test_an_incomplete_profile_is_not_mixed_with_times_of_training(tmp_path: Path) -> None:
+    (setting,) = profiled(tmp_path, without=("none",)).settings
+    labels = [front.cost.label for front in setting.fronts]
+    assert labels[1:] == ["memory of the model in training", "training time, as trained (not comparable)"]
+    (time,) = [front for front in setting.fronts if front.cost.name == "time"]
+    assert {one.cost for one in time.points} == {8.0}
