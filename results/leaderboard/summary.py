@@ -6,25 +6,23 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from scipy.special import stdtrit
-
 from harness.core.record import TrialRecord
 from results.leaderboard.badges import doubts
 from results.leaderboard.coverage import DAGGER, PERCENT
-from results.leaderboard.format import estimate_text, verdict
+from results.leaderboard.format import estimate_text, examples_text, verdict
 from results.leaderboard.table import Leaderboard, Row
-from results.statistics.intervals import SIGNIFICANT
 
 RANK_RULE = (
-    "Ordered by the mean over seeds. A method is ahead of another only when their paired difference is significant at "
-    "5 % after Holm's correction over all pairs of the table; otherwise they tie and share a range of ranks. A row "
-    "with one seed ties with all. Differences from one row are fewer comparisons than all pairs: one of them may be "
-    "significant where the ranks tie."
+    "Ordered by the mean over seeds, of perplexities the geometric one. A rank is a range: behind all rows shown to be "
+    "ahead, before all shown to be behind. A row is shown to be ahead if the difference, paired by seed and test "
+    "example, is significant at 5 % after Holm's correction over all pairs of rows of the table; how much seeds vary "
+    "is learnt from all its rows. The interval of a difference is at the level of its step in that correction, so it "
+    "excludes equality exactly where the verdict is better or worse. Two rows tie only if they are shown to be equal "
+    "within the margin of the experiment; else they are not separated yet. All this is for models trained with new "
+    "seeds; a verdict on these trained models covers the choice of test examples alone."
 )
 _SETTINGS_IN_WORDS = 4  # for further settings see their tables
 _NAMED = 4  # rows named in a sentence
-_FEW_SEEDS = 4  # up to here a tie may be due to too few seeds
-_ENOUGH_SEEDS = 5  # given for comparison
 _SEED_REASON = re.compile(r"^seeds? [0-9, ]+ do(?:es)? not match .*?: ")
 
 
@@ -54,14 +52,29 @@ def _leader(board: Leaderboard, setting: str) -> str:
         return f"{mean}; no other row is ranked."
     if best.metrics[metric].low is None:
         return f"{mean}, from a single seed: without an interval it is not shown to be ahead of any other."
-    tied = [row for row, (first, _) in ranked[1:] if first == 1]
+    level = [row for row, (first, _) in ranked[1:] if first == 1]
     behind = [row for row, (first, _) in ranked if first > 1]
-    if not tied:
+    if not level:
         others = "the only other row" if len(behind) == 1 else f"all {len(behind)} others"
         return f"{mean}, and is shown to be ahead of {others}."
-    if not behind:
-        return f"{mean}, but all {len(ranked)} rows tie: none is shown to be ahead."
-    return f"{mean}, and ties for the first rank with {_names(tied)}. Shown to be behind: {_names(behind)}."
+    words = [f"{mean}, but {_not_ahead(board, best, level)}"]
+    words += [f"Shown to be behind: {_names(behind)}"] if behind else []
+    return f"{'. '.join(words)}."
+
+
+def _not_ahead(board: Leaderboard, best: Row, level: list[Row]) -> str:
+    """``ties with A and is not separated yet from B and C (2 more seeds might)``."""
+    found = [(row, board.compare(best, row)) for row in level]
+    equal = [row for row, difference in found if difference is not None and difference.verdict == "equivalent"]
+    left = [(row, difference) for row, difference in found if row not in equal]
+    parts = [f"ties with {_names(equal)}"] if equal else []
+    if left:
+        needed = [difference.more_seeds for _, difference in left if difference is not None]
+        several = [seeds for seeds in needed if seeds is not None]
+        more = max(several, default=0) if len(several) == len(left) else 0
+        might = f" ({more} more seed{'s' * (more > 1)} might)" if more else ""
+        parts.append(f"is not separated yet from {_names([row for row, _ in left])}{might}")
+    return " and ".join(parts)
 
 
 def _names(rows: list[Row]) -> str:
@@ -78,9 +91,18 @@ def _reference(board: Leaderboard, setting: str) -> str:
     if reference is None or not compared:
         return f"There is no comparison with {board.run.plan.reference_method!r} on the same data."
     verdicts = [verdict(difference) for difference in compared]
-    against = f"Against {reference.name} on the same data, paired by seed"
+    on_examples = [examples_text(difference) for difference in compared]
+    against = f"Against {reference.name} on the same data"
+    trained = f"for these trained models, on new test examples: {_counts(on_examples)}" if any(on_examples) else ""
     if not any(verdicts):
-        return f"{against}, there is one seed: no difference can be tested."
+        alone = f"{against} there is one seed: no difference can be tested for new seeds"
+        return f"{alone}; {trained}." if trained else f"{alone}."
+    pairs = f"paired by seed and corrected for all pairs of {len(compared) + 1} rows"
+    return f"{against}, {pairs}, the other rows are: {_counts(verdicts)}{'; ' * bool(trained)}{trained}."
+
+
+def _counts(verdicts: list[str]) -> str:
+    """``2 better, 1 worse, 3 not separated yet``."""
     kinds = {
         "better": "better",
         "worse": "worse",
@@ -88,17 +110,14 @@ def _reference(board: Leaderboard, setting: str) -> str:
         "not separated yet": "not separated yet",
         "": "on one seed only",
     }
-    if len(compared) == 1:
-        return f"{against}, the only other row is {kinds[verdicts[0]]}."
-    counts = ", ".join(f"{verdicts.count(kind)} {words}" for kind, words in kinds.items() if kind in verdicts)
-    return f"{against} and corrected for {len(compared)} comparisons, the other rows are: {counts}."
+    return ", ".join(f"{verdicts.count(kind)} {words}" for kind, words in kinds.items() if kind in verdicts)
 
 
 def caveats(board: Leaderboard) -> list[str]:
     """What a reader must know before trusting the tables."""
     return [
         *_intervals(board),
-        *few_seeds(board),
+        *unseparated(board),
         *_gaps(board),
         *_apart(board),
         *_conditions(board),
@@ -139,21 +158,23 @@ def _intervals(board: Leaderboard) -> list[str]:
     return [f"{words}; those of {alone} of {len(shown)} rows cover seeds alone ({DAGGER})." if alone else f"{words}."]
 
 
-def few_seeds(board: Leaderboard) -> list[str]:
-    """How large a difference must be when seeds are few: the first step of Holm's correction, over seeds alone."""
-    most = max((row.metrics[board.primary.name].n for row in _scored(board)), default=0)
-    ranked = max(sum(row.rank is not None for row in board.of(setting)) for setting in board.settings)
-    pairs = ranked * (ranked - 1) // 2
-    if not 2 <= most <= _FEW_SEEDS or not pairs:
+def unseparated(board: Leaderboard) -> list[str]:
+    """How many pairs of rows are not separated, and with how many seeds."""
+    name = board.primary.name
+    families = [one.of[name] for one in board.families.values() if name in one.of]
+    pairs = sum(one.pairs for one in families)
+    left, equal = (
+        (sum(counts) for counts in zip(*(one.undecided for one in families), strict=True)) if pairs else (0, 0)
+    )
+    most = max((row.metrics[name].n for row in _scored(board)), default=0)
+    if not left or most < 2:
         return []
-
-    def needed(seeds: int) -> str:
-        return f"{float(stdtrit(seeds - 1, 1 - SIGNIFICANT / (2 * pairs))):,.1f}"
-
+    margin = board.run.plan.equivalence_margin
+    within = f"{100 * margin:g} %" if board.primary.scale == "log" else f"{margin:g}"
+    shown = f"{equal:,} {'is' if equal == 1 else 'are'}" if equal else "none is"
     return [
-        f"With {most} seeds and {_count(pairs, 'pair')} of rows to compare, the clearest difference must reach "
-        f"{needed(most)} of its standard errors over seeds ({needed(_ENOUGH_SEEDS)} with {_ENOUGH_SEEDS} seeds): a tie "
-        "may only mean too few seeds."
+        f"With {most} seeds {left:,} of {_count(pairs, 'pair')} of rows {'is' if left == 1 else 'are'} not separated: "
+        f"this is no sign that they are equal ({shown} shown to be equal within {within})."
     ]
 
 

@@ -31,6 +31,7 @@ POWER = 0.8  # with which further seeds would separate two rows
 _MOST_SEEDS = 100  # more are not proposed
 _Z = float(ndtri((1 + CONFIDENCE) / 2))
 _ROUNDS = 60  # of bisection
+_ROUNDING = 1e-13  # relative
 
 
 class Family:
@@ -74,6 +75,10 @@ class Family:
         self.trained = _Test(self.d_N, none, example_N, self._e)
 
     @property
+    def _bounds(self) -> tuple[float, float]:
+        return self.scale.lower, self.scale.upper
+
+    @property
     def _e(self) -> int:
         """Degrees of freedom of the variance over examples."""
         return max(1, (self.examples or 2) - 1)
@@ -87,6 +92,17 @@ class Family:
                 own_N = np.nansum((difference_NS - self.d_N[:, None]) ** 2, axis=1) / (several_N - 1)
             return Errors(np.ones(1), (own_N / several_N)[None], np.maximum(self.n_N - 1, 1)[None].astype(float))
         return of_pairs(self.spread, first_N, second_N, several_N)
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs of rows are tested."""
+        return int(self.new.tested_N.sum())
+
+    @property
+    def undecided(self) -> tuple[int, int]:
+        """How many pairs are not separated, and how many of all pairs are shown to be equal, neither being both."""
+        equal_N = self._equal[0] & ~self.new.significant_N
+        return int((self.new.tested_N & ~self.new.significant_N & ~equal_N).sum()), int(equal_N.sum())
 
     def order(self) -> NDArray[np.bool_]:
         """(R, R): whether row i is ahead of row j, for new seeds."""
@@ -120,7 +136,7 @@ class Family:
             low=low if tested else None,
             high=high if tested else None,
             n=int(self.n_N[n]),
-            seed_se=math.sqrt(self.seeds.average[n]) * unit if tested else None,
+            seed_se=math.sqrt(self.seeds.typical[n]) * unit if tested else None,
             example_se=math.sqrt(self.trained.example_N[n]) * unit if resampled else None,
             examples=self.examples if resampled else None,
             p_value=float(self.new.p_N[n]) if tested else None,
@@ -141,15 +157,15 @@ class Family:
         if self.new.significant_N[n] or self._equal[0][n]:
             return None
         have, size = int(self.n_N[n]), abs(float(self.d_N[n]))
-        seed, example = float(self.seeds.average[n]) * have, float(self.new.example_N[n])
-        freedom = 2 * seed**2 / max(self.seeds.uncertainty[n] * have**2, 1e-300)
+        seed, example = float(self.seeds.typical[n]) * have, float(self.new.example_N[n])
+        freedom, level = float(self.seeds.freedom[n]), float(self.new.level_N[n])
         for seeds in range(have + 1, _MOST_SEEDS + 1):
             both = seed / seeds + example
             if both == 0:
                 return None
-            freedoms = freedom * (seeds - 1) / (have - 1), self._e
-            joint = both**2 / ((seed / seeds) ** 2 / freedoms[0] + example**2 / freedoms[1])
-            needed = -float(stdtrit(max(joint, 1.0), self.new.level_N[n] / 2)) - float(stdtrit(joint, 1 - POWER))
+            share = seed / seeds / both  # of the seeds in the variance
+            joint = 1 / (share**2 * (have - 1) / (freedom * (seeds - 1)) + (1 - share) ** 2 / self._e)
+            needed = -float(stdtrit(max(joint, 1.0), level / 2)) - float(stdtrit(max(joint, 1.0), 1 - POWER))
             if size >= needed * math.sqrt(both):
                 return seeds - have
         return None
@@ -167,9 +183,13 @@ class Family:
         example = example if known else 0.0
         errors = self._of_row(row, self.spread)
         test = _Test(np.zeros(1), errors, np.array([example]), self._e)
-        half, seed = test.half(0), float(errors.average[0])
+        half, seed = test.half(0), float(errors.typical[0])
         tail = long_tail(math.sqrt(seed), math.sqrt(example), float(self.skewness_R[row]))
         low, high = self.scale.inverse([z - half + min(0.0, tail), z + half + max(0.0, tail)]).tolist()
+        if known and self.examples and not seed and self.scale.kind == "logit" and mean in self._bounds:
+            # All examples alike with all seeds: Wilson's interval (JASA 1927) of a share of 0 or 1.
+            reach = _Z**2 / (self.examples + _Z**2) * (self.scale.upper - self.scale.lower)
+            low, high = (mean, mean + reach) if mean == self.scale.lower else (mean - reach, mean)
         return Estimate(mean, min(low, mean), max(high, mean), n, math.sqrt(seed) * unit, example_se, examples)
 
     def _of_row(self, row: int, spread: Spread) -> Errors:
@@ -193,17 +213,20 @@ class Errors:
         self.weight_C, self.variance_CN, self.freedom_CN = weight_C, variance_CN, freedom_CN
 
     @cached_property
-    def average(self) -> Floats:
-        """(N,) the variances, averaged over the components."""
-        found: Floats = self.weight_C @ self.variance_CN
+    def typical(self) -> Floats:
+        """(N,) the variances, averaged geometrically: an unlikely wild component counts little."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found: Floats = np.exp(self.weight_C @ np.log(self.variance_CN))
         return found
 
     @cached_property
-    def uncertainty(self) -> Floats:
-        """(N,) how uncertain the variances are: the variance of each."""
-        squares_CN = self.variance_CN**2 * (1 + 2 / self.freedom_CN)
-        found: Floats = self.weight_C @ squares_CN - self.average**2
-        return np.maximum(found, 0)
+    def freedom(self) -> Floats:
+        """(N,) degrees of freedom that say how well the variances are known."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            log_CN = np.log(self.variance_CN / self.typical)
+        uncertain_N = self.weight_C @ (np.where(np.isfinite(log_CN), log_CN, 0.0) ** 2 + 2 / self.freedom_CN)
+        found: Floats = 2 / uncertain_N
+        return found
 
 
 def of_pairs(spread: Spread, first_N: Ints, second_N: Ints, seeds_N: Floats) -> Errors:
@@ -311,8 +334,9 @@ def _over_examples(
     error_RB = z_RB - z_RB.mean(axis=1, keepdims=True)
     product_RR = error_RB @ error_RB.T / error_RB.shape[1]
     spread_R = np.sqrt(np.diag(product_RR))
+    spread_R[spread_R <= _ROUNDING * np.abs(z_RB).max()] = 0.0
     with np.errstate(invalid="ignore", divide="ignore"):
-        skewness_R[known_R] = np.nan_to_num(np.mean(error_RB**3, axis=1) / spread_R**3)
+        skewness_R[known_R] = np.where(spread_R > 0, np.mean(error_RB**3, axis=1) / spread_R**3, 0.0)
     # Resampling E of E examples has (E - 1)/E of the variance.
     covariance_RR[np.ix_(known_R, known_R)] = product_RR * examples / (examples - 1)
     diagonal = known_R, known_R
