@@ -75,10 +75,10 @@
   };
 
   // Names beside their points, each where it covers no point and no other name; without room only the tip has it.
-  const labelled = (found, name, at, box) => {
+  const labelled = (named, found, name, at, box) => {
     const taken = found.map((p) => { const [x, y] = at(p); return [x - 7, y - 7, x + 7, y + 7]; });
     const meets = (a, b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];
-    return found.flatMap((p) => {
+    return named.flatMap((p) => {
       const [x, y] = at(p);
       const width = 6.3 * name(p).length + 4;
       for (const [dx, dy, anchor] of [[10, 0, "start"], [-10, 0, "end"], [0, -14, "middle"], [0, 14, "middle"],
@@ -137,8 +137,9 @@
     const rankOf = (p) => (cut.has(p) ? -1 : best.includes(p) ? 0 : 1); // who is named first where there is little room
     const bare = Plot.plot({ ...base, marks: [marks[2]] });
     const [sx, sy] = [bare.scale("x"), bare.scale("y")];
-    if (found.length <= few) {
-      const names = labelled([...found].sort((a, b) => rankOf(a) - rankOf(b)), name, (p) => [sx.apply(p.x), sy.apply(p.at)], [base.marginLeft, 0, width, height - base.marginBottom]);
+    const named = found.length <= few ? found : [...best.slice(-few), ...cut]; // of many the front
+    if (named.length) {
+      const names = labelled([...named].sort((a, b) => rankOf(a) - rankOf(b)), found, name, (p) => [sx.apply(p.x), sy.apply(p.at)], [base.marginLeft, 0, width, height - base.marginBottom]);
       for (const { p, dx, dy, anchor } of names) {
         marks.push(Plot.text([p], { x: "x", y: "at", text: () => name(p), dx, dy, textAnchor: anchor, fill: "currentColor", pointerEvents: "none" }));
       }
