@@ -1,6 +1,7 @@
 // A row's drawer: what it was trained with, its trials with links to their files, their curves, and what it wrote.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
+  window.pageData = data; // for the plot
   const rows = new Map(data.rows.map((row) => [row.id, row]));
   const drawer = document.getElementById("drawer");
   const part = (name) => drawer.querySelector(`[data-part=${name}]`);

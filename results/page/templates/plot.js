@@ -2,7 +2,7 @@
 (() => {
   const place = document.getElementById("plot");
   if (!place || !window.Plot) return;
-  const data = JSON.parse(document.getElementById("data").textContent);
+  const data = window.pageData;
   const form = document.querySelector("form.axes");
   const [setting, xs, ys, logx, logy] = ["setting", "x", "y", "logx", "logy"].map((name) => form.elements[name]);
   const few = 16; // rows that are named beside their points
@@ -175,9 +175,11 @@
   for (const one of [setting, xs, ys]) one?.addEventListener("change", () => { fit(); draw(); });
   for (const one of [logx, logy]) one.addEventListener("change", draw);
   form.addEventListener("submit", (event) => event.preventDefault());
+  // Plot would hold its tip where a point was pressed, although that opens the drawer.
+  place.addEventListener("pointerdown", (event) => event.stopPropagation(), true);
   form.hidden = false;
   fit();
-  draw();
+  setTimeout(draw); // the table first
   let drawnAt = place.clientWidth;
   new ResizeObserver(() => {
     if (Math.abs(place.clientWidth - drawnAt) < 4) return;
