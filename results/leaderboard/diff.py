@@ -178,7 +178,7 @@ def _sizes(data: Mapping[int, Data]) -> set[int]:
 def _paired(old: Mapping[int, float], new: Mapping[int, float]) -> Difference:
     found = estimate([new[seed] - old[seed] for seed in sorted(new)])
     assert found is not None  # noqa: S101 -- a published score has a seed
-    return Difference(**vars(found), p_value=p_value(found.mean, found.seed_se, found.n, None))
+    return Difference(**vars(found), p_value=p_value(found.mean, found.seed_se, found.n))
 
 
 def _unpaired(old: Mapping[int, float], new: Mapping[int, float]) -> Difference:

@@ -1,21 +1,18 @@
-"""Means, intervals, p-values and ranks.
+"""Means with their intervals, p-values of single differences, Holm's correction, ranks.
 
 A score varies for two reasons: the **seed** (adapter initialisation, data subset, order) and the **test examples** that
-happen to be in the split. Intervals and p-values here cover both if the columns of the examples reproduce the recorded
-score; otherwise they cover only the seed, and say so. Nothing covers what never varied: an interval of width 0 means
-that all seeds and examples agree.
+happen to be in the split. Intervals here cover both if the columns of the examples reproduce the recorded score;
+otherwise they cover only the seed, and say so. Nothing covers what never varied: an interval of width 0 means that all
+seeds and examples agree. The rows of a leaderboard are compared in ``family.py``, where they inform each other.
 
-Seeds are few, so a bootstrap over them is far too narrow. Seeds therefore enter by Student's t, examples by resampling,
-with the same resamples for every trial so that all comparisons are paired by example. Both are combined as Cochran and
-Cox combine two variances of unequal degrees of freedom (Experimental Designs, 1957, section 4.14), and the interval is
-extended on the side of a long tail (``long_tail``).
-
-Simulated with 3, 5 and 10 seeds and 100 examples (tests/results/statistics/test_interval_coverage.py): where seeds
-dominate, a bootstrap over three seeds, or over seeds and examples, covers 75 % instead of the nominal 95 %. The
-intervals here cover 94 to 98 %, for normal, lognormal and 0/1 scores, ratios and BLEU, and 99.5 % where a score
-varies by seed only *within* each example: that variance is in both sources and counts twice, which is conservative.
-Among eight methods equal to the reference, one or more differ significantly in at most 5 % of cases, and so does any
-pair of nine equal methods.
+Seeds are few, so a bootstrap over them is far too narrow: over three seeds, or over seeds and examples, it covers 75 %
+instead of the nominal 95 %. Seeds therefore enter by Student's t, examples by resampling, with the same resamples for
+every trial so that all comparisons are paired by example. Both are combined as Cochran and Cox combine two variances of
+unequal degrees of freedom (Experimental Designs, 1957, section 4.14), and the interval is extended on the side of a
+long tail (``long_tail``). Simulated with 3, 5 and 10 seeds and 100 examples
+(tests/results/statistics/test_interval_coverage.py) these intervals cover 94 to 98 %, for normal, lognormal and 0/1
+scores, ratios and BLEU, and 99.5 % where a score varies by seed only *within* each example: that variance is in both
+sources and counts twice, which is conservative.
 """
 
 from __future__ import annotations
@@ -28,12 +25,12 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaincinv, ndtr, ndtri, stdtr, stdtrit
+from scipy.special import ndtri, stdtr, stdtrit
 
 from harness.core.formulas import Floats
 
 CONFIDENCE = 0.95
-RESAMPLES = 1000  # of the test examples, and permutations: a standard error to about 2 %
+RESAMPLES = 1000  # of the test examples: a standard error to about 2 %
 SIGNIFICANT = 1 - CONFIDENCE
 _Z = float(ndtri((1 + CONFIDENCE) / 2))
 _LARGEST_LOG = math.log(float(np.finfo(float).max)) * (1 - 1e-15)
@@ -189,91 +186,13 @@ def resample_weights(examples: int) -> NDArray[np.float32]:
     return np.stack([np.bincount(draw, minlength=examples) for draw in draws]).astype(np.float32)
 
 
-@lru_cache(maxsize=16)
-def swaps(examples: int) -> NDArray[np.float32]:
-    """(B/2, E) of 0 and 1: which examples two methods exchange in each permutation; the same for every pair.
-
-    Each row also represents its complement, in which they exchange the other examples: the same difference negated.
-    """
-    return np.random.default_rng(1).integers(0, 2, (RESAMPLES // 2, examples)).astype(np.float32)
-
-
-def p_value(mean: float, seed_se: float | None, n: int, null_B: Floats | None) -> float | None:
-    """Two-sided p-value of a paired difference; None for one seed, whose randomness is unknown.
-
-    Under the null hypothesis the difference is an error of the seeds plus an error of the examples. The examples' part
-    is that of a paired permutation test: in every permutation the two methods exchange some examples. A permutation of
-    three seeds cannot give a p-value below 0.25, so the seeds' part is Student's t. Without variance over seeds this is
-    the plain permutation test, without examples the paired t test. Where permutations are too few to resolve a small
-    p-value, the examples' error is taken as normal with the same variance.
-
-    Args:
-        mean: the difference, averaged over seeds.
-        seed_se: its standard error over seeds.
-        n: number of seeds.
-        null_B: the mean over seeds of the difference in each permutation of ``swaps``; None if the score cannot be
-            resampled.
-    """
+def p_value(mean: float, seed_se: float | None, n: int) -> float | None:
+    """Two-sided p-value of a mean difference over ``n`` seeds by Student's t; None for one seed."""
     if n < 2 or seed_se is None:
         return None
-    null = np.zeros(0) if null_B is None else null_B[np.isfinite(null_B)]
-    if not len(null):
-        return float(_tails(np.array([mean]), np.array([seed_se]), np.zeros(1), n - 1)[0])
-    if seed_se <= _EQUAL * abs(mean):
-        return (1 + 2 * int(np.sum(np.abs(null) >= abs(mean) * (1 - _EQUAL)))) / (1 + 2 * len(null))
-    if mean == 0:
-        return 1.0
-    return float(_permuted(np.array([mean]), np.array([seed_se]), n, null[None])[0])
-
-
-def p_values(mean_N: Floats, seed_se_N: Floats, n: int, null_NB: Floats) -> list[float]:
-    """``p_value`` of many differences at once, all over ``n`` seeds, at least two."""
-    plain_N = np.isfinite(null_NB).all(axis=1) & (mean_N != 0) & (seed_se_N > _EQUAL * np.abs(mean_N))
-    found_N = np.empty(len(mean_N))
-    found_N[plain_N] = _permuted(mean_N[plain_N], seed_se_N[plain_N], n, null_NB[plain_N])
-    for i in np.flatnonzero(~plain_N):
-        found_N[i] = p_value(float(mean_N[i]), float(seed_se_N[i]), n, null_NB[i])
-    return found_N.tolist()
-
-
-def _permuted(mean_N: Floats, seed_se_N: Floats, n: int, null_NB: Floats) -> Floats:
-    both_NB = np.concatenate([null_NB, -null_NB], axis=1)
-    t_NB = (both_NB - np.abs(mean_N)[:, None]) / seed_se_N[:, None]
-    # Student's t from a table, to 1e-6: permutations need no more, and it is ten times as fast as ``stdtr``.
-    p_N = 2 * np.interp(np.arctan(t_NB / math.sqrt(n - 1)), *_student_table(n - 1)).mean(axis=1)
-    null_se_N = np.sqrt(np.mean(null_NB**2, axis=1))
-    found_N: Floats = np.minimum(1.0, np.maximum(p_N, _tails(mean_N, seed_se_N, null_se_N, n - 1)))
-    return found_N
-
-
-@lru_cache(maxsize=16)
-def _student_table(freedom: int) -> tuple[Floats, Floats]:
-    """Student's t distribution tabulated over arctan(t / √freedom), of which it is a smooth function."""
-    angle = np.linspace(-np.pi / 2, np.pi / 2, 8193)
-    return angle, stdtr(freedom, math.sqrt(freedom) * np.tan(angle))
-
-
-def _tails(mean_N: Floats, seed_se_N: Floats, example_se_N: Floats, freedom: int) -> Floats:
-    """Probability that a t error of the seeds plus a normal error of the examples reaches ± ``mean`` or more.
-
-    Student's t is normal with a random variance, freedom / χ²; given that variance, the sum is normal. The mean over χ²
-    is taken on an even grid of its logarithm, on which the sum of such an integrand converges exponentially.
-    """
-    spread_Q, weight_Q = _chi_square(freedom)
-    variance_NQ = example_se_N[:, None] ** 2 + seed_se_N[:, None] ** 2 * spread_Q
-    with np.errstate(divide="ignore", invalid="ignore"):
-        z_NQ = np.abs(mean_N)[:, None] / np.sqrt(variance_NQ)
-    p_N: Floats = 2 * ndtr(-z_NQ) @ weight_Q
-    return np.where(mean_N == 0, 1.0, p_N)
-
-
-@lru_cache(maxsize=16)
-def _chi_square(freedom: int) -> tuple[Floats, Floats]:
-    """(Q,) freedom / χ² and (Q,) its weights."""
-    low, high = 2 * gammaincinv(freedom / 2, (1e-14, 1 - 1e-14))
-    log_Q = np.linspace(math.log(low), math.log(high), 160)
-    weight_Q = np.exp(freedom / 2 * log_Q - np.exp(log_Q) / 2)
-    return freedom / np.exp(log_Q), weight_Q / weight_Q.sum()
+    if seed_se == 0:
+        return float(mean == 0)
+    return float(2 * stdtr(n - 1, -abs(mean) / seed_se))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -288,62 +207,6 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         highest = max(highest, min(1.0, (len(tested) - place) * p))
         adjusted[i] = highest
     return adjusted
-
-
-def ahead(scores_RS: Floats, resampled: tuple[Floats, int] | None, higher_is_better: bool) -> NDArray[np.bool_]:
-    """(R, R): whether row i is ahead of row j, by the paired differences of all pairs after Holm's correction.
-
-    The examples' part of the null is normal here, with the variance of the permutations: the limit of ``p_value``,
-    computed for all pairs at once.
-
-    Args:
-        scores_RS: by row and seed, NaN if a seed has not finished; pairs are compared over the seeds that both have.
-        resampled: each row's mean over seeds on resampled examples (R, B), and the number of examples. A row that
-            cannot be resampled is NaN; its comparisons cover only seeds. None: no row can be resampled.
-        higher_is_better: direction of the scores.
-    """
-    rows = len(scores_RS)
-    found = np.zeros((rows, rows), bool)
-    first, second = np.triu_indices(rows, 1)
-    difference_NS = scores_RS[first] - scores_RS[second]
-    n_N = np.sum(np.isfinite(difference_NS), axis=1)
-    kept = n_N > 1
-    first, second, difference_NS, n_N = first[kept], second[kept], difference_NS[kept], n_N[kept]
-    if not len(first):
-        return found
-    mean_N = np.nanmean(difference_NS, axis=1)
-    seed_se_N = np.nanstd(difference_NS, axis=1, ddof=1) / np.sqrt(n_N)
-    example_se_N = np.zeros(len(first)) if resampled is None else _permuted_se(*resampled, mean_N, first, second)
-    p_N = np.empty(len(first))
-    for n in np.unique(n_N):
-        same = n_N == n
-        p_N[same] = _tails(mean_N[same], seed_se_N[same], example_se_N[same], int(n) - 1)
-    better_N = (mean_N > 0) == higher_is_better
-    for i, j, p, first_wins in zip(first, second, holm(p_N.tolist()), better_N, strict=True):
-        if p is not None and p <= SIGNIFICANT:
-            found[(i, j) if first_wins else (j, i)] = True
-    return found
-
-
-def _permuted_se(
-    replicates_RB: Floats, examples: int, mean_N: Floats, first_N: NDArray[np.int64], second_N: NDArray[np.int64]
-) -> Floats:
-    """(N,) Standard error of each pair's difference when examples are exchanged; 0 if a row is not resampled.
-
-    The mean of E differences d with random signs has the variance Σ d² / E², which is that of their resampled
-    mean plus mean² / E.
-    """
-    rows = len(replicates_RB)
-    finite_RB = np.isfinite(replicates_RB)
-    known_R = np.array([bool(finite_B.any()) for finite_B in finite_RB])
-    defined_B = np.flatnonzero(finite_RB[known_R].all(axis=0))
-    if known_R.sum() < 2 or len(defined_B) < 2:
-        return np.zeros(len(first_N))
-    covariance_RR = np.zeros((rows, rows))
-    covariance_RR[np.ix_(known_R, known_R)] = np.cov(replicates_RB[known_R][:, defined_B])
-    variance_R = np.diag(covariance_RR)
-    variance_N = np.maximum(variance_R[first_N] + variance_R[second_N] - 2 * covariance_RR[first_N, second_N], 0)
-    return np.where(known_R[first_N] & known_R[second_N], np.sqrt(variance_N + mean_N**2 / examples), 0.0)
 
 
 def rank_ranges(ahead_RR: NDArray[np.bool_]) -> list[tuple[int, int]]:

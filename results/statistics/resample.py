@@ -1,10 +1,10 @@
 """The trials of one setting on resampled test examples, for intervals over examples and paired tests.
 
-Axes: B resamples or permutations, E examples, G clusters of examples, K columns of a score
+Axes: B resamples, E examples, G clusters of examples, K columns of a score
 (``results/statistics/example_scores.py``), R rows. Every trial has the same resamples, so differences between trials
 are paired by example.
 
-Examples that share an input (questions about one picture) are drawn and exchanged together: what varies between test
+Examples that share an input (questions about one picture) are drawn together: what varies between test
 sets is the picture. Scores depend on sums over examples alone, so all that follows works on the sums of the clusters,
 and their number, not that of the examples, gives the degrees of freedom. Where nothing is shared, a cluster is an
 example.
@@ -29,18 +29,13 @@ from harness.core.record import MetricInfo, Run, TrialRecord
 from results.statistics.example_scores import Examples, read_many
 from results.statistics.intervals import (
     RESAMPLES,
-    Difference,
     Estimate,
     estimate,
-    p_value,
-    p_values,
     resample_weights,
-    swaps,
 )
 
 SPLIT = "test"
 _BATCH = 256  # trials resampled in one product: 60 MB
-Pairs = Sequence[tuple[TrialRecord, TrialRecord]]
 T = TypeVar("T")
 
 
@@ -58,10 +53,9 @@ def examples_of(run: Run, records: Sequence[TrialRecord], metrics: Sequence[Metr
 
 @dataclass(frozen=True)
 class _Trial:
-    """The examples of one trial, its scores on their resamples, and a number shared by trials with the same ids."""
+    """The scores of one trial on resamples of its examples, and a number shared by trials with the same ids."""
 
     ids: int
-    columns_KG: Mapping[str, Floats]  # by key of the counts, which bleu_1 to bleu_4 share
     replicates_B: Mapping[str, Floats]  # by metric
 
 
@@ -137,11 +131,7 @@ class Resampled:
             sums = dict(zip(columns_TKG, np.split(sums_TBK, ends[:-1], axis=-1), strict=True))
             replicates_TB = {name: score(self.metrics[name], sums[counts_key(self.metrics[name])]) for name in names}
         for t, trial_id in enumerate(trials):
-            self._trials[trial_id] = _Trial(
-                ids,
-                {key: columns[t] for key, columns in columns_TKG.items()},
-                {name: replicates[t] for name, replicates in replicates_TB.items()},
-            )
+            self._trials[trial_id] = _Trial(ids, {name: replicates[t] for name, replicates in replicates_TB.items()})
 
     def _ids_of(self, record: TrialRecord) -> int:
         return self._trials[record.trial_id].ids
@@ -188,78 +178,6 @@ class Resampled:
         scored = [(record, value) for record in records if (value := score_on_test(record, metric)) is not None]
         resampled = self.replicates([record for record, _ in scored], metric)
         return estimate([value for _, value in scored], *(resampled or (None, None)))
-
-    def differences(self, rows: Sequence[Pairs]) -> list[dict[str, Difference]]:
-        """By row and metric the mean difference (one - other) over pairs, one per seed; p-values are uncorrected."""
-        found: list[dict[str, Difference]] = [{} for _ in rows]
-        sums: _Sums = {}
-        for name in self.metrics:
-            batches: dict[tuple[int, int], list[tuple[int, Pairs]]] = {}
-            scored: Pairs
-            for index, row in enumerate(rows):
-                scored = [
-                    pair for pair in row if None not in (score_on_test(pair[0], name), score_on_test(pair[1], name))
-                ]
-                if not scored:
-                    continue
-                if (ids := self._shared_ids(scored, name)) is not None:
-                    batches.setdefault((ids, len(scored)), []).append((index, scored))
-                else:
-                    whole = self._whole(scored, name, False)
-                    p_alone = p_value(whole.mean, whole.seed_se, whole.n, None)
-                    found[index][name] = Difference(**vars(whole), p_value=p_alone)
-            for batch in (part for whole in batches.values() for part in _parts(whole, _BATCH // 4)):
-                wholes = [self._whole(pairs, name, True) for _, pairs in batch]
-                nulls_RB = self._nulls([pairs for _, pairs in batch], name, sums)
-                for (index, _), whole, p in zip(batch, wholes, _p_values(wholes, nulls_RB), strict=True):
-                    found[index][name] = Difference(**vars(whole), p_value=p)
-        return found
-
-    def _shared_ids(self, pairs: Pairs, metric: str) -> int | None:
-        """The number of the examples on which all trials of the pairs have the score; None if they differ."""
-        trials = [self._trials.get(record.trial_id) for pair in pairs for record in pair]
-        ids = {trial.ids if trial is not None and metric in trial.replicates_B else None for trial in trials}
-        return ids.pop() if len(ids) == 1 else None
-
-    def _whole(self, pairs: Pairs, metric: str, resampled: bool) -> Estimate:
-        """The mean difference with its interval, over pairs that have the score."""
-        scores = [one.metrics[SPLIT][metric] - other.metrics[SPLIT][metric] for one, other in pairs]
-        if resampled:
-            one_B, other_B = (self._mean_of([pair[side] for pair in pairs], metric) for side in (0, 1))
-            whole = estimate(scores, one_B - other_B, self._examples(self._ids_of(pairs[0][0])))
-        else:
-            whole = estimate(scores)
-        assert whole is not None  # noqa: S101 -- there is a pair
-        return whole
-
-    def _nulls(self, rows: Sequence[Pairs], metric: str, sums: _Sums) -> Floats:
-        """(R, B) Each row's mean difference in each permutation, in which two trials exchange some examples."""
-        columns = counts_key(self.metrics[metric])
-        key = (columns, tuple(one.trial_id for pairs in rows for one, _ in pairs))
-        if key not in sums:
-            one_RSKG, other_RSKG = (
-                np.array([[self._trials[pair[side].trial_id].columns_KG[columns] for pair in pairs] for pairs in rows])
-                for side in (0, 1)
-            )
-            moved_RSBK = _weighted(other_RSKG - one_RSKG, swaps(one_RSKG.shape[-1]))
-            one_RSK, other_RSK = one_RSKG.sum(axis=-1)[:, :, None], other_RSKG.sum(axis=-1)[:, :, None]
-            sums[key] = (one_RSK + moved_RSBK, other_RSK - moved_RSBK)
-        one_RSBK, other_RSBK = sums[key]
-        info = self.metrics[metric]
-        mean_RB: Floats = (score(info, one_RSBK) - score(info, other_RSBK)).mean(axis=1)
-        return mean_RB
-
-
-# Sums of both sides' columns after the exchange, by columns and trials; bleu_1 to bleu_4 share theirs.
-_Sums = dict[tuple[str, tuple[str, ...]], tuple[Floats, Floats]]
-
-
-def _p_values(wholes: Sequence[Estimate], null_RB: Floats) -> Sequence[float | None]:
-    """p-values of differences that all have the same number of seeds; None for one seed."""
-    if wholes[0].n < 2:
-        return [None] * len(wholes)
-    mean_R, seed_se_R = np.array([(whole.mean, whole.seed_se) for whole in wholes], float).T
-    return p_values(mean_R, seed_se_R, wholes[0].n, null_RB)
 
 
 def _parts(whole: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -1,21 +1,19 @@
-"""Coverage of the intervals and error rates of the tests, in simulations of trials with known true values.
+"""Coverage of the intervals of single means, in simulations of trials with known true values.
 
-Axes: R repetitions, S seeds, E examples, M methods, K columns of a corpus score.
+Axes: R repetitions, S seeds, E examples, K columns of a corpus score.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from harness.core.formulas import Floats, score
 from harness.core.record import MetricInfo
-from results.statistics.intervals import ahead, estimate, holm, p_value, resample_weights, swaps
+from results.statistics.intervals import estimate, resample_weights
 
 E = 100
 WEIGHTS_BE = resample_weights(E).astype(float)
-SIGNS_BE = 1 - 2 * swaps(E).astype(float)
 # Standard deviations of the seeds' effects, the examples', and of a seed on an example.
 RATIOS = {
     "seeds dominate": (1.0, 1.0, 0.5),
@@ -142,59 +140,3 @@ def test_bootstrap_over_three_seeds_covers_far_less() -> None:
         low, high = np.quantile(replicates_RB, (0.025, 0.975), axis=1)
         assert 0.6 < np.mean((low <= 0) & (high >= 0)) < most
     assert coverage(scores_RSE, 0.0) >= 0.93
-
-
-def comparisons(methods_MSE: Floats) -> list[float | None]:
-    """The p-values of all methods but the first, compared with it."""
-    difference_MSE = methods_MSE[1:] - methods_MSE[:1]
-    by_seed_MS = difference_MSE.mean(axis=2)
-    null_MB = difference_MSE.mean(axis=1) @ SIGNS_BE.T / E
-    seeds = by_seed_MS.shape[1]
-    errors = by_seed_MS.std(axis=1, ddof=1) / np.sqrt(seeds)
-    return [
-        p_value(float(mean), float(error), seeds, null_B)
-        for mean, error, null_B in zip(by_seed_MS.mean(axis=1), errors, null_MB, strict=True)
-    ]
-
-
-def orders(methods_MSE: Floats) -> NDArray[np.bool_]:
-    """(M, M): which method is reported to be better than which."""
-    return ahead(methods_MSE.mean(axis=2), (methods_MSE.mean(axis=1) @ WEIGHTS_BE.T / E, E), True)
-
-
-@pytest.mark.parametrize(
-    ("ratio", "seeds"), [("seeds dominate", 3), ("examples dominate", 3), ("equal", 3), ("examples dominate", 5)]
-)
-def test_false_discoveries_are_held_at_five_percent(ratio: str, seeds: int) -> None:
-    """Nine methods that are alike: eight comparisons with the first, and the order of all."""
-    rng = np.random.default_rng(10 * seeds)
-    repetitions = 300
-    single, family, order = [], [], []
-    for _ in range(repetitions):
-        methods = rng.normal(size=(1, 1, E)) + trials(rng, (9, seeds, E), ratio)
-        p_values = comparisons(methods)
-        single += [p is not None and p <= 0.05 for p in p_values]
-        family.append(any(p is not None and p <= 0.05 for p in holm(p_values)))
-        order.append(bool(orders(methods).any()))
-    margin = 2.33 * np.sqrt(0.05 * 0.95 / repetitions)  # of the simulation, one sided 99 %
-    assert np.mean(single) <= 0.05 + margin / 2  # eight comparisons that share the reference
-    assert np.mean(family) <= 0.05 + margin
-    assert np.mean(order) <= 0.05 + margin
-
-
-def test_large_differences_are_found() -> None:
-    """Half of nine methods are better by at least five standard errors; the others are not reported to differ."""
-    rng = np.random.default_rng(1)
-    better_M = np.array([0, 0, 0, 0, 0, 1, 1, 1, 1], float)
-    found, false, ordered = [], [], []
-    for _ in range(100):
-        methods = better_M[:, None, None] + rng.normal(size=(1, 1, E)) + trials(rng, (9, 5, E), "equal")
-        adjusted = np.array(holm(comparisons(methods)), float)
-        found += (adjusted[4:] <= 0.05).tolist()
-        false.append(bool((adjusted[:4] <= 0.05).any()))
-        order = orders(methods)
-        ordered.append(order[5:, :5].mean())
-        assert not order[:5, 5:].any()
-    assert np.mean(found) >= 0.95
-    assert np.mean(ordered) >= 0.9
-    assert np.mean(false) <= 0.1
