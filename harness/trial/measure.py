@@ -21,6 +21,7 @@ from harness.core.record import Throughput
 WARMUP_STEPS = 3
 _PROCESS_STATUS = Path("/proc/self/status")
 _CLEAR_REFERENCES = Path("/proc/self/clear_refs")
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of malloc.h
 PACKAGES = (
     "torch",
     "deepspeed",
@@ -72,6 +73,17 @@ def _release_free_memory() -> None:
     gc.collect()
     with suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def return_freed_memory() -> None:
+    """Make the allocator of this process return large blocks to the system when they are freed, which is slower.
+
+    Otherwise its resident memory depends on how the blocks that it keeps happen to fit later ones.
+    """
+    with suppress(OSError, AttributeError):  # glibc only: man 3 mallopt
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(_M_MMAP_THRESHOLD, 64 * 1024)
+        mallopt(_M_ARENA_MAX, 1)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from harness.experiment.sections import Resources
 from harness.model.build import TrialData
 from harness.model.components import method_of
 from harness.trial.energy import Meter, meter_of
-from harness.trial.measure import PeakMemory
+from harness.trial.measure import PeakMemory, return_freed_memory
 from harness.trial.trial import Trial
 
 ROUNDS = 15  # the interval of the median is then from the 4th to the 12th value
@@ -195,6 +195,7 @@ def peak_growth(spec: TrialSpec, resources: Resources, data: TrialData | None = 
         None where the system does not tell the peak.
     """
     peaks = []
+    return_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         for stage in range(_stages_of(spec)):
             for keeps in (False, True):
