@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from adapters.attach import Adapters, count_trainable
 from adapters.library import checkpoint
+from adapters.library.as_base import AsBase
 from adapters.library.context_ids import CacheContexts, cached_positions, checked_context_ids, only_input
 from adapters.library.merge import merge_into
 from adapters.library.peft_export import export_group
 from adapters.library.spec import Spec, resolve
+from adapters.library.state import own_tensors, without_frozen_base
 from adapters.placement.generation import layouts_while_generating
 from adapters.placement.offload import is_offloaded
 from adapters.placement.router import Router
@@ -110,7 +112,7 @@ def detach(model: Any) -> Any:
     return model if adapted is None else adapted.detach()
 
 
-class AdaptedModel(nn.Module):
+class AdaptedModel(AsBase):
     """A language model and its adapters, as returned by ``adapt`` and ``load_adapter``.
 
     Args:
@@ -141,6 +143,7 @@ class AdaptedModel(nn.Module):
         trained = [p for choice in spec.choices for p in choice.method.trained(base_model)]
         if any(p.is_meta for p in trained) and is_offloaded(base_model):
             raise UserError("the base model is offloaded, and weights that are offloaded cannot be trained")
+        without_frozen_base(self)
         vars(base_model)[_MARK] = self  # not by setattr, which would register a submodule
         try:
             for p in own.values():
@@ -192,14 +195,6 @@ class AdaptedModel(nn.Module):
             cache = getattr(output, "past_key_values", None) if past_key_values is None else past_key_values
             self._caches.remember(cache, self.router.layout.context_ids_XK)
         return output
-
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """As the base's: recompute activations in backward. ``transformers.Trainer`` calls it."""
-        self.base_model.gradient_checkpointing_enable(*args, **kwargs)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """As the base's."""
-        self.base_model.gradient_checkpointing_disable()
 
     @torch.no_grad()
     def generate(
@@ -360,12 +355,10 @@ class AdaptedModel(nn.Module):
             self.base_model.get_parameter(name).requires_grad_(True)
 
     def _tensors(self, also: Collection[str] = ()) -> dict[str, Tensor]:
-        """Name → every tensor that differs from the base, each once; ``also`` names further parameters of the base."""
-        named = {f"adapters.{name}": tensor for name, tensor in self.adapters.state_dict(keep_vars=True).items()}
-        own = self.base_model.named_parameters()
-        named |= {f"base.{name}": p for name, p in own if p.requires_grad or name in also}
-        once = {id(tensor): name for name, tensor in reversed(named.items())}
-        return {name: tensor for name, tensor in named.items() if once[id(tensor)] == name}
+        """Name in a file → every tensor that differs from the base; ``also`` names further parameters of the base."""
+        found = own_tensors(self.adapters, self.base_model, also)
+        return {name.replace("base_model.", "base.", 1) if name.startswith("base_model.") else name: tensor
+                for name, tensor in found.items()}  # fmt: skip
 
     def _required_grad_of(self, name: str) -> bool:
         """Whether a parameter of the base required a gradient before; one that is new, whether its layer's others did.
