@@ -17,9 +17,10 @@ from torch.utils.hooks import RemovableHandle
 
 from adapters.base import AdapterMethod, Change, Delta, ModelChange
 from adapters.placement.checkpointing import Checkpointing
+from adapters.placement.first_pass import Passes, check_axes, input_of
 from adapters.placement.offload import device_of, dtype_of
 from adapters.placement.roles import Target, find_targets
-from adapters.placement.router import Router
+from adapters.placement.router import Layout, Router
 from harness.core.errors import UserError
 
 
@@ -28,10 +29,13 @@ class AdaptedLayer(nn.Module):
 
     rows_D: Tensor | None
 
-    def __init__(self, target: Target, changes: Mapping[str, Change], router: Router) -> None:
+    def __init__(
+        self, target: Target, changes: Mapping[str, Change], router: Router, passes: Passes | None = None
+    ) -> None:
         super().__init__()
         self.changes = nn.ModuleDict(changes)
         self.router = router
+        self.passes = passes or Passes(())
         self.target = target
         rows = None if target.rows is None else torch.tensor(target.rows)
         self.register_buffer("rows_D", rows, persistent=False)  # this role's outputs of a fused layer
@@ -49,19 +53,35 @@ class AdaptedLayer(nn.Module):
             handles.append(layer.register_forward_hook(self._after))
         return handles
 
-    def _before(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (self._change(module, "input", args[0], args[0]), *args[1:])
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x_BTI = input_of(self.target.path, args)
+        return (self._change(module, "input", x_BTI, x_BTI), *args[1:])
 
-    def _after(self, module: nn.Module, args: tuple[Tensor, ...], y_BTO: Tensor) -> Tensor:
-        return self._change(module, "output", args[0], y_BTO)
+    def _after(self, module: nn.Module, args: tuple[Any, ...], y_BTO: Any) -> Tensor:
+        return self._change(module, "output", input_of(self.target.path, args, y_BTO), y_BTO)
+
+    def _layout(self, x_BTI: Tensor) -> Layout:
+        """The layout of the pass, which must fit the layer's input, (B, T, I) or flattened (B × T, I)."""
+        if torch.compiler.is_compiling():
+            return self.router.layout
+        try:
+            layout = self.router.layout
+        except UserError as error:
+            raise UserError(f"layer {self.target.path}: {error}") from None
+        check_axes(self.target.path, x_BTI, self.passes.rows, layout.length)
+        self.passes.ran(self.target.path)
+        return layout
 
     def _change(self, module: nn.Module, acts_on: str, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
+        layout = self._layout(x_BTI)
         if x_BTI.dim() == 2:  # OPT flattens rows and positions before its feed-forward layers
-            rows = (x.view(-1, self.router.layout.length, x.shape[-1]) for x in (x_BTI, value_BTD))
-            return self._change(module, acts_on, *rows).flatten(0, 1)
+            x_BTI, value_BTD = (x.view(-1, layout.length, x.shape[-1]) for x in (x_BTI, value_BTD))
+            return self._changed(module, acts_on, x_BTI, value_BTD, layout).flatten(0, 1)
+        return self._changed(module, acts_on, x_BTI, value_BTD, layout)
+
+    def _changed(self, module: nn.Module, acts_on: str, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
         if self.training != module.training:  # the caller may switch the base alone; dropout follows it
             self.train(module.training)
-        layout = self.router.layout_of(x_BTI.shape[1])
         device = value_BTD.device
         if layout.group_ids_XT.device != device:  # the model's layers are on several devices
             layout = layout.on(device)
@@ -127,6 +147,7 @@ class Adapters(nn.Module):
                 deltas.setdefault((target.key, name), {})[group] = method.delta(target, generator)
         shared = {name: uses[name].method.shared(found, generator) for name, found in of_method.items() if found}
         self.shared = nn.ModuleDict({name: module for name, module in shared.items() if module is not None})
+        self.passes = Passes(target.path for target in targets.values())
         self.layers = nn.ModuleDict()
         for key, target in targets.items():
             changes = {
@@ -134,7 +155,7 @@ class Adapters(nn.Module):
                 for name, use in uses.items()
                 if (key, name) in deltas
             }
-            self.layers[key] = AdaptedLayer(target, changes, router)
+            self.layers[key] = AdaptedLayer(target, changes, router, self.passes)
         built = {
             name: use.method.model_change(language_model, tuple(use.groups), router, shared.get(name), generator)
             for name, use in uses.items()
@@ -163,6 +184,7 @@ class Adapters(nn.Module):
     def attach(self, language_model: nn.Module) -> None:
         """Register the hooks on the model."""
         self._undo.append(Checkpointing(language_model, self.router).undo)
+        self._undo += [handle.remove for handle in self.passes.attach(language_model)]
         for layer in self.layers.values():
             assert isinstance(layer, AdaptedLayer)  # noqa: S101 - for the type checker
             self._undo += [handle.remove for handle in layer.attach(language_model.get_submodule(layer.target.path))]

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from adapters.attach import Adapters, count_trainable
 from adapters.library import checkpoint
 from adapters.library.as_base import AsBase
-from adapters.library.context_ids import CacheContexts, cached_positions, checked_context_ids, only_input
+from adapters.library.context_ids import (
+    CacheContexts,
+    cached_positions,
+    check_no_state,
+    checked_context_ids,
+    only_input,
+)
 from adapters.library.merge import merge_into
 from adapters.library.peft_export import export_group
 from adapters.library.spec import Spec, resolve
@@ -186,6 +192,7 @@ class AdaptedModel(AsBase):
         self._check_attached()
         given = only_input(input_ids, inputs_embeds)
         ids_XT, host_XT = checked_context_ids(context_ids, given, self.contexts)
+        check_no_state(kwargs, [choice.method for choice in self.spec.choices])
         past_XK = self._caches.of(past_key_values, given.shape[0])
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         inputs |= {} if labels is None else {"labels": labels}

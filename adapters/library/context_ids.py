@@ -6,13 +6,16 @@ Shapes: B rows, T positions of this pass, K positions in the cache, D the model'
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, int64
 
+from adapters.base import AdapterMethod
 from adapters.placement.router import Ids, not_compiled, on_host
 from harness.core.errors import UserError
+
+_STATES = ("cache_params", "state", "mems")  # what transformers calls the states of recurrences
 
 
 def only_input(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -72,8 +75,34 @@ def checked_context_ids(context_ids: Any, given: Tensor, contexts: Sequence[str]
 
 
 def cached_positions(cache: Any) -> int:
-    """Number of positions in a KV cache; 0 for None."""
-    return 0 if cache is None else int(cache.get_seq_length())
+    """Number of positions in a KV cache; 0 for None.
+
+    Raises:
+        UserError: it does not tell.
+    """
+    if cache is None:
+        return 0
+    if not hasattr(cache, "get_seq_length"):
+        raise UserError(
+            f"past_key_values: found {type(cache).__name__}, which does not tell its number of positions; allowed: a "
+            "cache of transformers, such as DynamicCache"
+        )
+    return int(cache.get_seq_length())
+
+
+def check_no_state(given: Mapping[str, Any], methods: Iterable[AdapterMethod]) -> None:
+    """Check that no state of a recurrence is given to a method that needs the contexts of the tokens before.
+
+    Raises:
+        UserError: it is: a state, unlike a KV cache, does not keep them.
+    """
+    for name in _STATES:
+        joining = [part.name for method in methods for part in method.parts if part.joins_groups]
+        if joining and given.get(name) is not None:
+            raise UserError(
+                f"{name}: a state of earlier tokens does not keep their contexts, which {joining[0]} needs; pass the "
+                "whole sequence"
+            )
 
 
 class CacheContexts:

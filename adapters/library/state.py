@@ -12,8 +12,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_FSDP = "_fsdp_wrapped_module."  # in the names of FSDP's first version, which insists on every parameter
-
 
 def own_tensors(adapters: nn.Module, base_model: nn.Module, also: Collection[str] = ()) -> dict[str, Tensor]:
     """Name → every tensor that differs from the base, each once; ``also`` names further parameters of the base."""
@@ -32,8 +30,6 @@ def without_frozen_base(adapted: nn.Module) -> None:
 
 
 def _leave_out(adapted: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    if _FSDP in prefix or any(_FSDP in key for key in state_dict):
-        return
     for key in list(_others(adapted, state_dict, prefix)):
         del state_dict[key]
 

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -25,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from adapters.placement.recomputation import recompute_within
 from harness.core.contexts import Segment, Span
 from harness.core.errors import UserError, did_you_mean
 
@@ -117,6 +119,7 @@ class _Current(threading.local):
 
     layout: Layout | None = None
     task: int = -1  # the backward pass that it was set in; -1: none
+    had_gradients: bool = False  # whether the pass began with gradients
 
     def __reduce__(self) -> tuple[type[_Current], tuple[()]]:
         return _Current, ()
@@ -151,12 +154,13 @@ class Router:
             layout: the layout to begin with (of a pass that backward recomputes).
         """
         current = self._current
-        before = current.layout, current.task
+        before = current.layout, current.task, current.had_gradients
+        current.had_gradients = torch.is_grad_enabled()
         self.use(layout)
         try:
             yield
         finally:
-            current.layout, current.task = before
+            current.layout, current.task, current.had_gradients = before
 
     @not_compiled
     def use(self, layout: Layout | None) -> None:
@@ -256,6 +260,8 @@ class Router:
         layout = self.in_progress
         if layout is None:
             raise UserError(_no_layout())
+        if not torch.compiler.is_compiling():
+            recompute_within(self, partial(self.one_pass, layout), self._current.had_gradients)
         return layout
 
     def layout_of(self, length: int) -> Layout:
@@ -290,7 +296,8 @@ def _no_layout() -> str:
     if torch._C._current_graph_task_id() != -1:
         return (
             "a layer with adapters was run again in backward by an activation checkpointing that does not keep the "
-            "layout of its pass; use the model's gradient_checkpointing_enable(), or checkpoint the whole adapted model"
+            "layout of its pass; use the model's activation_checkpointing_enable(), torch.utils.checkpoint, or "
+            "checkpoint the whole adapted model"
         )
     return (
         "no layout was set: the base model was called directly while it has adapters, which need context_ids; call "

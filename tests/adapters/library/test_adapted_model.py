@@ -319,3 +319,13 @@ def test_an_adapter_that_cannot_be_attached_leaves_no_trace() -> None:
         harness.adapt(model, {"method": "lora", "where": ["gate"]})
     assert traces(model) == before
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_what_is_no_kv_cache_is_refused() -> None:
+    """The contexts of the tokens before are kept with the cache."""
+    adapted = adapted_model(tiny_llama(), {"method": "moka", "rank": 2})
+    with pytest.raises(UserError, match=r"past_key_values: found tuple, .*; allowed: a cache of transformers"):
+        logits(adapted, embeds(), IDS_T, past_key_values=((torch.zeros(3, 2, 4, 8),) * 2,) * 2)
+    for name in ("cache_params", "state"):
+        with pytest.raises(UserError, match=f"{name}: a state of earlier tokens .* which moka needs; pass the whole"):
+            logits(adapted, embeds(), IDS_T, **{name: object()})

@@ -19,40 +19,7 @@ from harness.core.errors import UserError
 from tests.support.adapted import IDS_T, LORA, ROWS_BT, adapted_model, logits
 from tests.support.adapters import embeds
 from tests.support.models import each_model, tiny_gpt2, tiny_llama, tiny_opt
-
-OTHER_BT = ROWS_BT.flip(1)
-PADDED_BT = torch.ones(3, 11, dtype=torch.long).index_fill(1, torch.tensor([10]), 0)
-SPECS: dict[str, dict[str, Any]] = {
-    "lora": LORA,
-    "dora": {"method": "dora", "rank": 3},
-    "vera": {"method": "vera", "rank": 5},
-    "bitfit": {"method": "bitfit"},
-    "ia3": {"method": "ia3"},
-    "ln_tuning": {"method": "ln_tuning"},
-    "bottleneck": {"method": "bottleneck", "bottleneck_size": 4},
-    "moka": {"method": "moka", "rank": 3},
-    "soft_prompt": {"method": "soft_prompt+bitfit", "num_virtual_tokens": 2},
-    "mmca": {"method": "mmca+lora", "rank": 3},
-}
-each_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-
-
-def loss(adapted: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    x_BTD = embeds().requires_grad_()  # the reentrant form needs an input with a gradient
-    total: Tensor = adapted(inputs_embeds=x_BTD, context_ids=ids, attention_mask=mask, use_cache=False).logits
-    return total.square().mean()
-
-
-def gradients(adapted: Any, run: Callable[[], Tensor]) -> dict[str, Tensor]:
-    run().backward()  # type: ignore[no-untyped-call]
-    return {name: p.grad for name, p in adapted.adapters.named_parameters() if p.grad is not None}
-
-
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert any(grad.abs().max() > 0 for grad in expected.values())
-    for name, grad in expected.items():
-        torch.testing.assert_close(found[name], grad, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+from tests.support.passes import OTHER_BT, PADDED_BT, assert_close, each_spec, gradients, loss
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -64,7 +31,7 @@ def test_two_passes_before_one_backward(spec: Any, reentrant: bool) -> None:
         model = tiny_llama()
         adapted = adapted_model(model, spec).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
 
         def both() -> Tensor:
             chosen, rejected = loss(adapted, ROWS_BT), loss(adapted, OTHER_BT, PADDED_BT)
@@ -84,7 +51,7 @@ def test_two_passes_of_other_families(make_model: Any, reentrant: bool) -> None:
     def found(checkpointing: bool) -> dict[str, Tensor]:
         model = make_model()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})  # before the adapters
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})  # before the adapters
         adapted = adapted_model(model).train()
         return gradients(adapted, lambda: loss(adapted, ROWS_BT) - loss(adapted, IDS_T))
 
@@ -95,7 +62,7 @@ def test_backward_inside_another_pass_and_in_another_thread() -> None:
     adapted = adapted_model(tiny_llama()).train()
     expected = gradients(adapted, lambda: loss(adapted, ROWS_BT))
     expected = {name: grad.clone() for name, grad in expected.items()}
-    adapted.base_model.gradient_checkpointing_enable({"use_reentrant": False})
+    adapted.base_model.activation_checkpointing_enable({"use_reentrant": False})
 
     def inside() -> None:
         adapted.zero_grad()
@@ -135,21 +102,10 @@ def test_the_whole_adapted_model_is_checkpointed(reentrant: bool) -> None:
     assert_close(found(True), found(False))
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_a_checkpointing_that_loses_the_layout_is_refused(reentrant: bool) -> None:
-    adapted = adapted_model(tiny_llama())
-    mlp = adapted.base_model.model.layers[0].mlp
-    plain = mlp.forward
-    mlp.forward = lambda x: checkpoint(plain, x, use_reentrant=reentrant)
-    total = loss(adapted, ROWS_BT)
-    with pytest.raises(UserError, match=r"run again in backward .* gradient_checkpointing_enable\(\)"):
-        total.backward()  # type: ignore[no-untyped-call]
-
-
 def test_checkpointing_is_the_models_own_again_after_detaching() -> None:
     adapted = adapted_model(tiny_llama()).train()
     model = adapted.base_model
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     before = [layer._gradient_checkpointing_func for layer in model.model.layers]
     loss(adapted, ROWS_BT)
     adapted.detach()
