@@ -41,7 +41,8 @@ def merge_into(language_model: nn.Module, adapters: Adapters) -> None:
         adapters: adapters with one group, which owns every token.
 
     Raises:
-        UserError: a method cannot be expressed by the layers' weights (the message names method and layer).
+        UserError: a method cannot be expressed by the layers' weights (the message names method and layer), or a weight
+            is also that of another layer.
     """
     for name in adapters.model_changes:
         raise UserError(f"{name} cannot be merged: it changes the model as a whole, not its layers' weights")
@@ -49,12 +50,29 @@ def merge_into(language_model: nn.Module, adapters: Adapters) -> None:
     for group in adapters.router.groups:
         for name, target, delta in adapters.deltas_of(group):
             steps.setdefault(target.path, []).append(_Step(name, target, delta))
+    holders = _holders(language_model)
     for path, found in steps.items():
+        layer = language_model.get_submodule(path)
+        others = {other for p in layer.parameters(recurse=False) for other in holders[id(p)] if other != path}
+        if others:
+            raise UserError(
+                f"{found[0].method} cannot be merged at layer {path}: its weight is also that of "
+                f"{', '.join(sorted(others))}, which would change with it"
+            )
         if is_offloaded(language_model.get_submodule(path)):
             raise UserError(f"{found[0].method} cannot be merged at layer {path}: its weight is offloaded")
     merged = {path: _merged(language_model.get_submodule(path), _in_order(found)) for path, found in steps.items()}
     for path, (weight, bias) in merged.items():
         _write(language_model.get_submodule(path), weight, bias)
+
+
+def _holders(language_model: nn.Module) -> dict[int, list[str]]:
+    """Id of a parameter → the paths of the modules that have it: tied weights have several."""
+    holders: dict[int, list[str]] = {}
+    for path, module in language_model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(path)
+    return holders
 
 
 def _in_order(steps: Sequence[_Step]) -> list[_Step]:

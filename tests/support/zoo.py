@@ -56,6 +56,7 @@ MORE: dict[str, dict[str, Any]] = {
     "longcat_flash": {"ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "zero_expert_num": 2, "moe_topk": 2},
     "mamba2": {"num_heads": 8},
     "reformer": {"is_decoder": True},
+    "zamba": {"num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1},
     "zamba2": {"layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "hybrid", "mamba"], "num_hidden_layers": 6},
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},

@@ -173,3 +173,35 @@ def test_a_users_method_that_does_not_fit_the_layer_is_named(method: Any, messag
     with pytest.raises(UserError, match=message):
         merge_into(model, adapters)
     assert torch.equal(bare(model), bare_BTV)
+
+
+# ── Weights that are also another layer's
+
+
+def test_a_tied_weight_is_not_merged_into() -> None:
+    """Two adapters of one weight, or one of a weight that something else reads too."""
+    model = tiny_llama()
+    first, last = (block.mlp.down_proj for block in model.model.layers)
+    last.weight = first.weight
+    adapted = adapted_model(model, {"method": "lora", "rank": 2}, "agnostic")
+    message = (
+        r"lora cannot be merged at layer model\.layers\.0\.mlp\.down_proj: its weight is also that of "
+        r"model\.layers\.1\.mlp\.down_proj"
+    )
+    before, kept = logits(adapted, embeds(), IDS_T), first.weight.clone()
+    with pytest.raises(UserError, match=message):
+        adapted.merge()
+    assert torch.equal(first.weight, kept)
+    assert torch.equal(logits(adapted, embeds(), IDS_T), before)
+    adapted.detach()
+    adapted_model(model, {"method": "lora", "rank": 2, "where": "A"}, "agnostic").merge()  # these are not tied
+
+
+def test_a_layer_at_two_places_is_merged_once() -> None:
+    """The same module: one adapter, which acts at both places."""
+    model = tiny_llama()
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    adapted = adapted_model(model, {"method": "lora", "rank": 2}, "agnostic")
+    expected_BTV = logits(adapted, embeds(), IDS_T)
+    merged = adapted.merge()
+    torch.testing.assert_close(merged(inputs_embeds=embeds()).logits, expected_BTV, rtol=1e-4, atol=1e-4)
