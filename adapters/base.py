@@ -15,9 +15,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from adapters.placement.offload import device_of, dtype_of
+from adapters.placement.order import order_of, sort, unsort
 from adapters.placement.roles import ATTENTION, FEED_FORWARD, Target
 from adapters.placement.router import Layout, Router
 from harness.core.errors import UserError
@@ -48,6 +50,8 @@ class Delta(nn.Module, ABC):
     @abstractmethod
     def forward(self, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
         """The changed value (B, T, D). Tokens of several rows may come flattened: (N, I) and (N, D) → (N, D).
+
+        Called once per pass for all tokens of the group; spans that are apart come concatenated along T.
 
         Args:
             x_BTI: the layer's input.
@@ -82,11 +86,24 @@ class Change(nn.Module):
         """The delta of one group."""
         return self.deltas[_PREFIX + group]
 
+    def changed(self, group: str, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
+        """The group's change of tokens that are all its own; called once per pass, for all of them together."""
+        changed_BTD: Tensor = self.delta(group)(x_BTI, value_BTD)
+        return changed_BTD
+
+    def alone(self, layout: Layout) -> str | None:
+        """The group that computes the whole pass: the only one; without gradients, the one that owns every position."""
+        if layout.owned_by(self.groups):
+            return self.groups[0]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None  # the other groups stay in the graph
+        return layout.owner if layout.owner in self.groups else None
+
     def forward(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
         """The value (B, T, D) with every group's change at its own positions."""
-        if layout.owned_by(self.groups):  # agnostic: nothing to split or concatenate
-            changed_BTD: Tensor = self.delta(self.groups[0])(x_BTI, value_BTD)
-            return changed_BTD
+        alone = self.alone(layout)
+        if alone is not None:  # nothing to split or concatenate
+            return self.changed(alone, x_BTI, value_BTD, layout)
         if torch.compiler.is_compiling():
             return self._by_mask(x_BTI, value_BTD, layout)
         if layout.spans is not None:
@@ -97,26 +114,33 @@ class Change(nn.Module):
         assert layout.spans is not None  # noqa: S101 - for the type checker
         # One split, whose backward is one concatenation, rather than one slice per span.
         sizes = [span.stop - span.start for span in layout.spans]
-        parts = zip(layout.spans, torch.split(x_BTI, sizes, dim=1), torch.split(value_BTD, sizes, dim=1), strict=True)
-        pieces = [self.delta(span.group)(x, value) if span.group in self.groups else value for span, x, value in parts]
-        if torch.is_grad_enabled():
-            # A group without a token in this batch stays in the graph: ZeRO needs a gradient, even if zero, for the
-            # same parameters on every rank and step.
-            present = {span.group for span in layout.spans}
-            pieces += [self.delta(g)(x_BTI[:, :0], value_BTD[:, :0]) for g in self.groups if g not in present]
+        xs, pieces = torch.split(x_BTI, sizes, dim=1), list(torch.split(value_BTD, sizes, dim=1))
+        for group in self.groups:
+            own = [index for index, span in enumerate(layout.spans) if span.group == group]
+            if len(own) == 1:
+                pieces[own[0]] = self.changed(group, xs[own[0]], pieces[own[0]], layout)
+            elif own:
+                # All spans at once: what a delta does with its parameters (casts, norms) is done once.
+                x_BMI, value_BMD = (torch.cat([of[index] for index in own], dim=1) for of in (xs, pieces))
+                changed_BMD = self.changed(group, x_BMI, value_BMD, layout)
+                for index, piece in zip(own, torch.split(changed_BMD, [sizes[i] for i in own], dim=1), strict=True):
+                    pieces[index] = piece
+            elif torch.is_grad_enabled():
+                # A group without a token in this batch stays in the graph: ZeRO needs a gradient, even if zero, for
+                # the same parameters on every rank and step.
+                pieces.append(self.changed(group, x_BTI[:, :0], value_BTD[:, :0], layout))
         return torch.cat(pieces, dim=1)
 
     def _by_token(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
-        """Rows have different layouts: gather each group's tokens, change them, scatter them back.
+        """Rows have different layouts: sort the tokens by group, change each group's, and put them back.
 
-        Gathering no token keeps the group in the graph.
+        Changing no token keeps the group in the graph.
         """
-        x_NI, value_ND = x_BTI.flatten(0, 1), value_BTD.flatten(0, 1)
-        for group in self.groups:
-            where_M = layout.positions[group]
-            changed_MD = self.delta(group)(x_NI[where_M], value_ND[where_M])
-            value_ND = value_ND.index_copy(0, where_M, changed_MD)
-        return value_ND.view_as(value_BTD)
+        order = order_of(layout, self.groups, x_BTI.shape[0])
+        sizes = [piece.stop - piece.start for piece in order.pieces]
+        xs, values = (torch.split(sort(of.flatten(0, 1), order), sizes) for of in (x_BTI, value_BTD))
+        pieces = [self.changed(g, x, value, layout) for g, x, value in zip(self.groups, xs, values, strict=False)]
+        return unsort(torch.cat([*pieces, values[-1]]), order).view_as(value_BTD)
 
     def _by_mask(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
         """Every group's change of every token, of which each token keeps its own.
@@ -129,11 +153,51 @@ class Change(nn.Module):
             changed_BTD = torch.where(own_XT1, self.delta(group)(x_BTI, value_BTD), changed_BTD)
         return changed_BTD
 
-    def table(self, name: str, layout: Layout, absent: float) -> Tensor:
-        """The vector parameter ``name`` of each token's group (X, T, D); ``absent`` where none of these groups acts."""
-        rows = [getattr(self.delta(group), name) for group in self.groups]
+    def vector(self, name: str, layout: Layout, absent: float, dtype: torch.dtype) -> Tensor:
+        """The vector parameter ``name`` of each token's group (X, T, D); (D,) if one group computes the whole pass.
+
+        ``absent`` where none of these groups acts.
+        """
+        group = self.alone(layout)
+        if group is not None:
+            own_D: Tensor = layout.constant((self, name, group, dtype), lambda: self._parameter(group, name).to(dtype))
+            return own_D
+        vectors = {group: self._parameter(group, name) for group in self.groups}
+        return self.of_tokens(vectors, layout, absent).to(dtype)
+
+    def _parameter(self, group: str, name: str) -> Tensor:
+        found_D: Tensor = getattr(self.delta(group), name)
+        return found_D
+
+    def of_tokens(self, vectors: Mapping[str, Tensor], layout: Layout, absent: float) -> Tensor:
+        """The vector of each token's group (X, T, D), of group → (D,); ``absent`` where none of them acts."""
+        rows = [vectors[group] for group in self.groups]
         table_GD = torch.stack([*rows, torch.full_like(rows[0], absent)])
-        return F.embedding(layout.lookup(self.groups).index_XT, table_GD)
+        lookup = layout.lookup(self.groups)
+        if table_GD.device.type == "cpu" or torch._C._are_functorch_transforms_active():
+            return F.embedding(lookup.index_XT, table_GD)
+        found_XTD: Tensor = _Rows.apply(table_GD, *lookup)  # type: ignore[no-untyped-call]
+        return found_XTD
+
+
+class _Rows(torch.autograd.Function):
+    """``F.embedding`` for a table of few rows (G + 1, D), the last of which has no gradient.
+
+    Its backward is one product, which adds in a fixed order. Embedding's own is made for rows that are rarely the same:
+    a GPU adds thousands of tokens to the same few rows one after the other. (A CPU is as fast with it, and exact.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table_GD: Tensor, owner_XTG: Tensor, index_XT: Tensor) -> Tensor:
+        ctx.save_for_backward(owner_XTG)
+        return F.embedding(index_XT, table_GD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_XTD: Tensor) -> tuple[Tensor, None, None]:
+        (owner_XTG,) = ctx.saved_tensors
+        g_GD = owner_XTG.flatten(0, 1).T.to(g_XTD.dtype) @ g_XTD.flatten(0, 1)
+        return torch.cat([g_GD, g_GD.new_zeros(1, g_GD.shape[1])]), None, None
 
 
 class ModelChange(nn.Module, ABC):

@@ -43,9 +43,7 @@ class BitFitChange(base.Change):
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
         """``y + b_c``."""
-        if layout.owned_by(self.groups):
-            return super().forward(x_BTI, value_BTD, layout)
-        return value_BTD + self.table("bias", layout, 0.0).to(value_BTD.dtype)
+        return value_BTD + self.vector("bias", layout, 0.0, value_BTD.dtype)
 
 
 class BitFit(base.AdapterMethod):

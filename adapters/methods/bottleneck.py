@@ -14,7 +14,7 @@ Shapes: B rows, T positions, D the model's width, M the bottleneck's width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Literal
 
 import torch
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from adapters import base
 from adapters.placement.roles import Target
+from adapters.placement.router import Layout
 
 _NON_LINEARITY: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 _SERIAL = frozenset({"o", "down"})
@@ -71,12 +72,29 @@ class BottleneckDelta(base.Delta):
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
         """``y + f(y)``, or ``y + s f(x)``."""
+        return self.add(x_BTI, value_BTD, self.weights((x_BTI if self.reads_input else value_BTD).dtype))
+
+    def weights(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """``D``, ``d``, ``U`` and ``u``."""
+        return tuple(p.to(dtype) for p in (self.down_weight, self.down_bias, self.up_weight, self.up_bias))
+
+    def add(self, x_BTI: Tensor, value_BTD: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+        """``forward`` with the given weights."""
         z_BTD = x_BTI if self.reads_input else value_BTD
-        down_MD, down_M, up_DM, up_D = (
-            p.to(z_BTD.dtype) for p in (self.down_weight, self.down_bias, self.up_weight, self.up_bias)
-        )
+        down_MD, down_M, up_DM, up_D = weights
         update_BTD = F.linear(self.non_linearity(F.linear(z_BTD, down_MD, down_M)), up_DM, up_D)
         return torch.add(value_BTD, update_BTD.to(value_BTD.dtype), alpha=self.scale)
+
+
+class BottleneckChange(base.Change):
+    """Casts the weights once for all tokens of a generation."""
+
+    def changed(self, group: str, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
+        """``y + f(y)``, or ``y + s f(x)``."""
+        delta: BottleneckDelta = self.delta(group)
+        dtype = (x_BTI if delta.reads_input else value_BTD).dtype
+        weights = layout.constant((self, group, dtype), lambda: delta.weights(dtype))
+        return delta.add(x_BTI, value_BTD, weights)
 
 
 class Bottleneck(base.AdapterMethod):
@@ -98,3 +116,9 @@ class Bottleneck(base.AdapterMethod):
     def delta(self, target: Target, generator: torch.Generator) -> base.Delta:
         """One bottleneck."""
         return BottleneckDelta(target.out_features, self.config, generator)
+
+    def change(
+        self, target: Target, deltas: Mapping[str, base.Delta], shared: nn.Module | None, generator: torch.Generator
+    ) -> base.Change:
+        """A change that casts each group's weights once."""
+        return BottleneckChange(deltas)

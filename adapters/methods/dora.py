@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, cast
+from typing import Annotated, NamedTuple, cast
 
 import torch
 from pydantic import Field, PositiveInt
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from transformers.utils.generic import maybe_autocast
 
 from adapters import base
+from adapters.methods.lora_forms import low_rank, whole
 from adapters.placement.offload import tensor_of
 from adapters.placement.roles import Target
 from adapters.placement.router import Layout
@@ -66,7 +67,7 @@ class DoRADelta(base.Delta):
         if self.dropout:
             x_BTI = F.dropout(x_BTI, self.dropout, self.training)
         update_BTO = F.linear(F.linear(x_BTI, self.lora_A.to(x_BTI.dtype)), self.lora_B.to(x_BTI.dtype)) * self.scale
-        ratio_O, bias_O = self.ratio(), self._layer_bias()
+        ratio_O, bias_O = self.ratio(), self.layer_bias()
         without_bias_BTO = value_BTD if bias_O is None else value_BTD - bias_O.to(dtype)
         # Subtract before rounding to the value's dtype: ratio - 1 is small, and exactly zero at initialisation.
         return value_BTD + (ratio_O - 1).to(dtype) * without_bias_BTO + ratio_O.to(dtype) * update_BTO.to(dtype)
@@ -82,7 +83,7 @@ class DoRADelta(base.Delta):
 
     def merge(self, weight_OI: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor]:
         """``ratio ⊙ (W + s B A)``; scales what an earlier method merged into the bias, but not the layer's own bias."""
-        ratio_O, own_O = self.ratio(), self._layer_bias()
+        ratio_O, own_O = self.ratio(), self.layer_bias()
         own_O = torch.zeros_like(bias_O) if own_O is None else own_O
         merged_OI = ratio_O[:, None] * (weight_OI + self.scale * self.lora_B @ self.lora_A)
         return merged_OI, bias_O + (ratio_O - 1) * (bias_O - own_O)
@@ -90,7 +91,8 @@ class DoRADelta(base.Delta):
     def _norm_dtype(self) -> torch.dtype:
         return torch.promote_types(self.lora_A.dtype, torch.float32)
 
-    def _layer_bias(self) -> Tensor | None:
+    def layer_bias(self) -> Tensor | None:
+        """The layer's own bias (O,), or this role's part of it."""
         bias_O = cast("Tensor | None", tensor_of(self.target.layer, "bias"))
         if bias_O is None:
             return None
@@ -106,23 +108,53 @@ def _row_norms(weight_OI: Tensor) -> Tensor:
     return norms_O.clamp(min=torch.finfo(weight_OI.dtype).tiny)
 
 
-class DoRAChange(base.Change):
-    """Applies every delta once, to all its spans together: its norm costs the same for one token as for all."""
+class _Scaled(NamedTuple):
+    """One group's ratio minus one (O,), and ``ratio ⊙ B`` (O, R)."""
 
-    def _by_span(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
-        assert layout.spans is not None  # noqa: S101 - for the type checker
-        sizes = [span.stop - span.start for span in layout.spans]
-        xs, pieces = torch.split(x_BTI, sizes, dim=1), list(torch.split(value_BTD, sizes, dim=1))
-        for group in self.groups:
-            own = [index for index, span in enumerate(layout.spans) if span.group == group]
-            if own:
-                x_BMI, value_BMD = (torch.cat([of[index] for index in own], dim=1) for of in (xs, pieces))
-                changed = torch.split(self.delta(group)(x_BMI, value_BMD), [sizes[index] for index in own], dim=1)
-                for index, piece in zip(own, changed, strict=True):
-                    pieces[index] = piece
-            elif torch.is_grad_enabled():  # a group without tokens stays in the graph (see Change)
-                pieces.append(self.delta(group)(x_BTI[:, :0], value_BTD[:, :0]))
-        return torch.cat(pieces, dim=1)
+    added_O: Tensor
+    B_OR: Tensor
+
+
+class DoRAChange(base.Change):
+    """Scales the layer's output by each token's ratio, then adds LoRA with ``ratio ⊙ B`` in one of its forms.
+
+    The norm, which costs the same for one token as for all, is computed once per pass, and once in a generation.
+    """
+
+    def forward(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
+        """``y + (ratio_c - 1) ⊙ (y - b) + s · (ratio_c ⊙ B_c) A_c dropout(x)``."""
+        if torch._C._are_functorch_transforms_active():  # torch.func does not see through the forms' own backward
+            return super().forward(x_BTI, value_BTD, layout)
+        first: DoRADelta = self.delta(self.groups[0])
+        if first.dropout and first.training:
+            x_BTI = F.dropout(x_BTI, first.dropout)
+        dtype, alone = value_BTD.dtype, self.alone(layout)
+        scaled = {group: self._scaled(group, layout) for group in (self.groups if alone is None else (alone,))}
+        # Subtract before rounding to the value's dtype: ratio - 1 is small, and exactly zero at initialisation.
+        if alone is None:
+            added = self.of_tokens({group: of.added_O for group, of in scaled.items()}, layout, 0.0).to(dtype)
+        else:
+            added = scaled[alone].added_O.to(dtype)
+        bias_O = first.layer_bias()
+        without_bias_BTO = value_BTD if bias_O is None else value_BTD - bias_O.to(dtype)
+        value_BTD = torch.addcmul(value_BTD, added, without_bias_BTO)
+        if alone is not None and not torch.is_grad_enabled():
+            A_RI, B_OR = self.delta(alone).lora_A, scaled[alone].B_OR
+            pair = layout.constant((self, alone, dtype), lambda: (A_RI.to(dtype), B_OR.to(dtype)))
+            return whole(x_BTI, value_BTD, pair, first.scale)
+        pairs = {group: (self.delta(group).lora_A, of.B_OR) for group, of in scaled.items()}
+        return low_rank(x_BTI, value_BTD, layout, pairs, first.scale)
+
+    def _scaled(self, group: str, layout: Layout) -> _Scaled:
+        delta: DoRADelta = self.delta(group)
+        if torch.compiler.is_compiling() or layout.has_tokens_of(group):
+            return layout.constant((self, group), lambda: _scaled(delta, delta.ratio()))
+        # A group without tokens stays in the graph (see Change), where its zero gradients need no norm.
+        return _scaled(delta, delta.lora_magnitude_vector)
+
+
+def _scaled(delta: DoRADelta, ratio_O: Tensor) -> _Scaled:
+    return _Scaled(ratio_O - 1, ratio_O[:, None] * delta.lora_B)
 
 
 class DoRA(base.AdapterMethod):
@@ -147,5 +179,5 @@ class DoRA(base.AdapterMethod):
     def change(
         self, target: Target, deltas: Mapping[str, base.Delta], shared: nn.Module | None, generator: torch.Generator
     ) -> base.Change:
-        """A change that computes each group's norm once."""
+        """A change that computes each group's norm once, and all groups in one form."""
         return DoRAChange(deltas)

@@ -49,9 +49,7 @@ class ScaleChange(base.Change):
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
         """``l_c ⊙ value``."""
-        if layout.owned_by(self.groups):
-            return super().forward(x_BTI, value_BTD, layout)
-        return value_BTD * self.table("ia3_l", layout, 1.0).to(value_BTD.dtype)
+        return value_BTD * self.vector("ia3_l", layout, 1.0, value_BTD.dtype)
 
 
 class IA3(base.AdapterMethod):

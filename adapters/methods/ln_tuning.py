@@ -78,10 +78,8 @@ class NormChange(base.Change):
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
         """``g_c ⊙ y + o_c``."""
-        if layout.owned_by(self.groups):
-            return super().forward(x_BTI, value_BTD, layout)
-        scale_XTD, offset_XTD = self.table("scale", layout, 1.0), self.table("offset", layout, 0.0)
-        return value_BTD * scale_XTD.to(value_BTD.dtype) + offset_XTD.to(value_BTD.dtype)
+        dtype = value_BTD.dtype
+        return value_BTD * self.vector("scale", layout, 1.0, dtype) + self.vector("offset", layout, 0.0, dtype)
 
 
 class LNTuning(base.AdapterMethod):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapters import base
-from adapters.methods.lora_forms import low_rank
+from adapters.methods.lora_forms import low_rank, whole
 from adapters.placement.roles import Target
 from adapters.placement.router import Layout
 
@@ -108,9 +108,14 @@ class LoRADelta(base.Delta):
         B_OS = torch.cat([self.lora_B - self.start_B, self.start_B], dim=1)
         return A_SI, B_OS
 
+    def factors_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``factors`` in a dtype."""
+        A_SI, B_OS = self.factors()
+        return A_SI.to(dtype), B_OS.to(dtype)
+
     def forward(self, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
         """``y + scale · B A dropout(x)``."""
-        A_SI, B_OS = (factor.to(value_BTD.dtype) for factor in self.factors())
+        A_SI, B_OS = self.factors_in(value_BTD.dtype)
         x_BTI = F.dropout(x_BTI.to(value_BTD.dtype), self.dropout, self.training)
         return torch.add(value_BTD, F.linear(F.linear(x_BTI, A_SI), B_OS), alpha=self.scale)
 
@@ -140,8 +145,14 @@ class LoRAChange(base.Change):
             return super().forward(x_BTI, value_BTD, layout)
         deltas: dict[str, LoRADelta] = {group: self.delta(group) for group in self.groups}
         first = deltas[self.groups[0]]
-        # All groups have the same options, so one dropout over all tokens is equivalent to one per group.
-        x_BTI = F.dropout(x_BTI, first.dropout, first.training)
+        if first.dropout and first.training:
+            # All groups have the same options, so one dropout over all tokens is equivalent to one per group.
+            x_BTI = F.dropout(x_BTI, first.dropout)
+        alone = None if torch.is_grad_enabled() else self.alone(layout)
+        if alone is not None:
+            dtype = value_BTD.dtype
+            pair = layout.constant((self, alone, dtype), lambda: deltas[alone].factors_in(dtype))
+            return whole(x_BTI, value_BTD, pair, first.scale)
         pairs = {group: delta.factors() for group, delta in deltas.items()}
         return low_rank(x_BTI, value_BTD, layout, pairs, first.scale)
 

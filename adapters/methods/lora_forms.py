@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from adapters.placement.order import Order, Piece, order_of
 from adapters.placement.router import Layout
 
 # Measured on a CPU with 2,048 tokens of width 768; the masked form has groups × rank columns. Masking is fastest up to
@@ -33,22 +34,6 @@ SHORTEST_MEAN_SPAN = 16
 MOST_MASKED_COLUMNS = 32
 
 Form = Literal["whole", "spans", "masked", "sorted"]
-
-
-class Piece(NamedTuple):
-    """A run of positions (or of sorted tokens) and the index of the group that owns it; None: none of the groups."""
-
-    group: int | None
-    start: int
-    stop: int
-
-
-class Order(NamedTuple):
-    """The tokens sorted by group, those without a group last."""
-
-    sorted_N: Tensor  # int64: index, in the concatenated rows, of the token at each place
-    back_N: Tensor  # int64: its inverse
-    pieces: tuple[Piece, ...]
 
 
 def low_rank(
@@ -84,7 +69,7 @@ def low_rank(
         pieces: tuple[Piece, ...] = (Piece(0, 0, layout.length),) if owned else ()
         form = "whole" if owned else "masked"
     else:
-        pieces = pieces_of(layout, groups)
+        pieces = layout.keep((pieces_of, groups), lambda: pieces_of(layout, groups))
         form = form or form_of(layout, pieces, len(groups) * factors[0].shape[0])
     changed: Tensor
     if form in {"whole", "masked"}:
@@ -96,6 +81,21 @@ def low_rank(
     order = order_of(layout, groups, x_BTI.shape[0]) if form == "sorted" else None
     changed = _Pieces.apply(x_BTI, value_BTO, pieces, order, scale, *factors)  # type: ignore[no-untyped-call]
     return changed
+
+
+def whole(x_BTI: Tensor, value_BTO: Tensor, pair: tuple[Tensor, Tensor], scale: float) -> Tensor:
+    """``value + scale · B A x`` for every token, without gradients: the whole form in two products.
+
+    Args:
+        x_BTI: the layer's input.
+        value_BTO: the layer's output.
+        pair: A (R, I) and B (O, R), in the value's dtype.
+        scale: factor of the product.
+    """
+    A_RI, B_OR = pair
+    with _no_autocast(value_BTO.device):
+        h_NR = x_BTI.to(value_BTO.dtype).flatten(0, 1) @ A_RI.T
+        return torch.addmm(value_BTO.flatten(0, 1), h_NR, B_OR.T, alpha=scale).view_as(value_BTO)
 
 
 def form_of(layout: Layout, pieces: Sequence[Piece], columns: int) -> Form:
@@ -117,23 +117,6 @@ def pieces_of(layout: Layout, groups: tuple[str, ...]) -> tuple[Piece, ...]:
     """The layout's spans as pieces; empty if rows differ."""
     spans = layout.spans or ()
     return tuple(Piece(groups.index(s.group) if s.group in groups else None, s.start, s.stop) for s in spans)
-
-
-def order_of(layout: Layout, groups: tuple[str, ...], rows: int) -> Order:
-    """The layout's tokens sorted by group; all layers of a pass need the same order."""
-    return layout.keep((order_of, groups, rows), lambda: _order(layout, groups, rows))
-
-
-def _order(layout: Layout, groups: tuple[str, ...], rows: int) -> Order:
-    index_XT = layout.lookup(groups).index_XT
-    sorted_N = index_XT.expand(rows, -1).flatten().argsort(stable=True)
-    if layout.spans is None:
-        counts = [layout.positions[group].shape[0] for group in groups]
-    else:
-        counts = [rows * sum(s.stop - s.start for s in layout.spans if s.group == group) for group in groups]
-    stops = [sum(counts[: index + 1]) for index in range(len(counts))]
-    pieces = [Piece(index, stop - counts[index], stop) for index, stop in enumerate(stops)]
-    return Order(sorted_N, sorted_N.argsort(), (*pieces, Piece(None, stops[-1], sorted_N.shape[0])))
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -214,6 +197,13 @@ def _in_dtype(grads: Sequence[Tensor], of: Sequence[Tensor]) -> list[Tensor]:
     return [grad.to(tensor.dtype) for grad, tensor in zip(grads, of, strict=True)]
 
 
+def _cast(factors: Sequence[Tensor], pieces: Sequence[Piece], dtype: torch.dtype) -> dict[int, tuple[Tensor, Tensor]]:
+    """A and B of the groups that own a piece, cast once however many pieces they own."""
+    present = {piece.group for piece in pieces if piece.group is not None}
+    groups = len(factors) // 2
+    return {group: (factors[group].to(dtype), factors[groups + group].to(dtype)) for group in present}
+
+
 class _Pieces(torch.autograd.Function):
     """Piece by piece: slices of every row, or, with an ``Order``, of the sorted tokens as one row."""
 
@@ -222,15 +212,16 @@ class _Pieces(torch.autograd.Function):
         ctx: Any, x_BTI: Tensor, y_BTO: Tensor, pieces: tuple[Piece, ...], order: Order | None, scale: float,
         *factors: Tensor,
     ) -> Tensor:  # fmt: skip
-        groups, rank = len(factors) // 2, factors[0].shape[0]
+        rank = factors[0].shape[0]
         ctx.pieces, ctx.order, ctx.scale = order.pieces if order else pieces, order, scale
         with _no_autocast(y_BTO.device):
             x_LMI = _sort(x_BTI.to(y_BTO.dtype), order)
             out_LMO = y_BTO.clone(memory_format=torch.contiguous_format) if order is None else _sort(y_BTO, order)
             h_LMR = x_LMI.new_empty(*x_LMI.shape[:2], rank)
+            cast = _cast(factors, ctx.pieces, y_BTO.dtype)
             for group, start, stop in ctx.pieces:
                 if group is not None:
-                    A_RI, B_OR = factors[group].to(y_BTO.dtype), factors[groups + group].to(y_BTO.dtype)
+                    A_RI, B_OR = cast[group]
                     _add_product(h_LMR[:, start:stop], x_LMI[:, start:stop], A_RI.T, beta=0)
                     _add_product(out_LMO[:, start:stop], h_LMR[:, start:stop], B_OR.T, alpha=scale)
         ctx.save_for_backward(x_BTI, h_LMR, *factors)
@@ -245,11 +236,11 @@ class _Pieces(torch.autograd.Function):
         with _no_autocast(g_BTO.device):
             x_LMI, g_LMO = _sort(x_BTI.to(g_BTO.dtype), ctx.order), _sort(g_BTO, ctx.order)
             gh_LMR = torch.empty_like(h_LMR)
+            cast = _cast(factors, ctx.pieces, g_BTO.dtype)
             for group, start, stop in ctx.pieces:
                 if group is not None:
                     slices = _Slices(*(value[:, start:stop] for value in (x_LMI, g_LMO, h_LMR, gh_LMR)))
-                    B_OR = factors[groups + group].to(g_BTO.dtype)
-                    _add_grads(slices, B_OR, grads[group], grads[groups + group], ctx.scale, x_LMI.numel())
+                    _add_grads(slices, cast[group][1], grads[group], grads[groups + group], ctx.scale, x_LMI.numel())
             gx_BTI = None
             if ctx.needs_input_grad[0]:
                 gx_LMI = torch.empty_like(x_LMI, memory_format=torch.contiguous_format)
@@ -257,8 +248,7 @@ class _Pieces(torch.autograd.Function):
                     if group is None:
                         gx_LMI[:, start:stop].zero_()
                     else:
-                        A_RI = factors[group].to(g_BTO.dtype)
-                        _add_product(gx_LMI[:, start:stop], gh_LMR[:, start:stop], A_RI, beta=0)
+                        _add_product(gx_LMI[:, start:stop], gh_LMR[:, start:stop], cast[group][0], beta=0)
                 gx_BTI = _unsort(gx_LMI, ctx.order).view_as(x_BTI).to(x_BTI.dtype)
         return gx_BTI, g_BTO, None, None, None, *_in_dtype(grads, factors)
 

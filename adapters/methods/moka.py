@@ -63,9 +63,13 @@ class MokADelta(base.Delta):
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
         """Adds ``A dropout(x)`` to the state (B, T, R), which is zero."""
+        return self.add(x_BTI, value_BTD, self.lora_A.to(x_BTI.dtype))
+
+    def add(self, x_BTI: Tensor, value_BTD: Tensor, A_RI: Tensor) -> Tensor:
+        """``forward`` with the given A."""
         if self.dropout:
             x_BTI = F.dropout(x_BTI, self.dropout, self.training)
-        return value_BTD + F.linear(x_BTI, self.lora_A.to(x_BTI.dtype))
+        return value_BTD + F.linear(x_BTI, A_RI)
 
 
 class Visible(NamedTuple):
@@ -73,7 +77,8 @@ class Visible(NamedTuple):
 
     queries_Q: Tensor  # positions that are a query in at least one row
     keys_S: Tensor  # positions that are a key in at least one row
-    mask_XQS: Tensor
+    blocked_XQS: Tensor
+    some_XQ1: Tensor  # whether a query has a key
 
 
 class CrossModal(nn.Module):
@@ -151,7 +156,7 @@ class CrossModal(nn.Module):
         mask_XQS = query_XT[:, queries_Q, None] & key_XT[:, None, keys_S]
         if not instruction:
             mask_XQS = mask_XQS & (keys_S < queries_Q[:, None])
-        return Visible(queries_Q, keys_S, mask_XQS)
+        return Visible(queries_Q, keys_S, ~mask_XQS, mask_XQS.any(dim=-1, keepdim=True))
 
 
 class MokAChange(base.Change):
@@ -174,17 +179,26 @@ class MokAChange(base.Change):
             state_BTR = state_BTR.index_add(
                 1, visible.queries_Q, found_BQR, alpha=self.cross_modal.config.cross_modal_scale
             )
-        update_BTD = F.linear(state_BTR, self.lora_B.to(state_BTR.dtype))
-        return torch.add(value_BTD, update_BTD.to(value_BTD.dtype), alpha=self.scale)
+        dtype = value_BTD.dtype
+        B_OR = layout.constant((self, "lora_B", dtype), lambda: self.lora_B.to(dtype))
+        state_NR = state_BTR.to(dtype).flatten(0, 1)
+        return torch.addmm(value_BTD.flatten(0, 1), state_NR, B_OR.T, alpha=self.scale).view_as(value_BTD)
+
+    def changed(self, group: str, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
+        """The state ``A_g x`` of the group's tokens."""
+        delta: MokADelta = self.delta(group)
+        dtype = x_BTI.dtype
+        A_RI = layout.constant((self, group, dtype), lambda: delta.lora_A.to(dtype))
+        return delta.add(x_BTI, value_BTD, A_RI)
 
     def _attend(self, state_BTR: Tensor, visible: Visible) -> Tensor:
-        query_BQR, key_BSR = state_BTR[:, visible.queries_Q], state_BTR[:, visible.keys_S]
+        query_BQR, key_BSR = (state_BTR.index_select(1, where) for where in (visible.queries_Q, visible.keys_S))
         scores_BQS = (query_BQR @ key_BSR.transpose(1, 2)) / math.sqrt(state_BTR.shape[-1])
         scores_BQS = scores_BQS.to(torch.promote_types(scores_BQS.dtype, torch.float32))
         lowest = torch.finfo(scores_BQS.dtype).min
-        weights_BQS = scores_BQS.masked_fill(~visible.mask_XQS, lowest).softmax(dim=-1)
-        # A query without keys adds nothing.
-        return (weights_BQS * visible.mask_XQS).to(state_BTR.dtype) @ key_BSR
+        weights_BQS = scores_BQS.masked_fill(visible.blocked_XQS, lowest).softmax(dim=-1)
+        # Weights of blocked keys are zero, except of a query without keys, which adds nothing.
+        return (weights_BQS * visible.some_XQ1).to(state_BTR.dtype) @ key_BSR
 
 
 class PaddingMask(base.ModelChange):

@@ -63,12 +63,23 @@ class VeRADelta(base.Delta):
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
         """``y + b ⊙ B (d ⊙ A dropout(x))``."""
-        return self.add(x_BTI, value_BTD, self.vera_lambda_d, self.vera_lambda_b)
+        (projections,) = self._projections
+        pair = projections.vera_A, projections.vera_B
+        return self.add(x_BTI, value_BTD, (self.vera_lambda_d, self.vera_lambda_b), pair)
 
-    def add(self, x_BTI: Tensor, value_BTD: Tensor, d_R: Tensor, b_O: Tensor) -> Tensor:
-        """``forward`` with the given vectors, (R,) and (O,), or one per token, (X, T, R) and (X, T, O)."""
-        a_RI, b_OR = self._sliced()
-        dtype = value_BTD.dtype
+    def add(
+        self, x_BTI: Tensor, value_BTD: Tensor, vectors: tuple[Tensor, Tensor], pair: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """``forward`` with the given vectors and projections.
+
+        Args:
+            x_BTI: the layer's input.
+            value_BTD: the layer's output.
+            vectors: ``d`` and ``b``, (R,) and (O,), or one per token, (X, T, R) and (X, T, O).
+            pair: the shared projections, in the size of the largest layer.
+        """
+        a_RI, b_OR = self._sliced(*pair)
+        (d_R, b_O), dtype = vectors, value_BTD.dtype
         if self.dropout:
             x_BTI = F.dropout(x_BTI, self.dropout, self.training)
         hidden_BTR = F.linear(x_BTI, a_RI.to(x_BTI.dtype)).to(dtype) * d_R.to(dtype)
@@ -76,12 +87,12 @@ class VeRADelta(base.Delta):
 
     def merge(self, weight_OI: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor]:
         """``W + diag(b) B diag(d) A``."""
-        a_RI, b_OR = self._sliced()
+        (projections,) = self._projections
+        a_RI, b_OR = self._sliced(projections.vera_A, projections.vera_B)
         return weight_OI + (self.vera_lambda_b[:, None] * b_OR) @ (self.vera_lambda_d[:, None] * a_RI), bias_O
 
-    def _sliced(self) -> tuple[Tensor, Tensor]:
-        (projections,) = self._projections
-        return projections.vera_A[:, : self.in_features], projections.vera_B[: self.out_features]
+    def _sliced(self, a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
+        return a_RI[:, : self.in_features], b_OR[: self.out_features]
 
 
 class VeRAChange(base.Change):
@@ -90,13 +101,33 @@ class VeRAChange(base.Change):
     The cost does not grow with the number of groups.
     """
 
+    def __init__(self, deltas: Mapping[str, base.Delta], projections: Projections) -> None:
+        super().__init__(deltas)
+        self._projections = (projections,)  # not a submodule (see VeRADelta.use)
+
+    @property
+    def projections(self) -> Projections:
+        """What all layers share."""
+        return self._projections[0]
+
     def forward(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
         """``y + b_c ⊙ B (d_c ⊙ A dropout(x))``."""
-        if layout.owned_by(self.groups):
-            return super().forward(x_BTI, value_BTD, layout)
-        d_XTR, b_XTO = (self.table(name, layout, 0.0) for name in ("vera_lambda_d", "vera_lambda_b"))
-        changed_BTD: Tensor = self.delta(self.groups[0]).add(x_BTI, value_BTD, d_XTR, b_XTO)
+        dtype = value_BTD.dtype
+        vectors = tuple(self.vector(name, layout, 0.0, dtype) for name in ("vera_lambda_d", "vera_lambda_b"))
+        changed_BTD: Tensor = self.delta(self.groups[0]).add(x_BTI, value_BTD, vectors, self._pair(layout, dtype))
         return changed_BTD
+
+    def _pair(self, layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The projections in a dtype, cast once per pass, or generation, for all layers."""
+        a_RI, b_OR = self.projections.vera_A, self.projections.vera_B
+        if a_RI.dtype == dtype or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return a_RI, b_OR
+        # Buffers are replaced when they move, and counted when they are written (by load_state_dict).
+        version = 0 if a_RI.is_inference() else a_RI._version + b_OR._version
+        return layout.keep(
+            (a_RI, b_OR, version, dtype),
+            lambda: layout.constant((self.projections, dtype), lambda: (a_RI.to(dtype), b_OR.to(dtype))),
+        )
 
 
 class VeRA(base.AdapterMethod):
@@ -131,4 +162,4 @@ class VeRA(base.AdapterMethod):
         for delta in deltas.values():
             assert isinstance(delta, VeRADelta)  # noqa: S101
             delta.use(shared)
-        return VeRAChange(deltas)
+        return VeRAChange(deltas, shared)

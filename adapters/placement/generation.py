@@ -63,6 +63,7 @@ def layouts_while_generating(
     # Before the hooks of methods that add to the layout (moka's padding mask).
     handle = language_model.register_forward_pre_hook(set_layout, with_kwargs=True, prepend=True)
     try:
-        yield
+        with router.one_generation():
+            yield
     finally:
         handle.remove()

@@ -62,6 +62,7 @@ class Layout:
     attention_mask: Tensor | None = None  # of the pass (B, K), where a method needs it
     of_caller: Layout | None = None  # the caller's, if a method has put positions before the caller's (soft prompts)
     _kept: dict[Any, Any] = field(default_factory=dict)
+    _constants: dict[Any, Any] | None = None  # of the generation that the pass belongs to
 
     @property
     def past(self) -> int:
@@ -97,6 +98,26 @@ class Layout:
         found: T = self._kept[key]
         return found
 
+    def constant(self, key: Any, make: Callable[[], T]) -> T:
+        """What ``make`` computes from parameters alone: once per generation, since its passes do not train.
+
+        Outside a generation, and where gradients are wanted, it is computed anew. Parameters tell of no change:
+        DeepSpeed writes through ``.data``, which their version counters do not see.
+        """
+        kept = self._constants
+        if kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return make()
+        if key not in kept:
+            kept[key] = make()
+        found: T = kept[key]
+        return found
+
+    def has_tokens_of(self, group: str) -> bool:
+        """Whether the group owns a position of this pass."""
+        if self.spans is None:
+            return self.positions[group].shape[0] > 0
+        return any(span.group == group for span in self.spans)
+
     def on(self, device: torch.device) -> Layout:
         """This layout with its tensors on ``device``: the layers of a model may be on several."""
         if self.group_ids_XT.device == device:
@@ -120,6 +141,7 @@ class _Current(threading.local):
     layout: Layout | None = None
     task: int = -1  # the backward pass that it was set in; -1: none
     had_gradients: bool = False  # whether the pass began with gradients
+    constants: dict[Any, Any] | None = None  # of the generation in progress; None: there is none
 
     def __reduce__(self) -> tuple[type[_Current], tuple[()]]:
         return _Current, ()
@@ -161,6 +183,16 @@ class Router:
             yield
         finally:
             current.layout, current.task, current.had_gradients = before
+
+    @contextmanager
+    def one_generation(self) -> Iterator[None]:
+        """Passes of this thread between which no parameter changes (see ``Layout.constant``)."""
+        current = self._current
+        before, current.constants = current.constants, {}
+        try:
+            yield
+        finally:
+            current.constants = before
 
     @not_compiled
     def use(self, layout: Layout | None) -> None:
@@ -232,6 +264,7 @@ class Router:
             spans=spans,
             positions={} if alike else self._positions(host_groups_XT, ids_XT.device),
             owner=spans[0].group if spans and len(spans) == 1 else None,
+            _constants=self._current.constants,
         )
         for asked in self._asked:
             layout.lookup(asked)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from adapters.methods import dora
 from adapters.methods.dora import DoRA, DoRAConfig, DoRADelta
 from adapters.placement.roles import Target
+from adapters.placement.router import Router
 from harness.core.errors import UserError
 from tests.support.adapters import adapt, disturb, embeds
 from tests.support.models import tiny_llama, with_biases
@@ -77,20 +78,58 @@ def test_a_row_of_zeros_in_the_weight_stays_one_and_has_finite_gradients() -> No
     assert all(p.grad.isfinite().all() for p in delta.parameters())
 
 
-@pytest.mark.parametrize(("grad", "norms"), [(True, 2), (False, 1)])
-def test_each_groups_norm_is_computed_once_however_many_spans_it_has(grad: bool, norms: int) -> None:
-    """And for a group without a token only where gradients are wanted."""
+@pytest.mark.parametrize("grad", [True, False])
+def test_each_groups_norm_is_computed_once_however_many_spans_it_has(grad: bool) -> None:
+    """And not for a group without a token, whose gradients are zero."""
     model = tiny_llama()
     adapters = adapt(model, DoRA(DoRAConfig(rank=3, where=("q",))))
     adapters.router.set_context_ids(torch.tensor([[1, 1, 1, 1, 1, 1]]))
     with patch.object(DoRADelta, "ratio", autospec=True, side_effect=DoRADelta.ratio) as ratio:
         with torch.set_grad_enabled(grad):
-            model(inputs_embeds=embeds(3, 6), use_cache=False)
-        assert ratio.call_count == 2 * norms  # two layers
+            found_BTV = model(inputs_embeds=embeds(3, 6), use_cache=False).logits
+        assert ratio.call_count == 2  # two layers
+        if grad:
+            found_BTV.sum().backward()
+            for name, p in adapters.named_parameters():
+                assert p.grad is not None, name
+                assert p.grad.any() == ("text" in name), name
         ratio.reset_mock()
         adapters.router.set_context_ids(torch.tensor([[1, 0, 1, 0, 1, 0]]))
         model(inputs_embeds=embeds(3, 6), use_cache=False)
         assert ratio.call_count == 2 * 2
+
+
+def test_on_a_bf16_base_it_equals_the_plain_path_in_float64() -> None:
+    """Forward and gradients, up to the rounding of bf16; parameters are in fp32."""
+
+    def found(dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor | None]]:
+        torch.manual_seed(0)
+        linear = nn.Linear(12, 8).to(torch.bfloat16).to(dtype)
+        target = Target("linear", "v", 12, 8, None, linear)
+        method, generator = DoRA(DoRAConfig(rank=3, alpha=5.0)), torch.Generator().manual_seed(0)
+        change = method.change(target, {g: method.delta(target, generator) for g in ("a", "b")}, None, generator)
+        disturb(change.parameters(), scale=0.1)
+        change = change.double() if dtype == torch.float64 else change
+        router = Router({"a": "a", "b": "b"})
+        router.set_context_ids(torch.tensor([[0, 1, 1, 0, 1, 0], [1, 1, 0, 0, 0, 0]]))
+        x_BTI = torch.randn(2, 6, 12, generator=torch.Generator().manual_seed(1)).bfloat16().to(dtype)
+        y_BTO = linear(x_BTI)
+        if dtype == torch.float64:  # the plain path: each delta, token by token
+            owner_BT = router.layout.group_ids_XT
+            tokens = [(change.delta("ab"[owner_BT[b, t]]), b, t) for b in range(2) for t in range(6)]
+            changed_BTO = torch.stack([d(x_BTI[b, t], y_BTO[b, t]) for d, b, t in tokens]).view_as(y_BTO)
+        else:
+            changed_BTO = change(x_BTI, y_BTO, router.layout)
+        changed_BTO.double().square().sum().backward()  # type: ignore[no-untyped-call]
+        return changed_BTO.detach().double(), {name: p.grad for name, p in change.named_parameters()}
+
+    (found_BTO, grads), (expected_BTO, expected_grads) = found(torch.bfloat16), found(torch.float64)
+    torch.testing.assert_close(found_BTO, expected_BTO, rtol=2e-2, atol=2e-2)
+    for name, grad in grads.items():
+        expected = expected_grads[name]
+        assert grad is not None
+        assert expected is not None
+        torch.testing.assert_close(grad.double(), expected, rtol=3e-2, atol=2e-2 * float(expected.abs().max()))
 
 
 def test_under_autocast_the_norm_keeps_full_precision() -> None:
