@@ -34,6 +34,7 @@ from harness.core.errors import UserError, did_you_mean
 
 NAME = "harness_mmca"  # in transformers' attention registry; models that do not select it are unaffected
 _ATTENTION = "_harness_mmca"  # an attribute of the modules of an adapted model: its attention
+_MASKS_OF_A_PASS = 4  # one per kind of layer
 _UNKNOWN = ("softcap", "s_aux", "position_bias")  # attention features of some families that are not supported
 
 
@@ -80,28 +81,52 @@ class MultiModalAttention(base.ModelChange):
 
         Args:
             scores_BHTK: scaled products of queries and keys.
-            allowed_BHTK: True where causality and padding let a query see a key; all dimensions but the last may be 1.
+            allowed_BHTK: where causality and padding let a query see a key: True, or not the lowest number. All
+                dimensions but the last may be 1.
             layout: layout of the pass.
         """
+        lowest = torch.finfo(scores_BHTK.dtype).min
+        of_sources = [
+            # Weights of blocked keys are zero, except of a query that sees no key of the source, which adds nothing.
+            scores_BHTK.masked_fill(blocked_BHTK, lowest).softmax(dim=-1) * some_BHT1
+            for blocked_BHTK, some_BHT1 in self._seen(allowed_BHTK, layout, scores_BHTK.shape[-1])
+        ]
+        return sum(of_sources[1:], of_sources[0])
+
+    def _seen(self, allowed_BHTK: Tensor, layout: Layout, keys: int) -> list[tuple[Tensor, Tensor]]:
+        """Per source: which keys a query does not see, and whether it sees any. Computed once for layers with one mask.
+
+        Layers share the mask's tensor, except those with a sliding window, which share another.
+        """
+        kept: dict[int, tuple[Tensor, list[tuple[Tensor, Tensor]]]] = layout.keep((self, "seen"), dict)
+        found = kept.get(id(allowed_BHTK))  # of a tensor that is kept too: no other can have its id
+        if found is None:
+            if len(kept) >= _MASKS_OF_A_PASS:  # a layout that was set once for several passes
+                kept.clear()
+            found = kept[id(allowed_BHTK)] = (allowed_BHTK, self._compute_seen(_allowed(allowed_BHTK), layout, keys))
+        return found[1]
+
+    def _compute_seen(self, allowed_BHTK: Tensor, layout: Layout, keys: int) -> list[tuple[Tensor, Tensor]]:
         # A sliding-window cache holds only the latest keys; a static cache has unused slots after them (never allowed).
-        keys = scores_BHTK.shape[-1]
-        source_XK = layout.keep(self, lambda: to_device(self.source_of, scores_BHTK.device)[layout.context_ids_XK])
+        source_XK = to_device(self.source_of, allowed_BHTK.device)[layout.context_ids_XK]
         of_query_XT1 = source_XK[:, -layout.length :, None]
         first_key = max(source_XK.shape[1] - keys, 0)
         key_XK = F.pad(source_XK[:, first_key:], (0, keys - source_XK.shape[1] + first_key))
         seen_XTK = (of_query_XT1 == 0) | (of_query_XT1 == key_XK[:, None])
         if self.itself:
-            place_K = torch.arange(first_key, first_key + keys, device=scores_BHTK.device)
+            place_K = torch.arange(first_key, first_key + keys, device=allowed_BHTK.device)
             own_TK = torch.arange(layout.past, layout.past + layout.length, device=place_K.device)[:, None] == place_K
             seen_XTK = seen_XTK & ((of_query_XT1 == 0) | own_TK)
         allowed_BHTK = allowed_BHTK & seen_XTK[:, None]
-        lowest = torch.finfo(scores_BHTK.dtype).min
-        weights_BHTK = torch.zeros_like(scores_BHTK)
-        for source in sorted(set(self.source_of)):
-            mask_BHTK = allowed_BHTK & (key_XK == source)[:, None, None]
-            # If a query sees no key of the source, softmax is uniform over masked keys; the product sets it to zero.
-            weights_BHTK = weights_BHTK + scores_BHTK.masked_fill(~mask_BHTK, lowest).softmax(dim=-1) * mask_BHTK
-        return weights_BHTK
+        masks = (allowed_BHTK & (key_XK == source)[:, None, None] for source in sorted(set(self.source_of)))
+        return [(~mask_BHTK, mask_BHTK.any(dim=-1, keepdim=True)) for mask_BHTK in masks]
+
+
+def _allowed(mask_BHTK: Tensor) -> Tensor:
+    """Where a mask lets a query see a key; an additive one comes from the caller."""
+    if mask_BHTK.dtype == torch.bool:
+        return mask_BHTK
+    return mask_BHTK > torch.finfo(mask_BHTK.dtype).min / 2
 
 
 def _known_text(contexts: tuple[str, ...]) -> tuple[str, ...]:
@@ -150,11 +175,9 @@ def _attention(
     scale = query_BHTE.shape[-1] ** -0.5 if scaling is None else scaling
     scores_BHTK = query_BHTE @ key_BHKE.transpose(2, 3) * scale
     scores_BHTK = scores_BHTK.to(torch.promote_types(scores_BHTK.dtype, torch.float32))
-    allowed_BHTK = attention_mask
-    if attention_mask.dtype != torch.bool:  # additive mask from the caller
+    if attention_mask.dtype != torch.bool:
         scores_BHTK = scores_BHTK + attention_mask
-        allowed_BHTK = attention_mask > torch.finfo(attention_mask.dtype).min / 2
-    weights_BHTK = attention.weights(scores_BHTK, allowed_BHTK, layout).to(value.dtype)
+    weights_BHTK = attention.weights(scores_BHTK, attention_mask, layout).to(value.dtype)
     weights_BHTK = F.dropout(weights_BHTK, dropout, module.training)
     return (weights_BHTK @ value_BHKE).transpose(1, 2).contiguous(), weights_BHTK
 
