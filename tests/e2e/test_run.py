@@ -174,7 +174,7 @@ def test_a_trial_whose_process_is_killed_is_started_again(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_slot_of_a_killed_worker_is_filled_again(tmp_path: Path) -> None:
     """With trials shorter than the start of a worker: the other worker must not take over each that starts."""
     if (os.cpu_count() or 1) < 2:
@@ -184,11 +184,11 @@ def test_the_slot_of_a_killed_worker_is_filled_again(tmp_path: Path) -> None:
         file.write("seeds: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]\n")
     driver = subprocess.Popen([*HARNESS, "run", "small.yaml"], cwd=tmp_path, stdout=subprocess.DEVNULL)
     try:
-        ended = _wait_for_a_record(tmp_path / "runs/small/trials", driver, 400)
+        ended = _wait_for_a_record(tmp_path / "runs/small/trials", driver, 800)
         between_trials = set().union(*(_pids_in(path.with_name("log.txt")) for path in ended))
         first = {worker.pid: worker for worker in _workers(driver.pid)}
         next(worker for pid, worker in first.items() if pid not in between_trials or len(ended) > 1).kill()
-        assert driver.wait(timeout=500) == 0
+        assert driver.wait(timeout=900) == 0
     finally:
         driver.terminate()
     found = read_run(tmp_path / "runs/small").records.values()
