@@ -8,10 +8,12 @@ from pathlib import PurePath
 from typing import Any
 
 from results.leaderboard import summary
-from results.leaderboard.format import ratio, share
+from results.leaderboard.efficiency import memory_bytes
+from results.leaderboard.format import ratio, share, size_text
 from results.leaderboard.recommend import Price, Recommendation, recommend
 from results.leaderboard.rows import Row
 from results.leaderboard.table import Leaderboard
+from results.page.columns import short_count
 
 _SURE_IN_WORDS = 4  # further lines stand under Rules and caveats
 _IN_PERCENT = ("trainable parameters", "memory")  # "41 % of the memory"; other prices are "1.06×"
@@ -34,7 +36,7 @@ class FirstCard:
     title: str
     sentence: str
     prices: tuple[ShownPrice, ...]
-    against: str  # the reference that prices are relative to
+    price_of: str  # what the prices are relative to
     sure: tuple[str, ...]
     others: tuple[Recommendation, ...]
 
@@ -52,11 +54,19 @@ def first_card(board: Leaderboard) -> FirstCard:
         question_of(board),
         title,
         f"{sentence[:1].upper()}{sentence[1:]}",
-        tuple(map(_shown, first.prices)),
-        board.reference_name,
+        tuple(map(_shown, first.prices)) or _absolute(first),
+        f"Relative to {board.reference_name}:" if first.prices else "Its price:",
         tuple(sure[:_SURE_IN_WORDS]),
         tuple(others),
     )
+
+
+def _absolute(found: Recommendation) -> tuple[ShownPrice, ...]:
+    """The prices of a row that is recommended itself as the reference, or without one."""
+    parameters = found.row.parameters if found.row else None
+    memory = memory_bytes(found.row) if found.row else None
+    prices = [ShownPrice("trainable parameters", short_count(parameters.trainable), "")] if parameters else []
+    return (*prices, *([ShownPrice("memory of the model", size_text(memory), "")] if memory else ()))
 
 
 def _ahead(board: Leaderboard) -> list[str]:
