@@ -57,7 +57,7 @@ def ids(specs: list[TrialSpec]) -> list[str]:
     return [spec.trial_id for spec in specs]
 
 
-def test_the_quickstart_is_sixteen_trials() -> None:
+def test_the_quickstart_is_twenty_four_trials() -> None:
     experiment = Experiment.from_yaml(ROOT / "experiments" / "quickstart.yaml")
     specs = expand(experiment)
     planned = describe(experiment, specs, METRICS, "").trials
@@ -70,9 +70,9 @@ def test_the_quickstart_is_sixteen_trials() -> None:
         )
         for _ in experiment.seeds
     ]  # fmt: skip
-    assert [trial.seed for trial in planned] == [0, 1] * 8
+    assert [trial.seed for trial in planned] == [0, 1, 2] * 8
     assert {trial.setting for trial in planned} == {""}
-    assert len({trial.trial_id for trial in planned}) == 16
+    assert len({trial.trial_id for trial in planned}) == 24
     assert {spec.budget.examples for spec in specs} == {1024}
 
 
