@@ -28,6 +28,7 @@ COMMANDS = [
     "run",
     "plan",
     "status",
+    "profile",
     "recommend",
     "report",
     "compare",
