@@ -18,6 +18,7 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq
 from scipy.special import ndtri, stdtr, stdtrit
 
 from harness.core.formulas import Floats
@@ -30,7 +31,7 @@ Ints = NDArray[np.int64]
 POWER = 0.8  # with which further seeds would separate two rows
 _MOST_SEEDS = 100  # more are not proposed
 _Z = float(ndtri((1 + CONFIDENCE) / 2))
-_ROUNDS = 60  # of bisection
+_EXACT = 1e-12  # relative
 _ROUNDING = 1e-13  # relative
 
 
@@ -56,6 +57,8 @@ class Family:
         self.seeds_R = np.isfinite(self.z_RS).sum(axis=1)
         self.z_R = np.nanmean(self.z_RS, axis=1)
         self.mean_R = self.scale.centre(scores_RS)
+        error_RS = self.z_RS - self.z_R[:, None]
+        self.own_R = np.nansum(error_RS**2, axis=1) / np.maximum(self.seeds_R - 1, 1)
         self.spread = spread_of(self.z_RS)
         self.covariance_RR, self.skewness_R = _over_examples(replicates_RB, self.mean_R, self.examples, self.scale)
         self._compare(*np.triu_indices(len(scores_RS), 1))
@@ -159,16 +162,16 @@ class Family:
         have, size = int(self.n_N[n]), abs(float(self.d_N[n]))
         seed, example = float(self.seeds.typical[n]) * have, float(self.new.example_N[n])
         freedom, level = float(self.seeds.freedom[n]), float(self.new.level_N[n])
-        for seeds in range(have + 1, _MOST_SEEDS + 1):
-            both = seed / seeds + example
-            if both == 0:
-                return None
-            share = seed / seeds / both  # of the seeds in the variance
-            joint = 1 / (share**2 * (have - 1) / (freedom * (seeds - 1)) + (1 - share) ** 2 / self._e)
-            needed = -float(stdtrit(max(joint, 1.0), level / 2)) - float(stdtrit(max(joint, 1.0), 1 - POWER))
-            if size >= needed * math.sqrt(both):
-                return seeds - have
-        return None
+        seeds_K = np.arange(have + 1, _MOST_SEEDS + 1)
+        both_K = seed / seeds_K + example
+        if not both_K.all():
+            return None
+        share_K = seed / seeds_K / both_K  # of the seeds in the variance
+        joint_K = 1 / (share_K**2 * (have - 1) / (freedom * (seeds_K - 1)) + (1 - share_K) ** 2 / self._e)
+        joint_K = np.maximum(joint_K, 1.0)
+        needed_K = -stdtrit(joint_K, level / 2) - stdtrit(joint_K, 1 - POWER)
+        enough_K = size >= needed_K * np.sqrt(both_K)
+        return int(seeds_K[enough_K][0]) - have if enough_K.any() else None
 
     def estimate(self, row: int) -> Estimate:
         """A row's mean score with its 95 % interval, from the same variances as the differences."""
@@ -182,8 +185,10 @@ class Family:
             return Estimate(mean, None, None, n, None, example_se, examples)
         example = example if known else 0.0
         errors = self._of_row(row, self.spread)
-        test = _Test(np.zeros(1), errors, np.array([example]), self._e)
-        half, seed = test.half(0), float(errors.typical[0])
+        seeds_C = errors.variance_CN[:, 0]
+        joint_C = _joint(seeds_C, errors.freedom_CN[:, 0], np.full_like(seeds_C, example), self._e)
+        half = _half(errors.weight_C, seeds_C + example, joint_C, SIGNIFICANT)
+        seed = float(errors.typical[0])
         tail = long_tail(math.sqrt(seed), math.sqrt(example), float(self.skewness_R[row]))
         low, high = self.scale.inverse([z - half + min(0.0, tail), z + half + max(0.0, tail)]).tolist()
         if known and self.examples and not seed and self.scale.kind == "logit" and mean in self._bounds:
@@ -195,7 +200,7 @@ class Family:
     def _of_row(self, row: int, spread: Spread) -> Errors:
         """The variance of a row's mean over seeds: its own errors', and that of the seeds' effects."""
         n = int(self.seeds_R[row])
-        own = float(np.nanvar(self.z_RS[row], ddof=1))
+        own = float(self.own_R[row])
         if len(self.z_R) < 3:
             return Errors(np.ones(1), np.full((1, 1), own / n), np.full((1, 1), float(n - 1)))
         error_C, freedom_C = spread.variance_CR[:, row], spread.freedom_CR[:, row]
@@ -252,9 +257,7 @@ class _Test:
     def __init__(self, d_N: Floats, seeds: Errors, example_N: Floats, examples: int) -> None:
         self.d_N, self.example_N, self.weight_C = d_N, example_N, seeds.weight_C
         self.both_CN = seeds.variance_CN + example_N
-        squares_CN = seeds.variance_CN**2 / seeds.freedom_CN + example_N**2 / examples
-        with np.errstate(invalid="ignore", divide="ignore"):
-            self.freedom_CN = np.where(self.both_CN > 0, self.both_CN**2 / squares_CN, 1.0)
+        self.freedom_CN = _joint(seeds.variance_CN, seeds.freedom_CN, example_N, examples)
         self.error_N = np.sqrt(self.weight_C @ self.both_CN)
         self.tested_N = np.isfinite(d_N) & np.isfinite(self.error_N) & ((self.error_N > 0) | (d_N == 0))
         self.p_N = self._p(np.abs(d_N), self.tested_N & (self.error_N > 0))
@@ -271,20 +274,7 @@ class _Test:
 
     def half(self, n: int) -> float:
         """Half of one interval, at the level of its step in Holm's correction."""
-        if not self.error_N[n] > 0:
-            return 0.0
-        level, root_C, freedom_C = self.level_N[n], np.sqrt(self.both_CN[:, n]), self.freedom_CN[:, n]
-        each_C = -stdtrit(freedom_C, level / 2) * root_C  # between the components' own half widths
-        low, high = float(each_C.min()), float(each_C.max())
-        for _ in range(_ROUNDS if len(each_C) > 1 else 0):
-            middle = (low + high) / 2
-            if float(self.weight_C @ (2 * stdtr(freedom_C, -middle / root_C))) > level:
-                low = middle
-            else:
-                high = middle
-            if high - low <= 1e-12 * high:
-                break
-        return high
+        return _half(self.weight_C, self.both_CN[:, n], self.freedom_CN[:, n], float(self.level_N[n]))
 
     def equivalent(self, margin_N: Floats) -> NDArray[np.bool_]:
         """Whether each difference is shown to be within the margin: two one-sided tests, with Holm's correction.
@@ -296,6 +286,27 @@ class _Test:
         asked_N = kept_N & (room_N > 0)
         p_N = np.where(asked_N, self._p(room_N, asked_N) / 2, 1.0)
         return asked_N & (_holm(p_N, kept_N)[0] <= SIGNIFICANT)
+
+
+def _half(weight_C: Floats, variance_C: Floats, freedom_C: Floats, level: float) -> float:
+    """Half of an interval: the error that is reached with the probability ``level``, in either direction."""
+    root_C = np.sqrt(variance_C)
+    each_C = -stdtrit(freedom_C, level / 2) * root_C  # between the components' own half widths
+    low, high = float(each_C.min()), float(each_C.max())
+    if high - low <= _EXACT * high:
+        return high
+
+    def excess(size: float) -> float:
+        return math.log(float(weight_C @ (2 * stdtr(freedom_C, -size / root_C))) / level)
+
+    return float(brentq(excess, low * (1 - _EXACT), high * (1 + _EXACT), xtol=_EXACT * high, rtol=_EXACT))
+
+
+def _joint(one: Floats, one_freedom: Floats, other: Floats, other_freedom: Floats | float) -> Floats:
+    """Degrees of freedom of the sum of two variances (Satterthwaite 1946); 1 where both are 0."""
+    squares = one**2 / one_freedom + other**2 / other_freedom
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(one + other > 0, (one + other) ** 2 / squares, 1.0)
 
 
 def _holm(p_N: Floats, tested_N: NDArray[np.bool_]) -> tuple[Floats, Floats]:

@@ -113,6 +113,6 @@ def _mixture(own_R: Floats, freedom_R: Floats, seed: float, seed_freedom: int) -
     kept_C = weight_C > _LEAST * weight_C.sum()
     weight_C, d, scale_C = weight_C[kept_C] / weight_C[kept_C].sum(), d[kept_C], scale_C[kept_C]
     # Few rows: that their variances are themselves uncertain is not all in the likelihood. Calibrated by simulation.
-    few = 1 + 2 / (len(own_R) ** 2 * seed_freedom)
+    few = 1 + 3 / len(own_R) ** 2
     variance_CR = few * (d * scale_C[:, None] + f * own_R) / (d + f)
     return Spread(weight_C, variance_CR, d + f, seed, seed_freedom)
