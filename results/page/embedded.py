@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -98,18 +99,24 @@ def _trial(
     if record is None:
         return found
     own = board.run.trial_folder(trial.trial_id)
+    there = {path.name for path in own.iterdir()} if own.is_dir() else set()
     found |= {
         "status": record.status.replace("_", " "),
         "score": _short(record.metrics.get("test", {}).get(board.primary.name)),
         "epoch": record.best_epoch,
-        "folder": Path(os.path.relpath(own, folder)).as_posix(),
-        "files": [number for number, name in enumerate(FILES) if (own / name).exists()],
+        "folder": f"{_relative(own.parent, folder)}/{own.name}",
+        "files": [number for number, name in enumerate(FILES) if name in there],
     }
     if record.mlflow_run_id:
         found["mlflow"] = record.mlflow_run_id
     if curves and record.history:
         found["curve"] = [[one.epoch, _short(one.validation_perplexity)] for one in record.history]
     return found
+
+
+@lru_cache(maxsize=64)  # once for each run folder, not for each of 10,000 trials
+def _relative(trials: Path, folder: Path) -> str:
+    return Path(os.path.relpath(trials, folder)).as_posix()
 
 
 def _samples(gallery: Gallery) -> list[dict[str, Any]]:
