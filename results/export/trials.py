@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Read = Callable[[PlannedTrial, TrialRecord], Any]
+_json = json.JSONEncoder(sort_keys=True).encode  # json.dumps would make an encoder for every value
 Columns = dict[str, tuple[pa.DataType, Read]]
 _TYPES: dict[Any, pa.DataType] = {
     int: pa.int64(),
@@ -124,11 +126,15 @@ def _profile(run: Run) -> Columns:
 def _part(part: str, schema: type[BaseModel]) -> Columns:
     """A column for each plain field; counts by group and lists of fingerprints are JSON."""
 
+    own = attrgetter(part)
+
     def reader(name: str, plain: bool) -> Read:
+        of = attrgetter(name)
+
         def read(_: PlannedTrial, record: TrialRecord) -> Any:
-            owner = getattr(record, part)
-            value = None if owner is None else getattr(owner, name)
-            return value if plain or value is None else json.dumps(value, sort_keys=True)
+            owner = own(record)
+            value = None if owner is None else of(owner)
+            return value if plain or value is None else _json(value)
 
         return read
 
@@ -144,7 +150,7 @@ def _ending(run: Run) -> Columns:
     return {
         "wall_time_s": (pa.float64(), lambda _, record: record.wall_time_s),
         "started_at": (text, lambda _, record: record.started_at),
-        "versions": (text, lambda _, record: json.dumps(record.versions, sort_keys=True)),
+        "versions": (text, lambda _, record: _json(record.versions)),
         "git_revision": (text, lambda _, record: record.git_revision),
         "device": (text, lambda _, record: record.device or None),
         "mlflow_run_id": (text, lambda _, record: record.mlflow_run_id),

@@ -110,8 +110,12 @@ class Row:
 
 def by_seed(records: Iterable[TrialRecord], metric: str) -> dict[int, float]:
     """A score on the test split by seed, for the records that have it."""
-    scores = ((record.seed, score_on_test(record, metric)) for record in records)
-    return {seed: score for seed, score in scores if score is not None}
+    found: dict[int, float] = {}
+    for record in records:  # a plain loop: it is run for every row and metric, many times
+        score = score_on_test(record, metric)
+        if score is not None:
+            found[record.seed] = score
+    return found
 
 
 def candidates_of(trials: Sequence[PlannedTrial], run: Run) -> tuple[Candidate, ...]:

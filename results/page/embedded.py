@@ -99,7 +99,7 @@ def _trial(
     if record is None:
         return found
     own = board.run.trial_folder(trial.trial_id)
-    there = {path.name for path in own.iterdir()} if own.is_dir() else set()
+    there = _names_in(own)
     found |= {
         "status": record.status.replace("_", " "),
         "score": _short(record.metrics.get("test", {}).get(board.primary.name)),
@@ -112,6 +112,13 @@ def _trial(
     if curves and record.history:
         found["curve"] = [[one.epoch, _short(one.validation_perplexity)] for one in record.history]
     return found
+
+
+def _names_in(folder: Path) -> set[str]:
+    try:
+        return {entry.name for entry in os.scandir(folder)}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
 
 
 @lru_cache(maxsize=64)  # once for each run folder, not for each of 10,000 trials

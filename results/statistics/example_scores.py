@@ -5,7 +5,7 @@ A score that its columns do not reproduce is not resampled over examples. Shapes
 
 from __future__ import annotations
 
-import itertools
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -43,17 +43,34 @@ def read_many(sources: Sequence[Source], metrics: Mapping[str, MetricInfo]) -> I
     """
     parts = [sources[start : start + _PART] for start in range(0, len(sources), _PART)]
     processes = 1 if len(sources) < _WORTH_PROCESSES else min(4, cpu_count())
+    if processes == 1:
+        for part in parts:
+            yield from _read_part(part, metrics)
+        return
     read = Parallel(processes, return_as="generator", batch_size=1, pre_dispatch="all")
-    yield from itertools.chain.from_iterable(read(delayed(_read_part)(part, metrics) for part in parts))
+    for packed in read(delayed(_read_packed)(part, metrics) for part in parts):
+        yield from pickle.loads(packed)  # noqa: S301 -- from our own worker
+
+
+def _read_packed(sources: Sequence[Source], metrics: Mapping[str, MetricInfo]) -> bytes:
+    """Pickled here: joblib's own pickler takes as long for many small arrays as reading their files."""
+    return pickle.dumps(_read_part(sources, metrics), protocol=pickle.HIGHEST_PROTOCOL)
 
 
 def _read_part(sources: Sequence[Source], metrics: Mapping[str, MetricInfo]) -> list[Examples | str]:
+    """Trials with the same examples share their ids: the pickle has them once."""
     found: list[Examples | str] = []
+    shared: dict[tuple[str, ...], tuple[str, ...]] = {}
     for path, scores in sources:
         try:
-            found.append(read_examples(path, metrics, scores))
+            one = read_examples(path, metrics, scores)
         except (OSError, pa.ArrowException) as error:
             found.append(str(error).splitlines()[0])
+            continue
+        one.ids = shared.setdefault(one.ids, one.ids)
+        if one.clusters is not None:
+            one.clusters = shared.setdefault(one.clusters, one.clusters)
+        found.append(one)
     return found
 
 

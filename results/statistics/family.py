@@ -31,6 +31,7 @@ Ints = NDArray[np.int64]
 POWER = 0.8  # with which further seeds would separate two rows
 _MOST_SEEDS = 100  # more are not proposed
 _Z = float(ndtri((1 + CONFIDENCE) / 2))
+_BLOCK = 8  # numbers of seeds that are tried at once
 _EXACT = 1e-12  # relative
 _ROUNDING = 1e-13  # relative
 
@@ -81,7 +82,7 @@ class Family:
     def _bounds(self) -> tuple[float, float]:
         return self.scale.lower, self.scale.upper
 
-    @property
+    @cached_property
     def _e(self) -> int:
         """Degrees of freedom of the variance over examples."""
         return max(1, (self.examples or 2) - 1)
@@ -166,12 +167,20 @@ class Family:
         both_K = seed / seeds_K + example
         if not both_K.all():
             return None
-        share_K = seed / seeds_K / both_K  # of the seeds in the variance
-        joint_K = 1 / (share_K**2 * (have - 1) / (freedom * (seeds_K - 1)) + (1 - share_K) ** 2 / self._e)
-        joint_K = np.maximum(joint_K, 1.0)
-        needed_K = -stdtrit(joint_K, level / 2) - stdtrit(joint_K, 1 - POWER)
-        enough_K = size >= needed_K * np.sqrt(both_K)
-        return int(seeds_K[enough_K][0]) - have if enough_K.any() else None
+        # Student's quantiles take long. They are above the normal ones, so no fewer seeds than those can be enough.
+        least = -float(ndtri(level / 2)) - float(ndtri(1 - POWER))
+        possible_K = size >= least * np.sqrt(both_K) * (1 - _EXACT)
+        seeds_K, both_K = seeds_K[possible_K], both_K[possible_K]
+        for start in range(0, len(seeds_K), _BLOCK):
+            some_K, both = seeds_K[start : start + _BLOCK], both_K[start : start + _BLOCK]
+            share_K = seed / some_K / both  # of the seeds in the variance
+            joint_K = 1 / (share_K**2 * (have - 1) / (freedom * (some_K - 1)) + (1 - share_K) ** 2 / self._e)
+            joint_K = np.maximum(joint_K, 1.0)
+            needed_K = -stdtrit(joint_K, level / 2) - stdtrit(joint_K, 1 - POWER)
+            enough_K = size >= needed_K * np.sqrt(both)
+            if enough_K.any():
+                return int(some_K[enough_K][0]) - have
+        return None
 
     def estimate(self, row: int) -> Estimate:
         """A row's mean score with its 95 % interval, from the same variances as the differences."""
@@ -297,7 +306,7 @@ def _half(weight_C: Floats, variance_C: Floats, freedom_C: Floats, level: float)
         return high
 
     def excess(size: float) -> float:
-        return math.log(float(weight_C @ (2 * stdtr(freedom_C, -size / root_C))) / level)
+        return math.log(2 * float(weight_C.dot(stdtr(freedom_C, -size / root_C))) / level)
 
     return float(brentq(excess, low * (1 - _EXACT), high * (1 + _EXACT), xtol=_EXACT * high, rtol=_EXACT))
 
