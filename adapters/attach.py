@@ -68,7 +68,7 @@ class AdaptedLayer(nn.Module):
             layout = self.router.layout
         except UserError as error:
             raise UserError(f"layer {self.target.path}: {error}") from None
-        check_axes(self.target.path, x_BTI, self.passes.rows, layout.length)
+        check_axes(self.target.path, x_BTI, self.passes, layout.length)
         self.passes.ran(self.target.path)
         return layout
 

@@ -19,6 +19,7 @@ from harness.core.errors import UserError
 
 class _OfThread(threading.local):
     rows: int | None = None  # of the pass of the language model in progress; None: not known
+    length: int | None = None  # its positions
 
     def __reduce__(self) -> tuple[type[_OfThread], tuple[()]]:
         return _OfThread, ()
@@ -40,6 +41,11 @@ class Passes:
         """B of the pass in progress; None: the language model was not called as a whole."""
         return self._current.rows
 
+    @property
+    def length(self) -> int | None:
+        """T of the pass in progress; None: not known."""
+        return self._current.length
+
     def attach(self, language_model: nn.Module) -> list[RemovableHandle]:
         """Watch the passes of a model."""
         return [
@@ -57,12 +63,13 @@ class Passes:
             return
         given = kwargs.get("inputs_embeds")
         given = given if given is not None else kwargs.get("input_ids", args[0] if args else None)
-        self._current.rows = given.shape[0] if isinstance(given, Tensor) else None
+        shape = given.shape[:2] if isinstance(given, Tensor) and given.dim() > 1 else (None, None)
+        self._current.rows, self._current.length = shape
 
     def _ends(self, module: nn.Module, _args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        self._current.rows = None
+        self._current.rows = self._current.length = None
         if not self._waiting or output is None or (module.training and _drops_layers(module)):
             return  # output is None: forward failed
         missing, self._waiting = sorted(self._waiting), set()
@@ -98,19 +105,23 @@ def input_of(path: str, args: tuple[Any, ...], output: Any = None) -> Tensor:
     return args[0]
 
 
-def check_axes(path: str, x: Tensor, rows: int | None, length: int) -> None:
+def check_axes(path: str, x: Tensor, passes: Passes, length: int) -> None:
     """Check that a layer sees rows and positions, in this order, as two axes or as one.
 
     Args:
         path: of the layer.
         x: its input; features are the last axis.
-        rows: B of the pass; None: not known.
-        length: T of the pass.
+        passes: the pass in progress.
+        length: T of the layout.
 
     Raises:
         UserError: it does not.
+        RuntimeError: the layout is that of another batch.
     """
-    axes = tuple(x.shape[:-1])
+    axes, rows = tuple(x.shape[:-1]), passes.rows
+    given = passes.length
+    if given not in (None, length) and axes in ((rows, given), ((rows or 0) * (given or 0),)):
+        raise RuntimeError(f"the layout covers {length} positions but the batch has {given}; set it before forward")
     if len(axes) == 1:
         fits = axes[0] == rows * length if rows is not None else axes[0] % max(length, 1) == 0
     else:

@@ -62,11 +62,21 @@ class Job(NamedTuple):
         return f"{self.method} zero{self.stage} image {self.image_on_rank_1} together {self.together}"
 
 
+class SpanBySpan(base.Change):
+    """As a plugin may write it: groups act in the order of their tokens, which differs between processes."""
+
+    def _by_span(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
+        assert layout.spans is not None
+        absent = [g for g in self.groups if g not in {span.group for span in layout.spans}]
+        pieces = [without_touch(self, x_BTI, value_BTD, layout)]
+        return torch.cat([*pieces, *(self.delta(g)(x_BTI[:, :0], value_BTD[:, :0]) for g in absent)], dim=1)
+
+
 class SlicedLoRA(LoRA):
-    """LoRA in the form that every method has which brings no form of its own: cut by group, change, join."""
+    """LoRA whose groups act in the order of their tokens."""
 
     def change(self, target: Any, deltas: Any, shared: Any, generator: Any) -> base.Change:
-        return base.Change(deltas)
+        return SpanBySpan(deltas)
 
 
 def image_first(batch: Batch) -> Batch:
@@ -263,6 +273,7 @@ def test_a_step_without_a_context_in_one_process(
     _, weights = one_process(model_of("all forms"), [[batch] for batch in steps])
     if not touch:
         monkeypatch.setattr(base.Change, "_by_span", without_touch)
+        monkeypatch.setattr(SpanBySpan, "_by_span", without_touch)
     model = model_of("all forms")
     engine = Engine(model, OPTIONS, STEPS, stage, units=model.adapters.changes() if as_units else ())
     for batch in steps:
