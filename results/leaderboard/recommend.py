@@ -109,6 +109,7 @@ class _Choice:
     setting: str
     rows: tuple[Row, ...]
     best: Row
+    kept: tuple[Row, ...]  # all that are within the limits and not in doubt, best first
     reference: Row | None
     dropped: tuple[str, ...]  # why rows that may be as good were left out
 
@@ -186,7 +187,7 @@ def _choose(board: Leaderboard, setting: str, limits: Limits, margin: float) -> 
     best = kept[0]
     enough = [row for row in kept if row is best or _good_enough(board, row, best, margin)]
     enough.sort(key=lambda row: (trainable(row) is None, trainable(row) or 0.0))
-    return _Choice(setting, tuple(enough), best, reference, reasons)
+    return _Choice(setting, tuple(enough), best, tuple(kept), reference, reasons)
 
 
 def _beyond(board: Leaderboard, row: Row, reference: Row | None, limits: Limits) -> str:
@@ -265,7 +266,19 @@ def _in_setting(board: Leaderboard, choice: _Choice, margin: float) -> Recommend
         *choice.dropped,
         *_unfinished(board, row.setting),
     )
-    return Recommendation(row.setting, row.name, row, f"{row.name}: {'; '.join(parts)}.", prices, unknown)
+    sentence = f"{row.name}: {'; '.join(parts)}.{_cheaper(board, choice, row)}"
+    return Recommendation(row.setting, row.name, row, sentence, prices, unknown)
+
+
+def _cheaper(board: Leaderboard, choice: _Choice, row: Row) -> str:
+    """Where the reference is recommended, the best row that is cheaper, and its price."""
+    reference = choice.reference
+    if reference is None or row is not reference:
+        return ""
+    cheaper = (other for other in choice.kept if (trainable(other) or math.inf) < (trainable(row) or 0))
+    found = next(cheaper, None)
+    paid = "" if found is None else _paid(_prices(board, found, reference), None)
+    return f" The best of the cheaper rows, {found.name}: {paid}." if found is not None and paid else ""
 
 
 def _prices(board: Leaderboard, row: Row, reference: Row | None) -> tuple[Price, ...]:
@@ -305,7 +318,7 @@ def _paid(prices: Sequence[Price], reference: Row | None) -> str:
         else f"{ratio(one.ratio)} the {_lower(one.name)}"
         for one in prices
     ]
-    return f"{', '.join(words)} of {reference.name}" if words and reference is not None else ""
+    return f"{', '.join(words)}{f' of {reference.name}' if words and reference is not None else ''}"
 
 
 def _lower(label: str) -> str:
@@ -327,7 +340,10 @@ def _evidence(board: Leaderboard, choice: _Choice, row: Row, margin: float) -> s
     if row.metrics[board.primary.name].n < 2:
         return f"{start}, from one seed: nothing shows that it is ahead"
     behind = sum(other.rank is not None and other.rank[0] > 1 for other in ranked)
-    return f"{start}, shown to be ahead of {behind} of the {len(ranked) - 1} other rows"
+    others = len(ranked) - 1
+    if behind == others:
+        return f"{start}, shown to be ahead of {'the other row' if others == 1 else f'all {others} other rows'}"
+    return f"{start}, shown to be ahead of {behind} of the {others} other rows"
 
 
 def _against_best(found: Difference, best: Row, priced: bool, margin: float) -> str:

@@ -225,3 +225,12 @@ def test_the_command(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["recommend", str(tmp_path), "--max-trainable", "4%", "--within", "1 %"])
     assert result.exit_code == 0, result.output
     assert result.output.startswith("BitFit specific: 3 % of the trainable parameters")
+
+
+def test_where_the_reference_is_recommended_the_best_cheaper_row_is_named(tmp_path: Path) -> None:
+    scores = {FULL: SCORES[FULL], BITFIT: SCORES[BITFIT], IA3: SCORES[IA3]}
+    found = only(recommend_from(run_of(tmp_path, {"": scores})))
+    assert found.sentence == (
+        "Full fine-tuning: the best mean perplexity, shown to be ahead of all 2 other rows. The best of the cheaper "
+        "rows, BitFit specific: 3 % of the trainable parameters, 87 % of the memory, 1.20× the perplexity."
+    )
