@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
-from scipy.stats import rankdata
 
 from harness.core import naming
 from harness.core.formulas import Floats
@@ -124,6 +123,8 @@ def mean_ranks(board: Leaderboard) -> MeanRanks | None:
     seeds = sorted(set.intersection(*(set(by_seed) for rows in scores for by_seed in rows)))
     if not seeds:
         return None
+    from scipy.stats import rankdata  # half a second to import, and few reports need it
+
     scores_CRS = np.array([[[by_seed[seed] for seed in seeds] for by_seed in rows] for rows in scores])
     sign = -1 if board.primary.higher_is_better else 1
     ranks_CRS = rankdata(sign * scores_CRS, axis=1)
