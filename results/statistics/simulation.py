@@ -27,7 +27,7 @@ from results.statistics.intervals import resample_weights
 
 SCORE = MetricInfo(name="score", label="Score", higher_is_better=True)
 EXAMPLES = 60
-_BETTER = 4.0  # standard deviations of the errors over seeds, by which half of the rows are better
+_BETTER = 7.0  # standard deviations of the errors over seeds, by which half of the rows are better
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Scenario:
     """How scores are drawn; standard deviations of errors over seeds are about 1."""
 
     name: str
-    spread: float = 0.0  # the rows' standard deviations differ by up to this power of e, each way
+    spread: float = 0.0  # the rows' standard deviations differ by up to this power of e
     wild: float = 1.0  # one row's standard deviation is this times larger
     skewed: bool = False  # errors are exponential
     seed: float = 1.0  # standard deviation of the seeds' effects, which the rows share
@@ -44,10 +44,11 @@ class Scenario:
 
 SCENARIOS = (
     Scenario("equal spreads"),
-    Scenario("spreads to √e", spread=0.5),
     Scenario("spreads to e", spread=1.0),
+    Scenario("spreads to e²", spread=2.0),
     Scenario("skewed", skewed=True),
     Scenario("skewed, spreads to e", skewed=True, spread=1.0),
+    Scenario("skewed, spreads to e²", skewed=True, spread=2.0),
     Scenario("example noise", example=0.5),
     Scenario("mostly example noise", example=3.0),
     Scenario("one row 3 times wilder", wild=3.0),
@@ -98,7 +99,7 @@ def simulate(scenario: Scenario, rows: int, seeds: int, families: int, better: f
 def _drawn(rng: np.random.Generator, scenario: Scenario, rows: int, seeds: int) -> tuple[Floats, Floats | None]:
     """(R, S) scores whose expectation is 0, and (R, E) the examples' part of a row's score."""
     errors_RS = rng.exponential(size=(rows, seeds)) - 1 if scenario.skewed else rng.normal(size=(rows, seeds))
-    spread_R = np.exp(rng.uniform(-scenario.spread, scenario.spread, rows))
+    spread_R = np.exp(rng.uniform(-scenario.spread / 2, scenario.spread / 2, rows))
     spread_R[0] *= scenario.wild
     scores_RS = rng.normal(0, scenario.seed, seeds) + errors_RS * spread_R[:, None]
     if not scenario.example:

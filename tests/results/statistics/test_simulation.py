@@ -24,7 +24,7 @@ def check(scenario: Scenario, rows: int, seeds: int, families: int, most: float 
         assert 1 - found.mean <= above(0.07, families)
 
 
-@pytest.mark.parametrize("name", ["spreads to e", "skewed, spreads to e", "mostly example noise"])
+@pytest.mark.parametrize("name", ["spreads to e²", "skewed, spreads to e²", "mostly example noise"])
 def test_few_families_err_and_intervals_hold_the_truth(name: str) -> None:
     check(BY_NAME[name], rows=8, seeds=2, families=60)
 
@@ -34,13 +34,13 @@ def test_few_families_err_and_intervals_hold_the_truth(name: str) -> None:
 @pytest.mark.parametrize("rows", [2, 3, 8, 20, 40])
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda one: one.name)
 def test_families_err_in_five_percent_at_most(scenario: Scenario, rows: int, seeds: int) -> None:
-    """Few seeds often do not show that one row is much wilder than the others: up to 12 % of families err then."""
-    unseen = scenario.wild > 1 and seeds <= 3
-    check(scenario, rows, seeds, families=200, most=0.12 if unseen else 0.05)
+    """Among many rows two seeds often do not show that one is ten times wilder: 6 % of families err then."""
+    unseen = scenario.wild == 10 and seeds == 2 and rows > 8
+    check(scenario, rows, seeds, families=300 if rows <= 8 else 100, most=0.06 if unseen else 0.05)
 
 
 @pytest.mark.slow
 def test_three_seeds_have_three_quarters_of_the_power_of_five() -> None:
-    power = {seeds: simulate(BY_NAME["equal spreads"], 8, seeds, 300, better=5.0).power for seeds in (2, 3, 5)}
+    power = {seeds: simulate(BY_NAME["equal spreads"], 8, seeds, 300, better=7.0).power for seeds in (2, 3, 5)}
     assert power[3] >= 0.75 * power[5]
     assert power[2] < power[3] < power[5]
