@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import yaml
 from rich.console import Console
 
 import harness
 from harness.core.profile import Measured, Profile, ProfileEntry
+from harness.experiment.source import read_yaml
 from tests.support.profiled import trained
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +60,7 @@ def separated(profile: Profile) -> set[tuple[str, str]]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_burning_neighbour_changes_no_ranking_of_speeds(tmp_path: Path) -> None:
-    content = yaml.safe_load((ROOT / "experiments" / "quickstart.yaml").read_text(encoding="utf-8"))
+    content, _ = read_yaml(ROOT / "experiments" / "quickstart.yaml")
     folder = trained(tmp_path, **content | {"seeds": [0]})
     quiet = Console(quiet=True)
     alone = harness.profile_run(folder, console=quiet)
