@@ -151,11 +151,11 @@ def test_ctrl_c_keeps_the_old_file_and_what_was_measured(tmp_path: Path, process
 
     def interrupted(label: str) -> None:
         if label == "LoRA r=2":
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("pressed while LoRA r=2 is measured")
 
     process.trouble = interrupted
     process.asked.clear()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="pressed while LoRA"):
         measure(folder, fresh=True)
     assert read_profile(folder) == before
     assert process.asked == ["none"]
