@@ -1,0 +1,114 @@
+"""Tune's events: forwarded to the display, and records of trials whose process died."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from harness.core.errors import SweepEndedError
+from harness.core.origin import shown
+from harness.core.record import PlannedTrial, TrialRecord, read_record, record_path, write_record
+from harness.experiment.plan import TrialSpec
+from harness.sweep.ray_library import ray, tune
+from harness.trial.trial import LOG
+
+
+class Display(Protocol):
+    """Receives the events of a sweep while it runs."""
+
+    def opened(self, run: Path, at_once: int) -> None:
+        """The sweep starts, in this run folder and with so many trials at once."""
+
+    def started(self, trial_id: str) -> None:
+        """A trial was started in a worker process."""
+
+    def progressed(self, trial_id: str, progress: dict[str, Any]) -> None:
+        """A trial reported progress: the fields of ``harness.trial.trial.Progress``."""
+
+    def ended(self, record: TrialRecord) -> None:
+        """A trial has ended; its record is written."""
+
+
+_NODES_S = 5.0  # how often Ray is asked for its nodes
+
+
+class Events(tune.Callback):  # type: ignore[misc]
+    """Forwards Tune's events to the display, and writes the record of a trial whose process died.
+
+    Ray's node process dies with its agents (``DashboardAgent``, ``RuntimeEnvAgent``), and Tune then waits forever for a
+    node that can run the next trial. So it asks for the nodes, and ends the sweep if none is alive.
+    """
+
+    def __init__(self, run: Path, experiment: str, display: Display) -> None:
+        self.run, self.experiment, self.display = run, experiment, display
+        self.ended = 0  # trials with a record
+        self.asked = time.monotonic()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return no state: Tune pickles callbacks into a snapshot that is never read, and displays are unpicklable."""
+        return {}
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        """Check that a node is alive.
+
+        Raises:
+            SweepEndedError: none is.
+        """
+        if time.monotonic() - self.asked < _NODES_S:
+            return
+        self.asked = time.monotonic()
+        if not any(node["Alive"] for node in ray.nodes()):
+            raise SweepEndedError(
+                "Ray has died: one of its processes (raylet, DashboardAgent, RuntimeEnvAgent) was killed"
+            )
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """A trial got a worker."""
+        self.display.started(_id(trial))
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        """A trial reported progress."""
+        self.display.progressed(_id(trial), result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """A trial ended; its worker wrote the record."""
+        self._end(record_path(self.run, _id(trial)))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """A trial's worker died for the last time: write the record if the worker did not."""
+        path = record_path(self.run, _id(trial))
+        if not path.exists():
+            write_record(self.run, _died(trial, self.experiment, path.with_name(LOG)))
+        self._end(path)
+
+    def _end(self, path: Path) -> None:
+        self.ended += 1
+        self.display.ended(read_record(path))
+
+
+def _id(trial: Any) -> str:
+    return PlannedTrial.model_validate_json(trial.config["trial"]["planned"]).trial_id
+
+
+def _died(trial: Any, experiment: str, log: Path) -> TrialRecord:
+    """The record of a trial whose process was killed or crashed before it could write one."""
+    spec = TrialSpec.model_validate_json(trial.config["trial"]["spec"])
+    began = trial.run_metadata.start_time or time.time()
+    lines = [
+        line
+        for line in ((trial.get_pickled_error() and str(trial.get_pickled_error())) or "").splitlines()
+        if line.strip()
+    ]
+    return TrialRecord(
+        trial_id=spec.trial_id,
+        experiment=experiment,
+        status="failed",
+        reason=f"the worker process died: {lines[0].strip() if lines else 'Ray gave no reason'}"[:500]
+        + f" (log: {shown(log)})",
+        spec=spec.model_dump(mode="json"),
+        seed=spec.seed,
+        wall_time_s=time.time() - began,
+        started_at=datetime.fromtimestamp(began, UTC).isoformat(timespec="seconds"),
+    )
