@@ -82,8 +82,8 @@ class Evaluation(Section):
 class Resources(Section):
     """Resources of a trial. They do not affect results, so they are not part of a trial's id."""
 
-    cpus_per_trial: PositiveInt = 1
-    gpus_per_trial: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"  # auto: one if there is a GPU, else none
+    cpus_per_worker: PositiveInt = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"  # auto: one if there is a GPU, else none
     max_concurrent_trials: PositiveInt | None = None
     zero_stage: Literal[0, 1, 2, 3] = 0  # preset clusters/deepspeed/zero<stage>.json
     checkpoint_interval_s: Annotated[float, Field(ge=0)] = 60.0  # saved at the first epoch end after this time

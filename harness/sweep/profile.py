@@ -259,7 +259,7 @@ class _Measuring:
                 self._failed[asked[index].trial_ids] = reason
 
     def _job(self, asked: Sequence[Wanted], numbers: tuple[int, ...]) -> Job:
-        most = (os.cpu_count() or 1) // self.resources.cpus_per_trial
+        most = (os.cpu_count() or 1) // self.resources.cpus_per_worker
         return Job(
             specs=tuple(entry.measurable for entry in asked),
             resources=self.resources,

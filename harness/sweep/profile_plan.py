@@ -126,7 +126,7 @@ def key_of(spec: TrialSpec, reference: TrialSpec, resources: Resources) -> str:
     """SHA-256 of all that the measurement of an entry depends on, with its reference, without the device."""
     return hashlib.sha256(
         json.dumps(
-            [_content(spec), _content(reference), resources.cpus_per_trial, resources.zero_stage], sort_keys=True
+            [_content(spec), _content(reference), resources.cpus_per_worker, resources.zero_stage], sort_keys=True
         ).encode()
     ).hexdigest()
 

@@ -77,14 +77,14 @@ def per_trial(resources: Resources, available: Mapping[str, float]) -> dict[str,
         UserError: the cluster has fewer; Ray would wait for them forever.
     """
     gpus = available.get("GPU", 0.0)
-    wanted = min(1.0, gpus) if resources.gpus_per_trial == "auto" else resources.gpus_per_trial
+    wanted = min(1.0, gpus) if resources.gpus_per_worker == "auto" else resources.gpus_per_worker
     for key, asked, there in (
-        ("cpus_per_trial", resources.cpus_per_trial, available.get("CPU", 0.0)),
-        ("gpus_per_trial", wanted, gpus),
+        ("cpus_per_worker", resources.cpus_per_worker, available.get("CPU", 0.0)),
+        ("gpus_per_worker", wanted, gpus),
     ):
         if asked > there:
             raise UserError(f"resources.{key}: found {asked:g}, but this machine or Ray cluster has {there:g}")
-    return {"cpu": resources.cpus_per_trial, "gpu": wanted}
+    return {"cpu": resources.cpus_per_worker, "gpu": wanted}
 
 
 def at_once(wanted: Sweep, request: Mapping[str, float], available: Mapping[str, float]) -> int:

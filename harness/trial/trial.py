@@ -184,7 +184,7 @@ class Trial:
         Args:
             data: of a trial that differs at most in its adapter and learning rate; None: it is read.
         """
-        torch.set_num_threads(self.resources.cpus_per_trial)
+        torch.set_num_threads(self.resources.cpus_per_worker)
         prepare_process()
         self.peak = measure.PeakMemory(self.device)
         self.stages = Stages(self.spec, self.device, self.resources.zero_stage, self.folder, data)

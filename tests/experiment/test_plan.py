@@ -101,7 +101,7 @@ optimizer: {per_device_train_batch_size: 32}
 task: scenes
 """,
     "comments": "# a comment\n" + BASE,
-    "resources": BASE + "resources: {cpus_per_trial: 2, zero_stage: 2, max_failures: 3}\n",
+    "resources": BASE + "resources: {cpus_per_worker: 2, zero_stage: 2, max_failures: 3}\n",
     "tracking": BASE + "tracking: {mlflow_uri: 'http://localhost:5000'}\n",
     "name": BASE + "name: other\n",
     "equivalence margin": BASE.replace("{test", "{equivalence_margin: 0.03, test"),

@@ -18,25 +18,25 @@ from harness.sweep.tune import at_once, per_trial
 def test_auto_uses_a_gpu_if_there_is_one() -> None:
     assert per_trial(Resources(), {"CPU": 2.0}) == {"cpu": 1, "gpu": 0.0}
     assert per_trial(Resources(), {"CPU": 8.0, "GPU": 4.0}) == {"cpu": 1, "gpu": 1.0}
-    assert per_trial(Resources(gpus_per_trial=0.25, cpus_per_trial=2), {"CPU": 8.0, "GPU": 1.0}) == {
+    assert per_trial(Resources(gpus_per_worker=0.25, cpus_per_worker=2), {"CPU": 8.0, "GPU": 1.0}) == {
         "cpu": 2,
         "gpu": 0.25,
     }
 
 
 def test_more_resources_than_available_are_an_error() -> None:
-    with pytest.raises(UserError, match=r"resources\.gpus_per_trial: found 1, .* cluster has 0"):
-        per_trial(Resources(gpus_per_trial=1.0), {"CPU": 2.0})
-    with pytest.raises(UserError, match=r"resources\.cpus_per_trial: found 4, .* cluster has 2"):
-        per_trial(Resources(cpus_per_trial=4), {"CPU": 2.0})
+    with pytest.raises(UserError, match=r"resources\.gpus_per_worker: found 1, .* cluster has 0"):
+        per_trial(Resources(gpus_per_worker=1.0), {"CPU": 2.0})
+    with pytest.raises(UserError, match=r"resources\.cpus_per_worker: found 4, .* cluster has 2"):
+        per_trial(Resources(cpus_per_worker=4), {"CPU": 2.0})
 
 
 @pytest.mark.parametrize(
     ("resources", "available", "expected"),
     [
         (Resources(), {"CPU": 2.0}, 2),
-        (Resources(cpus_per_trial=2), {"CPU": 5.0}, 2),
-        (Resources(gpus_per_trial=0.1), {"CPU": 64.0, "GPU": 1.0}, 10),
+        (Resources(cpus_per_worker=2), {"CPU": 5.0}, 2),
+        (Resources(gpus_per_worker=0.1), {"CPU": 64.0, "GPU": 1.0}, 10),
         (Resources(max_concurrent_trials=3), {"CPU": 64.0}, 3),
         (Resources(), {"CPU": 64.0}, 20),
     ],
