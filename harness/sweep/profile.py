@@ -36,6 +36,7 @@ from harness.sweep.profile_worker import Worker
 from harness.trial.profile import BLOCK_S, LONGEST_S, ROUNDS, Answer, Job, StageTimes
 from results.leaderboard.format import duration
 from results.leaderboard.join import read_runs
+from results.report import ReportPaths, write_report
 
 LOG = "profile.log"
 PARTIAL, AGAIN = "profile.partial.json", "profile.again.json"  # of an unfinished profile; of an unfinished --fresh one
@@ -59,8 +60,6 @@ def profile_run(folder: str | Path, *, fresh: bool = False, console: Console | N
         UserError: it is no run folder, no trial has finished, another harness works in it, or the models or the data
             are not there as they were in training; raised before anything is measured.
     """
-    from results.report import write_report
-
     folder, console = Path(folder), console or Console()
     run = read_runs([folder])
     if not any(record.status == "finished" for record in run.records.values()):
@@ -70,8 +69,24 @@ def profile_run(folder: str | Path, *, fresh: bool = False, console: Console | N
         specs = [entry.spec for group in groups_of(run) for entry in group.entries if entry.spec is not None]
         _check(specs, folder, console)
         profile = measure_run(folder, resources_of(folder), console, fresh)
-        write_report([folder])
+        report = write_report([folder])
+        _update_mlflow(folder, report, console)
     return profile
+
+
+def _update_mlflow(folder: Path, report: ReportPaths, console: Console) -> None:
+    """Log the profile and the report to the run's MLflow, if it was logged to one; a problem is shown."""
+    from harness.tracking.grid import close_grid, reopen_grid
+
+    board = report.board
+    try:
+        grid = reopen_grid(board.run.plan, folder)
+    except UserError as error:
+        problem: str | None = str(error)
+    else:
+        problem = close_grid(grid, not board.missing and not board.failed, list(report.all), board) if grid else None
+    if problem:
+        console.print(f"MLflow could not be updated: {problem}", highlight=False, markup=False, soft_wrap=True)
 
 
 def resources_of(folder: Path) -> Resources:

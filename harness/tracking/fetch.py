@@ -20,6 +20,7 @@ from rich.progress import Progress
 from harness.core.errors import UserError, did_you_mean
 from harness.core.files import write_atomically
 from harness.core.record import record_path
+from harness.core.samples import PREVIEWS
 from harness.tracking.grid import RUN_FILES, check_uri, child_runs, connect, reason_of, redacted, sqlite_path
 from harness.tracking.log import TRIAL_FILES
 
@@ -29,7 +30,7 @@ _WANTED = tuple(name for name in TRIAL_FILES if name != "log.txt")
 
 
 def fetch_run(uri: str, run: str, into: Path) -> Path:
-    """Fetch the plan, the experiment file and every trial's record, per-example scores and attention.
+    """Fetch the plan, the experiment file, the profile, the previews, and every trial's record, scores and attention.
 
     A trial that is running, or whose process died before writing a record, has no record, as on disk. If a trial has
     several runs, the latest finished one counts. Fetching again replaces what was fetched before.
@@ -61,7 +62,8 @@ def fetch_run(uri: str, run: str, into: Path) -> Path:
             (incoming / "trials").mkdir()
             children = child_runs(client, parent.info.experiment_id, parent.info.run_id)
             _download_trials(uri, _latest_per_trial(children), incoming)
-            for name in (*RUN_FILES, "trials"):
+            _download_previews(uri, parent, incoming / PREVIEWS)
+            for name in (*RUN_FILES, PREVIEWS, "trials"):
                 _replace(incoming / name, folder / name)
     except UserError:
         raise
@@ -186,6 +188,17 @@ def _download(uri: str, run: Any, names: Sequence[str], folder: Path) -> list[st
     for name in there:
         repository.download_artifacts(name, str(folder))
     return there
+
+
+def _download_previews(uri: str, run: Any, folder: Path) -> None:
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    repository = get_artifact_repository(run.info.artifact_uri, tracking_uri=uri)
+    for path in (info.path for info in repository.list_artifacts(PREVIEWS) if not info.is_dir):
+        if Path(path).parts[:-1] != (PREVIEWS,) or not _is_folder_name(Path(path).name):
+            raise UserError(f"run {run.info.run_id}: its artifact {path!r} is not a file in {PREVIEWS}/")
+        folder.mkdir(exist_ok=True)
+        repository.download_artifacts(path, str(folder.parent))
 
 
 def _replace(new: Path, old: Path) -> None:

@@ -20,7 +20,9 @@ from urllib.parse import urlsplit
 
 from harness.core.errors import UserError
 from harness.core.paths import locate
-from harness.core.record import PlannedTrial, TrialRecord, read_record, record_path
+from harness.core.profile import FILE_NAME
+from harness.core.record import Plan, PlannedTrial, TrialRecord, read_record, record_path
+from harness.core.samples import PREVIEWS
 from harness.experiment.plan import TrialSpec
 from harness.tracking.board import describe_board, grid_link, log_board, save_view, trials_link
 from harness.tracking.log import log_end, log_metrics, log_params
@@ -32,7 +34,9 @@ logger = logging.getLogger(__name__)
 PARENT_TAG = "mlflow.parentRunId"
 FOLDER_TAG = "harness.run_folder"
 PAGE_SIZE = 1000  # runs per page of a search
-RUN_FILES = ("plan.json", "experiment.yaml")
+RUN_ID_FILE = "mlflow_run_id"  # of a run folder, and of each trial's folder
+HIDDEN = "***"  # in place of a password
+RUN_FILES = ("plan.json", "experiment.yaml", FILE_NAME)
 _CURVES = {"learning_rate": "schedule/learning_rate"}  # in a section of its own, below the losses
 _OUTCOME_TAGS = {"harness.status", "harness.reason"}
 
@@ -124,7 +128,7 @@ def redacted(uri: str) -> str:
 
 def _without_password(text: str, uri: str) -> str:
     password = urlsplit(uri).password
-    return text.replace(f":{password}@", ":***@") if password else text
+    return text.replace(f":{password}@", f":{HIDDEN}@") if password else text
 
 
 def reason_of(error: Exception, uri: str) -> str:
@@ -222,8 +226,7 @@ def open_grid(uri: str, experiment: str, run_folder: Path) -> Grid:
             experiment_id = found.experiment_id
         tags = {"harness.kind": "grid", FOLDER_TAG: str(run_folder.resolve()), "mlflow.note.content": _note(run_folder)}
         parent = str(_open_run(client, experiment_id, run_folder, run_folder.name, tags)[0].info.run_id)
-        for path in filter(Path.exists, (run_folder / name for name in RUN_FILES)):
-            client.log_text(parent, _without_password(path.read_text(encoding="utf-8"), uri), path.name)
+        _log_run_files(client, parent, run_folder, uri)
     except (MlflowException, OSError, ImportError, ValueError) as error:
         raise _unusable(uri, error) from error
     if database := sqlite_path(uri):
@@ -231,6 +234,29 @@ def open_grid(uri: str, experiment: str, run_folder: Path) -> Grid:
         with sqlite3.connect(database) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
     return Grid(uri, experiment_id, parent)
+
+
+def reopen_grid(plan: Plan, run_folder: Path) -> Grid | None:
+    """The grid that a run folder was logged to, without changing it; None: it was not logged to a server.
+
+    Raises:
+        UserError: the server could not be used, the run is gone, or its URI has a password, which is not stored, and
+            MLFLOW_TRACKING_URI is not this URI.
+    """
+    path = run_folder / RUN_ID_FILE
+    if not plan.mlflow_uri or not path.exists():
+        return None
+    given, uri = os.environ.get("MLFLOW_TRACKING_URI", ""), plan.mlflow_uri
+    if redacted(given) == uri:
+        uri = given
+    elif urlsplit(uri).password == HIDDEN:
+        raise UserError(f"{uri}: its password is not stored; set MLFLOW_TRACKING_URI to the whole URI")
+    check_uri(uri, str(run_folder / "plan.json"))
+    try:
+        found = connect(uri).get_run(path.read_text(encoding="utf-8").strip())
+    except Exception as error:  # database drivers and HTTP clients raise many types
+        raise _unusable(uri, error, str(path)) from error
+    return Grid(uri, found.info.experiment_id, found.info.run_id)
 
 
 def _note(run_folder: Path) -> str:
@@ -253,7 +279,7 @@ def _open_run(client: Any, experiment_id: str, folder: Path, name: str, tags: di
     """The run whose id the folder stores if it still exists at this tracking URI, else a new one; and whether new."""
     from mlflow.exceptions import MlflowException
 
-    path = folder / "mlflow_run_id"
+    path = folder / RUN_ID_FILE
     run = None
     if path.exists():
         try:
@@ -290,6 +316,8 @@ def close_grid(grid: Grid, complete: bool, artifacts: list[Path], board: Leaderb
         for child in lost:
             _end_lost(client, child, folder)
         _log_artifacts(client, parent, artifacts)
+        _log_run_files(client, parent, folder, grid.uri)
+        _log_previews(client, parent, folder / PREVIEWS)
         if board is not None:
             log_board(client, parent, child_runs(client, grid.experiment_id, parent), board)
             save_view(client, grid.experiment_id, parent, PARENT_TAG, board)
@@ -317,6 +345,21 @@ def _log_artifacts(client: Any, run_id: str, paths: list[Path]) -> None:
     base = os.path.commonpath([file.parent for file in files]) if files else ""
     for file in files:
         client.log_artifact(run_id, str(file), Path("report", file.relative_to(base)).parent.as_posix())
+
+
+def _log_run_files(client: Any, run_id: str, folder: Path, uri: str) -> None:
+    for path in filter(Path.exists, (folder / name for name in RUN_FILES)):
+        client.log_text(run_id, _without_password(path.read_text(encoding="utf-8"), uri), path.name)
+
+
+def _log_previews(client: Any, run_id: str, folder: Path) -> None:
+    """Log the previews of input files that are not there yet; they are named by their content."""
+    if not folder.is_dir():
+        return
+    there = {Path(info.path).name for info in client.list_artifacts(run_id, PREVIEWS)}
+    for path in sorted(folder.iterdir()):
+        if path.name not in there:
+            client.log_artifact(run_id, str(path), PREVIEWS)
 
 
 def _end_lost(client: Any, run: Any, run_folder: Path) -> None:

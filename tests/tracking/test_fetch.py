@@ -21,12 +21,13 @@ from mlflow.exceptions import MlflowException
 
 from harness.core.errors import UserError
 from harness.core.files import write_atomically
+from harness.core.profile import Profile, read_profile, write_profile
 from harness.core.record import read_run, write_record
 from harness.tracking import fetch
 from harness.tracking import grid as tracking_grid
 from harness.tracking.fetch import fetch_run
-from harness.tracking.grid import MlflowTracker, close_grid, default_uri, open_grid
-from tests.support.tracking import Trial, finished_record, four_trials, write_plan
+from harness.tracking.grid import MlflowTracker, close_grid, default_uri, open_grid, reopen_grid
+from tests.support.tracking import Trial, artifacts, finished_record, four_trials, write_plan
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +106,43 @@ def test_a_fetched_run_is_the_run_that_was_logged(uri: str, logged: Path, tmp_pa
     assert {path.name for path in fetched.iterdir()} == {
         "plan.json", "experiment.yaml", "trials", fetch.MARKER,
     }  # fmt: skip
+
+
+def test_the_profile_and_the_previews_are_fetched_too(
+    uri: str, logged: Path, tmp_path: Path, trials: list[Trial], client: MlflowClient
+) -> None:
+    write_profile(logged, Profile(entries=()))
+    for name in ("a.png", "b.txt"):
+        write_atomically(logged / "previews" / name, f"content of {name}")
+    plan = read_run(logged).plan.model_copy(update={"mlflow_uri": uri})
+    grid = reopen_grid(plan, logged)
+    assert grid is not None
+    assert close_grid(grid, complete=False, artifacts=[]) is None
+    assert close_grid(grid, complete=False, artifacts=[]) is None, "logged once, closed twice"
+    assert artifacts(client, grid.parent_run_id, "previews") == ["previews/a.png", "previews/b.txt"]
+    fetched = fetch_run(uri, logged.name, tmp_path)
+    assert files(fetched) == files(logged)
+    assert (fetched / "previews" / "a.png").read_text(encoding="utf-8") == "content of a.png"
+    assert read_profile(fetched) == Profile(entries=())
+
+
+def test_a_run_that_was_logged_nowhere_has_no_grid(tmp_path: Path, trials: list[Trial]) -> None:
+    write_plan(tmp_path, trials)
+    assert reopen_grid(read_run(tmp_path).plan, tmp_path) is None
+
+
+def test_a_grid_whose_password_is_not_known_is_not_opened(
+    tmp_path: Path, trials: list[Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_plan(tmp_path, trials)
+    write_atomically(tmp_path / "mlflow_run_id", "0" * 32)
+    plan = read_run(tmp_path).plan.model_copy(update={"mlflow_uri": "http://me:***@127.0.0.1:1"})
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(UserError, match=r":\*\*\*@127.0.0.1:1: its password is not stored; set MLFLOW_TRACKING_URI"):
+        reopen_grid(plan, tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:1")
+    with pytest.raises(UserError, match=r"plan.json: 'http://me:\*\*\*@127.0.0.1:1' could not be used"):
+        reopen_grid(plan, tmp_path)
 
 
 def test_fetching_again_updates_and_removes_trials(

@@ -109,7 +109,7 @@ def test_sampling_ends_when_a_tracker_is_deleted_unfinished() -> None:
     (thread,) = samplers()
     del given_up
     gc.collect()
-    thread.join(5)
+    thread.join(30)
     assert not thread.is_alive()
 
 
