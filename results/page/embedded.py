@@ -15,7 +15,7 @@ from harness.core.record import PlannedTrial, TrialRecord
 from results.leaderboard.rows import Row
 from results.leaderboard.table import Leaderboard
 from results.page.columns import Column, options_of, row_id
-from results.page.gallery import Gallery
+from results.page.gallery import Gallery, Sample, outputs_elsewhere
 from results.page.plots.style import INK, Look
 
 _MOST_POINTS = 100_000  # of all curves together: about a megabyte
@@ -41,7 +41,7 @@ def embedded(
     Args:
         board: the leaderboard.
         tables: for each setting its rows in the order shown, and its columns.
-        gallery: whose samples are shown beside a row.
+        gallery: of one setting; the outputs of other settings are added.
         looks: colour and marker by label.
         folder: where the page will be, for relative links to the files of trials.
     """
@@ -62,7 +62,7 @@ def embedded(
         "curves": curves,
         "mlflow": board.run.plan.mlflow_uri or "",
         "files": list(FILES.items()),  # a list: the order counts
-        "samples": _samples(gallery),
+        "samples": _samples((*gallery.samples, *outputs_elsewhere(board, gallery))),
         "rows": rows,
     }
 
@@ -126,15 +126,15 @@ def _relative(trials: Path, folder: Path) -> str:
     return Path(os.path.relpath(trials, folder)).as_posix()
 
 
-def _samples(gallery: Gallery) -> list[dict[str, Any]]:
-    """The outputs by row; the inputs stand in the gallery already."""
+def _samples(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """The outputs by row; the inputs stand in the gallery already, where other settings have the same examples."""
     return [
         {
             "id": sample.example_id,
             "reference": sample.references[0] if sample.references else "",
             "outputs": {row_id(output.row): output.text for output in sample.outputs},
         }
-        for sample in gallery.samples
+        for sample in samples
     ]
 
 

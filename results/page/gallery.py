@@ -25,6 +25,7 @@ from results.leaderboard.format import size_text
 from results.leaderboard.table import Leaderboard, Row
 
 _MOST_ROWS = 40  # of the leaderboard, best first: more outputs per example are not readable
+_MOST_READ = 200  # rows of other settings whose outputs are read: about two seconds
 _THUMBNAIL_PIXELS = 240  # longer side; smaller pictures are embedded unchanged and enlarged by the page
 _SHOWN_CHARACTERS = 280  # of a text; the rest unfolds on a click
 _MOST_SOUND_BYTES = 1 << 20  # of one recording, which the page embeds whole
@@ -112,23 +113,46 @@ def build_gallery(board: Leaderboard) -> Gallery:
     unreadable: list[str] = []
     metrics, members = _by_preference(board), members_of(board.run.plan.metrics)
     for setting in reversed(board.settings):
-        rows = [row for row in (*board.of(setting), *board.apart(setting)) if row.finished]
-        drawn: list[str] = []
-        tables: list[tuple[Row, int, Predictions]] = []
-        for row in rows[:_MOST_ROWS]:
-            path = board.run.trial_folder(row.finished[0].trial_id) / "examples.parquet"
-            try:
-                drawn = drawn or draw_ids(predicted_ids(path), members)
-                tables.append((row, row.finished[0].seed, predictions_of(path, drawn, metrics)))
-            except (OSError, ArrowException) as error:
-                unreadable.append(f"{row.finished[0].trial_id}: {str(error).splitlines()[0]}")
-        tables = [table for table in tables if table[2]]
+        rows = _finished(board, setting)
+        drawn, tables = _read(board, rows[:_MOST_ROWS], metrics, unreadable)
         if tables:
             previews = board.run.trial_folder(tables[0][0].finished[0].trial_id).parent.parent / PREVIEWS
             samples = tuple(_sample(example_id, tables, metrics, previews) for example_id in drawn)
             shown = tuple(member for member in members if any(of_member(member, example_id) for example_id in drawn))
             return Gallery(setting, samples, tuple(unreadable), len(rows), shown)
     return Gallery("", (), tuple(unreadable))
+
+
+def outputs_elsewhere(board: Leaderboard, gallery: Gallery) -> list[Sample]:
+    """The outputs in the settings that the gallery does not show, without inputs; of the first rows of a large grid."""
+    found, left = [], _MOST_READ
+    for setting in board.settings:
+        rows = _finished(board, setting)[:left] if setting != gallery.setting else []
+        left -= len(rows)
+        drawn, tables = _read(board, rows, (), [])
+        found += [_sample(example_id, tables, (), None) for example_id in drawn if tables]
+    return found
+
+
+def _finished(board: Leaderboard, setting: str) -> list[Row]:
+    return [row for row in (*board.of(setting), *board.apart(setting)) if row.finished]
+
+
+def _read(
+    board: Leaderboard, rows: Sequence[Row], metrics: Sequence[MetricInfo], unreadable: list[str]
+) -> tuple[list[str], list[tuple[Row, int, Predictions]]]:
+    """The ids drawn from the first row's examples, and each row's outputs for them; rows without any are left out."""
+    drawn: list[str] = []
+    tables: list[tuple[Row, int, Predictions]] = []
+    members = members_of(board.run.plan.metrics)
+    for row in rows:
+        path = board.run.trial_folder(row.finished[0].trial_id) / "examples.parquet"
+        try:
+            drawn = drawn or draw_ids(predicted_ids(path), members)
+            tables.append((row, row.finished[0].seed, predictions_of(path, drawn, metrics)))
+        except (OSError, ArrowException) as error:
+            unreadable.append(f"{row.finished[0].trial_id}: {str(error).splitlines()[0]}")
+    return drawn, [table for table in tables if table[2]]
 
 
 def members_of(metrics: Sequence[MetricInfo]) -> list[str]:
@@ -169,14 +193,18 @@ def _by_preference(board: Leaderboard) -> list[MetricInfo]:
 
 
 def _sample(
-    example_id: str, tables: Sequence[tuple[Row, int, Predictions]], metrics: Sequence[MetricInfo], previews: Path
+    example_id: str,
+    tables: Sequence[tuple[Row, int, Predictions]],
+    metrics: Sequence[MetricInfo],
+    previews: Path | None,
 ) -> Sample:
+    """One sample; without a folder of previews, its inputs are left out."""
     rows = [(row, seed, examples[example_id]) for row, seed, examples in tables if example_id in examples]
     first = rows[0][2]
     score = next((info for info in metrics if any(example.get(info.name) is not None for *_, example in rows)), None)
     return Sample(
         example_id=example_id,
-        inputs=_inputs(first.get("inputs") or "[]", first.get("previews") or "[]", previews),
+        inputs=_inputs(first.get("inputs") or "[]", first.get("previews") or "[]", previews) if previews else (),
         references=tuple(first.get("references") or ()),
         score=score,
         outputs=tuple(

@@ -19,7 +19,7 @@ from harness.core.samples import draw_ids
 from results.leaderboard.table import build_leaderboard
 from results.page import gallery as gallery_module
 from results.page import page as page_module
-from results.page.gallery import Gallery, Input, build_gallery
+from results.page.gallery import Gallery, Input, build_gallery, outputs_elsewhere
 from results.page.plots.all import Drawings
 from results.report import write_report
 from tests.support.pages import Page
@@ -215,6 +215,26 @@ def test_outputs_are_in_the_order_of_the_leaderboard_up_to_a_limit(
     monkeypatch.setattr(gallery_module, "_MOST_ROWS", 1)
     assert [output.row.name for output in build_gallery(board).samples[0].outputs] == names[:1]
     assert "Methods are in the order of the leaderboard: the first 1 of 2." in write_report([tmp_path]).html.read_text()
+
+
+def test_the_outputs_of_every_setting_are_beside_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = fake_plan(seeds=(0,), methods=METHODS[-2:], settings=("small", "large"))
+    write_run(tmp_path, plan)
+    for trial in plan.trials:
+        write_examples(tmp_path, trial.trial_id, [f"{trial.setting} {trial.method}"] * COUNT, tmp_path)
+    board = build_leaderboard(read_run(tmp_path))
+    gallery = build_gallery(board)
+    others = outputs_elsewhere(board, gallery)
+    assert gallery.setting == "large"
+    assert {output.row.setting for sample in others for output in sample.outputs} == {"small"}
+    assert {output.text for sample in others for output in sample.outputs} == {
+        f"small {trial.method}" for trial in plan.trials
+    }
+    assert [sample.example_id for sample in others] == [sample.example_id for sample in gallery.samples]
+    monkeypatch.setattr(gallery_module, "_MOST_READ", 1)
+    assert {output.row.name for sample in outputs_elsewhere(board, gallery) for output in sample.outputs} == {
+        board.of("small")[0].name
+    }
 
 
 def test_a_file_that_the_page_cannot_show_is_shown_by_its_preview(tmp_path: Path) -> None:
