@@ -19,7 +19,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 80
 # rooms of lower floors, whether at the top of a file, inside a function, for type checking, or by a string.
 FLOORS = (
     ("harness.core",),
-    ("adapters.placement", "tasks.encoder", "tasks.cache_folder", "tasks.containers", "results.statistics"),
+    ("adapters.placement", "tasks.encoder", "tasks.cache_folder", "tasks.containers", "results.statistics", "clusters"),
     ("adapters.base", "tasks.base", "results.leaderboard"),
     ("adapters.attach", "tasks.registry", "tasks.splits", "tasks.modalities.encoders", "tasks.metrics.coco"),
     ("adapters.methods", "tasks.formats", "tasks.drawing", "tasks.modalities", "tasks.metrics", "results.page.plots"),
@@ -33,7 +33,7 @@ FLOORS = (
     ("harness.__main__",),
 )
 # These do not import one another, and only the core of the harness.
-APART = ("adapters", "tasks", "results")
+APART = ("adapters", "tasks", "results", "clusters")
 # What a room must not import, although it is on a lower floor.
 IGNORANT_OF = {
     "harness.sweep.tune": ("adapters", "tasks", "results"),

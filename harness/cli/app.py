@@ -27,6 +27,9 @@ errors = Console(stderr=True)
 
 ExperimentFile = Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml", help="The experiment file.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder that contains the run folders.")]
+Profile = Annotated[
+    str, typer.Option("--profile", "-p", metavar="NAME", help="Where to run: a profile's name, or its YAML file.")
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over in a new run folder next to the old one.")]
 
 
@@ -50,8 +53,9 @@ def run(
     file: ExperimentFile,
     output: Output = Path("runs"),
     fresh: Fresh = False,
-    profile: Annotated[
-        bool, typer.Option("--profile/--no-profile", help="Measure speed and memory of the methods after the trials.")
+    profile: Profile = "local",
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Measure speed and memory of the methods after the trials.")
     ] = True,
 ) -> None:
     """Run the trials of an experiment and write the report. Run it again to continue where it stopped."""
@@ -59,7 +63,7 @@ def run(
     from harness.sweep.run import run_experiment
 
     began = time.monotonic()
-    results = run_experiment(file, output, fresh=fresh, profile=profile, console=console)
+    results = run_experiment(file, output, fresh=fresh, profile=profile, measure=measure, console=console)
     if results.tracking_problem:
         errors.print(
             f"[yellow]MLflow could not be updated:[/] {_escape(results.tracking_problem)}",

@@ -21,8 +21,8 @@ from adapters.registry import ADAPTERS, choose
 from harness.core.cursor import Cursor
 from harness.core.errors import UserError, did_you_mean
 from harness.core.registry import Entry, Registry
+from harness.core.source import read_value
 from harness.experiment.sections import Backbone
-from harness.experiment.source import read_value
 from results.leaderboard.format import ABSENT
 
 

@@ -7,7 +7,7 @@ import datetime
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -93,13 +93,25 @@ def _message(
         place /= part
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])
-        return f"{place}: unknown key {key!r}; {did_you_mean(key, (*model.model_fields, *also))}"
+        inner = _inner(model, first["loc"][:-1])
+        allowed = (*model.model_fields, *also) if inner is model else tuple(inner.model_fields)
+        return f"{place}: unknown key {key!r}; {did_you_mean(key, allowed)}"
     if missing:
         return f"{place}: this key is required"
     same = [e["msg"] for e in error.errors() if e["loc"][:1] == first["loc"][:1]]
     text = " or ".join(dict.fromkeys(message[:1].lower() + message[1:] for message in same))
     found = f"{place}: {text.replace('value error, ', '')}; found {first['input']!r}"
     return f"{found}; {hint}" if hint and isinstance(first["input"], list) else found
+
+
+def _inner(model: type[BaseModel], location: Iterable[int | str]) -> type[BaseModel]:
+    """The model of the section at a location in another model's data."""
+    for part in location:
+        field = model.model_fields.get(part) if isinstance(part, str) else None
+        if field is not None:
+            candidates = (field.annotation, *get_args(field.annotation))
+            model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
+    return model
 
 
 def _is_key(data: Any, key: str) -> bool:

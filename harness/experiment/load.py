@@ -19,6 +19,7 @@ from harness.core.cursor import Cursor
 from harness.core.errors import UserError, did_you_mean
 from harness.core.paths import check_model, locate, locate_model
 from harness.core.registry import add_file
+from harness.core.source import read_yaml, write_yaml
 from harness.core.validation import check
 from harness.experiment.axes import NO_AXIS, axes
 from harness.experiment.options import REGISTRIES, choose_adapters, choose_task, task_axes
@@ -33,7 +34,6 @@ from harness.experiment.sections import (
     TaskChoice,
     Tracking,
 )
-from harness.experiment.source import read_yaml, write_yaml
 
 
 class Sections(TypedDict, total=False):

@@ -22,11 +22,11 @@ from harness.core.files import write_atomically
 from harness.core.profile import Profile, ProfileEntry, profile_path, write_profile
 from harness.core.record import read_run
 from harness.core.schema import read_strictly
+from harness.core.source import read_yaml
 from harness.core.validation import check
 from harness.core.weights import check_unchanged
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
-from harness.experiment.source import read_yaml
 from harness.model.components import check_files
 from harness.sweep import preflight
 from harness.sweep.lock import exclusive

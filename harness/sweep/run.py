@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from clusters.profiles import Profile, load_profile
 from harness.core.errors import SweepEndedError, UserError
 from harness.core.files import write_atomically
 from harness.core.record import Plan, PlannedTrial, TrialRecord, read_record, read_run, record_path
@@ -94,7 +95,8 @@ def run_experiment(
     output: str | Path = "runs",
     *,
     fresh: bool = False,
-    profile: bool = True,
+    profile: str | Path = "local",
+    measure: bool = True,
     console: Console | None = None,
 ) -> Results:
     """Run the trials of an experiment and write the report; a second call runs only the trials that are missing.
@@ -105,7 +107,8 @@ def run_experiment(
         experiment: built in Python, or the path of a YAML file.
         output: parent of the run folders; the results are in ``output/NAME``.
         fresh: start again in a new run folder, and keep the old one.
-        profile: after the trials, measure speed and memory of the methods, unless the experiment's
+        profile: where to run: the name of a profile such as ``ray``, or the path of its YAML file.
+        measure: after the trials, measure speed and memory of the methods, unless the experiment's
             ``resources.profile`` is false; ``profile_run`` does it later.
         console: for progress; default: standard output, or the cell's output in a notebook. ``Console(quiet=True)``
             shows nothing.
@@ -122,6 +125,7 @@ def run_experiment(
     from results.report import write_report
 
     console = console or Console()
+    cluster = load_profile(profile)
     experiment = experiment if isinstance(experiment, Experiment) else Experiment.from_yaml(experiment)
     prepared = prepare(experiment, Path(output), fresh)
     folder = prepared.folder
@@ -138,8 +142,8 @@ def run_experiment(
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         grid = open_grid(prepared.mlflow_uri, experiment.name, folder)
         try:
-            _run_unfinished(prepared, grid, console)
-            if profile and experiment.resources.profile:
+            _run_unfinished(prepared, cluster, grid, console)
+            if measure and experiment.resources.profile:
                 _profile(prepared, console)
         except KeyboardInterrupt:
             console.print("interrupted: finished trials are kept; run the same experiment again to continue")
@@ -173,7 +177,7 @@ def _run_folder_for(prepared: Prepared, fresh: bool) -> Iterator[None]:
             raise
 
 
-def _run_unfinished(prepared: Prepared, grid: Grid, console: Console) -> None:
+def _run_unfinished(prepared: Prepared, profile: Profile, grid: Grid, console: Console) -> None:
     from harness.sweep.live import LiveTable
     from harness.sweep.tune import Sweep, sweep
 
@@ -183,7 +187,7 @@ def _run_unfinished(prepared: Prepared, grid: Grid, console: Console) -> None:
         return
     for spec, _ in todo:
         _archive_record(record_path(prepared.folder, spec.trial_id))
-    trials = Sweep(todo, prepared.experiment.name, prepared.folder, prepared.experiment.resources, grid)
+    trials = Sweep(todo, prepared.experiment.name, prepared.folder, prepared.experiment.resources, grid, profile)
     finished = len(prepared.specs) - len(todo)
     with LiveTable(console, [planned for _, planned in todo], finished) as display:
         sweep(trials, display)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clusters.profiles import LOCAL, Profile
 from harness.core.errors import UserError
 from harness.core.record import PlannedTrial
 from harness.experiment.plan import TrialSpec
@@ -32,6 +33,7 @@ class Sweep:
         run: the run folder, which must be accessible to all workers.
         resources: of each trial.
         grid: where trials are logged.
+        profile: the Ray cluster; default: one of its own on this machine.
     """
 
     trials: Sequence[tuple[TrialSpec, PlannedTrial]]
@@ -39,6 +41,7 @@ class Sweep:
     run: Path
     resources: Resources
     grid: Grid
+    profile: Profile = LOCAL
 
 
 def sweep(wanted: Sweep, display: Display) -> None:
@@ -56,7 +59,9 @@ def sweep(wanted: Sweep, display: Display) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     started = not ray.is_initialized()
     if started:
-        ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+        address = wanted.profile.ray_address()
+        own = {} if address else {"include_dashboard": False}
+        ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **own)
     try:
         available = ray.cluster_resources()
         request = per_trial(wanted.resources, available)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from harness.core.errors import UserError
+from harness.core.source import read_yaml, write_yaml
 from harness.experiment.load import Experiment
 from harness.experiment.plan import expand
-from harness.experiment.source import read_yaml, write_yaml
 
 pytestmark = pytest.mark.quick
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 import harness
 from harness.core.profile import Measured, Profile, ProfileEntry
-from harness.experiment.source import read_yaml
+from harness.core.source import read_yaml
 from tests.support.profiled import trained
 
 ROOT = Path(__file__).parents[2]

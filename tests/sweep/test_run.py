@@ -102,14 +102,14 @@ def test_other_weights_at_the_same_path_are_other_trials(tmp_path: Path, monkeyp
         )
 
     monkeypatch.setattr(run, "_run_unfinished", finish_all)
-    first = harness.run_experiment(experiment([0]), tmp_path, profile=False, console=Console(file=io.StringIO()))
+    first = harness.run_experiment(experiment([0]), tmp_path, measure=False, console=Console(file=io.StringIO()))
     assert first.complete
     assert len(run.prepare(experiment([0, 1]), tmp_path).unfinished()) == 1
     weights = load_file(model / "model.safetensors")
     save_file({name: torch.randn_like(w) for name, w in weights.items()}, model / "model.safetensors", {"format": "pt"})
     assert len(run.prepare(experiment([0, 1]), tmp_path).unfinished()) == 2
     shown = io.StringIO()
-    again = harness.run_experiment(experiment([0, 1]), tmp_path, profile=False, console=Console(file=shown))
+    again = harness.run_experiment(experiment([0, 1]), tmp_path, measure=False, console=Console(file=shown))
     assert f"1 record belongs to a trial not in the plan: language_model weights changed ({model})" in shown.getvalue()
     assert [row.seeds for row in again.board.rows] == ["2/2"]
     assert len(again.trials) == 2
