@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from harness.core.errors import UserError
 from harness.core.record import Run
@@ -28,12 +28,14 @@ class Results:
         report: the HTML report; None if it has not been written.
         tracking_problem: why the end of a run could not be logged to MLflow; None if it was.
         tracking_link: path of the table of trials on MLflow's page, below its address; None if nothing was run.
+        stopped: what ended the run early: SIGTERM (``signal``) or ``harness stop`` (``request``); None: neither.
     """
 
     folders: tuple[Path, ...]
     report: Path | None = None
     tracking_problem: str | None = None
     tracking_link: str | None = None
+    stopped: Literal["signal", "request"] | None = None
     known_board: Leaderboard | None = field(default=None, repr=False, compare=False)  # if it has been made already
 
     @property

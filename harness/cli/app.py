@@ -1,4 +1,7 @@
-"""Train and compare adapters. Exit codes: 0 success, 1 unfinished trials or a failed check, 2 invalid input."""
+"""Train and compare adapters.
+
+Exit codes: 0 success, 1 unfinished trials or failed check, 2 invalid input, 3 ended by harness stop, 143 by SIGTERM.
+"""
 
 from __future__ import annotations
 
@@ -61,6 +64,7 @@ def run(
     """Run the trials of an experiment and write the report. Run it again to continue where it stopped."""
     from harness.cli.leaderboard import print_last_screen
     from harness.sweep.run import run_experiment
+    from harness.sweep.stopping import EXIT_CODES
 
     began = time.monotonic()
     results = run_experiment(file, output, fresh=fresh, profile=profile, measure=measure, console=console)
@@ -70,6 +74,8 @@ def run(
             soft_wrap=True,
         )
     print_last_screen(results, time.monotonic() - began, console)
+    if results.stopped:
+        raise typer.Exit(EXIT_CODES[results.stopped])
     if not results.complete:
         raise typer.Exit(1)
 

@@ -21,6 +21,7 @@ from harness.core.record import Plan, PlannedTrial, TrialRecord, read_record, re
 from harness.experiment.load import Experiment
 from harness.experiment.plan import TrialSpec, describe, expand
 from harness.sweep.lock import exclusive
+from harness.sweep.stopping import stoppable
 from results.loaded import Results
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ def run_experiment(
 ) -> Results:
     """Run the trials of an experiment and write the report; a second call runs only the trials that are missing.
 
-    Ctrl-C ends it early: finished trials are kept and reported, and ``Results.complete`` is False.
+    Ctrl-C, SIGTERM and ``harness stop`` end it early: finished trials are kept and reported, ``Results.complete`` is
+    False, and ``Results.stopped`` names the last two.
 
     Args:
         experiment: built in Python, or the path of a YAML file.
@@ -133,7 +135,7 @@ def run_experiment(
     preflight.check_ray()
     preflight.check_models(prepared.specs)
     preflight.check_fingerprints(prepared.specs, str(experiment.top / "backbone"))
-    with _run_folder_for(prepared, fresh):
+    with _run_folder_for(prepared, fresh), stoppable(folder) as stopping:
         check_uri(prepared.mlflow_uri, experiment=experiment.name)
         preflight.check_data(prepared.specs, folder, console)
         write_atomically(folder / "plan.json", prepared.plan.model_dump_json(indent=1) + "\n")
@@ -146,13 +148,13 @@ def run_experiment(
             if measure and experiment.resources.profile:
                 _profile(prepared, console)
         except KeyboardInterrupt:
-            console.print("interrupted: finished trials are kept; run the same experiment again to continue")
+            console.print(f"{stopping.text}: finished trials are kept; run the same experiment again to continue")
         except SweepEndedError as error:
             kept = "finished trials are kept; run the same experiment again to continue"
             console.print(f"{error}; {kept}", style="red", highlight=False, markup=False, soft_wrap=True)
         report = write_report([folder])
         problem = close_grid(grid, not prepared.unfinished(), list(report.all), report.board)
-    return Results((folder,), report.html, problem, grid.trials_link, known_board=report.board)
+    return Results((folder,), report.html, problem, grid.trials_link, stopping.reason, known_board=report.board)
 
 
 @contextmanager

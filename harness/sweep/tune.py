@@ -19,6 +19,7 @@ from harness.experiment.sections import Resources
 from harness.sweep.events import Display, Events
 from harness.sweep.ray_library import ray, tune
 from harness.sweep.scheduler import KeepStartingWorkers
+from harness.sweep.stopping import handler_kept
 from harness.tracking.grid import Grid, MlflowTracker
 from harness.trial.trial import Progress, run_trial
 
@@ -61,7 +62,8 @@ def sweep(wanted: Sweep, display: Display) -> None:
     if started:
         address = wanted.profile.ray_address()
         own = {} if address else {"include_dashboard": False}
-        ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **own)
+        with handler_kept():
+            ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **own)
     try:
         available = ray.cluster_resources()
         request = per_trial(wanted.resources, available)

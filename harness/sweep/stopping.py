@@ -1,0 +1,119 @@
+"""Ends a run early, in order: SIGTERM, or a request in the run folder (``harness stop``), is handled like Ctrl-C.
+
+Slurm sends SIGTERM before it takes nodes away, Kubernetes before it removes a pod. The request is a file, which reaches
+a driver on another machine.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+from harness.core.files import write_atomically
+
+REQUEST = "stop"  # the file in the run folder
+POLL_S = 2.0  # how often the driver looks for it
+Reason = Literal["signal", "request"]
+EXIT_CODES: dict[Reason, int] = {"request": 3, "signal": 143}  # 128 + SIGTERM, as a shell has it
+
+
+class Stopping:
+    """Whether a run was asked to end early.
+
+    Attributes:
+        folder: the run folder.
+        reason: None until it is.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.reason: Reason | None = None
+
+    @property
+    def text(self) -> str:
+        """What ended the run, for a message."""
+        return {None: "interrupted", "signal": "ended by SIGTERM", "request": "ended by harness stop"}[self.reason]
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Handle SIGTERM as Ctrl-C at this moment; once only, so that the report is written in peace.
+
+        Raises:
+            KeyboardInterrupt: unless something else handles Ctrl-C now, as Tune does while trials run.
+        """
+        if self.reason is not None:
+            return
+        self.reason = "request" if (self.folder / REQUEST).exists() else "signal"
+        handler = signal.getsignal(signal.SIGINT)
+        if callable(handler):
+            handler(signal.SIGINT, frame)
+        else:  # ignored, as in the background of a shell script
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def handler_kept() -> Iterator[None]:
+    """Keep the handler of SIGTERM around ``ray.init``, which replaces it by one that exits with the signal's number."""
+    handler = signal.getsignal(signal.SIGTERM)
+    ended = False
+    try:
+        yield
+    except SystemExit as end:
+        if end.code != signal.SIGTERM:
+            raise
+        ended = True
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+    if ended:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def request_stop(folder: Path) -> None:
+    """Ask the driver of a run, wherever it runs, to end it."""
+    write_atomically(folder / REQUEST, f"requested at {datetime.now(UTC).isoformat(timespec='seconds')}\n")
+
+
+@contextmanager
+def stoppable(folder: Path) -> Iterator[Stopping]:
+    """Listen to SIGTERM and to requests in a run folder, which this process has locked; an older request is removed.
+
+    Outside the main thread, which gets the signals, nothing is listened to.
+
+    Raises:
+        SystemExit: the run was ended before it had anything to report.
+    """
+    stopping = Stopping(folder)
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
+    (folder / REQUEST).unlink(missing_ok=True)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    over = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(folder / REQUEST, over), daemon=True)
+    signal.signal(signal.SIGTERM, stopping.handle)
+    watcher.start()
+    try:
+        yield stopping
+    except KeyboardInterrupt:
+        if stopping.reason is None:
+            raise
+        raise SystemExit(EXIT_CODES[stopping.reason]) from None
+    finally:
+        over.set()
+        watcher.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _watch(request: Path, over: threading.Event) -> None:
+    while not over.wait(POLL_S):
+        if request.exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
