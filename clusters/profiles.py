@@ -117,6 +117,8 @@ class Profile(_Section):
         address: of the Ray cluster, for kind ``ray``: ``auto``, ``HOST:PORT`` or ``ray://HOST:PORT``.
         job_server: of the Ray cluster, for ``harness launch`` with kind ``ray``: ``http://HOST:8265``.
         storage: the folder or URL that contains the run folders, reachable from every node; None: ``./runs``.
+        ship_code: whether a sweep sends the harness and the plugins to the nodes of a running cluster; auto: if one has
+            not the same.
         env: environment variables and their values, written into scripts and manifests.
         secrets: names of environment variables whose values are written nowhere: they are taken from the environment
             of ``harness launch``, or from a Kubernetes Secret.
@@ -128,6 +130,7 @@ class Profile(_Section):
     address: Line | None = None
     job_server: Annotated[str, Field(pattern=r"^https?://[^\s]+$")] | None = None
     storage: Line | None = None
+    ship_code: bool | Literal["auto"] = "auto"
     env: dict[VariableName, Line] = Field(default_factory=dict)
     secrets: tuple[VariableName, ...] = ()
     slurm: Slurm | None = None
@@ -149,6 +152,10 @@ class Profile(_Section):
                 f"start one with `harness launch FILE --profile {self.name}`"
             )
         return address
+
+    def cluster_address(self) -> str | None:
+        """The address of a cluster that runs already; None: a new Ray is started on this machine."""
+        return self.ray_address() or os.environ.get("RAY_ADDRESS")
 
     def text(self) -> str:
         """YAML from which the same profile is read; variables are replaced by their values."""

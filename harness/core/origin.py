@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from harness.core.errors import UserError
-from harness.core.registry import Plugin
+from harness.core.registry import Plugin, plugin_file
 
 _SHOWN_EXAMPLES = 8
 _MESSAGE_LENGTH = 500
@@ -96,7 +96,7 @@ def _sources(plugin: Plugin) -> list[Path]:
     """The file that defines the plugin's class; of another distribution, also the folder of its package."""
     module = plugin.target.rpartition(":")[0]
     if module.endswith(".py"):
-        return [Path(module)]
+        return [plugin_file(Path(module))]
     package = module.partition(".")[0]
     files = [getattr(sys.modules.get(name), "__file__", None) for name in (module, package)]
     paths = [Path(file) for file in files if file]

@@ -218,7 +218,7 @@ class Registry(Generic[T]):
             )
 
     def _load(self, target: str) -> type[T]:
-        contract, plugin = self.contract(), _import(target, self.kind)
+        contract, plugin = self.contract(), import_target(target, self.kind)
         if not (isinstance(plugin, type) and issubclass(plugin, contract)):
             raise UserError(
                 f"{self.kind} {target}: must be a subclass of {contract.__module__}.{contract.__qualname__}"
@@ -258,7 +258,16 @@ def _git_revision(name: str) -> str | None:
         return None
 
 
-def _import(target: str, kind: str) -> Any:
+def import_target(target: str, kind: str) -> Any:
+    """Import ``package.module:Class`` or ``/folder/file.py:Class``.
+
+    Args:
+        target: of a plugin.
+        kind: of plugin, for the message.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
     module_name, _, attribute = target.rpartition(":")
     try:
         if module_name.endswith(".py"):
@@ -268,9 +277,24 @@ def _import(target: str, kind: str) -> Any:
         raise UserError(f"{kind} {target}: cannot be imported: {type(error).__name__}: {error}") from error
 
 
+def _place(path: Path) -> str:
+    return hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
+
+
+def shipped_place(path: Path) -> Path:
+    """Where a copy of a plugin file is that a sweep has sent to its workers, relative to the folder of our packages."""
+    return Path("shipped_plugins", _place(path), path.name)
+
+
+def plugin_file(path: Path) -> Path:
+    """A plugin file, or the copy of it that was sent to this machine if it is not here."""
+    shipped = Path(__file__).parents[2] / shipped_place(path)
+    return shipped if not path.is_file() and shipped.is_file() else path
+
+
 def _load_file(path: Path) -> ModuleType:
     """Import a Python file as a module, once per process, path and content."""
-    place = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]  # a copy in another folder has its own data files
+    place, path = _place(path), plugin_file(path)  # a copy in another folder has its own data files
     name = f"harness_plugin_{_digest(path)}_{place}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)

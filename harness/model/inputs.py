@@ -63,6 +63,11 @@ class Inputs:
         if self.path.exists():
             self._known = json.loads(self.path.read_text(encoding="utf-8"))
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files that have been read."""
+        return list(map(Path, self._known))
+
     def is_read(self, path: Path, reader: Reader) -> bool:
         """Whether this reader has read the file since it last changed; another encoder may not accept it."""
         known = self._known.get(str(path), [])

@@ -11,6 +11,7 @@ from harness.core.errors import SweepEndedError
 from harness.core.origin import shown
 from harness.core.record import PlannedTrial, TrialRecord, read_record, record_path, write_record
 from harness.experiment.plan import TrialSpec
+from harness.sweep.nodes import node_name
 from harness.sweep.ray_library import ray, tune
 from harness.trial.trial import LOG
 
@@ -20,6 +21,12 @@ class Display(Protocol):
 
     def opened(self, run: Path, at_once: int) -> None:
         """The sweep starts, in this run folder and with so many trials at once."""
+
+    def noted(self, line: str) -> None:
+        """Something about the cluster that is worth a line."""
+
+    def abandoned(self, line: str) -> None:
+        """The process ends now, for this reason; nothing else can be shown."""
 
     def started(self, trial_id: str) -> None:
         """A trial was started in a worker process."""
@@ -45,6 +52,7 @@ class Events(tune.Callback):  # type: ignore[misc]
         self.run, self.experiment, self.display = run, experiment, display
         self.ended = 0  # trials with a record
         self.asked = time.monotonic()
+        self.alive: set[str] = set()  # ids of the nodes that were alive when Ray was asked
 
     def __getstate__(self) -> dict[str, Any]:
         """Return no state: Tune pickles callbacks into a snapshot that is never read, and displays are unpicklable."""
@@ -59,7 +67,11 @@ class Events(tune.Callback):  # type: ignore[misc]
         if time.monotonic() - self.asked < _NODES_S:
             return
         self.asked = time.monotonic()
-        if not any(node["Alive"] for node in ray.nodes()):
+        nodes = {node["NodeID"]: node for node in ray.nodes()}
+        for died in sorted(self.alive - {key for key, node in nodes.items() if node["Alive"]}):
+            self.display.noted(f"node {node_name(nodes[died])} has died; its trials start again on another one")
+        self.alive = {key for key, node in nodes.items() if node["Alive"]}
+        if not self.alive:
             raise SweepEndedError(
                 "Ray has died: one of its processes (raylet, DashboardAgent, RuntimeEnvAgent) was killed"
             )

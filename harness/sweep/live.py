@@ -74,6 +74,15 @@ class LiveTable:
         self._printed = time.monotonic()
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
+    def noted(self, line: str) -> None:
+        """Print a line, above the table if there is one."""
+        self._print(line)
+
+    def abandoned(self, line: str) -> None:
+        """Print the last line, without the table."""
+        self._live.stop()
+        self._print(line)
+
     def started(self, trial_id: str) -> None:
         """Mark the trial as started."""
         row = self._rows[trial_id]

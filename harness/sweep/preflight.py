@@ -6,15 +6,17 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import track
 
 from harness.core.errors import ProblemList, UserError
+from harness.core.files import cache_folder
 from harness.core.naming import flatten
 from harness.core.record import MetricInfo
 from harness.core.weights import models_of
@@ -26,6 +28,7 @@ from harness.model.components import empty_encoders, make_modalities, make_task,
 from harness.model.inputs import Inputs, Reader
 from harness.trial.scores import metric_name
 from tasks.base import Example
+from tasks.mixture import Mixture
 from tasks.registry import METRICS
 
 
@@ -71,14 +74,17 @@ _SOCKET = "ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
 _MAX_SOCKET_BYTES = 107
 
 
-def check_ray() -> None:
+def check_ray(address: str | None = None) -> None:
     """Check that Ray can start here: its temporary folder, the length of its sockets' paths, and its folder in HOME.
+
+    Args:
+        address: of a cluster that runs already.
 
     Raises:
         UserError: it cannot; the message names the environment variable.
     """
     ray = sys.modules.get("ray")
-    if os.environ.get("RAY_ADDRESS") or (ray is not None and ray.is_initialized()):
+    if address or os.environ.get("RAY_ADDRESS") or (ray is not None and ray.is_initialized()):
         return  # a cluster that runs already
     name = next((key for key in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(key)), "TMPDIR")
     temporary = Path(os.environ.get(name) or "/tmp")  # noqa: S108 - Ray's default
@@ -158,6 +164,36 @@ def check_fingerprints(specs: Sequence[TrialSpec], where: str) -> None:
                     f"{where}.{key}: {name!r}: its commit is neither in the hub's local cache nor could the hub be "
                     f"asked; connect to the hub, or set {hint} (40 hexadecimal digits)"
                 )
+
+
+def files_read(specs: Sequence[TrialSpec], run: Path) -> list[str]:
+    """Files and folders that trials read, which every node of a cluster must see; of a folder's inputs only the first.
+
+    Data that a task makes or downloads into the cache of a machine is not among them: each machine prepares its own.
+    """
+    found: list[Path] = list({path.parent: path for path in reversed(Inputs(run).paths)}.values())
+    for spec in {spec.model_dump_json(include={"task", "backbone", "adapter"}): spec for spec in specs}.values():
+        backbone = spec.pinned_backbone
+        found += [Path(name) for name in (backbone.language_model, *backbone.encoders.values()) if name.startswith("/")]
+        found += [Path(source.trial) for source in spec.adapter.init_from.values()]
+        task = make_task(spec)
+        tasks = [task, *task.members().values()] if isinstance(task, Mixture) else [task]
+        found += [path for one in tasks for path in _paths(one.config)]
+        found += _paths(method_of(spec.adapter, spec.relative_to).config)
+    cache = cache_folder().resolve()
+    located = (path.resolve() for path in found)
+    return list(dict.fromkeys(str(path) for path in located if path.exists() and not path.is_relative_to(cache)))
+
+
+def _paths(value: Any) -> list[Path]:
+    """All paths in options."""
+    if isinstance(value, Path):
+        return [value]
+    if isinstance(value, BaseModel):
+        value = list(vars(value).values())
+    elif isinstance(value, Mapping):
+        value = list(value.values())
+    return [path for one in value for path in _paths(one)] if isinstance(value, list | tuple) else []
 
 
 def check_data(specs: Sequence[TrialSpec], run: Path, console: Console) -> None:

@@ -23,5 +23,26 @@ for _key, _value in _ENVIRONMENT.items():
 
 import ray  # noqa: E402
 from ray import tune  # noqa: E402
+from ray._common.network_utils import is_localhost  # noqa: E402
+from ray._private import ray_constants, services  # noqa: E402
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
-__all__ = ["ray", "tune"]
+# Of those above, what workers of a cluster that others have started need too.
+WORKER_SETTINGS = {
+    name: os.environ[name]
+    for name in ("RAY_CHDIR_TO_TRIAL_DIR", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "TOKENIZERS_PARALLELISM")
+}
+__all__ = ["WORKER_SETTINGS", "NodeAffinitySchedulingStrategy", "address_of", "ray", "tune"]
+
+
+def address_of(wanted: str) -> str:
+    """``HOST:PORT`` of a running cluster, for ``auto`` that of the cluster that this machine is a node of.
+
+    This process then uses the machine's own address, as a driver of several machines must, unless the host is loopback.
+
+    Raises:
+        ConnectionError: ``auto``, and there is none, or several.
+    """
+    found = str(services.canonicalize_bootstrap_address_or_die(wanted)) if wanted == "auto" else wanted
+    ray_constants.ENABLE_RAY_CLUSTER = not is_localhost(found.rpartition(":")[0].strip("[]"))
+    return found

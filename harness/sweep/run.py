@@ -132,7 +132,7 @@ def run_experiment(
     prepared = prepare(experiment, Path(output), fresh)
     folder = prepared.folder
     preflight.check_shell()
-    preflight.check_ray()
+    preflight.check_ray(cluster.cluster_address())
     preflight.check_models(prepared.specs)
     preflight.check_fingerprints(prepared.specs, str(experiment.top / "backbone"))
     with _run_folder_for(prepared, fresh), stoppable(folder) as stopping:
@@ -181,6 +181,7 @@ def _run_folder_for(prepared: Prepared, fresh: bool) -> Iterator[None]:
 
 def _run_unfinished(prepared: Prepared, profile: Profile, grid: Grid, console: Console) -> None:
     from harness.sweep.live import LiveTable
+    from harness.sweep.preflight import files_read
     from harness.sweep.tune import Sweep, sweep
 
     todo = prepared.unfinished()
@@ -189,7 +190,8 @@ def _run_unfinished(prepared: Prepared, profile: Profile, grid: Grid, console: C
         return
     for spec, _ in todo:
         _archive_record(record_path(prepared.folder, spec.trial_id))
-    trials = Sweep(todo, prepared.experiment.name, prepared.folder, prepared.experiment.resources, grid, profile)
+    files = files_read([spec for spec, _ in todo], prepared.folder) if profile.cluster_address() else ()
+    trials = Sweep(todo, prepared.experiment.name, prepared.folder, prepared.experiment.resources, grid, profile, files)
     finished = len(prepared.specs) - len(todo)
     with LiveTable(console, [planned for _, planned in todo], finished) as display:
         sweep(trials, display)

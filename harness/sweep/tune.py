@@ -5,7 +5,7 @@ Whether a trial has finished depends on its record, never on Ray's state: the sa
 
 from __future__ import annotations
 
-import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,10 @@ from harness.core.errors import UserError
 from harness.core.record import PlannedTrial
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
+from harness.sweep.cluster import connect, environment
 from harness.sweep.events import Display, Events
 from harness.sweep.ray_library import ray, tune
 from harness.sweep.scheduler import KeepStartingWorkers
-from harness.sweep.stopping import handler_kept
 from harness.tracking.grid import Grid, MlflowTracker
 from harness.trial.trial import Progress, run_trial
 
@@ -35,6 +35,7 @@ class Sweep:
         resources: of each trial.
         grid: where trials are logged.
         profile: the Ray cluster; default: one of its own on this machine.
+        files: files and folders that the trials read.
     """
 
     trials: Sequence[tuple[TrialSpec, PlannedTrial]]
@@ -43,6 +44,7 @@ class Sweep:
     resources: Resources
     grid: Grid
     profile: Profile = LOCAL
+    files: Sequence[str] = ()
 
 
 def sweep(wanted: Sweep, display: Display) -> None:
@@ -53,18 +55,12 @@ def sweep(wanted: Sweep, display: Display) -> None:
         display: receives the events.
 
     Raises:
-        UserError: a trial requires more CPUs or GPUs than there are.
+        UserError: a trial requires more CPUs or GPUs than there are, or a node cannot run the trials.
         KeyboardInterrupt: Ctrl-C was pressed.
         SweepEndedError: one of Ray's own processes was killed.
     """
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    started = not ray.is_initialized()
-    if started:
-        address = wanted.profile.ray_address()
-        own = {} if address else {"include_dashboard": False}
-        with handler_kept():
-            ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **own)
-    try:
+    specs = [spec for spec, _ in wanted.trials]
+    with connect(wanted.profile, specs, wanted.run.resolve(), wanted.files, display):
         available = ray.cluster_resources()
         request = per_trial(wanted.resources, available)
         display.opened(wanted.run, at_once(wanted, request, available))
@@ -72,9 +68,6 @@ def sweep(wanted: Sweep, display: Display) -> None:
         _tuner(wanted, request, events).fit()
         if events.ended < len(wanted.trials):  # Tune handles Ctrl-C itself: it stops all trials and returns
             raise KeyboardInterrupt
-    finally:
-        if started:
-            ray.shutdown()
 
 
 def per_trial(resources: Resources, available: Mapping[str, float]) -> dict[str, float]:
@@ -114,6 +107,7 @@ def _tuner(wanted: Sweep, request: dict[str, float], events: Events) -> Any:
         run=str(wanted.run.resolve()),
         resources=wanted.resources.model_dump_json(),
         grid=wanted.grid,
+        variables=environment(wanted.profile),
     )
     return tune.Tuner(
         tune.with_resources(trainable, request),
@@ -134,8 +128,11 @@ def _tuner(wanted: Sweep, request: dict[str, float], events: Events) -> Any:
     )
 
 
-def _run_one(config: dict[str, Any], experiment: str, run: str, resources: str, grid: Grid) -> None:
+def _run_one(
+    config: dict[str, Any], experiment: str, run: str, resources: str, grid: Grid, variables: Mapping[str, str]
+) -> None:
     """Run one trial in a Ray worker."""
+    os.environ.update(variables)
     spec = TrialSpec.model_validate_json(config["trial"]["spec"])
     planned = PlannedTrial.model_validate_json(config["trial"]["planned"])
 

@@ -61,9 +61,11 @@ def test_a_sweep_that_tune_ended_early_was_interrupted(
             self.events.ended = ended
 
     monkeypatch.setattr(tune, "_tuner", Tuner)
-    monkeypatch.setattr(tune.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(tune, "connect", lambda *_: nullcontext())
     monkeypatch.setattr(tune.ray, "cluster_resources", lambda: {"CPU": 8.0})
-    wanted: Any = SimpleNamespace(trials=range(2), resources=Resources(), run=tmp_path, experiment="x")
+    wanted: Any = SimpleNamespace(
+        trials=[(None, None)] * 2, resources=Resources(), run=tmp_path, experiment="x", profile=None, files=()
+    )
     display: Any = SimpleNamespace(opened=lambda run, at_once: opened.append((run, at_once)))
     with pytest.raises(KeyboardInterrupt, match=r"^$") if ended < 2 else nullcontext():
         tune.sweep(wanted, display)
