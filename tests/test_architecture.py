@@ -39,6 +39,8 @@ IGNORANT_OF = {
     "harness.sweep.tune": ("adapters", "tasks", "results"),
     "harness.sweep.events": ("adapters", "tasks", "results"),
     "harness.sweep.scheduler": ("adapters", "tasks", "results"),
+    "harness.sweep.ranks": ("adapters", "tasks", "results"),
+    "harness.sweep.placement": ("adapters", "tasks", "results"),
     "harness.trial.engine": ("adapters", "tasks"),
 }
 # Third party → the only places that import it.

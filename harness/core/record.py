@@ -119,6 +119,9 @@ class Parameters(Schema):
 class Memory(Schema):
     """Memory of training in bytes, by kind, without the frozen encoders, which run before training.
 
+    With several workers it is what one device must have: of each kind that of the worker with the most, where what ZeRO
+    spreads over the workers counts with a worker's part.
+
     The values of the process are resident memory on a CPU (including the interpreter and memory kept from earlier
     trials in the process) and allocated memory on a GPU. Their difference is what this trial added.
     """
@@ -192,6 +195,7 @@ class TrialRecord(Schema):
     versions: dict[str, str] = Field(default_factory=dict)
     git_revision: str | None = None
     device: str = ""
+    workers: int = 1  # processes that trained together; throughput is of all, memory of the one with the most
     warnings: tuple[str, ...] = ()
     mlflow_run_id: str | None = None
 

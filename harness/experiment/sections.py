@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, field_validator
 
 from harness.core import hub
 from harness.core.registry import Plugin
@@ -82,13 +82,39 @@ class Evaluation(Section):
 class Resources(Section):
     """Resources of a trial. They do not affect results, so they are not part of a trial's id."""
 
+    workers: PositiveInt = 1  # processes of a trial, which share each of its batches
     cpus_per_worker: PositiveInt = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"  # auto: one if there is a GPU, else none
     max_concurrent_trials: PositiveInt | None = None
     zero_stage: Literal[0, 1, 2, 3] = 0  # preset clusters/deepspeed/zero<stage>.json
+    # To main memory; presets clusters/deepspeed/offload_*.json. parameters: with the optimizer's state.
+    offload: Literal["none", "optimizer", "parameters"] = "none"
     checkpoint_interval_s: Annotated[float, Field(ge=0)] = 60.0  # saved at the first epoch end after this time
     max_failures: Annotated[int, Field(ge=0)] = 1  # restarts of a trial whose worker process died
     profile: bool = True  # after the trials, measure speed and memory of the methods, each alone (harness profile)
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _check_gpus(cls, value: float | str, info: ValidationInfo) -> float | str:
+        if isinstance(value, str):
+            return value
+        if value > 1 and value != int(value):
+            raise ValueError("above 1 it must be a whole number")
+        if 0 < value < 1 and info.data.get("workers", 1) > 1:
+            raise ValueError(
+                "two workers of a trial cannot share a GPU, because NCCL refuses it; allowed: auto, 0 or 1, or a "
+                "part of a GPU with workers: 1"
+            )
+        return value
+
+    @field_validator("offload")
+    @classmethod
+    def _check_offload(cls, value: str, info: ValidationInfo) -> str:
+        stage, allowed = info.data.get("zero_stage"), {"optimizer": (1, 2, 3), "parameters": (3,)}
+        if stage is not None and stage not in allowed.get(value, (stage,)):
+            stages = " or ".join(map(str, allowed[value]))
+            raise ValueError(f"with zero_stage {stage} DeepSpeed offloads no {value}; allowed: zero_stage {stages}")
+        return value
 
 
 class Tracking(Section):

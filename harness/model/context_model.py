@@ -50,16 +50,21 @@ class Batch:
     items: Mapping[str, Items]  # by context, for every context that is not text, also if the batch has no item of it
     segments: tuple[Segment, ...] | None  # the layout that all rows share; None: rows differ
     first_label: int  # the first position with a label in any row; T if there is none
+    stand_in: bool = False  # of a worker without a row of its own
 
     @property
     def size(self) -> int:
-        """Number of rows."""
-        return self.token_ids_BT.shape[0]
+        """Number of rows; of a stand-in 0."""
+        return 0 if self.stand_in else self.token_ids_BT.shape[0]
 
     @property
     def positions(self) -> int:
         """Positions that the language model reads in ``forward``, without padding and the last token of each row."""
-        return int(self.mask_BT.sum()) - self.size
+        return 0 if self.stand_in else int(self.mask_BT.sum()) - self.size
+
+    def as_stand_in(self) -> Batch:
+        """The batch without targets: its loss and its gradients are zero, but every parameter takes part in them."""
+        return replace(self, labels_BT=torch.full_like(self.labels_BT, IGNORED), stand_in=True)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on another device."""
@@ -128,7 +133,13 @@ class ContextModel(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, prompt: Batch, target_context: str, max_new_tokens: int, eos_id: int, num_beams: int = 1
+        self,
+        prompt: Batch,
+        target_context: str,
+        max_new_tokens: int,
+        eos_id: int,
+        num_beams: int = 1,
+        synced_gpus: bool = False,
     ) -> Tensor:
         """Generate continuations by greedy or beam search, with a KV cache.
 
@@ -138,6 +149,7 @@ class ContextModel(nn.Module):
             max_new_tokens: maximum number of generated tokens.
             eos_id: token that ends a text.
             num_beams: 1 is greedy.
+            synced_gpus: all processes go on until the last has ended, as ZeRO-3 needs.
 
         Returns:
             Token ids (B, at most max_new_tokens), padded with EOS.
@@ -145,19 +157,20 @@ class ContextModel(nn.Module):
         embeds_BTD = self.embed(prompt)
         with self.router.one_pass():
             self._set_layout(prompt, embeds_BTD.shape[1])
-            return self._generate(embeds_BTD, prompt, target_context, max_new_tokens, eos_id, num_beams)
-
-    def _generate(
-        self, embeds_BTD: Tensor, prompt: Batch, target_context: str, max_new_tokens: int, eos_id: int, num_beams: int
-    ) -> Tensor:
-        with layouts_while_generating(self.language_model, self.router, target_context):
-            ids_BT: Tensor = self.language_model.generate(
-                inputs_embeds=embeds_BTD,
-                attention_mask=prompt.mask_BT.long(),
+            return self._generate(
+                embeds_BTD,
+                prompt,
+                target_context,
                 max_new_tokens=max_new_tokens,
                 num_beams=num_beams,
-                do_sample=False,
                 eos_token_id=eos_id,
                 pad_token_id=eos_id,
+                synced_gpus=synced_gpus,
+            )
+
+    def _generate(self, embeds_BTD: Tensor, prompt: Batch, target_context: str, **options: Any) -> Tensor:
+        with layouts_while_generating(self.language_model, self.router, target_context):
+            ids_BT: Tensor = self.language_model.generate(
+                inputs_embeds=embeds_BTD, attention_mask=prompt.mask_BT.long(), do_sample=False, **options
             )
         return ids_BT

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from harness.core.origin import during
 from harness.model.checks import check_features, check_finite
+from harness.model.workers import ALONE, Workers
 from tasks.base import Example, Modality, Task
 from tasks.encoder import Encoder
 
@@ -81,14 +82,32 @@ class Features:
         rows = self._rows([want for wants in wanted for want in wants])
         return [[rows[want] for want in wants] for wants in wanted]
 
-    def precompute(self, train: Sequence[Example], evaluation: Sequence[Example], tick: Callable[[], None]) -> None:
-        """Encode examples before training until the cache is full; ``tick`` is called after every batch."""
+    def precompute(
+        self,
+        train: Sequence[Example],
+        evaluation: Sequence[Example],
+        tick: Callable[[], None],
+        workers: Workers = ALONE,
+    ) -> None:
+        """Encode examples before training until the cache is full.
+
+        Args:
+            train: of the budget; those that are augmented are left out.
+            evaluation: of the other splits.
+            tick: called after every batch.
+            workers: each encodes its share of the batches and gives the others what it found.
+        """
         once = [e for e in train if not any(self._augments(e, context) for context, _ in e.files)]
         examples = [*once, *evaluation]
-        for start in range(0, len(examples), BATCH_SIZE):
+        for first in range(0, len(examples), BATCH_SIZE * workers.count):
             if self._bytes >= CACHE_BYTES:
                 return
+            start, known = first + BATCH_SIZE * workers.rank, len(self._cache)
             self.of(examples[start : start + BATCH_SIZE])
+            new = list(itertools.islice(self._cache.items(), known, None))
+            for found in workers.gather(new):
+                for key, x_ND in found:
+                    self._store(key, x_ND)
             tick()
 
     def _rows(self, wanted: Sequence[_Wanted]) -> dict[_Wanted, Tensor]:
@@ -106,12 +125,13 @@ class Features:
                 part = todo[start : start + BATCH_SIZE]
                 for want, x_ND in zip(part, self._encode(modality, part), strict=True):
                     rows[want] = x_ND
-                    self._store(modality, want, x_ND)
+                    if want.view is None:
+                        self._store((modality, want.path), x_ND)
         return rows
 
-    def _store(self, modality: str, want: _Wanted, x_ND: Tensor) -> None:
-        if want.view is None and self._bytes < CACHE_BYTES and (modality, want.path) not in self._cache:
-            self._cache[modality, want.path] = x_ND
+    def _store(self, key: tuple[str, Path], x_ND: Tensor) -> None:
+        if self._bytes < CACHE_BYTES and key not in self._cache:
+            self._cache[key] = x_ND
             self._bytes += x_ND.nbytes
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from harness.core.record import PlannedTrial, TrialRecord, read_record, record_p
 from harness.experiment.plan import TrialSpec
 from harness.sweep.nodes import node_name
 from harness.sweep.ray_library import ray, tune
-from harness.trial.trial import LOG
+from harness.trial.log import LOG
 
 
 class Display(Protocol):

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from clusters.profiles import LOCAL, Profile
-from harness.core.errors import UserError
 from harness.core.record import PlannedTrial
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.sweep.cluster import connect, environment
 from harness.sweep.events import Display, Events
-from harness.sweep.ray_library import ray, tune
+from harness.sweep.placement import Amounts, at_once, nodes_alive, per_worker, request
+from harness.sweep.ranks import run_ranks
+from harness.sweep.ray_library import tune
 from harness.sweep.scheduler import KeepStartingWorkers
 from harness.tracking.grid import Grid, MlflowTracker
 from harness.trial.trial import Progress, run_trial
@@ -55,54 +56,25 @@ def sweep(wanted: Sweep, display: Display) -> None:
         display: receives the events.
 
     Raises:
-        UserError: a trial requires more CPUs or GPUs than there are, or a node cannot run the trials.
+        UserError: the workers of a trial need more CPUs or GPUs than there are, or a node cannot run the trials.
         KeyboardInterrupt: Ctrl-C was pressed.
         SweepEndedError: one of Ray's own processes was killed.
     """
     specs = [spec for spec, _ in wanted.trials]
     with connect(wanted.profile, specs, wanted.run.resolve(), wanted.files, display):
-        available = ray.cluster_resources()
-        request = per_trial(wanted.resources, available)
-        display.opened(wanted.run, at_once(wanted, request, available))
+        nodes = nodes_alive()
+        asked = per_worker(wanted.resources, nodes)
+        display.opened(wanted.run, at_once(wanted.resources, asked, nodes, len(wanted.trials)))
         events = Events(wanted.run, wanted.experiment, display)
-        _tuner(wanted, request, events).fit()
+        _tuner(wanted, asked, events).fit()
         if events.ended < len(wanted.trials):  # Tune handles Ctrl-C itself: it stops all trials and returns
             raise KeyboardInterrupt
 
 
-def per_trial(resources: Resources, available: Mapping[str, float]) -> dict[str, float]:
-    """The resources that Ray reserves for one trial: ``{"cpu": …, "gpu": …}``.
-
-    Raises:
-        UserError: the cluster has fewer; Ray would wait for them forever.
-    """
-    gpus = available.get("GPU", 0.0)
-    wanted = min(1.0, gpus) if resources.gpus_per_worker == "auto" else resources.gpus_per_worker
-    for key, asked, there in (
-        ("cpus_per_worker", resources.cpus_per_worker, available.get("CPU", 0.0)),
-        ("gpus_per_worker", wanted, gpus),
-    ):
-        if asked > there:
-            raise UserError(f"resources.{key}: found {asked:g}, but this machine or Ray cluster has {there:g}")
-    return {"cpu": resources.cpus_per_worker, "gpu": wanted}
-
-
-def at_once(wanted: Sweep, request: Mapping[str, float], available: Mapping[str, float]) -> int:
-    """How many trials run at once.
-
-    Args:
-        wanted: the trials and ``max_concurrent_trials``.
-        request: of one trial, from ``per_trial``.
-        available: of the cluster.
-    """
-    fit = [int(available.get(key.upper(), 0.0) / share + 1e-9) for key, share in request.items() if share > 0]
-    return min(*fit, len(wanted.trials), wanted.resources.max_concurrent_trials or len(wanted.trials))
-
-
-def _tuner(wanted: Sweep, request: dict[str, float], events: Events) -> Any:
+def _tuner(wanted: Sweep, asked: Amounts, events: Events) -> Any:
     packed = [{"spec": spec.model_dump_json(), "planned": planned.model_dump_json()} for spec, planned in wanted.trials]
     trainable = tune.with_parameters(
-        _run_one,
+        _run_one if wanted.resources.workers == 1 else run_ranks,
         experiment=wanted.experiment,
         run=str(wanted.run.resolve()),
         resources=wanted.resources.model_dump_json(),
@@ -110,7 +82,7 @@ def _tuner(wanted: Sweep, request: dict[str, float], events: Events) -> Any:
         variables=environment(wanted.profile),
     )
     return tune.Tuner(
-        tune.with_resources(trainable, request),
+        tune.with_resources(trainable, request(wanted.resources, asked)),
         param_space={"trial": tune.grid_search(packed)},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=wanted.resources.max_concurrent_trials,

@@ -54,6 +54,19 @@ class Tracker(Protocol):
         """The trial has ended; its record is in ``folder``."""
 
 
+class NoTracker:
+    """Nothing is logged: by what is measured apart from trials, and by workers of a trial other than the first."""
+
+    run_id: str | None = None
+    warnings: tuple[str, ...] = ()
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Log nothing."""
+
+    def finish(self, record: TrialRecord, folder: Path) -> None:
+        """Log nothing."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """Where the trials of one run folder log to; sent to the workers."""

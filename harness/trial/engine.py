@@ -1,7 +1,7 @@
 """Wraps DeepSpeed: training steps, weights and checkpoints of one trial. The only module that imports deepspeed.
 
-A single process needs no port and no launcher; several processes per trial differ only in their call of
-``join_process_group``. DeepSpeed's just-in-time builds are avoided, so no compiler is needed.
+A single process needs no port and no launcher; several processes of a trial, its workers, call ``join_process_group``
+with a store. DeepSpeed's just-in-time builds are avoided, so no compiler is needed.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import json
 import logging
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -24,10 +26,12 @@ from harness.core.files import atomic
 from harness.core.record import Memory
 from harness.core.weight_decay import parameter_groups
 from harness.experiment.sections import Optimizer
+from harness.model.workers import joined
 from harness.trial.measure import PeakMemory
 
 PRESETS = Path(__file__).parent.parent.parent / "clusters" / "deepspeed"
-_PARTITIONED_STAGE = 3
+PARTITIONED_STAGE = 3  # the parameters are spread over the workers, and gathered layer by layer in every pass
+_GRADIENTS_STAGE = 2  # from this stage on, gradients are spread too
 _NAMES_FILE = "trainable.json"
 _FROZEN_FILE = "frozen.safetensors"  # parameters that other stages of the trial train, but this one does not
 
@@ -38,6 +42,8 @@ def _import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Of functions that DeepSpeed calls, in every step.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger
@@ -47,17 +53,31 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def join_process_group(store: Store | None = None, rank: int = 0, world_size: int = 1) -> None:
+def join_process_group(
+    store: Store | None = None, rank: int = 0, world_size: int = 1, address: str | None = None
+) -> None:
     """Initialise the process group of the trial, once per process: DeepSpeed cannot leave a group and join another.
 
     Args:
         store: for the rendezvous of the processes (a ``FileStore`` needs no port); None: a group of one process.
         rank: of this process.
         world_size: number of processes.
+        address: IP address of this node, at which the others reach it; None: gloo looks up the name of the host, which
+            on some nodes is the loopback.
     """
     if not torch.distributed.is_initialized():
+        if address is not None:
+            for interface in _interfaces(address):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, store=store or HashStore(), rank=rank, world_size=world_size)
+
+
+def _interfaces(address: str) -> Iterator[str]:
+    """The network interfaces with this IP address."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(found.address.partition("%")[0] == address for found in addresses):
+            yield name
 
 
 def import_libraries() -> None:
@@ -103,6 +123,7 @@ class Engine:
             ones. A trial with several stages keeps the parameters that any stage trains.
         units: modules in which the executed submodules depend on a process's batch: adapters. ZeRO-3 gathers and
             reduces each as a unit, because all processes must do this in the same order.
+        offload: preset ``clusters/deepspeed/offload_<offload>.json``, or ``none``.
     """
 
     def __init__(
@@ -113,13 +134,15 @@ class Engine:
         zero_stage: int,
         keeps: Collection[str] | None = None,
         units: Iterable[nn.Module] = (),
+        offload: str = "none",
     ) -> None:
         from transformers import get_scheduler
 
         assert options.learning_rate is not None  # noqa: S101 - the plan resolves it
         deepspeed = _import_deepspeed()
         join_process_group()
-        self.model, self.options = model, options
+        self.workers = joined()
+        self.model, self.options, self.zero_stage = model, options, zero_stage
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         kept = self._trainable if keeps is None else keeps
         self._kept = {name: p for name, p in model.named_parameters() if name in kept}
@@ -136,32 +159,42 @@ class Engine:
         units = list(units)
         for module in units:
             deepspeed.utils.set_z3_leaf_module(module, True)
-        several = bool(units) and torch.distributed.get_world_size() > 1 and zero_stage < _PARTITIONED_STAGE
+        several = bool(units) and self.workers.count > 1 and zero_stage < PARTITIONED_STAGE
         self._ordered = list(self._trainable.values()) if several else []
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             lr_scheduler=scheduler,
-            config=deepspeed_config(options, zero_stage),
+            config=deepspeed_config(options, zero_stage, offload),
             dist_init_required=False,
         )
         self._optimizer = optimizer
         # ZeRO-3 partitions parameters, so they are gathered before they are read or written.
-        self._gather = deepspeed.zero.GatheredParameters if zero_stage == _PARTITIONED_STAGE else None
+        self._gather = deepspeed.zero.GatheredParameters if zero_stage == PARTITIONED_STAGE else None
 
     def train_step(self, batch: Any) -> float:
         """Forward and backward pass on the mean NLL per target token; optimizer step at accumulation boundaries.
+
+        Args:
+            batch: this worker's share of the trial's batch. The loss and its gradients are those of the whole batch:
+                the mean over the target tokens of all workers, however many each has.
 
         Returns:
             The loss in nats per token.
 
         Raises:
-            FloatingPointError: the loss is not finite; the weights are unchanged.
+            FloatingPointError: the loss is not finite, on all workers alike; the weights are unchanged.
         """
         zero = _FixedGradientOrder.apply(*self._ordered) if self._ordered else None  # type: ignore[no-untyped-call]
         nll_B, tokens_B = self._engine(batch)
-        loss: Tensor = nll_B.sum() / tokens_B.sum()
-        value = loss.item()
+        loss: Tensor
+        if self.workers.count == 1:
+            loss = nll_B.sum() / tokens_B.sum()
+            value = loss.item()
+        else:
+            nll, tokens = self.workers.total(nll_B.sum().item(), tokens_B.sum().item())
+            loss = nll_B.sum() * (self.workers.count / tokens)  # DeepSpeed takes the mean of the workers' gradients
+            value = nll / tokens
         if not math.isfinite(value):
             raise FloatingPointError(f"the training loss became {value}; a lower learning_rate may help")
         self._engine.backward(loss if zero is None else loss + zero)
@@ -207,31 +240,37 @@ class Engine:
     def _save(self, path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
         with self._gathered(parameters):
             tensors = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
-        if torch.distributed.get_rank() == 0:
+        if self.workers.first:
             with atomic(path) as partial:
                 safetensors.torch.save_file(tensors, partial)
-        torch.distributed.barrier()  # other processes may read it next
+        self.workers.wait()  # others may read it next
 
     def memory(self, activations_bytes: int, peak: PeakMemory) -> Memory:
-        """Memory by kind, computed from the tensors; gradients and optimizer state only for trainable parameters."""
+        """Memory by kind, computed from the tensors; gradients and optimizer state only for trainable parameters.
+
+        With several workers it is that of the worker with the most of each kind, and the process values are those of
+        the worker whose memory grew most. What ZeRO spreads over the workers counts with this worker's part.
+        """
         state = [x for values in self._optimizer.state.values() for x in values.values() if isinstance(x, Tensor)]
         masters = [x for group in self._optimizer.param_groups for x in group["params"]]
         owned = {p.data_ptr() for p in self.model.parameters()}
-        return Memory(
-            weights_bytes=sum(_numel(p) * p.element_size() for p in self.model.parameters()),
-            gradients_bytes=sum(_numel(p) * p.element_size() for p in self._trainable.values()),
+        parts = self.workers.count if self.zero_stage >= _GRADIENTS_STAGE else 1
+        own = Memory(
+            weights_bytes=sum(_held(p, self.workers.count) * p.element_size() for p in self.model.parameters()),
+            gradients_bytes=sum(-(-_numel(p) // parts) * p.element_size() for p in self._trainable.values()),
             optimizer_bytes=sum(x.numel() * x.element_size() for x in state)
             + sum(x.numel() * x.element_size() for x in masters if x.data_ptr() not in owned),
             activations_bytes=activations_bytes,
             process_peak_bytes=peak.peak_bytes(),
             process_before_bytes=peak.before_bytes,
         )
+        return most_memory(self.workers.gather(own))
 
     def save(self, folder: Path, tag: str) -> None:
         """Save a checkpoint: the kept weights, optimizer and schedule."""
         with self._only_trainable():
             self._engine.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=True)
-        if torch.distributed.get_rank() == 0:
+        if self.workers.first:
             (folder / tag / _NAMES_FILE).write_text(json.dumps(sorted(self._trainable)), encoding="utf-8")
         self._save(folder / tag / _FROZEN_FILE, self._frozen())
 
@@ -294,15 +333,36 @@ def _numel(p: nn.Parameter) -> int:
     return int(getattr(p, "ds_numel", p.numel()))
 
 
+def _held(p: nn.Parameter, workers: int) -> int:
+    """Number of elements of a parameter that a worker holds: its part where ZeRO-3 has partitioned it."""
+    part: Tensor | None = getattr(p, "ds_tensor", None)
+    return part.numel() if workers > 1 and part is not None and not p.numel() else _numel(p)
+
+
+def most_memory(found: Sequence[Memory]) -> Memory:
+    """The memory that a device must have: of each kind that of the worker with the most."""
+    grown = [m for m in found if m.process_peak_bytes is not None and m.process_before_bytes is not None]
+    most = max(grown, key=lambda m: (m.process_peak_bytes or 0) - (m.process_before_bytes or 0), default=found[0])
+    kinds = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "activations_bytes")
+    return most.model_copy(update={kind: max(getattr(m, kind) for m in found) for kind in kinds})
+
+
 def _check_names(place: Path, found: Iterable[str], expected: Iterable[str]) -> None:
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
         raise KeyError(f"{place}: parameters do not match the model; missing: {missing[:3]}, unexpected: {extra[:3]}")
 
 
-def deepspeed_config(options: Optimizer, zero_stage: int) -> dict[str, Any]:
-    """The preset of the ZeRO stage, with the trial's batch size, precision and gradient clipping."""
-    preset: dict[str, Any] = json.loads((PRESETS / f"zero{zero_stage}.json").read_text(encoding="utf-8"))
+def deepspeed_config(options: Optimizer, zero_stage: int, offload: str = "none") -> dict[str, Any]:
+    """The presets of the ZeRO stage and of what is offloaded, with the trial's batch size, precision and clipping.
+
+    DeepSpeed reads the micro batch size for its reports alone: a worker's share of the trial's batch is any number of
+    rows.
+    """
+    preset: dict[str, Any] = _preset(f"zero{zero_stage}")
+    if offload != "none":
+        added = _preset(f"offload_{offload}")
+        preset = {**preset, **added, "zero_optimization": preset["zero_optimization"] | added["zero_optimization"]}
     return {
         **preset,
         "train_micro_batch_size_per_gpu": options.per_device_train_batch_size,
@@ -312,3 +372,7 @@ def deepspeed_config(options: Optimizer, zero_stage: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
+
+
+def _preset(name: str) -> Any:
+    return json.loads((PRESETS / f"{name}.json").read_text(encoding="utf-8"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from harness.experiment.sections import Evaluation
 from harness.model.batches import BatchMaker
 from harness.model.budget import by_member
 from harness.model.context_model import ContextModel
+from harness.model.workers import ALONE, Workers
 from tasks.base import Example
 
 
@@ -88,12 +89,17 @@ def mismatched(examples: Sequence[Example], seed: int) -> list[Example] | None:
 class Evaluator:
     """Evaluates a model on examples, batch by batch.
 
+    Several workers share the examples; all of them get all results.
+
     Attributes:
         model: in evaluation mode.
         batches: makes the batches.
-        options: batch size and generation options.
+        options: batch size (of each worker) and generation options.
         device: of the model.
         tick: called after every batch, for progress.
+        workers: of the trial.
+        synced: every worker takes part in every batch, also without a row of its own, because the model is spread over
+            them (ZeRO-3).
     """
 
     model: ContextModel
@@ -101,6 +107,8 @@ class Evaluator:
     options: Evaluation
     device: torch.device
     tick: Callable[[], None] = lambda: None
+    workers: Workers = ALONE
+    synced: bool = False
 
     @torch.inference_mode()
     def likelihood(self, examples: Sequence[Example], shown: Sequence[Example] | None = None) -> Likelihood:
@@ -112,37 +120,66 @@ class Evaluator:
         """
         pairs = [(i, n, text) for i, example in enumerate(examples) for n, text in enumerate(example.references)]
         pairs.sort(key=lambda pair: self.batches.target_length(pair[2]))  # by length: less padding
-        shown, size = examples if shown is None else shown, self.options.per_device_eval_batch_size
-        nll, tokens, first_nll, first_tokens = (np.zeros(len(examples), dtype) for dtype in (float, int, float, int))
-        for start in range(0, len(pairs), size):
-            part = pairs[start : start + size]
-            rows = [i for i, _, _ in part]
-            with during("evaluation", dict.fromkeys(examples[i].id for i in rows)):
-                batch = self.batches.make([shown[i] for i in rows], [text for _, _, text in part])
+        shown = examples if shown is None else shown
+        nll_P, tokens_P = np.zeros(len(pairs)), np.zeros(len(pairs), dtype=int)
+        for own, rows in self._shares(len(pairs)):
+            part = [pairs[p] for p in rows]
+            with during("evaluation", dict.fromkeys(examples[i].id for i, _, _ in part)):
+                batch = self.batches.make([shown[i] for i, _, _ in part], [text for _, _, text in part])
                 nll_B, tokens_B = (x.double().cpu().numpy() for x in self.model(batch.to(self.device)))
-                _check_finite(nll_B)
-            np.add.at(nll, rows, nll_B)
-            np.add.at(tokens, rows, tokens_B.astype(int))
-            firsts = [(row, i) for row, (i, n, _) in enumerate(part) if n == 0]
-            for row, i in firsts:
-                first_nll[i], first_tokens[i] = nll_B[row], int(tokens_B[row])
+                if self.workers.count == 1:
+                    _check_finite(nll_B)
+            if own:
+                nll_P[own], tokens_P[own] = nll_B, tokens_B.astype(int)
             self.tick()
-        return Likelihood(nll, tokens, first_nll, first_tokens)
+        nll_P, tokens_P = self.workers.sum(nll_P), self.workers.sum(tokens_P)
+        with during("evaluation", dict.fromkeys(examples[pairs[p][0]].id for p in np.flatnonzero(~np.isfinite(nll_P)))):
+            _check_finite(nll_P)
+        return _summed(nll_P, tokens_P, [(i, n) for i, n, _ in pairs], len(examples))
+
+    def _shares(self, count: int) -> Iterator[tuple[list[int], list[int]]]:
+        """For every batch of ``count`` rows that this worker computes: its rows, and what to compute.
+
+        They differ where a worker without a row must take part: there it computes the first row, for nobody.
+        """
+        size = self.options.per_device_eval_batch_size * self.workers.count
+        for start in range(0, count, size):
+            own = list(self.workers.share(range(start, min(start + size, count))))
+            if own or self.synced:
+                yield own, own or [start]
 
     def generate(self, examples: Sequence[Example]) -> dict[str, str]:
         """Generate a text for every example, by greedy or beam search; returns texts by example id."""
         predictions: dict[str, str] = {}
-        size, options = self.options.per_device_eval_batch_size, self.options
+        options, eos_id = self.options, self.batches.language_model.eos_id
+        synced = self.synced and self.workers.count > 1
         by_target: dict[str, list[Example]] = {}
         for example in examples:  # generated tokens of a batch belong to one context
             by_target.setdefault(self.batches.target_context(example), []).append(example)
         for target, group in by_target.items():
-            for start in range(0, len(group), size):
-                part = group[start : start + size]
-                eos_id = self.batches.language_model.eos_id
+            for own, rows in self._shares(len(group)):
+                part = [group[row] for row in rows]
                 with during("generation", (example.id for example in part)):
                     prompt = self.batches.prompts(part).to(self.device)
-                    ids_BT = self.model.generate(prompt, target, options.max_new_tokens, eos_id, options.num_beams)
-                predictions.update(zip([example.id for example in part], self.batches.decode(ids_BT), strict=True))
+                    ids_BT = self.model.generate(
+                        prompt, target, options.max_new_tokens, eos_id, options.num_beams, synced
+                    )
+                if own:
+                    texts = self.batches.decode(ids_BT)
+                    predictions.update(zip([example.id for example in part], texts, strict=True))
                 self.tick()
+        for found in self.workers.gather(predictions):
+            predictions |= found
         return {example.id: predictions[example.id] for example in examples}
+
+
+def _summed(nll_P: np.ndarray, tokens_P: np.ndarray, pairs: Sequence[tuple[int, int]], examples: int) -> Likelihood:
+    """Sum over the references of each example; ``pairs`` are the indices of example and reference."""
+    nll, tokens, first_nll, first_tokens = (np.zeros(examples, dtype) for dtype in (float, int, float, int))
+    rows = [i for i, _ in pairs]
+    np.add.at(nll, rows, nll_P)
+    np.add.at(tokens, rows, tokens_P)
+    for p, (i, n) in enumerate(pairs):
+        if n == 0:
+            first_nll[i], first_tokens[i] = nll_P[p], tokens_P[p]
+    return Likelihood(nll, tokens, first_nll, first_tokens)

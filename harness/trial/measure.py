@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.core.record import Throughput
+from harness.model.workers import ALONE, Workers
 
 WARMUP_STEPS = 3
 _PROCESS_STATUS = Path("/proc/self/status")
@@ -146,13 +147,14 @@ class StepClock:
         self.examples += examples
         self.tokens += tokens
 
-    def throughput(self) -> Throughput | None:
-        """Examples and tokens per second; None if no step was measured."""
+    def throughput(self, workers: Workers = ALONE) -> Throughput | None:
+        """Examples and tokens per second of all workers together; None if no step was measured."""
         if not self.seconds:
             return None
+        examples, tokens = workers.total(self.examples, self.tokens)
         return Throughput(
-            examples_per_s=self.examples / self.seconds,
-            tokens_per_s=self.tokens / self.seconds,
+            examples_per_s=examples / self.seconds,
+            tokens_per_s=tokens / self.seconds,
             measured_steps=self.steps,
         )
 

@@ -11,19 +11,19 @@ import gc
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from harness.core.record import TrialRecord
 from harness.core.schema import Schema
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.model.build import TrialData
 from harness.model.components import method_of
+from harness.tracking.grid import NoTracker
 from harness.trial.energy import Meter, meter_of
 from harness.trial.measure import PeakMemory, return_freed_memory
 from harness.trial.trial import Trial
@@ -97,7 +97,7 @@ class Lane:
     def __init__(
         self, spec: TrialSpec, stage: int, resources: Resources, folder: Path, data: TrialData | None = None
     ) -> None:
-        self.trial = Trial(spec, folder, resources, _NoTracker(), lambda _: None)
+        self.trial = Trial(spec, folder, resources, NoTracker(), lambda _: None)
         self.trial.build(data)
         stages = self.trial.stages
         ends = stages.ends
@@ -145,19 +145,6 @@ class Lane:
         gc.collect()  # DeepSpeed's engine has reference cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-class _NoTracker:
-    """Nothing is logged: a lane takes steps, it does not run the trial."""
-
-    run_id: str | None = None
-    warnings: tuple[str, ...] = ()
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log nothing."""
-
-    def finish(self, record: TrialRecord, folder: Path) -> None:
-        """Log nothing."""
 
 
 @contextmanager

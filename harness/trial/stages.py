@@ -13,8 +13,10 @@ import torch
 from adapters.base import Stage
 from harness.core.errors import UserError
 from harness.experiment.plan import TrialSpec
+from harness.experiment.sections import Resources
 from harness.model.build import TrialData, build
 from harness.model.components import method_of
+from harness.model.workers import joined
 from harness.trial.engine import Engine, load_weights
 
 
@@ -50,7 +52,7 @@ class Stages:
     Args:
         spec: of the trial.
         device: of the model.
-        zero_stage: of the engine.
+        resources: for the engine's ZeRO stage, and what it offloads.
         folder: of the trial; weights are stored there between two stages.
         data: of a trial that differs at most in its adapter and learning rate; None: it is read.
 
@@ -59,9 +61,9 @@ class Stages:
     """
 
     def __init__(
-        self, spec: TrialSpec, device: torch.device, zero_stage: int, folder: Path, data: TrialData | None = None
+        self, spec: TrialSpec, device: torch.device, resources: Resources, folder: Path, data: TrialData | None = None
     ) -> None:
-        self.spec, self.device, self.zero_stage, self.folder = spec, device, zero_stage, folder
+        self.spec, self.device, self.resources, self.folder = spec, device, resources, folder
         self.stages = method_of(spec.adapter, spec.relative_to).stages(spec.budget.epochs)
         self.built = build(spec, device, data)
         batches = math.ceil(self.built.order.draws / spec.optimizer.per_device_train_batch_size)
@@ -85,7 +87,8 @@ class Stages:
             options = options.model_copy(update={"learning_rate": stage.learning_rate})
         steps = self.ends[number] - self._steps_before
         units = model.adapters.changes()
-        self.engine = Engine(model, options, steps, self.zero_stage, keeps=trained, units=units)
+        zero_stage, offload = self.resources.zero_stage, self.resources.offload
+        self.engine = Engine(model, options, steps, zero_stage, keeps=trained, units=units, offload=offload)
         self._open = True
 
     @property
@@ -116,7 +119,8 @@ class Stages:
         batches = self.built.batches
         batches.features, batches.cut_targets, batches.cut_inputs = kept
         load_weights(path, {name: p for name, p in self.built.model.named_parameters() if p.requires_grad})
-        path.unlink()
+        joined().wait()
+        path.unlink(missing_ok=True)
         self._start(self.number + 1)
 
     def close(self) -> None:

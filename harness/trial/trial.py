@@ -6,13 +6,13 @@ depend on Ray.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import shutil
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -32,19 +32,19 @@ from harness.model import budget
 from harness.model.build import TrialData
 from harness.model.context_model import Batch
 from harness.model.inputs import Inputs
+from harness.model.workers import ALONE, Workers
 from harness.tracking.grid import Tracker
 from harness.trial import measure
 from harness.trial.answers import answers_of
-from harness.trial.engine import prepare_process
+from harness.trial.engine import PARTITIONED_STAGE, prepare_process
 from harness.trial.evaluate import Evaluator, mismatched
+from harness.trial.log import LOG, log_to
 from harness.trial.previews import write_previews
 from harness.trial.scores import perplexities, score_members, write_examples
 from harness.trial.stages import Stages
 
 REPORT_INTERVAL_S = 1.0
 BEST = "best.safetensors"  # trained parameters of the epoch with the lowest validation perplexity
-LOG = "log.txt"
-_OWN_LOG = logging.getLogger("harness")
 logger = logging.getLogger(__name__)
 
 
@@ -78,43 +78,82 @@ def run_trial(
     Returns:
         The record, with status finished, failed or out_of_memory, and the reason.
     """
+    with log_to(run / "trials" / spec.trial_id / LOG):
+        attempt = make_attempt(spec, experiment, run, resources, tracker, report)
+        conclude(attempt.record, run, tracker)
+    return attempt.record
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A trial that has ended: its record, which is not written yet, and the error that ended it."""
+
+    record: TrialRecord
+    error: Exception | None = None
+
+
+def make_attempt(
+    spec: TrialSpec,
+    experiment: str,
+    run: Path,
+    resources: Resources,
+    tracker: Tracker,
+    report: Report,
+    workers: Workers = ALONE,
+) -> Attempt:
+    """Run a trial; its errors are in the result.
+
+    Args:
+        spec: of the trial, and the others as for ``run_trial``.
+        experiment: name of the experiment.
+        run: the run folder.
+        resources: of the trial.
+        tracker: receives metrics.
+        report: called with the progress.
+        workers: this process and the others that run the trial with it.
+    """
     folder = run / "trials" / spec.trial_id
     started, clock = datetime.now(UTC), time.monotonic()
     plugins = plugins_in(spec.model_dump(mode="json"))
-    with _log_to(folder / LOG):
-        status, reason = "finished", None
-        trial = Trial(spec, folder, resources, tracker, report)
-        try:
-            trial.run()
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            status, reason = "out_of_memory", describe(error, plugins, folder / LOG)
-            logger.exception("out of memory")
-        except Exception as error:  # a failed trial must not stop the others
-            status, reason = "failed", describe(error, plugins, folder / LOG)
-            logger.exception("the trial failed")
-        record = TrialRecord(
-            trial_id=spec.trial_id,
-            experiment=experiment,
-            status=status,  # type: ignore[arg-type]
-            reason=reason,
-            spec=spec.model_dump(mode="json"),
-            seed=spec.seed,
-            wall_time_s=sum(trial.state.phases_s.values()) or time.monotonic() - clock,
-            phases_s=trial.state.phases_s,
-            history=tuple(trial.state.history),
-            best_epoch=trial.state.best_epoch,
-            started_at=started.isoformat(timespec="seconds"),
-            versions=measure.versions(),
-            git_revision=git_revision(Path(__file__).parent.parent),
-            mlflow_run_id=tracker.run_id,
-            warnings=(*trial.warnings, *tracker.warnings),
-            **trial.measured,
-        )
-        for warning in record.warnings:
-            logger.warning("%s", warning)
-        write_record(run, record)
-        tracker.finish(record, folder)
-    return record
+    status, reason = "finished", None
+    problem: Exception | None = None
+    trial = Trial(spec, folder, resources, tracker, report, workers)
+    try:
+        trial.run()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        status, reason, problem = "out_of_memory", describe(error, plugins, folder / LOG), error
+        logger.exception("out of memory")
+    except Exception as error:  # a failed trial must not stop the others
+        status, reason, problem = "failed", describe(error, plugins, folder / LOG), error
+        logger.exception("the trial failed")
+    record = TrialRecord(
+        trial_id=spec.trial_id,
+        experiment=experiment,
+        status=status,  # type: ignore[arg-type]
+        reason=reason,
+        spec=spec.model_dump(mode="json"),
+        seed=spec.seed,
+        wall_time_s=sum(trial.state.phases_s.values()) or time.monotonic() - clock,
+        phases_s=trial.state.phases_s,
+        history=tuple(trial.state.history),
+        best_epoch=trial.state.best_epoch,
+        started_at=started.isoformat(timespec="seconds"),
+        versions=measure.versions(),
+        git_revision=git_revision(Path(__file__).parent.parent),
+        mlflow_run_id=tracker.run_id,
+        warnings=(*trial.warnings, *tracker.warnings),
+        workers=workers.count,
+        **trial.measured,
+    )
+    return Attempt(record, problem)
+
+
+def conclude(record: TrialRecord, run: Path, tracker: Tracker) -> None:
+    """Write the record of a trial that has ended, and end its tracking."""
+    for warning in record.warnings:
+        logger.warning("%s", warning)
+    write_record(run, record)
+    tracker.finish(record, run / "trials" / record.trial_id)
 
 
 @dataclass
@@ -129,7 +168,7 @@ class _State:
 
 
 class Trial:
-    """One trial in this process; see ``run_trial`` for the arguments.
+    """One trial in this process; see ``make_attempt`` for the arguments.
 
     Attributes:
         state: saved in checkpoints.
@@ -144,8 +183,17 @@ class Trial:
     stages: Stages
     peak: measure.PeakMemory
 
-    def __init__(self, spec: TrialSpec, folder: Path, resources: Resources, tracker: Tracker, report: Report) -> None:
+    def __init__(
+        self,
+        spec: TrialSpec,
+        folder: Path,
+        resources: Resources,
+        tracker: Tracker,
+        report: Report,
+        workers: Workers = ALONE,
+    ) -> None:
         self.spec, self.folder, self.resources, self.tracker, self.report = spec, folder, resources, tracker, report
+        self.workers = workers
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self.state = _State()
         self.measured: dict[str, Any] = {"device": measure.device_name(self.device)}  # fields of the record
@@ -171,12 +219,14 @@ class Trial:
                 self._encode()
             for epoch in range(len(self.state.history) + 1, self.spec.budget.epochs + 1):
                 self._epoch(epoch)
-            self.measured["data"] = self._data()
+            if self.workers.first:
+                self.measured["data"] = self._data()
             with self._phase("test"):
                 self.measured["metrics"] = self._test()
         finally:
             self.stages.close()
-        shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
+        if self.workers.first:
+            shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
 
     def build(self, data: TrialData | None = None) -> None:
         """Prepare the process and build the model, without an engine.
@@ -187,7 +237,7 @@ class Trial:
         torch.set_num_threads(self.resources.cpus_per_worker)
         prepare_process()
         self.peak = measure.PeakMemory(self.device)
-        self.stages = Stages(self.spec, self.device, self.resources.zero_stage, self.folder, data)
+        self.stages = Stages(self.spec, self.device, self.resources, self.folder, data)
 
     def _begin_measuring(self) -> None:
         """Restart the measurement of speed and activations: stages differ, so only the last one is recorded."""
@@ -198,7 +248,8 @@ class Trial:
         """Run the frozen encoders before training, so that they are not part of the measured training speed."""
         splits = self.stages.built.splits
         evaluation = [*splits.validation, *splits.test]
-        self.stages.built.batches.features.precompute(splits.train, evaluation, lambda: self._report_progress("encode"))
+        features = self.stages.built.batches.features
+        features.precompute(splits.train, evaluation, lambda: self._report_progress("encode"), self.workers)
 
     def _epoch(self, epoch: int) -> None:
         train_loss = self._train_epoch(epoch)
@@ -223,13 +274,13 @@ class Trial:
         self.tracker.metrics(result.model_dump(exclude={"epoch", "step"}), step=result.step)
         self._report_progress("validate", epoch, train_loss, force=True)
         due = time.monotonic() - self._checkpointed >= self.resources.checkpoint_interval_s
-        if due and epoch < self.spec.budget.epochs and not self.stages.engine.accumulating:
+        if epoch < self.spec.budget.epochs and not self.stages.engine.accumulating and self.workers.agreed(due):
             self._checkpoint(epoch)
 
     def _train_epoch(self, epoch: int) -> float:
         """Train for one epoch; returns the unweighted mean of the batch losses."""
         # Dropout uses the global generator; seeding it per epoch makes a resumed trial repeat lost epochs exactly.
-        torch.manual_seed(self.spec.seed * 100_003 + epoch)
+        torch.manual_seed(dropout_seed(self.spec.seed, epoch, self.workers.rank))
         self.stages.built.model.train()
         draws = self.stages.built.order.epoch(epoch)
         size = self.spec.optimizer.per_device_train_batch_size
@@ -244,15 +295,16 @@ class Trial:
                 losses.append(self.train_step(draws[start : start + size]))
             self._report_progress("train", epoch, losses[-1])
         self.measured["memory"] = self.stages.engine.memory(self.state.activations_bytes, self.peak)
-        self.measured["throughput"] = self.clock.throughput()
+        self.measured["throughput"] = self.clock.throughput(self.workers)
         return sum(losses) / len(losses)
 
     def train_step(self, draws: list[budget.Draw]) -> float:
-        """Make a batch and train on it; returns its loss."""
-        with during("", dict.fromkeys(self.stages.built.splits.train[draw.example].id for draw in draws)):
-            return self.step_on(self.batch(draws))
+        """Make this worker's share of a batch and train on it; returns the loss of the batch."""
+        own = self.workers.share(draws)
+        with during("", dict.fromkeys(self.stages.built.splits.train[draw.example].id for draw in own)):
+            return self.step_on(self.batch(own) if own else self.batch(draws[:1]).as_stand_in())
 
-    def batch(self, draws: list[budget.Draw]) -> Batch:
+    def batch(self, draws: Sequence[budget.Draw]) -> Batch:
         """The batch of training items, on the device."""
         examples = [self.stages.built.splits.train[draw.example] for draw in draws]
         texts = [e.references[draw.reference] for e, draw in zip(examples, draws, strict=True)]
@@ -274,10 +326,11 @@ class Trial:
     def _evaluator(self) -> Evaluator:
         built = self.stages.built
         built.model.eval()
-        return Evaluator(built.model, built.batches, self.spec.eval, self.device, self._tick)
+        synced = self.resources.zero_stage == PARTITIONED_STAGE
+        return Evaluator(built.model, built.batches, self.spec.eval, self.device, self._tick, self.workers, synced)
 
     def _test(self) -> dict[str, dict[str, float]]:
-        """Evaluate the best epoch and write per-example scores; returns the metrics by split."""
+        """Evaluate the best epoch; rank 0 scores the texts and writes per-example scores, and returns the metrics."""
         self._report_progress("test", force=True)
         splits = self.stages.built.splits
         self.stages.engine.load_weights(self.folder / BEST)
@@ -286,6 +339,10 @@ class Trial:
         others = mismatched(splits.test, seed=0)
         wrong = evaluator.likelihood(splits.test, others) if others else None
         predictions = evaluator.generate(splits.test)
+        for texts in self.cut.values():
+            texts.update(*self.workers.gather(texts))
+        if not self.workers.first:
+            return {}
         scores = score_members(self.spec.task.metrics, splits.test, predictions)
         self.measured["answers"] = answers_of(self.spec.task.metrics, splits.train, splits.test, predictions)
         self.notes = scores.notes
@@ -328,29 +385,53 @@ class Trial:
         """Save a checkpoint. The state file, written last, names the valid one, so a crash leaves a complete one."""
         folder = self.folder / "checkpoint"
         self.stages.engine.save(folder, f"epoch-{epoch}")
-        # A copy, because a later epoch may replace the best weights before a crash.
-        shutil.copy2(self.folder / BEST, folder / f"epoch-{epoch}" / BEST)
-        content = {**vars(self.state), "history": [e.model_dump() for e in self.state.history], "tag": f"epoch-{epoch}"}
-        write_atomically(folder / "state.json", json.dumps(content))
-        for old in folder.glob("epoch-*"):
-            if old.name != f"epoch-{epoch}":
-                shutil.rmtree(old)
+        if self.workers.first:
+            # A copy, because a later epoch may replace the best weights before a crash.
+            shutil.copy2(self.folder / BEST, folder / f"epoch-{epoch}" / BEST)
+            history = [e.model_dump() for e in self.state.history]
+            content = {**vars(self.state), "history": history, "tag": f"epoch-{epoch}", "layout": self._layout}
+            write_atomically(folder / "state.json", json.dumps(content))
+            for old in folder.glob("epoch-*"):
+                if old.name != f"epoch-{epoch}":
+                    shutil.rmtree(old)
+        self.workers.wait()
         self._checkpointed = time.monotonic()
 
     def _resume(self) -> None:
-        state = self.folder / "checkpoint" / "state.json"
+        """Start the engine, from the trial's last checkpoint if there is one that it can load."""
+        folder = self.folder / "checkpoint"
         self._begin_measuring()
-        if not state.exists():
+        content = self.workers.agreed(_read_state(folder) if self.workers.first else None)
+        if content is None:
             self.stages.start()
             return
-        content = json.loads(state.read_text(encoding="utf-8"))
-        tag = content.pop("tag")
+        tag, layout = content.pop("tag"), content.pop("layout", self._layout)
+        if not self._can_load(layout):
+            found, now = (" and ".join(f"{key} {value}" for key, value in x.items()) for x in (layout, self._layout))
+            logger.warning("the checkpoint is of %s, which %s cannot load: the trial starts again", found, now)
+            if self.workers.first:
+                shutil.rmtree(folder)
+            self.workers.wait()
+            self.stages.start()
+            return
         history = [Epoch.model_validate(epoch) for epoch in content.pop("history")]
         self.state = _State(history=history, **content)
         self.stages.start(self.state.step)
-        self.stages.engine.load(state.parent, tag)
-        shutil.copy2(state.parent / tag / BEST, self.folder / BEST)
+        self.stages.engine.load(folder, tag)
+        if self.workers.first:
+            shutil.copy2(folder / tag / BEST, self.folder / BEST)
+        self.workers.wait()
         logger.info("resumed after epoch %d, step %d", len(history), self.state.step)
+
+    @property
+    def _layout(self) -> dict[str, int]:
+        """Over what a checkpoint is spread."""
+        return {"workers": self.workers.count, "zero_stage": self.resources.zero_stage}
+
+    def _can_load(self, layout: Mapping[str, int]) -> bool:
+        """Whether DeepSpeed loads a checkpoint of another number of workers: where every worker has all of it."""
+        spread = layout["zero_stage"] or self.resources.zero_stage or self.spec.optimizer.bf16
+        return layout == self._layout or not spread
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -377,21 +458,14 @@ class Trial:
         self.report(Progress(fraction, phase, epoch or len(history), train_loss, latest))
 
 
-@contextmanager
-def _log_to(path: Path) -> Iterator[None]:
-    """Write the process's log, with Python's warnings, to the trial's file during the trial."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(name)s %(levelname)s %(message)s"))
-    root, level = logging.getLogger(), _OWN_LOG.level
-    root.addHandler(handler)
-    _OWN_LOG.setLevel(logging.INFO)
-    try:
-        with warnings.catch_warnings():  # a process that runs several trials shows a warning in each
-            logging.captureWarnings(True)
-            yield
-    finally:
-        logging.captureWarnings(False)
-        _OWN_LOG.setLevel(level)
-        root.removeHandler(handler)
-        handler.close()
+def dropout_seed(seed: int, epoch: int, rank: int) -> int:
+    """The seed of a worker's dropout in an epoch; torch's CPU generator uses the lowest 32 bits of a seed alone."""
+    whole = seed * 100_003 + epoch
+    return whole if rank == 0 else int.from_bytes(hashlib.sha256(f"{whole}:{rank}".encode()).digest()[:4])
+
+
+def _read_state(folder: Path) -> dict[str, Any] | None:
+    """What the valid checkpoint in a folder says of the trial; None: there is none."""
+    path = folder / "state.json"
+    content: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return content

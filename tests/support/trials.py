@@ -112,8 +112,8 @@ def partition_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """ZeRO-3 leaves parameters below 100,000 elements whole, which here are all of them: partition them too."""
     plain = engine_module.deepspeed_config
 
-    def config(options: Optimizer, zero_stage: int) -> dict[str, Any]:
-        made = plain(options, zero_stage)
+    def config(options: Optimizer, zero_stage: int, offload: str = "none") -> dict[str, Any]:
+        made = plain(options, zero_stage, offload)
         if zero_stage == 3:
             made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return made

@@ -1,0 +1,32 @@
+"""The log of a trial."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LOG = "log.txt"  # in the trial's folder
+_OWN_LOG = logging.getLogger("harness")
+
+
+@contextmanager
+def log_to(path: Path) -> Iterator[logging.Logger]:
+    """Write the process's log, with Python's warnings, to the trial's file during the trial; yields a logger."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(name)s %(levelname)s %(message)s"))
+    root, level = logging.getLogger(), _OWN_LOG.level
+    root.addHandler(handler)
+    _OWN_LOG.setLevel(logging.INFO)
+    try:
+        with warnings.catch_warnings():  # a process that runs several trials shows a warning in each
+            logging.captureWarnings(True)
+            yield _OWN_LOG
+    finally:
+        logging.captureWarnings(False)
+        _OWN_LOG.setLevel(level)
+        root.removeHandler(handler)
+        handler.close()

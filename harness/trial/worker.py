@@ -1,0 +1,49 @@
+"""One process of a trial that has several, its workers: see ``harness.model.workers``.
+
+A worker never writes the record of a failed trial by itself. Where one dies, the others fail too, because they wait for
+it; then the trial is no failure, but starts again. Whoever started the workers hears of all, and decides.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+from contextlib import nullcontext
+from pathlib import Path
+
+from harness.experiment.plan import TrialSpec
+from harness.experiment.sections import Resources
+from harness.model.workers import joined
+from harness.tracking.grid import Tracker
+from harness.trial.log import LOG, log_to
+from harness.trial.outcome import Outcome
+from harness.trial.trial import Report, conclude, make_attempt
+
+# How gloo and NCCL say that they lost another process.
+_LOST = re.compile(
+    r"gloo|NCCL|Connection (closed|reset)|Broken pipe|Socket Timeout|store.*(closed|reset)", re.IGNORECASE
+)
+
+
+def run_worker(
+    spec: TrialSpec, experiment: str, run: Path, resources: Resources, tracker: Tracker, report: Report
+) -> Outcome:
+    """Run a trial in this worker and the others of its process group; rank 0 writes the record of one that finishes.
+
+    Args:
+        spec: of the trial, and the others as for ``run_trial``.
+        experiment: name of the experiment.
+        run: the run folder, which all workers see.
+        resources: of the trial.
+        tracker: of rank 0; the others log nothing.
+        report: called by rank 0 with the progress.
+    """
+    workers = joined()
+    with log_to(run / "trials" / spec.trial_id / LOG) if workers.first else nullcontext():
+        attempt = make_attempt(spec, experiment, run, resources, tracker, report, workers)
+        if workers.first and attempt.error is None:
+            conclude(attempt.record, run, tracker)
+    error, record = attempt.error, attempt.record if workers.first else None
+    lines = "".join(traceback.format_exception(error)) if error else ""
+    lost = isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
+    return Outcome(workers.rank, attempt.record.status, attempt.record.reason, lines, lost, record)
