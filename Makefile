@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 
 
-.PHONY: venv quickstart quick test test-browser test-slow test-real-data coverage lint docs clean
+.PHONY: venv quickstart quick test test-browser test-slow test-slurm test-real-data coverage lint docs clean
 
 venv: $(STAMP)
 
@@ -30,6 +30,9 @@ test-browser: venv  ## the reports in Chromium; skipped if it is not installed
 
 test-slow: venv  ## minutes per test: retrains the built-in backbones and more
 	$(BIN)/python -m pytest -m slow
+
+test-slurm: venv  ## jobs on a private Slurm on this machine; as root, installs slurm-wlm and munge if missing
+	$(BIN)/python -m pytest -m slurm tests/clusters
 
 test-real-data: venv  ## needs COCO_ROOT, COCO_CAPTIONS and FSDD_ROOT
 	$(BIN)/python -m pytest -m real_data -n 2

@@ -26,7 +26,7 @@ VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$")]
 # One line: it is written into a script.
 Line = Annotated[str, Field(min_length=1, pattern=r"^[^\r\n\x00]+$")]
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)KEY(_|$)", re.IGNORECASE)
+SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)KEY(_|$)", re.IGNORECASE)
 
 
 class _Section(BaseModel):
@@ -51,7 +51,6 @@ class Slurm(_Section):
     requeue: bool = True  # after the time limit or a preemption, the job is queued again and goes on
     options: tuple[Annotated[str, Field(pattern=r"^--?[a-zA-Z][^\r\n]*$")], ...] = ()  # others, such as --exclusive
     setup: tuple[Line, ...] = ()  # shell lines on every node before Python starts, such as module load cuda
-    python: Line | None = None  # of the harness on the nodes; default: the one that launches
 
 
 class Pod(_Section):
@@ -102,7 +101,6 @@ class RayUp(_Section):
     image: Line | None = None  # of a container on every machine; default: none
     idle_timeout_minutes: PositiveInt = 5
     setup: tuple[Line, ...] = ()  # shell lines on every machine that install the harness
-    python: Line = "python"  # of the harness on the machines
 
 
 _SHARED: tuple[Kind, ...] = ("kuberay", "ray_up")  # kinds whose machines are gone after the run
@@ -122,6 +120,7 @@ class Profile(_Section):
         env: environment variables and their values, written into scripts and manifests.
         secrets: names of environment variables whose values are written nowhere: they are taken from the environment
             of ``harness launch``, or from a Kubernetes Secret.
+        python: of the harness, where it runs; None: the one that launches, in a container ``python``.
         slurm, kuberay, ray_up: what the kind of this name needs.
     """
 
@@ -133,6 +132,7 @@ class Profile(_Section):
     ship_code: bool | Literal["auto"] = "auto"
     env: dict[VariableName, Line] = Field(default_factory=dict)
     secrets: tuple[VariableName, ...] = ()
+    python: Line | None = None
     slurm: Slurm | None = None
     kuberay: KubeRay | None = None
     ray_up: RayUp | None = None
@@ -217,7 +217,7 @@ def _check_kind(profile: Profile, top: Cursor) -> None:
             hint = ": a URL such as s3://bucket/runs, or a folder that all nodes share" if key == "storage" else ""
             raise UserError(f"{top / key}: kind {profile.kind} needs this key{hint}")
     for name in profile.env:
-        if _SECRET.search(name):
+        if SECRET.search(name):
             raise UserError(
                 f"{top / 'env' / name}: may be a secret, whose value is written nowhere; list the name under secrets"
             )

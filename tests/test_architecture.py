@@ -45,7 +45,7 @@ IGNORANT_OF = {
 }
 # Third party → the only places that import it.
 ONLY_IN = {
-    "ray": ("harness.sweep.ray_library",),
+    "ray": ("harness.sweep.ray_library", "clusters.launch.ray_node"),
     "deepspeed": ("harness.trial.engine",),
     "mlflow": ("harness.tracking",),
     "pycocoevalcap": ("tasks.metrics",),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from harness.cli import launch as cli_launch
 from harness.cli import profile as cli_profile
 from harness.cli import results as cli_results
 from harness.core.errors import UserError
@@ -122,7 +123,10 @@ def plan_command(file: ExperimentFile, output: Output = Path("runs"), fresh: Fre
     console.print(f"run folder: {planned.folder}", highlight=False, soft_wrap=True)
 
 
+app.command(rich_help_panel=EXPERIMENTS)(cli_launch.launch)
 app.command(rich_help_panel=EXPERIMENTS)(cli_results.status)
+app.command(rich_help_panel=EXPERIMENTS)(cli_launch.logs)
+app.command(rich_help_panel=EXPERIMENTS)(cli_launch.stop)
 app.command("profile", rich_help_panel=EXPERIMENTS)(cli_profile.profile)
 for command in (cli_results.recommend, cli_results.report, cli_results.compare, cli_results.attention):
     app.command(rich_help_panel=RESULTS)(command)

@@ -41,6 +41,7 @@ def newest_run() -> Path:
 
 def status(folder: RunFolder = None) -> None:
     """Show the progress of a run, its failures and the leaderboard so far, without writing anything."""
+    from clusters.launch.launchers import launch_line
     from harness.cli.leaderboard import LeaderboardView, recommendation
     from harness.cli.terminal import progress_lines
     from results.leaderboard.join import read_runs
@@ -48,9 +49,15 @@ def status(folder: RunFolder = None) -> None:
     from results.leaderboard.table import build_leaderboard
 
     folder = folder or newest_run()
-    active = _is_running(folder)
+    active = is_running(folder)
+    launched = launch_line(folder)
+    if launched and not (folder / "plan.json").exists():
+        _print(f"{folder}: {launched}; nothing has run yet")
+        return
     run = read_runs([folder])
     _print(f"{folder}: {run.plan.experiment}")
+    if launched:
+        _print(launched)
     for line in progress_lines(progress_of(run, active), active):
         _print(line)
     for message in run.broken:
@@ -63,7 +70,7 @@ def status(folder: RunFolder = None) -> None:
         console.print(LeaderboardView(board), recommendation(board), sep="\n")
 
 
-def _is_running(folder: Path) -> bool:
+def is_running(folder: Path) -> bool:
     """Whether a harness holds the lock of the folder; found by trying to acquire it."""
     path = folder / ".lock"
     if not path.exists():

@@ -1,0 +1,181 @@
+"""``harness launch``, ``logs`` and ``stop``: runs that go on without this terminal, on this machine or another."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from harness.cli.results import RunFolder, is_running, newest_run
+from harness.core.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from clusters.launch.job import Job
+    from clusters.profiles import Profile
+
+console = Console()
+FOLLOW_S = 0.5  # how often a file is looked at
+
+
+def _print(text: str, end: str = "\n") -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True, end=end)
+
+
+def launch(
+    file: Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml", help="The experiment file.")],
+    profile: Annotated[
+        str, typer.Option("--profile", "-p", metavar="NAME", help="Where to run: a profile's name, or its YAML file.")
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="Folder of the run folders. [default: the profile's storage, or runs]"),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over in a new run folder next to the old one.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Measure speed and memory of the methods after the trials.")
+    ] = True,
+    render_only: Annotated[
+        bool, typer.Option("--render-only", help="Print what would be submitted, and write and submit nothing.")
+    ] = False,
+) -> None:
+    """Submit an experiment as a job that needs this terminal no more: to Slurm, Kubernetes, Ray, a cloud."""
+    from clusters.launch.job import check_no_secret, write_files, write_launch
+    from clusters.launch.launchers import LAUNCHERS
+    from clusters.profiles import load_profile
+
+    chosen = load_profile(profile)
+    job = _job(file, chosen, output, fresh, () if measure else ("--no-measure",))
+    launcher = LAUNCHERS[chosen.kind]
+    files = launcher.render(job)
+    check_no_secret({**files, job.profile_file.name: chosen.text()}, chosen.secrets)
+    if render_only:
+        for name, text in files.items():
+            if len(files) > 1:
+                _print(f"# {name}")
+            typer.echo(text, nl=False)
+        return
+    launcher.check(job)
+    run = job.folder.parent
+    _check_idle(run)
+    write_files(job, files)
+    launched = launcher.submit(job)
+    write_launch(job.folder, launched)
+    _print(f"submitted: {chosen.kind} job {launched.job_id}; run folder: {run}")
+    for command in ("status", "logs --follow", "stop"):
+        name, *options = command.split()
+        _print(f"  harness {' '.join([name, str(run), *options])}")
+
+
+def _job(file: Path, profile: Profile, output: str | None, fresh: bool, options: tuple[str, ...]) -> Job:
+    """The job of an experiment, which is checked as ``harness plan`` does."""
+    from clusters.launch.job import FOLDER, Job
+    from harness.core.paths import locate
+    from harness.core.source import read_yaml
+    from harness.experiment.load import Experiment
+    from harness.sweep.run import prepare
+
+    experiment = Experiment.from_yaml(file)
+    plugins = read_yaml(file)[0].get("plugins", ())
+    given = output or profile.storage or "runs"
+    here = Path("runs") if "://" in given else Path(given)
+    run = prepare(experiment, here, fresh).folder
+    return Job(
+        name=experiment.name,
+        experiment=file.absolute(),
+        plugins=tuple(locate(plugin, experiment.folder) for plugin in plugins),
+        output=given if "://" in given else str(here.absolute()),
+        folder=(run / FOLDER).absolute(),
+        profile=profile,
+        options=options,
+    )
+
+
+def _check_idle(run: Path) -> None:
+    """Check that nothing runs or waits in a run folder.
+
+    Raises:
+        UserError: something does.
+    """
+    from clusters.launch.launchers import goes_on, state_of
+
+    launched, state = state_of(run)
+    if is_running(run) or goes_on(state):
+        what = f"{launched.kind} job {launched.job_id} ({state})" if launched and goes_on(state) else "another sweep"
+        raise UserError(f"{run}: in use by {what}; `harness stop {run}`, or launch with --fresh")
+
+
+def logs(
+    folder: RunFolder = None,
+    trial: Annotated[str | None, typer.Argument(help="The id of a trial, or its beginning.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing until the run has ended.")] = False,
+) -> None:
+    """Print the output of a launched run, or the log of a trial."""
+    from clusters.launch.job import read_launch
+    from clusters.launch.launchers import LAUNCHERS
+
+    folder = folder or newest_run()
+    if trial is not None:
+        _print_file(_trial_log(folder, trial), folder, follow)
+        return
+    launched = read_launch(folder)
+    if launched is None:
+        raise UserError(f"{folder}: not started by harness launch, so its output is where it was started; name a trial")
+    command = LAUNCHERS[launched.kind].log_command(launched, follow)
+    if command is None:
+        _print_file(Path(launched.log), folder, follow)
+        return
+    raise typer.Exit(subprocess.run(command, check=False).returncode)
+
+
+def _trial_log(folder: Path, trial: str) -> Path:
+    from harness.trial.log import LOG
+
+    found = sorted(path.parent.name for path in folder.glob(f"trials/*/{LOG}"))
+    matching = [name for name in found if name.startswith(trial)]
+    if len(matching) != 1:
+        what = f"{len(matching)} trials" if matching else "no trial with a log"
+        raise UserError(f"{folder}: {trial!r} is {what}; {did_you_mean(trial, found)}")
+    return folder / "trials" / matching[0] / LOG
+
+
+def _print_file(path: Path, folder: Path, follow: bool) -> None:
+    """Print a file; with ``follow``, what is appended too, while something runs or waits in the run folder."""
+    from clusters.launch.launchers import goes_on, state_of
+
+    def over() -> bool:
+        return not goes_on(state_of(folder)[1]) and not is_running(folder)
+
+    if not path.exists() and not follow:
+        raise UserError(f"{path}: not written yet; --follow waits for it")
+    at = 0
+    while True:
+        ended = not follow or over()
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(at)
+                content = file.read()
+            at += len(content)
+            _print(content.decode("utf-8", "replace"), end="")
+        if ended:
+            return
+        time.sleep(FOLLOW_S)
+
+
+def stop(folder: RunFolder = None) -> None:
+    """End a run in order, wherever it runs: finished trials are kept, and the same command goes on."""
+    from clusters.launch.launchers import LAUNCHERS, goes_on, state_of
+    from harness.sweep.stopping import request_stop
+
+    folder = folder or newest_run()
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run folder")
+    launched, state = state_of(folder)
+    if not is_running(folder) and (launched is None or (state is not None and not goes_on(state))):
+        raise UserError(f"{folder}: nothing runs here")
+    request_stop(folder)
+    done = LAUNCHERS[launched.kind].stop(launched) if launched else None
+    _print(done or f"{folder}: the driver is asked to end, which it sees in some seconds")

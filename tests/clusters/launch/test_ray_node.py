@@ -1,0 +1,62 @@
+"""Ray on the nodes of a Slurm job: free ports, and processes that are deaf to SIGTERM."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from clusters.launch import ray_node
+
+pytestmark = pytest.mark.quick
+
+
+def test_ports_are_different_and_free() -> None:
+    ports = ray_node.free_ports(8)
+    assert len(set(ports)) == 8
+    for port in ports:
+        with closing(socket.socket()) as each:
+            each.bind(("", port))
+
+
+def test_the_address_of_a_job_is_one_that_others_reach() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "clusters.launch.ray_node", "address"], capture_output=True, text=True, check=True
+    )
+    host, _, port = done.stdout.strip().rpartition(":")
+    assert socket.inet_aton(host)
+    assert 1024 <= int(port) < 65536
+
+
+def test_the_first_node_is_the_head_and_the_others_join_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("TMPDIR", "/scratch")
+    monkeypatch.delenv("SLURM_TMPDIR", raising=False)
+    head, one, other = (ray_node.start_command("10.0.0.1:7000", rank, cpus=16) for rank in range(3))
+    assert {"--head", "--port=7000", "--node-ip-address=10.0.0.1", "--temp-dir=/scratch/ray-12"} <= set(head)
+    assert "--address=10.0.0.1:7000" in one
+    assert not {"--head", "--port=7000"} & set(one)
+    assert all("--num-cpus=16" in command for command in (head, one, other))
+    agents = [next(word for word in c if word.startswith("--dashboard-agent-listen-port=")) for c in (head, one, other)]
+    assert len(set(agents)) == 3  # they may share a machine
+
+
+def test_what_ray_starts_does_not_get_sigterm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its processes inherit the mask; Java does with -Xrs."""
+    code = f"import os, signal; os.kill(os.getpid(), signal.SIGTERM); open({str(tmp_path / 'alive')!r}, 'w')"
+    monkeypatch.setattr(ray_node, "start_command", lambda *_: [sys.executable, "-c", code])
+    for name, value in (("RAY_ADDRESS", "10.0.0.1:7000"), ("SLURM_PROCID", "0"), ("JAVA_TOOL_OPTIONS", "-Xmx1g")):
+        monkeypatch.setenv(name, value)
+    pid = os.fork()
+    if pid == 0:
+        ray_node._start()
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert (tmp_path / "alive").exists()
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, set())  # of this process
