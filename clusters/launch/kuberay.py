@@ -20,6 +20,11 @@ from harness.core.errors import UserError
 MANIFEST = "rayjob.yaml"
 _MOUNT = "/harness/experiment"  # of the ConfigMap, in the head
 _LONGEST_NAME = 47  # characters; the operator appends to it, and Kubernetes allows 63
+# Ends the driver in the head, where only Python is sure to be installed.
+_TERMINATE = (
+    "import psutil; [p.terminate() for p in psutil.process_iter(['cmdline']) "
+    "if (p.info['cmdline'] or [])[1:4] == ['-m', 'harness', 'run']]"
+)
 _MOST_BYTES = 1_000_000  # of a ConfigMap (https://kubernetes.io/docs/concepts/configuration/configmap/)
 
 
@@ -39,23 +44,25 @@ class KubeRayLauncher:
     """Submits with ``kubectl create``."""
 
     def render(self, job: Job) -> dict[str, str]:
-        """The manifest of both objects."""
+        """The manifest of both objects.
+
+        Raises:
+            UserError: the secrets have no Secret, or the files do not fit into a ConfigMap.
+        """
+        if job.profile.secrets and _section(job).secret is None:
+            raise UserError(f"profile {job.profile.name}, kuberay.secret: secrets needs the name of a Secret")
         name = _name(job)
         documents = [_config_map(job, name), _ray_job(job, name)]
         return {MANIFEST: yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=120)}
 
     def check(self, job: Job) -> None:
-        """Check that kubectl is here and the secrets have a Secret.
+        """Check that kubectl is here, and that the pods can reach the storage.
 
         Raises:
             UserError: one is not.
         """
         check_program("kubectl", "a RayJob")
         kuberay = _section(job)
-        if job.profile.secrets and kuberay.secret is None:
-            raise UserError(
-                f"profile {job.profile.name}, kuberay.secret: name the Secret that has {job.profile.secrets}"
-            )
         if "://" not in job.output and (kuberay.volume_claim is None or not _below(job.output, kuberay.mount_path)):
             raise UserError(
                 f"storage: found {job.output!r}; allowed: a URL, or a folder below kuberay.mount_path "
@@ -82,8 +89,20 @@ class KubeRayLauncher:
             return "ended" if "NotFound" in str(error) else None
 
     def stop(self, launch: Launch) -> str | None:
-        """None: the driver sees the request in its run folder; a deleted pod would have no time to report."""
-        return None
+        """Send SIGTERM to the driver in the head; a deleted pod would have no time for its report.
+
+        Raises:
+            UserError: kubectl failed.
+        """
+        kubectl = ["kubectl", "--namespace", launch.address]
+        path = "jsonpath={.status.rayClusterName}"
+        cluster = call([*kubectl, "get", "rayjob", launch.job_id, "-o", path]).strip()
+        selector = f"--selector=ray.io/cluster={cluster},ray.io/node-type=head"
+        pod = call([*kubectl, "get", "pods", selector, "-o", "name"]).split()
+        if not pod:
+            raise UserError(f"rayjob {launch.job_id}: it has no head now, so nothing runs")
+        call([*kubectl, "exec", pod[0], "--", "python", "-c", _TERMINATE])
+        return f"the driver in {pod[0]} got SIGTERM"
 
     def log_command(self, launch: Launch, follow: bool) -> list[str] | None:
         """``kubectl logs`` of the pod that submitted the job to its cluster, which prints the driver's output."""

@@ -64,12 +64,13 @@ class RayJobLauncher:
         return submitted(job, job_id, address=address)
 
     def state(self, launch: Launch) -> str | None:
-        """The job's status, such as RUNNING."""
+        """The job's status, such as running."""
         try:
             text = call([*_RAY_JOB, "status", "--address", launch.address, launch.job_id])
         except UserError:
             return None
-        found = re.search(r"\b(PENDING|RUNNING|STOPPED|SUCCEEDED|FAILED)\b", text)
+        # "Status for job 'ID': RUNNING", but "Job 'ID' succeeded"
+        found = re.search(r"\b(pending|running|stopped|succeeded|failed)\b", text.replace(launch.job_id, "").lower())
         return found.group() if found else None
 
     def stop(self, launch: Launch) -> str | None:

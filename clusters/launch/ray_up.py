@@ -70,7 +70,7 @@ class RayUpLauncher:
         Raises:
             UserError: the head cannot be reached.
         """
-        call([*_RAY, "exec", launch.address, "pkill -TERM -f -- '-m harness run'"])
+        call([*_RAY, "exec", launch.address, "pkill -TERM -f -- '[-]m harness run'"])
         return f"the driver got SIGTERM; `ray down {launch.address}` ends the machines"
 
     def log_command(self, launch: Launch, follow: bool) -> list[str] | None:

@@ -81,13 +81,15 @@ def _job(file: Path, profile: Profile, output: str | None, fresh: bool, options:
     experiment = Experiment.from_yaml(file)
     plugins = read_yaml(file)[0].get("plugins", ())
     given = output or profile.storage or "runs"
-    here = Path("runs") if "://" in given else Path(given)
+    # Machines of their own have other file systems than this one.
+    elsewhere = "://" in given or profile.kind in ("kuberay", "ray_up")
+    here = Path("runs") if elsewhere else Path(given)
     run = prepare(experiment, here, fresh).folder
     return Job(
         name=experiment.name,
         experiment=file.absolute(),
         plugins=tuple(locate(plugin, experiment.folder) for plugin in plugins),
-        output=given if "://" in given else str(here.absolute()),
+        output=given if elsewhere else str(here.absolute()),
         folder=(run / FOLDER).absolute(),
         profile=profile,
         options=options,
