@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from harness.core.errors import UserError
 from harness.core.record import Run
+from harness.core.storage import local_folder
 from results.leaderboard.join import read_runs
 
 if TYPE_CHECKING:
@@ -136,13 +137,13 @@ def load_results(runs: str | Path | Iterable[str | Path]) -> Results:
     ``harness.load_results("runs/quickstart").trials`` is a DataFrame with one row for each trial.
 
     Args:
-        runs: a run folder, which is what ``harness run`` writes, or several.
+        runs: a run folder, which is what ``harness run`` writes, or its URL (``s3://…``), or several.
 
     Raises:
         UserError: a folder is missing, is given twice or holds no run; a plan is invalid; or the runs have different
             primary metrics or reference methods.
     """
-    folders = tuple(map(Path, [runs] if isinstance(runs, str | Path) else runs))
+    folders = tuple(map(local_folder, [runs] if isinstance(runs, str | Path) else runs))
     results = Results(folders, _written_report(folders))
     _ = results.run  # folders that hold no run are found here, not at the first use
     return results

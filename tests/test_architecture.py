@@ -54,6 +54,7 @@ ONLY_IN = {
     "rouge_score": ("tasks.metrics",),
     "datasets": ("tasks.formats",),
     "typer": ("harness.cli",),
+    "fsspec": ("harness.core.storage",),
 }
 
 

@@ -30,7 +30,12 @@ console = Console()
 errors = Console(stderr=True)
 
 ExperimentFile = Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml", help="The experiment file.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder that contains the run folders.")]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        "--output", "-o", metavar="PLACE", help="Folder or URL (s3://…) of the run folders; by default ./runs."
+    ),
+]
 Profile = Annotated[
     str, typer.Option("--profile", "-p", metavar="NAME", help="Where to run: a profile's name, or its YAML file.")
 ]
@@ -55,7 +60,7 @@ def _escape(text: str) -> str:
 @app.command(rich_help_panel=EXPERIMENTS)
 def run(
     file: ExperimentFile,
-    output: Output = Path("runs"),
+    output: Output = None,
     fresh: Fresh = False,
     profile: Profile = "local",
     measure: Annotated[
@@ -82,7 +87,7 @@ def run(
 
 
 @app.command("plan", rich_help_panel=EXPERIMENTS)
-def plan_command(file: ExperimentFile, output: Output = Path("runs"), fresh: Fresh = False) -> None:
+def plan_command(file: ExperimentFile, output: Output = None, fresh: Fresh = False) -> None:
     """Show the trials and their trainable parameters, without training, downloading or writing anything.
 
     Where the data is on this machine, check that there are enough examples.
@@ -94,7 +99,7 @@ def plan_command(file: ExperimentFile, output: Output = Path("runs"), fresh: Fre
     from harness.sweep.counts import check_counts
     from harness.sweep.run import prepare as prepare_run
 
-    planned = prepare_run(Experiment.from_yaml(file), output, fresh)
+    planned = prepare_run(Experiment.from_yaml(file), output or "runs", fresh)
     parameters: dict[str, Parameters | None] = {}
     known: dict[str, Parameters | None] = {}
     notes: dict[str, None] = {}

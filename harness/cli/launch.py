@@ -12,6 +12,7 @@ from rich.console import Console
 
 from harness.cli.results import RunFolder, is_running, newest_run
 from harness.core.errors import UserError, did_you_mean
+from harness.core.storage import push_copy
 
 if TYPE_CHECKING:
     from clusters.launch.job import Job
@@ -179,5 +180,6 @@ def stop(folder: RunFolder = None) -> None:
     if not is_running(folder) and (launched is None or (state is not None and not goes_on(state))):
         raise UserError(f"{folder}: nothing runs here")
     request_stop(folder)
+    push_copy(folder)
     done = LAUNCHERS[launched.kind].stop(launched) if launched else None
     _print(done or f"{folder}: the driver is asked to end, which it sees in some seconds")

@@ -11,6 +11,8 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from harness.core.errors import UserError
+from harness.core.lease import holder_of
+from harness.core.storage import Folder, is_url, local_folder, push_copy, url_of
 
 if TYPE_CHECKING:
     from results.leaderboard.published import PublishedLeaderboard
@@ -20,11 +22,20 @@ MLFLOW = "mlflow:"
 console = Console()
 leaderboard_app = typer.Typer(no_args_is_help=True, help="Show a leaderboard, or what changed between two.")
 
-RunFolder = Annotated[Path | None, typer.Argument(help="A run folder; by default the newest in ./runs.")]
+_RUN = "A run folder or its URL; by default the newest in ./runs."
+_RUNS = "Run folders or their URLs; by default the newest in ./runs."
+RunFolder = Annotated[
+    Path | None,
+    typer.Argument(parser=local_folder, metavar="[RUN]", help=_RUN),
+]
 
 
 def _print(text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _with_weights(place: str) -> Path:
+    return local_folder(place, weights=True)
 
 
 def newest_run() -> Path:
@@ -55,7 +66,7 @@ def status(folder: RunFolder = None) -> None:
         _print(f"{folder}: {launched}; nothing has run yet")
         return
     run = read_runs([folder])
-    _print(f"{folder}: {run.plan.experiment}")
+    _print(f"{url_of(folder) or folder}: {run.plan.experiment}")
     if launched:
         _print(launched)
     for line in progress_lines(progress_of(run, active), active):
@@ -71,7 +82,9 @@ def status(folder: RunFolder = None) -> None:
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a harness holds the lock of the folder; found by trying to acquire it."""
+    """Whether a harness holds the lock of the folder, found by trying to acquire it; at a URL, its lease."""
+    if url := url_of(folder):
+        return holder_of(Folder(url)) is not None
     path = folder / ".lock"
     if not path.exists():
         return False
@@ -103,10 +116,14 @@ def report(
 
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"--output: {output} is a file; name a folder")
-    folders = [Path(run) for run in runs] if source is None else _fetched(source, runs, output)
+    if output is not None and is_url(output):
+        raise UserError("--output: found a URL; the report of a run at a URL is stored there without --output")
+    folders = [local_folder(run) for run in runs] if source is None else _fetched(source, runs, output)
     gc.disable()  # a fifth faster: records are many long-lived objects, and this process ends soon
     with console.status("writing the report …"):
         written = write_report(folders, output)
+        if output is None:
+            push_copy(folders[0])
     for path in written.all:
         _print(str(path))
 
@@ -128,7 +145,13 @@ def compare(
     one: Annotated[str, typer.Argument(metavar="A", help='A row: "LoRA r=4 specific" or a part of it; or a trial id.')],
     other: Annotated[str, typer.Argument(metavar="B", help="The row or trial to compare with.")],
     runs: Annotated[
-        list[Path] | None, typer.Option("--run", help="A run folder, or several; by default the newest in ./runs.")
+        list[Path] | None,
+        typer.Option(
+            "--run",
+            parser=local_folder,
+            metavar="RUN",
+            help=_RUNS,
+        ),
     ] = None,
     setting: Annotated[str | None, typer.Option(help="The setting, if there are several.")] = None,
     metric: Annotated[str | None, typer.Option(help="Show only this metric, such as cider.")] = None,
@@ -146,7 +169,8 @@ def compare(
 
 def recommend(
     runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="[RUN...]", help="Run folders; by default the newest in ./runs.")
+        list[Path] | None,
+        typer.Argument(parser=local_folder, metavar="[RUN...]", help=_RUNS),
     ] = None,
     max_trainable: Annotated[
         str | None, typer.Option(help="Most trainable parameters: 2M, or 1% of the reference method's.")
@@ -177,7 +201,8 @@ def recommend(
 @leaderboard_app.command("show")
 def leaderboard_show(
     runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="RUN...", help="Run folders; by default the newest in ./runs.")
+        list[Path] | None,
+        typer.Argument(parser=local_folder, metavar="RUN...", help=_RUNS),
     ] = None,
     style: Annotated[
         Literal["table", "markdown", "latex", "csv"], typer.Option("--format", "-f", help="How to print it.")
@@ -234,7 +259,10 @@ def _published(path: Path) -> PublishedLeaderboard:
 
 
 def attention(
-    folder: Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(parser=_with_weights, metavar="RUN", help="A run folder, such as runs/quickstart, or its URL."),
+    ],
     trials: Annotated[
         list[str] | None, typer.Option("--trial", metavar="ID", help="Only this trial; may be repeated.")
     ] = None,
@@ -246,3 +274,4 @@ def attention(
 
     record_attention(folder, trials or (), examples, console)
     _print(str(write_report([folder]).html))
+    push_copy(folder)

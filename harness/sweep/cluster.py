@@ -19,6 +19,7 @@ from typing import Any
 
 from clusters.profiles import Profile
 from harness.core.errors import UserError
+from harness.core.storage import Folder
 from harness.experiment.plan import TrialSpec
 from harness.sweep.events import Display
 from harness.sweep.nodes import Question, ask_nodes, check_nodes, lacks_code
@@ -51,14 +52,14 @@ def environment(profile: Profile) -> dict[str, str]:
 
 @contextmanager
 def connect(
-    profile: Profile, specs: Sequence[TrialSpec], run: Path, files: Sequence[str], display: Display
+    profile: Profile, specs: Sequence[TrialSpec], run: str | Path, files: Sequence[str], display: Display
 ) -> Iterator[None]:
     """Connect to Ray for the length of a sweep; a connection that exists already is used as it is.
 
     Args:
         profile: where to run.
         specs: of the trials.
-        run: the run folder, which every node must see.
+        run: the run folder, or its URL, which every node must reach.
         files: files and folders that the trials read.
         display: told which nodes differ, and that the head node has died.
 
@@ -69,12 +70,13 @@ def connect(
     started = not ray.is_initialized()
     try:
         if not started and sum(node["Alive"] for node in ray.nodes()) > 1:
-            _check(specs, run, files, display.noted, shipped=True)
+            _check(profile, specs, run, files, display.noted, shipped=True)
         elif started and (address := profile.cluster_address()):
             _connect(address, profile, specs, run, files, display.noted)
         elif started:
             with handler_kept():
-                ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+                # Without an address, Ray would join a cluster that runs on this machine, or wait for a dead one.
+                ray.init("local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
         with _watched_head(display.abandoned):
             yield
     finally:
@@ -86,7 +88,7 @@ def _connect(
     address: str,
     profile: Profile,
     specs: Sequence[TrialSpec],
-    run: Path,
+    run: str | Path,
     files: Sequence[str],
     note: Callable[[str], None],
 ) -> None:
@@ -106,12 +108,12 @@ def _connect(
         if not ray.is_initialized():
             _init(address, {})
         files = [*files, *(str(path) for path in files_of(plugins))]
-        _check(specs, run, files, note, shipped=False)
+        _check(profile, specs, run, files, note, shipped=False)
         return
     with tempfile.TemporaryDirectory(prefix="harness-code-") as folder:
         collect(plugins, Path(folder))
         _init(address, {"working_dir": folder})
-        _check(specs, run, files, note, shipped=True)
+        _check(profile, specs, run, files, note, shipped=True)
 
 
 def _init(address: str, runtime_env: Mapping[str, Any]) -> None:
@@ -156,16 +158,35 @@ def _check_answers(address: str, where: str) -> None:
 
 
 def _check(
-    specs: Sequence[TrialSpec], run: Path, files: Sequence[str], note: Callable[[str], None], shipped: bool
+    profile: Profile,
+    specs: Sequence[TrialSpec],
+    run: str | Path,
+    files: Sequence[str],
+    note: Callable[[str], None],
+    shipped: bool,
 ) -> None:
-    token = run / f".seen-{uuid.uuid4().hex}"
-    token.write_text(token.name, encoding="utf-8")
+    """Ask all nodes, with a file in the run folder that they have to find.
+
+    Raises:
+        UserError: a node cannot run the trials.
+    """
+    token = f".seen-{uuid.uuid4().hex}"
+    packages = packages_of(plugins_of(specs))
+    if isinstance(run, str):
+        there = Folder(run)
+        there.write(token, token.encode())
+        question = Question(None, files, packages, (run, token), environment(profile))
+    else:
+        (run / token).write_text(token, encoding="utf-8")
+        question = Question((str(run / token), token), files, packages)
     try:
-        nodes = ask_nodes(Question((str(token), token.name), files, packages_of(plugins_of(specs))))
-        for line in check_nodes(nodes, run, shipped):
+        for line in check_nodes(ask_nodes(question), run, shipped):
             note(line)
     finally:
-        token.unlink(missing_ok=True)
+        if isinstance(run, str):
+            there.remove([token])
+        else:
+            (run / token).unlink(missing_ok=True)
 
 
 @contextmanager

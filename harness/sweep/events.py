@@ -13,6 +13,7 @@ from harness.core.record import PlannedTrial, TrialRecord, read_record, record_p
 from harness.experiment.plan import TrialSpec
 from harness.sweep.nodes import node_name
 from harness.sweep.ray_library import ray, tune
+from harness.sweep.stored import Stored
 from harness.trial.log import LOG
 
 
@@ -48,8 +49,8 @@ class Events(tune.Callback):  # type: ignore[misc]
     node that can run the next trial. So it asks for the nodes, and ends the sweep if none is alive.
     """
 
-    def __init__(self, run: Path, experiment: str, display: Display) -> None:
-        self.run, self.experiment, self.display = run, experiment, display
+    def __init__(self, run: Path, experiment: str, display: Display, stored: Stored | None = None) -> None:
+        self.run, self.experiment, self.display, self.stored = run, experiment, display, stored
         self.ended = 0  # trials with a record
         self.asked = time.monotonic()
         self.alive: set[str] = set()  # ids of the nodes that were alive when Ray was asked
@@ -62,11 +63,13 @@ class Events(tune.Callback):  # type: ignore[misc]
         """Check that a node is alive.
 
         Raises:
-            SweepEndedError: none is.
+            SweepEndedError: none is, or another driver has taken over the run folder.
         """
         if time.monotonic() - self.asked < _NODES_S:
             return
         self.asked = time.monotonic()
+        if self.stored:
+            self.stored.lease.check()
         nodes = {node["NodeID"]: node for node in ray.nodes()}
         for died in sorted(self.alive - {key for key, node in nodes.items() if node["Alive"]}):
             self.display.noted(f"node {node_name(nodes[died])} has died; its trials start again on another one")
@@ -86,14 +89,20 @@ class Events(tune.Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """A trial ended; its worker wrote the record."""
+        self._fetch(trial)
         self._end(record_path(self.run, _id(trial)))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """A trial's worker died for the last time: write the record if the worker did not."""
+        self._fetch(trial)
         path = record_path(self.run, _id(trial))
         if not path.exists():
             write_record(self.run, _died(trial, self.experiment, path.with_name(LOG)))
         self._end(path)
+
+    def _fetch(self, trial: Any) -> None:
+        if self.stored:
+            self.stored.fetch(_id(trial))
 
     def _end(self, path: Path) -> None:
         self.ended += 1

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from harness.core.errors import UserError
+from harness.core.files import write_atomically
+from harness.core.lease import Lease, leased
+from harness.core.storage import Folder, url_of
+from harness.sweep.stopping import REQUEST
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path, note: Callable[[str], None] = lambda _: None) -> Iterator[Lease | None]:
     """Lock a run folder against other sweeps and profiles.
 
+    Args:
+        folder: the run folder. If it is the copy of one at a URL, that one's lease is held too.
+        note: told that it is waited for another holder of the lease.
+
+    Yields:
+        The lease, if there is one.
+
     Raises:
-        UserError: one is running in it.
+        UserError: a sweep or profile is running in it.
     """
     lock = FileLock(folder / ".lock", timeout=0)
     try:
@@ -26,6 +37,17 @@ def exclusive(folder: Path) -> Iterator[None]:
             f"{folder}: in use by another sweep or profile; wait until it has ended, or `harness run --fresh`"
         ) from None
     try:
-        yield
+        if url := url_of(folder):
+            there = Folder(url)
+
+            def look_for_request() -> None:
+                if request := there.read(REQUEST):
+                    write_atomically(folder / REQUEST, request.decode())
+
+            with leased(there, folder, note, look_for_request) as lease:
+                there.remove([REQUEST])  # an older one
+                yield lease
+        else:
+            yield None
     finally:
         lock.release()

@@ -26,11 +26,15 @@ class Question:
         token: a file in the run folder, and its content.
         files: files and folders that the trials read.
         packages: top-level packages and modules that the trials import.
+        stored: the URL of the run folder, and the name of a file in it whose content is its name.
+        variables: environment variables that a node needs to read the URL.
     """
 
     token: tuple[str, str] | None
     files: Sequence[str] = ()
-    packages: Sequence[str] = field(default=PACKAGES)
+    packages: Sequence[str] = PACKAGES
+    stored: tuple[str, str] | None = None
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,13 @@ def ask_nodes(question: Question) -> list[Node]:
     look = ray.remote(num_cpus=0, max_retries=0)(_looker())
     asked = [
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-            question.token, tuple(question.files), tuple(question.packages), PACKAGES, _DISTRIBUTIONS
+            question.token,
+            tuple(question.files),
+            tuple(question.packages),
+            PACKAGES,
+            _DISTRIBUTIONS,
+            question.stored,
+            dict(question.variables),
         )
         for node in alive
     ]
@@ -87,6 +97,8 @@ def _looker() -> Callable[..., Answer]:
         packages: Sequence[str],
         own: Sequence[str],
         distributions: Sequence[str],
+        stored: tuple[str, str] | None,
+        variables: Mapping[str, str],
     ) -> dict[str, Any]:
         import hashlib
         import importlib.metadata
@@ -95,19 +107,30 @@ def _looker() -> Callable[..., Answer]:
         import platform
         from pathlib import Path
 
-        unreadable: dict[str, str] = {}
-        for name in [*([token[0]] if token else []), *files]:
+        def problem_of(name: str) -> str | None:
             path = Path(name)
             try:
                 if path.is_dir():
                     next(iter(os.scandir(path)), None)
-                else:
-                    with path.open("rb") as file:
-                        found = file.read(64)
-                    if token and name == token[0] and found.decode() != token[1]:
-                        unreadable[name] = "another file than the driver's"
+                    return None
+                with path.open("rb") as file:
+                    found = file.read(64)
             except OSError as error:
-                unreadable[name] = error.strerror or str(error)
+                return error.strerror or str(error)
+            return (
+                "another file than the driver's" if token and name == token[0] and found != token[1].encode() else None
+            )
+
+        def problem_of_url(url: str, name: str) -> str | None:
+            os.environ.update(variables)
+            from harness.core.storage import Folder, StorageError
+
+            try:
+                return None if Folder(url).read(name) == name.encode() else "not what the driver sees there"
+            except StorageError as error:
+                return str(error)
+
+        unreadable = {name: problem_of(name) for name in [*([token[0]] if token else []), *files]}
         folders: list[Path] = []
         missing: list[str] = []
         for package in packages:
@@ -116,6 +139,8 @@ def _looker() -> Callable[..., Answer]:
                 missing.append(package)
             elif package in own and spec.origin:
                 folders.append(Path(spec.origin).parent)
+        if stored and not missing:
+            unreadable[stored[0]] = problem_of_url(*stored)
         digest = hashlib.sha256()
         for folder in folders:
             for path in sorted(folder.rglob("*.py")):
@@ -131,7 +156,7 @@ def _looker() -> Callable[..., Answer]:
             "versions": versions,
             "code": None if set(missing) & set(own) else digest.hexdigest(),
             "missing": missing,
-            "unreadable": unreadable,
+            "unreadable": {name: reason for name, reason in unreadable.items() if reason},
         }
 
     return look
@@ -152,12 +177,12 @@ def lacks_code(nodes: Sequence[Node]) -> bool:
     return any(node.answer.get("missing") or node.answer.get("code", own) != own for node in nodes)
 
 
-def check_nodes(nodes: Sequence[Node], run: Path, shipped: bool) -> list[str]:
+def check_nodes(nodes: Sequence[Node], run: str | Path, shipped: bool) -> list[str]:
     """Check the answers.
 
     Args:
         nodes: asked with ``ask_nodes``.
-        run: the run folder, for the message.
+        run: the run folder or its URL, for the message.
         shipped: whether the workers get our code.
 
     Returns:

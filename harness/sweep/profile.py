@@ -23,6 +23,7 @@ from harness.core.profile import Profile, ProfileEntry, profile_path, write_prof
 from harness.core.record import read_run
 from harness.core.schema import read_strictly
 from harness.core.source import read_yaml
+from harness.core.storage import local_folder, push_copy
 from harness.core.validation import check
 from harness.core.weights import check_unchanged
 from harness.experiment.plan import TrialSpec
@@ -49,7 +50,7 @@ def profile_run(folder: str | Path, *, fresh: bool = False, console: Console | N
     Ctrl-C ends it early: what was measured is kept for the next call, and ``profile.json`` stays as it was.
 
     Args:
-        folder: a run folder.
+        folder: a run folder, or its URL.
         fresh: measure everything again; the old profile is replaced when all is measured.
         console: for progress; default: standard output.
 
@@ -60,7 +61,7 @@ def profile_run(folder: str | Path, *, fresh: bool = False, console: Console | N
         UserError: it is no run folder, no trial has finished, another harness works in it, or the models or the data
             are not there as they were in training; raised before anything is measured.
     """
-    folder, console = Path(folder), console or Console()
+    folder, console = local_folder(folder), console or Console()
     run = read_runs([folder])
     if not any(record.status == "finished" for record in run.records.values()):
         raise UserError(f"{folder}: no trial has finished, so there is nothing to profile")
@@ -71,6 +72,7 @@ def profile_run(folder: str | Path, *, fresh: bool = False, console: Console | N
         profile = measure_run(folder, resources_of(folder), console, fresh)
         report = write_report([folder])
         _update_mlflow(folder, report, console)
+        push_copy(folder)
     return profile
 
 

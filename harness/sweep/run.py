@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +17,21 @@ from rich.console import Console
 from clusters.profiles import Profile, load_profile
 from harness.core.errors import SweepEndedError, UserError
 from harness.core.files import write_atomically
+from harness.core.lease import Lease
 from harness.core.record import Plan, PlannedTrial, TrialRecord, read_record, read_run, record_path
+from harness.core.storage import Copy, Folder, StorageError, is_url, run_copy
 from harness.experiment.load import Experiment
 from harness.experiment.plan import TrialSpec, describe, expand
 from harness.sweep.lock import exclusive
 from harness.sweep.stopping import stoppable
+from harness.sweep.stored import PATIENCE_S, Stored
 from results.loaded import Results
 
 if TYPE_CHECKING:
     from harness.tracking.grid import Grid
+
+
+_LAST_PATIENCE_S = 60.0  # how long a lost connection is tried again when only the report is to be pushed
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Prepared:
     plan: Plan
     folder: Path
     mlflow_uri: str  # may contain a password: never stored or shown
+    storage: Copy | None = None  # of the run folder, if it is at a URL: ``folder`` is its copy
 
     def records(self) -> dict[str, TrialRecord]:
         """The existing records of this experiment's trials, by trial id."""
@@ -47,6 +54,15 @@ class Prepared:
         """The ids of trials with a finished record."""
         return {trial_id for trial_id, record in self.records().items() if record.status == "finished"}
 
+    def push(self) -> None:
+        """Push what has changed, if the run folder is at a URL.
+
+        Raises:
+            StorageError: the storage cannot be written to.
+        """
+        if self.storage:
+            self.storage.push()
+
     def unfinished(self) -> list[tuple[TrialSpec, PlannedTrial]]:
         """The trials without a finished record."""
         finished = self.finished()
@@ -54,46 +70,70 @@ class Prepared:
         return [(spec, planned) for spec, planned in pairs if spec.trial_id not in finished]
 
 
-def prepare(experiment: Experiment, output: Path = Path("runs"), fresh: bool = False) -> Prepared:
+def prepare(experiment: Experiment, output: str | Path = "runs", fresh: bool = False) -> Prepared:
     """Plan an experiment.
 
     Args:
         experiment: the experiment.
-        output: parent of the run folders.
+        output: parent of the run folders; a folder or a URL.
         fresh: use a new run folder instead of the latest one.
 
     Raises:
-        UserError: two entries describe the same trial, a metric is unknown, or a method's stages do not fit the budget.
+        UserError: two entries describe the same trial, a metric is unknown, a method's stages do not fit the budget, or
+            a storage cannot be used.
     """
     from harness.sweep.preflight import check_stages, metrics_of
     from harness.tracking.grid import default_uri, located, redacted
 
     specs = expand(experiment)
     check_stages(specs, str(experiment.top / "adapters"))
+    storage = _stored_run(str(output), experiment.name, fresh) if is_url(output) else None
+    folder = storage.here if storage else _run_folder(Path(output), experiment.name, fresh)
     given = experiment.tracking.mlflow_uri
     try:
-        uri = located(given, experiment.folder) if given else default_uri(output)
+        uri = located(given, experiment.folder) if given else default_uri(folder.parent)
     except ValueError as error:
         raise UserError(f"{experiment.top / 'tracking' / 'mlflow_uri'}: {error}") from None
     plan = describe(experiment, specs, metrics_of(specs), redacted(uri))
-    return Prepared(experiment, specs, plan, _run_folder(output, experiment.name, fresh), uri)
+    return Prepared(experiment, specs, plan, folder, uri, storage)
 
 
 def _run_folder(output: Path, name: str, fresh: bool) -> Path:
+    return output / _run_name(name, fresh, lambda run: (output / run).exists())
+
+
+def _stored_run(output: str, name: str, fresh: bool) -> Copy:
+    """The run folder at a URL, and its copy as it is there now.
+
+    Raises:
+        StorageError: the storage cannot be used.
+    """
+    runs = Folder(output)
+    if runs.url.startswith("memory:"):
+        raise UserError(
+            f"{runs.url}: is in the memory of this process, but trials run in others; allowed: s3, gs, file"
+        )
+    names = set(runs.folders())
+    copy = run_copy(f"{runs.url}/{_run_name(name, fresh, names.__contains__)}")
+    copy.pull()
+    return copy
+
+
+def _run_name(name: str, fresh: bool, exists: Callable[[str], bool]) -> str:
     """The latest of ``name``, ``name@2``, ``name@3`` …, or with ``fresh`` the next one; names cannot contain ``@``."""
     number = 1
 
-    def folder(n: int) -> Path:
-        return output / (name if n == 1 else f"{name}@{n}")
+    def numbered(n: int) -> str:
+        return name if n == 1 else f"{name}@{n}"
 
-    while folder(number + 1).exists():
+    while exists(numbered(number + 1)):
         number += 1
-    return folder(number + 1) if fresh and folder(number).exists() else folder(number)
+    return numbered(number + 1) if fresh and exists(numbered(number)) else numbered(number)
 
 
 def run_experiment(
     experiment: Experiment | str | Path,
-    output: str | Path = "runs",
+    output: str | Path | None = None,
     *,
     fresh: bool = False,
     profile: str | Path = "local",
@@ -107,7 +147,8 @@ def run_experiment(
 
     Args:
         experiment: built in Python, or the path of a YAML file.
-        output: parent of the run folders; the results are in ``output/NAME``.
+        output: parent of the run folders, a folder or a URL such as ``s3://bucket/runs``; the results are in
+            ``output/NAME``. Default: the profile's ``storage``, else ``runs``.
         fresh: start again in a new run folder, and keep the old one.
         profile: where to run: the name of a profile such as ``ray``, or the path of its YAML file.
         measure: after the trials, measure speed and memory of the methods, unless the experiment's
@@ -129,22 +170,30 @@ def run_experiment(
     console = console or Console()
     cluster = load_profile(profile)
     experiment = experiment if isinstance(experiment, Experiment) else Experiment.from_yaml(experiment)
-    prepared = prepare(experiment, Path(output), fresh)
+    output = output or cluster.storage or "runs"
+    if is_url(output) and experiment.resources.workers > 1:
+        raise UserError(
+            f"{experiment.top / 'resources' / 'workers'}: found {experiment.resources.workers}, with a run folder at a "
+            "URL; allowed: 1, or a run folder on a file system that all nodes share, because the workers of a trial "
+            "write its checkpoints together"
+        )
+    prepared = prepare(experiment, output, fresh)
     folder = prepared.folder
     preflight.check_shell()
     preflight.check_ray(cluster.cluster_address())
     preflight.check_models(prepared.specs)
     preflight.check_fingerprints(prepared.specs, str(experiment.top / "backbone"))
-    with _run_folder_for(prepared, fresh), stoppable(folder) as stopping:
+    with _run_folder_for(prepared, fresh, console) as lease, stoppable(folder) as stopping:
         check_uri(prepared.mlflow_uri, experiment=experiment.name)
         preflight.check_data(prepared.specs, folder, console)
         write_atomically(folder / "plan.json", prepared.plan.model_dump_json(indent=1) + "\n")
         write_atomically(folder / "experiment.yaml", experiment.text)
         for line in read_run(folder).foreign_lines:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
+        prepared.push()
         grid = open_grid(prepared.mlflow_uri, experiment.name, folder)
         try:
-            _run_unfinished(prepared, cluster, grid, console)
+            _run_unfinished(prepared, cluster, grid, lease, console)
             if measure and experiment.resources.profile:
                 _profile(prepared, console)
         except KeyboardInterrupt:
@@ -154,11 +203,25 @@ def run_experiment(
             console.print(f"{error}; {kept}", style="red", highlight=False, markup=False, soft_wrap=True)
         report = write_report([folder])
         problem = close_grid(grid, not prepared.unfinished(), list(report.all), report.board)
+        _push_all(prepared, console)
     return Results((folder,), report.html, problem, grid.trials_link, stopping.reason, known_board=report.board)
 
 
+def _push_all(prepared: Prepared, console: Console) -> None:
+    """Push what the driver has made; without a connection, the next run does it."""
+    if prepared.storage is None:
+        return
+    prepared.storage.there.patience_s = _LAST_PATIENCE_S
+    try:
+        prepared.push()
+        line = f"stored:  {prepared.storage.there.url}"
+    except StorageError as error:
+        line = f"{error}; the results are in {prepared.folder}; run the same experiment again to store them"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 @contextmanager
-def _run_folder_for(prepared: Prepared, fresh: bool) -> Iterator[None]:
+def _run_folder_for(prepared: Prepared, fresh: bool, console: Console) -> Iterator[Lease | None]:
     """Create and lock the run folder; a fresh one is removed again if the experiment is refused before its plan.
 
     Otherwise the next run would continue in an empty folder instead of the latest one.
@@ -170,28 +233,42 @@ def _run_folder_for(prepared: Prepared, fresh: bool) -> Iterator[None]:
 
     folder, new = prepared.folder, not prepared.folder.exists()
     preflight.check_folder(folder)
-    with exclusive(folder):
+
+    def note(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    with exclusive(folder, note) as lease:
         try:
-            yield
+            if prepared.storage:
+                prepared.storage.pull()  # what another holder may have made since the first pull
+                prepared.storage.there.patience_s = PATIENCE_S
+            yield lease
         except BaseException:
             if fresh and new and not (folder / "plan.json").exists():
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
-def _run_unfinished(prepared: Prepared, profile: Profile, grid: Grid, console: Console) -> None:
+def _run_unfinished(prepared: Prepared, profile: Profile, grid: Grid, lease: Lease | None, console: Console) -> None:
     from harness.sweep.live import LiveTable
     from harness.sweep.preflight import files_read
     from harness.sweep.tune import Sweep, sweep
+    from harness.tracking.grid import sqlite_path
 
     todo = prepared.unfinished()
     if not todo:
         console.print(f"all {len(prepared.specs)} trials have already finished; nothing to compute")
         return
     for spec, _ in todo:
-        _archive_record(record_path(prepared.folder, spec.trial_id))
-    files = files_read([spec for spec, _ in todo], prepared.folder) if profile.cluster_address() else ()
-    trials = Sweep(todo, prepared.experiment.name, prepared.folder, prepared.experiment.resources, grid, profile, files)
+        _archive_record(record_path(prepared.folder, spec.trial_id), prepared.storage)
+    prepared.push()
+    files = files_read([spec for spec, _ in todo], prepared.folder) if profile.cluster_address() else []
+    if database := sqlite_path(grid.uri):
+        files.append(str(database.resolve()))
+    stored = Stored(prepared.storage, lease) if prepared.storage and lease else None
+    trials = Sweep(
+        todo, prepared.experiment.name, prepared.folder, prepared.experiment.resources, grid, profile, files, stored
+    )
     finished = len(prepared.specs) - len(todo)
     with LiveTable(console, [planned for _, planned in todo], finished) as display:
         sweep(trials, display)
@@ -212,8 +289,13 @@ def _profile(prepared: Prepared, console: Console) -> None:
         console.print(f"no profile: {error}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _archive_record(record: Path) -> None:
+def _archive_record(record: Path, storage: Copy | None) -> None:
     """Rename the record of a failed trial that is run again."""
-    if record.exists():
-        number = len(list(record.parent.glob("attempt-*.json"))) + 1
-        record.rename(record.with_name(f"attempt-{number}.json"))
+    if not record.exists():
+        return
+    number = len(list(record.parent.glob("attempt-*.json"))) + 1
+    archived = record.with_name(f"attempt-{number}.json")
+    record.rename(archived)
+    if storage:
+        storage.there.put([archived.relative_to(storage.here).as_posix()], storage.here)
+        storage.remove(record.relative_to(storage.here).as_posix())

@@ -21,6 +21,7 @@ from harness.sweep.placement import Amounts, at_once, nodes_alive, per_worker, r
 from harness.sweep.ranks import run_ranks
 from harness.sweep.ray_library import tune
 from harness.sweep.scheduler import KeepStartingWorkers
+from harness.sweep.stored import Stored, TrialPlace
 from harness.tracking.grid import Grid, MlflowTracker
 from harness.trial.trial import Progress, run_trial
 
@@ -37,6 +38,7 @@ class Sweep:
         grid: where trials are logged.
         profile: the Ray cluster; default: one of its own on this machine.
         files: files and folders that the trials read.
+        stored: the run folder's storage, if it is at a URL: ``run`` is the driver's copy.
     """
 
     trials: Sequence[tuple[TrialSpec, PlannedTrial]]
@@ -46,6 +48,7 @@ class Sweep:
     grid: Grid
     profile: Profile = LOCAL
     files: Sequence[str] = ()
+    stored: Stored | None = None
 
 
 def sweep(wanted: Sweep, display: Display) -> None:
@@ -61,11 +64,12 @@ def sweep(wanted: Sweep, display: Display) -> None:
         SweepEndedError: one of Ray's own processes was killed.
     """
     specs = [spec for spec, _ in wanted.trials]
-    with connect(wanted.profile, specs, wanted.run.resolve(), wanted.files, display):
+    url = wanted.stored.copy.there.url if wanted.stored else None
+    with connect(wanted.profile, specs, url or wanted.run.resolve(), wanted.files, display):
         nodes = nodes_alive()
         asked = per_worker(wanted.resources, nodes)
         display.opened(wanted.run, at_once(wanted.resources, asked, nodes, len(wanted.trials)))
-        events = Events(wanted.run, wanted.experiment, display)
+        events = Events(wanted.run, wanted.experiment, display, wanted.stored)
         _tuner(wanted, asked, events).fit()
         if events.ended < len(wanted.trials):  # Tune handles Ctrl-C itself: it stops all trials and returns
             raise KeyboardInterrupt
@@ -73,14 +77,18 @@ def sweep(wanted: Sweep, display: Display) -> None:
 
 def _tuner(wanted: Sweep, asked: Amounts, events: Events) -> Any:
     packed = [{"spec": spec.model_dump_json(), "planned": planned.model_dump_json()} for spec, planned in wanted.trials]
-    trainable = tune.with_parameters(
-        _run_one if wanted.resources.workers == 1 else run_ranks,
-        experiment=wanted.experiment,
-        run=str(wanted.run.resolve()),
-        resources=wanted.resources.model_dump_json(),
-        grid=wanted.grid,
-        variables=environment(wanted.profile),
-    )
+    shared = {
+        "experiment": wanted.experiment,
+        "run": str(wanted.run.resolve()),
+        "resources": wanted.resources.model_dump_json(),
+        "grid": wanted.grid,
+        "variables": environment(wanted.profile),
+    }
+    if wanted.resources.workers == 1:
+        url = wanted.stored.copy.there.url if wanted.stored else None
+        trainable = tune.with_parameters(_run_one, url=url, **shared)
+    else:
+        trainable = tune.with_parameters(run_ranks, **shared)
     return tune.Tuner(
         tune.with_resources(trainable, request(wanted.resources, asked)),
         param_space={"trial": tune.grid_search(packed)},
@@ -101,16 +109,26 @@ def _tuner(wanted: Sweep, asked: Amounts, events: Events) -> Any:
 
 
 def _run_one(
-    config: dict[str, Any], experiment: str, run: str, resources: str, grid: Grid, variables: Mapping[str, str]
+    config: dict[str, Any],
+    experiment: str,
+    run: str,
+    url: str | None,
+    resources: str,
+    grid: Grid,
+    variables: Mapping[str, str],
 ) -> None:
     """Run one trial in a Ray worker."""
     os.environ.update(variables)
     spec = TrialSpec.model_validate_json(config["trial"]["spec"])
     planned = PlannedTrial.model_validate_json(config["trial"]["planned"])
+    place = TrialPlace(Path(run), url, planned.trial_id)
 
     def report(progress: Progress) -> None:
+        place.progressed()
         tune.report(vars(progress))
 
-    tracker = MlflowTracker(grid, spec, planned, Path(run) / "trials" / planned.trial_id)
-    run_trial(spec, experiment, Path(run), Resources.model_validate_json(resources), tracker, report)
+    if not place.begin():
+        tracker = MlflowTracker(grid, spec, planned, place.folder)
+        run_trial(spec, experiment, place.run, Resources.model_validate_json(resources), tracker, report)
+    place.end()
     tune.report({"fraction": 1.0, "phase": "done"})

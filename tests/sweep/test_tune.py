@@ -31,7 +31,13 @@ def test_a_sweep_that_tune_ended_early_was_interrupted(
     monkeypatch.setattr(tune, "connect", lambda *_: nullcontext())
     monkeypatch.setattr(tune, "nodes_alive", lambda: [{"CPU": 8.0}])
     wanted: Any = SimpleNamespace(
-        trials=[(None, None)] * 2, resources=Resources(), run=tmp_path, experiment="x", profile=None, files=()
+        trials=[(None, None)] * 2,
+        resources=Resources(),
+        run=tmp_path,
+        experiment="x",
+        profile=None,
+        files=(),
+        stored=None,
     )
     display: Any = SimpleNamespace(opened=lambda run, at_once: opened.append((run, at_once)))
     with pytest.raises(KeyboardInterrupt, match=r"^$") if ended < 2 else nullcontext():
