@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
+from codecs import getincrementaldecoder
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 console = Console()
 FOLLOW_S = 0.5  # how often a file is looked at
+ASK_S = 5.0  # how often the state of the job is asked for, at Slurm's controller for example
 
 
 def _print(text: str, end: str = "\n") -> None:
@@ -154,15 +156,17 @@ def _print_file(path: Path, folder: Path, follow: bool) -> None:
 
     if not path.exists() and not follow:
         raise UserError(f"{path}: not written yet; --follow waits for it")
-    at = 0
+    at, ended, asked = 0, False, -ASK_S
+    decoder = getincrementaldecoder("utf-8")("replace")  # a character may be written in two parts
     while True:
-        ended = not follow or over()
+        if time.monotonic() - asked >= ASK_S:
+            ended, asked = not follow or over(), time.monotonic()
         if path.exists():
             with path.open("rb") as file:
                 file.seek(at)
                 content = file.read()
             at += len(content)
-            _print(content.decode("utf-8", "replace"), end="")
+            _print(decoder.decode(content), end="")
         if ended:
             return
         time.sleep(FOLLOW_S)

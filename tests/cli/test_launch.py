@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from clusters.launch.job import FOLDER, read_launch
+from harness.cli import launch
 from harness.sweep.stopping import REQUEST
 from tests.support.cli import Harness, assert_refused, caller
 from tests.support.launching import EXPERIMENT, written_profile
@@ -109,8 +110,12 @@ def test_what_slurm_refuses_is_told_in_its_words(
     assert read_launch(tmp_path / "runs/grid") is None
 
 
-def test_a_launched_process_is_followed_and_stopped(harness: Harness, tmp_path: Path) -> None:
+def test_a_launched_process_is_followed_and_stopped(
+    harness: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The driver is a stand-in here, which prints its arguments and ends by SIGTERM with code 3."""
+    monkeypatch.setattr(launch, "FOLLOW_S", 0.01)
+    monkeypatch.setattr(launch, "ASK_S", 0.01)
     python = program(
         tmp_path, "python", 'echo "called $*"; trap "echo ended in order; exit 3" TERM; while true; do sleep 0.1; done'
     )
