@@ -97,6 +97,7 @@ def plan_command(file: ExperimentFile, output: Output = None, fresh: Fresh = Fal
     from harness.experiment.load import Experiment
     from harness.model.build import count_parameters
     from harness.sweep.counts import check_counts
+    from harness.sweep.preflight import check_resources
     from harness.sweep.run import prepare as prepare_run
 
     planned = prepare_run(Experiment.from_yaml(file), output or "runs", fresh)
@@ -123,6 +124,10 @@ def plan_command(file: ExperimentFile, output: Output = None, fresh: Fresh = Fal
     if unknown := [model for model, found in planned.plan.fingerprints.items() if found is None]:
         text = f"{', '.join(unknown)}: not on this machine, so trial ids change once their commit can be resolved"
         console.print(f"[yellow]weights without fingerprint:[/] {_escape(text)}", highlight=False, soft_wrap=True)
+    try:
+        check_resources(planned.experiment.resources, planned.experiment.top / "resources")
+    except UserError as error:
+        console.print(f"[yellow]not on this machine:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
     for note in unchecked:
         console.print(f"[yellow]number of examples not checked:[/] {_escape(note)}", highlight=False, soft_wrap=True)
     console.print(f"run folder: {planned.folder}", highlight=False, soft_wrap=True)

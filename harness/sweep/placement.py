@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from harness.core.cursor import Cursor
 from harness.core.errors import UserError
 from harness.experiment.sections import Resources
-from harness.sweep.ray_library import ray, tune
 
 Amounts = Mapping[str, float]  # "CPU", "GPU" → how many
+_SECTION = Cursor() / "resources"
 
 
-def nodes_alive() -> list[Amounts]:
-    """The resources of each node of the cluster."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def this_machine() -> Amounts:
+    """What a Ray that is started here has at most; it counts less where it is confined."""
+    import torch  # not in every process that asks what fits
+
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
 
 
-def per_worker(resources: Resources, nodes: Sequence[Amounts]) -> Amounts:
+def per_worker(resources: Resources, nodes: Sequence[Amounts], where: Cursor = _SECTION) -> Amounts:
     """What Ray reserves for one worker of a trial.
 
     Args:
         resources: of a trial.
-        nodes: from ``nodes_alive``.
+        nodes: the resources of each node.
+        where: location of the section.
 
     Raises:
         UserError: one worker does not fit on any node, or not all workers of a trial fit on all; Ray would wait for
@@ -36,13 +40,13 @@ def per_worker(resources: Resources, nodes: Sequence[Amounts]) -> Amounts:
     for key, name in (("CPU", "cpus_per_worker"), ("GPU", "gpus_per_worker")):
         if asked[key] > largest[key]:
             raise UserError(
-                f"resources.{name}: found {asked[key]:g}, but the largest node of this machine or Ray cluster has "
+                f"{where / name}: found {asked[key]:g}, but the largest node of this machine or Ray cluster has "
                 f"{largest[key]:g} {key}s ({count}, {total[key]:g} in all)"
             )
     if (room := room_for(asked, nodes)) < resources.workers:
         needs, has, all_have = (f"{x['CPU']:g} CPUs and {x['GPU']:g} GPUs" for x in (asked, largest, total))
         raise UserError(
-            f"resources.workers: found {resources.workers}, each with {needs}, but this machine or Ray cluster has "
+            f"{where / 'workers'}: found {resources.workers}, each with {needs}, but this machine or Ray cluster has "
             f"room for {room} (the largest node has {has}; {count}, {all_have} in all)"
         )
     return asked
@@ -65,15 +69,7 @@ def at_once(resources: Resources, asked: Amounts, nodes: Sequence[Amounts], tria
     Args:
         resources: of a trial.
         asked: from ``per_worker``.
-        nodes: from ``nodes_alive``.
+        nodes: the resources of each node.
         trials: to be run.
     """
     return min(room_for(asked, nodes) // resources.workers, trials, resources.max_concurrent_trials or trials)
-
-
-def request(resources: Resources, asked: Amounts) -> Any:
-    """What Tune reserves for a trial: with several workers a bundle for each, in which the trial starts them."""
-    if resources.workers == 1:
-        return {"cpu": asked["CPU"], "gpu": asked["GPU"]}
-    bundle = {key: share for key, share in asked.items() if share}
-    return tune.PlacementGroupFactory([{}, *([bundle] * resources.workers)])

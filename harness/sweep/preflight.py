@@ -15,17 +15,20 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import track
 
+from harness.core.cursor import Cursor
 from harness.core.errors import ProblemList, UserError
 from harness.core.files import cache_folder
 from harness.core.naming import flatten
 from harness.core.record import MetricInfo
 from harness.core.weights import models_of
 from harness.experiment.plan import TrialSpec
+from harness.experiment.sections import Resources
 from harness.model import assembly
 from harness.model.backbones import build_empty, check_backbone, load_tokenizer, max_positions
 from harness.model.build import Splits, choose_splits, count_parameters, empty_model
 from harness.model.components import empty_encoders, make_modalities, make_task, method_of
 from harness.model.inputs import Inputs, Reader
+from harness.sweep.placement import per_worker, this_machine
 from harness.trial.scores import metric_name
 from tasks.base import Example
 from tasks.mixture import Mixture
@@ -100,6 +103,22 @@ def check_ray(address: str | None = None) -> None:
         _check_writable(
             home / ".ray", f"HOME={home}: not writable", "Ray and other libraries keep files there; set HOME"
         )
+
+
+def check_resources(resources: Resources, where: Cursor, address: str | None = None) -> None:
+    """Check that this machine has what one trial asks for, where Ray will be started here.
+
+    Args:
+        resources: of a trial.
+        where: location of the section.
+        address: of a cluster that runs already; what it has is known once it is connected to.
+
+    Raises:
+        UserError: it has not.
+    """
+    ray = sys.modules.get("ray")
+    if not (address or os.environ.get("RAY_ADDRESS") or (ray is not None and ray.is_initialized())):
+        per_worker(resources, [this_machine()], where)
 
 
 def check_stages(specs: Sequence[TrialSpec], where: str) -> None:

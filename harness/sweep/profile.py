@@ -131,6 +131,8 @@ def measure_run(folder: Path, resources: Resources, console: Console, fresh: boo
     if todo:
         about = duration(sum(_expected_s(group, resources, known) for group in groups) + _START_S)
         line = f"profile: speed and memory of {todo} method{'s' * (todo > 1)}, apart from training; about {about}"
+        if resources.workers > 1:
+            line += f"; in one process each, not in {resources.workers} as in training"
         console.print(line, highlight=False, soft_wrap=True)
     with ProfileProgress(console, 2 * todo) as progress, Worker(folder / LOG) as worker:
         found = [entry for group in groups for entry in _Measuring(group, resources, known, worker, progress).entries()]

@@ -124,11 +124,10 @@ def _spec(run: Run, record: TrialRecord) -> TrialSpec:
 
 def key_of(spec: TrialSpec, reference: TrialSpec, resources: Resources) -> str:
     """SHA-256 of all that the measurement of an entry depends on, with its reference, without the device."""
-    return hashlib.sha256(
-        json.dumps(
-            [_content(spec), _content(reference), resources.cpus_per_worker, resources.zero_stage], sort_keys=True
-        ).encode()
-    ).hexdigest()
+    measured = [_content(spec), _content(reference), resources.cpus_per_worker, resources.zero_stage]
+    if resources.offload != "none":
+        measured.append(resources.offload)
+    return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()
 
 
 def _content(spec: TrialSpec) -> Any:

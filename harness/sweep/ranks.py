@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from harness.core.record import PlannedTrial, TrialRecord, write_record
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
+from harness.sweep.placement import Amounts
 from harness.sweep.ray_library import ray, tune
 from harness.trial.log import LOG, log_to
 from harness.trial.outcome import Outcome
@@ -42,6 +43,27 @@ class Job(NamedTuple):
     run: str
     resources: str
     grid: Any
+
+
+# ── In the driver
+
+
+def nodes_alive() -> list[Amounts]:
+    """The resources of each node of the cluster."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def request(resources: Resources, asked: Amounts) -> Any:
+    """What Tune reserves for a trial: with several workers a bundle for each, in which ``run_ranks`` starts them.
+
+    Args:
+        resources: of the trial.
+        asked: for one worker, from ``per_worker``.
+    """
+    if resources.workers == 1:
+        return {"cpu": asked["CPU"], "gpu": asked["GPU"]}
+    bundle = {key: share for key, share in asked.items() if share}
+    return tune.PlacementGroupFactory([{}, *([bundle] * resources.workers)])
 
 
 # ── In the process that waits

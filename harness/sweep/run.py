@@ -181,6 +181,8 @@ def run_experiment(
     folder = prepared.folder
     preflight.check_shell()
     preflight.check_ray(cluster.cluster_address())
+    if prepared.unfinished():
+        preflight.check_resources(experiment.resources, experiment.top / "resources", cluster.cluster_address())
     preflight.check_models(prepared.specs)
     preflight.check_fingerprints(prepared.specs, str(experiment.top / "backbone"))
     with _run_folder_for(prepared, fresh, console) as lease, stoppable(folder) as stopping:

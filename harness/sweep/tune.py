@@ -17,8 +17,8 @@ from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.sweep.cluster import connect, environment
 from harness.sweep.events import Display, Events
-from harness.sweep.placement import Amounts, at_once, nodes_alive, per_worker, request
-from harness.sweep.ranks import run_ranks
+from harness.sweep.placement import Amounts, at_once, per_worker
+from harness.sweep.ranks import nodes_alive, request, run_ranks
 from harness.sweep.ray_library import tune
 from harness.sweep.scheduler import KeepStartingWorkers
 from harness.sweep.stored import Stored, TrialPlace

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,7 +112,6 @@ class Evaluator:
     workers: Workers = ALONE
     synced: bool = False
 
-    @torch.inference_mode()
     def likelihood(self, examples: Sequence[Example], shown: Sequence[Example] | None = None) -> Likelihood:
         """Compute the likelihood of all references of all examples.
 
@@ -126,7 +127,8 @@ class Evaluator:
             part = [pairs[p] for p in rows]
             with during("evaluation", dict.fromkeys(examples[i].id for i, _, _ in part)):
                 batch = self.batches.make([shown[i] for i, _, _ in part], [text for _, _, text in part])
-                nll_B, tokens_B = (x.double().cpu().numpy() for x in self.model(batch.to(self.device)))
+                with self._without_gradients():
+                    nll_B, tokens_B = (x.double().cpu().numpy() for x in self.model(batch.to(self.device)))
                 if self.workers.count == 1:
                     _check_finite(nll_B)
             if own:
@@ -136,6 +138,10 @@ class Evaluator:
         with during("evaluation", dict.fromkeys(examples[pairs[p][0]].id for p in np.flatnonzero(~np.isfinite(nll_P)))):
             _check_finite(nll_P)
         return _summed(nll_P, tokens_P, [(i, n) for i, n, _ in pairs], len(examples))
+
+    def _without_gradients(self) -> AbstractContextManager[Any]:
+        """Parameters that ZeRO-3 gathers in inference mode could not be trained afterwards."""
+        return torch.no_grad() if self.synced else torch.inference_mode()
 
     def _shares(self, count: int) -> Iterator[tuple[list[int], list[int]]]:
         """For every batch of ``count`` rows that this worker computes: its rows, and what to compute.
@@ -152,7 +158,6 @@ class Evaluator:
         """Generate a text for every example, by greedy or beam search; returns texts by example id."""
         predictions: dict[str, str] = {}
         options, eos_id = self.options, self.batches.language_model.eos_id
-        synced = self.synced and self.workers.count > 1
         by_target: dict[str, list[Example]] = {}
         for example in examples:  # generated tokens of a batch belong to one context
             by_target.setdefault(self.batches.target_context(example), []).append(example)
@@ -162,7 +167,7 @@ class Evaluator:
                 with during("generation", (example.id for example in part)):
                     prompt = self.batches.prompts(part).to(self.device)
                     ids_BT = self.model.generate(
-                        prompt, target, options.max_new_tokens, eos_id, options.num_beams, synced
+                        prompt, target, options.max_new_tokens, eos_id, options.num_beams, self.synced
                     )
                 if own:
                     texts = self.batches.decode(ids_BT)

@@ -326,7 +326,7 @@ class Trial:
     def _evaluator(self) -> Evaluator:
         built = self.stages.built
         built.model.eval()
-        synced = self.resources.zero_stage == PARTITIONED_STAGE
+        synced = self.workers.count > 1 and self.resources.zero_stage == PARTITIONED_STAGE
         return Evaluator(built.model, built.batches, self.spec.eval, self.device, self._tick, self.workers, synced)
 
     def _test(self) -> dict[str, dict[str, float]]:

@@ -8,7 +8,7 @@ import pytest
 
 from harness.core.errors import UserError
 from harness.experiment.sections import Resources
-from harness.sweep.placement import at_once, per_worker, request
+from harness.sweep.placement import at_once, per_worker
 
 TWO_NODES = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0}]
 
@@ -58,11 +58,3 @@ def test_what_is_short_is_named(resources: dict[str, Any], nodes: list[dict[str,
 )
 def test_how_many_trials_run_at_once(resources: Resources, nodes: list[dict[str, float]], expected: int) -> None:
     assert at_once(resources, per_worker(resources, nodes), nodes, 20) == expected
-
-
-def test_a_worker_has_a_bundle_of_its_own() -> None:
-    asked = {"CPU": 2.0, "GPU": 0.0}
-    assert request(Resources(), asked) == {"cpu": 2.0, "gpu": 0.0}
-    several = request(Resources(workers=3), asked)
-    assert several.bundles == [{"CPU": 2.0}] * 3
-    assert several.head_bundle_is_empty

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from harness.core.record import TrialRecord
-from harness.sweep.ranks import Heard, Job, RankDiedError, alike, cause_of, failed_record
+from harness.experiment.sections import Resources
+from harness.sweep.ranks import Heard, Job, RankDiedError, alike, cause_of, failed_record, request
 from harness.trial.outcome import Outcome
 from tests.support.trials import spec_of
 
@@ -71,3 +72,11 @@ def test_a_failure_names_its_rank_unless_it_is_the_same_in_all(tmp_path: Path) -
     assert record_of(failed(1), lost(0), failed(0, "KeyError: later", record=known)).best_epoch == 3
     everywhere = record_of(failed(1, f"{NAN} (example 1)"), failed(0, f"{NAN} (example 0)", record=known))
     assert everywhere.reason == f"{NAN} (example 0)"
+
+
+def test_a_worker_has_a_bundle_of_its_own() -> None:
+    asked = {"CPU": 2.0, "GPU": 0.0}
+    assert request(Resources(), asked) == {"cpu": 2.0, "gpu": 0.0}
+    several = request(Resources(workers=3), asked)
+    assert several.bundles == [{"CPU": 2.0}] * 3
+    assert several.head_bundle_is_empty

@@ -213,11 +213,12 @@ Others = tuple[Path, dict[str, Job], Ended]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "tolerance"), [("bf16", 2e-2), ("optimizer", 1e-5), ("parameters", 1e-5)])
+@pytest.mark.parametrize(("name", "tolerance"), [("bf16", 1e-2), ("optimizer", 1e-5), ("parameters", 1e-5)])
 def test_other_ways_of_training_agree_too(others: Others, name: str, tolerance: float, tmp_path: Path) -> None:
     _folder, jobs, ended = others
     assert ended.outcomes[name][0]["status"] == "finished", ended.outcomes[name]
-    one = run(TrialSpec.model_validate_json(jobs[name].spec), tmp_path)
+    # In bf16 the stages themselves differ, with one worker too: stage 0 accumulates gradients in another precision.
+    one = run(TrialSpec.model_validate_json(jobs[name].spec), tmp_path, zero_stage=jobs[name].resources["zero_stage"])
     two = ended.record(jobs[name])
     assert two.data == one.data
     for mine, theirs in zip(two.history, one.history, strict=True):
