@@ -95,7 +95,8 @@ def _job(file: Path, profile: Profile, output: str | None, fresh: bool, options:
         output=given if elsewhere else str(here.absolute()),
         folder=(run / FOLDER).absolute(),
         profile=profile,
-        options=options,
+        # On another file system it is not known here which run folder is the next one.
+        options=(*options, "--fresh") if fresh and elsewhere else options,
     )
 
 
