@@ -176,7 +176,17 @@ class Folder:
         for name in names:
             there, here = self.path(name), folder / name
             self._make_parent(name)
-            self.retried(partial(self._fs.put_file, str(here), there), "written")
+            self.retried(partial(self._put, here, there), "written")
+
+    def _put(self, here: Path, there: str) -> None:
+        """Object storages show a file when it is complete; a file system needs two steps."""
+        if not self.url.startswith("file:"):
+            self._fs.put_file(str(here), there)
+            return
+        parent, _, name = there.rpartition("/")
+        unfinished = f"{parent}/.{name}.{uuid.uuid4().hex}"
+        self._fs.put_file(str(here), unfinished)
+        self._fs.mv(unfinished, there)
 
     def _make_parent(self, name: str) -> None:
         """Object storages have no folders, file systems do."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from harness.core.errors import SweepEndedError, UserError
 from harness.core.files import write_atomically
 from harness.core.lease import Lease
 from harness.core.record import Plan, PlannedTrial, TrialRecord, read_record, read_run, record_path
+from harness.core.samples import PREVIEWS
 from harness.core.storage import Copy, Folder, StorageError, is_url, run_copy
 from harness.experiment.load import Experiment
 from harness.experiment.plan import TrialSpec, describe, expand
@@ -62,6 +63,12 @@ class Prepared:
         """
         if self.storage:
             self.storage.push()
+
+    def pull_previews(self) -> None:
+        """Fetch what the report shows of inputs, if the run folder is at a URL; without a connection, it shows less."""
+        if self.storage:
+            with suppress(StorageError):
+                self.storage.pull(PREVIEWS)
 
     def unfinished(self) -> list[tuple[TrialSpec, PlannedTrial]]:
         """The trials without a finished record."""
@@ -203,6 +210,7 @@ def run_experiment(
         except SweepEndedError as error:
             kept = "finished trials are kept; run the same experiment again to continue"
             console.print(f"{error}; {kept}", style="red", highlight=False, markup=False, soft_wrap=True)
+        prepared.pull_previews()
         report = write_report([folder])
         problem = close_grid(grid, not prepared.unfinished(), list(report.all), report.board)
         _push_all(prepared, console)

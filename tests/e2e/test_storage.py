@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from harness.core.storage import Folder
+from harness.core.storage import Folder, StorageError
 from tests.support.ray_nodes import ray_nodes
 
 pytest.importorskip("s3fs", reason="needs the extra s3")
@@ -69,6 +69,38 @@ def endpoint() -> Iterator[str]:
         Folder("s3://bucket/x")._fs.mkdir("bucket")
         yield url
         moto.stop()
+
+
+def test_what_s3_answers(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder("s3://bucket/answers")
+    assert folder.files() == {}
+    assert folder.folders() == []
+    assert folder.read("a/b") is None
+    assert folder.create("a/b", b"1")
+    assert not folder.create("a/b", b"2"), "of two one wins"
+    assert folder.read("a/b") == b"1"
+    before = folder.files()
+    folder.write("a/b", b"3")
+    assert list(folder.files()) == ["a/b"]
+    assert folder.files() != before
+    assert folder.files("a") == folder.files()
+    assert folder.folders() == ["a"]
+    folder.remove(["a/b", "never there"])
+    assert folder.files() == {}
+    with pytest.raises(StorageError, match=r"^s3://absent/runs: no such bucket; create it first$"):
+        Folder("s3://absent/runs").files()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    began = time.monotonic()
+    with pytest.raises(StorageError, match=r"^s3://bucket/runs: could not be listed: EndpointConnectionError") as found:
+        Folder("s3://bucket/runs").files()
+    assert time.monotonic() - began < 30
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    with pytest.raises(StorageError, match=r"check the credentials: AWS_ACCESS_KEY_ID"):
+        Folder("s3://bucket/runs").files()
+    assert "very-secret" not in str(found.value)
 
 
 def test_a_run_in_s3_is_seen_and_gone_on_with_from_another_machine(tmp_path: Path, endpoint: str) -> None:
