@@ -112,7 +112,7 @@ class Profile(_Section):
     Attributes:
         name: default: that of the file, without its ending.
         kind: this machine, a Ray cluster that runs already, or a job that starts one.
-        address: of the Ray cluster, for kind ``ray``: ``auto``, ``HOST:PORT`` or ``ray://HOST:PORT``.
+        address: of the Ray cluster, for kind ``ray``: ``auto`` (this machine is one of its nodes) or ``HOST:PORT``.
         job_server: of the Ray cluster, for ``harness launch`` with kind ``ray``: ``http://HOST:8265``.
         storage: the folder or URL that contains the run folders, reachable from every node; None: ``./runs``.
         ship_code: whether a sweep sends the harness and the plugins to the nodes of a running cluster; auto: if one has
