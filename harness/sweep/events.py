@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from harness.core.origin import shown
 from harness.core.record import PlannedTrial, TrialRecord, read_record, record_path, write_record
 from harness.experiment.plan import TrialSpec
 from harness.sweep.nodes import node_name
+from harness.sweep.ranks import RankDiedError
 from harness.sweep.ray_library import ray, tune
 from harness.sweep.stored import Stored
 from harness.trial.log import LOG
@@ -126,10 +128,16 @@ def _died(trial: Any, experiment: str, log: Path) -> TrialRecord:
         trial_id=spec.trial_id,
         experiment=experiment,
         status="failed",
-        reason=f"the worker process died: {lines[0].strip() if lines else 'Ray gave no reason'}"[:500]
-        + f" (log: {shown(log)})",
+        reason=f"the worker process died: {_told(lines)}"[:500] + f" (log: {shown(log)})",
         spec=spec.model_dump(mode="json"),
         seed=spec.seed,
         wall_time_s=time.time() - began,
         started_at=datetime.fromtimestamp(began, UTC).isoformat(timespec="seconds"),
     )
+
+
+def _told(lines: Sequence[str]) -> str:
+    """What Ray's error says: of a trial with several workers which of them died, else its first line."""
+    name = f"{RankDiedError.__name__}: "
+    told = next((line.partition(name)[2] for line in reversed(lines) if name in line), "")
+    return told.strip() or (lines[0].strip() if lines else "Ray gave no reason")

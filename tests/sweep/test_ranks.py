@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from harness.core.record import TrialRecord
 from harness.experiment.sections import Resources
+from harness.sweep import events
 from harness.sweep.ranks import Heard, Job, RankDiedError, alike, cause_of, failed_record, request
 from harness.trial.outcome import Outcome
 from tests.support.trials import spec_of
@@ -80,3 +82,15 @@ def test_a_worker_has_a_bundle_of_its_own() -> None:
     several = request(Resources(workers=3), asked)
     assert several.bundles == [{"CPU": 2.0}] * 3
     assert several.head_bundle_is_empty
+
+
+def test_a_trial_that_lost_a_worker_too_often_names_it(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path)
+    error = "ray::ImplicitFunc.train() (pid=7)\n  raise\nharness.sweep.ranks.RankDiedError: rank 1 of 2 died: killed\n"
+    trial = SimpleNamespace(
+        config={"trial": {"spec": spec.model_dump_json()}},
+        run_metadata=SimpleNamespace(start_time=None),
+        get_pickled_error=lambda: RuntimeError(error),
+    )
+    record = events._died(trial, "unit", tmp_path / "log.txt")
+    assert (record.reason or "").startswith("the worker process died: rank 1 of 2 died: killed (log: ")
