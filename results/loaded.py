@@ -52,9 +52,9 @@ class Results:
 
     @property
     def complete(self) -> bool:
-        """Whether all planned trials have finished."""
-        finished = {trial_id for trial_id, record in self.run.records.items() if record.status == "finished"}
-        return all(trial.trial_id in finished for trial in self.run.plan.trials)
+        """Whether all planned trials have finished, except those that halving has pruned."""
+        ended = {trial_id for trial_id, record in self.run.records.items() if record.status == "finished"}
+        return all(trial.trial_id in ended | self.run.out for trial in self.run.plan.trials)
 
     @cached_property
     def run(self) -> Run:

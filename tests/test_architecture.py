@@ -55,6 +55,7 @@ ONLY_IN = {
     "datasets": ("tasks.formats",),
     "typer": ("harness.cli",),
     "fsspec": ("harness.core.storage",),
+    "optuna": ("harness.experiment.samplers",),
 }
 
 

@@ -159,9 +159,10 @@ def print_last_screen(results: Results, seconds: float, console: Console) -> Non
         whole(Text.assemble((item.status, "red"), f" {name}: {item.reason or 'no reason given'}"))
     if (rest := len(board.failed) - SHOWN_FAILURES) > 0:
         whole(f"… and {rest} more that failed: see the report")
-    done = len(board.run.plan.trials) - len(board.failed) - len(board.missing)
-    counts = [f"{len(items)} {word}" for items, word in ((board.failed, "failed"), (board.missing, "not run")) if items]
-    again = "; run the same command again for the rest" if counts else ""
+    done = len(board.run.plan.trials) - len(board.failed) - len(board.missing) - len(board.pruned)
+    groups = ((board.pruned, "pruned"), (board.failed, "failed"), (board.missing, "not run"))
+    counts = [f"{len(items)} {word}" for items, word in groups if items]
+    again = "" if results.complete else "; run the same command again for the rest"
     summary = ", ".join([f"{done} of {len(board.run.plan.trials)} trials finished", *counts])
     whole(f"{summary}; this run took {duration(seconds)}{again}")
     whole(f"report:  {results.report}")

@@ -63,10 +63,11 @@ def progress_lines(progress: Progress, active: bool) -> Iterator[str]:
     """Counts, running trials, the time left, and the first failures."""
     failed = ", ".join(f"{count} {status}" for status, count in progress.failed.items())
     counts = [f"{progress.finished} of {progress.planned} trials finished", failed]
+    counts += [f"{count} {word}" for count, word in ((progress.pruned, "pruned"), (progress.paused, "paused")) if count]
     counts += [f"{len(progress.running)} running", f"{progress.waiting} waiting"]
     yield ", ".join(filter(None, counts))
     if not active:
-        if progress.waiting:
+        if progress.waiting or progress.paused:
             yield "no harness is running in this folder: run the experiment again for the remaining trials"
     elif progress.left_s is None:
         yield "a harness is running in this folder; the time left can be estimated once a trial has finished"

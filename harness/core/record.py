@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +21,11 @@ from harness.core.files import write_atomically
 from harness.core.profile import Profile, read_profile
 from harness.core.registry import plugins_in
 from harness.core.schema import Schema, read_strictly
+from harness.core.search import Halving, Search, read_decisions
 from harness.core.weights import model_key, models_of
 
-Status = Literal["finished", "failed", "out_of_memory", "pruned", "cancelled"]
+# "paused" is the status of a trial that waits at a rung of halving; it has no record yet, only paused.json.
+Status = Literal["finished", "failed", "out_of_memory", "pruned", "cancelled", "paused"]
 
 
 # How a score of the whole split is computed from its examples: see harness/core/formulas.py.
@@ -75,6 +77,8 @@ class PlannedTrial(Schema):
     seed: int
     learning_rate: float | None = None  # trials that differ only in it are candidates of one search
     tried_learning_rates: tuple[float, ...] = ()  # candidates tried before this run, from the experiment file
+    search: Search | None = None  # how the learning rate was proposed; None: it was given as it is
+    halving: Halving | None = None  # of the candidates of its row; None: all are trained to the end
 
 
 class Plan(Schema):
@@ -171,6 +175,18 @@ class Answers(Schema):
     chance_scores: dict[str, FiniteFloat] = Field(default_factory=dict)  # metric → expected score of a random answer
 
 
+class Pruned(Schema):
+    """Why a trial was pruned: its learning rate was not among those that went on from a rung."""
+
+    epoch: int  # the rung
+    halving: Halving
+    # Up to the rung, mean over seeds: of its learning rate (None: a seed failed), and of the best one of the row.
+    validation_perplexity: FiniteFloat | None
+    best_validation_perplexity: FiniteFloat | None
+    candidates: int  # learning rates that were compared
+    kept: int  # those that went on
+
+
 class TrialRecord(Schema):
     """The result of one trial. A metric that was not measured is absent, never 0."""
 
@@ -179,6 +195,7 @@ class TrialRecord(Schema):
     experiment: str
     status: Status
     reason: str | None = None  # one line, for every status except finished
+    pruned: Pruned | None = None  # for the status pruned
     spec: dict[str, Any]  # the resolved TrialSpec, with defaults
     seed: int
     metrics: dict[str, dict[str, FiniteFloat]] = Field(default_factory=dict)  # split → metric → value
@@ -203,6 +220,18 @@ class TrialRecord(Schema):
 def record_path(run: Path, trial_id: str) -> Path:
     """Path of a trial's record in a run folder."""
     return run / "trials" / trial_id / "record.json"
+
+
+def paused_path(run: Path, trial_id: str) -> Path:
+    """Path of what a trial that waits at a rung of halving has recorded; it is there until the trial has a record."""
+    return run / "trials" / trial_id / "paused.json"
+
+
+def waiting_at(run: Path, trial_id: str, rungs: Collection[int]) -> int | None:
+    """The one of these rungs, epochs, at which a trial waits; None if it does not wait."""
+    path = paused_path(run, trial_id)
+    epochs = len(read_record(path).history) if path.exists() else 0
+    return epochs if epochs in rungs else None
 
 
 def write_record(run: Path, record: TrialRecord) -> None:
@@ -235,6 +264,7 @@ class Run:
     notes: tuple[str, ...] = ()  # from joining several run folders
     foreign_reasons: tuple[str, ...] = ()  # for each of ``foreign``: what changed; empty if it is not known
     profile: Profile | None = None  # speed and memory measured apart from training; None if they were not
+    out: frozenset[str] = frozenset()  # ids of trials whose learning rate halving has pruned; they are not run again
 
     @property
     def foreign_lines(self) -> list[str]:
@@ -285,8 +315,13 @@ def read_run(folder: Path) -> Run:
     except ValueError as error:
         profile = None
         broken.append(str(error))
+    out: frozenset[str] = frozenset()
+    try:
+        out = frozenset(trial_id for decision in read_decisions(folder) for trial_id in decision.out)
+    except ValueError as error:
+        broken.append(str(error))
     reasons = tuple(foreign.values())
-    return Run(folder, plan, records, tuple(broken), tuple(foreign), foreign_reasons=reasons, profile=profile)
+    return Run(folder, plan, records, tuple(broken), tuple(foreign), foreign_reasons=reasons, profile=profile, out=out)
 
 
 def _what_changed(plan: Plan, record: TrialRecord) -> str:

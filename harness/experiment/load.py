@@ -19,10 +19,12 @@ from harness.core.cursor import Cursor
 from harness.core.errors import UserError, did_you_mean
 from harness.core.paths import check_model, locate, locate_model
 from harness.core.registry import add_file
+from harness.core.search import Halving
 from harness.core.source import read_yaml, write_yaml
 from harness.core.validation import check
 from harness.experiment.axes import NO_AXIS, axes
 from harness.experiment.options import REGISTRIES, choose_adapters, choose_task, task_axes
+from harness.experiment.search import SearchDefaults, check_equal, check_halving
 from harness.experiment.sections import (
     AdapterChoice,
     Backbone,
@@ -46,6 +48,7 @@ class Sections(TypedDict, total=False):
     budget: Mapping[str, Any]
     seeds: Sequence[int]
     optimizer: Mapping[str, Any]
+    search: Mapping[str, Any]
     eval: Mapping[str, Any]
     resources: Mapping[str, Any]
     tracking: Mapping[str, Any]
@@ -64,6 +67,7 @@ class _TopLevel(Section):
         default_factory=lambda: [0]
     )
     optimizer: dict[str, Any] = Field(default_factory=dict)
+    search: dict[str, Any] = Field(default_factory=dict)
     eval: dict[str, Any] = Field(default_factory=dict)
     resources: dict[str, Any] = Field(default_factory=dict)
     tracking: dict[str, Any] = Field(default_factory=dict)
@@ -84,6 +88,7 @@ class Experiment:
         folder: the absolute folder that relative paths start from.
         top: cursor of the top level, from which the locations in messages are made.
         adapters: one tuple for each task, because groupings refer to the task's contexts.
+        halving: of the learning rates of every row; None: every one is trained to the end.
 
     Raises:
         UserError: the experiment is invalid; the message says where, what was found and what is allowed.
@@ -100,6 +105,7 @@ class Experiment:
     budgets: tuple[Budget, ...]
     seeds: tuple[int, ...]
     optimizers: tuple[Optimizer, ...]
+    halving: Halving | None
     evaluation: Evaluation
     resources: Resources
     tracking: Tracking
@@ -142,7 +148,9 @@ class Experiment:
         task = {"name": given.task} if isinstance(given.task, str) else given.task
         self.tasks = tuple(choose_task(v, self.evaluation.metrics, top, folder) for v in task_axes(task, top / "task"))
         self.backbones = tuple(_backbones(given.backbone, top / "backbone", folder))
-        self.adapters = tuple(tuple(choose_adapters(given.adapters, t, top / "adapters", folder)) for t in self.tasks)
+        searches = check(SearchDefaults, given.search, top / "search")
+        found = [list(choose_adapters(given.adapters, t, top / "adapters", folder, searches)) for t in self.tasks]
+        self.adapters = tuple(tuple(choice for _, choice in own) for own in found)
         self.budgets = tuple(check(Budget, v, top / "budget") for v in axes(given.budget, top / "budget"))
         self.seeds = tuple(given.seeds)
         self.optimizers = tuple(
@@ -152,6 +160,13 @@ class Experiment:
         self.tracking = check(Tracking, given.tracking, top / "tracking", hint=NO_AXIS)
         self._check_learning_rates()
         self._check_encoders()
+        self.halving = searches.halving
+        if given.search or any("search" in entry for entry in given.adapters):
+            for own in found:
+                check_equal(own, self.optimizers, top / "adapters")
+        if self.halving is not None:
+            choices = (choice for own in self.adapters for choice in own)
+            check_halving(self.halving, choices, self.budgets, top / "search" / "halving")
 
     def _check_encoders(self) -> None:
         used = {modality for task in self.tasks for modality in task.modalities}
@@ -161,7 +176,7 @@ class Experiment:
                 raise UserError(f"{where}: no task of this experiment reads {modality!r}; {near}")
 
     def _check_learning_rates(self) -> None:
-        without = [choice.label for choices in self.adapters for choice in choices if choice.learning_rate is None]
+        without = [c.label for choices in self.adapters for c in choices if c.learning_rate is None and not c.search]
         if without and any(optimizer.learning_rate is None for optimizer in self.optimizers):
             raise UserError(
                 f"{self.top / 'optimizer' / 'learning_rate'}: no learning rate for "

@@ -14,6 +14,7 @@ from harness.core.paths import relative_to
 from harness.core.validation import check
 from harness.experiment.axes import NO_AXIS, axes
 from harness.experiment.init_sources import find_init_sources
+from harness.experiment.search import SearchDefaults, with_rates
 from harness.experiment.sections import AdapterChoice, RateSearch, TaskChoice
 from tasks.registry import METRICS, MODALITIES, TASKS
 
@@ -95,14 +96,15 @@ def choose_task(variant: dict[str, Any], more_metrics: tuple[str, ...], top: Cur
 
 
 def choose_adapters(
-    entries: list[dict[str, Any]], task: TaskChoice, where: Cursor, folder: Path
-) -> Iterator[AdapterChoice]:
-    """Resolve the entries of ``adapters``, with their axes expanded.
+    entries: list[dict[str, Any]], task: TaskChoice, where: Cursor, folder: Path, searches: SearchDefaults
+) -> Iterator[tuple[int, AdapterChoice]]:
+    """Resolve the entries of ``adapters``, with their axes expanded, each with the index of its entry.
 
     Raises:
         UserError: an entry is invalid.
     """
-    for index, section in enumerate(entries):
+    for index, entry in enumerate(entries):
+        section, search = with_rates(entry, searches, where / index)
         # A mapping under `grouping` is one value, not a section with axes of its own.
         fixed = {"grouping": [section["grouping"]]} if isinstance(section.get("grouping"), dict) else {}
         if _is_list_of_roles(section.get("where")):  # [q, v] is one value; [A, F] is an axis with two values
@@ -110,7 +112,8 @@ def choose_adapters(
         if "tried_learning_rates" in section:  # the whole list belongs to every variant
             fixed["tried_learning_rates"] = [section["tried_learning_rates"]]
         for variant in axes({**section, **fixed}, where / index):
-            yield _adapter(variant, where / index, task.contexts, folder)
+            choice = _adapter(variant, where / index, task.contexts, folder)
+            yield index, choice.model_copy(update={"search": search})
 
 
 def _is_list_of_roles(where: Any) -> bool:
@@ -123,7 +126,7 @@ def _adapter(variant: dict[str, Any], where: Cursor, contexts: tuple[str, ...], 
     options = dict(variant)
     search = check(RateSearch, {key: options.pop(key) for key in RateSearch.model_fields if key in options}, where)
     grouping, init_from = options.pop("grouping", None), options.pop("init_from", None)
-    also = ("grouping", *RateSearch.model_fields, "init_from")
+    also = ("grouping", *RateSearch.model_fields, "search", "init_from")
     chosen = choose(options, where, also, relative_to(folder, explain=True))
     method = chosen.method
     if grouping is not None and not method.grouped:

@@ -10,7 +10,10 @@ import hashlib
 import itertools
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,8 +22,10 @@ from harness.core.errors import UserError, did_you_mean
 from harness.core.paths import locate_model
 from harness.core.record import MetricInfo, Plan, PlannedTrial
 from harness.core.registry import identity, plugins_in
+from harness.core.search import ADAPTIVE
 from harness.core.weights import COMMIT, fingerprint, model_key, models_of, pinned
 from harness.experiment.load import Experiment
+from harness.experiment.samplers import first_candidates, next_candidate
 from harness.experiment.sections import AdapterChoice, Backbone, Budget, Evaluation, Optimizer, TaskChoice
 from tasks.registry import MODALITIES
 
@@ -86,8 +91,25 @@ class TrialSpec(BaseModel):
         return hashlib.sha256(json.dumps(identity(content), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def expand(experiment: Experiment) -> list[TrialSpec]:
+@dataclass(frozen=True)
+class Earlier:
+    """What is known of an experiment's trials when its plan is made again.
+
+    Attributes:
+        planned: the trials of the last plan, by id.
+        scores: of the trials that have ended, by id: validation perplexity, or None if it failed.
+    """
+
+    planned: Mapping[str, PlannedTrial] = field(default_factory=dict)
+    scores: Mapping[str, float | None] = field(default_factory=dict)
+
+
+def expand(experiment: Experiment, earlier: Earlier | None = None) -> list[TrialSpec]:
     """All trials of an experiment, in the order of the file; seeds vary fastest.
+
+    Args:
+        experiment: the experiment.
+        earlier: for samplers that learn: a row gets its next learning rate when its earlier ones have ended.
 
     Raises:
         UserError: two entries of the experiment describe the same trial.
@@ -95,23 +117,22 @@ def expand(experiment: Experiment) -> list[TrialSpec]:
     specs = []
     known: dict[tuple[str, str | None], str | None] = {}
     for task, choices in zip(experiment.tasks, experiment.adapters, strict=True):
-        axes = (experiment.backbones, experiment.budgets, experiment.optimizers, choices, experiment.seeds)
-        for backbone, budget, optimizer, adapter, seed in itertools.product(*axes):
-            rate = adapter.learning_rate or optimizer.learning_rate
+        axes = (experiment.backbones, experiment.budgets, experiment.optimizers, choices)
+        for backbone, budget, optimizer, adapter in itertools.product(*axes):
             complete = _with_encoders(backbone, task)
-            specs.append(
-                TrialSpec(
-                    task=task,
-                    backbone=complete,
-                    adapter=adapter,
-                    budget=budget,
-                    optimizer=optimizer.model_copy(update={"learning_rate": rate}),
-                    eval=experiment.evaluation,
-                    seed=seed,
-                    fingerprints=_fingerprints(complete, known, experiment),
-                    relative_to=str(experiment.folder),
-                )
+            first = TrialSpec(
+                task=task,
+                backbone=complete,
+                adapter=adapter,
+                budget=budget,
+                optimizer=optimizer,
+                eval=experiment.evaluation,
+                seed=experiment.seeds[0],
+                fingerprints=_fingerprints(complete, known, experiment),
+                relative_to=str(experiment.folder),
             )
+            for rate in _rates(first, experiment.seeds, earlier or Earlier()):
+                specs += _of_rate(first, rate, experiment.seeds)
     counts = Counter(spec.trial_id for spec in specs)
     repeated = next((spec for spec in specs if counts[spec.trial_id] > 1), None)
     if repeated:
@@ -121,6 +142,35 @@ def expand(experiment: Experiment) -> list[TrialSpec]:
             f"{adapter.label} {adapter.grouping_name}".rstrip()
         )
     return specs
+
+
+def _of_rate(spec: TrialSpec, rate: float | None, seeds: Sequence[int]) -> list[TrialSpec]:
+    optimizer = spec.optimizer.model_copy(update={"learning_rate": rate})
+    return [spec.model_copy(update={"optimizer": optimizer, "seed": seed}) for seed in seeds]
+
+
+def _rates(spec: TrialSpec, seeds: Sequence[int], earlier: Earlier) -> list[float | None]:
+    """The learning rates of a row that are known so far, in the order in which they were proposed."""
+    adapter = spec.adapter
+    if adapter.search is None or adapter.search.sampler not in ADAPTIVE:
+        return [adapter.learning_rate or spec.optimizer.learning_rate]
+
+    def ended(rate: float) -> bool:
+        return all(trial.trial_id in earlier.scores for trial in _of_rate(spec, rate, seeds))
+
+    def mean(rate: float) -> float | None:
+        scores = [earlier.scores[trial.trial_id] for trial in _of_rate(spec, rate, seeds)]
+        found = [score for score in scores if score is not None]
+        return fmean(found) if len(found) == len(scores) else None
+
+    # What was proposed before stays, also where a trial that failed then has finished since.
+    planned = [t for t in earlier.planned.values() if t.search == adapter.search and t.learning_rate is not None]
+    before = dict.fromkeys(t.learning_rate for t in planned if t.learning_rate is not None)
+    rates = [r for r in before if any(one.trial_id in earlier.planned for one in _of_rate(spec, r, seeds))]
+    rates = rates or list(first_candidates(adapter.search))
+    while len(rates) < adapter.search.candidates and all(map(ended, rates)):
+        rates.append(next_candidate(adapter.search, [(rate, mean(rate)) for rate in rates]))
+    return list(rates)
 
 
 def _with_encoders(backbone: Backbone, task: TaskChoice) -> Backbone:
@@ -177,6 +227,8 @@ def describe(experiment: Experiment, specs: list[TrialSpec], metrics: tuple[Metr
             seed=spec.seed,
             learning_rate=spec.optimizer.learning_rate,
             tried_learning_rates=spec.adapter.tried_learning_rates,
+            search=spec.adapter.search,
+            halving=experiment.halving,
         )
         for spec in specs
     )

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 
 from harness.core import hub
 from harness.core.registry import Plugin
+from harness.core.search import Search
 
 
 class Section(BaseModel):
@@ -44,9 +54,16 @@ class Budget(Section):
 
     examples: PositiveInt | Literal["all"] = "all"
     epochs: PositiveInt = 1
+    patience: PositiveInt | None = None  # stop when validation has not improved for so many epochs; left out if unset
     references: Literal["one", "all"] = "one"  # per example and epoch; one: drawn at random in each epoch
     max_target_length: PositiveInt = 63  # tokens; longer target texts are truncated (63 as in the paper)
     max_input_length: PositiveInt = 256  # tokens of each input text; longer ones are truncated
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``patience`` where it is not set: ids and records of such trials are as before there was one."""
+        content: dict[str, Any] = dump(self)
+        return {key: value for key, value in content.items() if key != "patience" or value is not None}
 
 
 class Optimizer(Section):
@@ -150,6 +167,8 @@ class AdapterChoice(Section):
     label: str
     learning_rate: float | None = None
     tried_learning_rates: tuple[float, ...] = ()  # before this experiment; they count as search effort
+    # How the learning rate was proposed; in the plan, but not in specs: it affects no result.
+    search: Search | None = Field(default=None, exclude=True)
     init_from: dict[str, InitSource] = Field(default_factory=dict)  # by group; other groups are initialised at random
 
 

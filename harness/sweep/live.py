@@ -20,6 +20,7 @@ from harness.core.record import PlannedTrial, TrialRecord
 from results.leaderboard.format import duration
 
 SHOWN_TRIALS = 12  # rows of the live table: running trials, and those that ended most recently
+PAUSED = "paused"  # the phase of a trial that waits at a rung of halving
 QUIET_S = 60.0  # without a terminal, a line at most this often while no trial ends
 _NAME_WIDTH, _NUMBERS_WIDTH = 10, 67  # characters of the live table: at least for names, for everything else
 _MIN_FRACTION = 0.02  # fraction of the grid that must be done before the remaining time is estimated
@@ -35,6 +36,11 @@ class _Row:
     validation_perplexity: float | None = None
     started: float | None = None
     ended: TrialRecord | None = None
+
+    @property
+    def runs(self) -> bool:
+        """Whether it has a worker."""
+        return self.started is not None and self.ended is None and self.phase != PAUSED
 
 
 class LiveTable:
@@ -96,7 +102,7 @@ class LiveTable:
         row.train_loss = progress.get("train_loss") or row.train_loss
         row.validation_perplexity = progress.get("validation_perplexity") or row.validation_perplexity
         if not self._shows_live and time.monotonic() - self._printed >= QUIET_S:
-            running = [row for row in self._rows.values() if row.started and not row.ended]
+            running = [row for row in self._rows.values() if row.runs]
             states = ", ".join(f"{self._names[r.trial.trial_id]}: {r.phase} {r.fraction:.0%}" for r in running)
             self._print(f"[{self._done}/{len(self._rows)}] {self._left()}; running: {states}")
 
@@ -126,16 +132,21 @@ class LiveTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         rows = list(self._rows.values())
         done = [row for row in rows if row.ended]
-        failed = sum(row.ended.status != "finished" for row in done if row.ended)
+        counts = Counter(row.ended.status for row in done if row.ended)
+        pruned = f", {counts['pruned']} pruned" if counts["pruned"] else ""
+        failed = len(done) - counts["finished"] - counts["pruned"]
+        paused = sum(row.phase == PAUSED for row in rows)
+        waiting = f", {paused} paused" if paused else ""
         total = len(rows)
         elapsed = time.monotonic() - self._began
         before = f", {self.already} finished earlier" if self.already else ""
-        summary = f"{len(done)} of {total} trials{before}, {failed} failed · {duration(elapsed)} · {self._left()}"
+        states = f"{len(done)} of {total} trials{before}, {failed} failed{pruned}{waiting}"
+        summary = f"{states} · {duration(elapsed)} · {self._left()}"
         head = Table.grid()
         head.add_row(Text(summary, style="bold"))
         head.add_row(ProgressBar(total=1.0, completed=self._fraction, width=min(80, options.max_width)))
         yield head
-        yield self._table([row for row in rows if row.started and not row.ended], done, options.max_width)
+        yield self._table([row for row in rows if row.runs], done, options.max_width)
 
     def _table(self, running: list[_Row], done: list[_Row], width: int) -> Table:
         table = Table(box=None, pad_edge=False, header_style="dim")
@@ -151,7 +162,7 @@ class LiveTable:
             )
         recent = done[max(0, len(done) - max(0, SHOWN_TRIALS - len(running))) :]
         for row in [*recent, *running[:SHOWN_TRIALS]]:
-            style = "" if row.ended is None else ("dim" if row.ended.status == "finished" else "red")
+            style = "" if row.ended is None else ("dim" if row.ended.status in ("finished", "pruned") else "red")
             cells: list[Any] = [
                 Text(self._names[row.trial.trial_id].rpartition(" seed ")[0]),
                 str(row.trial.seed),
@@ -184,6 +195,8 @@ def _trials(count: int) -> str:
 
 
 def _outcome(record: TrialRecord) -> str:
+    if record.status == "pruned":
+        return str(record.reason)
     if record.status != "finished":
         return f"{record.status}: {record.reason}"
     return f"test perplexity {record.metrics['test']['perplexity']:.3f} in {duration(record.wall_time_s)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -20,12 +21,13 @@ from harness.core.errors import ProblemList, UserError
 from harness.core.files import cache_folder
 from harness.core.naming import flatten
 from harness.core.record import MetricInfo
+from harness.core.search import Halving
 from harness.core.weights import models_of
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.model import assembly
 from harness.model.backbones import build_empty, check_backbone, load_tokenizer, max_positions
-from harness.model.build import Splits, choose_splits, count_parameters, empty_model
+from harness.model.build import Splits, choose_splits, count_parameters, empty_model, order_of
 from harness.model.components import empty_encoders, make_modalities, make_task, method_of
 from harness.model.inputs import Inputs, Reader
 from harness.sweep.placement import per_worker, this_machine
@@ -215,11 +217,17 @@ def _paths(value: Any) -> list[Path]:
     return [path for one in value for path in _paths(one)] if isinstance(value, list | tuple) else []
 
 
-def check_data(specs: Sequence[TrialSpec], run: Path, console: Console) -> None:
+def check_data(specs: Sequence[TrialSpec], run: Path, console: Console, halving: Halving | None = None) -> None:
     """Prepare every task, check that there are enough examples that fit into the language model's positions, and decode
     every input file that will be used.
 
     Files are cached as checked in the run folder, and read again only when they change.
+
+    Args:
+        specs: of the trials.
+        run: the run folder.
+        console: for progress.
+        halving: whose rungs must fit the budget's gradient accumulation.
 
     Raises:
         UserError: data is missing, broken or not enough; the message names the file or the key.
@@ -231,6 +239,8 @@ def check_data(specs: Sequence[TrialSpec], run: Path, console: Console) -> None:
         task.prepare()
         splits = choose_splits(spec, task)
         check_positions(spec, splits)
+        if halving is not None:
+            check_rungs(spec, halving, order_of(spec, task, splits.train).draws)
         encoders = empty_encoders(spec)
         readers = {
             name: Reader(f"{name} {spec.task.modalities[name].id} {spec.backbone.encoders[name]}", m, (encoders[name],))
@@ -241,6 +251,27 @@ def check_data(specs: Sequence[TrialSpec], run: Path, console: Console) -> None:
                 reader = readers[task.modalities[context]]
                 wanted[path, reader.name] = reader
     _read_all([(path, reader) for (path, _), reader in wanted.items()], Inputs(run), console)
+
+
+def check_rungs(spec: TrialSpec, halving: Halving, draws: int) -> None:
+    """Check that a trial has a complete optimizer step at every rung: a checkpoint has no accumulated gradients.
+
+    Args:
+        spec: of the trial.
+        halving: of the experiment.
+        draws: training items of an epoch.
+
+    Raises:
+        UserError: a rung is within a gradient accumulation.
+    """
+    batches = math.ceil(draws / spec.optimizer.per_device_train_batch_size)
+    accumulation = spec.optimizer.gradient_accumulation_steps
+    for rung in halving.rungs:
+        if rung * batches % accumulation:
+            raise UserError(
+                f"search.halving.rungs: epoch {rung} ends after {rung * batches} batches, within a step of "
+                f"gradient_accumulation_steps={accumulation}; allowed: epochs that end with a whole step"
+            )
 
 
 def _data_key(spec: TrialSpec) -> str:

@@ -16,7 +16,7 @@ from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.model.components import method_of
 
-NO_EFFECT = ("budget.examples", "budget.epochs")  # on a training step
+NO_EFFECT = ("budget.examples", "budget.epochs", "budget.patience")  # on a training step
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,9 @@ def _content(spec: TrialSpec) -> Any:
             "eval": True,
             "adapter": {**dict.fromkeys(adapter, True), "init_from": {"__all__": {"trial"}}},
             "optimizer": {"learning_rate"},
-            "budget": {"examples"}
+            "budget": {"examples", "patience"}
             if len(method_of(spec.adapter, spec.relative_to).stages(spec.budget.epochs)) > 1
-            else {"examples", "epochs"},
+            else {"examples", "epochs", "patience"},
         },
     )
     size, examples = spec.optimizer.per_device_train_batch_size, spec.budget.examples

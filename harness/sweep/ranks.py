@@ -12,7 +12,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +23,7 @@ from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.sweep.placement import Amounts
 from harness.sweep.ray_library import ray, tune
+from harness.sweep.rungs import run_to_end
 from harness.trial.log import LOG, log_to
 from harness.trial.outcome import Outcome
 
@@ -43,6 +44,7 @@ class Job(NamedTuple):
     run: str
     resources: str
     grid: Any
+    rungs: tuple[int, ...] = ()  # epochs after which it pauses
 
 
 # ── In the driver
@@ -85,9 +87,19 @@ def run_ranks(
     Raises:
         RankDiedError: one died; Tune starts the trial again, ``max_failures`` times.
     """
-    job = Job(config["trial"]["spec"], config["trial"]["planned"], experiment, run, resources, grid)
+    trial = config["trial"]
+
+    def attempt(rungs: Collection[int]) -> None:
+        job = Job(trial["spec"], trial["planned"], experiment, run, resources, grid, tuple(rungs))
+        _attempt(job, Resources.model_validate_json(resources), variables)
+
+    run_to_end(trial, Path(run), attempt)
+
+
+def _attempt(job: Job, resources: Resources, variables: Mapping[str, str]) -> None:
+    """Run a trial until the next rung or its end."""
     began = datetime.now(UTC)
-    team = _team(Resources.model_validate_json(resources), variables)
+    team = _team(resources, variables)
     whole = False  # also if Tune ends the trial inside of `report`
     try:
         heard = _listen(team, job)
@@ -98,7 +110,6 @@ def run_ranks(
     finally:
         if not whole:
             _disband()
-    tune.report({"fraction": 1.0, "phase": "done"})
 
 
 @dataclass(frozen=True)
@@ -301,10 +312,10 @@ class Rank:
         spec, planned = TrialSpec.model_validate_json(job.spec), PlannedTrial.model_validate_json(job.planned)
         run, resources = Path(job.run), Resources.model_validate_json(job.resources)
         if self.rank:
-            return run_worker(spec, job.experiment, run, resources, NoTracker(), lambda _: None)
+            return run_worker(spec, job.experiment, run, resources, NoTracker(), lambda _: None, job.rungs)
         self._tracker = MlflowTracker(job.grid, spec, planned, run / "trials" / spec.trial_id)
         try:
-            return run_worker(spec, job.experiment, run, resources, self._tracker, self._report)
+            return run_worker(spec, job.experiment, run, resources, self._tracker, self._report, job.rungs)
         finally:
             self._news.put(None)
 

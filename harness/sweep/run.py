@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +20,11 @@ from harness.core.files import write_atomically
 from harness.core.lease import Lease
 from harness.core.record import Plan, PlannedTrial, TrialRecord, read_record, read_run, record_path
 from harness.core.samples import PREVIEWS
+from harness.core.search import ADAPTIVE
 from harness.core.storage import Copy, Folder, StorageError, is_url, run_copy
 from harness.experiment.load import Experiment
-from harness.experiment.plan import TrialSpec, describe, expand
+from harness.experiment.plan import Earlier, TrialSpec, describe, expand
+from harness.sweep.halving import HalvedRows
 from harness.sweep.lock import exclusive
 from harness.sweep.stopping import stoppable
 from harness.sweep.stored import PATIENCE_S, Stored
@@ -71,10 +73,14 @@ class Prepared:
                 self.storage.pull(PREVIEWS)
 
     def unfinished(self) -> list[tuple[TrialSpec, PlannedTrial]]:
-        """The trials without a finished record."""
-        finished = self.finished()
+        """The trials without a finished record, except those of learning rates that halving has pruned."""
+        finished, halved = self.finished(), self.halved()
         pairs = zip(self.specs, self.plan.trials, strict=True)
-        return [(spec, planned) for spec, planned in pairs if spec.trial_id not in finished]
+        return [(s, planned) for s, planned in pairs if s.trial_id not in finished and not halved.is_out(s.trial_id)]
+
+    def halved(self) -> HalvedRows:
+        """The rows whose learning rates are halved."""
+        return HalvedRows(self.folder, self.plan.trials)
 
 
 def prepare(experiment: Experiment, output: str | Path = "runs", fresh: bool = False) -> Prepared:
@@ -92,10 +98,10 @@ def prepare(experiment: Experiment, output: str | Path = "runs", fresh: bool = F
     from harness.sweep.preflight import check_stages, metrics_of
     from harness.tracking.grid import default_uri, located, redacted
 
-    specs = expand(experiment)
-    check_stages(specs, str(experiment.top / "adapters"))
     storage = _stored_run(str(output), experiment.name, fresh) if is_url(output) else None
     folder = storage.here if storage else _run_folder(Path(output), experiment.name, fresh)
+    specs = expand(experiment, _earlier(experiment, folder))
+    check_stages(specs, str(experiment.top / "adapters"))
     given = experiment.tracking.mlflow_uri
     try:
         uri = located(given, experiment.folder) if given else default_uri(folder.parent)
@@ -103,6 +109,32 @@ def prepare(experiment: Experiment, output: str | Path = "runs", fresh: bool = F
         raise UserError(f"{experiment.top / 'tracking' / 'mlflow_uri'}: {error}") from None
     plan = describe(experiment, specs, metrics_of(specs), redacted(uri))
     return Prepared(experiment, specs, plan, folder, uri, storage)
+
+
+def _earlier(experiment: Experiment, folder: Path) -> Earlier:
+    """What the run folder knows, if a sampler of the experiment learns from it."""
+    choices = (choice for own in experiment.adapters for choice in own)
+    learns = any(choice.search is not None and choice.search.sampler in ADAPTIVE for choice in choices)
+    if not learns or not (folder / "plan.json").exists():
+        return Earlier()
+    run = read_run(folder)
+    return Earlier(
+        {trial.trial_id: trial for trial in run.plan.trials},
+        {
+            trial_id: record.metrics["validation"]["perplexity"] if record.status == "finished" else None
+            for trial_id, record in run.records.items()
+        },
+    )
+
+
+def _extended(prepared: Prepared) -> Prepared | None:
+    """The experiment with the trials that follow from the results so far; None if there are no more."""
+    experiment, folder = prepared.experiment, prepared.folder
+    specs = expand(experiment, _earlier(experiment, folder))
+    if len(specs) == len(prepared.specs):
+        return None
+    plan = describe(experiment, specs, prepared.plan.metrics, prepared.plan.mlflow_uri or "")
+    return replace(prepared, specs=specs, plan=plan)
 
 
 def _run_folder(output: Path, name: str, fresh: bool) -> Path:
@@ -184,6 +216,11 @@ def run_experiment(
             "URL; allowed: 1, or a run folder on a file system that all nodes share, because the workers of a trial "
             "write its checkpoints together"
         )
+    if is_url(output) and experiment.halving is not None:
+        raise UserError(
+            f"{experiment.top / 'search' / 'halving'}: found with a run folder at a URL; allowed: one on a "
+            "file system that all nodes share, because trials wait there for one another"
+        )
     prepared = prepare(experiment, output, fresh)
     folder = prepared.folder
     preflight.check_shell()
@@ -194,8 +231,8 @@ def run_experiment(
     preflight.check_fingerprints(prepared.specs, str(experiment.top / "backbone"))
     with _run_folder_for(prepared, fresh, console) as lease, stoppable(folder) as stopping:
         check_uri(prepared.mlflow_uri, experiment=experiment.name)
-        preflight.check_data(prepared.specs, folder, console)
-        write_atomically(folder / "plan.json", prepared.plan.model_dump_json(indent=1) + "\n")
+        preflight.check_data(prepared.specs, folder, console, experiment.halving)
+        _write_plan(prepared)
         write_atomically(folder / "experiment.yaml", experiment.text)
         for line in read_run(folder).foreign_lines:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -203,6 +240,10 @@ def run_experiment(
         grid = open_grid(prepared.mlflow_uri, experiment.name, folder)
         try:
             _run_unfinished(prepared, cluster, grid, lease, console)
+            while (extended := _extended(prepared)) is not None:
+                prepared = extended
+                _write_plan(prepared)
+                _run_unfinished(prepared, cluster, grid, lease, console)
             if measure and experiment.resources.profile:
                 _profile(prepared, console)
         except KeyboardInterrupt:
@@ -228,6 +269,10 @@ def _push_all(prepared: Prepared, console: Console) -> None:
     except StorageError as error:
         line = f"{error}; the results are in {prepared.folder}; run the same experiment again to store them"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _write_plan(prepared: Prepared) -> None:
+    write_atomically(prepared.folder / "plan.json", prepared.plan.model_dump_json(indent=1) + "\n")
 
 
 @contextmanager
@@ -265,21 +310,25 @@ def _run_unfinished(prepared: Prepared, profile: Profile, grid: Grid, lease: Lea
     from harness.sweep.tune import Sweep, sweep
     from harness.tracking.grid import sqlite_path
 
+    prepared.halved().read()  # a kill may have come between a decision and its records
     todo = prepared.unfinished()
     if not todo:
-        console.print(f"all {len(prepared.specs)} trials have already finished; nothing to compute")
+        pruned = len(prepared.specs) - len(prepared.finished())
+        ended = f"finished, or were pruned ({pruned})" if pruned else "finished"
+        console.print(f"all {len(prepared.specs)} trials have already {ended}; nothing to compute")
         return
     for spec, _ in todo:
         _archive_record(record_path(prepared.folder, spec.trial_id), prepared.storage)
+    halved = prepared.halved()
+    halved.read()
     prepared.push()
     files = files_read([spec for spec, _ in todo], prepared.folder) if profile.cluster_address() else []
     if database := sqlite_path(grid.uri):
         files.append(str(database.resolve()))
     stored = Stored(prepared.storage, lease) if prepared.storage and lease else None
-    trials = Sweep(
-        todo, prepared.experiment.name, prepared.folder, prepared.experiment.resources, grid, profile, files, stored
-    )
-    finished = len(prepared.specs) - len(todo)
+    resources = prepared.experiment.resources
+    trials = Sweep(todo, prepared.experiment.name, prepared.folder, resources, grid, profile, files, stored, halved)
+    finished = len(prepared.finished())
     with LiveTable(console, [planned for _, planned in todo], finished) as display:
         sweep(trials, display)
 
@@ -300,11 +349,12 @@ def _profile(prepared: Prepared, console: Console) -> None:
 
 
 def _archive_record(record: Path, storage: Copy | None) -> None:
-    """Rename the record of a failed trial that is run again."""
+    """Rename the record of a failed trial that is run again; one that was pruned waits at its rung again."""
     if not record.exists():
         return
     number = len(list(record.parent.glob("attempt-*.json"))) + 1
-    archived = record.with_name(f"attempt-{number}.json")
+    pruned = read_record(record).status == "pruned"
+    archived = record.with_name("paused.json" if pruned else f"attempt-{number}.json")
     record.rename(archived)
     if storage:
         storage.there.put([archived.relative_to(storage.here).as_posix()], storage.here)

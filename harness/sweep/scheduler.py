@@ -1,9 +1,10 @@
-"""The order in which Tune starts trials."""
+"""The order in which Tune starts trials, and when it pauses them."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from harness.sweep.halving import HalvedRows
 from harness.sweep.ray_library import tune
 
 
@@ -43,3 +44,67 @@ class KeepStartingWorkers(tune.schedulers.FIFOScheduler):  # type: ignore[misc]
         workers, manager = tune_controller._trial_to_actor, tune_controller._actor_manager
         unserved = (t for t in waiting if t not in workers or not manager.is_actor_started(workers[t]))
         return next(unserved, next(iter(waiting), None))
+
+
+class HalveRows(KeepStartingWorkers):
+    """Pauses trials at the rungs of halving, and lets them go on or prunes them when their row is complete.
+
+    A paused trial has no worker: all that it needs to go on is in its folder. It reports its rung again when it is
+    started once more, so what happens depends on the folder alone.
+
+    Args:
+        rows: decides, and writes the records of pruned trials.
+    """
+
+    def __init__(self, rows: HalvedRows) -> None:
+        super().__init__()
+        self._rows = rows
+        self._paused: dict[Any, int] = {}  # trial → the rung at which it waits
+        self._failed: list[Any] = []
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Decide about a trial that has reached a rung."""
+        rung, trial_id = result.get("rung"), trial.config["trial"]["trial_id"]
+        if rung is None:
+            return str(self.CONTINUE)
+        self._rows.update(trial_id)
+        goes_on = self._rows.goes_on(trial_id, rung)
+        if goes_on is None:
+            self._paused[trial] = rung
+            return str(self.PAUSE)
+        if not goes_on:
+            self._rows.prune(trial_id)
+        return str(self.CONTINUE if goes_on else self.STOP)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """A trial has ended, and its record is written."""
+        self._rows.update(trial.config["trial"]["trial_id"])
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """A worker died; whether its trial is tried again, and the record if it is not, come after this call."""
+        self._failed.append(trial)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """End the waiting of trials whose row has been decided, then choose."""
+        for trial in self._failed:
+            if trial.status == "ERROR":
+                self._rows.update(trial.config["trial"]["trial_id"])
+        self._failed.clear()
+        for trial, rung in list(self._paused.items()):
+            if trial.status == "PAUSED":
+                self._end_waiting(tune_controller, trial, rung)
+        return super().choose_trial_to_run(tune_controller)
+
+    def _end_waiting(self, tune_controller: Any, trial: Any, rung: int) -> None:
+        controller = getattr(tune_controller.get_trials, "__self__", tune_controller)
+        # Tune adds as many trials as may run at once; one that waits would count as if it ran.
+        controller._search_alg.on_trial_complete(trial.trial_id)
+        goes_on = self._rows.goes_on(trial.config["trial"]["trial_id"], rung)
+        if goes_on is None:
+            return
+        del self._paused[trial]
+        if goes_on:
+            controller._set_trial_status(trial, "PENDING")
+        else:
+            self._rows.prune(trial.config["trial"]["trial_id"])
+            controller.stop_trial(trial)

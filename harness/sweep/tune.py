@@ -6,7 +6,7 @@ Whether a trial has finished depends on its record, never on Ray's state: the sa
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.sweep.cluster import connect, environment
 from harness.sweep.events import Display, Events
+from harness.sweep.halving import HalvedRows
 from harness.sweep.placement import Amounts, at_once, per_worker
 from harness.sweep.ranks import nodes_alive, request, run_ranks
 from harness.sweep.ray_library import tune
-from harness.sweep.scheduler import KeepStartingWorkers
+from harness.sweep.rungs import run_to_end
+from harness.sweep.scheduler import HalveRows
 from harness.sweep.stored import Stored, TrialPlace
 from harness.tracking.grid import Grid, MlflowTracker
 from harness.trial.trial import Progress, run_trial
@@ -39,6 +41,7 @@ class Sweep:
         profile: the Ray cluster; default: one of its own on this machine.
         files: files and folders that the trials read.
         stored: the run folder's storage, if it is at a URL: ``run`` is the driver's copy.
+        halved: the rows whose learning rates are halved, with all trials of the plan; None: there are none.
     """
 
     trials: Sequence[tuple[TrialSpec, PlannedTrial]]
@@ -49,6 +52,7 @@ class Sweep:
     profile: Profile = LOCAL
     files: Sequence[str] = ()
     stored: Stored | None = None
+    halved: HalvedRows | None = None
 
 
 def sweep(wanted: Sweep, display: Display) -> None:
@@ -76,7 +80,17 @@ def sweep(wanted: Sweep, display: Display) -> None:
 
 
 def _tuner(wanted: Sweep, asked: Amounts, events: Events) -> Any:
-    packed = [{"spec": spec.model_dump_json(), "planned": planned.model_dump_json()} for spec, planned in wanted.trials]
+    halved = wanted.halved or HalvedRows(wanted.run, ())
+    packed = [
+        {
+            "trial_id": planned.trial_id,
+            "spec": spec.model_dump_json(),
+            "planned": planned.model_dump_json(),
+            "epochs": spec.budget.epochs,
+            "rungs": halved.rungs(planned.trial_id),
+        }
+        for spec, planned in wanted.trials
+    ]
     shared = {
         "experiment": wanted.experiment,
         "run": str(wanted.run.resolve()),
@@ -95,7 +109,7 @@ def _tuner(wanted: Sweep, asked: Amounts, events: Events) -> Any:
         tune_config=tune.TuneConfig(
             max_concurrent_trials=wanted.resources.max_concurrent_trials,
             reuse_actors=True,  # the next trial starts in a process that has already loaded torch and Java
-            scheduler=KeepStartingWorkers(),
+            scheduler=HalveRows(halved),
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
@@ -127,8 +141,10 @@ def _run_one(
         place.progressed()
         tune.report(vars(progress))
 
-    if not place.begin():
-        tracker = MlflowTracker(grid, spec, planned, place.folder)
-        run_trial(spec, experiment, place.run, Resources.model_validate_json(resources), tracker, report)
-    place.end()
-    tune.report({"fraction": 1.0, "phase": "done"})
+    def attempt(rungs: Collection[int]) -> None:
+        if not place.begin():
+            tracker = MlflowTracker(grid, spec, planned, place.folder)
+            run_trial(spec, experiment, place.run, Resources.model_validate_json(resources), tracker, report, rungs)
+        place.end()
+
+    run_to_end(config["trial"], place.run, attempt)

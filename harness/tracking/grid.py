@@ -23,6 +23,7 @@ from harness.core.paths import locate
 from harness.core.profile import FILE_NAME
 from harness.core.record import Plan, PlannedTrial, TrialRecord, read_record, record_path
 from harness.core.samples import PREVIEWS
+from harness.core.search import DECISIONS
 from harness.experiment.plan import TrialSpec
 from harness.tracking.board import describe_board, grid_link, log_board, save_view, trials_link
 from harness.tracking.log import log_end, log_metrics, log_params
@@ -36,7 +37,7 @@ FOLDER_TAG = "harness.run_folder"
 PAGE_SIZE = 1000  # runs per page of a search
 RUN_ID_FILE = "mlflow_run_id"  # of a run folder, and of each trial's folder
 HIDDEN = "***"  # in place of a password
-RUN_FILES = ("plan.json", "experiment.yaml", FILE_NAME)
+RUN_FILES = ("plan.json", "experiment.yaml", FILE_NAME, DECISIONS)
 _CURVES = {"learning_rate": "schedule/learning_rate"}  # in a section of its own, below the losses
 _OUTCOME_TAGS = {"harness.status", "harness.reason"}
 
@@ -50,6 +51,9 @@ class Tracker(Protocol):
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log metrics at one step of training."""
 
+    def pause(self) -> None:
+        """The trial waits, and this process goes on without it."""
+
     def finish(self, record: TrialRecord, folder: Path) -> None:
         """The trial has ended; its record is in ``folder``."""
 
@@ -61,6 +65,9 @@ class NoTracker:
     warnings: tuple[str, ...] = ()
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Log nothing."""
+
+    def pause(self) -> None:
         """Log nothing."""
 
     def finish(self, record: TrialRecord, folder: Path) -> None:
@@ -347,7 +354,8 @@ def _counts(board: Leaderboard) -> dict[str, int]:
     planned = len(board.run.plan.trials)
     return {
         "planned": planned,
-        "finished": planned - len(board.failed) - len(board.missing),
+        "finished": planned - len(board.failed) - len(board.missing) - len(board.pruned),
+        "pruned": len(board.pruned),
         "failed": len(board.failed),
     }
 
@@ -428,6 +436,11 @@ class MlflowTracker:
         """Log the metrics of an epoch, by optimizer step."""
         named = {_CURVES.get(name, f"epoch/{name}"): value for name, value in values.items()}
         self._guard(lambda: log_metrics(self._client, str(self.run_id), named, step))
+
+    def pause(self) -> None:
+        """Stop sampling the system; the run stays open, and a later process goes on with it."""
+        if self._system:
+            self._system.stop()
 
     def finish(self, record: TrialRecord, folder: Path) -> None:
         """Log the numbers and files of the record, and end the run."""

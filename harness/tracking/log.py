@@ -71,6 +71,7 @@ def log_end(client: Any, run_id: str, record: TrialRecord, folder: Path) -> None
         client.log_artifact(run_id, str(path))
     tags = {"status": record.status, "reason": record.reason, "device": record.device}
     tags["git_revision"] = record.git_revision
+    tags["pruned_at_epoch"] = str(record.pruned.epoch) if record.pruned else None
     for key, value in tags.items():
         if value:
             client.set_tag(run_id, f"harness.{key}", value)

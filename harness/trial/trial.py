@@ -12,7 +12,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,7 +23,7 @@ import torch
 
 from harness.core.files import write_atomically
 from harness.core.origin import describe, during
-from harness.core.record import Data, Epoch, TrialRecord, write_record
+from harness.core.record import Data, Epoch, Status, TrialRecord, paused_path, write_record
 from harness.core.registry import plugins_in
 from harness.core.revisions import git_revision
 from harness.experiment.plan import TrialSpec
@@ -63,7 +63,13 @@ Report = Callable[[Progress], None]
 
 
 def run_trial(
-    spec: TrialSpec, experiment: str, run: Path, resources: Resources, tracker: Tracker, report: Report
+    spec: TrialSpec,
+    experiment: str,
+    run: Path,
+    resources: Resources,
+    tracker: Tracker,
+    report: Report,
+    rungs: Collection[int] = (),
 ) -> TrialRecord:
     """Run one trial and write its record, also if it fails; only the death of the process leaves no record.
 
@@ -74,12 +80,14 @@ def run_trial(
         resources: for threads, ZeRO stage and checkpoint interval.
         tracker: receives metrics and the record.
         report: called with the progress, at most about once a second and after every epoch.
+        rungs: epochs after which it pauses.
 
     Returns:
-        The record, with status finished, failed or out_of_memory, and the reason.
+        The record, with status finished, failed or out_of_memory, and the reason; or with status paused, which is
+        written as ``paused.json`` and not as the record.
     """
     with log_to(run / "trials" / spec.trial_id / LOG):
-        attempt = make_attempt(spec, experiment, run, resources, tracker, report)
+        attempt = make_attempt(spec, experiment, run, resources, tracker, report, rungs=rungs)
         conclude(attempt.record, run, tracker)
     return attempt.record
 
@@ -100,6 +108,7 @@ def make_attempt(
     tracker: Tracker,
     report: Report,
     workers: Workers = ALONE,
+    rungs: Collection[int] = (),
 ) -> Attempt:
     """Run a trial; its errors are in the result.
 
@@ -111,15 +120,18 @@ def make_attempt(
         tracker: receives metrics.
         report: called with the progress.
         workers: this process and the others that run the trial with it.
+        rungs: epochs after which it pauses.
     """
     folder = run / "trials" / spec.trial_id
     started, clock = datetime.now(UTC), time.monotonic()
     plugins = plugins_in(spec.model_dump(mode="json"))
-    status, reason = "finished", None
-    problem: Exception | None = None
-    trial = Trial(spec, folder, resources, tracker, report, workers)
+    status: Status = "finished"
+    reason, problem = None, None
+    trial = Trial(spec, folder, resources, tracker, report, workers, rungs)
     try:
         trial.run()
+        if trial.paused:
+            status, reason = "paused", f"waits at epoch {len(trial.state.history)} for the others of its row"
     except (torch.OutOfMemoryError, MemoryError) as error:
         status, reason, problem = "out_of_memory", describe(error, plugins, folder / LOG), error
         logger.exception("out of memory")
@@ -129,7 +141,7 @@ def make_attempt(
     record = TrialRecord(
         trial_id=spec.trial_id,
         experiment=experiment,
-        status=status,  # type: ignore[arg-type]
+        status=status,
         reason=reason,
         spec=spec.model_dump(mode="json"),
         seed=spec.seed,
@@ -149,11 +161,18 @@ def make_attempt(
 
 
 def conclude(record: TrialRecord, run: Path, tracker: Tracker) -> None:
-    """Write the record of a trial that has ended, and end its tracking."""
+    """Write the record of a trial that has ended, and end its tracking; of one that waits, ``paused.json``."""
     for warning in record.warnings:
         logger.warning("%s", warning)
-    write_record(run, record)
-    tracker.finish(record, run / "trials" / record.trial_id)
+    waits = paused_path(run, record.trial_id)
+    if record.status == "paused":
+        logger.info("paused: %s", record.reason)
+        tracker.pause()
+        write_atomically(waits, record.model_dump_json(indent=1) + "\n")
+    else:
+        write_record(run, record)
+        waits.unlink(missing_ok=True)
+        tracker.finish(record, run / "trials" / record.trial_id)
 
 
 @dataclass
@@ -178,6 +197,7 @@ class Trial:
         stages: the model and its engine; set when they are built.
         peak: peak memory since before the model was built; set then.
         clock: time of the current stage's training steps.
+        paused: whether ``run`` ended at a rung.
     """
 
     stages: Stages
@@ -191,9 +211,10 @@ class Trial:
         tracker: Tracker,
         report: Report,
         workers: Workers = ALONE,
+        rungs: Collection[int] = (),
     ) -> None:
         self.spec, self.folder, self.resources, self.tracker, self.report = spec, folder, resources, tracker, report
-        self.workers = workers
+        self.workers, self.rungs, self.paused = workers, rungs, False
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self.state = _State()
         self.measured: dict[str, Any] = {"device": measure.device_name(self.device)}  # fields of the record
@@ -203,6 +224,7 @@ class Trial:
         self.clock = measure.StepClock(self.device)
         self._reported = 0.0
         self._checkpointed = time.monotonic()
+        self._saved = 0  # epoch of the last checkpoint
 
     def run(self) -> None:
         """Build, train and test; after an exception, ``state`` and ``measured`` have what was measured before it."""
@@ -217,10 +239,11 @@ class Trial:
                 self._resume()
             with self._phase("encode"):
                 self._encode()
-            for epoch in range(len(self.state.history) + 1, self.spec.budget.epochs + 1):
-                self._epoch(epoch)
+            self._train()
             if self.workers.first:
                 self.measured["data"] = self._data()
+            if self.paused:
+                return
             with self._phase("test"):
                 self.measured["metrics"] = self._test()
         finally:
@@ -251,6 +274,31 @@ class Trial:
         features = self.stages.built.batches.features
         features.precompute(splits.train, evaluation, lambda: self._report_progress("encode"), self.workers)
 
+    def _train(self) -> None:
+        """Train until the last epoch, until validation improves no more, or until the next rung."""
+        while (done := len(self.state.history)) < self.spec.budget.epochs:
+            if self._stopped_improving:
+                logger.info("stopped: no better validation perplexity for %d epochs", self.spec.budget.patience)
+                self.total_steps = self.state.step
+                return
+            if done in self.rungs:
+                if self.stages.engine.accumulating:
+                    raise RuntimeError(f"epoch {done} ends within a gradient accumulation, which no checkpoint has")
+                if self._saved != done:
+                    self._checkpoint(done)
+                self.paused = True
+                return
+            self._epoch(done + 1)
+
+    @property
+    def _stopped_improving(self) -> bool:
+        """Whether ``budget.patience`` is over; a recipe of several stages is not stopped before its last one."""
+        patience, best = self.spec.budget.patience, self.state.best_epoch
+        if patience is None or best is None:
+            return False
+        before_last_stage = sum(stage.epochs for stage in self.stages.stages[:-1])
+        return len(self.state.history) - max(best, before_last_stage) >= patience
+
     def _epoch(self, epoch: int) -> None:
         train_loss = self._train_epoch(epoch)
         with self._phase("validate"):
@@ -273,7 +321,7 @@ class Trial:
         )
         self.tracker.metrics(result.model_dump(exclude={"epoch", "step"}), step=result.step)
         self._report_progress("validate", epoch, train_loss, force=True)
-        due = time.monotonic() - self._checkpointed >= self.resources.checkpoint_interval_s
+        due = time.monotonic() - self._checkpointed >= self.resources.checkpoint_interval_s and epoch not in self.rungs
         if epoch < self.spec.budget.epochs and not self.stages.engine.accumulating and self.workers.agreed(due):
             self._checkpoint(epoch)
 
@@ -395,7 +443,7 @@ class Trial:
                 if old.name != f"epoch-{epoch}":
                     shutil.rmtree(old)
         self.workers.wait()
-        self._checkpointed = time.monotonic()
+        self._checkpointed, self._saved = time.monotonic(), epoch
 
     def _resume(self) -> None:
         """Start the engine, from the trial's last checkpoint if there is one that it can load."""
@@ -421,6 +469,7 @@ class Trial:
         if self.workers.first:
             shutil.copy2(folder / tag / BEST, self.folder / BEST)
         self.workers.wait()
+        self._saved = len(history)
         logger.info("resumed after epoch %d, step %d", len(history), self.state.step)
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import traceback
+from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -26,7 +27,13 @@ _LOST = re.compile(
 
 
 def run_worker(
-    spec: TrialSpec, experiment: str, run: Path, resources: Resources, tracker: Tracker, report: Report
+    spec: TrialSpec,
+    experiment: str,
+    run: Path,
+    resources: Resources,
+    tracker: Tracker,
+    report: Report,
+    rungs: Collection[int] = (),
 ) -> Outcome:
     """Run a trial in this worker and the others of its process group; rank 0 writes the record of one that finishes.
 
@@ -37,10 +44,11 @@ def run_worker(
         resources: of the trial.
         tracker: of rank 0; the others log nothing.
         report: called by rank 0 with the progress.
+        rungs: epochs after which it pauses.
     """
     workers = joined()
     with log_to(run / "trials" / spec.trial_id / LOG) if workers.first else nullcontext():
-        attempt = make_attempt(spec, experiment, run, resources, tracker, report, workers)
+        attempt = make_attempt(spec, experiment, run, resources, tracker, report, workers, rungs)
         if workers.first and attempt.error is None:
             conclude(attempt.record, run, tracker)
     error, record = attempt.error, attempt.record if workers.first else None

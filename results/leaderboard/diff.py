@@ -199,6 +199,7 @@ def _notes(old: PublishedRow, new: PublishedRow) -> tuple[str, ...]:
     changes = {
         "learning rate": (_rate(old), _rate(new)),
         "learning rates tried": (str(old.effort), str(new.effort)),
+        "halving": (old.halving or "none", new.halving or "none"),
         "seeds": (_seeds(old), _seeds(new)),
     }
     notes = [f"{what}: {before} → {after}" for what, (before, after) in changes.items() if before != after]

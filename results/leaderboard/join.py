@@ -95,6 +95,7 @@ def _joined(parts: Sequence[_Part]) -> Run:
         foreign_reasons=tuple(reason for part in parts for reason in part.run.foreign_reasons),
         folders=folders,
         profile=_profile([part.run for part in parts]),
+        out=frozenset[str]().union(*(part.run.out for part in parts)),
         notes=(f"Joined from {len(parts)} run folders (trials with a record): {names}.", *notes),
     )
 

@@ -41,9 +41,19 @@ def mismatch(one: TrialRecord, other: TrialRecord) -> str | None:
     differing = [
         reason + (steps if field == "steps" else "")
         for field, reason in _REASONS.items()
-        if getattr(one.data, field) != getattr(other.data, field)
+        if getattr(one.data, field) != getattr(other.data, field) and field in _compared(one)
     ]
     return "; ".join(differing + _other_conditions(one.spec, other.spec)) or None
+
+
+def _compared(record: TrialRecord) -> list[str]:
+    """The fields of its data that must agree.
+
+    With patience trials stop at different steps by one rule, which is among the other conditions: what must agree is
+    the rule, the data and their order.
+    """
+    stops_early = (record.spec.get("budget") or {}).get("patience") is not None
+    return [field for field in _REASONS if field != "steps" or not stops_early]
 
 
 def _other_conditions(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
@@ -64,9 +74,12 @@ def _difference(key: str, mine: Any, theirs: Any) -> str:
 
 
 def effort_mismatch(one: Row, other: Row) -> str | None:
-    """Why the searches of two rows are not comparable; None if they tried equally many learning rates."""
-    if one.effort == other.effort:
+    """Why the searches of two rows are not comparable; None if they tried equally many rates, halved alike."""
+    if one.effort == other.effort and one.halving == other.halving:
         return None
+    if one.effort == other.effort:
+        halvings = f"{one.halving or 'none'}; {other.name}: {other.halving or 'none'}"
+        return f"halving of the learning rates differs ({halvings})"
     words = [f"learning-rate search effort differs ({one.effort} tried, {other.name} {other.effort})"]
     words += [unended(one.candidates)] if unended(one.candidates) else []
     words += [f"{other.name}: {unended(other.candidates)}"] if unended(other.candidates) else []
@@ -83,8 +96,8 @@ def exclude_unmatched(rows: Sequence[Row]) -> list[Row]:
     if not ended:
         return list(rows)
     anchors = _anchors(ended)
-    usual = Counter(row.effort for row in ended).most_common(1)[0][0]
-    searched = ended[0] if ended[0].is_reference else next(row for row in ended if row.effort == usual)
+    usual = Counter((row.effort, row.halving) for row in ended).most_common(1)[0][0]
+    searched = ended[0] if ended[0].is_reference else next(r for r in ended if (r.effort, r.halving) == usual)
     marked = []
     for row in rows:
         seeds: dict[str, list[int]] = {}
@@ -124,7 +137,7 @@ def _anchors(ended: Sequence[Row]) -> dict[int, tuple[str, TrialRecord]]:
 
 def _kind(record: TrialRecord) -> str:
     """A key that is equal for two trials of one seed if they match."""
-    data = [getattr(record.data, field) for field in _REASONS]
+    data = [getattr(record.data, field) for field in _compared(record)]
     return json.dumps([data, conditions(record.spec)], sort_keys=True)
 
 

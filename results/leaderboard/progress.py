@@ -1,4 +1,4 @@
-"""Progress of a grid: finished, failed, running and waiting trials, and the estimated time left."""
+"""Progress of a grid: finished, failed, pruned, running and waiting trials, and the estimated time left."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from harness.core.record import PlannedTrial, Run, TrialRecord
+from harness.core.record import PlannedTrial, Run, TrialRecord, paused_path
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,13 @@ class Progress:
     waiting: int
     mean_wall_time_s: float | None  # of the finished trials
     left_s: float | None  # their mean time × trials left / trials at once
+    pruned: int = 0  # by halving
+    paused: int = 0  # at a rung of halving, until the others of their row have come so far
 
     @property
     def planned(self) -> int:
         """Trials in the plan."""
-        return self.finished + len(self.failures) + len(self.running) + self.waiting
+        return self.finished + len(self.failures) + self.pruned + self.paused + len(self.running) + self.waiting
 
 
 def progress_of(run: Run, active: bool) -> Progress:
@@ -37,13 +39,24 @@ def progress_of(run: Run, active: bool) -> Progress:
     """
     records = [(trial, run.records.get(trial.trial_id)) for trial in run.plan.trials]
     finished = [record for _, record in records if record and record.status == "finished"]
-    failures = tuple((trial, record) for trial, record in records if record and record.status != "finished")
-    open_ = [trial for trial, record in records if record is None]
-    running = tuple(trial for trial in open_ if _begun(run, trial)) if active else ()
+    pruned = [record for _, record in records if record and record.status == "pruned" and record.trial_id in run.out]
+    ended = {"finished", "pruned"}
+    failures = tuple((trial, record) for trial, record in records if record and record.status not in ended)
+    # What another halving had pruned goes on when the experiment is run again.
+    open_ = [t for t, record in records if record is None or (record.status == "pruned" and t.trial_id not in run.out)]
+    paused = [trial for trial in open_ if _waits(run, trial)]
+    running = tuple(trial for trial in open_ if _begun(run, trial) and trial not in paused) if active else ()
     mean_s = sum(record.wall_time_s for record in finished) / len(finished) if finished else None
     left_s = mean_s * len(open_) / max(1, len(running)) if active and mean_s is not None else None
     statuses = Counter(record.status.replace("_", " ") for _, record in failures)
-    return Progress(len(finished), dict(statuses), failures, running, len(open_) - len(running), mean_s, left_s)
+    waiting = len(open_) - len(running) - len(paused)
+    return Progress(len(finished), dict(statuses), failures, running, waiting, mean_s, left_s, len(pruned), len(paused))
+
+
+def _waits(run: Run, trial: PlannedTrial) -> bool:
+    """Whether a trial waits at a rung: it has paused, and has not been started since."""
+    paused, log = paused_path(run.folder, trial.trial_id), run.trial_folder(trial.trial_id) / "log.txt"
+    return paused.exists() and (not log.exists() or log.stat().st_mtime <= paused.stat().st_mtime)
 
 
 def _begun(run: Run, trial: PlannedTrial) -> bool:

@@ -91,6 +91,7 @@ class PublishedCandidate(_Schema):
     validation_perplexity: PublishedEstimate | None
     finished: int
     planned: int
+    pruned_at_epoch: int | None
 
 
 class PublishedRow(_Schema):
@@ -105,6 +106,7 @@ class PublishedRow(_Schema):
     apart: tuple[str, ...]
     learning_rate: FiniteFloat | None
     effort: int
+    halving: str
     candidates: tuple[PublishedCandidate, ...]
     seeds_finished: int
     seeds_planned: int
@@ -158,7 +160,7 @@ class PublishedOrigin(_Schema):
 class PublishedLeaderboard(_Schema):
     """The whole file."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     created_from: PublishedOrigin
     primary_metric: str
     metrics: tuple[PublishedMetric, ...]
@@ -201,7 +203,7 @@ def publish(board: Leaderboard) -> PublishedLeaderboard:
         ),
         unfinished=tuple(
             PublishedUnfinished(trial_id=one.trial.trial_id, status=one.status, reason=one.reason)
-            for one in (*board.failed, *board.missing)
+            for one in (*board.failed, *board.pruned, *board.missing)
         ),
     )
 
@@ -237,6 +239,7 @@ def _row(row: Row, run: Run) -> PublishedRow:
         apart=row.apart,
         learning_rate=row.chosen.learning_rate,
         effort=row.effort,
+        halving=row.halving,
         candidates=tuple(map(_candidate, row.candidates)),
         seeds_finished=len(row.finished),
         seeds_planned=len(row.trials),
@@ -295,4 +298,5 @@ def _candidate(candidate: Candidate) -> PublishedCandidate:
         validation_perplexity=_estimate(candidate.validation),
         finished=len(candidate.finished),
         planned=len(candidate.trials),
+        pruned_at_epoch=candidate.pruned_at,
     )

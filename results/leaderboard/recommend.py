@@ -399,6 +399,7 @@ def _unmeasured(board: Leaderboard, row: Row) -> list[str]:
 
 def _unfinished(board: Leaderboard, setting: str) -> tuple[str, ...]:
     open_ = [one for one in (*board.failed, *board.missing) if one.trial.setting == setting]
+    open_ = [one for one in open_ if one.trial.trial_id not in board.run.out]
     planned = sum(trial.setting == setting for trial in board.run.plan.trials)
     if not open_:
         return ()

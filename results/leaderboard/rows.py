@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from harness.core.formulas import Floats
 from harness.core.record import Parameters, PlannedTrial, Run, TrialRecord
 from harness.core.registry import plugins_in
+from harness.core.search import ranked
 from results.leaderboard.badges import Badge
 from results.leaderboard.format import rank_text
 from results.statistics.intervals import Difference, Estimate, estimate_positive
@@ -25,8 +25,9 @@ class Candidate:
     learning_rate: float | None
     trials: tuple[PlannedTrial, ...]
     finished: tuple[TrialRecord, ...]
-    ended: int  # trials with a record, failed ones too
+    ended: int  # trials with a record, failed and pruned ones too
     validation: Estimate | None  # perplexity
+    pruned_at: int | None = None  # the epoch after which halving pruned it
 
     @property
     def validation_by_seed(self) -> dict[int, float]:
@@ -54,6 +55,7 @@ class Row:
     candidates: tuple[Candidate, ...]  # every learning rate, in the order of the plan
     chosen: Candidate  # the one that validated best; everything below is measured with it
     effort: int  # learning rates it was chosen from, including those tried before
+    halving: str  # how they were halved: "halving at epoch 1 by 2"; empty if they were not
     is_reference: bool
     metrics: dict[str, Estimate]  # test split, by metric name; a perplexity's mean over seeds is geometric
     input_use: Estimate | None  # perplexity with the wrong input / with the right one; 1 = the input is not used
@@ -126,8 +128,11 @@ def candidates_of(trials: Sequence[PlannedTrial], run: Run) -> tuple[Candidate, 
     found = []
     for rate, planned in by_rate.items():
         records = [run.records[trial.trial_id] for trial in planned if trial.trial_id in run.records]
+        # What another halving had pruned goes on when the experiment is run again.
+        records = [record for record in records if record.status != "pruned" or record.trial_id in run.out]
+        pruned = next((record.pruned.epoch for record in records if record.pruned is not None), None)
         finished = tuple(record for record in records if record.status == "finished")
-        bare = Candidate(rate, tuple(planned), finished, len(records), None)
+        bare = Candidate(rate, tuple(planned), finished, len(records), None, pruned)
         found.append(replace(bare, validation=estimate_positive(list(bare.validation_by_seed.values()))))
     return tuple(found)
 
@@ -141,18 +146,10 @@ def search_of(trials: Sequence[PlannedTrial], run: Run) -> Search:
 def choose(candidates: Sequence[Candidate]) -> Candidate:
     """The candidate with the lowest mean validation perplexity among those that finished the most seeds.
 
-    A candidate that finished fewer seeds is excluded from selection, because its mean may be over the easier seeds. For
-    the same reason the mean is over the seeds that all remaining candidates finished, if there are any. Of equal
-    candidates the first in the plan is chosen.
+    See ``harness.core.search.ranked``. Without any validation score it is the first in the plan.
     """
-    most = max(len(candidate.validation_by_seed) for candidate in candidates)
-    if most == 0:
-        return candidates[0]
-    scores = [(candidate, candidate.validation_by_seed) for candidate in candidates]
-    complete = [(candidate, by_seed) for candidate, by_seed in scores if len(by_seed) == most]
-    shared = set(complete[0][1]).intersection(*(by_seed for _, by_seed in complete))
-    means = [statistics.fmean(by_seed[seed] for seed in shared or by_seed) for _, by_seed in complete]
-    return complete[means.index(min(means))][0]
+    order = ranked([candidate.validation_by_seed for candidate in candidates])
+    return candidates[order[0] if order else 0]
 
 
 def search_effort(candidates: Sequence[Candidate]) -> int:
@@ -165,6 +162,21 @@ def search_effort(candidates: Sequence[Candidate]) -> int:
     tried = {one.learning_rate for one in candidates if one.ended and one.ended in (len(one.trials), furthest)}
     before = {rate for one in candidates for trial in one.trials for rate in trial.tried_learning_rates}
     return len(tried | before)
+
+
+def halving_of(candidates: Sequence[Candidate]) -> str:
+    """How the learning rates of a row were halved; empty if each was trained to the end.
+
+    What was planned counts, and that no more rates were trained to the end than halving keeps: a row of which more
+    were has had another search, such as one without halving before.
+    """
+    plans = dict.fromkeys(trial.halving for one in candidates for trial in one.trials)
+    if len(candidates) == 1 or list(plans) == [None]:
+        return ""
+    text = " and ".join(halving.text if halving is not None else "no halving" for halving in plans)
+    trained = sum(bool(one.finished) for one in candidates)
+    kept = max(halving.kept(len(candidates)) if halving is not None else len(candidates) for halving in plans)
+    return f"{text}, but {trained} learning rates trained to the end" if trained > kept else text
 
 
 def unended(candidates: Sequence[Candidate]) -> str:
@@ -180,10 +192,24 @@ def _search_notes(candidates: Sequence[Candidate], chosen: Candidate) -> tuple[s
     open_ = unended(candidates)
     notes = [f"{open_}: another one may still be chosen"] if open_ else []
     for one in candidates:
-        if one.ended == len(one.trials) and len(one.validation_by_seed) < len(chosen.validation_by_seed):
+        if (
+            one.pruned_at is None
+            and one.ended == len(one.trials)
+            and len(one.validation_by_seed) < len(chosen.validation_by_seed)
+        ):
             failed = f"{len(one.trials) - len(one.finished)} of {len(one.trials)} trials failed"
             notes.append(f"learning rate {one.learning_rate} was excluded from selection: {failed}")
     return tuple(notes)
+
+
+def _stopped(finished: Sequence[TrialRecord]) -> tuple[str, ...]:
+    """``stopped by patience=2 after 5 to 7 of 8 epochs``; nothing without patience, or if all epochs were trained."""
+    budget = finished[0].spec.get("budget", {}) if finished else {}
+    epochs = sorted(len(record.history) for record in finished)
+    if budget.get("patience") is None or epochs[0] == budget["epochs"]:
+        return ()
+    after = f"{epochs[0]}" if epochs[0] == epochs[-1] else f"{epochs[0]} to {epochs[-1]}"
+    return (f"stopped by patience={budget['patience']} after {after} of {budget['epochs']} epochs",)
 
 
 def make_row(search: Search, reference_method: str) -> Row:
@@ -203,6 +229,7 @@ def make_row(search: Search, reference_method: str) -> Row:
         candidates=candidates,
         chosen=chosen,
         effort=search_effort(candidates),
+        halving=halving_of(candidates),
         is_reference=first.method == reference_method,
         metrics={},
         input_use=None,
@@ -212,7 +239,7 @@ def make_row(search: Search, reference_method: str) -> Row:
         tokens_per_s=mean(lambda record: record.throughput.tokens_per_s if record.throughput else None),
         train_time_s=mean(lambda record: record.phases_s.get("train")),
         wall_time_s=mean(lambda record: record.wall_time_s),
-        notes=(*_search_notes(candidates, chosen), *([mixed] if mixed else [])),
+        notes=(*_search_notes(candidates, chosen), *_stopped(finished), *([mixed] if mixed else [])),
         mixed_versions=mixed,
     )
 

@@ -185,6 +185,11 @@ def _gaps(board: Leaderboard) -> list[str]:
     if gaps:
         parts = ", ".join(f"{count} {status}" for status, count in gaps.items())
         lines.append(f"{planned - gaps.total()} of {planned} trials finished ({parts}). Incomplete rows are marked.")
+    if board.pruned:
+        counts = Counter(one.trial.trial_id for one in board.pruned).total()
+        lines.append(
+            f"Halving pruned {counts} of {planned} trials on validation; their epochs count as effort of their rows."
+        )
     unscored = [row for row in board.rows if row.finished and row.rank is None and not row.apart]
     if unscored:
         lines.append(f"Not ranked, because the test {board.primary.label} is missing: {_names(unscored)}.")

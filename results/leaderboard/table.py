@@ -53,6 +53,7 @@ class Leaderboard:
     deltas: tuple[Delta, ...]
     failed: tuple[Unfinished, ...]
     missing: tuple[Unfinished, ...]
+    pruned: tuple[Unfinished, ...] = ()  # by halving; those that another halving had pruned are missing
     # Per-example files that could not be read: the intervals of their rows cover only seeds.
     unreadable: tuple[str, ...] = ()
     families: Mapping[str, Families] = field(default_factory=dict, repr=False, compare=False)  # by setting
@@ -131,8 +132,8 @@ def build_leaderboard(run: Run) -> Leaderboard:
             deltas += steps
             families[made[0].setting] = compared
             unreadable += resampled.unreadable
-    failed, missing = _unfinished(run)
-    return Leaderboard(run, primary, tuple(rows), tuple(deltas), failed, missing, tuple(unreadable), families)
+    failed, missing, pruned = _unfinished(run)
+    return Leaderboard(run, primary, tuple(rows), tuple(deltas), failed, missing, pruned, tuple(unreadable), families)
 
 
 def _primary(plan: Plan) -> MetricInfo:
@@ -245,8 +246,10 @@ def _deltas(rows: list[Row], plan: Plan, families: Families, resampled: Resample
     return found
 
 
-def _unfinished(run: Run) -> tuple[tuple[Unfinished, ...], tuple[Unfinished, ...]]:
-    failed, missing = [], []
+def _unfinished(run: Run) -> tuple[tuple[Unfinished, ...], tuple[Unfinished, ...], tuple[Unfinished, ...]]:
+    failed: list[Unfinished] = []
+    missing: list[Unfinished] = []
+    pruned: list[Unfinished] = []
     broken = {PurePath(message.partition(": ")[0]).parent.name: message for message in run.broken}
     for trial in run.plan.trials:
         record = run.records.get(trial.trial_id)
@@ -254,6 +257,9 @@ def _unfinished(run: Run) -> tuple[tuple[Unfinished, ...], tuple[Unfinished, ...
             failed.append(Unfinished(trial, "unreadable", broken[trial.trial_id]))
         elif record is None:
             missing.append(Unfinished(trial, "not run", None))
+        elif record.status == "pruned":
+            found = pruned if trial.trial_id in run.out else missing
+            found.append(Unfinished(trial, "pruned", record.reason))
         elif record.status != "finished":
             failed.append(Unfinished(trial, record.status, record.reason))
-    return tuple(failed), tuple(missing)
+    return tuple(failed), tuple(missing), tuple(pruned)

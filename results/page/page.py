@@ -68,7 +68,7 @@ _SECTIONS = (
     Section("efficiency", "Efficiency", "Pareto fronts, and what a point costs"),
     Section("search", "Learning rates", "how each row's was chosen"),
     Section("attention", "Attention", "what the captions attend to"),
-    Section("unfinished", "Not finished", "failed, missing and unreadable trials", True),
+    Section("unfinished", "Not finished", "failed, pruned, missing and unreadable trials", True),
     Section("provenance", "Provenance", "software, devices, and every trial"),
 )
 
@@ -104,7 +104,14 @@ def html(board: Leaderboard, folder: Path) -> str:
         "efficiency": efficiency.settings,
         "attention": attention.samples or attention.unreadable,
         "samples": gallery.samples or gallery.unreadable,
-        "unfinished": (*board.failed, *board.missing, *board.run.broken, *board.run.foreign, *board.unreadable),
+        "unfinished": (
+            *board.failed,
+            *board.missing,
+            *board.pruned,
+            *board.run.broken,
+            *board.run.foreign,
+            *board.unreadable,
+        ),
     }
     values: dict[str, Any] = {
         "text": text,

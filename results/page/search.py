@@ -28,7 +28,9 @@ def search_lines(board: Leaderboard) -> list[SearchLine]:
     """Every learning rate of every row, those declared as tried before last; empty if no row had a choice."""
     if not any(len(row.candidates) > 1 or _declared(row) for row in board.rows):
         return []
-    statuses = {one.trial.trial_id: one.status.replace("_", " ") for one in (*board.failed, *board.missing)}
+    statuses = {
+        one.trial.trial_id: one.status.replace("_", " ") for one in (*board.failed, *board.missing, *board.pruned)
+    }
     return [line for row in board.rows for line in _row_lines(row, statuses)]
 
 
@@ -38,6 +40,7 @@ def _row_lines(row: Row, statuses: Mapping[str, str]) -> list[SearchLine]:
     for candidate in row.candidates:
         unfinished = Counter(statuses[trial.trial_id] for trial in candidate.trials if trial.trial_id in statuses)
         outcome = ", ".join(f"{count} {status}" for status, count in unfinished.items())
+        outcome += f" at epoch {candidate.pruned_at}" if candidate.pruned_at is not None else ""
         lines.append(
             SearchLine(
                 row,

@@ -225,11 +225,11 @@ def test_an_unset_variable_is_named(experiment_file: Write, monkeypatch: pytest.
 METHODS_LINE = "bitfit, bottleneck, dora, full, ia3, llava, ln_tuning, lora, mmca, moka, none, peft, soft_prompt, vera"
 TASKS_LINE = "audio_captions, coco_captions, mixture, scenes, speech, text, trends, vqa"
 WRONG = {
-    "unknown key at top level": (ONE + "budgte: {examples: 3}\n", 4, "budgte", "unknown key 'budgte'; allowed: adapters, backbone, budget, eval, name, optimizer, plugins, resources, seeds, task, tracking; did you mean 'budget'?"),
-    "unknown key in a section": (ONE + "budget:\n  epochs: 1\n  exampels: 3\n", 6, "budget.exampels", "unknown key 'exampels'; allowed: epochs, examples, max_input_length, max_target_length, references; did you mean 'examples'?"),
-    "unknown key in an adapter": ("task: scenes\nadapters:\n  - {method: none}\n  - method: lora\n    rnak: 4\n" + RATE, 5, "adapters[1].rnak", "unknown key 'rnak'; allowed: alpha, dropout, grouping, init_from, init_lora_weights, learning_rate, method, rank, tried_learning_rates, use_rslora, where; did you mean 'rank'?"),
+    "unknown key at top level": (ONE + "budgte: {examples: 3}\n", 4, "budgte", "unknown key 'budgte'; allowed: adapters, backbone, budget, eval, name, optimizer, plugins, resources, search, seeds, task, tracking; did you mean 'budget'?"),
+    "unknown key in a section": (ONE + "budget:\n  epochs: 1\n  exampels: 3\n", 6, "budget.exampels", "unknown key 'exampels'; allowed: epochs, examples, max_input_length, max_target_length, patience, references; did you mean 'examples'?"),
+    "unknown key in an adapter": ("task: scenes\nadapters:\n  - {method: none}\n  - method: lora\n    rnak: 4\n" + RATE, 5, "adapters[1].rnak", "unknown key 'rnak'; allowed: alpha, dropout, grouping, init_from, init_lora_weights, learning_rate, method, rank, search, tried_learning_rates, use_rslora, where; did you mean 'rank'?"),
     "unknown key in the task": ("task:\n  name: scenes\n  data_sed: 1\nadapters: [{method: none}]\n", 3, "task.data_sed", "unknown key 'data_sed'; allowed: data_seed, test_examples, train_examples, validation_examples; did you mean 'data_seed'?"),
-    "option of another method": (adapters("{method: bitfit, rank: 4}"), 2, "adapters[0].rank", "unknown key 'rank'; allowed: grouping, init_from, learning_rate, method, tried_learning_rates, where"),
+    "option of another method": (adapters("{method: bitfit, rank: 4}"), 2, "adapters[0].rank", "unknown key 'rank'; allowed: grouping, init_from, learning_rate, method, search, tried_learning_rates, where"),
     "key given twice": (ONE + "seeds: [0]\nseeds: [1]\n", 5, "seeds", "duplicate key"),
     "key given twice in an adapter": (adapters("{method: lora, rank: 4, rank: 8}"), 2, "adapters[0].rank", "duplicate key"),
     "unknown adapter": (adapters("{method: none}, {method: lroa}"), 2, "adapters[1].method", "unknown adapter 'lroa'; allowed: " + METHODS_LINE + "; did you mean 'lora'?"),
@@ -271,7 +271,7 @@ WRONG = {
     "a tried rate of 0": (adapters("{method: none, tried_learning_rates: [1e-3, 0]}"), 2, "adapters[0].tried_learning_rates[1]", "greater than 0; found 0"),
     "a tried rate that is a list": (adapters("{method: none, tried_learning_rates: [[1e-3]]}"), 2, "adapters[0].tried_learning_rates[0]", "input should be a valid number; found [0.001]"),
     "a tried rate that is a word": (adapters("{method: none, tried_learning_rates: [low]}"), 2, "adapters[0].tried_learning_rates[0]", "input should be a valid number; found 'low'"),
-    "a key nearly of tried rates": (adapters("{method: none, tried_learning_rate: [1e-3]}"), 2, "adapters[0].tried_learning_rate", "unknown key 'tried_learning_rate'; allowed: grouping, init_from, learning_rate, method, tried_learning_rates; did you mean 'tried_learning_rates'?"),
+    "a key nearly of tried rates": (adapters("{method: none, tried_learning_rate: [1e-3]}"), 2, "adapters[0].tried_learning_rate", "unknown key 'tried_learning_rate'; allowed: grouping, init_from, learning_rate, method, search, tried_learning_rates; did you mean 'tried_learning_rates'?"),
     "alpha inf": (adapters("{method: lora, alpha: .inf}"), 2, "adapters[0].alpha", "found inf"),
     "missing learning rate": ("task: scenes\nadapters: [{method: none, learning_rate: 1e-3}, {method: lora}, {method: full}]\n", 1, "optimizer.learning_rate", "no learning rate for LoRA r=8, full fine-tuning; set optimizer.learning_rate, or learning_rate in the adapter"),
     "unknown grouping": (adapters("{method: lora, grouping: specfic}"), 2, "adapters[0].grouping", "found 'specfic'; allowed: agnostic, specific; did you mean 'specific'?"),

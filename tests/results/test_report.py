@@ -145,7 +145,7 @@ def test_failures_broken_and_foreign_records_are_named(run: Path) -> None:
     assert (
         f'Per-example scores that could not be read: 1</h3>\n<ul class="small"><li>{plan.trials[2].trial_id}: ' in text
     )
-    assert "Failed, pruned, cancelled or unreadable: 2" in text
+    assert "Failed, cancelled or unreadable: 2" in text
     assert "Not run" not in text
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -53,9 +53,13 @@ class Recorder:
         self.warnings: tuple[str, ...] = ()
         self.logged: list[tuple[int, dict[str, float]]] = []
         self.finished: list[TrialRecord] = []
+        self.pauses = 0
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         self.logged.append((step, dict(values)))
+
+    def pause(self) -> None:
+        self.pauses += 1
 
     def finish(self, record: TrialRecord, folder: Path) -> None:
         assert (folder / "record.json").exists() == (record.status != "cancelled")
@@ -93,9 +97,10 @@ def run(
     folder: Path,
     report: Callable[[Progress], None] = lambda _: None,
     tracker: Any = None,
+    rungs: Collection[int] = (),
     **resources: Any,
 ) -> TrialRecord:
-    return run_trial(spec, "unit", folder, Resources(**resources), tracker or Recorder(), report)
+    return run_trial(spec, "unit", folder, Resources(**resources), tracker or Recorder(), report, rungs)
 
 
 def examples_of(folder: Path, record: TrialRecord) -> pd.DataFrame:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from harness.sweep.scheduler import KeepStartingWorkers
+from harness.sweep.scheduler import HalveRows, KeepStartingWorkers
 
 
 def controller(*trials: Any, starting: tuple[str, ...] = (), resetting: tuple[str, ...] = ()) -> Any:
@@ -75,3 +75,83 @@ def test_the_installed_tune_has_what_the_choice_reads() -> None:
     assert callable(RayActorManager.is_actor_started)
     assert {"_resetting_trials", "_trial_task_failure"} <= set(TuneController._schedule_trial_reset.__code__.co_names)
     assert "_trial_task_failure" in TuneController._actor_failed.__code__.co_names
+
+
+class Rows:
+    """Rows whose decision is made by the test."""
+
+    def __init__(self) -> None:
+        self.decisions: dict[str, bool | None] = {}
+        self.calls: list[str] = []
+
+    def update(self, trial_id: str) -> None:
+        self.calls.append(f"update {trial_id}")
+
+    def goes_on(self, trial_id: str, epoch: int) -> bool | None:
+        return self.decisions.get(trial_id)
+
+    def prune(self, trial_id: str) -> None:
+        self.calls.append(f"prune {trial_id}")
+
+
+def halved(*trials: Any) -> tuple[Rows, HalveRows, Any]:
+    """The scheduler with a controller that does what it is told at once."""
+    rows, known = Rows(), controller(*trials)
+    for trial in trials:
+        trial.config = {"trial": {"trial_id": trial.trial_id}}
+    known._search_alg = SimpleNamespace(on_trial_complete=lambda _: None)
+    known._set_trial_status = lambda trial, status: setattr(trial, "status", status)
+    known.stop_trial = lambda trial: setattr(trial, "status", "TERMINATED")
+    return rows, HalveRows(rows), known  # type: ignore[arg-type]
+
+
+def test_a_trial_at_a_rung_pauses_until_its_row_is_decided() -> None:
+    first, second, third = waiting("a", "b", "c")
+    rows, scheduler, known = halved(first, second, third)
+    assert scheduler.on_trial_result(known, first, {"phase": "train"}) == "CONTINUE"
+    assert scheduler.on_trial_result(known, first, {"rung": 1}) == "PAUSE"
+    first.status = "RUNNING"  # Tune still saves it
+    rows.decisions = {"a": True, "b": False, "c": True}
+    assert scheduler.on_trial_result(known, second, {"rung": 1}) == "STOP"
+    assert scheduler.on_trial_result(known, third, {"rung": 1}) == "CONTINUE", "the last one need not pause"
+    assert rows.calls == ["update a", "update b", "prune b", "update c"]
+    second.status, third.status = "TERMINATED", "RUNNING"
+    assert scheduler.choose_trial_to_run(known) is None, "not before it has paused"
+    first.status = "PAUSED"
+    assert scheduler.choose_trial_to_run(known) is first
+    assert first.status == "PENDING"
+
+
+def test_a_paused_trial_that_is_pruned_ends_and_frees_its_place_among_those_that_may_run() -> None:
+    first, second = waiting("a", "b")
+    rows, scheduler, known = halved(first, second)
+    freed: list[str] = []
+    known._search_alg = SimpleNamespace(on_trial_complete=freed.append)
+    scheduler.on_trial_result(known, first, {"rung": 1})
+    first.status = "PAUSED"
+    assert scheduler.choose_trial_to_run(known) is second
+    assert (first.status, freed) == ("PAUSED", ["a"])
+    rows.decisions = {"a": False}
+    assert scheduler.choose_trial_to_run(known) is second
+    assert (first.status, rows.calls[-1]) == ("TERMINATED", "prune a")
+
+
+def test_a_trial_that_failed_for_good_is_read_when_its_record_is_written() -> None:
+    first, second = waiting("a", "b")
+    rows, scheduler, known = halved(first, second)
+    scheduler.on_trial_error(known, first)
+    scheduler.on_trial_error(known, second)
+    first.status, second.status = "ERROR", "PENDING"  # the second is tried again
+    assert scheduler.choose_trial_to_run(known) is second
+    assert rows.calls == ["update a"]
+    scheduler.on_trial_complete(known, second, {})
+    assert rows.calls == ["update a", "update b"]
+
+
+def test_the_installed_tune_has_what_pausing_needs() -> None:
+    from ray.tune.execution.tune_controller import TuneController
+    from ray.tune.search.basic_variant import BasicVariantGenerator
+
+    assert "_search_alg" in TuneController.__init__.__code__.co_names
+    assert callable(TuneController._set_trial_status)
+    assert "_live_trials" in BasicVariantGenerator.on_trial_complete.__code__.co_names

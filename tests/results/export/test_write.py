@@ -190,7 +190,7 @@ def test_latex_has_the_best_mean_of_the_ranked_rows_in_bold(board: Leaderboard, 
 def test_json_is_read_back_and_agrees_with_the_records(board: Leaderboard, files: dict[str, Path]) -> None:
     found = read_published(files["leaderboard.json"])
     records = board.run.records
-    assert (found.schema_version, found.primary_metric, found.reference_method) == (2, "cider", "full")
+    assert (found.schema_version, found.primary_metric, found.reference_method) == (3, "cider", "full")
     assert found.created_from.experiments == ("synthetic",)
     assert found.created_from.run_folders == (board.run.folder.name,)
     assert found.created_from.git_revisions == ("0123456789abcdef",)

@@ -131,7 +131,15 @@ def noisy(rng: np.random.Generator, rows: int = 6, seeds: int = 5) -> PublishedL
     made = [
         absent
         | {"setting": "", "label": str(row), "method": "x", "grouping": "", "is_reference": False, "apart": []}
-        | {"effort": 1, "candidates": [], "seeds_finished": 5, "seeds_planned": 5, "trial_ids": {}, "data": data}
+        | {
+            "effort": 1,
+            "halving": "",
+            "candidates": [],
+            "seeds_finished": 5,
+            "seeds_planned": 5,
+            "trial_ids": {},
+            "data": data,
+        }
         | {"differences": {}, "notes": [], "badges": []}
         | {"metrics": {"m": score | {"by_seed": {seed: rng.normal() for seed in range(seeds)}}}}
         for row in range(rows)
