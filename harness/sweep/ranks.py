@@ -25,7 +25,7 @@ from harness.sweep.placement import Amounts
 from harness.sweep.ray_library import ray, tune
 from harness.sweep.rungs import run_to_end
 from harness.trial.log import LOG, log_to
-from harness.trial.outcome import Outcome
+from harness.trial.outcome import Outcome, conclude
 
 GRACE_S = 10.0  # after one worker has failed, the others are heard for so long
 _CONCLUDE_S = 60.0  # for rank 0 to write a record
@@ -334,8 +334,6 @@ class Rank:
 
     def conclude(self, job: Job, record: TrialRecord, others: Sequence[str]) -> None:
         """Write the record of a trial that failed, and log the tracebacks of other ranks."""
-        from harness.trial.trial import conclude
-
         run = Path(job.run)
         with log_to(run / "trials" / record.trial_id / LOG) as logger:
             for lines in others:

@@ -1,10 +1,19 @@
-"""How a trial ended in one of its workers; without torch, for the process that only waits for them."""
+"""How a trial ended, and its record; without torch, for the process that only waits for its workers."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from harness.core.record import Status, TrialRecord
+from harness.core.files import write_atomically
+from harness.core.record import Status, TrialRecord, paused_path, write_record
+
+if TYPE_CHECKING:
+    from harness.tracking.grid import Tracker
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,3 +31,18 @@ class Outcome:
     def failed(self) -> bool:
         """Whether an error ended it."""
         return bool(self.traceback)
+
+
+def conclude(record: TrialRecord, run: Path, tracker: Tracker) -> None:
+    """Write the record of a trial that has ended, and end its tracking; of one that waits, ``paused.json``."""
+    for warning in record.warnings:
+        logger.warning("%s", warning)
+    waits = paused_path(run, record.trial_id)
+    if record.status == "paused":
+        logger.info("paused: %s", record.reason)
+        tracker.pause()
+        write_atomically(waits, record.model_dump_json(indent=1) + "\n")
+    else:
+        write_record(run, record)
+        waits.unlink(missing_ok=True)
+        tracker.finish(record, run / "trials" / record.trial_id)

@@ -71,6 +71,19 @@ class Stages:
         self.total_steps = self.ends[-1]
         self._open = False
 
+    def stops_after(self, epochs: int, best: int | None) -> bool:
+        """Whether training stops before its last epoch, because ``budget.patience`` is over.
+
+        Args:
+            epochs: that have been trained.
+            best: the epoch that validated best.
+        """
+        patience = self.spec.budget.patience
+        if patience is None or best is None:
+            return False
+        before_last_stage = sum(stage.epochs for stage in self.stages[:-1])
+        return epochs - max(best, before_last_stage) >= patience
+
     def start(self, step: int = 0) -> None:
         """Create the engine of the stage that contains this optimizer step of the trial, or that ends with it."""
         self._start(next(number for number, end in enumerate(self.ends) if step <= end))

@@ -23,7 +23,7 @@ import torch
 
 from harness.core.files import write_atomically
 from harness.core.origin import describe, during
-from harness.core.record import Data, Epoch, Status, TrialRecord, paused_path, write_record
+from harness.core.record import Data, Epoch, Status, TrialRecord
 from harness.core.registry import plugins_in
 from harness.core.revisions import git_revision
 from harness.experiment.plan import TrialSpec
@@ -39,6 +39,7 @@ from harness.trial.answers import answers_of
 from harness.trial.engine import PARTITIONED_STAGE, prepare_process
 from harness.trial.evaluate import Evaluator, mismatched
 from harness.trial.log import LOG, log_to
+from harness.trial.outcome import conclude
 from harness.trial.previews import write_previews
 from harness.trial.scores import perplexities, score_members, write_examples
 from harness.trial.stages import Stages
@@ -126,7 +127,8 @@ def make_attempt(
     started, clock = datetime.now(UTC), time.monotonic()
     plugins = plugins_in(spec.model_dump(mode="json"))
     status: Status = "finished"
-    reason, problem = None, None
+    reason = None
+    problem: Exception | None = None
     trial = Trial(spec, folder, resources, tracker, report, workers, rungs)
     try:
         trial.run()
@@ -158,21 +160,6 @@ def make_attempt(
         **trial.measured,
     )
     return Attempt(record, problem)
-
-
-def conclude(record: TrialRecord, run: Path, tracker: Tracker) -> None:
-    """Write the record of a trial that has ended, and end its tracking; of one that waits, ``paused.json``."""
-    for warning in record.warnings:
-        logger.warning("%s", warning)
-    waits = paused_path(run, record.trial_id)
-    if record.status == "paused":
-        logger.info("paused: %s", record.reason)
-        tracker.pause()
-        write_atomically(waits, record.model_dump_json(indent=1) + "\n")
-    else:
-        write_record(run, record)
-        waits.unlink(missing_ok=True)
-        tracker.finish(record, run / "trials" / record.trial_id)
 
 
 @dataclass
@@ -277,7 +264,7 @@ class Trial:
     def _train(self) -> None:
         """Train until the last epoch, until validation improves no more, or until the next rung."""
         while (done := len(self.state.history)) < self.spec.budget.epochs:
-            if self._stopped_improving:
+            if self.stages.stops_after(done, self.state.best_epoch):
                 logger.info("stopped: no better validation perplexity for %d epochs", self.spec.budget.patience)
                 self.total_steps = self.state.step
                 return
@@ -289,15 +276,6 @@ class Trial:
                 self.paused = True
                 return
             self._epoch(done + 1)
-
-    @property
-    def _stopped_improving(self) -> bool:
-        """Whether ``budget.patience`` is over; a recipe of several stages is not stopped before its last one."""
-        patience, best = self.spec.budget.patience, self.state.best_epoch
-        if patience is None or best is None:
-            return False
-        before_last_stage = sum(stage.epochs for stage in self.stages.stages[:-1])
-        return len(self.state.history) - max(best, before_last_stage) >= patience
 
     def _epoch(self, epoch: int) -> None:
         train_loss = self._train_epoch(epoch)

@@ -17,8 +17,8 @@ from harness.experiment.sections import Resources
 from harness.model.workers import joined
 from harness.tracking.grid import Tracker
 from harness.trial.log import LOG, log_to
-from harness.trial.outcome import Outcome
-from harness.trial.trial import Report, conclude, make_attempt
+from harness.trial.outcome import Outcome, conclude
+from harness.trial.trial import Report, make_attempt
 
 # How gloo and NCCL say that they lost another process.
 _LOST = re.compile(

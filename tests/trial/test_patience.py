@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from adapters.base import Stage
 from harness.core.record import Epoch
 from harness.experiment.sections import Budget, Resources
+from harness.trial.stages import Stages
 from harness.trial.trial import Trial
 from tests.support.trials import LORA, Recorder, run, spec_of
 
 
 def epochs_trained(folder: Path, perplexities: list[float], patience: int, stages: tuple[int, ...] = (6,)) -> int:
     """How many epochs a trial trains whose validation gives these perplexities."""
-    trial = Trial(
-        spec_of(folder, budget={"examples": 8, "epochs": 6, "patience": patience}),
-        folder,
-        Resources(),
-        Recorder(),
-        print,
-    )
-    trial.stages = SimpleNamespace(stages=[SimpleNamespace(epochs=count) for count in stages])  # type: ignore[assignment]
+    spec = spec_of(folder, budget={"examples": 8, "epochs": 6, "patience": patience})
+    trial = Trial(spec, folder, Resources(), Recorder(), print)
+    trial.stages = Stages.__new__(Stages)  # without a model
+    trial.stages.spec, trial.stages.stages = spec, [Stage(count, True) for count in stages]
 
     def epoch(number: int) -> None:
         value = perplexities[number - 1]
