@@ -147,5 +147,5 @@ def read_decisions(run: Path) -> tuple[Decision, ...]:
     """
     try:
         return read_strictly(Decisions, run / DECISIONS, "the decisions of halving").decisions
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ()

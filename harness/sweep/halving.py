@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from harness.core.errors import UserError
 from harness.core.files import write_atomically
 from harness.core.record import PlannedTrial, Pruned, TrialRecord, paused_path, read_record, record_path, write_record
 from harness.core.search import DECISIONS, AtRung, Decision, Decisions, Halving, ranked, read_decisions
@@ -50,11 +51,17 @@ class HalvedRows:
     Args:
         run: the run folder.
         trials: of the plan.
+
+    Raises:
+        UserError: ``halving.json`` cannot be read.
     """
 
     def __init__(self, run: Path, trials: Iterable[PlannedTrial]) -> None:
         self.run = run
-        stored = read_decisions(run)
+        try:
+            stored = read_decisions(run)
+        except ValueError as error:
+            raise UserError(f"{error}; without the file, halving is decided anew from the trials' records") from None
         self._rows: dict[str, _Row] = {}  # by trial id
         self._trials: dict[str, PlannedTrial] = {}
         self._history: dict[str, tuple[float, ...]] = {}  # validation perplexities of a trial that has paused or ended

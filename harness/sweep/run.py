@@ -210,17 +210,8 @@ def run_experiment(
     cluster = load_profile(profile)
     experiment = experiment if isinstance(experiment, Experiment) else Experiment.from_yaml(experiment)
     output = output or cluster.storage or "runs"
-    if is_url(output) and experiment.resources.workers > 1:
-        raise UserError(
-            f"{experiment.top / 'resources' / 'workers'}: found {experiment.resources.workers}, with a run folder at a "
-            "URL; allowed: 1, or a run folder on a file system that all nodes share, because the workers of a trial "
-            "write its checkpoints together"
-        )
-    if is_url(output) and experiment.halving is not None:
-        raise UserError(
-            f"{experiment.top / 'search' / 'halving'}: found with a run folder at a URL; allowed: one on a "
-            "file system that all nodes share, because trials wait there for one another"
-        )
+    if is_url(output):
+        _check_shared(experiment)
     prepared = prepare(experiment, output, fresh)
     folder = prepared.folder
     preflight.check_shell()
@@ -256,6 +247,25 @@ def run_experiment(
         problem = close_grid(grid, not prepared.unfinished(), list(report.all), report.board)
         _push_all(prepared, console)
     return Results((folder,), report.html, problem, grid.trials_link, stopping.reason, known_board=report.board)
+
+
+def _check_shared(experiment: Experiment) -> None:
+    """Check that nothing in an experiment needs a run folder on a shared file system.
+
+    Raises:
+        UserError: something does.
+    """
+    if experiment.resources.workers > 1:
+        raise UserError(
+            f"{experiment.top / 'resources' / 'workers'}: found {experiment.resources.workers}, with a run folder at a "
+            "URL; allowed: 1, or a run folder on a file system that all nodes share, because the workers of a trial "
+            "write its checkpoints together"
+        )
+    if experiment.halving is not None:
+        raise UserError(
+            f"{experiment.top / 'search' / 'halving'}: found with a run folder at a URL; allowed: one on a "
+            "file system that all nodes share, because trials wait there for one another"
+        )
 
 
 def _push_all(prepared: Prepared, console: Console) -> None:

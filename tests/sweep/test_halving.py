@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.core.errors import UserError
 from harness.core.record import (
     Epoch,
     PlannedTrial,
@@ -177,6 +178,12 @@ def test_more_seeds_or_another_halving_are_decided_anew(tmp_path: Path) -> None:
     rows = HalvedRows(tmp_path, plan(seeds=(0, 1)))
     rows.read()
     assert not any(rows.is_out(trial.trial_id) for trial in trials)
+
+
+def test_decisions_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / "halving.json").write_text("{}x")
+    with pytest.raises(UserError, match=r"halving\.json: .*without the file, halving is decided anew"):
+        HalvedRows(tmp_path, plan())
 
 
 def test_rows_do_not_depend_on_one_another_and_a_row_without_a_search_has_no_rungs(tmp_path: Path) -> None:
