@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One thread for each worker: with more, workers wait for one another's threads. Read when torch is imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Collecting imports torch, transformers and all tests: a million objects, none of which becomes garbage. The collector
+# looks at them again and again while they are made, for a quarter of the time, and in each trial's full collection.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

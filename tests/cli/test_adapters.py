@@ -18,8 +18,8 @@ from adapters.base import AdapterMethod, Config
 from adapters.registry import ADAPTERS
 from harness.cli import app
 from harness.cli.plugins import Option, options_of
-from harness.core import registry
 from tests.support.cli import Harness, Outcome, assert_refused, caller
+from tests.support.installed import replace_entry_points
 
 TINY = ("--model", "builtin/tiny-llama")
 
@@ -212,7 +212,7 @@ def _broken_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
         "stranger": "pathlib:Path",
     }
     points = [Installed(name, target, "harness.adapters") for name, target in targets.items()]
-    monkeypatch.setattr(registry, "entry_points", lambda group: [p for p in points if p.group == group])
+    replace_entry_points(monkeypatch, lambda group: [p for p in points if p.group == group])
 
 
 BROKEN = {

@@ -28,6 +28,7 @@ from tasks.base import Split, Task
 from tasks.scenes import Scenes
 from tasks.trends import Trends
 from tests.support.adapters import disturb, embeds
+from tests.support.installed import replace_entry_points
 from tests.support.models import tiny_llama
 
 METHOD = "from adapters.methods.lora import LoRA\n\n\nclass Mine(LoRA):\n    '''A method of one's own.'''\n{}"
@@ -41,8 +42,8 @@ class Package:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.points, self.version = folder, [], "1.0"  # type: ignore[var-annotated]
         known = registry.entry_points
-        monkeypatch.setattr(
-            registry, "entry_points", lambda group: [*known(group=group), *(p for p in self.points if p.group == group)]
+        replace_entry_points(
+            monkeypatch, lambda group: [*known(group=group), *(p for p in self.points if p.group == group)]
         )
         monkeypatch.syspath_prepend(folder)
 

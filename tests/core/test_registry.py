@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 from adapters.registry import ADAPTERS
-from harness.core import registry
 from harness.core.errors import UserError, did_you_mean
 from harness.core.registry import Entry, Registry
 from tasks.registry import METRICS, MODALITIES, TASKS
+from tests.support.installed import replace_entry_points
 
 pytestmark = pytest.mark.quick
 
@@ -31,7 +31,7 @@ class Installed(EntryPoint):
 def installed(monkeypatch: pytest.MonkeyPatch) -> list[EntryPoint]:
     """What ``entry_points`` finds."""
     points: list[EntryPoint] = []
-    monkeypatch.setattr(registry, "entry_points", lambda group: [p for p in points if p.group == group])
+    replace_entry_points(monkeypatch, lambda group: [p for p in points if p.group == group])
     return points
 
 
