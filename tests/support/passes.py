@@ -5,28 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from tests.support.adapted import LORA, ROWS_BT
+from tests.support.adapted import ROWS_BT, each_spec
 from tests.support.adapters import embeds
 
 OTHER_BT = ROWS_BT.flip(1)
 PADDED_BT = torch.ones(3, 11, dtype=torch.long).index_fill(1, torch.tensor([10]), 0)
-SPECS: dict[str, dict[str, Any]] = {
-    "lora": LORA,
-    "dora": {"method": "dora", "rank": 3},
-    "vera": {"method": "vera", "rank": 5},
-    "bitfit": {"method": "bitfit"},
-    "ia3": {"method": "ia3"},
-    "ln_tuning": {"method": "ln_tuning"},
-    "bottleneck": {"method": "bottleneck", "bottleneck_size": 4},
-    "moka": {"method": "moka", "rank": 3},
-    "soft_prompt": {"method": "soft_prompt+bitfit", "num_virtual_tokens": 2},
-    "mmca": {"method": "mmca+lora", "rank": 3},
-}
-each_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+METHODS = (
+    "lora", "dora", "vera", "bitfit", "ia3", "ln_tuning", "bottleneck", "moka", "soft_prompt+bitfit", "mmca+lora",
+)  # fmt: skip
+each_method = each_spec(*METHODS)
 
 
 def loss(adapted: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from tests.support.adapted import LORA, adapted_model, logits
+from tests.support.adapted import SPECS, adapted_model, logits
 from tests.support.adapters import embeds
 from tests.support.models import tiny_llama
+from tests.support.tiers import some_fast
 
-SPECS: dict[str, dict[str, Any]] = {
-    "lora": LORA,
-    "many columns": {"method": "lora", "rank": 16},
-    "dora": {"method": "dora", "rank": 3},
-    "vera": {"method": "vera", "rank": 5},
-    "bitfit": {"method": "bitfit"},
-    "ia3": {"method": "ia3"},
-    "ln_tuning": {"method": "ln_tuning"},
-    "bottleneck": {"method": "bottleneck", "bottleneck_size": 4},
-}
+NAMES = ("lora", "lora, many columns", "dora", "vera", "bitfit", "ia3", "ln_tuning", "bottleneck")
+# The others choose by the layout in the same code: low rank, a row of a table for each token, a block for each group.
+FAST = ("lora", "bitfit", "bottleneck")
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@some_fast("spec", {name: SPECS[name] for name in NAMES}, slow=set(NAMES) - set(FAST))
 def test_layouts_of_one_shape_share_a_graph(spec: Any) -> None:
     torch._dynamo.reset()
     model = tiny_llama()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 import harness
-from tests.support.adapted import IMAGE, TEXT, adapted_model
+from tests.support.adapted import IMAGE, SPECS, TEXT, adapted_model
 from tests.support.models import tiny_llama
-from tests.support.passes import SPECS
+from tests.support.passes import METHODS
 
-SPECS_HERE = {**SPECS, "full": {"method": "full"}, "combination": {"method": "lora+ia3", "rank": 2}}
+MORE = {"full": {"method": "full"}, "combination": {"method": "lora+ia3", "rank": 2}}
+SPECS_HERE = {**{name: SPECS[name] for name in METHODS}, **MORE}
 IDS_BT = torch.tensor([[TEXT] + [IMAGE] * 3 + [TEXT] * 4, [TEXT] * 8])  # only the first row has an image
 TOKENS_BT = torch.randint(64, (2, 8), generator=torch.Generator().manual_seed(4))
 STEPS = 2  # DDP reports parameters without a gradient in the next step
@@ -48,17 +49,19 @@ def gradients(model: Any) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def expected(name: str) -> dict[str, Tensor]:
-    model = make(name)
-    step(model, slice(0, 2))
-    return gradients(model)
-
-
-def assert_halves(found: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
-    assert found.keys() == whole.keys()
-    assert any(grad.abs().max() > 0 for grad in whole.values())
-    for name, grad in whole.items():
-        torch.testing.assert_close(2 * found[name], grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+def assert_halves(folder: Path, names: Iterable[str]) -> None:
+    """What both processes kept, as ``NAME-RANK.pt``, against the gradients of one process on both batches."""
+    for name in names:
+        step(one := make(name), slice(0, 2))
+        whole = gradients(one)
+        assert any(grad.abs().max() > 0 for grad in whole.values())
+        for rank in range(2):
+            found = torch.load(folder / f"{name}-{rank}.pt")
+            assert found.keys() == whole.keys()
+            for key, grad in whole.items():
+                torch.testing.assert_close(
+                    2 * found[key], grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=f"{name}: {key}": f"{n}: {m}"
+                )
 
 
 def spawn(work: Callable[..., None], *args: Any) -> None:
@@ -105,22 +108,23 @@ def test_no_parameter_is_unused_in_a_batch_without_images(name: str, alone: None
 def _ddp(rank: int, folder: Path) -> None:
     distributed.init_process_group("gloo")
     for name in SPECS_HERE:
-        for checkpointing in (False, True):
+        for how, checkpointing in (("plain", False), ("checkpointing", True)):
             model = DistributedDataParallel(make(name, checkpointing))
             for _ in range(STEPS):
                 model.zero_grad()
                 step(model, slice(rank, rank + 1))
-            torch.save(gradients(model.module), folder / f"{name}-{checkpointing}-{rank}.pt")
+            torch.save(gradients(model.module), folder / how / f"{name}-{rank}.pt")
     distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_ddp_has_the_gradients_of_one_process(tmp_path: Path) -> None:
+    folders = [tmp_path / how for how in ("plain", "checkpointing")]
+    for folder in folders:
+        folder.mkdir()
     spawn(_ddp, tmp_path)
-    for name in SPECS_HERE:
-        for checkpointing in (False, True):
-            for rank in range(2):
-                assert_halves(torch.load(tmp_path / f"{name}-{checkpointing}-{rank}.pt"), expected(name))
+    for folder in folders:
+        assert_halves(folder, SPECS_HERE)
 
 
 # ── FSDP
@@ -147,9 +151,7 @@ def _fsdp(rank: int, folder: Path) -> None:
 @pytest.mark.slow
 def test_fsdp_has_the_gradients_of_one_process(tmp_path: Path) -> None:
     spawn(_fsdp, tmp_path)
-    for name in ("lora", "moka", "full"):
-        for rank in range(2):
-            assert_halves(torch.load(tmp_path / f"{name}-{rank}.pt"), expected(name))
+    assert_halves(tmp_path, ("lora", "moka", "full"))
 
 
 # ── accelerate
@@ -157,7 +159,7 @@ def test_fsdp_has_the_gradients_of_one_process(tmp_path: Path) -> None:
 
 def _accelerate(rank: int, folder: Path) -> None:
     accelerator = Accelerator(cpu=True)
-    for name in ("lora", "moka", "soft_prompt"):
+    for name in ("lora", "moka", "soft_prompt+bitfit"):
         plain = make(name)
         model, optimizer = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), lr=0.0))
         for _ in range(STEPS):
@@ -180,9 +182,7 @@ def _accelerate(rank: int, folder: Path) -> None:
 @pytest.mark.slow
 def test_accelerate_has_the_gradients_of_one_process(tmp_path: Path) -> None:
     spawn(_accelerate, tmp_path)
-    for name in ("lora", "moka", "soft_prompt"):
-        for rank in range(2):
-            assert_halves(torch.load(tmp_path / f"{name}-{rank}.pt"), expected(name))
+    assert_halves(tmp_path, ("lora", "moka", "soft_prompt+bitfit"))
 
 
 # ── Trainer

@@ -19,28 +19,22 @@ from adapters.attach import Adapters
 from adapters.base import AdapterMethod, ModelChange
 from adapters.placement.router import Router
 from harness.core.errors import UserError
-from tests.support.adapted import IDS_T, LORA, ROWS_BT, adapted_model, logits, traces
+from tests.support.adapted import IDS_T, LORA, ROWS_BT, SPECS, adapted_model, logits, traces
 from tests.support.adapters import disturb, embeds
 from tests.support.models import tiny_llama
+from tests.support.tiers import some_fast
 
 PEFT = {"method": "peft", "config": {"peft_type": "LORA", "r": 3, "lora_dropout": 0.5}}
-SPECS: dict[str, tuple[dict[str, Any], str]] = {
-    "lora": (LORA, "specific"),
-    "pissa": ({"method": "lora", "rank": 3, "init_lora_weights": "pissa"}, "specific"),
-    "dora": ({"method": "dora", "rank": 3}, "specific"),
-    "vera": ({"method": "vera", "rank": 5}, "specific"),
-    "bitfit": ({"method": "bitfit"}, "specific"),
-    "ia3": ({"method": "ia3"}, "specific"),
-    "ln_tuning": ({"method": "ln_tuning"}, "specific"),
-    "bottleneck": ({"method": "bottleneck", "bottleneck_size": 4, "non_linearity": "gelu"}, "specific"),
-    "moka": ({"method": "moka", "rank": 3}, "specific"),
-    "soft_prompt": ({"method": "soft_prompt", "num_virtual_tokens": 2}, "specific"),
+SHARED = ("lora", "pissa", "dora", "vera", "bitfit", "ia3", "ln_tuning", "moka", "soft_prompt")
+CASES: dict[str, tuple[dict[str, Any], str]] = {
+    **{name: (SPECS[name], "specific") for name in SHARED},
+    "bottleneck": ({**SPECS["bottleneck"], "non_linearity": "gelu"}, "specific"),
     "combination": ({"method": "lora+bitfit", "rank": 3}, "specific"),
     "mmca": ({"method": "mmca"}, "agnostic"),
     "peft": (PEFT, "agnostic"),
     "full": ({"method": "full"}, "agnostic"),
 }
-each_spec = pytest.mark.parametrize(("spec", "grouping"), SPECS.values(), ids=SPECS)
+each_case = pytest.mark.parametrize(("spec", "grouping"), CASES.values(), ids=CASES)
 
 
 def saved(model: Any) -> Any:
@@ -53,9 +47,14 @@ def saved(model: Any) -> Any:
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model)), "torch.save": saved}
 
 
-@pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
-@each_spec
-def test_a_copy_is_a_model_of_its_own(spec: Any, grouping: str, make_copy: Any) -> None:
+# torch.save pickles too, all but the tensors: fast tests are one method of each kind of state.
+@some_fast(
+    "case",
+    {f"{name}-{how}": (*case, make_copy) for name, case in CASES.items() for how, make_copy in COPIES.items()},
+    slow=[f"{name}-torch.save" for name in CASES if name not in ("lora", "vera", "soft_prompt", "peft", "full")],
+)
+def test_a_copy_is_a_model_of_its_own(case: Any) -> None:
+    spec, grouping, make_copy = case
     model = tiny_llama()
     base_BTV = model(inputs_embeds=embeds()).logits
     traces_before = traces(model)
@@ -136,7 +135,7 @@ def test_a_model_whose_copy_would_restore_the_original_is_not_copied() -> None:
 # ── torch.func
 
 
-@each_spec
+@each_case
 def test_functional_calls_use_the_given_parameters(spec: Any, grouping: str) -> None:
     adapted, other = adapted_model(tiny_llama(), spec, grouping), adapted_model(tiny_llama(), spec, grouping)
     disturb((p for p in other.parameters() if p.requires_grad), seed=9)
@@ -148,9 +147,9 @@ def test_functional_calls_use_the_given_parameters(spec: Any, grouping: str) -> 
         assert torch.equal(found_BTV, logits(other, embeds(), ROWS_BT))
 
 
-@pytest.mark.parametrize("name", [name for name in SPECS if name not in ("mmca", "full")])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("mmca", "full")])
 def test_functional_gradients_equal_autograds(name: str) -> None:
-    spec, grouping = SPECS[name]
+    spec, grouping = CASES[name]
     adapted = adapted_model(tiny_llama(), spec, grouping)
     own = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     for ids in (IDS_T, ROWS_BT):

@@ -19,11 +19,11 @@ from harness.core.errors import UserError
 from tests.support.adapted import IDS_T, LORA, ROWS_BT, adapted_model, logits
 from tests.support.adapters import embeds
 from tests.support.models import each_model, tiny_gpt2, tiny_llama, tiny_opt
-from tests.support.passes import OTHER_BT, PADDED_BT, assert_close, each_spec, gradients, loss
+from tests.support.passes import OTHER_BT, PADDED_BT, assert_close, each_method, gradients, loss
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@each_spec
+@each_method
 def test_two_passes_before_one_backward(spec: Any, reentrant: bool) -> None:
     """A preference loss: another layout, another mask, and an evaluation pass of a third layout before backward."""
 
@@ -113,7 +113,7 @@ def test_checkpointing_is_the_models_own_again_after_detaching() -> None:
     assert not model._forward_pre_hooks
 
 
-@each_spec
+@each_method
 def test_the_bare_base_is_an_error_not_the_last_layout(spec: Any) -> None:
     adapted = adapted_model(tiny_llama(), spec)
     ids_BT = torch.randint(64, (1, 11))
@@ -149,7 +149,7 @@ def test_a_pass_inside_a_pass() -> None:
     assert torch.equal(inner[0], other_BTV)
 
 
-@each_spec
+@each_method
 def test_each_thread_has_its_own_layout(spec: Any) -> None:
     adapted = adapted_model(tiny_llama(), spec)
     layouts = [(ROWS_BT, None), (OTHER_BT, PADDED_BT)]
@@ -193,7 +193,7 @@ def reads(run: Callable[[], Any]) -> Counter[str]:
 
 
 @each_model
-@each_spec
+@each_method
 def test_no_layer_and_no_new_token_waits_for_the_device(spec: Any, make_model: Any) -> None:
     """Neither in forward and backward, nor in generation: not more than the base itself."""
     model, ids_BT = make_model(), torch.randint(64, (3, 11))

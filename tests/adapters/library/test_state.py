@@ -10,18 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.adapted import LORA, ROWS_BT, adapted_model, logits
+from tests.support.adapted import ROWS_BT, SPECS, adapted_model, logits
 from tests.support.adapters import disturb, embeds
 from tests.support.models import tiny_llama
 
-SPECS: dict[str, tuple[dict[str, Any], str]] = {
-    "lora": (LORA, "specific"),
-    "vera": ({"method": "vera", "rank": 5}, "specific"),
-    "soft_prompt": ({"method": "soft_prompt", "num_virtual_tokens": 2}, "specific"),
+CASES: dict[str, tuple[dict[str, Any], str]] = {
+    **{name: (SPECS[name], "specific") for name in ("lora", "vera", "soft_prompt")},
     "peft": ({"method": "peft", "config": {"peft_type": "LORA", "r": 3}}, "agnostic"),
     "full": ({"method": "full"}, "agnostic"),
 }
-each_spec = pytest.mark.parametrize(("spec", "grouping"), SPECS.values(), ids=SPECS)
+each_case = pytest.mark.parametrize(("spec", "grouping"), CASES.values(), ids=CASES)
 
 
 def tied() -> Any:
@@ -31,7 +29,7 @@ def tied() -> Any:
     return model
 
 
-@each_spec
+@each_case
 def test_it_holds_what_differs_from_the_base_and_each_tensor_once(spec: Any, grouping: str) -> None:
     adapted = adapted_model(tied(), spec, grouping)
     found = adapted.state_dict()
@@ -44,7 +42,7 @@ def test_it_holds_what_differs_from_the_base_and_each_tensor_once(spec: Any, gro
     assert ("base_model.model.embed_tokens.weight" in found) is (spec["method"] == "full")
 
 
-@each_spec
+@each_case
 def test_an_equally_adapted_model_loads_it_strictly(spec: Any, grouping: str) -> None:
     adapted = adapted_model(tied(), spec, grouping)
     if spec["method"] == "full":
@@ -62,7 +60,7 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle
 
 @pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
 def test_copies_and_models_inside_others_do_the_same(make_copy: Any) -> None:
-    pair = nn.ModuleDict({"student": adapted_model(tied()), "teacher": adapted_model(tied(), *SPECS["full"])})
+    pair = nn.ModuleDict({"student": adapted_model(tied()), "teacher": adapted_model(tied(), *CASES["full"])})
     kept = pair.state_dict()
     assert not [name for name in kept if name.startswith("student.base_model")]
     assert "teacher.base_model.model.norm.weight" in kept

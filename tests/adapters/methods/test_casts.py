@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,28 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapters import base
 from adapters.placement.router import Router
-from tests.support.adapted import adapted_model
+from tests.support.adapted import adapted_model, each_spec
 from tests.support.adapters import disturb
 from tests.support.models import tiny_llama
 
-SPECS: dict[str, dict[str, Any]] = {
-    "lora": {"method": "lora", "rank": 3},
-    "lora by span": {"method": "lora", "rank": 12},
-    "pissa": {"method": "lora", "rank": 3, "init_lora_weights": "pissa"},
-    "dora": {"method": "dora", "rank": 3},
-    "dora by span": {"method": "dora", "rank": 12},
-    "vera": {"method": "vera", "rank": 5},
-    "bitfit": {"method": "bitfit"},
-    "ia3": {"method": "ia3"},
-    "ln_tuning": {"method": "ln_tuning"},
-    "bottleneck": {"method": "bottleneck", "bottleneck_size": 4},
-    "parallel": {"method": "bottleneck", "bottleneck_size": 4, "placement": "parallel"},
-    "moka": {"method": "moka", "rank": 3},
-}
-each_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+with_forms = each_spec(
+    "lora", "lora, many columns", "pissa", "dora", "dora, many columns", "vera", "bitfit", "ia3", "ln_tuning",
+    "bottleneck", "parallel bottleneck", "moka",
+)  # fmt: skip
 # A new token has one group: no layout to choose a form for.
-ONE_OF_EACH = ("lora", "pissa", "dora", "vera", "bitfit", "bottleneck", "moka")
-each_method = pytest.mark.parametrize("spec", [SPECS[name] for name in ONE_OF_EACH], ids=ONE_OF_EACH)
+each_method = each_spec("lora", "pissa", "dora", "vera", "bitfit", "bottleneck", "moka")
 SPANS_T = torch.arange(64) // 16 % 2
 LAYOUTS = {
     "4 spans": SPANS_T,
@@ -68,7 +55,7 @@ def casts(adapted: Any, run: Callable[[], Any]) -> Casts:
     return mode
 
 
-@each_spec
+@with_forms
 def test_a_pass_casts_a_parameter_once_whatever_the_layout(spec: Any) -> None:
     """Forward, and again backward, where casts that were not kept are made anew."""
     adapted = adapted_model(tiny_llama().bfloat16(), spec).train()

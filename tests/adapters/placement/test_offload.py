@@ -12,22 +12,13 @@ import torch
 import harness
 from adapters.attach import AdaptedLayer
 from harness.core.errors import UserError
-from tests.support.adapted import IDS_T, LORA, ROWS_BT, adapted_model, logits
+from tests.support.adapted import IDS_T, LORA, ROWS_BT, SPECS, adapted_model, each_spec, logits
 from tests.support.adapters import embeds
 from tests.support.models import tiny_gpt2, tiny_llama, tiny_opt
 
-SPECS: dict[str, dict[str, Any]] = {
-    "lora": LORA,
-    "pissa": {"method": "lora", "rank": 3, "init_lora_weights": "pissa"},
-    "dora": {"method": "dora", "rank": 3},
-    "vera": {"method": "vera", "rank": 5},
-    "bitfit": {"method": "bitfit"},
-    "ln_tuning": {"method": "ln_tuning"},
-    "bottleneck": {"method": "bottleneck", "bottleneck_size": 4, "placement": "parallel"},
-    "moka": {"method": "moka", "rank": 3},
-    "soft_prompt": {"method": "soft_prompt", "num_virtual_tokens": 2},
-    "mmca": {"method": "mmca+lora", "rank": 3},
-}
+each_method = each_spec(
+    "lora", "pissa", "dora", "vera", "bitfit", "ln_tuning", "parallel bottleneck", "moka", "soft_prompt", "mmca+lora"
+)
 
 
 def offloaded(model: Any, how: str, folder: Path) -> Any:
@@ -39,7 +30,7 @@ def offloaded(model: Any, how: str, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("how", ["cpu", "disk"])
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@each_method
 def test_an_offloaded_base_computes_what_a_plain_one_does(spec: Any, how: str, tmp_path: Path) -> None:
     plain = adapted_model(tiny_llama(), spec)
     adapted = adapted_model(offloaded(tiny_llama(), how, tmp_path / "base"), spec)

@@ -21,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from adapters.placement.recomputation import recompute_within
 from harness.core.errors import UserError
-from tests.support.adapted import IDS_T, ROWS_BT, adapted_model
+from tests.support.adapted import IDS_T, ROWS_BT, SPECS, adapted_model
 from tests.support.models import tiny_llama, tiny_opt
-from tests.support.passes import OTHER_BT, PADDED_BT, SPECS, assert_close, gradients, loss
+from tests.support.passes import METHODS, OTHER_BT, PADDED_BT, assert_close, gradients, loss
 
 
 def _saving(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -67,7 +67,7 @@ def test_two_passes_before_one_backward(form: Any) -> None:
     assert_close(gradients(adapted, lambda: two_passes(adapted)), expected)
 
 
-@pytest.mark.parametrize("name", [name for name in SPECS if name != "lora"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "lora"])
 @pytest.mark.parametrize("form", [FORMS["reentrant"], FORMS["not reentrant"]], ids=["reentrant", "not reentrant"])
 def test_every_method(name: str, form: Any) -> None:
     expected = gradients(plain := adapted_model(tiny_llama(), SPECS[name]).train(), lambda: two_passes(plain))
