@@ -107,10 +107,10 @@ def examples_of(folder: Path, record: TrialRecord) -> pd.DataFrame:
     return pd.read_parquet(folder / "trials" / record.trial_id / "examples.parquet")
 
 
-def finished_trial(folder: Path) -> tuple[TrialRecord, Path, Recorder, list[Progress]]:
+def finished_trial(folder: Path, **sections: Any) -> tuple[TrialRecord, Path, Recorder, list[Progress]]:
     """One trial, to be looked at by several tests."""
     tracker, progress = Recorder(), list[Progress]()
-    return run(spec_of(folder), folder, progress.append, tracker), folder, tracker, progress
+    return run(spec_of(folder, **sections), folder, progress.append, tracker), folder, tracker, progress
 
 
 def partition_everything(monkeypatch: pytest.MonkeyPatch) -> None:

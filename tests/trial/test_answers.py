@@ -110,9 +110,9 @@ def test_a_metric_that_fails_on_the_baseline_costs_only_the_baseline() -> None:
 def test_the_baselines_of_many_examples_take_no_time() -> None:
     answers = [str(number % 20) for number in range(2500)]
     test = examples(answers)
-    started = time.perf_counter()
+    started = time.process_time()
     (one,) = found(test, test, answers, EXACT).values()
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     assert one.chance_scores == {"exact_match": pytest.approx(0.05)}
     (more,) = found(test, [*test, *examples(["1"], start=9000)], [*answers, "1"], EXACT).values()
     assert (more.chance_scores, set(more.majority_scores)) == ({}, {"exact_match"})

@@ -56,10 +56,15 @@ def one_at_a_time(built: Built, examples: list[Example], shown: list[Example]) -
     return nll, tokens
 
 
+@pytest.fixture(scope="module")
+def expected(built: Built) -> tuple[list[float], list[int]]:
+    return one_at_a_time(built, built.splits.test, built.splits.test)
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 512])
-def test_likelihood_sums_over_references_for_any_batch_size(built: Built, batch_size: int) -> None:
+def test_likelihood_sums_over_references_for_any_batch_size(built: Built, expected: Any, batch_size: int) -> None:
     examples, ticks = built.splits.test, list[None]()
-    expected_nll, expected_tokens = one_at_a_time(built, examples, examples)
+    expected_nll, expected_tokens = expected
     found = evaluator(built, batch_size, tick=lambda: ticks.append(None)).likelihood(examples)
     np.testing.assert_allclose(found.nll, expected_nll, rtol=1e-5)
     assert found.tokens.tolist() == expected_tokens

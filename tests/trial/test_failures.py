@@ -24,10 +24,12 @@ from tasks.modalities.encoders.tiny_vision import TinyVision
 from tasks.scenes import Scenes
 from tests.support.trials import FULL, LORA, Recorder, examples_of, finished_trial, run, scored_by, spec_of
 
+SMALL = {"examples": 16, "epochs": 2}
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrialRecord, Path, Recorder, list[Progress]]:
-    return finished_trial(tmp_path_factory.mktemp("finished"))
+    return finished_trial(tmp_path_factory.mktemp("finished"), budget=SMALL)
 
 
 # ── Crash and resume
@@ -61,7 +63,7 @@ def test_a_killed_trial_resumes_with_the_same_result(
     optimizer = {"per_device_train_batch_size": 8, "lr_scheduler_type": "cosine", "warmup_ratio": 0.3, "bf16": bf16}
     (tmp_path / "whole").mkdir()
     (tmp_path / "died").mkdir()
-    spec = spec_of(tmp_path, adapter, optimizer=optimizer)
+    spec = spec_of(tmp_path, adapter, optimizer=optimizer, budget={"examples": 16, "epochs": 3})
     expected = run(spec, tmp_path / "whole")
     assert expected.status == "finished", expected.reason
     with pytest.raises(Killed, match="killed in epoch"):
@@ -89,8 +91,8 @@ def test_without_a_checkpoint_a_killed_trial_starts_again(
 ) -> None:
     monkeypatch.setattr(trial, "REPORT_INTERVAL_S", 0.0)
     with pytest.raises(Killed, match="killed in epoch"):
-        run(spec_of(tmp_path), tmp_path, killed_in_epoch(2), checkpoint_interval_s=3600.0)
-    assert run(spec_of(tmp_path), tmp_path).metrics == finished[0].metrics
+        run(spec_of(tmp_path, budget=SMALL), tmp_path, killed_in_epoch(2), checkpoint_interval_s=3600.0)
+    assert run(spec_of(tmp_path, budget=SMALL), tmp_path).metrics == finished[0].metrics
 
 
 # ── Ways to fail
@@ -148,7 +150,7 @@ class Broken(Metric):
 def test_an_error_in_a_plugin_names_it_with_file_line_and_log(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(PLUGINS, encoding="utf-8")
-    spec = scored_by(spec_of(tmp_path, budget={"examples": 32, "epochs": 1}), f"{path}:Broken")
+    spec = scored_by(spec_of(tmp_path, budget={"examples": 8, "epochs": 1}), f"{path}:Broken")
     reason = run(spec, tmp_path).reason or ""
     assert reason.startswith("KeyError: 'no such word' (metric stand_in; plugin stand_in (tests), ")
     assert f"{path}:12 in of; log: {tmp_path}/trials/{spec.trial_id}/log.txt)" in reason
@@ -212,14 +214,14 @@ def test_the_log_has_epochs_resumes_and_warnings(tmp_path: Path, monkeypatch: py
         return train_step(engine, batch)
 
     monkeypatch.setattr(Engine, "train_step", warned)
-    spec = spec_of(tmp_path, budget={"examples": 32, "epochs": 2, "max_target_length": 3})
+    spec = spec_of(tmp_path, budget=SMALL | {"max_target_length": 3})
     with pytest.raises(Killed, match="killed in epoch"):
         run(spec, tmp_path, killed_in_epoch(2), checkpoint_interval_s=0.0)
     record = run(spec, tmp_path, checkpoint_interval_s=0.0)
     log = (tmp_path / "trials" / spec.trial_id / "log.txt").read_text(encoding="utf-8")
     losses = [f"epoch {e.epoch} of 2, step {e.step}: train loss {e.train_loss:.6g}" for e in record.history]
     assert [line for line in losses if line in log] == losses
-    assert log.index(losses[0]) < log.index("resumed after epoch 1, step 4") < log.index(losses[1])
+    assert log.index(losses[0]) < log.index("resumed after epoch 1, step 2") < log.index(losses[1])
     assert "UserWarning: a plugin warns" in log.partition("resumed after")[2]
     assert record.warnings
     assert f"WARNING {record.warnings[0]}" in log
@@ -243,8 +245,8 @@ def test_an_image_that_cannot_be_decoded_fails_the_trial_with_its_path(
 def test_a_failed_trial_does_not_affect_the_next_one_in_the_same_process(finished: Any, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         failing(patch, RuntimeError("first"))
-        assert run(spec_of(tmp_path), tmp_path).status == "failed"
-    again = run(spec_of(tmp_path), tmp_path)
+        assert run(spec_of(tmp_path, budget=SMALL), tmp_path).status == "failed"
+    again = run(spec_of(tmp_path, budget=SMALL), tmp_path)
     assert again.status == "finished"
     assert again.metrics == finished[0].metrics
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -157,12 +158,9 @@ def test_specific_has_as_many_parameters_for_each_of_two_groups() -> None:
 # ── The paper's Table 3
 
 
-@each_row
-@pytest.mark.parametrize("device", ["meta", "cpu"])
-def test_table_3_on_a_model_of_that_shape(
-    method: AdapterMethod, agnostic: int, specific: int, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(roles.FAMILIES, "paper", {f"layers.*.{role}": role for role in PAPER_LAYER})
+@cache
+def model_of_table_3(device: str) -> nn.Module:
+    """Twelve layers of the paper's shape."""
     with torch.device(device):
         model = nn.Module()
         model.layers = nn.ModuleList(
@@ -170,6 +168,17 @@ def test_table_3_on_a_model_of_that_shape(
             for _ in range(12)
         )
         model.config = SimpleNamespace(model_type="paper")  # type: ignore[assignment]
+    return model
+
+
+@each_row
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_table_3_on_a_model_of_that_shape(
+    method: AdapterMethod, agnostic: int, specific: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(roles.FAMILIES, "paper", {f"layers.*.{role}": role for role in PAPER_LAYER})
+    model = model_of_table_3(device)
+    with torch.device(device):
         for grouping, expected in (("agnostic", agnostic), ("specific", specific)):
             router = Router(resolve_grouping(grouping, ("image", "text"))[0])
             adapters = Adapters(model, dict.fromkeys(router.groups, method), router, seed=0)

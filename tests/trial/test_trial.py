@@ -117,8 +117,9 @@ def test_per_example_scores_add_up_to_the_corpus_metrics(finished: Any) -> None:
     assert answers.majority == ""  # captions hardly repeat
 
 
+@pytest.mark.slow
 def test_the_real_metrics_and_real_progress_of_a_whole_trial(tmp_path: Path) -> None:
-    """COCO's own metrics through Java, once."""
+    """COCO's own metrics through Java. The fast test of the same is tests/e2e, whose trials pay for Java anyway."""
     spec = spec_of(tmp_path, FULL, metric="", budget={"examples": 64, "epochs": 2})
     record = run(spec, tmp_path)
     assert record.status == "finished", record.reason
@@ -176,7 +177,8 @@ def test_optimizer_steps_are_counted_not_micro_batches(tmp_path: Path) -> None:
     assert progress[-1].fraction == 1
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
+# ZeRO-3 as a fast test: a trial of two stages, in test_stages.py, and LoRA's engine, in test_engine.py.
+@pytest.mark.parametrize("stage", [pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 3)] + [2])
 def test_the_zero_stage_does_not_change_the_result(finished: Any, stage: int, tmp_path: Path) -> None:
     """It is not part of the trial's id. Different summation order: 1e-3 relative after 12 steps."""
     record, _, _, _ = finished

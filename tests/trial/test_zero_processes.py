@@ -148,8 +148,9 @@ def process(rank: int, folder: Path, jobs: Sequence[Job]) -> None:
 
 
 def run(jobs: Sequence[Job], folder: Path) -> Path:
-    spawn = multiprocessing.get_context("spawn")
-    started = [spawn.Process(target=process, args=(rank, folder, jobs), daemon=True) for rank in range(RANKS)]
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([__name__])  # torch and DeepSpeed are imported once, not in each process
+    started = [server.Process(target=process, args=(rank, folder, jobs), daemon=True) for rank in range(RANKS)]
     for one in started:
         one.start()
     try:
