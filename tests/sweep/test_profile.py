@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -257,8 +258,13 @@ def test_a_run_whose_models_are_gone_is_refused(tmp_path: Path, process: Process
     assert process.asked == []
 
 
-def run_it(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[harness.Results, str]:
+RunIt = Callable[..., tuple[harness.Results, str]]
+
+
+@pytest.fixture
+def run_it(tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.MonkeyPatch) -> RunIt:
     """``run_experiment`` where every trial finishes at once."""
+    shutil.copy(mlflow_database, tmp_path)
 
     def finish_all(prepared: run.Prepared, *_: object) -> None:
         for spec, planned in prepared.unfinished():
@@ -266,37 +272,37 @@ def run_it(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tup
             write_record(prepared.folder, record)
 
     monkeypatch.setattr(run, "_run_unfinished", finish_all)
-    shown = io.StringIO()
-    task = {"name": "scenes", "train_examples": 8, "validation_examples": 4, "test_examples": 4}
-    experiment = harness.Experiment(
-        name="grid", task=task, adapters=ADAPTERS[2:], resources=options.pop("resources", {})
-    )
-    console = Console(file=shown, width=200)
-    return harness.run_experiment(experiment, folder, console=console, **options), shown.getvalue()
+
+    def call(**options: Any) -> tuple[harness.Results, str]:
+        shown = io.StringIO()
+        task = {"name": "scenes", "train_examples": 8, "validation_examples": 4, "test_examples": 4}
+        experiment = harness.Experiment(
+            name="grid", task=task, adapters=ADAPTERS[2:], resources=options.pop("resources", {})
+        )
+        console = Console(file=shown, width=200)
+        return harness.run_experiment(experiment, tmp_path, console=console, **options), shown.getvalue()
+
+    return call
 
 
-def test_a_run_is_profiled_at_its_end_unless_switched_off(
-    tmp_path: Path, process: Process, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for options in ({"profile": False}, {"resources": {"profile": False}}):
-        results, _ = run_it(tmp_path, monkeypatch, **options)
+def test_a_run_is_profiled_at_its_end_unless_switched_off(run_it: RunIt, process: Process) -> None:
+    for options in ({"measure": False}, {"resources": {"profile": False}}):
+        results, _ = run_it(**options)
         assert results.run.profile is None
         assert len(results.profile) == 0
-    results, shown = run_it(tmp_path, monkeypatch)
+    results, shown = run_it()
     assert "profile: speed and memory of 1 method, apart from training; about" in shown
     assert list(results.profile["name"]) == ["full fine-tuning"]
     assert list(results.profile["examples_per_s"]) == [8.0]
     assert list(results.profile["energy_ratio"]) == [None]
 
 
-def test_ctrl_c_while_a_run_is_profiled_keeps_the_run(
-    tmp_path: Path, process: Process, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_while_a_run_is_profiled_keeps_the_run(tmp_path: Path, run_it: RunIt, process: Process) -> None:
     def interrupted(_: str) -> None:
         raise KeyboardInterrupt
 
     process.trouble = interrupted
-    results, shown = run_it(tmp_path, monkeypatch)
+    results, shown = run_it()
     assert results.complete
     assert results.report is not None
     assert f"profile interrupted: `harness profile {tmp_path / 'grid'}` continues it" in shown

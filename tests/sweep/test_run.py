@@ -29,6 +29,11 @@ EXPERIMENT = harness.Experiment(
 )
 
 
+@pytest.fixture(autouse=True)
+def database(tmp_path: Path, mlflow_database: Path) -> None:
+    shutil.copy(mlflow_database, tmp_path)
+
+
 def test_a_run_folder_is_one_experiments_at_a_time(tmp_path: Path) -> None:
     folder = tmp_path / "grid"
     folder.mkdir()

@@ -41,8 +41,10 @@ def trials() -> list[Trial]:
 
 
 @pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return default_uri(tmp_path_factory.mktemp("runs"))
+def uri(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> str:
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copy(mlflow_database, folder)
+    return default_uri(folder)
 
 
 @pytest.fixture

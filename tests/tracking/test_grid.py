@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,11 @@ DEAD_SERVER = "http://127.0.0.1:9"  # the discard port: refused at once
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of run folders with one database, whose schema takes seconds to create."""
-    return tmp_path_factory.mktemp("runs")
+def runs(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Path:
+    """A folder of run folders with one database."""
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copy(mlflow_database, folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -361,7 +364,10 @@ def test_a_password_is_in_no_artifact_warning_or_log(
     assert "s3cret" not in f"{tracker.warnings} {caplog.text} {client.get_run(grid.parent_run_id).data}"
 
 
-@pytest.mark.parametrize("name", ["is it?yes", "50%25off", "a#b", "ü ß", "anna's"])
+NAMES = ["is it?yes", "50%25off", "a#b", "ü ß", "anna's"]
+
+
+@pytest.mark.parametrize("name", [" ".join(NAMES), *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES)])
 def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
     runs = tmp_path / "top" / name
     (runs / "grid").mkdir(parents=True)
@@ -385,7 +391,8 @@ def test_options_of_a_database_uri_are_no_part_of_its_file(tmp_path: Path) -> No
     assert sqlite_path("http://host:5000") is None
 
 
-def test_a_deleted_mlflow_experiment_is_refused(tmp_path: Path) -> None:
+def test_a_deleted_mlflow_experiment_is_refused(tmp_path: Path, mlflow_database: Path) -> None:
+    shutil.copy(mlflow_database, tmp_path)
     (tmp_path / "grid").mkdir()
     uri = default_uri(tmp_path)
     grid = open_grid(uri, "mine", tmp_path / "grid")

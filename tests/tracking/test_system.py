@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -24,8 +25,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "mlflow.md"
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
+def runs(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copy(mlflow_database, folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +57,17 @@ def test_trials_one_after_another_in_a_process_each_sample_their_own_run(
     for trial in trials[:2]:
         folder = runs / "grid" / "trials" / trial[1].trial_id
         tracker = MlflowTracker(grid, *trial, folder)
-        until = time.monotonic() + 1.6
-        while time.monotonic() < until:  # a busy process
+        began, cpu = time.monotonic(), time.process_time()
+        while time.monotonic() < began + 1.6:  # a busy process
             pass
+        share = min(1.0, (time.process_time() - cpu) / 1.6)  # of a core: less on a busy machine
         tracker.finish(finished_record(trial[1], tracker.run_id), folder)
         assert tracker.warnings == ()
         assert samplers() == []
         run_id = str(tracker.run_id)
         values = client.get_run(run_id).data.metrics
         busy = client.get_metric_history(run_id, "system/process_cpu_utilization_percentage")
-        assert busy[0].value > 20
+        assert busy[0].value > 20 * share
         assert busy[0].step in (1, 2)
         assert 0 < values["system/cpu_utilization_percentage"] <= 100
         assert 50 < values["system/process_memory_megabytes"] < values["system/system_memory_usage_megabytes"] + 4000

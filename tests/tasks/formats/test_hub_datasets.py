@@ -240,10 +240,10 @@ def test_the_time_of_a_row_does_not_grow_with_the_rows_before_it(tmp_path: Path)
         (folder / "train").mkdir(parents=True)
         writer = hub_datasets._SplitWriter(DatasetSource(path="a/b"), folder, "train", ProblemList())
         writer.digests = {str(n): n.to_bytes(32, "big") for n in range(before)}
-        start = time.perf_counter()
+        start = time.process_time()
         for n in range(50):
             writer._add(before + n, {"image": {"bytes": encoded(0) + bytes([n])}, "caption": "a"})
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     assert min(seconds(300_000 + n) for n in range(3)) < 5 * min(seconds(100 + n) for n in range(3))
 
