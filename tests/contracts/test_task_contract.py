@@ -6,6 +6,7 @@ The checks are those of ``harness check``: ``harness/check/task.py``, ``harness/
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from harness.check.modality import ModalitySubject
 from harness.check.plugins import Samples, problems_of
 from harness.check.process import elsewhere
 from harness.core.registry import Entry, Registry
+from tasks.metrics.coco import meteor
 from tasks.registry import METRICS, MODALITIES, TASKS
 
 CHECKS = {
@@ -40,11 +42,18 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Samples]:
-    """The samples of all registered tasks, with their own cache."""
+    """The samples of all registered tasks, with their own cache, and METEOR with a table of two paraphrases.
+
+    No check asks for a paraphrase, and Java takes 8 s to read all of them; test_caption_metrics.py does with all.
+    """
     folder = tmp_path_factory.mktemp("contract")
+    with gzip.open(folder / "paraphrases.gz", "wt") as table:
+        table.write("0.5\ncat\ntom\n0.5\ndog\nhound\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HARNESS_CACHE", str(folder / "cache"))
+        patch.setattr(meteor, "PARAPHRASES", str(folder / "paraphrases.gz"))
         yield Samples(folder / "samples")
+        meteor._end()
 
 
 @pytest.fixture(scope="module")
