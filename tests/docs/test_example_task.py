@@ -120,8 +120,7 @@ def test_installed_it_is_checked_and_trained_in_a_worker(installed: Path, tmp_pa
     assert "27 checks passed, 0 failed" in checked
 
     clouds = tmp_path / "clouds"
-    draw = "from pathlib import Path; import point_clouds; point_clouds.Clouds.sample(Path('clouds'))"
-    call(installed, sys.executable, "-c", draw, cwd=tmp_path)
+    TASKS.load(f"{FILE}:Clouds").sample(clouds)
     (tmp_path / "length.py").write_text(METRIC, encoding="utf-8")
     (tmp_path / "clouds.yaml").write_text(EXPERIMENT.format(root=clouds), encoding="utf-8")
     call(installed, HARNESS, "run", "clouds.yaml", cwd=tmp_path)
