@@ -123,6 +123,9 @@ names and verified by shape ([Which layers](adapters.md#which-layers)); a type i
 `gate_up` are fused layers. An empty cell: the model has no such layer, or it cannot be adapted for the reason given. If
 other layers of the same role can be, `where: AF` adapts these with a warning, and naming the role is an error.
 
+Of {classes} classes, {attention} have roles in attention, where most methods act by default, {elsewhere} only elsewhere
+({names}), {none} none at all; and of {unknown} transformers builds no model from a small config or its default one.
+
 | model type | attention | feed-forward | norms | not adapted |
 |---|---|---|---|---|
 """
@@ -134,15 +137,34 @@ def page() -> str:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rows = [_row(model_type) for model_type in causal_lms()]
-    return _HEAD.format(version=transformers.__version__) + "\n".join(rows) + "\n"
+        rows = {model_type: _cells(model_type) for model_type in causal_lms()}
+    known = {model_type: cells for model_type, cells in rows.items() if cells is not None}
+    elsewhere = [model_type for model_type, cells in known.items() if not cells[0] and any(cells[1:3])]
+    head = _HEAD.format(
+        version=transformers.__version__,
+        classes=len(rows),
+        attention=sum(bool(cells[0]) for cells in known.values()),
+        elsewhere=len(elsewhere),
+        names=", ".join(elsewhere),
+        none=sum(not any(cells[:3]) for cells in known.values()),
+        unknown=len(rows) - len(known),
+    )
+    lines = (f"| {_name(model_type)} | {' | '.join(cells or _UNKNOWN)} |\n" for model_type, cells in rows.items())
+    return head + "".join(lines)
 
 
-def _row(model_type: str) -> str:
-    name = f"**{model_type}**" if model_type in FAMILIES else model_type
+def _name(model_type: str) -> str:
+    return f"**{model_type}**" if model_type in FAMILIES else model_type
+
+
+_UNKNOWN = ["", "", "", "not known: transformers builds no model from its default config"]
+
+
+def _cells(model_type: str) -> list[str] | None:
+    """Roles in attention, in feed-forward layers, whether norms have one, what is refused; None: no model is built."""
     model = _on_meta(model_type)
     if model is None:
-        return f"| {name} | | | | not known: transformers builds no model from its default config |"
+        return None
     found = Discovery(dict(FAMILIES[model_type])) if model_type in FAMILIES else discover(model)
     has = {role if isinstance(role, str) else role.name: None for role in found.table.values()}
     cells = [
@@ -152,7 +174,7 @@ def _row(model_type: str) -> str:
     refused = {f"`{r.path.partition('*.')[2] or r.path}`: {r.reason}": None for r in found.refusals}
     if not found.table and not refused:
         refused = {"no layers of known names: `roles` are needed": None}
-    return f"| {name} | {cells[0]} | {cells[1]} | {'yes' if 'norm' in has else ''} | {'; '.join(refused)} |"
+    return [*cells, "yes" if "norm" in has else "", "; ".join(refused)]
 
 
 def _on_meta(model_type: str) -> Any:
