@@ -12,13 +12,15 @@ import torch
 import harness
 from adapters.attach import AdaptedLayer
 from harness.core.errors import UserError
-from tests.support.adapted import IDS_T, LORA, ROWS_BT, SPECS, adapted_model, each_spec, logits
+from tests.support.adapted import IDS_T, LORA, ROWS_BT, SPECS, adapted_model, logits
 from tests.support.adapters import embeds
 from tests.support.models import tiny_gpt2, tiny_llama, tiny_opt
+from tests.support.tiers import some_fast
 
-each_method = each_spec(
-    "lora", "pissa", "dora", "vera", "bitfit", "ln_tuning", "parallel bottleneck", "moka", "soft_prompt", "mmca+lora"
-)
+METHODS = (
+    "lora", "pissa", "dora", "vera", "bitfit", "ln_tuning", "parallel bottleneck", "moka", "soft_prompt", "mmca+lora",
+)  # fmt: skip
+HOWS = ("cpu", "disk")
 
 
 def offloaded(model: Any, how: str, folder: Path) -> Any:
@@ -29,9 +31,14 @@ def offloaded(model: Any, how: str, folder: Path) -> Any:
     return model
 
 
-@pytest.mark.parametrize("how", ["cpu", "disk"])
-@each_method
-def test_an_offloaded_base_computes_what_a_plain_one_does(spec: Any, how: str, tmp_path: Path) -> None:
+# Both are the same hook of accelerate: fast tests of the disk are LoRA and the methods that read the weights.
+@some_fast(
+    "case",
+    {f"{name}-{how}": (SPECS[name], how) for name in METHODS for how in HOWS},
+    slow=[f"{name}-disk" for name in METHODS if name not in ("lora", "pissa", "dora")],
+)
+def test_an_offloaded_base_computes_what_a_plain_one_does(case: tuple[Any, str], tmp_path: Path) -> None:
+    spec, how = case
     plain = adapted_model(tiny_llama(), spec)
     adapted = adapted_model(offloaded(tiny_llama(), how, tmp_path / "base"), spec)
     assert next(adapted.base_model.parameters()).is_meta
