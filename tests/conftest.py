@@ -11,6 +11,8 @@ import pytest
 
 # Read once, when huggingface_hub is imported: a test that asks the hub would pass or fail by the weather.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# By default Ray gives its workers the niceness 15: beside a busy process on the same core they get 3 % of it.
+os.environ.setdefault("RAY_worker_niceness", "0")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One thread for each worker: with more, workers wait for one another's threads. Read when torch is imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
