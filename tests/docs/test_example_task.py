@@ -21,6 +21,8 @@ from harness.core.errors import UserError
 from harness.core.record import read_run
 from tasks.registry import METRICS, MODALITIES, TASKS
 
+pytestmark = pytest.mark.timeout(1200)  # a whole run with Ray, on a busy machine too
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "plugin_task"
 FILE = EXAMPLE / "point_clouds.py"
@@ -68,7 +70,7 @@ def call(installed: Path, *command: str | Path, cwd: Path) -> str:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COLUMNS"))}
     env |= {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=cwd, env=env, text=True, capture_output=True, timeout=280, check=False, encoding="utf-8"
+        command, cwd=cwd, env=env, text=True, capture_output=True, timeout=900, check=False, encoding="utf-8"
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

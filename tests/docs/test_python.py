@@ -12,6 +12,8 @@ import pytest
 
 import harness
 
+pytestmark = pytest.mark.timeout(1200)  # a whole run with Ray, on a busy machine too
+
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
@@ -31,7 +33,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     body = "\n".join((*BLOCKS[:2], RECOMMEND, CHECKS)).replace("import harness\n", "", 1).replace("\n", "\n    ")
     (folder / "script.py").write_text(f"import harness\n\nif __name__ == '__main__':\n    {body}\n", encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "script.py"], cwd=folder, capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, "script.py"], cwd=folder, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout
