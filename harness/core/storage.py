@@ -21,8 +21,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import fsspec
-
 from harness.core.errors import UserError, did_you_mean
 from harness.core.files import cache_folder, write_atomically
 
@@ -84,6 +82,8 @@ class Folder:
     """
 
     def __init__(self, url: str, patience_s: float = 0.0) -> None:
+        import fsspec
+
         self.url, self.patience_s = normalised(url), patience_s
         scheme = self.url.partition(":")[0]
         try:

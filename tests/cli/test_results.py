@@ -27,7 +27,10 @@ from tests.support.runs import fake_plan, write_run
 COMMANDS = [
     "run",
     "plan",
+    "launch",
     "status",
+    "logs",
+    "stop",
     "profile",
     "recommend",
     "report",
