@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue", "sinfo")
@@ -43,7 +43,7 @@ PreemptMode=REQUEUE
 JobRequeue=1
 ReturnToService=2
 SchedulerParameters=bf_interval=2,sched_interval=2
-KillWait=30
+KillWait=10
 MessageTimeout=60
 {nodes}
 PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=60 PreemptMode=REQUEUE
@@ -100,7 +100,12 @@ def cluster(folder: Path, nodes: int = 1, cpus: int = 2) -> Iterator[Path]:
         for number in range(1, nodes + 1):
             start(f"n{number}", ["slurmd", "-D", "-f", str(config), "-N", f"n{number}"])
         _wait(lambda: _idle(environment) == nodes, "the nodes", folder)
-        yield config
+        try:
+            yield config
+        finally:  # jobs end before what would end them
+            subprocess.run(["scancel", "--state=PENDING,RUNNING"], env=environment, check=False)
+            with suppress(TimeoutError):
+                _wait(lambda: _idle(environment) == nodes, "idle nodes", folder)
 
 
 def _configure(folder: Path, nodes: int, cpus: int) -> Path:

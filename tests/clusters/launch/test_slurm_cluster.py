@@ -65,9 +65,10 @@ def call(configured: str, tmp_path: Path) -> Callable[..., str]:
     return run
 
 
-def launched(call: Callable[..., str], folder: Path, nodes: int) -> str:
+def launched(call: Callable[..., str], folder: Path, nodes: int, options: str = "[]") -> str:
     """Submit the experiment; the id of the job."""
-    written_profile(folder, f"kind: slurm\nslurm: {{partition: low, nodes: {nodes}, cpus_per_task: 1}}\n")
+    section = f"{{partition: low, nodes: {nodes}, cpus_per_task: 1, options: {options}}}"
+    written_profile(folder, f"kind: slurm\nslurm: {section}\n")
     text = call("harness", "launch", "grid.yaml", "--profile", "mine.yaml")
     assert text.startswith("submitted: slurm job ")
     return text.split()[3].rstrip(";")
@@ -141,9 +142,6 @@ def test_harness_stop_ends_a_job_for_good(call: Callable[..., str], tmp_path: Pa
     wait_for(lambda: "FAILED" in call("squeue", "--states=all", f"--jobs={job}", "--format=%T"), tmp_path, job, 60)
     assert "ended by harness stop: finished trials are kept" in log_of(tmp_path, job)
     call("harness", "stop", "runs/grid", code=2)  # nothing runs
-    waiting = launched(call, tmp_path, nodes=1)
-    call("scontrol", "hold", waiting)
-    if "PENDING" in call("squeue", "--noheader", "--states=all", f"--jobs={waiting}", "--format=%T"):
-        assert f"job {waiting} was waiting and is cancelled" in call("harness", "stop", "runs/grid")
-    else:
-        call("scancel", waiting)
+    waiting = launched(call, tmp_path, nodes=1, options="[--hold]")
+    assert f"slurm job {waiting}, PENDING; " in call("harness", "status", "runs/grid")
+    assert f"job {waiting} was waiting and is cancelled" in call("harness", "stop", "runs/grid")
