@@ -6,11 +6,9 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -143,7 +141,7 @@ def test_a_trial_goes_on_from_its_checkpoint_on_another_machine(tmp_path: Path, 
     """The driver and its worker are killed once there is a checkpoint; another machine has nothing but the storage."""
     one, other = Machine(tmp_path / "one", endpoint), Machine(tmp_path / "other", endpoint)
     for machine in (one, other):
-        text = EXPERIMENT.replace("epochs: 2", "epochs: 60").replace("[agnostic, specific]", "specific")
+        text = EXPERIMENT.replace("epochs: 2", "epochs: 20").replace("[agnostic, specific]", "specific")
         (machine.folder / "small.yaml").write_text(text, encoding="utf-8")
     first = one.start("run", "small.yaml", "--output", "s3://bucket/moved")
     there = Folder("s3://bucket/moved/small")
@@ -159,34 +157,7 @@ def test_a_trial_goes_on_from_its_checkpoint_on_another_machine(tmp_path: Path, 
     text = (there.read(log) or b"").decode()
     assert "resumed after epoch" in text
     (record,) = (name for name in there.files() if name.endswith("record.json"))
-    assert len(json.loads(there.read(record) or b"")["history"]) == 60
-
-
-def test_nothing_is_lost_while_the_storage_is_away(tmp_path: Path, endpoint: str) -> None:
-    """It goes away while trials run, and comes back on the same port."""
-    moto: Any = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    moto.start()
-    host, port = moto.get_host_and_port()
-    one = Machine(tmp_path / "one", f"http://{host}:{port}")
-    there = Folder("s3://bucket/away/small")
-    there._fs.client_kwargs = {"endpoint_url": f"http://{host}:{port}"}
-    there._fs.mkdir("bucket")
-    driver = one.start("run", "small.yaml", "--output", "s3://bucket/away")
-    trials = one.folder / "cache/storage/trials"
-    while not list(trials.rglob("log.txt")):
-        assert driver.poll() is None, driver.communicate()[0]
-        time.sleep(0.2)
-    moto.stop()
-    again = threading.Timer(40, lambda: None)
-    again.start()
-    again.join()
-    assert driver.poll() is None, "it waits"
-    moto = server.ThreadedMotoServer(ip_address=host, port=port, verbose=False)
-    moto.start()
-    said, _ = driver.communicate(timeout=500)
-    assert driver.returncode == 0, said
-    assert sum(name.endswith("record.json") for name in there.files()) == 2
-    moto.stop()
+    assert len(json.loads(there.read(record) or b"")["history"]) == 20
 
 
 def test_nodes_that_share_nothing_but_the_storage(tmp_path: Path, endpoint: str) -> None:
