@@ -99,7 +99,10 @@ WRONG = {
     "empty": ("", "Invalid JSON"),
     "a list": ("[]", "should be an object"),
     "unknown key": (changed(score=1.0), "Extra inputs are not permitted"),
-    "unknown status": (changed(status="done"), "'finished', 'failed', 'out_of_memory', 'pruned' or 'cancelled'"),
+    "unknown status": (
+        changed(status="done"),
+        "'finished', 'failed', 'out_of_memory', 'pruned', 'cancelled' or 'paused'",
+    ),
     "another schema": (changed(schema_version=2), "Input should be 1"),
     "missing key": ('{"trial_id": "abc"}', "Field required"),
     "text for a metric": (changed(metrics={"test": {"perplexity": "low"}}), "valid number"),

@@ -115,6 +115,7 @@ def test_features_are_those_of_the_shape_however_it_is_turned() -> None:
     assert np.abs(plain_ND.numpy() - other_ND.numpy()).max() > 0.1
 
 
+@pytest.mark.e2e
 def test_installed_it_is_checked_and_trained_in_a_worker(installed: Path, tmp_path: Path) -> None:
     checked = call(installed, HARNESS, "check", "point-clouds", cwd=tmp_path)
     assert "task clouds  point-clouds 0.1.0, point_clouds:Clouds" in checked.replace("\n", "")

@@ -39,6 +39,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, done.stdout
 
 
+@pytest.mark.e2e
 def test_the_script_runs_the_experiment_once_and_prints_its_results(script: tuple[Path, str]) -> None:
     folder, printed = script
     assert "[3/3]" in printed
@@ -51,6 +52,7 @@ def test_the_script_runs_the_experiment_once_and_prints_its_results(script: tupl
     assert (experiment.name, experiment.seeds) == ("first", (0,))
 
 
+@pytest.mark.e2e
 def test_trials_and_leaderboard_are_tables(script: tuple[Path, str]) -> None:
     records, leaderboard = (pd.read_csv(script[0] / f"{name}.csv") for name in ("trials", "leaderboard"))
     assert list(records["label"]) == ["none", "LoRA r=2", "LoRA r=4"]

@@ -132,6 +132,7 @@ def test_an_exception_in_one_worker_ends_the_trial_and_names_its_rank(tmp_path: 
     assert 'raise ValueError("the second worker is broken")' in log
 
 
+@pytest.mark.e2e
 def test_what_this_machine_lacks_is_said_before_anything_is_written(tmp_path: Path) -> None:
     write(tmp_path, "workers: 5000")
     result = harness("run", "small.yaml", cwd=tmp_path)
