@@ -75,6 +75,19 @@ def handler_kept() -> Iterator[None]:
         signal.raise_signal(signal.SIGTERM)
 
 
+@contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """Restore the handler of Ctrl-C after ``Tuner.fit``, which leaves its own: the next Ctrl-C would have no effect."""
+    numbers = [signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
 def request_stop(folder: Path) -> None:
     """Ask the driver of a run, wherever it runs, to end it."""
     write_atomically(folder / REQUEST, f"requested at {datetime.now(UTC).isoformat(timespec='seconds')}\n")

@@ -23,6 +23,7 @@ from harness.sweep.ranks import nodes_alive, request, run_ranks
 from harness.sweep.ray_library import tune
 from harness.sweep.rungs import run_to_end
 from harness.sweep.scheduler import HalveRows
+from harness.sweep.stopping import interrupts_kept
 from harness.sweep.stored import Stored, TrialPlace
 from harness.tracking.grid import Grid, MlflowTracker
 from harness.trial.trial import Progress, run_trial
@@ -74,7 +75,8 @@ def sweep(wanted: Sweep, display: Display) -> None:
         asked = per_worker(wanted.resources, nodes)
         display.opened(wanted.run, at_once(wanted.resources, asked, nodes, len(wanted.trials)))
         events = Events(wanted.run, wanted.experiment, display, wanted.stored)
-        _tuner(wanted, asked, events).fit()
+        with interrupts_kept():
+            _tuner(wanted, asked, events).fit()
         if events.ended < len(wanted.trials):  # Tune handles Ctrl-C itself: it stops all trials and returns
             raise KeyboardInterrupt
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ def test_a_sweep_that_tune_ended_early_was_interrupted(
 ) -> None:
     """Tune handles Ctrl-C itself, and returns as if all was done."""
     opened: list[tuple[Path, int]] = []
+    handler = signal.getsignal(signal.SIGINT)
 
     class Tuner:
         def __init__(self, _wanted: Any, _request: Any, events: Any) -> None:
@@ -26,6 +28,7 @@ def test_a_sweep_that_tune_ended_early_was_interrupted(
 
         def fit(self) -> None:
             self.events.ended = ended
+            signal.signal(signal.SIGINT, lambda *_: None)  # as Tune does
 
     monkeypatch.setattr(tune, "_tuner", Tuner)
     monkeypatch.setattr(tune, "connect", lambda *_: nullcontext())
@@ -43,3 +46,4 @@ def test_a_sweep_that_tune_ended_early_was_interrupted(
     with pytest.raises(KeyboardInterrupt, match=r"^$") if ended < 2 else nullcontext():
         tune.sweep(wanted, display)
     assert opened == [(tmp_path, 2)]
+    assert signal.getsignal(signal.SIGINT) is handler, "the next Ctrl-C, in the profile or a notebook, has its effect"
