@@ -13,6 +13,7 @@ from harness.core.origin import shown
 from harness.core.record import PlannedTrial, TrialRecord, read_record, record_path, write_record
 from harness.experiment.plan import TrialSpec
 from harness.sweep.nodes import node_name
+from harness.sweep.placement import Amounts, room_for
 from harness.sweep.ranks import RankDiedError
 from harness.sweep.ray_library import ray, tune
 from harness.sweep.stored import Stored
@@ -42,17 +43,32 @@ class Display(Protocol):
 
 
 _NODES_S = 5.0  # how often Ray is asked for its nodes
+_WAIT_S = 30.0  # without any running trial: then it is said why
+_RETURN_S = 300.0  # for nodes to come back, if those that are left cannot run a trial
 
 
 class Events(tune.Callback):  # type: ignore[misc]
     """Forwards Tune's events to the display, and writes the record of a trial whose process died.
 
     Ray's node process dies with its agents (``DashboardAgent``, ``RuntimeEnvAgent``), and Tune then waits forever for a
-    node that can run the next trial. So it asks for the nodes, and ends the sweep if none is alive.
+    node that can run the next trial. So it asks for the nodes, and ends the sweep if none is alive, or if those that
+    are left cannot run a trial and no other comes back. If other jobs have the resources, it says so and waits.
     """
 
-    def __init__(self, run: Path, experiment: str, display: Display, stored: Stored | None = None) -> None:
+    def __init__(
+        self,
+        run: Path,
+        experiment: str,
+        display: Display,
+        needs: Amounts,
+        workers: int = 1,
+        stored: Stored | None = None,
+    ) -> None:
         self.run, self.experiment, self.display, self.stored = run, experiment, display, stored
+        self.needs, self.workers = needs, workers  # of each worker of a trial, and their number
+        self.ran = time.monotonic()  # when a trial was last running
+        self.short_since: float | None = None  # since the nodes cannot run a trial
+        self.told = False  # of waiting for other jobs
         self.ended = 0  # trials with a record
         self.asked = time.monotonic()
         self.alive: set[str] = set()  # ids of the nodes that were alive when Ray was asked
@@ -65,7 +81,8 @@ class Events(tune.Callback):  # type: ignore[misc]
         """Check that a node is alive.
 
         Raises:
-            SweepEndedError: none is, or another driver has taken over the run folder.
+            SweepEndedError: none is, those that are left cannot run a trial, or another driver has taken over the run
+                folder.
         """
         if time.monotonic() - self.asked < _NODES_S:
             return
@@ -80,6 +97,33 @@ class Events(tune.Callback):  # type: ignore[misc]
             raise SweepEndedError(
                 "Ray has died: one of its processes (raylet, DashboardAgent, RuntimeEnvAgent) was killed"
             )
+        self._check_room([node["Resources"] for node in nodes.values() if node["Alive"]])
+        self._tell_waiting(any(trial.status == "RUNNING" for trial in trials))
+
+    def _check_room(self, nodes: Sequence[Amounts]) -> None:
+        if (room := room_for(self.needs, nodes)) >= self.workers:
+            self.short_since = None
+            return
+        lacking = f"the nodes that are left have room for {room} of {self.workers} workers of a trial ({self._needed})"
+        if self.short_since is None:
+            self.short_since = time.monotonic()
+            self.display.noted(f"{lacking}; waiting up to {_RETURN_S / 60:g} min for nodes to come back")
+        if time.monotonic() - self.short_since >= _RETURN_S:
+            raise SweepEndedError(lacking)
+
+    def _tell_waiting(self, running: bool) -> None:
+        if running or self.short_since is not None:
+            self.ran, self.told = time.monotonic(), False
+        elif not self.told and time.monotonic() - self.ran >= _WAIT_S:
+            self.told = True
+            free = ray.available_resources()
+            there = " and ".join(f"{free.get(key, 0.0):g} {key}s" for key in self.needs)
+            self.display.noted(f"no trial is running: waiting for {self._needed}; free in the cluster: {there}")
+
+    @property
+    def _needed(self) -> str:
+        each = " and ".join(f"{share:g} {key}s" for key, share in self.needs.items())
+        return each if self.workers == 1 else f"{self.workers} × {each}"
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """A trial got a worker."""

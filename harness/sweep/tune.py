@@ -74,7 +74,7 @@ def sweep(wanted: Sweep, display: Display) -> None:
         nodes = nodes_alive()
         asked = per_worker(wanted.resources, nodes)
         display.opened(wanted.run, at_once(wanted.resources, asked, nodes, len(wanted.trials)))
-        events = Events(wanted.run, wanted.experiment, display, wanted.stored)
+        events = Events(wanted.run, wanted.experiment, display, asked, wanted.resources.workers, wanted.stored)
         with interrupts_kept():
             _tuner(wanted, asked, events).fit()
         if events.ended < len(wanted.trials):  # Tune handles Ctrl-C itself: it stops all trials and returns
