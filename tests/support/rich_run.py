@@ -6,7 +6,9 @@ import random
 from pathlib import Path
 from statistics import fmean
 
+from harness.core.files import write_atomically
 from harness.core.record import Plan, PlannedTrial, TrialRecord, record_path
+from harness.core.search import DECISIONS, Decision, Decisions
 from tests.support.runs import METHODS, draw_pictures, fake_plan, write_examples, write_run
 
 SETTINGS = ("examples=256 epochs=8", "examples=1024 epochs=8")
@@ -67,6 +69,8 @@ def write_rich_run(folder: Path) -> Path:
         return record.model_copy(update={"metrics": metrics, "warnings": (NOTE,)})
 
     write_run(folder, plan, change)
+    decision = Decision(row="digest", name="row", epoch=1, candidates=(), out=(plan.trials[9].trial_id,))
+    write_atomically(folder / DECISIONS, Decisions(decisions=(decision,)).model_dump_json())
     broken = record_path(folder, "broken")
     broken.parent.mkdir()
     broken.write_text("{", encoding="utf-8")
