@@ -25,7 +25,7 @@ from results.leaderboard.format import size_text
 from results.leaderboard.table import Leaderboard, Row
 
 _MOST_ROWS = 40  # of the leaderboard, best first: more outputs per example are not readable
-_MOST_READ = 200  # rows of other settings whose outputs are read: about two seconds
+_MOST_READ = 100  # rows of other settings whose outputs are read: about a second
 _THUMBNAIL_PIXELS = 240  # longer side; smaller pictures are embedded unchanged and enlarged by the page
 _SHOWN_CHARACTERS = 280  # of a text; the rest unfolds on a click
 _MOST_SOUND_BYTES = 1 << 20  # of one recording, which the page embeds whole
