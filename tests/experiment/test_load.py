@@ -14,6 +14,7 @@ from harness.core.errors import UserError
 from harness.core.source import read_yaml, write_yaml
 from harness.experiment.load import Experiment
 from harness.experiment.plan import expand
+from tests.support.refused import check_refused
 
 pytestmark = pytest.mark.quick
 
@@ -287,11 +288,8 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_invalid_input_is_named_with_its_location(experiment_file: Write, case: str) -> None:
-    text, line, key_path, says = WRONG[case]
-    path = experiment_file(text)
-    with pytest.raises(UserError, match=re.escape(says)) as caught:
-        Experiment.from_yaml(path)
-    assert str(caught.value).startswith(f"{path}, line {line}, {key_path}: ")
+    text, line, key, says = WRONG[case]
+    check_refused(experiment_file(text), line, key, says)
 
 
 @pytest.mark.parametrize(

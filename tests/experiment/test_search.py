@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from harness.core.errors import UserError
 from harness.core.search import Halving, Range, Search
 from harness.experiment.load import Experiment
 from harness.experiment.plan import Earlier, describe, expand
 from harness.sweep.preflight import metrics_of
+from tests.support.refused import check_refused
 
 pytestmark = pytest.mark.quick
 
@@ -106,11 +105,8 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_search_is_named_with_its_location(experiment_file: Write, case: str) -> None:
-    text, line, key_path, says = WRONG[case]
-    path = experiment_file(text)
-    with pytest.raises(UserError, match=re.escape(says)) as caught:
-        Experiment.from_yaml(path)
-    assert str(caught.value).startswith(f"{path}, line {line}, {key_path}: "), str(caught.value)
+    text, line, key, says = WRONG[case]
+    check_refused(experiment_file(text), line, key, says)
 
 
 def test_rates_tried_before_count(experiment_file: Write) -> None:

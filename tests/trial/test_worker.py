@@ -27,6 +27,7 @@ from harness.trial.engine import join_process_group
 from harness.trial.log import LOG
 from harness.trial.trial import Progress, Trial, dropout_seed
 from harness.trial.worker import run_worker
+from tests.support.processes import run_ranks
 from tests.support.trials import FULL, LORA, examples_of, partition_everything, run, spec_of
 
 RANKS, TIMEOUT_S = 2, 280
@@ -108,17 +109,7 @@ def process(rank: int, folder: Path, jobs: Sequence[Job]) -> None:
 def run_two(folder: Path, jobs: Sequence[Job]) -> Ended:
     for job in jobs:
         (folder / job.name).mkdir(parents=True, exist_ok=True)
-    spawn = multiprocessing.get_context("spawn")
-    started = [spawn.Process(target=process, args=(rank, folder, jobs), daemon=True) for rank in range(RANKS)]
-    for one in started:
-        one.start()
-    try:
-        for one in started:
-            one.join(TIMEOUT_S)
-        assert [one.exitcode for one in started] == [0, 0], "a process failed (see its output) or was too slow"
-    finally:
-        for one in started:
-            one.kill()
+    run_ranks(multiprocessing.get_context("spawn"), RANKS, process, folder, jobs, timeout_s=TIMEOUT_S)
     ended = Ended(folder)
     for job in jobs:
         texts = [(folder / job.name / f"outcome-{rank}.json").read_text(encoding="utf-8") for rank in range(RANKS)]

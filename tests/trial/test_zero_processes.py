@@ -39,6 +39,7 @@ from harness.trial.engine import Engine, join_process_group
 from tests.support.batches import batch_of
 from tests.support.batches import model_of as context_model_of
 from tests.support.models import tiny_llama
+from tests.support.processes import run_ranks
 from tests.support.trials import partition_everything
 
 STEPS, RANKS, TIMEOUT_S = 3, 2, 250
@@ -150,16 +151,7 @@ def process(rank: int, folder: Path, jobs: Sequence[Job]) -> None:
 def run(jobs: Sequence[Job], folder: Path) -> Path:
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload([__name__])  # torch and DeepSpeed are imported once, not in each process
-    started = [server.Process(target=process, args=(rank, folder, jobs), daemon=True) for rank in range(RANKS)]
-    for one in started:
-        one.start()
-    try:
-        for one in started:
-            one.join(TIMEOUT_S)
-        assert [one.exitcode for one in started] == [0, 0], "a process failed (see its output) or was too slow"
-    finally:
-        for one in started:
-            one.kill()
+    run_ranks(server, RANKS, process, folder, jobs, timeout_s=TIMEOUT_S)
     return folder
 
 
