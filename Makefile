@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 
 
-.PHONY: venv quickstart quick test test-browser test-e2e test-slow test-slurm test-real-data coverage lint docs clean
+.PHONY: venv quickstart quick test test-browser test-e2e test-faults test-slow test-slurm test-real-data coverage lint docs clean
 
 venv: $(STAMP)
 
@@ -30,6 +30,9 @@ test-browser: venv  ## the reports in Chromium; skipped if it is not installed
 
 test-e2e: venv  ## whole runs with Ray: the documentation's script, a plugin's package
 	$(BIN)/python -m pytest -m "e2e and not slow"
+
+test-faults: venv  ## kills processes, fills disks, stops servers: nothing computed may be lost
+	$(BIN)/python -m pytest -m "faults and not slow" tests/faults
 
 test-slow: venv  ## minutes per test: retrains the built-in backbones and more
 	$(BIN)/python -m pytest -m slow
