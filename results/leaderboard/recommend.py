@@ -424,8 +424,14 @@ def _over_settings(board: Leaderboard, choices: Sequence[_Choice]) -> Recommenda
     prices = tuple(
         Price(one, geometric_mean(ratios) if min(ratios) > 0 else fmean(ratios)) for one, ratios in by_name.items()
     )
-    where = "in all" if most == len(board.settings) else f"in {most} of the"
-    start = f"{name} is the cheapest row that is not shown to be worse {where} {len(board.settings)} settings"
+    everywhere = most == len(board.settings)
+    where = f"{'in all' if everywhere else f'in {most} of the'} {len(board.settings)} settings"
+    start = f"{name} is the cheapest row that is not shown to be worse {where}"
+    if all(row is choice.best for choice, row in good):
+        start = (
+            f"{name} has the best mean {_lower(board.primary.label)} {where}, and no cheaper row is good enough in "
+            f"{'all' if everywhere else 'as many'} of them"
+        )
     reference = next((choice.reference for choice, row in good if choice.reference not in (None, row)), None)
     paid = _paid(prices, reference)
     sentence = f"{start}{f': on average {paid}' if paid else ''}."

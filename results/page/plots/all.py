@@ -16,9 +16,10 @@ from results.page.plots.rows import contexts_figure, curves_figure, input_figure
 from results.page.plots.style import MOST_PANELS, STYLE, Drawings, Look, Plot, looks_of, svg
 from results.page.plots.sweeps import option_figure, option_sweeps, sweep_figure
 
-__all__ = ["MOST_DRAWN", "Drawings", "Plot", "all_plots"]
+__all__ = ["EXAMPLES_DRAWN", "MOST_DRAWN", "Drawings", "Plot", "all_plots"]
 
-MOST_DRAWN = 4  # plots of each kind, the first in the order of the plan
+MOST_DRAWN = 4  # plots of each kind
+EXAMPLES_DRAWN = 2  # of each kind with more: the first in the order of the plan; drawing takes long
 Drawing = tuple[str, Callable[[], Figure]]  # title and drawing function
 
 
@@ -40,14 +41,11 @@ def all_plots(board: Leaderboard, sweeps: Sequence[Sweep], efficiency: Efficienc
 
 
 def _drawn(name: str, drawings: Iterable[Drawing]) -> Drawings:
-    """Draw the first ``MOST_DRAWN``, and count the rest."""
-    plots, left_out = [], 0
-    for number, (title, draw) in enumerate(drawings):
-        if number < MOST_DRAWN:
-            plots.append(Plot(title, svg(draw(), f"{name}-{number}")))
-        else:
-            left_out += 1
-    return Drawings(tuple(plots), left_out)
+    """Draw up to ``MOST_DRAWN`` of a kind, or ``EXAMPLES_DRAWN`` if there are more, and count the rest."""
+    known = list(drawings)
+    chosen = known if len(known) <= MOST_DRAWN else known[:EXAMPLES_DRAWN]
+    plots = tuple(Plot(title, svg(draw(), f"{name}-{number}")) for number, (title, draw) in enumerate(chosen))
+    return Drawings(plots, len(known) - len(plots))
 
 
 def _joined(kinds: Sequence[Drawings]) -> Drawings:

@@ -187,6 +187,16 @@ def test_over_settings_the_row_that_is_good_enough_in_all(tmp_path: Path) -> Non
     assert {price.name for price in everywhere.prices} == {"trainable parameters", "memory", "Perplexity"}
 
 
+def test_over_settings_a_row_that_is_the_best_in_all_is_called_so(tmp_path: Path) -> None:
+    ahead = {name: tuple(2 * score for score in scores) if name != FULL else scores for name, scores in SCORES.items()}
+    found = recommend_from(run_of(tmp_path, {"a": ahead, "b": ahead}))[0]
+    assert found.name == FULL
+    assert found.sentence == (
+        "Full fine-tuning has the best mean perplexity in all 2 settings, and no cheaper row is good enough in all of "
+        "them."
+    )
+
+
 def test_prices_are_those_of_the_profile(tmp_path: Path) -> None:
     run = run_of(tmp_path, {"": SCORES})
     full, cheap = (tuple(t.trial_id for t in run.plan.trials if name_of(t) == name) for name in (FULL, CHEAP))

@@ -15,7 +15,7 @@ from results.leaderboard.efficiency import EXAMPLES, MEMORY, PARAMETERS, TIME, b
 from results.leaderboard.sweeps import build_sweeps
 from results.leaderboard.table import Leaderboard, build_leaderboard
 from results.page.plots import all as plots_module
-from results.page.plots.all import MOST_DRAWN, Drawings, all_plots
+from results.page.plots.all import EXAMPLES_DRAWN, MOST_DRAWN, Drawings, all_plots
 from results.page.plots.pareto import Box, Name, cost_ticks, pareto_figure, place, tick_text
 from results.page.plots.style import MOST_PANELS, STYLE, log_ticks, looks_of
 from results.page.plots.sweeps import option_sweeps, sweep_figure
@@ -99,8 +99,13 @@ def test_no_more_are_drawn_than_allowed_and_the_others_are_counted(
     budgets = [64 * number for number in range(1, MOST_DRAWN + 3)]
     found = drawn(board_of(tmp_path, budgets=budgets, seeds=(0,)))
     for name in ("contexts", "parameters", "curves", "input", "options"):
-        assert (len(found[name]), found[name].left_out) == (MOST_DRAWN, 2)
-    assert (len(found["pareto"]), found["pareto"].left_out) == (2 * MOST_DRAWN + 1, 4)
+        assert (len(found[name]), found[name].left_out) == (EXAMPLES_DRAWN, MOST_DRAWN + 2 - EXAMPLES_DRAWN)
+    assert (len(found["pareto"]), found["pareto"].left_out) == (
+        2 * EXAMPLES_DRAWN + 1,
+        2 * (MOST_DRAWN + 2 - EXAMPLES_DRAWN),
+    )
+    allowed = drawn(board_of(tmp_path / "fewer", budgets=budgets[:MOST_DRAWN], seeds=(0,)))
+    assert (len(allowed["curves"]), allowed["curves"].left_out) == (MOST_DRAWN, 0)
     assert len(found["sweeps"]) == 1
 
 
