@@ -21,6 +21,7 @@ from adapters.placement.first_pass import Passes, check_axes, input_of
 from adapters.placement.offload import device_of, dtype_of
 from adapters.placement.roles import Target, find_targets
 from adapters.placement.router import Layout, Router
+from adapters.placement.row_order import check_row_order
 from harness.core.errors import UserError
 
 
@@ -133,6 +134,7 @@ class Adapters(nn.Module):
     ) -> None:
         super().__init__()
         self.router = router
+        self._named = roles is not None
         generator = torch.Generator().manual_seed(seed)
         uses = _uses(methods, ungrouped)
         targets: dict[str, Target] = {}
@@ -182,7 +184,14 @@ class Adapters(nn.Module):
             change.place(language_model)
 
     def attach(self, language_model: nn.Module) -> None:
-        """Register the hooks on the model."""
+        """Register the hooks on the model.
+
+        Raises:
+            UserError: a layer whose role is given explicitly has positions before rows.
+        """
+        if self._named:
+            paths = {layer.target.path for layer in self.layers.values() if isinstance(layer, AdaptedLayer)}
+            self.passes.unordered = frozenset(check_row_order(language_model, paths))
         self._undo.append(Checkpointing(language_model, self.router).undo)
         self._undo += [handle.remove for handle in self.passes.attach(language_model)]
         for layer in self.layers.values():

@@ -35,6 +35,7 @@ class Passes:
     def __init__(self, paths: Iterable[str]) -> None:
         self._current = _OfThread()
         self._waiting = set(paths)
+        self.unordered: frozenset[str] = frozenset()  # layers that may have positions before rows
 
     @property
     def rows(self) -> int | None:
@@ -124,6 +125,11 @@ def check_axes(path: str, x: Tensor, passes: Passes, length: int) -> None:
         raise RuntimeError(f"the layout covers {length} positions but the batch has {given}; set it before forward")
     if len(axes) == 1:
         fits = axes[0] == rows * length if rows is not None else axes[0] % max(length, 1) == 0
+        if fits and min(rows or 1, length) > 1 and path in passes.unordered:
+            raise UserError(
+                f"layer {path}: its input has rows and positions flattened, and whether rows come first is not known, "
+                "because the model does not run on input_ids alone. Leave it out of the explicit roles"
+            )
     else:
         fits = len(axes) > 1 and axes[1] == length and axes[0] == (axes[0] if rows is None else rows)
     if not fits:

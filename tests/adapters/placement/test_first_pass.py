@@ -44,7 +44,6 @@ def run(model: Any, ids: Tensor = ROWS_BT, rows: int = 3, spec: Any = LORA, role
 # ── Axes
 
 WRONG_AXES: dict[str, tuple[Any, str]] = {
-    "positions first": (lambda layer, x: layer(x.transpose(0, 1)).transpose(0, 1), r"\(11, 3\)"),
     "rows missing": (lambda layer, x: torch.stack([layer(row) for row in x]), r"\(11,\)"),
     "some tokens": (lambda layer, x: torch.cat([layer(x[:, :4]), layer(x[:, 4:])], 1), r"\(3, 4\)"),
     "some tokens, flattened": (lambda layer, x: layer(x.flatten(0, 1)[:22]).sum() + 0 * x[..., :32], r"\(22,\)"),
@@ -60,6 +59,35 @@ def test_other_axes_are_refused(forward: Any, found: str, ids: Tensor, spec: Any
     message = rf"^layer model\.layers\.1\.mlp\.down_proj\.inner: its input has the axes {found} .*\(3, 11\) here"
     with pytest.raises(UserError, match=message):
         run(replaced(forward), ids, spec=spec)
+
+
+def transposed(layer: Any, x: Tensor) -> Tensor:
+    return layer(x.transpose(0, 1)).transpose(0, 1)
+
+
+def flattened(layer: Any, x: Tensor) -> Tensor:
+    turned = x.transpose(0, 1)
+    return layer(turned.flatten(0, 1)).unflatten(0, turned.shape[:2]).transpose(0, 1)
+
+
+@pytest.mark.parametrize("forward", [transposed, flattened])
+def test_positions_before_rows_are_refused_before_any_pass(forward: Any) -> None:
+    model = replaced(forward).train()
+    state = torch.random.get_rng_state()
+    with pytest.raises(UserError, match=rf"layer {DOWN}\.inner: positions come before rows in its input, \(T × B\)"):
+        adapted_model(model, LORA, roles={f"{DOWN}.inner": "down"})
+    assert all(module.training and not module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_flattened_axes_of_unknown_order_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = replaced(RIGHT_AXES["flattened"])
+    plain = model.forward
+    monkeypatch.setattr(model, "forward", lambda *args, inputs_embeds, **kw: plain(inputs_embeds=inputs_embeds, **kw))
+    with pytest.raises(UserError, match=r"down_proj\.inner: its input has rows and positions flattened, and whether"):
+        run(model)
+    harness.detach(model)
+    assert run(model, rows=1, ids=IDS_T).shape == (1, 11, 64)
 
 
 RIGHT_AXES: dict[str, Any] = {
