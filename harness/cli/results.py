@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from harness.core.errors import UserError
 from harness.core.lease import holder_of
+from harness.core.shared_folder import SharedFolder
 from harness.core.storage import Folder, is_url, local_folder, push_copy, url_of
 
 if TYPE_CHECKING:
@@ -82,22 +82,9 @@ def status(folder: RunFolder = None) -> None:
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a harness holds the lock of the folder, found by trying to acquire it; at a URL, its lease."""
-    if url := url_of(folder):
-        return holder_of(Folder(url)) is not None
-    path = folder / ".lock"
-    if not path.exists():
-        return False
-    lock = FileLock(path, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        return True
-    except PermissionError:
-        _print(f"{path}: no permission to check whether a harness is running")
-        return False
-    lock.release()
-    return False
+    """Whether a harness holds the lease of the folder."""
+    place = Folder(url) if (url := url_of(folder)) else SharedFolder(folder)
+    return holder_of(place) is not None
 
 
 def report(

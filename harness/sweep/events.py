@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from harness.core.errors import SweepEndedError
+from harness.core.lease import Lease
 from harness.core.origin import shown
 from harness.core.record import PlannedTrial, TrialRecord, read_record, record_path, write_record
 from harness.experiment.plan import TrialSpec
@@ -63,8 +64,9 @@ class Events(tune.Callback):  # type: ignore[misc]
         needs: Amounts,
         workers: int = 1,
         stored: Stored | None = None,
+        lease: Lease | None = None,
     ) -> None:
-        self.run, self.experiment, self.display, self.stored = run, experiment, display, stored
+        self.run, self.experiment, self.display, self.stored, self.lease = run, experiment, display, stored, lease
         self.needs, self.workers = needs, workers  # of each worker of a trial, and their number
         self.ran = time.monotonic()  # when a trial was last running
         self.short_since: float | None = None  # since the nodes cannot run a trial
@@ -87,8 +89,8 @@ class Events(tune.Callback):  # type: ignore[misc]
         if time.monotonic() - self.asked < _NODES_S:
             return
         self.asked = time.monotonic()
-        if self.stored:
-            self.stored.lease.check()
+        if self.lease:
+            self.lease.check()
         nodes = {node["NodeID"]: node for node in ray.nodes()}
         for died in sorted(self.alive - {key for key, node in nodes.items() if node["Alive"]}):
             self.display.noted(f"node {node_name(nodes[died])} has died; its trials start again on another one")

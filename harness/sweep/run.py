@@ -286,7 +286,7 @@ def _write_plan(prepared: Prepared) -> None:
 
 
 @contextmanager
-def _run_folder_for(prepared: Prepared, fresh: bool, console: Console) -> Iterator[Lease | None]:
+def _run_folder_for(prepared: Prepared, fresh: bool, console: Console) -> Iterator[Lease]:
     """Create and lock the run folder; a fresh one is removed again if the experiment is refused before its plan.
 
     Otherwise the next run would continue in an empty folder instead of the latest one.
@@ -314,7 +314,7 @@ def _run_folder_for(prepared: Prepared, fresh: bool, console: Console) -> Iterat
             raise
 
 
-def _run_unfinished(prepared: Prepared, profile: Profile, grid: Grid, lease: Lease | None, console: Console) -> None:
+def _run_unfinished(prepared: Prepared, profile: Profile, grid: Grid, lease: Lease, console: Console) -> None:
     from harness.sweep.live import LiveTable
     from harness.sweep.preflight import files_read
     from harness.sweep.tune import Sweep, sweep
@@ -335,9 +335,11 @@ def _run_unfinished(prepared: Prepared, profile: Profile, grid: Grid, lease: Lea
     files = files_read([spec for spec, _ in todo], prepared.folder) if profile.cluster_address() else []
     if database := sqlite_path(grid.uri):
         files.append(str(database.resolve()))
-    stored = Stored(prepared.storage, lease) if prepared.storage and lease else None
+    stored = Stored(prepared.storage) if prepared.storage else None
     resources = prepared.experiment.resources
-    trials = Sweep(todo, prepared.experiment.name, prepared.folder, resources, grid, profile, files, stored, halved)
+    trials = Sweep(
+        todo, prepared.experiment.name, prepared.folder, resources, grid, profile, files, stored, halved, lease
+    )
     finished = len(prepared.finished())
     with LiveTable(console, [planned for _, planned in todo], finished) as display:
         sweep(trials, display)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from harness.core.errors import SweepEndedError
 from harness.core.files import write_atomically
-from harness.core.lease import Lease
 from harness.core.record import read_record, record_path
 from harness.core.samples import PREVIEWS
 from harness.core.storage import Copy, Folder, StorageError, copy_folder
@@ -29,7 +28,6 @@ class Stored:
     """A run folder at a URL, as its driver has it."""
 
     copy: Copy
-    lease: Lease
 
     def fetch(self, trial_id: str) -> None:
         """Fetch what a trial that has ended has pushed, for the driver.

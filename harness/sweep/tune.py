@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clusters.profiles import LOCAL, Profile
+from harness.core.lease import Lease
 from harness.core.record import PlannedTrial
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
@@ -43,6 +44,7 @@ class Sweep:
         files: files and folders that the trials read.
         stored: the run folder's storage, if it is at a URL: ``run`` is the driver's copy.
         halved: the rows whose learning rates are halved, with all trials of the plan; None: there are none.
+        lease: of the run folder, which the sweep looks at; None: nothing else can be in it.
     """
 
     trials: Sequence[tuple[TrialSpec, PlannedTrial]]
@@ -54,6 +56,7 @@ class Sweep:
     files: Sequence[str] = ()
     stored: Stored | None = None
     halved: HalvedRows | None = None
+    lease: Lease | None = None
 
 
 def sweep(wanted: Sweep, display: Display) -> None:
@@ -74,7 +77,8 @@ def sweep(wanted: Sweep, display: Display) -> None:
         nodes = nodes_alive()
         asked = per_worker(wanted.resources, nodes)
         display.opened(wanted.run, at_once(wanted.resources, asked, nodes, len(wanted.trials)))
-        events = Events(wanted.run, wanted.experiment, display, asked, wanted.resources.workers, wanted.stored)
+        workers, stored, lease = wanted.resources.workers, wanted.stored, wanted.lease
+        events = Events(wanted.run, wanted.experiment, display, asked, workers, stored, lease)
         with interrupts_kept():
             _tuner(wanted, asked, events).fit()
         if events.ended < len(wanted.trials):  # Tune handles Ctrl-C itself: it stops all trials and returns

@@ -14,11 +14,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from filelock import FileLock
 from rich.console import Console
 
 from harness.cli import results
 from harness.core.record import PlannedTrial, TrialRecord, read_run
+from harness.sweep.lock import exclusive
 from results.leaderboard.table import build_leaderboard
 from results.report import write_exports
 from tests.support.cli import Harness, Outcome, caller
@@ -257,7 +257,7 @@ def test_status_of_a_run_in_progress(harness: Harness, run: Path) -> None:
         (record.parent / "log.txt").write_text("", encoding="utf-8")
     old = run / "trials" / "none-all-00-s0-0" / "log.txt"
     os.utime(old, (0, 0))  # of an earlier call
-    with FileLock(run / ".lock"):
+    with exclusive(run):
         out = harness("status").out
     assert out.startswith(
         "runs/grid: synthetic\n9 of 24 trials finished, 12 out of memory, 2 running, 1 waiting\n"
@@ -268,7 +268,7 @@ def test_status_of_a_run_in_progress(harness: Harness, run: Path) -> None:
     assert re.search(r"1(–\d)? +Full fine-tuning +1\.\d+ ", out)
     idle = harness("status", run).out
     assert "0 running, 3 waiting\nno harness is running in this folder" in idle
-    with FileLock(run / ".lock", timeout=0):  # released
+    with exclusive(run):  # released
         pass
 
 
