@@ -13,7 +13,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from harness.core.storage import Folder
 from harness.experiment.plan import TrialSpec
 from harness.sweep.events import Display
 from harness.sweep.nodes import Question, ask_nodes, check_nodes, lacks_code
-from harness.sweep.ray_library import WORKER_SETTINGS, address_of, ray
+from harness.sweep.ray_folder import ray_folder
+from harness.sweep.ray_library import WORKER_SETTINGS, address_of, own_token, ray
 from harness.sweep.ship import collect, files_of, packages_of, plugins_of
 from harness.sweep.stopping import handler_kept
 
@@ -68,20 +69,40 @@ def connect(
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
     started = not ray.is_initialized()
-    try:
+    with ExitStack() as at_end:
         if not started and sum(node["Alive"] for node in ray.nodes()) > 1:
             _check(profile, specs, run, files, display.noted, shipped=True)
         elif started and (address := profile.cluster_address()):
+            at_end.callback(_disconnect)
             _connect(address, profile, specs, run, files, display.noted)
         elif started:
+            at_end.enter_context(own_ray())
+        at_end.enter_context(_watched_head(display.abandoned))
+        yield
+
+
+@contextmanager
+def own_ray() -> Iterator[None]:
+    """A Ray of this process alone: on loopback, with its own token, in a folder that nobody else can enter."""
+    with own_token(), ray_folder() as folder:
+        try:
             with handler_kept():
                 # Without an address, Ray would join a cluster that runs on this machine, or wait for a dead one.
-                ray.init("local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-        with _watched_head(display.abandoned):
+                ray.init(
+                    "local",
+                    include_dashboard=False,
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,
+                    _temp_dir=str(folder),
+                )
             yield
-    finally:
-        if started and ray.is_initialized():
-            ray.shutdown()
+        finally:
+            _disconnect()
+
+
+def _disconnect() -> None:
+    if ray.is_initialized():
+        ray.shutdown()
 
 
 def _connect(

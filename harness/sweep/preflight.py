@@ -31,6 +31,7 @@ from harness.model.build import Splits, choose_splits, count_parameters, empty_m
 from harness.model.components import empty_encoders, make_modalities, make_task, method_of
 from harness.model.inputs import Inputs, Reader
 from harness.sweep.placement import per_worker, this_machine
+from harness.sweep.ray_folder import check_length, temporary_folder
 from harness.trial.scores import metric_name
 from tasks.base import Example
 from tasks.mixture import Mixture
@@ -74,11 +75,6 @@ def check_shell() -> None:
         raise UserError(f"PATH={os.environ.get('PATH', '')}: bash not found; Ray needs it to start its workers")
 
 
-# Ray's longest socket, below its temporary folder; the kernel limits a socket's path (man 7 unix).
-_SOCKET = "ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
-_MAX_SOCKET_BYTES = 107
-
-
 def check_ray(address: str | None = None) -> None:
     """Check that Ray can start here: its temporary folder, the length of its sockets' paths, and its folder in HOME.
 
@@ -91,14 +87,8 @@ def check_ray(address: str | None = None) -> None:
     ray = sys.modules.get("ray")
     if address or os.environ.get("RAY_ADDRESS") or (ray is not None and ray.is_initialized()):
         return  # a cluster that runs already
-    name = next((key for key in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(key)), "TMPDIR")
-    temporary = Path(os.environ.get(name) or "/tmp")  # noqa: S108 - Ray's default
-    if (size := len(os.fsencode(temporary / _SOCKET.format(pid=os.getpid())))) > _MAX_SOCKET_BYTES:
-        allowed = len(os.fsencode(temporary)) - (size - _MAX_SOCKET_BYTES)
-        raise UserError(
-            f"{name}={temporary}: too long for Ray, which makes sockets below it; allowed: a path of at most {allowed} "
-            "bytes; set RAY_TMPDIR to a short folder such as /tmp"
-        )
+    check_length()
+    name, temporary = temporary_folder()
     _check_writable(temporary, f"{name}={temporary}: not writable", "Ray needs it; set RAY_TMPDIR to another folder")
     home = Path.home()
     if not (home / ".ray" / "auth_token").is_file():

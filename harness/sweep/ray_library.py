@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Ray reads these when it is imported: loopback only, no usage statistics, quiet, and no memory monitor. If the monitor
 # kills a worker, Tune does not handle the error and the whole sweep ends; if the kernel does, only that trial fails.
@@ -25,6 +28,8 @@ import ray  # noqa: E402
 from ray import tune  # noqa: E402
 from ray._common.network_utils import is_localhost  # noqa: E402
 from ray._private import ray_constants, services  # noqa: E402
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # noqa: E402
+from ray.tune.execution import class_cache  # noqa: E402
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
 # Of those above, what workers of a cluster that others have started need too.
@@ -32,7 +37,30 @@ WORKER_SETTINGS = {
     name: os.environ[name]
     for name in ("RAY_CHDIR_TO_TRIAL_DIR", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "TOKENIZERS_PARALLELISM")
 }
-__all__ = ["WORKER_SETTINGS", "NodeAffinitySchedulingStrategy", "address_of", "ray", "tune"]
+# Tune passes these on in the runtime environment of its actors, which Ray writes into its logs with the values. Workers
+# inherit them on this machine, and get them in the arguments of their trials on others.
+class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
+_TOKEN = "RAY_AUTH_TOKEN"  # noqa: S105 - the name of a variable
+__all__ = ["WORKER_SETTINGS", "NodeAffinitySchedulingStrategy", "address_of", "own_token", "ray", "tune"]
+
+
+@contextmanager
+def own_token() -> Iterator[None]:
+    """Give the Ray that this process starts a token of its own: what has not got it can ask that Ray for nothing.
+
+    It is in the environment of its processes and in no file; Ray would make one for all its clusters, which everybody
+    who may enter the home folder can read. A token that was named to this process is used instead.
+    """
+    if _TOKEN in os.environ or f"{_TOKEN}_PATH" in os.environ:
+        yield
+        return
+    os.environ[_TOKEN] = secrets.token_hex(32)
+    AuthenticationTokenLoader.instance().reset_cache()
+    try:
+        yield
+    finally:
+        del os.environ[_TOKEN]
+        AuthenticationTokenLoader.instance().reset_cache()
 
 
 def address_of(wanted: str) -> str:

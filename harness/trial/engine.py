@@ -32,6 +32,7 @@ from harness.trial.measure import PeakMemory
 PRESETS = Path(__file__).parent.parent.parent / "clusters" / "deepspeed"
 PARTITIONED_STAGE = 3  # the parameters are spread over the workers, and gathered layer by layer in every pass
 _GRADIENTS_STAGE = 2  # from this stage on, gradients are spread too
+_LOOPBACK = "127.0.0.1"
 _NAMES_FILE = "trainable.json"
 _FROZEN_FILE = "frozen.safetensors"  # parameters that other stages of the trial train, but this one does not
 
@@ -63,12 +64,16 @@ def join_process_group(
         rank: of this process.
         world_size: number of processes.
         address: IP address of this node, at which the others reach it; None: gloo looks up the name of the host, which
-            on some nodes is the loopback.
+            on some nodes is the loopback. A group of one process listens on the loopback alone.
     """
     if not torch.distributed.is_initialized():
+        if store is None:
+            address = _LOOPBACK
         if address is not None:
             for interface in _interfaces(address):
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+                if address == _LOOPBACK:
+                    os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, store=store or HashStore(), rank=rank, world_size=world_size)
 
