@@ -27,6 +27,7 @@ from harness.core.search import DECISIONS
 from harness.experiment.plan import TrialSpec
 from harness.tracking.board import describe_board, grid_link, log_board, save_view, trials_link
 from harness.tracking.log import log_end, log_metrics, log_params
+from harness.tracking.schema import HALF_MADE, advice, make_database
 from harness.tracking.system import SystemMetrics
 from results.leaderboard.table import Leaderboard
 
@@ -167,8 +168,14 @@ def connect(uri: str) -> Any:
         logging.getLogger(name).setLevel(logging.ERROR)
     from mlflow import MlflowClient
 
-    with _no_folder_named_like(uri):
-        return MlflowClient(tracking_uri=uri)
+    def client(of: str) -> Any:
+        with _no_folder_named_like(of):
+            return MlflowClient(tracking_uri=of)
+
+    database = sqlite_path(uri)
+    if database is not None and str(database) != ":memory:" and not database.exists():
+        make_database(database, lambda new: client(sqlite_uri(new)).search_experiments(max_results=1))
+    return client(uri)
 
 
 @contextmanager
@@ -211,7 +218,9 @@ def check_uri(uri: str, where: str = "tracking.mlflow_uri", experiment: str | No
 
 
 def _unusable(uri: str, error: Exception, where: str = "tracking.mlflow_uri") -> UserError:
-    return UserError(f"{where}: {redacted(uri)!r} could not be used: {reason_of(error, uri)}")
+    database, reason = sqlite_path(uri), reason_of(error, uri)
+    hint = f"; {text}" if database and HALF_MADE.search(reason) and (text := advice(database)) else ""
+    return UserError(f"{where}: {redacted(uri)!r} could not be used: {reason}{hint}")
 
 
 def child_runs(client: Any, experiment_id: str, parent_run_id: str, condition: str = "") -> Iterator[Any]:
