@@ -23,6 +23,9 @@ from harness.core.files import write_atomically
 
 FOLDER = "launch"  # in a run folder: rendered files, logs of drivers, the record
 RECORD = "launch.json"
+# Of every Ray that a launcher starts. Who reaches a port of it needs its token. Without its memory monitor: where that
+# kills a worker, Tune does not handle the error and the whole sweep ends; if the kernel does, only that trial fails.
+RAY_SETTINGS = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0"}
 _SHORTEST_SECRET = 6  # characters; a shorter value of a variable may be in a text by chance
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from clusters.launch.job import Job, Launch, call, check_program, submitted
+from clusters.launch.job import RAY_SETTINGS, Job, Launch, call, check_program, submitted
 from clusters.profiles import KubeRay, Pod
 from harness.core.errors import UserError
 
@@ -158,6 +158,7 @@ def _ray_job(job: Job, name: str) -> dict[str, Any]:
         worker_template["spec"]["nodeSelector"] = kuberay.node_selector
     cluster = {
         "rayVersion": version("ray"),
+        "authOptions": {"mode": "token"},  # the operator makes a Secret with it
         "headGroupSpec": {
             "rayStartParams": {},
             "template": _pod(job, kuberay.head, "ray-head", {"name": "experiment", "mountPath": _MOUNT}),
@@ -189,7 +190,8 @@ def _ray_job(job: Job, name: str) -> dict[str, Any]:
 def _pod(job: Job, size: Pod, container: str, experiment: dict[str, str]) -> dict[str, Any]:
     """The pod template of a Ray node; ``experiment``: the mount of the ConfigMap, in the head."""
     kuberay = _section(job)
-    env: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in job.profile.env.items()]
+    settings = {name: value for name, value in RAY_SETTINGS.items() if name != "RAY_AUTH_MODE"}  # set by the operator
+    env: list[dict[str, Any]] = [{"name": k, "value": v} for k, v in {**settings, **job.profile.env}.items()]
     for name in job.profile.secrets:
         env.append({"name": name, "valueFrom": {"secretKeyRef": {"name": kuberay.secret or "", "key": name}}})
     resources: dict[str, Any] = {"cpu": str(size.cpus), "memory": size.memory}

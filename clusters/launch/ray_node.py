@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import stat
 import sys
 import time
 from contextlib import ExitStack, closing
 from importlib.util import find_spec
+from pathlib import Path
 
 CONNECT_S = 300.0  # the nodes of a job may start minutes apart
 
@@ -47,15 +49,28 @@ def start_command(address: str, rank: int, cpus: int) -> list[str]:
     agent, client = free_ports(2)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
     if rank == 0:
-        temporary = os.environ.get("SLURM_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108
         command += ["--head", f"--node-ip-address={host}", f"--port={port}", "--include-dashboard=false"]
-        command += [f"--temp-dir={temporary}/ray-{os.environ['SLURM_JOB_ID']}"]
+        command += [f"--temp-dir={_private_folder()}/ray"]
         if find_spec("grpc"):  # ray[client]: its server would take port 10001
             command += [f"--ray-client-server-port={client}"]
     else:
         command += [f"--address={address}", f"--node-ip-address={own_ip()}"]
     command += [f"--dashboard-agent-listen-port={agent}", "--min-worker-port=0", "--max-worker-port=0"]
     return [*command, f"--num-cpus={cpus}"]
+
+
+def _private_folder() -> Path:
+    """Where Ray's folder of the job is on every node: Ray opens its own to everybody, so nobody else may enter this one."""
+    temporary = os.environ.get("SLURM_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108
+    return Path(temporary) / f"harness-{os.environ['SLURM_JOB_ID']}"
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder that only this user can enter; another node of the job on this machine may have made it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        sys.exit(f"{folder}: somebody else can write to it; remove it on {socket.gethostname()}")
 
 
 def _start() -> None:
@@ -66,6 +81,7 @@ def _start() -> None:
     address, rank = os.environ["RAY_ADDRESS"], int(os.environ["SLURM_PROCID"])
     if rank > 0:
         _wait_for(address)
+    _make_private(_private_folder())
     cpus = int(os.environ.get("SLURM_CPUS_PER_TASK") or os.cpu_count() or 1)
     del os.environ["RAY_ADDRESS"]  # `ray start --head` refuses to start with it
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -5,18 +5,24 @@ Keys: https://docs.ray.io/en/latest/cluster/vms/references/ray-cluster-configura
 
 from __future__ import annotations
 
+import os
 import re
+import secrets
 import shlex
 import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from clusters.launch.job import Job, Launch, call, check_program, submitted
+from clusters.launch.job import RAY_SETTINGS, Job, Launch, call, check_program, submitted
 from clusters.profiles import Machine, RayUp
 from harness.core.errors import UserError
+from harness.core.files import cache_folder
 
 CLUSTER = "cluster.yaml"
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
@@ -55,6 +61,7 @@ class RayUpLauncher:
             UserError: one of the commands of Ray failed.
         """
         cluster = str(job.folder / CLUSTER)
+        _make_token(_token_file(job))
         call([*_RAY, "up", "--yes", "--no-config-cache", cluster], _UP_S)
         driver = f"{_command(job)} > {_LOG} 2>&1"
         call([*_RAY, "exec", "--tmux", cluster, driver], _UP_S)
@@ -87,19 +94,34 @@ def _name(job: Job) -> str:
     return "harness-" + re.sub(r"[^A-Za-z0-9-]+", "-", job.folder.parent.name)
 
 
+def _token_file(job: Job) -> Path:
+    return cache_folder("ray_tokens", _name(job))
+
+
+def _make_token(path: Path) -> None:
+    """Write a new token, unless there is one, into a file that only this user can read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError), open(path, "x", opener=partial(os.open, mode=0o600)) as file:
+        file.write(secrets.token_hex(32))
+
+
 def _command(job: Job) -> str:
     """The driver on the head: the experiment, its plugins and the profile are copied to ``~/experiment``."""
-    exports = "".join(f"{name}={shlex.quote(value)} " for name, value in job.profile.env.items())
+    exports = _assigned({**RAY_SETTINGS, **job.profile.env})
     python = job.profile.python or "python"
     experiment, profile = f"experiment/{job.experiment.name}", f"experiment/{job.profile_file.name}"
-    return f"RAY_ADDRESS=auto {exports}{job.command(python, experiment, profile)}"
+    return f"RAY_ADDRESS=auto {exports} {job.command(python, experiment, profile)}"
+
+
+def _assigned(variables: Mapping[str, str]) -> str:
+    return " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
 
 
 def _cluster(job: Job) -> dict[str, Any]:
     ray_up = _section(job)
     copied = [job.experiment, *job.plugins, job.profile_file]
     python = job.profile.python or "python"
-    start = f"{python} -m ray.scripts.scripts start --disable-usage-stats"
+    start = f"{_assigned(RAY_SETTINGS)} {python} -m ray.scripts.scripts start"
     cluster: dict[str, Any] = {
         "cluster_name": _name(job),
         "max_workers": ray_up.worker.max_workers,
@@ -118,6 +140,7 @@ def _cluster(job: Job) -> dict[str, Any]:
         "file_mounts": {
             **{f"~/experiment/{path.name}": str(path) for path in copied},
             "~/harness": str(_CLONE),
+            "~/.ray/auth_token": str(_token_file(job)),
         },
         "rsync_exclude": ["**/.git", "**/.venv", "**/runs", "**/__pycache__"],
         "setup_commands": list(ray_up.setup),

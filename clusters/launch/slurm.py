@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from clusters.launch.job import Job, Launch, call, check_program, check_secrets_are_set, submitted
+from clusters.launch.job import RAY_SETTINGS, Job, Launch, call, check_program, check_secrets_are_set, submitted
 from clusters.profiles import Slurm
 from harness.core.errors import UserError, did_you_mean
 
@@ -38,6 +38,7 @@ class SlurmLauncher:
             name=job.name,
             slurm=_section(job).model_dump(),
             env=job.profile.env,
+            ray_settings=RAY_SETTINGS,
             exported=(*_EXPORTED, *job.profile.secrets),
             python=job.python,
             log=str(job.folder / "slurm-%j.log"),

@@ -90,8 +90,13 @@ class _WorkerGroup(_Group):
     maxReplicas: Annotated[int, Field(ge=0)]
 
 
+class _Authentication(_Object):
+    mode: Literal["disabled", "token"]
+
+
 class _Cluster(_Object):
     rayVersion: str
+    authOptions: _Authentication
     headGroupSpec: _Group
     workerGroupSpecs: list[_WorkerGroup]
 

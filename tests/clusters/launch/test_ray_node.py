@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from contextlib import closing
@@ -39,7 +40,7 @@ def test_the_first_node_is_the_head_and_the_others_join_it(monkeypatch: pytest.M
     monkeypatch.setenv("TMPDIR", "/scratch")
     monkeypatch.delenv("SLURM_TMPDIR", raising=False)
     head, one, other = (ray_node.start_command("10.0.0.1:7000", rank, cpus=16) for rank in range(3))
-    assert {"--head", "--port=7000", "--node-ip-address=10.0.0.1", "--temp-dir=/scratch/ray-12"} <= set(head)
+    assert {"--head", "--port=7000", "--node-ip-address=10.0.0.1", "--temp-dir=/scratch/harness-12/ray"} <= set(head)
     assert "--address=10.0.0.1:7000" in one
     assert not {"--head", "--port=7000"} & set(one)
     assert all("--num-cpus=16" in command for command in (head, one, other))
@@ -51,7 +52,9 @@ def test_what_ray_starts_does_not_get_sigterm(monkeypatch: pytest.MonkeyPatch, t
     """Its processes inherit the mask; Java does with -Xrs."""
     code = f"import os, signal; os.kill(os.getpid(), signal.SIGTERM); open({str(tmp_path / 'alive')!r}, 'w')"
     monkeypatch.setattr(ray_node, "start_command", lambda *_: [sys.executable, "-c", code])
-    for name, value in (("RAY_ADDRESS", "10.0.0.1:7000"), ("SLURM_PROCID", "0"), ("JAVA_TOOL_OPTIONS", "-Xmx1g")):
+    monkeypatch.delenv("SLURM_TMPDIR", raising=False)
+    variables = {"RAY_ADDRESS": "10.0.0.1:7000", "SLURM_PROCID": "0", "SLURM_JOB_ID": "12", "TMPDIR": str(tmp_path)}
+    for name, value in (variables | {"JAVA_TOOL_OPTIONS": "-Xmx1g"}).items():
         monkeypatch.setenv(name, value)
     pid = os.fork()
     if pid == 0:
@@ -60,3 +63,16 @@ def test_what_ray_starts_does_not_get_sigterm(monkeypatch: pytest.MonkeyPatch, t
     assert os.waitstatus_to_exitcode(status) == 0
     assert (tmp_path / "alive").exists()
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, set())  # of this process
+    assert stat.S_IMODE((tmp_path / "harness-12").stat().st_mode) == 0o700
+
+
+def test_a_folder_of_ray_that_others_could_have_filled_is_refused(tmp_path: Path) -> None:
+    open_to_all, link = tmp_path / "open", tmp_path / "link"
+    ray_node._make_private(tmp_path / "own")
+    ray_node._make_private(tmp_path / "own")  # the second node on a machine
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    link.symlink_to(tmp_path / "own")
+    for folder in (open_to_all, link):
+        with pytest.raises(SystemExit, match=f"{folder.name}: somebody else can write to it"):
+            ray_node._make_private(folder)

@@ -15,6 +15,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from clusters.launch.job import Job, check_no_secret
 from clusters.launch.launchers import LAUNCHERS
 from harness.core.errors import UserError
+from harness.core.files import cache_folder
 from tests.support.kuberay import RayJobManifest
 from tests.support.launching import EXPERIMENT, job, written_profile
 
@@ -86,6 +87,7 @@ def test_a_rendered_file_is_the_golden_one(rendered: tuple[Job, dict[str, str]],
 
         root = str(Path(job_module.__file__).resolve().parents[2])
         found = text.replace(str(tmp_path), "/home/me").replace(made.python, "PYTHON").replace(root, "CLONE")
+        found = found.replace(str(cache_folder()), "CACHE")
         golden = GOLDEN / f"{made.profile.kind}-{name}"
         if os.environ.get("UPDATE_GOLDEN"):
             golden.write_text(found, encoding="utf-8")

@@ -17,7 +17,10 @@
 set -u
 module load cuda/12
 export HF_HOME='/shared/hf cache'
-export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=1 RAY_USAGE_STATS_ENABLED=0
+export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=1
+export RAY_AUTH_MODE=token
+export RAY_USAGE_STATS_ENABLED=0
+export RAY_memory_monitor_refresh_ms=0
 export SLURM_EXPORT_ENV=ALL  # of this script to its steps: otherwise the names above only
 python=PYTHON
 echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1))"
@@ -25,7 +28,7 @@ echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-
 # Ray on every node, each with free ports of its own. It is deaf to SIGTERM, so that it outlives the driver.
 RAY_ADDRESS=$("$python" -m clusters.launch.ray_node address) || exit 2
 RAY_AUTH_TOKEN=$("$python" -c 'import secrets; print(secrets.token_hex(32))')
-export RAY_ADDRESS RAY_AUTH_TOKEN RAY_AUTH_MODE=token
+export RAY_ADDRESS RAY_AUTH_TOKEN
 end_ray() { scancel --signal=KILL "$SLURM_JOB_ID.0" 2>/dev/null; }  # the first step; to the job, KILL would cancel it
 trap end_ray EXIT
 srun --overlap --nodes=2 --ntasks=2 --ntasks-per-node=1 \
