@@ -20,6 +20,7 @@ from harness.core.errors import UserError
 
 if TYPE_CHECKING:
     from harness.core.record import Parameters
+    from harness.sweep.run import Prepared
 
 EXPERIMENTS, RESULTS, COMPONENTS = "Experiments", "Results", "Tasks, adapters, metrics and backbones"
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
@@ -87,38 +88,28 @@ def run(
 
 
 @app.command("plan", rich_help_panel=EXPERIMENTS)
-def plan_command(file: ExperimentFile, output: Output = None, fresh: Fresh = False) -> None:
+def plan_command(
+    file: ExperimentFile,
+    output: Output = None,
+    fresh: Fresh = False,
+    every_row: Annotated[bool, typer.Option("--all", help="Show every row of a plan that has very many.")] = False,
+) -> None:
     """Show the trials and their trainable parameters, without training, downloading or writing anything.
 
     Where the data is on this machine, check that there are enough examples.
     """
-    from harness.cli.terminal import plan_table
-    from harness.core.hub import HubUnreachableError
+    from harness.cli.plan import SHOWN_ROWS, UNBOUNDED, plan_table
     from harness.experiment.load import Experiment
-    from harness.model.build import count_parameters
     from harness.sweep.counts import check_counts
     from harness.sweep.preflight import check_resources
     from harness.sweep.run import prepare as prepare_run
 
     planned = prepare_run(Experiment.from_yaml(file), output or "runs", fresh)
-    parameters: dict[str, Parameters | None] = {}
-    known: dict[str, Parameters | None] = {}
-    notes: dict[str, None] = {}
-    for spec in planned.specs:
-        key = spec.model_dump_json(include={"task", "backbone", "adapter"})
-        if key not in known:
-            try:
-                known[key] = count_parameters(spec)
-            except HubUnreachableError as error:
-                known[key] = None
-                notes[str(error)] = None
-        parameters[spec.trial_id] = known[key]
+    parameters, notes = _parameters(planned)
     unchecked = check_counts(planned.specs)
-    records = planned.records()
-    states = {
-        spec.trial_id: records[spec.trial_id].status if spec.trial_id in records else "to run" for spec in planned.specs
-    }
-    console.print(plan_table(planned.plan, parameters, states))
+    table = plan_table(planned.plan, parameters, planned.states(), None if every_row else SHOWN_ROWS)
+    # In a file a row is one line, however wide.
+    console.print(table, crop=False, width=None if console.is_terminal else UNBOUNDED)
     for note in notes:
         console.print(f"[yellow]parameters unknown:[/] {_escape(note)}", soft_wrap=True)
     if unknown := [model for model, found in planned.plan.fingerprints.items() if found is None]:
@@ -131,6 +122,29 @@ def plan_command(file: ExperimentFile, output: Output = None, fresh: Fresh = Fal
     for note in unchecked:
         console.print(f"[yellow]number of examples not checked:[/] {_escape(note)}", highlight=False, soft_wrap=True)
     console.print(f"run folder: {planned.folder}", highlight=False, soft_wrap=True)
+
+
+def _parameters(planned: Prepared) -> tuple[dict[str, Parameters | None], list[str]]:
+    """Parameters by the id of the first trial of every row, and why those that are None are not known."""
+    from harness.core.hub import HubUnreachableError
+    from harness.experiment.shared import alike
+    from harness.model.build import count_parameters
+
+    known: dict[str, Parameters | None] = {}
+    parameters: dict[str, Parameters | None] = {}
+    notes: dict[str, None] = {}
+    specs = {trial.trial_id: spec for trial, spec in zip(planned.plan.trials, planned.specs, strict=True)}
+    for trials in planned.plan.rows().values():
+        spec = specs[trials[0].trial_id]
+        key = alike(spec, "task", "backbone", "adapter")
+        if key not in known:
+            try:
+                known[key] = count_parameters(spec)
+            except HubUnreachableError as error:
+                known[key] = None
+                notes[str(error)] = None
+        parameters[trials[0].trial_id] = known[key]
+    return parameters, list(notes)
 
 
 app.command(rich_help_panel=EXPERIMENTS)(cli_launch.launch)

@@ -13,9 +13,9 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from harness.core.durations import duration
 from harness.sweep.live import trial_names
 from results.export.columns import Column, all_columns
-from results.leaderboard.format import duration
 from results.leaderboard.recommend import recommend
 from results.leaderboard.table import Leaderboard, Row
 from results.loaded import Results

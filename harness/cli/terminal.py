@@ -1,62 +1,29 @@
-"""Terminal output: the plan, the leaderboard, comparisons and diffs."""
+"""Terminal output: progress, comparisons and diffs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from harness.core.record import Parameters, Plan, PlannedTrial
+from harness.core.durations import duration
 from harness.sweep.live import trial_name
 from results.leaderboard.compare import Comparison, Side
 from results.leaderboard.diff import RULE, BoardDiff, Change
-from results.leaderboard.format import ABSENT, duration, estimate_text, number, p_text, rank_text
+from results.leaderboard.format import ABSENT, estimate_text, number, p_text, rank_text
 from results.leaderboard.progress import Progress
 
 SHOWN_FAILURES = 10
 _REASON_LENGTH = 240  # characters of the reason why a row is excluded from ranking: three lines
 
 
-def plan_table(plan: Plan, parameters: Mapping[str, Parameters | None], states: Mapping[str, str]) -> Table:
-    """The trials, grouped by row, with their numbers of parameters.
-
-    Args:
-        plan: all trials.
-        parameters: by trial id; None if the configuration of a backbone could not be loaded.
-        states: by trial id: "finished", "failed", "to run".
-    """
-    table = _table(f"{plan.experiment}: {len(plan.trials)} trials")
-    rows: dict[tuple[str, str], list[PlannedTrial]] = {}
-    for trial in plan.trials:
-        rows.setdefault((f"{trial.label} {trial.grouping}".rstrip(), trial.setting), []).append(trial)
-    with_setting = any(setting for _, setting in rows)
-    for heading in ("method", "setting", "seeds") if with_setting else ("method", "seeds"):
-        table.add_column(heading)
-    for heading in ("trainable", "adapter", "projector", "total"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("state")
-    for (name, setting), trials in rows.items():
-        counts = parameters[trials[0].trial_id]
-        numbers = (counts.trainable, counts.adapter, counts.projector, counts.total) if counts else ()
-        cells = [f"{n:,}" for n in numbers] or ["unknown"] * 4
-        seeds = ", ".join(str(trial.seed) for trial in trials)
-        state = ", ".join(_counted([states[trial.trial_id] for trial in trials]))
-        table.add_row(name, *([setting] if with_setting else []), seeds, *cells, state)
-    return table
-
-
 def _table(title: str | None = None) -> Table:
     return Table(
         box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", title=title, title_justify="left"
     )
-
-
-def _counted(words: Iterable[str]) -> list[str]:
-    all_words = list(words)
-    return [f"{all_words.count(word)} {word}" for word in dict.fromkeys(all_words)]
 
 
 def progress_lines(progress: Progress, active: bool) -> Iterator[str]:

@@ -21,28 +21,28 @@ _PLUGIN_KEY = re.compile(r"task\.(plugin$|modalities\.|metrics\.)")  # follow fr
 
 def labels(specs: Mapping[str, Spec]) -> dict[str, str]:
     """Labels by trial id: the method's label, plus the options in which entries of one label and grouping differ."""
-    families: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    extras: dict[tuple[str, str], list[str]] = {}
-    place: dict[str, int] = {}  # index of a trial's options within its family
-    for trial_id, spec in specs.items():
-        options = _adapter_options(spec["adapter"])
-        known = families.setdefault(_family(spec), [])
+    families: dict[tuple[str, str], list[dict[str, Any]]] = {}  # by label and grouping: the different options
+    place: dict[int, tuple[tuple[str, str], int]] = {}  # id of an adapter → its family and its options' index there
+    for adapter in {id(spec["adapter"]): spec["adapter"] for spec in specs.values()}.values():
+        options, family = _adapter_options(adapter), (adapter["label"], adapter["grouping_name"])
+        known = families.setdefault(family, [])
         if options not in known:
             known.append(options)
-        place[trial_id] = known.index(options)
-    for family, known in families.items():
-        differing = [[key for key in own if any(other.get(key) != own[key] for other in known)] for own in known]
-        extras[family] = [
-            " ".join(f"{key}={own[key]}" for key in keys) for own, keys in zip(known, differing, strict=True)
-        ]
-    return {
-        trial_id: f"{spec['adapter']['label']} {extras[_family(spec)][place[trial_id]]}".rstrip()
-        for trial_id, spec in specs.items()
-    }
+        place[id(adapter)] = family, known.index(options)
+    extras = {family: _differing(known) for family, known in families.items()}
+
+    def label(adapter: Mapping[str, Any]) -> str:
+        family, index = place[id(adapter)]
+        return f"{adapter['label']} {extras[family][index]}".rstrip()
+
+    return {trial_id: label(spec["adapter"]) for trial_id, spec in specs.items()}
 
 
-def _family(spec: Spec) -> tuple[str, str]:
-    return spec["adapter"]["label"], spec["adapter"]["grouping_name"]
+def _differing(known: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of each of the options, those in which they are not all alike."""
+    keys = dict.fromkeys(key for own in known for key in own)
+    varying = {key for key in keys if any(own.get(key) != known[0].get(key) for own in known)}
+    return [" ".join(f"{key}={value}" for key, value in own.items() if key in varying) for own in known]
 
 
 def _adapter_options(adapter: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,14 +59,17 @@ def settings(specs: Mapping[str, Spec], without: Sequence[str] = ()) -> dict[str
         specs: by trial id.
         without: dotted keys to leave out, such as ``budget.examples``: trials of one sweep then share a setting.
     """
-    flat = {trial_id: dict(flatten(conditions(spec))) for trial_id, spec in specs.items()}
+    # Trials of a plan share their sections, so most of them are alike in all.
+    alike = {trial_id: tuple(map(id, _conditional(spec).values())) for trial_id, spec in specs.items()}
+    kinds = {alike[trial_id]: spec for trial_id, spec in specs.items()}
+    flat = {kind: dict(flatten(conditions(spec))) for kind, spec in kinds.items()}
     keys = dict.fromkeys(key for values in flat.values() for key in values)
     keys = dict.fromkeys(key for key in keys if key not in without and not _PLUGIN_KEY.match(key))
     varying = [key for key in keys if _varies(key, list(flat.values()))]
-    return {
-        trial_id: " ".join(_setting(key, values[key]) for key in varying if key in values)
-        for trial_id, values in flat.items()
+    names = {
+        kind: " ".join(_setting(key, values[key]) for key in varying if key in values) for kind, values in flat.items()
     }
+    return {trial_id: names[kind] for trial_id, kind in alike.items()}
 
 
 def _varies(key: str, trials: Sequence[Mapping[str, Any]]) -> bool:
@@ -101,9 +104,12 @@ def conditions(spec: Spec) -> dict[str, dict[str, Any]]:
     """
     return {
         section: {key: identity(value) for key, value in content.items() if key not in _LEFT_OUT.get(section, ())}
-        for section, content in spec.items()
-        if section != "adapter" and isinstance(content, Mapping)
+        for section, content in _conditional(spec).items()
     }
+
+
+def _conditional(spec: Spec) -> dict[str, Mapping[str, Any]]:
+    return {name: content for name, content in spec.items() if name != "adapter" and isinstance(content, Mapping)}
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -112,3 +118,8 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any
     for key, value in content.items():
         pairs += flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
     return pairs
+
+
+def metric_name(member: str, name: str) -> str:
+    """``cider``, or ``coco_captions/cider`` in a mixture."""
+    return f"{member}/{name}" if member else name

@@ -97,6 +97,13 @@ class Plan(Schema):
     plugins: dict[str, str] = Field(default_factory=dict)  # "context-peft-harness:lora" → its result version
     trials: tuple[PlannedTrial, ...]
 
+    def rows(self) -> dict[tuple[str, str, str], list[PlannedTrial]]:
+        """The trials by label, grouping and setting, in order: they differ in seed and learning rate."""
+        rows: dict[tuple[str, str, str], list[PlannedTrial]] = {}
+        for trial in self.trials:
+            rows.setdefault((trial.label, trial.grouping, trial.setting), []).append(trial)
+        return rows
+
 
 class Epoch(Schema):
     """Results of one pass over the training examples. Perplexity is exp(total NLL / total target tokens)."""

@@ -6,14 +6,12 @@ evaluation) and of nothing else, so a trial keeps its id when the grid grows or 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,12 +19,13 @@ from harness.core import naming
 from harness.core.errors import UserError, did_you_mean
 from harness.core.paths import locate_model
 from harness.core.record import MetricInfo, Plan, PlannedTrial
-from harness.core.registry import identity, plugins_in
+from harness.core.registry import plugins_in
 from harness.core.search import ADAPTIVE
 from harness.core.weights import COMMIT, fingerprint, model_key, models_of, pinned
 from harness.experiment.load import Experiment
 from harness.experiment.samplers import first_candidates, next_candidate
 from harness.experiment.sections import AdapterChoice, Backbone, Budget, Evaluation, Optimizer, TaskChoice
+from harness.experiment.shared import distinct, sections_of, sha256_of, shared_dump, with_rate
 from tasks.registry import MODALITIES
 
 
@@ -74,21 +73,20 @@ class TrialSpec(BaseModel):
         Display names, ``tried_learning_rates``, the primary metric, the margin and the folder of the experiment do not
         affect the result and are left out.
         """
-        content = self.model_dump(
-            mode="json",
-            exclude={
-                "adapter": {
-                    "label": True,
-                    "grouping_name": True,
-                    "learning_rate": True,
-                    "tried_learning_rates": True,
-                    "init_from": {"__all__": {"trial"}},
-                },
-                "eval": {"primary_metric", "equivalence_margin"},
-                "relative_to": True,
-            },
-        )
-        return hashlib.sha256(json.dumps(identity(content), sort_keys=True).encode()).hexdigest()[:12]
+        return sha256_of(self, _IN_ID, _NOT_IN_ID)[:12]
+
+
+_NOT_IN_ID: dict[str, dict[str, Any]] = {
+    "adapter": {
+        "label": True,
+        "grouping_name": True,
+        "learning_rate": True,
+        "tried_learning_rates": True,
+        "init_from": {"__all__": {"trial"}},
+    },
+    "eval": {"primary_metric": True, "equivalence_margin": True},
+}
+_IN_ID = tuple(TrialSpec.model_fields.keys() - {"relative_to"})
 
 
 @dataclass(frozen=True)
@@ -117,24 +115,26 @@ def expand(experiment: Experiment, earlier: Earlier | None = None) -> list[Trial
     specs = []
     known: dict[tuple[str, str | None], str | None] = {}
     for task, choices in zip(experiment.tasks, experiment.adapters, strict=True):
-        axes = (experiment.backbones, experiment.budgets, experiment.optimizers, choices)
-        for backbone, budget, optimizer, adapter in itertools.product(*axes):
-            complete = _with_encoders(backbone, task)
+        for given in experiment.backbones:
+            backbone = _with_encoders(given, task)
+            sections = itertools.product(experiment.budgets, experiment.optimizers, choices)
             first = TrialSpec(
                 task=task,
-                backbone=complete,
-                adapter=adapter,
-                budget=budget,
-                optimizer=optimizer,
+                backbone=backbone,
+                adapter=choices[0],
+                budget=experiment.budgets[0],
+                optimizer=experiment.optimizers[0],
                 eval=experiment.evaluation,
                 seed=experiment.seeds[0],
-                fingerprints=_fingerprints(complete, known, experiment),
+                fingerprints=_fingerprints(backbone, known, experiment),
                 relative_to=str(experiment.folder),
             )
-            for rate in _rates(first, experiment.seeds, earlier or Earlier()):
-                specs += _of_rate(first, rate, experiment.seeds)
-    counts = Counter(spec.trial_id for spec in specs)
-    repeated = next((spec for spec in specs if counts[spec.trial_id] > 1), None)
+            for budget, optimizer, adapter in sections:
+                spec = first.model_copy(update={"budget": budget, "optimizer": optimizer, "adapter": adapter})
+                for rate in _rates(spec, experiment.seeds, earlier or Earlier()):
+                    specs += _of_rate(spec, rate, experiment.seeds)
+    first_of: dict[str, TrialSpec] = {}
+    repeated = next((first for spec in specs if (first := first_of.setdefault(spec.trial_id, spec)) is not spec), None)
     if repeated:
         adapter = repeated.adapter
         raise UserError(
@@ -145,7 +145,7 @@ def expand(experiment: Experiment, earlier: Earlier | None = None) -> list[Trial
 
 
 def _of_rate(spec: TrialSpec, rate: float | None, seeds: Sequence[int]) -> list[TrialSpec]:
-    optimizer = spec.optimizer.model_copy(update={"learning_rate": rate})
+    optimizer = with_rate(spec.optimizer, rate)
     return [spec.model_copy(update={"optimizer": optimizer, "seed": seed}) for seed in seeds]
 
 
@@ -215,23 +215,28 @@ def describe(experiment: Experiment, specs: list[TrialSpec], metrics: tuple[Metr
     if primary not in names:
         where = experiment.top / "eval" / "primary_metric"
         raise UserError(f"{where}: unknown metric {primary!r}; {did_you_mean(primary, names)}")
-    dumps = {spec.trial_id: spec.model_dump(mode="json") for spec in specs}
+    ids = [spec.trial_id for spec in specs]
+    first_of: dict[tuple[int, ...], str] = {}  # sections → the first trial that has them: seeds are in no name
+    firsts = [first_of.setdefault(sections_of(spec), trial_id) for trial_id, spec in zip(ids, specs, strict=True)]
+    named = set(first_of.values())
+    dumps = {trial_id: shared_dump(spec) for trial_id, spec in zip(ids, specs, strict=True) if trial_id in named}
     labels, settings = naming.labels(dumps), naming.settings(dumps)
     trials = tuple(
         PlannedTrial(
-            trial_id=spec.trial_id,
-            label=labels[spec.trial_id],
+            trial_id=trial_id,
+            label=labels[first],
             method=spec.adapter.method,
             grouping=spec.adapter.grouping_name,
-            setting=settings[spec.trial_id],
+            setting=settings[first],
             seed=spec.seed,
             learning_rate=spec.optimizer.learning_rate,
             tried_learning_rates=spec.adapter.tried_learning_rates,
             search=spec.adapter.search,
             halving=experiment.halving,
         )
-        for spec in specs
+        for trial_id, first, spec in zip(ids, firsts, specs, strict=True)
     )
+    kinds = distinct(specs, "task", "backbone", "adapter", "fingerprints")
     return Plan(
         experiment=experiment.name,
         experiment_file=str(experiment.file or ""),
@@ -241,9 +246,9 @@ def describe(experiment: Experiment, specs: list[TrialSpec], metrics: tuple[Metr
         mlflow_uri=mlflow_uri,
         fingerprints={
             model_key(key, name, revision): spec.fingerprints.get(key)
-            for spec in specs
-            for key, (name, revision) in models_of(dumps[spec.trial_id]["backbone"]).items()
+            for spec in kinds
+            for key, (name, revision) in models_of(shared_dump(spec)["backbone"]).items()
         },
-        plugins={plugin.key: str(plugin.result_version) for dump in dumps.values() for plugin in plugins_in(dump)},
+        plugins={p.key: str(p.result_version) for spec in kinds for p in plugins_in(shared_dump(spec))},
         trials=trials,
     )

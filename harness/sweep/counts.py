@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from harness.core.errors import UserError
 from harness.experiment.plan import TrialSpec
+from harness.experiment.shared import distinct
 from harness.model.build import choose_from
 from harness.model.components import make_task
 from tasks.base import Example, Split, Task
@@ -34,7 +35,7 @@ def check_counts(specs: Sequence[TrialSpec]) -> list[str]:
     """
     unchecked: dict[str, str] = {}
     known: dict[str, tuple[Task, Splits]] = {}
-    for spec in {spec.model_dump_json(include={"task", "budget", "eval", "seed"}): spec for spec in specs}.values():
+    for spec in distinct(specs, "task", "budget", "eval"):  # the seed chooses which examples, not how many
         key = spec.task.model_dump_json()
         if key not in known and key not in unchecked:
             task = make_task(spec)

@@ -16,8 +16,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from harness.core.durations import duration
 from harness.core.record import PlannedTrial, TrialRecord
-from results.leaderboard.format import duration
 
 SHOWN_TRIALS = 12  # rows of the live table: running trials, and those that ended most recently
 PAUSED = "paused"  # the phase of a trial that waits at a rung of halving

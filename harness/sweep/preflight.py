@@ -19,12 +19,13 @@ from rich.progress import track
 from harness.core.cursor import Cursor
 from harness.core.errors import ProblemList, UserError
 from harness.core.files import cache_folder
-from harness.core.naming import flatten
+from harness.core.naming import flatten, metric_name
 from harness.core.record import MetricInfo
 from harness.core.search import Halving
 from harness.core.weights import models_of
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
+from harness.experiment.shared import distinct
 from harness.model import assembly
 from harness.model.backbones import build_empty, check_backbone, load_tokenizer, max_positions
 from harness.model.build import Splits, choose_splits, count_parameters, empty_model, order_of
@@ -32,7 +33,6 @@ from harness.model.components import empty_encoders, make_modalities, make_task,
 from harness.model.inputs import Inputs, Reader
 from harness.sweep.placement import per_worker, this_machine
 from harness.sweep.ray_folder import check_length, temporary_folder
-from harness.trial.scores import metric_name
 from tasks.base import Example
 from tasks.mixture import Mixture
 from tasks.registry import METRICS
@@ -44,8 +44,8 @@ def metrics_of(specs: Sequence[TrialSpec]) -> tuple[MetricInfo, ...]:
         MetricInfo(name="perplexity", label="Perplexity", higher_is_better=False),
         MetricInfo(name="perplexity_wrong_input", label="Perplexity, wrong input", higher_is_better=False),
     ]
-    for task in {spec.task.model_dump_json(): spec.task for spec in specs}.values():
-        for member, metrics in task.metrics.items():
+    for spec in distinct(specs, "task"):
+        for member, metrics in spec.task.metrics.items():
             prefix = f"{member}: " if member else ""
             if member:
                 name, label = metric_name(member, "perplexity"), f"{prefix}Perplexity"
@@ -119,7 +119,7 @@ def check_stages(specs: Sequence[TrialSpec], where: str) -> None:
     Raises:
         UserError: they do not.
     """
-    for spec in {spec.model_dump_json(include={"adapter", "budget"}): spec for spec in specs}.values():
+    for spec in distinct(specs, "adapter", "budget"):
         try:
             method_of(spec.adapter, spec.relative_to).stages(spec.budget.epochs)
         except UserError as error:
@@ -151,14 +151,15 @@ def check_models(specs: Sequence[TrialSpec]) -> None:
     Raises:
         UserError: one is not, or does not.
     """
-    for backbone in {(own := spec.pinned_backbone).model_dump_json(): own for spec in specs}.values():
+    kinds = distinct(specs, "backbone", "fingerprints", "relative_to")
+    for backbone in {(own := spec.pinned_backbone).model_dump_json(): own for spec in kinds}.values():
         check_backbone(backbone)
         load_tokenizer(backbone)
-    for spec in {spec.model_dump_json(include={"task", "backbone", "adapter"}): spec for spec in specs}.values():
+    for spec in distinct(specs, "task", "backbone", "adapter"):
         count_parameters(spec)
-    for spec in specs:
-        if spec.adapter.init_from:
-            assembly.check(spec, empty_model(spec, empty_encoders(spec)))
+    sources = "task", "backbone", "adapter", "fingerprints", "seed"
+    for spec in distinct((spec for spec in specs if spec.adapter.init_from), *sources):
+        assembly.check(spec, empty_model(spec, empty_encoders(spec)))
 
 
 def check_fingerprints(specs: Sequence[TrialSpec], where: str) -> None:
@@ -167,7 +168,7 @@ def check_fingerprints(specs: Sequence[TrialSpec], where: str) -> None:
     Raises:
         UserError: the commit of a hub id could not be resolved.
     """
-    for spec in specs:
+    for spec in distinct(specs, "backbone", "fingerprints"):
         for key, (name, _) in models_of(spec.backbone.model_dump()).items():
             if spec.fingerprints.get(key) is None:
                 hint = "revision: COMMIT" if key == "language_model" else f"{name}@COMMIT"
@@ -183,7 +184,7 @@ def files_read(specs: Sequence[TrialSpec], run: Path) -> list[str]:
     Data that a task makes or downloads into the cache of a machine is not among them: each machine prepares its own.
     """
     found: list[Path] = list({path.parent: path for path in reversed(Inputs(run).paths)}.values())
-    for spec in {spec.model_dump_json(include={"task", "backbone", "adapter"}): spec for spec in specs}.values():
+    for spec in distinct(specs, "task", "backbone", "adapter"):
         backbone = spec.pinned_backbone
         found += [Path(name) for name in (backbone.language_model, *backbone.encoders.values()) if name.startswith("/")]
         found += [Path(source.trial) for source in spec.adapter.init_from.values()]

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
+from harness.core.durations import duration
 from harness.core.errors import UserError
 from harness.core.files import write_atomically
 from harness.core.profile import Profile, ProfileEntry, profile_path, write_profile
@@ -35,7 +36,6 @@ from harness.sweep.profile_entries import bare, completed, measured_entry, refer
 from harness.sweep.profile_plan import Group, Wanted, groups_of, key_of
 from harness.sweep.profile_worker import Worker
 from harness.trial.profile import BLOCK_S, LONGEST_S, ROUNDS, Answer, Job, StageTimes
-from results.leaderboard.format import duration
 from results.leaderboard.join import read_runs
 from results.report import ReportPaths, write_report
 

@@ -18,10 +18,11 @@ from clusters.profiles import Profile, load_profile
 from harness.core.errors import SweepEndedError, UserError
 from harness.core.files import write_atomically
 from harness.core.lease import Lease
-from harness.core.record import Plan, PlannedTrial, TrialRecord, read_record, read_run, record_path
+from harness.core.record import Plan, PlannedTrial, read_record, read_run, record_path
 from harness.core.samples import PREVIEWS
 from harness.core.search import ADAPTIVE
 from harness.core.storage import Copy, Folder, StorageError, is_url, run_copy
+from harness.core.summaries import read_summaries
 from harness.experiment.load import Experiment
 from harness.experiment.plan import Earlier, TrialSpec, describe, expand
 from harness.sweep.halving import HalvedRows
@@ -48,14 +49,15 @@ class Prepared:
     mlflow_uri: str  # may contain a password: never stored or shown
     storage: Copy | None = None  # of the run folder, if it is at a URL: ``folder`` is its copy
 
-    def records(self) -> dict[str, TrialRecord]:
-        """The existing records of this experiment's trials, by trial id."""
-        paths = {spec.trial_id: record_path(self.folder, spec.trial_id) for spec in self.specs}
-        return {trial_id: read_record(path) for trial_id, path in paths.items() if path.exists()}
+    def states(self) -> dict[str, str]:
+        """By trial id the status of its record, or "to run"."""
+        known = read_summaries(self.folder)
+        ids = (trial.trial_id for trial in self.plan.trials)
+        return {trial_id: known[trial_id].status if trial_id in known else "to run" for trial_id in ids}
 
     def finished(self) -> set[str]:
         """The ids of trials with a finished record."""
-        return {trial_id for trial_id, record in self.records().items() if record.status == "finished"}
+        return {trial_id for trial_id, status in self.states().items() if status == "finished"}
 
     def push(self) -> None:
         """Push what has changed, if the run folder is at a URL.
@@ -76,7 +78,7 @@ class Prepared:
         """The trials without a finished record, except those of learning rates that halving has pruned."""
         finished, halved = self.finished(), self.halved()
         pairs = zip(self.specs, self.plan.trials, strict=True)
-        return [(s, planned) for s, planned in pairs if s.trial_id not in finished and not halved.is_out(s.trial_id)]
+        return [(s, t) for s, t in pairs if t.trial_id not in finished and not halved.is_out(t.trial_id)]
 
     def halved(self) -> HalvedRows:
         """The rows whose learning rates are halved."""

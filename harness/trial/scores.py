@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from harness.core.files import atomic
+from harness.core.naming import metric_name
 from harness.core.origin import during
 from harness.core.registry import Plugin
 from harness.model.budget import by_member
@@ -23,11 +24,6 @@ from harness.trial.evaluate import Likelihood
 from tasks.base import Example, Metric, Scores
 from tasks.clusters import clusters_of
 from tasks.registry import METRICS
-
-
-def metric_name(member: str, name: str) -> str:
-    """``cider``, or ``coco_captions/cider`` in a mixture."""
-    return f"{member}/{name}" if member else name
 
 
 def perplexities(examples: Sequence[Example], likelihood: Likelihood) -> dict[str, float]:

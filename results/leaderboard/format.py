@@ -122,13 +122,3 @@ def size_text(size_bytes: float | None) -> str:
         size /= 1024
         units.pop(0)
     return f"{size:.3g} {units[0]}" if size < 999.5 else f"{size:.0f} {units[0]}"
-
-
-def duration(seconds: float | None) -> str:
-    """``12.3 s``, ``4 min 05 s``, ``3 h 20 min``."""
-    if seconds is None:
-        return ABSENT
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest_s = divmod(round(seconds), 60)
-    return f"{minutes} min {rest_s:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from harness.core.durations import duration
 from harness.core.profile import Measured, Profile, ProfileEntry
 from harness.core.record import Run
-from results.leaderboard.format import ABSENT, duration, number, ratio, size_text
+from results.leaderboard.format import ABSENT, number, ratio, size_text
 from results.leaderboard.rows import Row
 
 _VALUES = (

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from harness.core.durations import duration
 from harness.core.profile import Measured, ProfileEntry
 from harness.core.record import MetricInfo
 from results.leaderboard import format as text
@@ -155,7 +156,7 @@ def _price(board: Leaderboard) -> list[Column]:
 
     def seconds(row: Row) -> Cell:
         one = row.train_time_s
-        return NOTHING if one is None else Cell(text.duration(one.mean), one.mean)
+        return NOTHING if one is None else Cell(duration(one.mean), one.mean)
 
     profiled = board.run.profile is not None
     return [
@@ -252,7 +253,7 @@ def _costs() -> list[Column]:
     return [
         Column("examples_per_s", "Examples/s", "Cost", mean("examples_per_s", text.number), "high"),
         Column("tokens_per_s", "Tokens/s", "Cost", mean("tokens_per_s", text.number), "high"),
-        Column("wall_time", "Wall time", "Cost", mean("wall_time_s", text.duration), "low"),
+        Column("wall_time", "Wall time", "Cost", mean("wall_time_s", duration), "low"),
         *(Column(kind, title, "Memory", size(kind), "low") for kind, title in zip(_MEMORY, titles, strict=True)),
         Column("peak", "Peak of the process", "Memory", mean("peak_bytes", text.size_text), "low"),
         *(

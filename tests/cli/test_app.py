@@ -274,7 +274,7 @@ def test_the_plan_of_the_quickstart(harness: Harness) -> None:
     projector = 96 * 96 + 96
     # LoRA-4: 4 layers, each q, k, v, o at 96 → 96, gate and up 96 → 256, down 256 → 96.
     lora = 4 * 4 * (4 * (96 + 96) + 3 * (96 + 256))
-    assert row(outcome.out, "none") == ["0, 1, 2", f"{projector:,}", "0", f"{projector:,}", "879,648", "3 to run"]
+    assert row(outcome.out, "none") == ["0–2", f"{projector:,}", "0", f"{projector:,}", "879,648", "3 to run"]
     for grouping, groups in (("agnostic", 1), ("specific", 2)):
         cells = row(outcome.out, f"LoRA r=4 {grouping}")
         assert cells[1:3] == [f"{groups * lora + projector:,}", f"{groups * lora:,}"]

@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from harness.core.durations import duration
 from harness.core.record import MetricInfo
 from results.leaderboard.efficiency import Cost, Front, Point
-from results.leaderboard.format import duration, size_text
+from results.leaderboard.format import size_text
 from results.page.plots.style import (
     FAR_APART,
     INK,
