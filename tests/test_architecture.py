@@ -164,6 +164,63 @@ def test_no_module_imports_itself_in_a_circle() -> None:
     assert {module for module in graph if module in reachable(module)} == set()
 
 
+# What makes objects, or runs code, from what it reads; in a folder of somebody else's that is an attack.
+FORBIDDEN_CALLS = {
+    "eval", "exec", "compile", "pickle.load", "pickle.loads", "pickle.Unpickler", "cloudpickle.load",
+    "cloudpickle.loads", "dill.load", "joblib.load", "marshal.load", "marshal.loads", "shelve.open", "pd.read_pickle",
+    "pandas.read_pickle", "yaml.unsafe_load", "yaml.full_load", "tune.Tuner.restore", "torch.jit.load",
+    "torch.hub.load",
+}  # fmt: skip
+# Calls that are safe with one argument alone: what it must be.
+SAFE_WITH = {
+    "torch.load": ("weights_only", "True"),
+    "np.load": ("allow_pickle", "False"),
+    "numpy.load": ("allow_pickle", "False"),
+    "yaml.load": ("Loader", "_Loader"),  # of harness.core.source, a SafeLoader
+}
+
+
+# These read what another process of ours has just sent, not what is stored.
+FROM_OWN_PROCESSES = {("results.statistics.example_scores", "pickle.loads")}
+
+
+def unsafe_calls(source: str) -> Iterator[str]:
+    """Calls that read more than data."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            renamed = [alias.name for alias in node.names if isinstance(node, ast.ImportFrom) or alias.asname]
+            if {"pickle", "cloudpickle", "dill", "marshal", "shelve"} & set(modules) and renamed:
+                yield f"import of {modules[0]} under another name"
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if name in SAFE_WITH:
+                argument, value = SAFE_WITH[name]
+                if given.get(argument) != value:
+                    yield f"{name} without {argument}={value}"
+            elif name in FORBIDDEN_CALLS:
+                yield name
+
+
+def test_the_collector_sees_calls_that_run_what_they_read() -> None:
+    source = (
+        "import torch, pickle\nfrom pickle import loads\ntorch.load(f)\ntorch.load(f, weights_only=False)\n"
+        "torch.load(f, weights_only=True)\nre.compile('a')\npickle.load(f)\nnp.load(f)\neval('1')\nmodel.eval()\n"
+        "yaml.load(t, Loader=yaml.Loader)\nraise pickle.UnpicklingError\n"
+    )
+    assert list(unsafe_calls(source)).count("torch.load without weights_only=True") == 2
+    assert set(unsafe_calls(source)) == {
+        "import of pickle under another name", "torch.load without weights_only=True", "pickle.load", "eval",
+        "np.load without allow_pickle=False", "yaml.load without Loader=_Loader",
+    }  # fmt: skip
+
+
+def test_what_is_read_is_data() -> None:
+    found = {(name, call) for name, path in MODULES.items() for call in unsafe_calls(path.read_text(encoding="utf-8"))}
+    assert found == FROM_OWN_PROCESSES
+
+
 def test_no_module_has_a_name_that_says_nothing() -> None:
     nothing = {"utils", "util", "helpers", "helper", "common", "misc"}
     assert {module for module in MODULES if nothing & set(module.split("."))} == set()

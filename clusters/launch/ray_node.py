@@ -60,7 +60,7 @@ def start_command(address: str, rank: int, cpus: int) -> list[str]:
 
 
 def _private_folder() -> Path:
-    """Where Ray's folder of the job is on every node: Ray opens its own to everybody, so nobody else may enter this one."""
+    """Where the folder of Ray is on every node: Ray opens its own to everybody, so nobody else may enter this one."""
     temporary = os.environ.get("SLURM_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108
     return Path(temporary) / f"harness-{os.environ['SLURM_JOB_ID']}"
 

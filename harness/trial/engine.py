@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -173,6 +174,7 @@ class Engine:
             config=deepspeed_config(options, zero_stage, offload),
             dist_init_required=False,
         )
+        self._engine.checkpoint_engine.load = _load_data
         self._optimizer = optimizer
         # ZeRO-3 partitions parameters, so they are gathered before they are read or written.
         self._gather = deepspeed.zero.GatheredParameters if zero_stage == PARTITIONED_STAGE else None
@@ -305,8 +307,11 @@ class Engine:
 
         Raises:
             FileNotFoundError: there is no such checkpoint (DeepSpeed only warns).
+            ValueError: the tag leads out of the folder, or a file has more than data.
             KeyError: it has other trainable parameters (DeepSpeed does not check this).
         """
+        if Path(tag).name != tag:
+            raise ValueError(f"{folder}: names the checkpoint {tag!r}, which is not in it")
         names = folder / tag / _NAMES_FILE
         if not names.exists():
             raise FileNotFoundError(f"no checkpoint {tag!r} in {folder}")
@@ -318,6 +323,25 @@ class Engine:
     def close(self) -> None:
         """Free the engine's memory; the process group stays for the next trial."""
         self._engine.destroy()
+
+
+def _load_data(path: str, map_location: Any = None) -> Any:
+    """Read a file of DeepSpeed's checkpoint. DeepSpeed would unpickle it, which runs any code that the file names.
+
+    Raises:
+        ValueError: it has more than tensors, numbers, texts, and three classes of DeepSpeed's that only hold values.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: has more than data, so it is not read; remove the folder, and the trial starts again"
+        ) from error
 
 
 def load_weights(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:

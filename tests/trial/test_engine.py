@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -299,6 +301,34 @@ def test_a_missing_checkpoint_is_an_error(stage: int, tmp_path: Path) -> None:
     engine = engine_of("lora", stage)
     with pytest.raises(FileNotFoundError, match="no checkpoint 'nine' in"):
         engine.load(tmp_path, "nine")
+    engine.close()
+
+
+class Hostile:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.made),))
+
+
+@pytest.mark.parametrize("file", ["*model_states.pt", "*optim_states.pt"])
+def test_a_checkpoint_runs_no_code(file: str, tmp_path: Path) -> None:
+    engine = Engine(model_of("lora"), OPTIONS, STEPS, zero_stage=2)
+    engine.train_step(batches(1)[0])
+    engine.save(tmp_path, "epoch-1")
+    (path,) = (tmp_path / "epoch-1").glob(file)
+    content = torch.load(path, weights_only=False)
+    torch.save({**content, "ds_version": Hostile(tmp_path / "made")}, path)
+    with pytest.raises(ValueError, match=rf"{path.name}: has more than data, so it is not read; remove the folder"):
+        engine.load(tmp_path, "epoch-1")
+    assert not (tmp_path / "made").exists()
+    torch.load(path, weights_only=False)
+    assert (tmp_path / "made").exists(), "the file would have run code"
+    with pytest.raises(ValueError, match=r"names the checkpoint '\.\./\.\./epoch-1', which is not in it"):
+        engine.load(tmp_path / "a" / "b", "../../epoch-1")
     engine.close()
 
 
