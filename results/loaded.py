@@ -29,14 +29,15 @@ class Results:
         report: the HTML report; None if it has not been written.
         tracking_problem: why the end of a run could not be logged to MLflow; None if it was.
         tracking_link: path of the table of trials on MLflow's page, below its address; None if nothing was run.
-        stopped: what ended the run early: SIGTERM (``signal``) or ``harness stop`` (``request``); None: neither.
+        stopped: what ended the run early: SIGTERM (``signal``), ``harness stop`` (``request``) or Ctrl-C
+            (``interrupt``); None: nothing did.
     """
 
     folders: tuple[Path, ...]
     report: Path | None = None
     tracking_problem: str | None = None
     tracking_link: str | None = None
-    stopped: Literal["signal", "request"] | None = None
+    stopped: Literal["signal", "request", "interrupt"] | None = None
     known_board: Leaderboard | None = field(default=None, repr=False, compare=False)  # if it has been made already
 
     @property

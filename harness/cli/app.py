@@ -1,6 +1,7 @@
 """Train and compare adapters.
 
-Exit codes: 0 success, 1 unfinished trials or failed check, 2 invalid input, 3 ended by harness stop, 143 by SIGTERM.
+Exit codes: 0 success, 1 unfinished trials or failed check, 2 invalid input, 3 ended by harness stop, 130 by Ctrl-C,
+143 by SIGTERM.
 """
 
 from __future__ import annotations

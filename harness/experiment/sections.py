@@ -106,7 +106,8 @@ class Resources(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0  # preset clusters/deepspeed/zero<stage>.json
     # To main memory; presets clusters/deepspeed/offload_*.json. parameters: with the optimizer's state.
     offload: Literal["none", "optimizer", "parameters"] = "none"
-    checkpoint_interval_s: Annotated[float, Field(ge=0)] = 60.0  # saved at the first epoch end after this time
+    checkpoint_interval_s: Annotated[float, Field(ge=0)] = 60.0  # training that a crash costs, at most, and one step
+    grace_s: Annotated[float, Field(ge=0)] = 30.0  # at most, for running trials to save where they are when a run ends
     max_failures: Annotated[int, Field(ge=0)] = 1  # restarts of a trial whose worker process died
     profile: bool = True  # after the trials, measure speed and memory of the methods, each alone (harness profile)
 

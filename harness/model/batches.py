@@ -5,6 +5,7 @@ Shapes: B rows, T positions, N tokens of an item, M feature vectors of all items
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,11 @@ class _Chunk:
     is_target: bool = False
 
 
+def text_key(text: str) -> int:
+    """A number of 64 bits for a text: what a checkpoint keeps of those that were truncated."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), signed=True)
+
+
 class BatchMaker:
     """Makes batches of one task for one backbone.
 
@@ -41,7 +47,7 @@ class BatchMaker:
         features: of the examples' files, with their task.
         language_model: for its tokenizer.
         budget: for ``max_target_length`` and ``max_input_length``. Longer texts are truncated, and collected in
-            ``cut_targets`` and ``cut_inputs``.
+            ``cut_targets`` and ``cut_inputs``, by their keys.
         backbone: for ``projector_boundary_tokens`` and ``add_prefix_space``.
     """
 
@@ -52,8 +58,8 @@ class BatchMaker:
         self.backbone = backbone or Backbone()
         self.contexts = features.task.contexts
         self._max_positions = language_model.max_positions
-        self.cut_targets: set[str] = set()
-        self.cut_inputs: set[str] = set()
+        self.cut_targets: set[int] = set()
+        self.cut_inputs: set[int] = set()
         self._tokens: dict[str, list[int]] = {}
         # Read here, because ZeRO-3 partitions the table later.
         self._vocabulary = int(language_model.model.get_input_embeddings().num_embeddings)
@@ -89,12 +95,12 @@ class BatchMaker:
         texts: list[Any] = self.language_model.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
         return [str(text).strip() for text in texts]
 
-    def _encode(self, text: str, limit: int, cut: set[str]) -> list[int]:
+    def _encode(self, text: str, limit: int, cut: set[int]) -> list[int]:
         if text not in self._tokens:
             self._tokens[text] = self.language_model.tokenizer(text, add_special_tokens=False)["input_ids"]
         ids = self._tokens[text]
         if len(ids) > limit:
-            cut.add(text)
+            cut.add(text_key(text))
         return ids[:limit]
 
     def spaced(self, text: str) -> str:

@@ -13,6 +13,7 @@ from harness.core.lease import Lease
 from harness.core.origin import shown
 from harness.core.record import PlannedTrial, TrialRecord, read_record, record_path, write_record
 from harness.experiment.plan import TrialSpec
+from harness.sweep.grace import STOPPED, Grace
 from harness.sweep.nodes import node_name
 from harness.sweep.placement import Amounts, room_for
 from harness.sweep.ranks import RankDiedError
@@ -65,8 +66,10 @@ class Events(tune.Callback):  # type: ignore[misc]
         workers: int = 1,
         stored: Stored | None = None,
         lease: Lease | None = None,
+        grace: Grace | None = None,
     ) -> None:
         self.run, self.experiment, self.display, self.stored, self.lease = run, experiment, display, stored, lease
+        self.grace = grace  # for the trials that run when the sweep is ended
         self.needs, self.workers = needs, workers  # of each worker of a trial, and their number
         self.ran = time.monotonic()  # when a trial was last running
         self.short_since: float | None = None  # since the nodes cannot run a trial
@@ -86,6 +89,8 @@ class Events(tune.Callback):  # type: ignore[misc]
             SweepEndedError: none is, those that are left cannot run a trial, or another driver has taken over the run
                 folder.
         """
+        if self.grace:
+            self.grace.check(trials)
         if time.monotonic() - self.asked < _NODES_S:
             return
         self.asked = time.monotonic()
@@ -136,7 +141,9 @@ class Events(tune.Callback):  # type: ignore[misc]
         self.display.progressed(_id(trial), result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """A trial ended; its worker wrote the record."""
+        """A trial ended; its worker wrote the record, unless the trial was asked to stop."""
+        if (trial.last_result or {}).get("phase") == STOPPED:
+            return
         self._fetch(trial)
         self._end(record_path(self.run, _id(trial)))
 

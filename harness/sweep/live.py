@@ -18,6 +18,7 @@ from rich.text import Text
 
 from harness.core.durations import duration
 from harness.core.record import PlannedTrial, TrialRecord
+from harness.sweep.grace import STOPPED
 
 SHOWN_TRIALS = 12  # rows of the live table: running trials, and those that ended most recently
 PAUSED = "paused"  # the phase of a trial that waits at a rung of halving
@@ -40,7 +41,7 @@ class _Row:
     @property
     def runs(self) -> bool:
         """Whether it has a worker."""
-        return self.started is not None and self.ended is None and self.phase != PAUSED
+        return self.started is not None and self.ended is None and self.phase not in (PAUSED, STOPPED)
 
 
 class LiveTable:

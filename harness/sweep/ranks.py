@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from harness.core.record import PlannedTrial, TrialRecord, write_record
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
+from harness.sweep.grace import PreemptedError, StopRequest, save_at_sigterm
 from harness.sweep.placement import Amounts
 from harness.sweep.ray_library import ray, tune
 from harness.sweep.rungs import run_to_end
@@ -89,15 +90,20 @@ def run_ranks(
     """
     trial = config["trial"]
 
-    def attempt(rungs: Collection[int]) -> None:
+    def attempt(rungs: Collection[int]) -> bool:
         job = Job(trial["spec"], trial["planned"], experiment, run, resources, grid, tuple(rungs))
-        _attempt(job, Resources.model_validate_json(resources), variables)
+        return _attempt(job, Resources.model_validate_json(resources), variables)
 
     run_to_end(trial, Path(run), attempt)
 
 
-def _attempt(job: Job, resources: Resources, variables: Mapping[str, str]) -> None:
-    """Run a trial until the next rung or its end."""
+def _attempt(job: Job, resources: Resources, variables: Mapping[str, str]) -> bool:
+    """Run a trial until the next rung or its end; returns whether it was asked to stop.
+
+    Raises:
+        PreemptedError: it was asked by a worker whose process got SIGTERM.
+        RankDiedError: one died.
+    """
     began = datetime.now(UTC)
     team = _team(resources, variables)
     whole = False  # also if Tune ends the trial inside of `report`
@@ -106,7 +112,10 @@ def _attempt(job: Job, resources: Resources, variables: Mapping[str, str]) -> No
         cause = cause_of(heard)
         if cause is not None:
             _conclude(team, job, failed_record(heard, cause, job, began), heard)
+        if any(outcome.preempted for outcome in heard.outcomes):
+            raise PreemptedError("the process of a worker got SIGTERM")
         whole = len(heard.outcomes) == len(team) and alike(heard.outcomes)
+        return any(outcome.status == "cancelled" for outcome in heard.outcomes)
     finally:
         if not whole:
             _disband()
@@ -272,6 +281,7 @@ class Rank:
     """One worker of the trials of a team, as a Ray actor. Torch is imported here only."""
 
     def __init__(self, rank: int, count: int, has_gpu: bool, variables: Mapping[str, str]) -> None:
+        save_at_sigterm()
         os.environ.update(variables)
         if not has_gpu:  # otherwise all workers would use the first GPU
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -310,12 +320,15 @@ class Rank:
         from harness.trial.worker import run_worker
 
         spec, planned = TrialSpec.model_validate_json(job.spec), PlannedTrial.model_validate_json(job.planned)
-        run, resources = Path(job.run), Resources.model_validate_json(job.resources)
-        if self.rank:
-            return run_worker(spec, job.experiment, run, resources, NoTracker(), lambda _: None, job.rungs)
-        self._tracker = MlflowTracker(job.grid, spec, planned, run / "trials" / spec.trial_id)
+        run, resources, stop = Path(job.run), Resources.model_validate_json(job.resources), StopRequest(Path(job.run))
+        first = self.rank == 0
+        if first:
+            self._tracker = MlflowTracker(job.grid, spec, planned, run / "trials" / spec.trial_id)
+        tracker, report = (self._tracker, self._report) if first else (NoTracker(), lambda _: None)
         try:
-            return run_worker(spec, job.experiment, run, resources, self._tracker, self._report, job.rungs)
+            with stop.listening():
+                outcome = run_worker(spec, job.experiment, run, resources, tracker, report, job.rungs, stop)
+            return replace(outcome, preempted=outcome.status == "cancelled" and stop.preempted)
         finally:
             self._news.put(None)
 

@@ -17,6 +17,7 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in an experiment must also work in a worker
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # harness.sweep.grace has another, which lets running trials save
     "TUNE_GLOBAL_CHECKPOINT_S": "60",  # Tune's snapshots are never read
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -30,6 +31,7 @@ from ray._common.network_utils import is_localhost  # noqa: E402
 from ray._private import ray_constants, services  # noqa: E402
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # noqa: E402
 from ray.tune.execution import class_cache  # noqa: E402
+from ray.tune.trainable.function_trainable import wrap_function  # noqa: E402
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
 # Of those above, what workers of a cluster that others have started need too.
@@ -41,7 +43,15 @@ WORKER_SETTINGS = {
 # inherit them on this machine, and get them in the arguments of their trials on others.
 class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
 _TOKEN = "RAY_AUTH_TOKEN"  # noqa: S105 - the name of a variable
-__all__ = ["WORKER_SETTINGS", "NodeAffinitySchedulingStrategy", "address_of", "own_token", "ray", "tune"]
+__all__ = [
+    "WORKER_SETTINGS",
+    "NodeAffinitySchedulingStrategy",
+    "address_of",
+    "own_token",
+    "ray",
+    "tune",
+    "wrap_function",
+]
 
 
 @contextmanager

@@ -183,8 +183,9 @@ def run_experiment(
 ) -> Results:
     """Run the trials of an experiment and write the report; a second call runs only the trials that are missing.
 
-    Ctrl-C, SIGTERM and ``harness stop`` end it early: finished trials are kept and reported, ``Results.complete`` is
-    False, and ``Results.stopped`` names the last two.
+    Ctrl-C, SIGTERM and ``harness stop`` end it early: running trials save where they are, within
+    ``resources.grace_s``; finished trials are kept and reported, ``Results.complete`` is False, and
+    ``Results.stopped`` says what it was.
 
     Args:
         experiment: built in Python, or the path of a YAML file.
@@ -240,6 +241,7 @@ def run_experiment(
             if measure and experiment.resources.profile:
                 _profile(prepared, console)
         except KeyboardInterrupt:
+            stopping.reason = stopping.reason or "interrupt"
             console.print(f"{stopping.text}: finished trials are kept; run the same experiment again to continue")
         except SweepEndedError as error:
             kept = "finished trials are kept; run the same experiment again to continue"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from harness.sweep.grace import PreemptedError
 from harness.sweep.halving import HalvedRows
 from harness.sweep.ray_library import tune
 
@@ -29,6 +31,8 @@ class KeepStartingWorkers(tune.schedulers.FIFOScheduler):  # type: ignore[misc]
         def fail_once(trial: Any, exception: Exception) -> None:
             # A worker that dies while Tune resets it fails its next trial twice: as the actor, after which the trial
             # waits again, and as the task `reset`, which would end it for good whatever `max_failures` is.
+            if PreemptedError.__name__ in str(exception):  # its worker was ended, which is no fault of the trial
+                trial.max_failures += 1
             if trial.status == "PENDING" and trial in controller._resetting_trials:
                 controller._resetting_trials.discard(trial)
             else:
@@ -36,8 +40,14 @@ class KeepStartingWorkers(tune.schedulers.FIFOScheduler):  # type: ignore[misc]
 
         controller._trial_task_failure = fail_once
 
+    def __init__(self, ending: Callable[[], bool] = lambda: False) -> None:
+        super().__init__()
+        self._ending = ending
+
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """The first waiting trial without a worker; only if there is none, one whose worker is starting."""
+        if self._ending():
+            return None
         waiting = [trial for trial in tune_controller.get_trials() if trial.status == "PENDING"]
         # A trial that already has a reused worker would leave the choice to Tune, which might stop one that starts.
         waiting = [trial for trial in waiting if trial not in tune_controller._resetting_trials]
@@ -54,10 +64,11 @@ class HalveRows(KeepStartingWorkers):
 
     Args:
         rows: decides, and writes the records of pruned trials.
+        ending: whether no trial is started any more.
     """
 
-    def __init__(self, rows: HalvedRows) -> None:
-        super().__init__()
+    def __init__(self, rows: HalvedRows, ending: Callable[[], bool] = lambda: False) -> None:
+        super().__init__(ending)
         self._rows = rows
         self._paused: dict[Any, int] = {}  # trial → the rung at which it waits
         self._failed: list[Any] = []

@@ -20,8 +20,8 @@ from harness.core.files import write_atomically
 
 REQUEST = "stop"  # the file in the run folder
 POLL_S = 2.0  # how often the driver looks for it
-Reason = Literal["signal", "request"]
-EXIT_CODES: dict[Reason, int] = {"request": 3, "signal": 143}  # 128 + SIGTERM, as a shell has it
+Reason = Literal["signal", "request", "interrupt"]
+EXIT_CODES: dict[Reason, int] = {"request": 3, "signal": 143, "interrupt": 130}  # 128 + number, as a shell has it
 
 
 class Stopping:
@@ -39,7 +39,8 @@ class Stopping:
     @property
     def text(self) -> str:
         """What ended the run, for a message."""
-        return {None: "interrupted", "signal": "ended by SIGTERM", "request": "ended by harness stop"}[self.reason]
+        texts = {"signal": "ended by SIGTERM", "request": "ended by harness stop", "interrupt": "interrupted"}
+        return texts[self.reason or "interrupt"]
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Handle SIGTERM as Ctrl-C at this moment; once only, so that the report is written in peace.
@@ -97,16 +98,16 @@ def request_stop(folder: Path) -> None:
 def stoppable(folder: Path) -> Iterator[Stopping]:
     """Listen to SIGTERM and to requests in a run folder, which this process has locked; an older request is removed.
 
-    Outside the main thread, which gets the signals, nothing is listened to.
+    Outside the main thread, which gets the signals, only the trials listen to requests.
 
     Raises:
         SystemExit: the run was ended before it had anything to report.
     """
     stopping = Stopping(folder)
+    (folder / REQUEST).unlink(missing_ok=True)
     if threading.current_thread() is not threading.main_thread():
         yield stopping
         return
-    (folder / REQUEST).unlink(missing_ok=True)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     over = threading.Event()
     watcher = threading.Thread(target=_watch, args=(folder / REQUEST, over), daemon=True)

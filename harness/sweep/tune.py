@@ -6,7 +6,8 @@ Whether a trial has finished depends on its record, never on Ray's state: the sa
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,23 @@ from typing import Any
 from clusters.profiles import LOCAL, Profile
 from harness.core.lease import Lease
 from harness.core.record import PlannedTrial
+from harness.core.storage import StorageError
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.sweep.cluster import connect, environment
 from harness.sweep.events import Display, Events
+from harness.sweep.grace import Grace, PreemptedError, StopRequest, save_at_sigterm
 from harness.sweep.halving import HalvedRows
 from harness.sweep.placement import Amounts, at_once, per_worker
 from harness.sweep.ranks import nodes_alive, request, run_ranks
-from harness.sweep.ray_library import tune
+from harness.sweep.ray_library import tune, wrap_function
 from harness.sweep.rungs import run_to_end
 from harness.sweep.scheduler import HalveRows
-from harness.sweep.stopping import interrupts_kept
+from harness.sweep.stopping import REQUEST, request_stop
 from harness.sweep.stored import Stored, TrialPlace
 from harness.tracking.grid import Grid, MlflowTracker
-from harness.trial.trial import Progress, run_trial
+from harness.trial.attempt import run_trial
+from harness.trial.trial import Progress
 
 
 @dataclass(frozen=True)
@@ -78,14 +82,22 @@ def sweep(wanted: Sweep, display: Display) -> None:
         asked = per_worker(wanted.resources, nodes)
         display.opened(wanted.run, at_once(wanted.resources, asked, nodes, len(wanted.trials)))
         workers, stored, lease = wanted.resources.workers, wanted.stored, wanted.lease
-        events = Events(wanted.run, wanted.experiment, display, asked, workers, stored, lease)
-        with interrupts_kept():
-            _tuner(wanted, asked, events).fit()
-        if events.ended < len(wanted.trials):  # Tune handles Ctrl-C itself: it stops all trials and returns
+        grace = Grace(wanted.resources.grace_s, lambda: _ask_to_stop(wanted), display.noted)
+        events = Events(wanted.run, wanted.experiment, display, asked, workers, stored, lease, grace)
+        with grace.listening():
+            _tuner(wanted, asked, events, grace).fit()
+        if events.ended < len(wanted.trials):  # ended by `grace`, or trials have stopped at a request
             raise KeyboardInterrupt
 
 
-def _tuner(wanted: Sweep, asked: Amounts, events: Events) -> Any:
+def _ask_to_stop(wanted: Sweep) -> None:
+    request_stop(wanted.run)
+    if wanted.stored:
+        with suppress(StorageError):  # trials that do not see it are ended when their time is over
+            wanted.stored.copy.there.write(REQUEST, b"requested\n")
+
+
+def _tuner(wanted: Sweep, asked: Amounts, events: Events, grace: Grace) -> Any:
     halved = wanted.halved or HalvedRows(wanted.run, ())
     packed = [
         {
@@ -106,7 +118,7 @@ def _tuner(wanted: Sweep, asked: Amounts, events: Events) -> Any:
     }
     if wanted.resources.workers == 1:
         url = wanted.stored.copy.there.url if wanted.stored else None
-        trainable = tune.with_parameters(_run_one, url=url, **shared)
+        trainable = _saves_at_sigterm(tune.with_parameters(_run_one, url=url, **shared))
     else:
         trainable = tune.with_parameters(run_ranks, **shared)
     return tune.Tuner(
@@ -115,7 +127,7 @@ def _tuner(wanted: Sweep, asked: Amounts, events: Events) -> Any:
         tune_config=tune.TuneConfig(
             max_concurrent_trials=wanted.resources.max_concurrent_trials,
             reuse_actors=True,  # the next trial starts in a process that has already loaded torch and Java
-            scheduler=HalveRows(halved),
+            scheduler=HalveRows(halved, lambda: grace.ending),
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
@@ -126,6 +138,17 @@ def _tuner(wanted: Sweep, asked: Amounts, events: Events) -> Any:
             callbacks=[events],
         ),
     )
+
+
+def _saves_at_sigterm(trainable: Callable[..., Any]) -> Any:
+    """Tune's class for a function, whose process listens to SIGTERM: only its main thread can, which runs ``setup``."""
+
+    class Trial(wrap_function(trainable)):  # type: ignore[misc]
+        def setup(self, config: dict[str, Any]) -> None:
+            save_at_sigterm()
+            super().setup(config)
+
+    return Trial
 
 
 def _run_one(
@@ -147,10 +170,18 @@ def _run_one(
         place.progressed()
         tune.report(vars(progress))
 
-    def attempt(rungs: Collection[int]) -> None:
+    stop = StopRequest(place.run, url)
+
+    def attempt(rungs: Collection[int]) -> bool:
+        stopped = False
         if not place.begin():
-            tracker = MlflowTracker(grid, spec, planned, place.folder)
-            run_trial(spec, experiment, place.run, Resources.model_validate_json(resources), tracker, report, rungs)
+            tracker, asked = MlflowTracker(grid, spec, planned, place.folder), Resources.model_validate_json(resources)
+            with stop.listening():
+                record = run_trial(spec, experiment, place.run, asked, tracker, report, rungs, stop)
+            stopped = record.status == "cancelled"
         place.end()
+        if stopped and stop.preempted:
+            raise PreemptedError("the worker process got SIGTERM")
+        return stopped
 
     run_to_end(config["trial"], place.run, attempt)

@@ -130,6 +130,10 @@ class Engine:
         units: modules in which the executed submodules depend on a process's batch: adapters. ZeRO-3 gathers and
             reduces each as a unit, because all processes must do this in the same order.
         offload: preset ``clusters/deepspeed/offload_<offload>.json``, or ``none``.
+
+    Attributes:
+        asks: numbers of this worker that travel with the loss of a step, so that they cost no exchange of their own.
+        asked: their sums over the workers, of the last step.
     """
 
     def __init__(
@@ -148,6 +152,8 @@ class Engine:
         deepspeed = _import_deepspeed()
         join_process_group()
         self.workers = joined()
+        self.asks: tuple[float, ...] = ()
+        self.asked: tuple[float, ...] = ()
         self.model, self.options, self.zero_stage = model, options, zero_stage
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         kept = self._trainable if keeps is None else keeps
@@ -197,9 +203,10 @@ class Engine:
         loss: Tensor
         if self.workers.count == 1:
             loss = nll_B.sum() / tokens_B.sum()
-            value = loss.item()
+            value, self.asked = loss.item(), self.asks
         else:
-            nll, tokens = self.workers.total(nll_B.sum().item(), tokens_B.sum().item())
+            nll, tokens, *asked = self.workers.total(nll_B.sum().item(), tokens_B.sum().item(), *self.asks)
+            self.asked = tuple(asked)
             loss = nll_B.sum() * (self.workers.count / tokens)  # DeepSpeed takes the mean of the workers' gradients
             value = nll / tokens
         if not math.isfinite(value):

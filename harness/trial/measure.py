@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -107,15 +108,38 @@ def saved_for_backward(model: nn.Module) -> Iterator[list[int]]:
         yield total
 
 
-class StepClock:
-    """Measures the time of training steps; the first ``WARMUP_STEPS`` are not counted."""
+@dataclass(frozen=True)
+class Counts:
+    """Training steps that were measured, and what they took and processed in one worker."""
 
-    def __init__(self, device: torch.device) -> None:
+    steps: int = 0
+    examples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class StepClock:
+    """Measures the time of training steps; the first ``WARMUP_STEPS`` are not counted.
+
+    Args:
+        device: on which they run.
+        before: measured by an earlier process of the trial on such a device.
+
+    Attributes:
+        last_s: duration of the last step.
+    """
+
+    def __init__(self, device: torch.device, before: Counts = Counts()) -> None:
         self.device = device
         self._skip = WARMUP_STEPS
-        self.steps = self.examples = self.tokens = 0
-        self.seconds = 0.0
-        self._started = self._last = 0.0
+        self.steps, self.examples = before.steps, before.examples
+        self.tokens, self.seconds = before.tokens, before.seconds
+        self._started = self.last_s = 0.0
+
+    @property
+    def counts(self) -> Counts:
+        """What was measured so far."""
+        return Counts(self.steps, self.examples, self.tokens, self.seconds)
 
     def __enter__(self) -> StepClock:
         self._wait()
@@ -126,7 +150,7 @@ class StepClock:
         self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         self._wait()
-        self._last = time.perf_counter() - self._started
+        self.last_s = time.perf_counter() - self._started
 
     @property
     def warming_up(self) -> bool:
@@ -143,7 +167,7 @@ class StepClock:
             self._skip -= 1
             return
         self.steps += 1
-        self.seconds += self._last
+        self.seconds += self.last_s
         self.examples += examples
         self.tokens += tokens
 

@@ -26,6 +26,7 @@ class Outcome:
     traceback: str = ""
     lost: bool = False  # the error is that another worker could not be reached
     record: TrialRecord | None = None  # of rank 0; it is on disk if there was no error
+    preempted: bool = False  # it was asked to stop because this worker's process got SIGTERM
 
     @property
     def failed(self) -> bool:
@@ -34,7 +35,10 @@ class Outcome:
 
 
 def conclude(record: TrialRecord, run: Path, tracker: Tracker) -> None:
-    """Write the record of a trial that has ended, and end its tracking; of one that waits, ``paused.json``."""
+    """Write the record of a trial that has ended, and end its tracking; of one that waits, ``paused.json``.
+
+    A trial that was asked to stop leaves no record, because it goes on later.
+    """
     for warning in record.warnings:
         logger.warning("%s", warning)
     waits = paused_path(run, record.trial_id)
@@ -42,6 +46,9 @@ def conclude(record: TrialRecord, run: Path, tracker: Tracker) -> None:
         logger.info("paused: %s", record.reason)
         tracker.pause()
         write_atomically(waits, record.model_dump_json(indent=1) + "\n")
+    elif record.status == "cancelled":
+        logger.info("stopped: %s", record.reason)
+        tracker.pause()
     else:
         write_record(run, record)
         waits.unlink(missing_ok=True)

@@ -7,25 +7,21 @@ depend on Ray.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from harness.core.files import write_atomically
-from harness.core.origin import describe, during
-from harness.core.record import Data, Epoch, Status, TrialRecord
-from harness.core.registry import plugins_in
-from harness.core.revisions import git_revision
+from harness.core.origin import during
+from harness.core.record import Data, Epoch, Memory
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.model import budget
@@ -36,16 +32,22 @@ from harness.model.workers import ALONE, Workers
 from harness.tracking.grid import Tracker
 from harness.trial import measure
 from harness.trial.answers import answers_of
-from harness.trial.engine import PARTITIONED_STAGE, prepare_process
+from harness.trial.checkpoint import (
+    BEST,
+    BrokenCheckpointError,
+    Checkpoints,
+    Place,
+    Saved,
+    random_states,
+    set_random_states,
+)
+from harness.trial.engine import PARTITIONED_STAGE, most_memory, prepare_process
 from harness.trial.evaluate import Evaluator, mismatched
-from harness.trial.log import LOG, log_to
-from harness.trial.outcome import conclude
 from harness.trial.previews import write_previews
 from harness.trial.scores import perplexities, score_members, write_examples
 from harness.trial.stages import Stages
 
 REPORT_INTERVAL_S = 1.0
-BEST = "best.safetensors"  # trained parameters of the epoch with the lowest validation perplexity
 logger = logging.getLogger(__name__)
 
 
@@ -61,105 +63,16 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
+Stop = Callable[[], bool]
 
 
-def run_trial(
-    spec: TrialSpec,
-    experiment: str,
-    run: Path,
-    resources: Resources,
-    tracker: Tracker,
-    report: Report,
-    rungs: Collection[int] = (),
-) -> TrialRecord:
-    """Run one trial and write its record, also if it fails; only the death of the process leaves no record.
-
-    Args:
-        spec: of the trial.
-        experiment: name of the experiment, for the record.
-        run: the run folder.
-        resources: for threads, ZeRO stage and checkpoint interval.
-        tracker: receives metrics and the record.
-        report: called with the progress, at most about once a second and after every epoch.
-        rungs: epochs after which it pauses.
-
-    Returns:
-        The record, with status finished, failed or out_of_memory, and the reason; or with status paused, which is
-        written as ``paused.json`` and not as the record.
-    """
-    with log_to(run / "trials" / spec.trial_id / LOG):
-        attempt = make_attempt(spec, experiment, run, resources, tracker, report, rungs=rungs)
-        conclude(attempt.record, run, tracker)
-    return attempt.record
+def never() -> bool:
+    """A trial that nobody stops."""
+    return False
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """A trial that has ended: its record, which is not written yet, and the error that ended it."""
-
-    record: TrialRecord
-    error: Exception | None = None
-
-
-def make_attempt(
-    spec: TrialSpec,
-    experiment: str,
-    run: Path,
-    resources: Resources,
-    tracker: Tracker,
-    report: Report,
-    workers: Workers = ALONE,
-    rungs: Collection[int] = (),
-) -> Attempt:
-    """Run a trial; its errors are in the result.
-
-    Args:
-        spec: of the trial, and the others as for ``run_trial``.
-        experiment: name of the experiment.
-        run: the run folder.
-        resources: of the trial.
-        tracker: receives metrics.
-        report: called with the progress.
-        workers: this process and the others that run the trial with it.
-        rungs: epochs after which it pauses.
-    """
-    folder = run / "trials" / spec.trial_id
-    started, clock = datetime.now(UTC), time.monotonic()
-    plugins = plugins_in(spec.model_dump(mode="json"))
-    status: Status = "finished"
-    reason = None
-    problem: Exception | None = None
-    trial = Trial(spec, folder, resources, tracker, report, workers, rungs)
-    try:
-        trial.run()
-        if trial.paused:
-            status, reason = "paused", f"waits at epoch {len(trial.state.history)} for the others of its row"
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        status, reason, problem = "out_of_memory", describe(error, plugins, folder / LOG), error
-        logger.exception("out of memory")
-    except Exception as error:  # a failed trial must not stop the others
-        status, reason, problem = "failed", describe(error, plugins, folder / LOG), error
-        logger.exception("the trial failed")
-    record = TrialRecord(
-        trial_id=spec.trial_id,
-        experiment=experiment,
-        status=status,
-        reason=reason,
-        spec=spec.model_dump(mode="json"),
-        seed=spec.seed,
-        wall_time_s=sum(trial.state.phases_s.values()) or time.monotonic() - clock,
-        phases_s=trial.state.phases_s,
-        history=tuple(trial.state.history),
-        best_epoch=trial.state.best_epoch,
-        started_at=started.isoformat(timespec="seconds"),
-        versions=measure.versions(),
-        git_revision=git_revision(Path(__file__).parent.parent),
-        mlflow_run_id=tracker.run_id,
-        warnings=(*trial.warnings, *tracker.warnings),
-        workers=workers.count,
-        **trial.measured,
-    )
-    return Attempt(record, problem)
+class StoppedError(Exception):
+    """The trial was asked to stop, and has saved where it is, if there was something to save."""
 
 
 @dataclass
@@ -169,8 +82,11 @@ class _State:
     history: list[Epoch] = field(default_factory=list)
     best_epoch: int | None = None
     step: int = 0
+    losses: list[float] = field(default_factory=list)  # of the batches of the current epoch
+    random: list[Tensor] = field(default_factory=list)  # of a checkpoint inside an epoch: the generators' states
     phases_s: dict[str, float] = field(default_factory=dict)
     activations_bytes: int = 0
+    memory: Memory | None = None  # of the current stage, by an earlier process
 
 
 class Trial:
@@ -179,7 +95,7 @@ class Trial:
     Attributes:
         state: saved in checkpoints.
         measured: fields of the record that are known so far.
-        cut: kind of text ("target", "input") → the texts that were truncated.
+        cut: kind of text ("target", "input") → keys of the texts that were truncated.
         notes: notes of the metrics on their scores.
         stages: the model and its engine; set when they are built.
         peak: peak memory since before the model was built; set then.
@@ -199,23 +115,26 @@ class Trial:
         report: Report,
         workers: Workers = ALONE,
         rungs: Collection[int] = (),
+        stop: Stop = never,
     ) -> None:
         self.spec, self.folder, self.resources, self.tracker, self.report = spec, folder, resources, tracker, report
-        self.workers, self.rungs, self.paused = workers, rungs, False
+        self.workers, self.rungs, self.stop, self.paused = workers, rungs, stop, False
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self.state = _State()
         self.measured: dict[str, Any] = {"device": measure.device_name(self.device)}  # fields of the record
         self.total_steps = 0
-        self.cut: dict[str, set[str]] = {}
+        self.cut: dict[str, set[int]] = {}
         self.notes: tuple[str, ...] = ()
         self.clock = measure.StepClock(self.device)
-        self._reported = 0.0
-        self._checkpointed = time.monotonic()
-        self._saved = 0  # epoch of the last checkpoint
+        self._reported, self._in_phase = 0.0, "build"
+        layout = {"workers": workers.count, "zero_stage": resources.zero_stage}
+        self.checkpoints = Checkpoints(folder, workers, layout, resources.checkpoint_interval_s)
 
     def run(self) -> None:
         """Build, train and test; after an exception, ``state`` and ``measured`` have what was measured before it."""
         self._report_progress("build", force=True)
+        if self.workers.count == 1:
+            self._obey(save=False, stop=self.stop())
         with self._phase("build"):
             self.build()
             self.total_steps, batches = self.stages.total_steps, self.stages.built.batches
@@ -227,6 +146,8 @@ class Trial:
             with self._phase("encode"):
                 self._encode()
             self._train()
+            if "memory" not in self.measured:  # what was left to do needs no training
+                self._measure()
             if self.workers.first:
                 self.measured["data"] = self._data()
             if self.paused:
@@ -236,7 +157,7 @@ class Trial:
         finally:
             self.stages.close()
         if self.workers.first:
-            shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
+            shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
 
     def build(self, data: TrialData | None = None) -> None:
         """Prepare the process and build the model, without an engine.
@@ -252,17 +173,24 @@ class Trial:
     def _begin_measuring(self) -> None:
         """Restart the measurement of speed and activations: stages differ, so only the last one is recorded."""
         self.clock = measure.StepClock(self.device)
-        self.state.activations_bytes = 0
+        self.state.activations_bytes, self.state.memory = 0, None
+
+    def _measure(self) -> None:
+        """Measure memory and speed of the current stage so far, also by earlier processes of the trial."""
+        now = self.stages.engine.memory(self.state.activations_bytes, self.peak)
+        self.measured["memory"] = most_memory([now, self.state.memory]) if self.state.memory else now
+        self.measured["throughput"] = self.clock.throughput(self.workers)
 
     def _encode(self) -> None:
         """Run the frozen encoders before training, so that they are not part of the measured training speed."""
         splits = self.stages.built.splits
         evaluation = [*splits.validation, *splits.test]
         features = self.stages.built.batches.features
-        features.precompute(splits.train, evaluation, lambda: self._report_progress("encode"), self.workers)
+        features.precompute(splits.train, evaluation, self._tick, self.workers)
 
     def _train(self) -> None:
         """Train until the last epoch, until validation improves no more, or until the next rung."""
+        self._obey(save=False, stop=self._asked()[1])
         while (done := len(self.state.history)) < self.spec.budget.epochs:
             if self.stages.stops_after(done, self.state.best_epoch):
                 logger.info("stopped: no better validation perplexity for %d epochs", self.spec.budget.patience)
@@ -271,8 +199,7 @@ class Trial:
             if done in self.rungs:
                 if self.stages.engine.accumulating:
                     raise RuntimeError(f"epoch {done} ends within a gradient accumulation, which no checkpoint has")
-                if self._saved != done:
-                    self._checkpoint(done)
+                self._save()
                 self.paused = True
                 return
             self._epoch(done + 1)
@@ -293,36 +220,63 @@ class Trial:
             self.state.best_epoch = epoch
             self.stages.engine.save_weights(self.folder / BEST)
         self.state.history.append(result)
+        self.state.losses = []
         logger.info(
             "epoch %d of %d, step %d: train loss %.6g, validation perplexity %.6g, learning rate %.6g",
             *(epoch, self.spec.budget.epochs, result.step, train_loss, perplexity, result.learning_rate),
         )
         self.tracker.metrics(result.model_dump(exclude={"epoch", "step"}), step=result.step)
         self._report_progress("validate", epoch, train_loss, force=True)
-        due = time.monotonic() - self._checkpointed >= self.resources.checkpoint_interval_s and epoch not in self.rungs
-        if epoch < self.spec.budget.epochs and not self.stages.engine.accumulating and self.workers.agreed(due):
-            self._checkpoint(epoch)
+        if not self.stages.engine.accumulating:
+            save, stop = self._asked()
+            self._obey(save and epoch not in self.rungs, stop)
 
     def _train_epoch(self, epoch: int) -> float:
-        """Train for one epoch; returns the unweighted mean of the batch losses."""
+        """Train for one epoch, or what is left of it; returns the unweighted mean of the batch losses."""
+        losses = self.state.losses
         # Dropout uses the global generator; seeding it per epoch makes a resumed trial repeat lost epochs exactly.
-        torch.manual_seed(dropout_seed(self.spec.seed, epoch, self.workers.rank))
+        if losses and self.state.random:
+            set_random_states(self.state.random)
+        else:
+            torch.manual_seed(dropout_seed(self.spec.seed, epoch, self.workers.rank))
         self.stages.built.model.train()
         draws = self.stages.built.order.epoch(epoch)
         size = self.spec.optimizer.per_device_train_batch_size
-        losses: list[float] = []
-        for start in range(0, len(draws), size):
+        for start in range(len(losses) * size, len(draws), size):
             if self.stages.stage_ended:
                 with self._phase("build"):
                     self.stages.advance()
                 self._begin_measuring()
                 self.stages.built.model.train()
+            engine = self.stages.engine
+            engine.asks = self._asks()
             with self._phase("train"):
                 losses.append(self.train_step(draws[start : start + size]))
             self._report_progress("train", epoch, losses[-1])
-        self.measured["memory"] = self.stages.engine.memory(self.state.activations_bytes, self.peak)
-        self.measured["throughput"] = self.clock.throughput(self.workers)
+            if not engine.accumulating:
+                self._obey(*map(bool, engine.asked))
+        self._measure()
         return sum(losses) / len(losses)
+
+    def _asks(self) -> tuple[float, float]:
+        """What this worker wants of all: a checkpoint, by the clock of the first, and the end of the trial."""
+        return float(self.workers.first and self.checkpoints.due(self.clock.last_s)), float(self.stop())
+
+    def _asked(self) -> tuple[bool, bool]:
+        """What any worker wants of all."""
+        save, stop = self.workers.total(*self._asks())
+        return bool(save), bool(stop)
+
+    def _obey(self, save: bool, stop: bool) -> None:
+        """Do what all workers have agreed on. During the test, the weights that are saved are those tested: unused.
+
+        Raises:
+            StoppedError: the trial was asked to stop.
+        """
+        if save or (stop and self.state.step):
+            self._save()
+        if stop:
+            raise StoppedError
 
     def train_step(self, draws: list[budget.Draw]) -> float:
         """Make this worker's share of a batch and train on it; returns the loss of the batch."""
@@ -407,70 +361,99 @@ class Trial:
         ]
         return (*cut, *self.notes)
 
-    def _checkpoint(self, epoch: int) -> None:
-        """Save a checkpoint. The state file, written last, names the valid one, so a crash leaves a complete one."""
-        folder = self.folder / "checkpoint"
-        self.stages.engine.save(folder, f"epoch-{epoch}")
-        if self.workers.first:
-            # A copy, because a later epoch may replace the best weights before a crash.
-            shutil.copy2(self.folder / BEST, folder / f"epoch-{epoch}" / BEST)
-            history = [e.model_dump() for e in self.state.history]
-            content = {**vars(self.state), "history": history, "tag": f"epoch-{epoch}", "layout": self._layout}
-            write_atomically(folder / "state.json", json.dumps(content))
-            for old in folder.glob("epoch-*"):
-                if old.name != f"epoch-{epoch}":
-                    shutil.rmtree(old)
-        self.workers.wait()
-        self._checkpointed, self._saved = time.monotonic(), epoch
+    def _save(self) -> None:
+        """Make a checkpoint of the trial as it is, unless there is one."""
+        state, epochs = self.state, len(self.state.history)
+        tag = f"epoch-{epochs + 1}-step-{state.step}" if state.losses else f"epoch-{epochs}"
+        if self.checkpoints.tag == tag:
+            return
+        with self._phase("save"):
+            self._measure()
+            saved = Saved(
+                tag=tag,
+                history=tuple(state.history),
+                best_epoch=state.best_epoch,
+                step=state.step,
+                phases_s=state.phases_s,
+                activations_bytes=state.activations_bytes,
+                memory=self.measured["memory"],
+            )
+            place = Place(state.losses, random_states(), self.cut, self.clock.counts, self.measured["device"])
+            self.checkpoints.save(self.stages.engine, saved, place)
 
     def _resume(self) -> None:
-        """Start the engine, from the trial's last checkpoint if there is one that it can load."""
-        folder = self.folder / "checkpoint"
+        """Start the engine, from the trial's last checkpoint if there is one that it can load.
+
+        Raises:
+            BrokenCheckpointError: a worker of several cannot read it; the next attempt starts from the beginning.
+        """
         self._begin_measuring()
-        content = self.workers.agreed(_read_state(folder) if self.workers.first else None)
-        if content is None:
+        saved = self.checkpoints.read()
+        if saved is not None and not self._can_load(saved.layout or self.checkpoints.layout):
+            saved = None
+        if saved is None:
             self.stages.start()
             return
-        tag, layout = content.pop("tag"), content.pop("layout", self._layout)
-        if not self._can_load(layout):
-            found, now = (" and ".join(f"{key} {value}" for key, value in x.items()) for x in (layout, self._layout))
-            logger.warning("the checkpoint is of %s, which %s cannot load: the trial starts again", found, now)
-            if self.workers.first:
-                shutil.rmtree(folder)
-            self.workers.wait()
-            self.stages.start()
+        self.stages.start(saved.step)
+        try:
+            place = self.checkpoints.load(self.stages.engine, saved)
+        except BrokenCheckpointError as error:
+            self.checkpoints.discard(error)
+            if self.workers.count > 1:
+                raise
+            self._start_again()
             return
-        history = [Epoch.model_validate(epoch) for epoch in content.pop("history")]
-        self.state = _State(history=history, **content)
-        self.stages.start(self.state.step)
-        self.stages.engine.load(folder, tag)
-        if self.workers.first:
-            shutil.copy2(folder / tag / BEST, self.folder / BEST)
-        self.workers.wait()
-        self._saved = len(history)
-        logger.info("resumed after epoch %d, step %d", len(history), self.state.step)
+        self._continue(saved, place)
 
-    @property
-    def _layout(self) -> dict[str, int]:
-        """Over what a checkpoint is spread."""
-        return {"workers": self.workers.count, "zero_stage": self.resources.zero_stage}
+    def _start_again(self) -> None:
+        """Build the model anew, because a checkpoint that could not be read may have changed it."""
+        self.stages.close()
+        self.build()
+        self.stages.start()
 
-    def _can_load(self, layout: Mapping[str, int]) -> bool:
+    def _continue(self, saved: Saved, place: Place) -> None:
+        """Go on where a checkpoint was made."""
+        self.state = _State(
+            list(saved.history), saved.best_epoch, saved.step, place.losses, place.random, dict(saved.phases_s)
+        )
+        for kind, keys in place.cut.items():
+            self.cut[kind].update(keys)
+        if saved.layout == self.checkpoints.layout:
+            self.state.activations_bytes, self.state.memory = saved.activations_bytes, saved.memory
+            if place.device == self.measured["device"]:
+                self.clock = measure.StepClock(self.device, place.counts)
+        batches = f", batch {len(place.losses)} of epoch {len(saved.history) + 1}" if place.losses else ""
+        logger.info("resumed after epoch %d, step %d%s", len(saved.history), saved.step, batches)
+
+    def _can_load(self, found: dict[str, int]) -> bool:
         """Whether DeepSpeed loads a checkpoint of another number of workers: where every worker has all of it."""
-        spread = layout["zero_stage"] or self.resources.zero_stage or self.spec.optimizer.bf16
-        return layout == self._layout or not spread
+        own = self.checkpoints.layout
+        if found == own or not (found["zero_stage"] or own["zero_stage"] or self.spec.optimizer.bf16):
+            return True
+        there, now = (" and ".join(f"{key} {value}" for key, value in x.items()) for x in (found, own))
+        if self.workers.first:
+            self.checkpoints.discard(f"it is of {there}, which {now} cannot load")
+        self.workers.wait()
+        return False
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        started = time.monotonic()
+        started, self._in_phase = time.monotonic(), name
         try:
             yield
         finally:
             self.state.phases_s[name] = self.state.phases_s.get(name, 0.0) + time.monotonic() - started
 
     def _tick(self) -> None:
-        """Report during evaluation that the trial is still running."""
-        self._report_progress("validate" if self.state.step < self.total_steps else "test", len(self.state.history))
+        """Report while inputs are encoded and during evaluation that the trial is still running.
+
+        Raises:
+            StoppedError: the trial was asked to stop. Several workers agree on that after training steps and epochs
+                only, because here they have different numbers of batches.
+        """
+        self._report_progress(self._in_phase, len(self.state.history))
+        if self.workers.count == 1 and self.stop():
+            self._obey(save=False, stop=True)
 
     def _report_progress(
         self, phase: str, epoch: int = 0, train_loss: float | None = None, force: bool = False
@@ -489,10 +472,3 @@ def dropout_seed(seed: int, epoch: int, rank: int) -> int:
     """The seed of a worker's dropout in an epoch; torch's CPU generator uses the lowest 32 bits of a seed alone."""
     whole = seed * 100_003 + epoch
     return whole if rank == 0 else int.from_bytes(hashlib.sha256(f"{whole}:{rank}".encode()).digest()[:4])
-
-
-def _read_state(folder: Path) -> dict[str, Any] | None:
-    """What the valid checkpoint in a folder says of the trial; None: there is none."""
-    path = folder / "state.json"
-    content: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    return content

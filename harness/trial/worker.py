@@ -16,9 +16,10 @@ from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.model.workers import joined
 from harness.tracking.grid import Tracker
+from harness.trial.attempt import make_attempt
 from harness.trial.log import LOG, log_to
 from harness.trial.outcome import Outcome, conclude
-from harness.trial.trial import Report, make_attempt
+from harness.trial.trial import Report, Stop, never
 
 # How gloo and NCCL say that they lost another process.
 _LOST = re.compile(
@@ -34,6 +35,7 @@ def run_worker(
     tracker: Tracker,
     report: Report,
     rungs: Collection[int] = (),
+    stop: Stop = never,
 ) -> Outcome:
     """Run a trial in this worker and the others of its process group; rank 0 writes the record of one that finishes.
 
@@ -45,10 +47,11 @@ def run_worker(
         tracker: of rank 0; the others log nothing.
         report: called by rank 0 with the progress.
         rungs: epochs after which it pauses.
+        stop: whether this worker is asked to stop the trial.
     """
     workers = joined()
     with log_to(run / "trials" / spec.trial_id / LOG) if workers.first else nullcontext():
-        attempt = make_attempt(spec, experiment, run, resources, tracker, report, workers, rungs)
+        attempt = make_attempt(spec, experiment, run, resources, tracker, report, workers, rungs, stop)
         if workers.first and attempt.error is None:
             conclude(attempt.record, run, tracker)
     error, record = attempt.error, attempt.record if workers.first else None

@@ -23,7 +23,7 @@ from adapters.placement.router import Router
 from harness.core.errors import UserError
 from harness.experiment.sections import Backbone, Budget, Evaluation
 from harness.model.backbones import load_language_model
-from harness.model.batches import BatchMaker
+from harness.model.batches import BatchMaker, text_key
 from harness.model.context_model import IGNORED, ContextModel
 from harness.model.features import Features
 from harness.model.projector import Projector
@@ -223,7 +223,10 @@ def test_texts_that_are_too_long_are_truncated_and_counted() -> None:
     example = Example("long", (Part("question", "one two three " * 50),), (" four" * 50,))
     batch = batches.make([example], [example.references[0]])
     assert batch.token_ids_BT.shape == (1, 1 + 5 + 4 + 1)
-    assert (batches.cut_inputs, batches.cut_targets) == ({example.inputs[0].value}, {example.references[0]})
+    assert (batches.cut_inputs, batches.cut_targets) == (
+        {text_key(example.inputs[0].value)},
+        {text_key(example.references[0])},
+    )
     model(batch)
 
 

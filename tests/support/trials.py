@@ -16,7 +16,8 @@ from harness.experiment.load import Experiment
 from harness.experiment.plan import TrialSpec, expand
 from harness.experiment.sections import Optimizer, Resources
 from harness.trial import engine as engine_module
-from harness.trial.trial import Progress, run_trial
+from harness.trial.attempt import run_trial
+from harness.trial.trial import Progress, never
 from tasks.base import Metric, Scores
 
 TASK = {"name": "scenes", "train_examples": 64, "validation_examples": 12, "test_examples": 12}
@@ -98,9 +99,10 @@ def run(
     report: Callable[[Progress], None] = lambda _: None,
     tracker: Any = None,
     rungs: Collection[int] = (),
+    stop: Callable[[], bool] = never,
     **resources: Any,
 ) -> TrialRecord:
-    return run_trial(spec, "unit", folder, Resources(**resources), tracker or Recorder(), report, rungs)
+    return run_trial(spec, "unit", folder, Resources(**resources), tracker or Recorder(), report, rungs, stop)
 
 
 def examples_of(folder: Path, record: TrialRecord) -> pd.DataFrame:

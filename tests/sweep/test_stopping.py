@@ -41,6 +41,17 @@ def test_a_run_that_gets_sigterm_reports_what_there_is(tmp_path: Path, monkeypat
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_run_that_is_interrupted_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(run, "_run_unfinished", interrupted)
+    shown = io.StringIO()
+    results = harness.run_experiment(EXPERIMENT, tmp_path, console=Console(file=shown))
+    assert (results.stopped, results.complete) == ("interrupt", False)
+    assert "interrupted: finished trials are kept; run the same experiment again" in shown.getvalue()
+
+
 def test_a_request_in_the_run_folder_ends_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopping, "POLL_S", 0.01)
     request_stop(tmp_path)  # of an earlier run: removed
@@ -101,11 +112,14 @@ def test_the_handler_survives_ray_and_gets_what_rays_took(tmp_path: Path) -> Non
 
 
 def test_outside_the_main_thread_nothing_is_listened_to(tmp_path: Path) -> None:
+    """But a request of an earlier run is removed, because trials see it."""
     request_stop(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
 
     def body() -> None:
         with stoppable(tmp_path):
-            assert (tmp_path / REQUEST).exists()
+            assert not (tmp_path / REQUEST).exists()
+            assert signal.getsignal(signal.SIGTERM) == before
 
     thread = threading.Thread(target=body)
     thread.start()

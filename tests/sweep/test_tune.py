@@ -23,7 +23,7 @@ def test_a_sweep_that_tune_ended_early_was_interrupted(
     handler = signal.getsignal(signal.SIGINT)
 
     class Tuner:
-        def __init__(self, _wanted: Any, _request: Any, events: Any) -> None:
+        def __init__(self, _wanted: Any, _request: Any, events: Any, _grace: Any) -> None:
             self.events = events
 
         def fit(self) -> None:
@@ -41,8 +41,9 @@ def test_a_sweep_that_tune_ended_early_was_interrupted(
         profile=None,
         files=(),
         stored=None,
+        lease=None,
     )
-    display: Any = SimpleNamespace(opened=lambda run, at_once: opened.append((run, at_once)))
+    display: Any = SimpleNamespace(opened=lambda run, at_once: opened.append((run, at_once)), noted=lambda _: None)
     with pytest.raises(KeyboardInterrupt, match=r"^$") if ended < 2 else nullcontext():
         tune.sweep(wanted, display)
     assert opened == [(tmp_path, 2)]

@@ -179,7 +179,7 @@ def test_a_killed_trial_resumes_in_its_stage(
 def test_no_checkpoint_is_saved_between_accumulated_gradients_and_their_step(
     adapter: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three batches per epoch, two per step: the only whole number of steps is at the end of the second epoch."""
+    """Three batches per epoch, two per step: an odd epoch ends between, so its last checkpoint is of its first step."""
     monkeypatch.setattr(trial, "REPORT_INTERVAL_S", 0.0)
     (tmp_path / "whole").mkdir()
     (tmp_path / "died").mkdir()
@@ -187,11 +187,11 @@ def test_no_checkpoint_is_saved_between_accumulated_gradients_and_their_step(
     spec = spec_of(tmp_path, adapter, optimizer=optimizer, budget={"examples": 24, "epochs": 4})
     expected = run(spec, tmp_path / "whole")
     assert [e.step for e in expected.history] == [1, 3, 4, 6]
-    for killed_in, first in ((2, 1), (4, 3)):
+    for killed_in, last in ((2, "epoch-1-step-1"), (4, "epoch-3-step-4")):
         with pytest.raises(Killed, match="killed in epoch"):
             run(spec, tmp_path / "died", killed_in_epoch(killed_in), checkpoint_interval_s=0.0)
         epochs = [path.name for path in (tmp_path / "died").glob("trials/*/checkpoint/epoch-*")]
-        assert epochs == ([] if first == 1 else [f"epoch-{first - 1}"])
+        assert epochs == [last]
     resumed = run(spec, tmp_path / "died", checkpoint_interval_s=0.0)
     assert resumed.history == expected.history
     assert resumed.data == expected.data

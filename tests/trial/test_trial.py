@@ -233,7 +233,9 @@ def test_a_resumed_trial_tests_the_best_weights_of_its_checkpoint(
     spec = spec_of(tmp_path, budget={"examples": 32, "epochs": 2})
     with pytest.raises(KeyboardInterrupt, match="killed in epoch 2"):
         run(spec, tmp_path, killed_in_epoch(2), checkpoint_interval_s=0.0)
-    (tmp_path / "trials" / spec.trial_id / "best.safetensors").write_bytes(b"of the epoch that was lost")
+    lost = tmp_path / "trials" / spec.trial_id / "best.safetensors"
+    lost.unlink()  # it is another name of the checkpoint's, and is replaced, never changed
+    lost.write_bytes(b"of the epoch that was lost")
     record = run(spec, tmp_path, checkpoint_interval_s=0.0)
     assert record.status == "finished", record.reason
     assert record.best_epoch == 1

@@ -7,9 +7,10 @@ the two workers has none.
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from harness.trial.engine import join_process_group
 from harness.trial.log import LOG
 from harness.trial.trial import Progress, Trial, dropout_seed
 from harness.trial.worker import run_worker
+from tests.support.parity import assert_same_result
 from tests.support.processes import run_ranks
 from tests.support.trials import FULL, LORA, examples_of, partition_everything, run, spec_of
 
@@ -48,6 +50,7 @@ class Job:
     spec: str  # JSON
     resources: dict[str, Any]
     fails_in_epoch: int | None = None
+    stops_after: int | None = None  # batches: the second worker alone is asked to stop there; then the trial goes on
 
     @property
     def trial_id(self) -> str:
@@ -95,12 +98,21 @@ def process(rank: int, folder: Path, jobs: Sequence[Job]) -> None:
             whole(trial, number)
 
         Trial._epoch = epoch  # type: ignore[method-assign]
-        spec = TrialSpec.model_validate_json(job.spec)
-        outcome = run_worker(
-            spec, "unit", folder / job.name, Resources(workers=RANKS, **job.resources), NoTracker(), lambda _: None
-        )
+        spec, resources = TrialSpec.model_validate_json(job.spec), Resources(workers=RANKS, **job.resources)
+        arguments = spec, "unit", folder / job.name, resources, NoTracker(), lambda _: None
+        if job.stops_after is not None:
+            batches = counted(job.stops_after if rank else 10**9)
+            stopped = run_worker(*arguments, stop=batches)
+            assert (stopped.status, stopped.failed) == ("cancelled", False)
+        outcome = run_worker(*arguments)
         said = {key: value for key, value in asdict(outcome).items() if key != "record"}
         (folder / job.name / f"outcome-{rank}.json").write_text(json.dumps(said), encoding="utf-8")
+
+
+def counted(limit: int) -> Callable[[], bool]:
+    """Whether so many training batches have come: a trial asks before each of them, and once before the first."""
+    calls = itertools.count(-1)
+    return lambda: next(calls) > limit
 
 
 # ── In this process
@@ -182,6 +194,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Jo
     folder = tmp_path_factory.mktemp("others")
     lora, resumed = small(folder / "one", LORA), {"checkpoint_interval_s": 0.0}
     bf16 = small(folder / "one", LORA, bf16=True, gradient_accumulation_steps=2)
+    dropout = small(folder / "one", LORA | {"dropout": 0.3}).model_dump_json()
     run(lora, folder / "from one", _stop, **resumed)
     jobs = [
         Job("bf16", bf16.model_dump_json(), {"zero_stage": 2}),
@@ -190,6 +203,8 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Jo
         Job("nan", small(folder / "one", NAN).model_dump_json(), {}),
         Job("from one", lora.model_dump_json(), resumed),
         Job("whole", lora.model_dump_json(), resumed, fails_in_epoch=2),
+        Job("dropout", dropout, {"zero_stage": 2}),
+        Job("stopped", dropout, {"zero_stage": 2}, stops_after=6),
         Job("spread", lora.model_dump_json(), {**resumed, "zero_stage": 2}, fails_in_epoch=2),
     ]
     return folder, {job.name: job for job in jobs}, run_two(folder, jobs)
@@ -249,6 +264,16 @@ def test_a_checkpoint_that_is_spread_over_others_is_not_loaded(others: Others, t
     log = ended.log(jobs["spread"])
     assert "the checkpoint is of workers 2 and zero_stage 2, which workers 1 and zero_stage 2 cannot load" in log
     assert "resumed" not in log
+
+
+@pytest.mark.slow
+def test_two_workers_stop_after_the_same_step_and_go_on_inside_the_epoch(others: Others) -> None:
+    """Five batches an epoch; the second worker is asked before the eighth, which both still train."""
+    folder, jobs, ended = others
+    assert ended.outcomes["stopped"][0]["status"] == "finished", ended.outcomes["stopped"]
+    whole, stopped = (ended.record(jobs[name]) for name in ("dropout", "stopped"))
+    assert_same_result(stopped, folder / "stopped", whole, folder / "dropout")
+    assert "resumed after epoch 1, step 8, batch 3 of epoch 2" in ended.log(jobs["stopped"])
 
 
 def test_dropout_differs_between_workers_and_is_seeded() -> None:

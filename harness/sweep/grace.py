@@ -1,0 +1,162 @@
+"""Lets running trials save where they are before they end: if their run is ended early, or their process.
+
+A run is ended by a file in its folder (``harness.sweep.stopping``), which its trials see too, on any node. A process is
+ended by SIGTERM, as a machine sends it that goes away; its trial goes on in another one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from harness.core.storage import Folder, StorageError
+from harness.sweep.stopping import REQUEST, interrupts_kept
+
+STOPPED = "stopped"  # the phase of a trial that was asked to stop
+_LOOK_S = 1.0  # how often a trial looks for the request
+_LOOK_AT_URL_S = 5.0  # the same where that is a request to a storage
+
+
+class PreemptedError(Exception):
+    """The process of a trial got SIGTERM; the trial has saved where it is."""
+
+
+# ── In the process of a trial
+
+_terminated = threading.Event()
+_at_work = 0  # trials of this process
+
+
+def save_at_sigterm() -> None:
+    """End the trial that runs in this process at the first SIGTERM; to be called in the main thread."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if _at_work and not _terminated.is_set():
+            _terminated.set()
+        elif callable(before):
+            before(number, frame)
+        else:
+            os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, handle)
+
+
+class StopRequest:
+    """Whether a trial is asked to stop; a call costs no more than a look at the clock, except once a second.
+
+    Args:
+        run: the run folder.
+        url: of the run folder, if it is at one; it is asked in a thread.
+    """
+
+    def __init__(self, run: Path, url: str | None = None) -> None:
+        self._file, self._url = run / REQUEST, url
+        self._asked = False
+        self._looked = 0.0
+
+    def __call__(self) -> bool:
+        """Whether it is."""
+        if self.preempted:
+            return True
+        now = time.monotonic()
+        if not self._asked and self._url is None and now - self._looked >= _LOOK_S:
+            self._looked, self._asked = now, self._file.exists()
+        return self._asked
+
+    @property
+    def preempted(self) -> bool:
+        """Whether only this process is ended."""
+        return _terminated.is_set()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listen while a trial runs."""
+        global _at_work  # noqa: PLW0603 - of the process, as signals are
+        over = threading.Event()
+        if self._url is not None:
+            threading.Thread(target=self._watch, args=(Folder(self._url), over), daemon=True).start()
+        _at_work += 1
+        try:
+            yield
+        finally:
+            _at_work -= 1
+            over.set()
+
+    def _watch(self, folder: Folder, over: threading.Event) -> None:
+        while not over.wait(_LOOK_AT_URL_S):
+            with suppress(StorageError):
+                self._asked = self._asked or folder.read(REQUEST) is not None
+
+
+# ── In the driver
+
+
+class Grace:
+    """Ends a sweep at Ctrl-C, or at what is handled like it, once running trials have saved where they are.
+
+    Args:
+        grace_s: how long that may take.
+        ask: asks the trials to stop.
+        note: told what is waited for.
+    """
+
+    def __init__(self, grace_s: float, ask: Callable[[], None], note: Callable[[str], None]) -> None:
+        self.grace_s, self._ask, self._note = grace_s, ask, note
+        self._since: float | None = None
+        self._awaited: list[Any] | None = None  # the trials that ran when they were asked
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return no state: Tune pickles its scheduler, which asks this, and displays are unpicklable."""
+        return {}
+
+    @property
+    def ending(self) -> bool:
+        """Whether no other trial should start."""
+        return self._since is not None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle Ctrl-C while ``Tuner.fit`` runs, instead of Tune, which stops all trials at once."""
+        with interrupts_kept():
+            if threading.current_thread() is threading.main_thread():
+                before = signal.getsignal(signal.SIGINT)
+                signal.signal(signal.SIGINT, lambda *_: self._interrupted(before))
+            yield
+
+    def _interrupted(self, before: Any) -> None:
+        if self._since is None:
+            self._since = time.monotonic()
+        else:  # a second time
+            signal.signal(signal.SIGINT, before)
+            _end_tune()
+
+    def check(self, trials: Sequence[Any]) -> None:
+        """Ask the trials to stop, or end the sweep, if it is time.
+
+        Args:
+            trials: of Tune.
+        """
+        if self._since is None:
+            return
+        if self._awaited is None:
+            self._awaited = [trial for trial in trials if trial.status == "RUNNING"]
+            self._ask()
+            if self._awaited:
+                count = f"{len(self._awaited)} running trial{'s' * (len(self._awaited) > 1)}"
+                self._note(f"{count} may save where they are, for {self.grace_s:g} s; Ctrl-C ends them at once")
+        running = any(trial.status == "RUNNING" for trial in self._awaited)
+        if not running or time.monotonic() - self._since >= self.grace_s:
+            _end_tune()
+
+
+def _end_tune() -> None:
+    """Make ``Tuner.fit`` stop all trials and return; Tune listens to this signal beside Ctrl-C."""
+    signal.raise_signal(signal.SIGUSR1)

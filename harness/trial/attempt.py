@@ -1,0 +1,133 @@
+"""One attempt to run a trial: whatever ends it becomes its record. Does not depend on Ray."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from harness.core.origin import describe
+from harness.core.record import Status, TrialRecord
+from harness.core.registry import plugins_in
+from harness.core.revisions import git_revision
+from harness.experiment.plan import TrialSpec
+from harness.experiment.sections import Resources
+from harness.model.workers import ALONE, Workers
+from harness.tracking.grid import Tracker
+from harness.trial import measure
+from harness.trial.log import LOG, log_to
+from harness.trial.outcome import conclude
+from harness.trial.trial import Report, Stop, StoppedError, Trial, never
+
+logger = logging.getLogger(__name__)
+
+
+def run_trial(
+    spec: TrialSpec,
+    experiment: str,
+    run: Path,
+    resources: Resources,
+    tracker: Tracker,
+    report: Report,
+    rungs: Collection[int] = (),
+    stop: Stop = never,
+) -> TrialRecord:
+    """Run one trial and write its record, also if it fails; only the death of the process leaves no record.
+
+    Args:
+        spec: of the trial.
+        experiment: name of the experiment, for the record.
+        run: the run folder.
+        resources: for threads, ZeRO stage and checkpoint interval.
+        tracker: receives metrics and the record.
+        report: called with the progress, at most about once a second and after every epoch.
+        rungs: epochs after which it pauses.
+        stop: whether the trial is asked to stop; called before every step, and now and then in other phases.
+
+    Returns:
+        The record, with status finished, failed or out_of_memory, and the reason; or with status paused, which is
+        written as ``paused.json`` and not as the record; or with status cancelled, which is not written, of a trial
+        that was asked to stop.
+    """
+    with log_to(run / "trials" / spec.trial_id / LOG):
+        attempt = make_attempt(spec, experiment, run, resources, tracker, report, rungs=rungs, stop=stop)
+        conclude(attempt.record, run, tracker)
+    return attempt.record
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A trial that has ended: its record, which is not written yet, and the error that ended it."""
+
+    record: TrialRecord
+    error: Exception | None = None
+
+
+def make_attempt(
+    spec: TrialSpec,
+    experiment: str,
+    run: Path,
+    resources: Resources,
+    tracker: Tracker,
+    report: Report,
+    workers: Workers = ALONE,
+    rungs: Collection[int] = (),
+    stop: Stop = never,
+) -> Attempt:
+    """Run a trial; its errors are in the result.
+
+    Args:
+        spec: of the trial, and the others as for ``run_trial``.
+        experiment: name of the experiment.
+        run: the run folder.
+        resources: of the trial.
+        tracker: receives metrics.
+        report: called with the progress.
+        workers: this process and the others that run the trial with it.
+        rungs: epochs after which it pauses.
+        stop: whether this worker is asked to stop the trial; one is enough.
+    """
+    folder = run / "trials" / spec.trial_id
+    started, clock = datetime.now(UTC), time.monotonic()
+    plugins = plugins_in(spec.model_dump(mode="json"))
+    status: Status = "finished"
+    reason = None
+    problem: Exception | None = None
+    trial = Trial(spec, folder, resources, tracker, report, workers, rungs, stop)
+    try:
+        trial.run()
+        if trial.paused:
+            status, reason = "paused", f"waits at epoch {len(trial.state.history)} for the others of its row"
+    except StoppedError:
+        status, reason = "cancelled", f"asked to stop at step {trial.state.step} of {trial.total_steps}"
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        status, reason, problem = "out_of_memory", describe(error, plugins, folder / LOG), error
+        logger.exception("out of memory")
+    except Exception as error:  # a failed trial must not stop the others
+        status, reason, problem = "failed", describe(error, plugins, folder / LOG), error
+        logger.exception("the trial failed")
+    record = TrialRecord(
+        trial_id=spec.trial_id,
+        experiment=experiment,
+        status=status,
+        reason=reason,
+        spec=spec.model_dump(mode="json"),
+        seed=spec.seed,
+        wall_time_s=sum(trial.state.phases_s.values()) or time.monotonic() - clock,
+        phases_s=trial.state.phases_s,
+        history=tuple(trial.state.history),
+        best_epoch=trial.state.best_epoch,
+        started_at=started.isoformat(timespec="seconds"),
+        versions=measure.versions(),
+        git_revision=git_revision(Path(__file__).parent.parent),
+        mlflow_run_id=tracker.run_id,
+        warnings=(*trial.warnings, *tracker.warnings),
+        workers=workers.count,
+        **trial.measured,
+    )
+    return Attempt(record, problem)
