@@ -8,6 +8,7 @@ from pathlib import Path
 
 from harness.core.errors import UserError
 from harness.core.files import write_atomically
+from harness.core.inside import check_no_links
 from results.export.latex import latex
 from results.export.text import markdown, table_csv
 from results.export.trials import write_trials
@@ -44,6 +45,8 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> ReportP
     """
     if output is None and len(folders) > 1:
         raise UserError(f"a report of {len(folders)} run folders needs an output folder: name one (--output)")
+    if output is None:
+        check_no_links(folders[0])
     board = build_leaderboard(read_runs(folders))
     folder = folders[0] / "report" if output is None else output
     page = folder / "index.html"

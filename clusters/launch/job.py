@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 
 from clusters.profiles import SECRET, Kind, Profile
 from harness.core.errors import UserError
-from harness.core.files import write_atomically
+from harness.core.files import cache_folder, write_atomically
 
 FOLDER = "launch"  # in a run folder: rendered files, logs of drivers, the record
 RECORD = "launch.json"
@@ -134,8 +135,21 @@ def write_files(job: Job, files: Mapping[str, str]) -> None:
 
 
 def write_launch(folder: Path, launch: Launch) -> None:
-    """Write the record into ``RUN/launch``."""
+    """Write the record into ``RUN/launch``, and note in the cache that it is ours."""
     write_atomically(folder / RECORD, launch.model_dump_json(indent=1) + "\n")
+    write_atomically(_note(launch), "")
+
+
+def is_own(launch: Launch) -> bool:
+    """Whether a record was written from this home folder. Nothing that another one names is called or connected to.
+
+    A record names programs' arguments, addresses and files: in the run folder of somebody else, whatever they like.
+    """
+    return _note(launch).exists()
+
+
+def _note(launch: Launch) -> Path:
+    return cache_folder("launches", hashlib.sha256(launch.model_dump_json().encode()).hexdigest())
 
 
 def read_launch(run: Path) -> Launch | None:

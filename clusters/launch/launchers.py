@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from clusters.launch.job import Launch, Launcher, read_launch
+from clusters.launch.job import Launch, Launcher, is_own, read_launch
 from clusters.launch.kuberay import KubeRayLauncher
 from clusters.launch.process import ProcessLauncher
 from clusters.launch.ray_jobs import RayJobLauncher
@@ -25,13 +25,13 @@ _GOING_ON = ("pending", "running", "completing", "configuring", "requeued", "sus
 
 
 def state_of(run: Path) -> tuple[Launch | None, str | None]:
-    """The latest launch of a run and its state now; None: not launched, not known here.
+    """The latest launch of a run and its state now; None: not launched, or not from here.
 
     Raises:
         UserError: its record cannot be read.
     """
     launched = read_launch(run)
-    return launched, LAUNCHERS[launched.kind].state(launched) if launched else None
+    return launched, LAUNCHERS[launched.kind].state(launched) if launched and is_own(launched) else None
 
 
 def goes_on(state: str | None) -> bool:

@@ -120,7 +120,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing until the run has ended.")] = False,
 ) -> None:
     """Print the output of a launched run, or the log of a trial."""
-    from clusters.launch.job import read_launch
+    from clusters.launch.job import is_own, read_launch
     from clusters.launch.launchers import LAUNCHERS
 
     folder = folder or newest_run()
@@ -130,6 +130,11 @@ def logs(
     launched = read_launch(folder)
     if launched is None:
         raise UserError(f"{folder}: not started by harness launch, so its output is where it was started; name a trial")
+    if not is_own(launched):
+        raise UserError(
+            f"{folder}: launched by somebody else, or with another HARNESS_CACHE, so nothing that its record names is "
+            "called or read; name a trial"
+        )
     command = LAUNCHERS[launched.kind].log_command(launched, follow)
     if command is None:
         _print_file(Path(launched.log), folder, follow)
@@ -175,6 +180,7 @@ def _print_file(path: Path, folder: Path, follow: bool) -> None:
 
 def stop(folder: RunFolder = None) -> None:
     """End a run in order, wherever it runs: finished trials are kept, and the same command goes on."""
+    from clusters.launch.job import is_own
     from clusters.launch.launchers import LAUNCHERS, goes_on, state_of
     from harness.sweep.stopping import request_stop
 
@@ -186,5 +192,5 @@ def stop(folder: RunFolder = None) -> None:
         raise UserError(f"{folder}: nothing runs here")
     request_stop(folder)
     push_copy(folder)
-    done = LAUNCHERS[launched.kind].stop(launched) if launched else None
+    done = LAUNCHERS[launched.kind].stop(launched) if launched and is_own(launched) else None
     _print(done or f"{folder}: the driver is asked to end, which it sees in some seconds")

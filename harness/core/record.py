@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import Field, FiniteFloat, model_validator
 
 from harness.core.files import write_atomically
+from harness.core.inside import TrialId, links_in
 from harness.core.profile import Profile, read_profile
 from harness.core.registry import plugins_in
 from harness.core.schema import Schema, read_strictly
@@ -69,7 +70,7 @@ class MetricInfo(Schema):
 class PlannedTrial(Schema):
     """One trial of the plan: the fields that the report needs."""
 
-    trial_id: str
+    trial_id: TrialId
     label: str  # "LoRA r=4": the method and its options, without grouping, budget and seed
     method: str  # registry name: "lora"
     grouping: str  # "agnostic", "specific", "image=vision text=language"; "" where the method has no groups
@@ -198,7 +199,7 @@ class TrialRecord(Schema):
     """The result of one trial. A metric that was not measured is absent, never 0."""
 
     schema_version: Literal[1] = 1
-    trial_id: str
+    trial_id: TrialId
     experiment: str
     status: Status
     reason: str | None = None  # one line, for every status except finished
@@ -253,6 +254,8 @@ def read_record(path: Path) -> TrialRecord:
         ValueError: the file is not a record of this schema; the message names the file.
     """
     try:
+        if path.is_symlink():
+            raise ValueError(f"{path}: not a trial record: a link, which is not followed")
         return read_strictly(TrialRecord, path, "a trial record")
     except OSError as error:
         raise ValueError(f"{path}: not a trial record: {error}") from error
@@ -300,9 +303,13 @@ def read_run(folder: Path) -> Run:
     broken: list[str] = []
     foreign: dict[str, str] = {}
     trials = folder / "trials"
+    links = set(links_in(folder))
+    broken += [f"{folder / name}: a link, which is not followed" for name in sorted(links)]
     if trials.exists() and not trials.is_dir():
         broken.append(f"{trials}: not a folder of trials")
-    for name in sorted(path.name for path in trials.iterdir()) if trials.is_dir() else ():
+    for name in sorted(path.name for path in trials.iterdir()) if trials.is_dir() and "trials" not in links else ():
+        if f"trials/{name}" in links:
+            continue
         path = record_path(folder, name)
         if not os.path.lexists(path):  # the trial has not ended; a dangling link is a broken record
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ class Schema(BaseModel):
 
 
 S = TypeVar("S", bound=BaseModel)
+MOST_BYTES = 2**29  # of a JSON file of a run folder: a plan of a million trials has fewer
 
 
 def read_strictly(schema: type[S], path: Path, what: str) -> S:
@@ -29,6 +31,11 @@ def read_strictly(schema: type[S], path: Path, what: str) -> S:
         OSError: it cannot be read.
         ValueError: it does not match the schema; the message names the file and the location in it.
     """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # a device or a pipe has no end
+        raise ValueError(f"{path}: not {what}: not a file")
+    if status.st_size > MOST_BYTES:
+        raise ValueError(f"{path}: not {what}: {status.st_size:,} bytes; allowed: at most {MOST_BYTES:,}")
     try:
         return schema.model_validate_json(path.read_bytes())
     except ValidationError as error:

@@ -14,6 +14,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, FiniteFloat, PositiveInt, model_validator
 
+from harness.core.inside import TrialId
 from harness.core.schema import Schema, read_strictly
 
 DECISIONS = "halving.json"  # in the run folder
@@ -125,7 +126,7 @@ class Decision(Schema):
     name: str
     epoch: int
     candidates: tuple[AtRung, ...]  # those that had come so far
-    out: tuple[str, ...]  # ids of the trials that do not go on; none of them is run again
+    out: tuple[TrialId, ...]  # ids of the trials that do not go on; none of them is run again
 
     def goes_on(self, rate: float | None) -> bool:
         """Whether a learning rate goes on; False too if it was pruned before."""

@@ -251,7 +251,8 @@ class Copy:
         self.there, self.here = there, here
         self._known: dict[str, list[Any]] = {}  # name → stamp there, size and time here
         with suppress(OSError, ValueError):
-            self._known = json.loads((here / STATE).read_text(encoding="utf-8"))["files"]
+            known = json.loads((here / STATE).read_text(encoding="utf-8"))["files"]
+            self._known = {name: stamp for name, stamp in known.items() if _is_inside(name)}
 
     def pull(self, below: str = "", weights: bool = False) -> None:
         """Make the copy as the storage is; files that were never pushed are kept.
@@ -383,7 +384,9 @@ def local_folder(place: str | Path, weights: bool = False) -> Path:
 
 
 def url_of(folder: Path) -> str | None:
-    """The URL that a folder is the copy of, if it is one."""
+    """The URL that a folder is the copy of, if it is one: only in the cache, where nobody else's folders are."""
+    if not folder.resolve().is_relative_to(cache_folder("storage").resolve()):
+        return None
     try:
         return str(json.loads((folder / STATE).read_text(encoding="utf-8"))["url"])
     except (OSError, ValueError, KeyError):

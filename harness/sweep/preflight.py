@@ -19,6 +19,7 @@ from rich.progress import track
 from harness.core.cursor import Cursor
 from harness.core.errors import ProblemList, UserError
 from harness.core.files import cache_folder
+from harness.core.inside import check_no_links
 from harness.core.naming import flatten, metric_name
 from harness.core.record import MetricInfo
 from harness.core.search import Halving
@@ -127,11 +128,12 @@ def check_stages(specs: Sequence[TrialSpec], where: str) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Create the folder and check that files can be written to it.
+    """Create the folder and check that files can be written to it, and to no other one through it.
 
     Raises:
         UserError: they cannot.
     """
+    check_no_links(folder)
     _check_writable(folder, f"{folder}: not writable", "choose another folder with --output")
 
 

@@ -155,7 +155,7 @@ def test_every_kind_of_broken_record_is_named_and_the_others_are_read(tmp_path: 
     said = dict(message.split(": ", 1) for message in run.broken)
     expected = {
         "folder": "not a trial record: [Errno 21] Is a directory",
-        "link": "not a trial record: [Errno 2] No such file or directory",
+        "link": "not a trial record: a link, which is not followed",
         "latin": "not a trial record: Invalid JSON: invalid unicode code point",
         "cut": "not a trial record: Invalid JSON: EOF while parsing",
         "version": "not a trial record: schema_version: Input should be 1",

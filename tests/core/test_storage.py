@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import fsspec
@@ -75,8 +76,9 @@ def test_a_scheme_without_its_library_says_what_to_install(monkeypatch: pytest.M
         Folder("s3://b/c")
 
 
-def test_what_is_pushed_is_pulled_elsewhere(url: str, tmp_path: Path) -> None:
-    one, other = tmp_path / "one", tmp_path / "other"
+def test_what_is_pushed_is_pulled_elsewhere(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path))
+    one, other = tmp_path / "one", tmp_path / "storage/other"
     (one / "trials/a").mkdir(parents=True)
     (one / "trials/a/record.json").write_text("{}")
     (one / "trials/a/best.safetensors").write_text("weights")
@@ -90,6 +92,8 @@ def test_what_is_pushed_is_pulled_elsewhere(url: str, tmp_path: Path) -> None:
     copy_at(url, other).pull(weights=True)
     assert (other / "trials/a/best.safetensors").read_text() == "weights"
     assert url_of(other) == url
+    shutil.copytree(other, tmp_path / "elsewhere")
+    assert url_of(tmp_path / "elsewhere") is None, "a run folder of somebody else's cannot say where it is pushed to"
     assert url_of(tmp_path) is None
 
 
