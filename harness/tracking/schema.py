@@ -1,8 +1,8 @@
 """Makes an SQLite database with MLflow's schema in one step.
 
 MLflow makes its tables by a chain of migrations, each committed by itself, which takes seconds. A process that is
-killed meanwhile leaves a database that no later one can open ("duplicate column name"). So the database gets its schema under
-another name, and its own name only when it is complete.
+killed meanwhile leaves a database that no later one can open ("duplicate column name"). So the database gets its schema
+under another name, and its own name only when it is complete.
 """
 
 from __future__ import annotations
