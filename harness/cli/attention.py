@@ -34,8 +34,8 @@ from harness.core.record import PlannedTrial, Run, TrialRecord
 from harness.core.samples import draw_ids
 from harness.experiment.init_sources import WEIGHTS, finished_record, read_section
 from harness.experiment.plan import TrialSpec
+from harness.model.batch import IGNORED
 from harness.model.build import Built, build
-from harness.model.context_model import IGNORED
 from harness.trial.engine import load_weights
 from results.leaderboard.join import read_runs
 from results.leaderboard.table import build_leaderboard

@@ -109,6 +109,7 @@ class Resources(Section):
     checkpoint_interval_s: Annotated[float, Field(ge=0)] = 60.0  # training that a crash costs, at most, and one step
     grace_s: Annotated[float, Field(ge=0)] = 30.0  # at most, for running trials to save where they are when a run ends
     max_failures: Annotated[int, Field(ge=0)] = 1  # restarts of a trial whose worker process died
+    shared_prefix: bool = True  # an example's references are scored in one row, where the model allows it
     profile: bool = True  # after the trials, measure speed and memory of the methods, each alone (harness profile)
 
     @field_validator("gpus_per_worker")

@@ -18,9 +18,10 @@ from harness.core.contexts import Segment
 from harness.core.errors import UserError
 from harness.experiment.sections import Backbone, Budget
 from harness.model.backbones import LanguageModel
+from harness.model.batch import IGNORED, Batch, Items
 from harness.model.checks import check_ids, check_labels
-from harness.model.context_model import IGNORED, Batch, Items
 from harness.model.features import Features
+from harness.model.shared_prefix import SharedBatch, arranged
 from tasks.base import Example
 
 
@@ -76,7 +77,25 @@ class BatchMaker:
         for example, row, text in zip(examples, self._inputs(examples, views), texts, strict=True):
             target = self._target(text)
             rows.append([*row, _Chunk(self.target_context(example), len(target), target, is_target=True)])
-        return self._pad(rows, [self.target_context(example) for example in examples], left=False)
+        batch = self._pad(rows, [self.target_context(example) for example in examples], left=False)
+        check_labels(batch.labels_BT.numpy(), IGNORED)
+        return batch
+
+    def make_shared(self, examples: Sequence[Example], texts: Sequence[Sequence[str]]) -> SharedBatch:
+        """A batch with one row per example: its inputs once, followed by several targets that do not see each other.
+
+        Args:
+            examples: for their inputs.
+            texts: the targets of each row.
+        """
+        rows, prefixes = self._inputs(examples, None), []
+        targets = [[self._target(text) for text in own] for own in texts]
+        for example, row, own in zip(examples, rows, targets, strict=True):
+            prefixes.append(sum(chunk.length for chunk in row))
+            inputs = [token for target in own for token in target[:-1]]  # the last token of each is only a target
+            row.append(_Chunk(self.target_context(example), len(inputs), inputs, is_target=True))
+        padded = self._pad(rows, [self.target_context(example) for example in examples], left=False)
+        return arranged(padded, prefixes, targets)
 
     def prompts(self, examples: Sequence[Example]) -> Batch:
         """A batch with one row per example, without targets, padded on the left for generation."""
@@ -155,8 +174,6 @@ class BatchMaker:
                     labels[number, start:stop] = chunk.token_ids
                 start = stop
         check_ids(ids, self._vocabulary)
-        if not left:
-            check_labels(labels, IGNORED)
         labelled = (labels != IGNORED).any(axis=0)
         return Batch(
             token_ids_BT=torch.from_numpy(ids),

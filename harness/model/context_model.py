@@ -11,7 +11,6 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,58 +20,8 @@ from torch.nn import functional as F
 from adapters.attach import Adapters
 from adapters.placement.generation import layouts_while_generating
 from adapters.placement.router import Router
-from harness.core.contexts import Segment
-
-IGNORED = -100  # label of positions without a target, as in torch's cross_entropy
-
-
-@dataclass(frozen=True)
-class Items:
-    """The encoded inputs of one context in a batch, concatenated."""
-
-    features_MD: Tensor
-    lengths: tuple[int, ...]  # of the items; they sum to M
-    positions_P: Tensor  # int64: index of each token into the concatenated rows (B·T), with boundary tokens
-
-    def to(self, device: torch.device) -> Items:
-        """The items on another device."""
-        return replace(self, features_MD=self.features_MD.to(device), positions_P=self.positions_P.to(device))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows padded to one length: on the right for training and scoring, on the left for generation."""
-
-    token_ids_BT: Tensor  # 0 for encoded inputs and padding
-    context_ids_BT: Tensor  # index into the contexts; for padding, that of the target
-    labels_BT: Tensor  # token ids of the target, IGNORED elsewhere
-    mask_BT: Tensor  # bool: False for padding
-    items: Mapping[str, Items]  # by context, for every context that is not text, also if the batch has no item of it
-    segments: tuple[Segment, ...] | None  # the layout that all rows share; None: rows differ
-    first_label: int  # the first position with a label in any row; T if there is none
-    stand_in: bool = False  # of a worker without a row of its own
-
-    @property
-    def size(self) -> int:
-        """Number of rows; of a stand-in 0."""
-        return 0 if self.stand_in else self.token_ids_BT.shape[0]
-
-    @property
-    def positions(self) -> int:
-        """Positions that the language model reads in ``forward``, without padding and the last token of each row."""
-        return 0 if self.stand_in else int(self.mask_BT.sum()) - self.size
-
-    def as_stand_in(self) -> Batch:
-        """The batch without targets: its loss and its gradients are zero, but every parameter takes part in them."""
-        return replace(self, labels_BT=torch.full_like(self.labels_BT, IGNORED), stand_in=True)
-
-    def to(self, device: torch.device) -> Batch:
-        """The batch on another device."""
-        moved = {name: getattr(self, name).to(device) for name in _TENSORS}
-        return replace(self, items={c: items.to(device) for c, items in self.items.items()}, **moved)
-
-
-_TENSORS = ("token_ids_BT", "context_ids_BT", "labels_BT", "mask_BT")
+from harness.model.batch import IGNORED, Batch
+from harness.model.shared_prefix import SharedBatch
 
 
 class ContextModel(nn.Module):
@@ -93,6 +42,7 @@ class ContextModel(nn.Module):
         self.adapters = adapters
         self.router = router
         self.projectors = nn.ModuleDict(projectors)
+        self.shares_prefixes: bool | None = None  # whether shared rows are right with this model; None: not yet tried
 
     def embed(self, batch: Batch) -> Tensor:
         """Embed tokens and project items; returns (B, T, D)."""
@@ -112,12 +62,15 @@ class ContextModel(nn.Module):
             cut = [s._replace(stop=min(s.stop, length)) for s in batch.segments if s.start < length]
             self.router.set_layout(cut, batch.token_ids_BT.device)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch | SharedBatch) -> tuple[Tensor, Tensor]:
         """Score the targets.
 
         Returns:
-            Negative log likelihood in nats, summed over each row's target tokens (B,), fp32, and their number (B,).
+            Negative log likelihood in nats, summed over each row's target tokens (B,), fp32, and their number (B,); of
+            a shared batch, over each target's tokens.
         """
+        if isinstance(batch, SharedBatch):
+            return self._score_shared(batch)
         length = batch.token_ids_BT.shape[1]
         embeds_BTD = self.embed(batch)[:, :-1]  # the last position is only a target
         labels_BT = batch.labels_BT[:, batch.first_label :]
@@ -130,6 +83,20 @@ class ContextModel(nn.Module):
             ).logits
         nll_BT = F.cross_entropy(logits_BTV.float().transpose(1, 2), labels_BT, ignore_index=IGNORED, reduction="none")
         return nll_BT.sum(dim=1), (labels_BT != IGNORED).sum(dim=1)
+
+    def _score_shared(self, batch: SharedBatch) -> tuple[Tensor, Tensor]:
+        embeds_BTD = self.embed(batch.rows)
+        length = embeds_BTD.shape[1]
+        with self.router.one_pass():
+            self._set_layout(batch.rows, length)
+            logits_BTV = self.language_model(
+                inputs_embeds=embeds_BTD,
+                attention_mask=batch.attention_mask(embeds_BTD.dtype),
+                position_ids=batch.positions_BT,
+                use_cache=False,
+                logits_to_keep=length - batch.first_source,
+            ).logits
+        return batch.scores(logits_BTV)
 
     @torch.no_grad()
     def generate(

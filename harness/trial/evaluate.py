@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -10,14 +11,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from harness.core.errors import UserError
 from harness.core.origin import during
 from harness.experiment.sections import Evaluation
 from harness.model.batches import BatchMaker
 from harness.model.budget import by_member
 from harness.model.context_model import ContextModel
+from harness.model.shared_prefix import SharedBatch, agrees, fits
 from harness.model.workers import ALONE, Workers
 from tasks.base import Example
+
+logger = logging.getLogger(__name__)
+_MOST_TARGETS = 8  # in one row: attention's mask grows with the square of its length
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,15 @@ def mismatched(examples: Sequence[Example], seed: int) -> list[Example] | None:
 
 
 @dataclass(frozen=True)
+class _Target:
+    """One reference of an example."""
+
+    example: int
+    reference: int
+    text: str
+
+
+@dataclass(frozen=True)
 class Evaluator:
     """Evaluates a model on examples, batch by batch.
 
@@ -100,6 +116,7 @@ class Evaluator:
         device: of the model.
         tick: called after every batch, for progress.
         workers: of the trial.
+        shared_prefix: whether the references of an example share one row, where the model allows it.
         synced: every worker takes part in every batch, also without a row of its own, because the model is spread over
             them (ZeRO-3).
     """
@@ -110,6 +127,7 @@ class Evaluator:
     device: torch.device
     tick: Callable[[], None] = lambda: None
     workers: Workers = ALONE
+    shared_prefix: bool = True
     synced: bool = False
 
     def likelihood(self, examples: Sequence[Example], shown: Sequence[Example] | None = None) -> Likelihood:
@@ -119,36 +137,82 @@ class Evaluator:
             examples: for their references.
             shown: for the inputs, one per example; None: each example's own inputs.
         """
-        pairs = [(i, n, text) for i, example in enumerate(examples) for n, text in enumerate(example.references)]
-        pairs.sort(key=lambda pair: self.batches.target_length(pair[2]))  # by length: less padding
         shown = examples if shown is None else shown
-        nll_P, tokens_P = np.zeros(len(pairs)), np.zeros(len(pairs), dtype=int)
-        for own, rows in self._shares(len(pairs)):
-            part = [pairs[p] for p in rows]
-            with during("evaluation", dict.fromkeys(examples[i].id for i, _, _ in part)):
-                batch = self.batches.make([shown[i] for i, _, _ in part], [text for _, _, text in part])
+        rows, most = self._rows(examples)
+        targets = [target for row in rows for target in row]
+        starts = np.cumsum([0, *map(len, rows)])
+        nll_P, tokens_P = np.zeros(len(targets)), np.zeros(len(targets), dtype=int)
+        for own, chosen in self._shares(len(rows), max(1, self.options.per_device_eval_batch_size // most)):
+            part = [rows[number] for number in chosen]
+            with during("evaluation", dict.fromkeys(examples[row[0].example].id for row in part)):
                 with self._without_gradients():
-                    nll_B, tokens_B = (x.double().cpu().numpy() for x in self.model(batch.to(self.device)))
+                    nll_B, tokens_B = (x.double().cpu().numpy() for x in self._score(part, shown))
                 if self.workers.count == 1:
                     _check_finite(nll_B)
             if own:
-                nll_P[own], tokens_P[own] = nll_B, tokens_B.astype(int)
+                at = np.concatenate([np.arange(starts[number], starts[number + 1]) for number in own])
+                nll_P[at], tokens_P[at] = nll_B, tokens_B.astype(int)
             self.tick()
         nll_P, tokens_P = self.workers.sum(nll_P), self.workers.sum(tokens_P)
-        with during("evaluation", dict.fromkeys(examples[pairs[p][0]].id for p in np.flatnonzero(~np.isfinite(nll_P)))):
+        wrong = dict.fromkeys(examples[targets[p].example].id for p in np.flatnonzero(~np.isfinite(nll_P)))
+        with during("evaluation", wrong):
             _check_finite(nll_P)
-        return _summed(nll_P, tokens_P, [(i, n) for i, n, _ in pairs], len(examples))
+        return _summed(nll_P, tokens_P, targets, len(examples))
+
+    def _rows(self, examples: Sequence[Example]) -> tuple[list[list[_Target]], int]:
+        """The references that share a row, rows of similar lengths beside each other, and the most in one row."""
+        most = min(_MOST_TARGETS, self.options.per_device_eval_batch_size)
+        most = most if self.shared_prefix and not self.synced else 1
+        rows = [
+            [_Target(i, n, example.references[n]) for n in range(start, min(start + most, len(example.references)))]
+            for i, example in enumerate(examples)
+            for start in range(0, len(example.references), most)
+        ]
+        rows.sort(key=lambda row: sum(self.batches.target_length(target.text) for target in row))
+        return rows, max(map(len, rows), default=1)
+
+    def _score(self, rows: Sequence[Sequence[_Target]], shown: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        """NLL and number of tokens of all targets of some rows, which are split up where the model cannot share."""
+        if all(len(row) == 1 for row in rows) or self.model.shares_prefixes is False:
+            return self._score_alone(rows, shown)
+        batch = self.batches.make_shared(
+            [shown[row[0].example] for row in rows], [[t.text for t in row] for row in rows]
+        )
+        if not fits(self.model.language_model.config, batch.length):
+            return self._score_alone(rows, shown)
+        if self.model.shares_prefixes is None:
+            self.model.shares_prefixes = self._agrees(batch, self._score_alone(rows, shown)[0])
+            return self._score(rows, shown)
+        shared: tuple[Tensor, Tensor] = self.model(batch.to(self.device))
+        return shared
+
+    def _agrees(self, batch: SharedBatch, alone_P: Tensor) -> bool:
+        """Whether the language model and its adapters score shared rows as they score rows of one target."""
+        reason = "shared rows give other likelihoods"
+        try:
+            if agrees(self.model(batch.to(self.device))[0], alone_P, self.model.language_model.dtype):
+                return True
+        except (TypeError, ValueError, RuntimeError, UserError) as error:  # no position_ids, or no mask of its own
+            reason = str(error)
+        logger.info("references are scored in rows of their own: %s", reason)
+        return False
+
+    def _score_alone(self, rows: Sequence[Sequence[_Target]], shown: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        targets = [target for row in rows for target in row]
+        batch = self.batches.make([shown[target.example] for target in targets], [target.text for target in targets])
+        scores: tuple[Tensor, Tensor] = self.model(batch.to(self.device))
+        return scores
 
     def _without_gradients(self) -> AbstractContextManager[Any]:
         """Parameters that ZeRO-3 gathers in inference mode could not be trained afterwards."""
         return torch.no_grad() if self.synced else torch.inference_mode()
 
-    def _shares(self, count: int) -> Iterator[tuple[list[int], list[int]]]:
-        """For every batch of ``count`` rows that this worker computes: its rows, and what to compute.
+    def _shares(self, count: int, rows: int) -> Iterator[tuple[list[int], list[int]]]:
+        """For every batch that this worker computes, of up to ``rows`` of ``count``: its rows, and what to compute.
 
         They differ where a worker without a row must take part: there it computes the first row, for nobody.
         """
-        size = self.options.per_device_eval_batch_size * self.workers.count
+        size = rows * self.workers.count
         for start in range(0, count, size):
             own = list(self.workers.share(range(start, min(start + size, count))))
             if own or self.synced:
@@ -162,7 +226,7 @@ class Evaluator:
         for example in examples:  # generated tokens of a batch belong to one context
             by_target.setdefault(self.batches.target_context(example), []).append(example)
         for target, group in by_target.items():
-            for own, rows in self._shares(len(group)):
+            for own, rows in self._shares(len(group), options.per_device_eval_batch_size):
                 part = [group[row] for row in rows]
                 with during("generation", (example.id for example in part)):
                     prompt = self.batches.prompts(part).to(self.device)
@@ -178,13 +242,13 @@ class Evaluator:
         return {example.id: predictions[example.id] for example in examples}
 
 
-def _summed(nll_P: np.ndarray, tokens_P: np.ndarray, pairs: Sequence[tuple[int, int]], examples: int) -> Likelihood:
-    """Sum over the references of each example; ``pairs`` are the indices of example and reference."""
+def _summed(nll_P: np.ndarray, tokens_P: np.ndarray, targets: Sequence[_Target], examples: int) -> Likelihood:
+    """Sum over the references of each example."""
     nll, tokens, first_nll, first_tokens = (np.zeros(examples, dtype) for dtype in (float, int, float, int))
-    rows = [i for i, _ in pairs]
+    rows = [target.example for target in targets]
     np.add.at(nll, rows, nll_P)
     np.add.at(tokens, rows, tokens_P)
-    for p, (i, n) in enumerate(pairs):
-        if n == 0:
-            first_nll[i], first_tokens[i] = nll_P[p], tokens_P[p]
+    for p, target in enumerate(targets):
+        if target.reference == 0:
+            first_nll[target.example], first_tokens[target.example] = nll_P[p], tokens_P[p]
     return Likelihood(nll, tokens, first_nll, first_tokens)

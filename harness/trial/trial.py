@@ -25,8 +25,8 @@ from harness.core.record import Data, Epoch, Memory
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.model import budget
+from harness.model.batch import Batch
 from harness.model.build import TrialData
-from harness.model.context_model import Batch
 from harness.model.inputs import Inputs
 from harness.model.workers import ALONE, Workers
 from harness.tracking.grid import Tracker
@@ -307,7 +307,9 @@ class Trial:
         built = self.stages.built
         built.model.eval()
         synced = self.workers.count > 1 and self.resources.zero_stage == PARTITIONED_STAGE
-        return Evaluator(built.model, built.batches, self.spec.eval, self.device, self._tick, self.workers, synced)
+        shared = self.resources.shared_prefix
+        made = built.model, built.batches, self.spec.eval, self.device, self._tick, self.workers
+        return Evaluator(*made, shared_prefix=shared, synced=synced)
 
     def _test(self) -> dict[str, dict[str, float]]:
         """Evaluate the best epoch; rank 0 scores the texts and writes per-example scores, and returns the metrics."""

@@ -23,8 +23,9 @@ from adapters.placement.router import Router
 from harness.core.errors import UserError
 from harness.experiment.sections import Backbone, Budget, Evaluation
 from harness.model.backbones import load_language_model
+from harness.model.batch import IGNORED
 from harness.model.batches import BatchMaker, text_key
-from harness.model.context_model import IGNORED, ContextModel
+from harness.model.context_model import ContextModel
 from harness.model.features import Features
 from harness.model.projector import Projector
 from harness.trial.evaluate import Evaluator

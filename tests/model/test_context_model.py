@@ -21,7 +21,8 @@ from adapters.methods.lora import LoRA, LoRAConfig
 from adapters.placement.router import Layout, Router
 from harness.core.contexts import Segment, resolve_grouping
 from harness.core.errors import UserError
-from harness.model.context_model import IGNORED, Batch, ContextModel
+from harness.model.batch import IGNORED, Batch
+from harness.model.context_model import ContextModel
 from tests.support.adapters import adapt, disturb, embeds
 from tests.support.batches import batch_of, model_of, prompt_of, ungroup
 from tests.support.models import each_model, tiny_llama

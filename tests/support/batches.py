@@ -15,7 +15,8 @@ from adapters.attach import Adapters
 from adapters.placement.router import Router
 from harness.core.contexts import Segment
 from harness.experiment.sections import Backbone
-from harness.model.context_model import IGNORED, Batch, ContextModel, Items
+from harness.model.batch import IGNORED, Batch, Items
+from harness.model.context_model import ContextModel
 from harness.model.projector import Projector
 
 BOS = 1

@@ -23,7 +23,8 @@ from adapters.methods.lora import LoRA, LoRAConfig
 from adapters.placement.router import Router
 from harness.core.contexts import resolve_grouping
 from harness.experiment.sections import Optimizer
-from harness.model.context_model import IGNORED, Batch, ContextModel
+from harness.model.batch import IGNORED, Batch
+from harness.model.context_model import ContextModel
 from harness.trial.engine import Engine
 from harness.trial.measure import PeakMemory
 from tests.support.adapters import disturb

@@ -69,7 +69,7 @@ def test_likelihood_sums_over_references_for_any_batch_size(built: Built, expect
     np.testing.assert_allclose(found.nll, expected_nll, rtol=1e-5)
     assert found.tokens.tolist() == expected_tokens
     assert found.perplexity == pytest.approx(math.exp(sum(expected_nll) / sum(expected_tokens)), rel=1e-5)
-    assert len(ticks) == math.ceil(5 * len(examples) / batch_size)
+    assert len(ticks) == (5 * len(examples) if batch_size == 1 else math.ceil(len(examples) / (batch_size // 5)))
 
 
 def test_with_wrong_inputs_only_the_images_change(built: Built) -> None:
@@ -82,6 +82,79 @@ def test_with_wrong_inputs_only_the_images_change(built: Built) -> None:
     assert found.tokens.tolist() == expected_tokens
     own = evaluator(built).likelihood(examples)
     assert not np.allclose(found.nll, own.nll, rtol=1e-4)
+
+
+# Methods whose tokens look at other tokens in ways of their own cannot share: their references get rows of their own.
+SHARED = {
+    "full": ({"method": "full"}, True),
+    "lora": ({"method": "lora", "grouping": "specific"}, True),
+    "dora": ({"method": "dora", "grouping": "specific"}, True),
+    "ia3": ({"method": "ia3", "grouping": "agnostic"}, True),
+    "bitfit": ({"method": "bitfit", "grouping": {"image": None, "text": "text"}}, True),
+    "mmca": ({"method": "mmca"}, True),
+    "moka": ({"method": "moka", "grouping": "specific"}, False),
+    "soft_prompt": ({"method": "soft_prompt", "grouping": "specific"}, False),
+}
+
+
+@pytest.mark.parametrize(("adapter", "shares"), SHARED.values(), ids=SHARED)
+def test_references_in_one_row_score_as_in_rows_of_their_own(
+    tmp_path: Path, adapter: dict[str, Any], shares: bool
+) -> None:
+    ready = build(spec_of(tmp_path, adapter | {"learning_rate": 1e-3}), CPU)
+    disturb(ready.model.adapters.parameters(), scale=0.05)
+    ready.model.eval()
+    sizes: list[int] = []
+    ready.model.language_model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: sizes.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+    )
+    examples = ready.splits.test
+    others = mismatched(examples, seed=0)
+    for shown in (None, others):
+        alone = evaluator(ready, 16, shared_prefix=False).likelihood(examples, shown)
+        found = evaluator(ready, 16).likelihood(examples, shown)
+        np.testing.assert_allclose(found.nll, alone.nll, rtol=2e-6)
+        np.testing.assert_allclose(found.first_nll, alone.first_nll, rtol=2e-6)
+        np.testing.assert_array_equal(found.tokens, alone.tokens)
+    assert ready.model.shares_prefixes is shares
+    assert (sizes[-1] == 16 // 5) is shares  # rows of the last batch
+
+
+def test_a_model_without_position_ids_gets_rows_of_one_reference(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = built.model.language_model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if "position_ids" in kwargs:
+            raise TypeError("forward() got an unexpected keyword argument 'position_ids'")
+        return plain(*args, **kwargs)
+
+    expected = evaluator(built, shared_prefix=False).likelihood(built.splits.test)
+    monkeypatch.setattr(built.model, "shares_prefixes", None)
+    monkeypatch.setattr(built.model.language_model, "forward", forward)
+    found = evaluator(built).likelihood(built.splits.test)
+    assert built.model.shares_prefixes is False
+    np.testing.assert_allclose(found.nll, expected.nll, rtol=1e-6)
+
+
+def test_a_model_that_ignores_the_mask_gets_rows_of_one_reference(
+    built: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = built.model.language_model.forward
+    monkeypatch.setattr(built.model, "shares_prefixes", None)
+    monkeypatch.setattr(
+        built.model.language_model, "forward", lambda *args, **kwargs: plain(*args, **kwargs | {"attention_mask": None})
+    )
+    expected = evaluator(built, shared_prefix=False).likelihood(built.splits.test)
+    found = evaluator(built).likelihood(built.splits.test)
+    assert built.model.shares_prefixes is False
+    np.testing.assert_allclose(found.nll, expected.nll, rtol=1e-6)
+
+
+def test_rows_longer_than_a_sliding_window_are_not_shared(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(built.model, "shares_prefixes", None)
+    monkeypatch.setattr(built.model.language_model.config, "sliding_window", 64, raising=False)
+    evaluator(built).likelihood(built.splits.test)
+    assert built.model.shares_prefixes is None
 
 
 def test_generation_does_not_depend_on_the_batches(built: Built) -> None:

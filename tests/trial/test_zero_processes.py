@@ -34,7 +34,8 @@ from adapters.registry import ADAPTERS
 from harness.core.contexts import Segment, resolve_grouping
 from harness.core.weight_decay import parameter_groups
 from harness.experiment.sections import Optimizer
-from harness.model.context_model import IGNORED, Batch, ContextModel
+from harness.model.batch import IGNORED, Batch
+from harness.model.context_model import ContextModel
 from harness.trial.engine import Engine, join_process_group
 from tests.support.batches import batch_of
 from tests.support.batches import model_of as context_model_of
