@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -103,6 +104,24 @@ class RayUp(_Section):
     setup: tuple[Line, ...] = ()  # shell lines on every machine that install the harness
 
 
+class Device(_Section):
+    """What one device of the nodes can do: a GPU, or on nodes without GPUs the memory of a node."""
+
+    name: Line | None = None  # such as NVIDIA H100
+    memory_gib: Annotated[float, Field(gt=0)] | None = None
+    tflops: Annotated[float, Field(gt=0)] | None = None  # by its data sheet, in the precision of training
+
+
+class Price(_Section):
+    """What the machines cost."""
+
+    per_hour: Annotated[float, Field(ge=0)]
+    currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = "USD"
+    per: Literal["gpu", "cpu", "node"] = "gpu"
+
+
+Node = Mapping[str, float]  # "CPU", "GPU" → how many
+
 _SHARED: tuple[Kind, ...] = ("kuberay", "ray_up")  # kinds whose machines are gone after the run
 
 
@@ -121,6 +140,8 @@ class Profile(_Section):
         secrets: names of environment variables whose values are written nowhere: they are taken from the environment
             of ``harness launch``, or from a Kubernetes Secret.
         python: of the harness, where it runs; None: the one that launches, in a container ``python``.
+        device: what a device of the nodes can do, for ``harness plan``; None: what is found on this machine.
+        price: of the machines, for ``harness plan``.
         slurm, kuberay, ray_up: what the kind of this name needs.
     """
 
@@ -133,6 +154,8 @@ class Profile(_Section):
     env: dict[VariableName, Line] = Field(default_factory=dict)
     secrets: tuple[VariableName, ...] = ()
     python: Line | None = None
+    device: Device | None = None
+    price: Price | None = None
     slurm: Slurm | None = None
     kuberay: KubeRay | None = None
     ray_up: RayUp | None = None
@@ -156,6 +179,20 @@ class Profile(_Section):
     def cluster_address(self) -> str | None:
         """The address of a cluster that runs already; None: a new Ray is started on this machine."""
         return self.ray_address() or os.environ.get("RAY_ADDRESS")
+
+    def nodes(self) -> list[Node] | None:
+        """The CPUs and GPUs of every node that a job gets; None: they are those of a machine or cluster that runs."""
+        if self.slurm:
+            job = self.slurm
+            return [{"CPU": float(job.cpus_per_task), "GPU": float(job.gpus_per_node)}] * job.nodes
+        if self.kuberay:
+            pods = [self.kuberay.head, *[self.kuberay.worker] * self.kuberay.workers]
+            return [{"CPU": float(pod.cpus), "GPU": float(pod.gpus)} for pod in pods]
+        if self.ray_up and self.ray_up.worker.resources:
+            found = self.ray_up.worker.resources
+            node = {key: float(found.get(key, 0)) for key in ("CPU", "GPU")}
+            return [node] * self.ray_up.worker.max_workers
+        return None
 
     def text(self) -> str:
         """YAML from which the same profile is read; variables are replaced by their values."""

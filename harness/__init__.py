@@ -22,9 +22,11 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from adapters.library.peft_import import import_peft
     from adapters.placement.roles import Target
     from harness.core.errors import UserError
+    from harness.core.forecast import Forecast
     from harness.core.paths import ExperimentPath
     from harness.core.weight_decay import parameter_groups
     from harness.experiment.load import Experiment
+    from harness.sweep.forecast import plan_run
     from harness.sweep.profile import profile_run
     from harness.sweep.run import run_experiment
     from results.loaded import Results, load_results
@@ -41,6 +43,7 @@ _PUBLIC = {
     "Example": "tasks.base:Example",
     "Experiment": "harness.experiment.load:Experiment",
     "ExperimentPath": "harness.core.paths:ExperimentPath",
+    "Forecast": "harness.core.forecast:Forecast",
     "Metric": "tasks.base:Metric",
     "Modality": "tasks.base:Modality",
     "Part": "tasks.base:Part",
@@ -58,6 +61,7 @@ _PUBLIC = {
     "load_adapter": "adapters.library.adapted_model:load_adapter",
     "load_results": "results.loaded:load_results",
     "parameter_groups": "harness.core.weight_decay:parameter_groups",
+    "plan_run": "harness.sweep.forecast:plan_run",
     "profile_run": "harness.sweep.profile:profile_run",
     "run_experiment": "harness.sweep.run:run_experiment",
 }
@@ -70,6 +74,7 @@ __all__ = [
     "Example",
     "Experiment",
     "ExperimentPath",
+    "Forecast",
     "Metric",
     "Modality",
     "Part",
@@ -87,6 +92,7 @@ __all__ = [
     "load_adapter",
     "load_results",
     "parameter_groups",
+    "plan_run",
     "profile_run",
     "run_experiment",
 ]

@@ -28,6 +28,7 @@ FLOORS = (
     ("harness.experiment", "harness.check", "harness.pretraining"),
     ("harness.model", "harness.tracking"),
     ("harness.trial",),
+    ("harness.price",),
     ("harness.sweep",),
     ("harness.cli",),
     ("harness.__main__",),

@@ -94,14 +94,21 @@ def plan_command(
     output: Output = None,
     fresh: Fresh = False,
     every_row: Annotated[bool, typer.Option("--all", help="Show every row of a plan that has very many.")] = False,
+    profile: Profile = "local",
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Measure 20 training steps of every method, and some of its evaluation.")
+    ] = False,
 ) -> None:
-    """Show the trials and their trainable parameters, without training, downloading or writing anything.
+    """Show the trials, their trainable parameters, and what they will cost, without training or downloading anything.
 
     Where the data is on this machine, check that there are enough examples.
     """
+    from clusters.profiles import load_profile
+    from harness.cli.forecast import show_forecast
     from harness.cli.plan import SHOWN_ROWS, UNBOUNDED, plan_table
     from harness.experiment.load import Experiment
     from harness.sweep.counts import check_counts
+    from harness.sweep.forecast import LONGEST_S, forecast_of
     from harness.sweep.preflight import check_resources
     from harness.sweep.run import prepare as prepare_run
 
@@ -122,6 +129,8 @@ def plan_command(
         console.print(f"[yellow]not on this machine:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
     for note in unchecked:
         console.print(f"[yellow]number of examples not checked:[/] {_escape(note)}", highlight=False, soft_wrap=True)
+    limit_s = None if every_row or probe else LONGEST_S
+    show_forecast(forecast_of(planned, load_profile(profile), console, probe=probe, limit_s=limit_s), console)
     console.print(f"run folder: {planned.folder}", highlight=False, soft_wrap=True)
 
 

@@ -20,6 +20,7 @@ class Summary(BaseModel):
     status: Status
     reason: str | None = None
     wall_time_s: FiniteFloat
+    device: str = ""
 
 
 def read_summaries(run: Path) -> dict[str, Summary]:

@@ -5,6 +5,7 @@ Encoders are loaded by their modalities (``tasks/modalities/``); ``check_backbon
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -135,8 +136,12 @@ def check_backbone(backbone: Backbone) -> None:
             hub.check_reachable(name, backbone.trust_remote_code)
 
 
-def build_empty(backbone: Backbone) -> Any:
-    """The language model on the ``meta`` device: shapes without weights.
+def build_empty(backbone: Backbone, device: str = "meta") -> Any:
+    """The language model without its weights.
+
+    Args:
+        backbone: that names it.
+        device: ``meta`` for shapes alone.
 
     Raises:
         UserError: its configuration could not be loaded, or it is not a causal language model.
@@ -145,9 +150,9 @@ def build_empty(backbone: Backbone) -> Any:
 
     name, trust = backbone.pinned_language_model, backbone.trust_remote_code
     _check_kind(name)
-    with torch.device("meta"):
+    with torch.device(device):
         with _at("language_model"):
-            config = hub.load_config(name, trust)
+            config = copy.deepcopy(hub.load_config(name, trust))  # a model keeps it, and adapters may change it
         try:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
         except ValueError as error:

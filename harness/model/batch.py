@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from adapters.placement.router import Ids
 from harness.core.contexts import Segment
 
 IGNORED = -100  # label of positions without a target, as in torch's cross_entropy
@@ -40,6 +41,7 @@ class Batch:
     items: Mapping[str, Items]  # by context, for every context that is not text, also if the batch has no item of it
     segments: tuple[Segment, ...] | None  # the layout that all rows share; None: rows differ
     first_label: int  # the first position with a label in any row; T if there is none
+    host_context_ids_BT: Ids | None = None  # context_ids_BT on the host, where it is known; else it is read from there
     stand_in: bool = False  # of a worker without a row of its own
 
     @property

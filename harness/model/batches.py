@@ -109,6 +109,12 @@ class BatchMaker:
         """Number of tokens of a target, with EOS."""
         return len(self._target(text))
 
+    def text_positions(self, example: Example, text: str) -> int:
+        """Positions that the texts of a row take, with BOS and the target; those of its files come in addition."""
+        inputs = [value for _, value in example.inputs if isinstance(value, str)]
+        lengths = [len(self._encode(value, self.budget.max_input_length, self.cut_inputs)) for value in inputs]
+        return 1 + sum(lengths) + self.target_length(text)
+
     def decode(self, ids_BT: Tensor) -> list[str]:
         """Decode generated ids (B, T) to texts without special tokens."""
         texts: list[Any] = self.language_model.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
@@ -183,6 +189,7 @@ class BatchMaker:
             items={context: self._items(context, found) for context, found in items.items()},
             segments=_common_segments(rows, shape[1]),
             first_label=int(labelled.argmax()) if labelled.any() else shape[1],
+            host_context_ids_BT=contexts,
         )
 
     def _items(self, context: str, found: Sequence[tuple[Tensor, np.ndarray]]) -> Items:

@@ -207,20 +207,21 @@ def count_parameters(spec: TrialSpec) -> Parameters:
     return parameters.count_parameters(empty_model(spec, encoders), encoders.values())
 
 
-def empty_model(spec: TrialSpec, encoders: Mapping[str, Encoder]) -> ContextModel:
-    """The model without weights, on the ``meta`` device.
+def empty_model(spec: TrialSpec, encoders: Mapping[str, Encoder], device: str = "meta") -> ContextModel:
+    """The model without weights.
 
     Args:
         spec: of the trial.
         encoders: by modality; only their widths are used.
+        device: ``meta`` for shapes alone.
 
     Raises:
         UserError: as in ``count_parameters``.
     """
-    language_model = backbones.build_empty(spec.pinned_backbone)
+    language_model = backbones.build_empty(spec.pinned_backbone, device)
     widths = {context: encoders[modality].width for context, modality in make_task(spec).modalities.items()}
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             return assemble(spec, language_model, widths)
     except UserError as error:
         raise UserError(f"adapters: {spec.adapter.label} on {spec.backbone.language_model}: {error}") from None

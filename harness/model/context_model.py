@@ -57,7 +57,10 @@ class ContextModel(nn.Module):
 
     def _set_layout(self, batch: Batch, length: int) -> None:
         if batch.segments is None:
-            self.router.set_context_ids(batch.context_ids_BT[:, :length])
+            known_BT = batch.host_context_ids_BT
+            self.router.set_context_ids(
+                batch.context_ids_BT[:, :length], host_XT=None if known_BT is None else known_BT[:, :length]
+            )
         else:
             cut = [s._replace(stop=min(s.stop, length)) for s in batch.segments if s.start < length]
             self.router.set_layout(cut, batch.token_ids_BT.device)

@@ -20,7 +20,7 @@ from tasks.splits import SPLITS
 Splits = Mapping[Split, Sequence[Example]]
 
 
-class _UnreadableError(Exception):
+class UnreadableError(Exception):
     """The splits of a task cannot be read now; the message is the reason."""
 
 
@@ -40,19 +40,19 @@ def check_counts(specs: Sequence[TrialSpec]) -> list[str]:
         if key not in known and key not in unchecked:
             task = make_task(spec)
             try:
-                known[key] = task, _splits(task)
-            except _UnreadableError as error:
+                known[key] = task, readable_splits(task)
+            except UnreadableError as error:
                 unchecked[key] = f"task {spec.task.name}: {error}"
         if key in known:
             choose_from(spec, *known[key])
     return list(unchecked.values())
 
 
-def _splits(task: Task) -> Splits:
+def readable_splits(task: Task) -> Splits:
     """The examples of each split, or as many others where they would have to be drawn first.
 
     Raises:
-        _UnreadableError: the data of a task is not here.
+        UnreadableError: the data of a task is not here.
     """
     if not isinstance(task, Mixture):
         return {split: _examples(task, split) for split in SPLITS}
@@ -66,6 +66,12 @@ def _splits(task: Task) -> Splits:
     }
 
 
+def are_drawn(task: Task) -> bool:
+    """Whether the examples are here with their content, not just their number."""
+    own = task.members().values() if isinstance(task, Mixture) else [task]
+    return all(one.folder.is_dir() for one in own if isinstance(one, DrawnTask))
+
+
 def _examples(task: Task, split: Split) -> Sequence[Example]:
     if isinstance(task, DrawnTask) and not task.folder.is_dir():
         # Which examples are chosen depends on their ids, but how many of each task does not.
@@ -73,11 +79,11 @@ def _examples(task: Task, split: Split) -> Sequence[Example]:
     source = task.config.dataset if isinstance(task, CocoCaptions) else None
     try:
         if source is not None and not written_to(source).is_dir():
-            raise _UnreadableError("its data may have to be downloaded; once it is in the cache, it is counted")
+            raise UnreadableError("its data may have to be downloaded; once it is in the cache, it is counted")
         return task.examples(split)
-    except _UnreadableError:
+    except UnreadableError:
         raise
     except (UserError, OSError) as error:
-        raise _UnreadableError(str(error)) from error
+        raise UnreadableError(str(error)) from error
     except Exception as error:  # of a plugin whose data is not prepared
-        raise _UnreadableError(f"its examples cannot be read before they are prepared: {error!r}") from error
+        raise UnreadableError(f"its examples cannot be read before they are prepared: {error!r}") from error

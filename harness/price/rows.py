@@ -1,0 +1,142 @@
+"""The first training batches of a trial as they will be, but for the values of the encoders' features.
+
+How many tokens a file becomes is asked of its encoder without weights, on the ``meta`` device, so nothing is computed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from harness.core.errors import UserError
+from harness.core.paths import relative_to
+from harness.experiment.plan import TrialSpec
+from harness.model.backbones import LanguageModel, build_empty, load_tokenizer
+from harness.model.batches import BatchMaker
+from harness.model.budget import Order
+from harness.model.components import empty_encoders, make_modalities, make_task
+from harness.model.batch import Batch
+from harness.model.features import Features
+from tasks.base import Example, Task
+from tasks.drawing.task import DrawnTask
+from tasks.registry import TASKS
+
+FIRST = 3  # batches: those whose activations a record has
+_LOOKED_AT = 2048  # training items whose texts are counted for the longest row
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a trial trains on.
+
+    Attributes:
+        first: the largest of the first batches, of which a record has the activations.
+        longest: positions of the longest row that was looked at.
+        of_sample: whether these are examples that the task brings along, because its data is not on this machine.
+    """
+
+    first: Batch
+    longest: int
+    of_sample: bool
+
+
+class FeatureSizes(Features):
+    """Features without values, of the right number of tokens; files are read as they are, without augmentation.
+
+    Args:
+        task: for its modalities.
+        spec: for the encoders.
+    """
+
+    def __init__(self, task: Task, spec: TrialSpec) -> None:
+        super().__init__(task, make_modalities(spec), empty_encoders(spec), torch.device("meta"))
+        self._shapes: dict[tuple[str, Path], torch.Size] = {}
+
+    def of(self, examples: Sequence[Example], views: Sequence[int] | None = None) -> list[list[Tensor]]:
+        """Zeros of the shape that the encoders would return."""
+        wanted = [[(self.task.modalities[context], path) for context, path in example.files] for example in examples]
+        new = dict.fromkeys(want for wants in wanted for want in wants if want not in self._shapes)
+        for modality in {modality for modality, _ in new}:
+            paths = [path for own, path in new if own == modality]
+            found = self.encoders[modality].encode([self.modalities[modality].load(path) for path in paths])
+            self._shapes |= {(modality, path): x_ND.shape for path, x_ND in zip(paths, found, strict=True)}
+        return [[torch.zeros(self._shapes[want]) for want in wants] for wants in wanted]
+
+
+def rows_of(spec: TrialSpec, train: Sequence[Example] | None, workers: int = 1) -> Rows:
+    """The rows that a worker of a trial trains on.
+
+    Args:
+        spec: of the trial.
+        train: the examples of its budget; None: they are not on this machine.
+        workers: that share each batch.
+
+    Raises:
+        UserError: the data is not here, and the task has no sample of it; or a tokenizer could not be loaded.
+    """
+    with _task_and_examples(spec, train) as (task, examples):
+        maker = _maker(spec, task)
+        order = Order(examples, spec.seed, spec.budget.references)
+        draws = order.epoch(1)
+        size = spec.optimizer.per_device_train_batch_size
+        if train is None:
+            draws = draws * (size // len(draws) + 1)
+        batches = []
+        for start in range(0, min(len(draws), FIRST * size), size):
+            own = draws[start : start + size : workers]  # the share of the first worker
+            texts = [examples[draw.example].references[draw.reference] for draw in own]
+            views = [draw.view for draw in own]
+            batches.append(maker.make([examples[draw.example] for draw in own], texts, views))
+        first = max(batches, key=lambda batch: batch.token_ids_BT.numel())
+        looked_at = [(examples[draw.example], draw.reference) for draw in draws[:_LOOKED_AT]]
+        texts_positions = (maker.text_positions(example, example.references[n]) for example, n in looked_at)
+        files = max(n for batch in batches for n in _file_positions(batch))
+        return Rows(first, max(first.token_ids_BT.shape[1], files + max(texts_positions)), train is None)
+
+
+def _file_positions(batch: Batch) -> list[int]:
+    """Positions of encoded files in each row."""
+    rows, length = batch.token_ids_BT.shape
+    taken = torch.zeros(rows * length, dtype=torch.long)
+    for items in batch.items.values():
+        taken[items.positions_P] = 1
+    return [int(n) for n in taken.view(rows, length).sum(dim=1)]
+
+
+def _maker(spec: TrialSpec, task: Task) -> BatchMaker:
+    backbone = spec.pinned_backbone
+    language_model = LanguageModel(build_empty(backbone), load_tokenizer(backbone))
+    return BatchMaker(FeatureSizes(task, spec), language_model, spec.budget, spec.backbone)
+
+
+@contextmanager
+def _task_and_examples(spec: TrialSpec, train: Sequence[Example] | None) -> Iterator[tuple[Task, Sequence[Example]]]:
+    if train is not None:
+        yield make_task(spec), train
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        task = _sample(spec, Path(folder))
+        yield task, task.examples("train")
+
+
+def _sample(spec: TrialSpec, folder: Path) -> Task:
+    """The task with the examples that it brings along, in ``folder``.
+
+    Raises:
+        UserError: it brings none.
+    """
+    task_class = TASKS.load(spec.task.plugin.target)
+    config = spec.task.config | dict(task_class.sample(folder))
+    task: Task = task_class(task_class.Config.model_validate(config, context=relative_to(spec.relative_to)))
+    if task.members() and len(task.members()) > 1:
+        raise UserError(f"task {spec.task.name}: its data is not on this machine; `harness prepare` gets it")
+    if isinstance(task, DrawnTask):
+        task.folder = folder / "drawn"  # not into the cache: a plan writes nothing
+    task.prepare()
+    return task

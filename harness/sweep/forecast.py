@@ -1,0 +1,305 @@
+"""Forecasts what a plan will cost: ``plan_run`` for ``harness plan`` and scripts, ``forecast_of`` for a run.
+
+Memory and work are arithmetic (harness/price). Times come from finished trials of the same run, from a probe of the
+shape on this device, or from the operations and the rate of a device.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+from rich.console import Console
+
+from clusters.profiles import Profile, load_profile
+from harness.core.errors import UserError
+from harness.core.forecast import GIB, Duration, Forecast, MemoryForecast, ShapeForecast
+from harness.core.summaries import read_summaries
+from harness.experiment.load import Experiment
+from harness.experiment.plan import TrialSpec
+from harness.experiment.sections import Resources
+from harness.model.build import Splits, choose_from
+from harness.model.components import make_task
+from harness.price import probed as probes
+from harness.price.disk import checkpoint_bytes, kept_bytes
+from harness.price.duration import Amounts, Rate, given_rate, measured_rate, step_of, trial_of
+from harness.price.footprint import Footprints
+from harness.price.memory import memory_of
+from harness.price.remedies import remedies
+from harness.price.shapes import Shape, fingerprint, shapes_of
+from harness.price.times import calibrated, recorded, step_from, trial_from
+from harness.price.totals import Places, totals
+from harness.price.trace import Traced
+from harness.sweep.counts import UnreadableError, are_drawn, readable_splits
+from harness.sweep.placement import Amounts as NodeAmounts
+from harness.sweep.placement import at_once, per_worker, this_machine
+from harness.sweep.run import Prepared, prepare
+from harness.trial.measure import device_name
+from tasks.base import Example, Split, Task
+
+LONGEST_S = 8.0  # CPU seconds of a plan's forecast; shapes after that take over the forecast of one of their kind
+
+
+def plan_run(
+    experiment: Experiment | str | Path,
+    output: str | Path | None = None,
+    *,
+    fresh: bool = False,
+    profile: str | Path = "local",
+    probe: bool = False,
+    console: Console | None = None,
+) -> Forecast:
+    """Forecast what an experiment will cost, without training, downloading or writing into its run folder.
+
+    Args:
+        experiment: built in Python, or the path of a YAML file.
+        output: parent of the run folders, as for ``run_experiment``.
+        fresh: as if it started again in a new run folder.
+        profile: where it would run: for the memory and the rate of its devices, and its price.
+        probe: measure 20 training steps, and a few scored and generated examples, of every shape that was not probed
+            before; this prepares the task's data.
+        console: for progress; default: standard output.
+
+    Raises:
+        UserError: the experiment or the profile is invalid.
+    """
+    experiment = experiment if isinstance(experiment, Experiment) else Experiment.from_yaml(experiment)
+    cluster = load_profile(profile)
+    prepared = prepare(experiment, output or cluster.storage or "runs", fresh)
+    return forecast_of(prepared, cluster, console, probe=probe)
+
+
+def forecast_of(
+    prepared: Prepared,
+    profile: Profile,
+    console: Console | None = None,
+    *,
+    probe: bool = False,
+    limit_s: float | None = None,
+) -> Forecast:
+    """The forecast of a plan.
+
+    Args:
+        prepared: the plan.
+        profile: where it runs.
+        console: for the progress of a probe.
+        probe: measure every shape that was not probed before.
+        limit_s: CPU seconds that it may take, roughly; shapes after that take over what is known of another of their kind.
+
+    Raises:
+        UserError: a probe was asked for on another machine than this one.
+    """
+    if probe:
+        from harness.sweep.probe import probe_plan
+
+        probe_plan(prepared, profile, console or Console())
+    return _Forecasting(prepared, profile, limit_s).forecast()
+
+
+@dataclass
+class _Data:
+    """The examples of tasks, as far as they are on this machine; every task is read once."""
+
+    tasks: dict[str, tuple[Task, Mapping[Split, Sequence[Example]]] | str] = field(default_factory=dict)
+    chosen: dict[str, Splits] = field(default_factory=dict)
+
+    def of(self, spec: TrialSpec) -> tuple[Splits, bool]:
+        """The examples of a trial, and whether they have their content.
+
+        Raises:
+            UserError: they are not on this machine.
+        """
+        key = spec.task.model_dump_json()
+        if key not in self.tasks:
+            task = make_task(spec)
+            try:
+                self.tasks[key] = task, readable_splits(task)
+            except UnreadableError as error:
+                self.tasks[key] = f"task {spec.task.name}: {error}"
+        found = self.tasks[key]
+        if isinstance(found, str):
+            raise UserError(found)
+        own = key + spec.model_dump_json(include={"budget", "eval", "seed"})
+        if own not in self.chosen:
+            self.chosen[own] = choose_from(spec, *found)
+        return self.chosen[own], are_drawn(found[0])
+
+
+def amounts_of(spec: TrialSpec, splits: Splits) -> Amounts:
+    """How much data a trial has."""
+    every = spec.budget.references == "all"
+    texts = [len(example.references) for example in splits.test]
+    files = {path for part in (splits.train, splits.validation, splits.test) for e in part for _, path in e.files}
+    return Amounts(
+        draws=sum(len(e.references) for e in splits.train) if every else len(splits.train),
+        validation=sum(len(example.references) for example in splits.validation),
+        test=sum(texts),
+        texts=len(texts),
+        files=len(files),
+    )
+
+
+class _Forecasting:
+    """Makes one forecast."""
+
+    def __init__(self, prepared: Prepared, profile: Profile, limit_s: float | None) -> None:
+        self.prepared, self.profile = prepared, profile
+        self.resources: Resources = prepared.experiment.resources
+        self.records = read_summaries(prepared.folder)
+        self.notes: dict[str, None] = {}
+        self.data, self.footprints = _Data(), Footprints(self.resources.workers)
+        self.limit_s, self.began = limit_s, time.process_time()
+        self.like: dict[tuple[str, str, str], ShapeForecast] = {}
+        self.nodes: Sequence[NodeAmounts] | None = profile.nodes()
+        if self.nodes is None and profile.kind == "local":
+            self.nodes = [this_machine()]
+        self.here = profile.kind == "local"
+        self.places = self._places()
+        self.device, self.device_bytes = self._device()
+        self.rate = self._rate()
+
+    def forecast(self) -> Forecast:
+        """All shapes, and their totals."""
+        shapes = shapes_of(self.prepared.specs, self.prepared.plan.trials)
+        found = self._with_records([self._shape(shape) for shape in shapes], shapes)
+        finished = {i for i, record in self.records.items() if record.status in ("finished", "pruned")}
+        left = {one.key: sum(i not in finished for i in one.trial_ids) for one in found}
+        return Forecast(
+            device=self.device,
+            device_memory_bytes=self.device_bytes,
+            on_gpu=self.places.gpus > 0,
+            rate=self.rate.source if self.rate else "",
+            shapes=tuple(found),
+            totals=totals(found, left, self.places, self.profile.price),
+            notes=tuple(self.notes),
+        )
+
+    def _places(self) -> Places:
+        resources, count = self.resources, len(self.prepared.specs)
+        cpus = float(resources.workers * resources.cpus_per_worker)
+        if self.nodes is None:
+            self.notes["how many trials run at once is known when the cluster is there"] = None
+            auto = resources.gpus_per_worker == "auto"
+            return Places(None, 0.0 if auto else resources.workers * float(resources.gpus_per_worker), cpus, None)
+        try:
+            asked = per_worker(resources, self.nodes)
+        except UserError as error:
+            self.notes[str(error)] = None
+            return Places(None, 0.0, cpus, len(self.nodes))
+        each = at_once(resources, asked, self.nodes, count)
+        return Places(each, resources.workers * asked["GPU"], cpus, len(self.nodes))
+
+    def _device(self) -> tuple[str, int | None]:
+        """Name and memory of the device of a worker: what the profile says, else what this machine has."""
+        given = self.profile.device
+        name = given.name if given and given.name else None
+        if given and given.memory_gib:
+            return name or f"{self.profile.name}'s device", round(given.memory_gib * GIB)
+        if not self.here:
+            self.notes[f"profile {self.profile.name}: `device: {{memory_gib: …}}` says what has to fit"] = None
+            return name or f"{self.profile.name}'s device", None
+        if torch.cuda.is_available():
+            return name or _here(), int(torch.cuda.get_device_properties(0).total_memory)
+        return name or _here(), int(psutil.virtual_memory().total) // max(1, self.places.at_once or 1)
+
+    def _rate(self) -> Rate | None:
+        given = self.profile.device
+        if given and given.tflops:
+            return given_rate(given.tflops)
+        if self.here:
+            return measured_rate(self.resources.cpus_per_worker)
+        self.notes[f"profile {self.profile.name}: `device: {{tflops: …}}` is needed to predict times"] = None
+        return None
+
+    def _shape(self, shape: Shape) -> ShapeForecast:
+        named = {"name": shape.name, "setting": shape.setting, "trial_ids": shape.trial_ids}
+        if self.limit_s is not None and time.process_time() - self.began > self.limit_s:
+            key = " ".join((shape.name, *shape.kind))
+            like = self.like.get(shape.kind)
+            if like is None:
+                return ShapeForecast(
+                    key=key, reason=f"not computed within {self.limit_s:g} s; --all computes it", **named
+                )
+            said = {"key": key, "reason": "taken over from the same method with other options; --all computes it"}
+            return like.model_copy(update=named | said)
+        found = self._computed(shape.spec, ShapeForecast(key=fingerprint(shape.spec, self.resources), **named))
+        self.like.setdefault(shape.kind, found)
+        return found
+
+    def _computed(self, spec: TrialSpec, found: ShapeForecast) -> ShapeForecast:
+        try:
+            splits, drawn = self.data.of(spec)
+            footprint = self.footprints.of(spec, splits.train if drawn else None)
+        except Exception as error:  # a forecast is never in the way: what is not known is said
+            text = " ".join(str(error).split()) or type(error).__name__
+            return found.model_copy(update={"reason": text[:300]})
+        memory = memory_of(footprint.largest, spec, self.resources, footprint.longest)
+        last = memory_of(footprint.stages[-1], spec, self.resources, footprint.longest)
+        amounts = amounts_of(spec, splits)
+        step, trial = self._times(found.key, footprint.stages[-1], spec, amounts)
+        fits = memory.device_bytes <= self.device_bytes if self.device_bytes else None
+        return found.model_copy(
+            update={
+                "trainable": max(traced.trained for traced in footprint.stages),
+                "memory": last.model_copy(update={"working_bytes": max(last.working_bytes, _beyond(memory, last))}),
+                "step_s": step,
+                "trial": trial,
+                "disk_bytes": kept_bytes(footprint.stages[-1], amounts),
+                "checkpoint_bytes": checkpoint_bytes(footprint.largest),
+                "of_sample": footprint.of_sample,
+                "fits": fits,
+                "remedies": self._remedies(spec, splits.train if drawn else None) if fits is False else (),
+            }
+        )
+
+    def _times(
+        self, key: str, traced: Traced, spec: TrialSpec, amounts: Amounts
+    ) -> tuple[Duration | None, Duration | None]:
+        measured = probes.known(key, _here()) if self.here else None
+        if measured:
+            return step_from(measured), trial_from(measured, spec, amounts)
+        if self.rate is None:
+            return None, None
+        step = step_of(traced, spec, self.rate)
+        return step, trial_of(step.middle_s, traced, spec, amounts, self.rate)
+
+    def _remedies(self, spec: TrialSpec, train: Sequence[Example] | None) -> tuple[str, ...]:
+        def needs(changed: TrialSpec, resources: Resources) -> MemoryForecast:
+            footprint = Footprints(resources.workers).of(changed, train)
+            return memory_of(footprint.largest, changed, resources, footprint.longest)
+
+        return remedies(spec, self.resources, self.device_bytes or 0, needs)
+
+    def _with_records(self, found: list[ShapeForecast], shapes: Sequence[Shape]) -> list[ShapeForecast]:
+        """The forecasts with the times of finished trials on the same device, their own or those of others."""
+        walls = {one.key: self._walls(one) for one in found}
+        ratios = [
+            wall / one.trial.middle_s for one in found if one.trial for wall in walls[one.key] if one.trial.middle_s
+        ]
+        return [one.model_copy(update={"trial": _better(one, walls[one.key], ratios)}) for one in found]
+
+    def _walls(self, shape: ShapeForecast) -> list[float]:
+        records = [self.records[i] for i in shape.trial_ids if i in self.records]
+        device = _here() if self.here else None
+        return [r.wall_time_s for r in records if r.status == "finished" and (device is None or r.device == device)]
+
+
+def _better(shape: ShapeForecast, walls: Sequence[float], ratios: Sequence[float]) -> Duration | None:
+    if walls:
+        return recorded(walls)
+    if ratios and shape.trial and shape.trial.source == "arithmetic":
+        return calibrated(shape.trial, ratios)
+    return shape.trial
+
+
+def _beyond(memory: MemoryForecast, last: MemoryForecast) -> int:
+    """The working memory with which the last stage needs as much as the stage that needs most."""
+    return last.working_bytes + memory.device_bytes - last.device_bytes
+
+
+def _here() -> str:
+    return device_name(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
