@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from harness.core.forecast import Forecast
     from harness.core.paths import ExperimentPath
     from harness.core.weight_decay import parameter_groups
+    from harness.doctor.doctor import diagnose
     from harness.experiment.load import Experiment
     from harness.sweep.forecast import plan_run
     from harness.sweep.profile import profile_run
@@ -57,6 +58,7 @@ _PUBLIC = {
     "UserError": "harness.core.errors:UserError",
     "adapt": "adapters.library.adapted_model:adapt",
     "detach": "adapters.library.adapted_model:detach",
+    "diagnose": "harness.doctor.doctor:diagnose",
     "import_peft": "adapters.library.peft_import:import_peft",
     "load_adapter": "adapters.library.adapted_model:load_adapter",
     "load_results": "results.loaded:load_results",
@@ -88,6 +90,7 @@ __all__ = [
     "UserError",
     "adapt",
     "detach",
+    "diagnose",
     "import_peft",
     "load_adapter",
     "load_results",

@@ -29,7 +29,7 @@ class Results:
         report: the HTML report; None if it has not been written.
         tracking_problem: why the end of a run could not be logged to MLflow; None if it was.
         tracking_link: path of the table of trials on MLflow's page, below its address; None if nothing was run.
-        stopped: what ended the run early: SIGTERM (``signal``), ``harness stop`` (``request``) or Ctrl-C
+        stopped: what ended the run early: SIGTERM (``signal``), ``harness stop`` (``request``), ``budget.gpu_hours`` (``budget``) or Ctrl-C
             (``interrupt``); None: nothing did.
     """
 
@@ -37,7 +37,7 @@ class Results:
     report: Path | None = None
     tracking_problem: str | None = None
     tracking_link: str | None = None
-    stopped: Literal["signal", "request", "interrupt"] | None = None
+    stopped: Literal["signal", "request", "interrupt", "budget"] | None = None
     known_board: Leaderboard | None = field(default=None, repr=False, compare=False)  # if it has been made already
 
     @property

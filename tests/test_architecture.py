@@ -30,6 +30,7 @@ FLOORS = (
     ("harness.trial",),
     ("harness.price",),
     ("harness.sweep",),
+    ("harness.doctor",),
     ("harness.cli",),
     ("harness.__main__",),
 )

@@ -1,7 +1,7 @@
 """Train and compare adapters.
 
-Exit codes: 0 success, 1 unfinished trials or failed check, 2 invalid input, 3 ended by harness stop, 130 by Ctrl-C,
-143 by SIGTERM.
+Exit codes: 0 success, 1 unfinished trials or failed check, 2 invalid input, 3 ended by harness stop, 4 by
+budget.gpu_hours, 130 by Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from harness.cli import doctor as cli_doctor
 from harness.cli import launch as cli_launch
 from harness.cli import profile as cli_profile
 from harness.cli import results as cli_results
@@ -162,6 +163,7 @@ app.command(rich_help_panel=EXPERIMENTS)(cli_results.status)
 app.command(rich_help_panel=EXPERIMENTS)(cli_launch.logs)
 app.command(rich_help_panel=EXPERIMENTS)(cli_launch.stop)
 app.command("profile", rich_help_panel=EXPERIMENTS)(cli_profile.profile)
+app.command(rich_help_panel=EXPERIMENTS)(cli_doctor.doctor)
 for command in (cli_results.recommend, cli_results.report, cli_results.compare, cli_results.attention):
     app.command(rich_help_panel=RESULTS)(command)
 

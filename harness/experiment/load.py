@@ -30,12 +30,16 @@ from harness.experiment.sections import (
     Backbone,
     Budget,
     Evaluation,
+    Limits,
     Optimizer,
     Resources,
     Section,
     TaskChoice,
     Tracking,
 )
+
+
+_NO_AXIS_OF_RUN = "it limits the whole run, so it has no axis"
 
 
 class Sections(TypedDict, total=False):
@@ -88,6 +92,7 @@ class Experiment:
         folder: the absolute folder that relative paths start from.
         top: cursor of the top level, from which the locations in messages are made.
         adapters: one tuple for each task, because groupings refer to the task's contexts.
+        gpu_hours: of all trials together, after which the run ends; None: no limit.
         halving: of the learning rates of every row; None: every one is trained to the end.
 
     Raises:
@@ -103,6 +108,7 @@ class Experiment:
     backbones: tuple[Backbone, ...]
     adapters: tuple[tuple[AdapterChoice, ...], ...]
     budgets: tuple[Budget, ...]
+    gpu_hours: float | None
     seeds: tuple[int, ...]
     optimizers: tuple[Optimizer, ...]
     halving: Halving | None
@@ -151,7 +157,12 @@ class Experiment:
         searches = check(SearchDefaults, given.search, top / "search")
         found = [list(choose_adapters(given.adapters, t, top / "adapters", folder, searches)) for t in self.tasks]
         self.adapters = tuple(tuple(choice for _, choice in own) for own in found)
-        self.budgets = tuple(check(Budget, v, top / "budget") for v in axes(given.budget, top / "budget"))
+        limits = {key: value for key, value in given.budget.items() if key in Limits.model_fields}
+        self.gpu_hours = check(Limits, limits, top / "budget", hint=_NO_AXIS_OF_RUN).gpu_hours
+        budget = {key: value for key, value in given.budget.items() if key not in limits}
+        self.budgets = tuple(
+            check(Budget, v, top / "budget", also=Limits.model_fields) for v in axes(budget, top / "budget")
+        )
         self.seeds = tuple(given.seeds)
         self.optimizers = tuple(
             check(Optimizer, v, top / "optimizer") for v in axes(given.optimizer, top / "optimizer")

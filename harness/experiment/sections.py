@@ -66,6 +66,13 @@ class Budget(Section):
         return {key: value for key, value in content.items() if key != "patience" or value is not None}
 
 
+class Limits(Section):
+    """Keys of the section ``budget`` that limit the whole run, not a trial: they change no result and no trial's id."""
+
+    # Of all trials together; then the run ends as by harness stop. Without GPUs hours of slots: places of a trial.
+    gpu_hours: Annotated[float, Field(gt=0)] | None = None
+
+
 class Optimizer(Section):
     """AdamW and its schedule, with the names of ``transformers.TrainingArguments``."""
 

@@ -88,7 +88,7 @@ def forecast_of(
         profile: where it runs.
         console: for the progress of a probe.
         probe: measure every shape that was not probed before.
-        limit_s: CPU seconds that it may take, roughly; shapes after that take over what is known of another of their kind.
+        limit_s: CPU seconds that it may take, roughly; shapes after that take over what is known of their kind.
 
     Raises:
         UserError: a probe was asked for on another machine than this one.

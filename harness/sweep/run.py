@@ -27,7 +27,7 @@ from harness.experiment.load import Experiment
 from harness.experiment.plan import Earlier, TrialSpec, describe, expand
 from harness.sweep.halving import HalvedRows
 from harness.sweep.lock import exclusive
-from harness.sweep.stopping import stoppable
+from harness.sweep.stopping import Stopping, stoppable
 from harness.sweep.stored import PATIENCE_S, Stored
 from results.loaded import Results
 
@@ -233,16 +233,16 @@ def run_experiment(
         prepared.push()
         grid = open_grid(prepared.mlflow_uri, experiment.name, folder)
         try:
-            _run_unfinished(prepared, cluster, grid, lease, console)
+            _run_unfinished(prepared, cluster, grid, lease, console, stopping)
             while (extended := _extended(prepared)) is not None:
                 prepared = extended
                 _write_plan(prepared)
-                _run_unfinished(prepared, cluster, grid, lease, console)
+                _run_unfinished(prepared, cluster, grid, lease, console, stopping)
             if measure and experiment.resources.profile:
                 _profile(prepared, console)
         except KeyboardInterrupt:
             stopping.reason = stopping.reason or "interrupt"
-            console.print(f"{stopping.text}: finished trials are kept; run the same experiment again to continue")
+            console.print(f"{stopping.text}: {stopping.advice}", highlight=False, markup=False, soft_wrap=True)
         except SweepEndedError as error:
             kept = "finished trials are kept; run the same experiment again to continue"
             console.print(f"{error}; {kept}", style="red", highlight=False, markup=False, soft_wrap=True)
@@ -318,9 +318,12 @@ def _run_folder_for(prepared: Prepared, fresh: bool, console: Console) -> Iterat
             raise
 
 
-def _run_unfinished(prepared: Prepared, profile: Profile, grid: Grid, lease: Lease, console: Console) -> None:
+def _run_unfinished(
+    prepared: Prepared, profile: Profile, grid: Grid, lease: Lease, console: Console, stopping: Stopping
+) -> None:
     from harness.sweep.live import LiveTable
     from harness.sweep.preflight import files_read
+    from harness.sweep.spending import Metered
     from harness.sweep.tune import Sweep, sweep
     from harness.tracking.grid import sqlite_path
 
@@ -331,6 +334,8 @@ def _run_unfinished(prepared: Prepared, profile: Profile, grid: Grid, lease: Lea
         ended = f"finished, or were pruned ({pruned})" if pruned else "finished"
         console.print(f"all {len(prepared.specs)} trials have already {ended}; nothing to compute")
         return
+    if (limit_h := prepared.experiment.gpu_hours) is not None:
+        _check_budget(prepared, limit_h, stopping, console)
     for spec, _ in todo:
         _archive_record(record_path(prepared.folder, spec.trial_id), prepared.storage)
     halved = prepared.halved()
@@ -346,7 +351,30 @@ def _run_unfinished(prepared: Prepared, profile: Profile, grid: Grid, lease: Lea
     )
     finished = len(prepared.finished())
     with LiveTable(console, [planned for _, planned in todo], finished) as display:
-        sweep(trials, display)
+        if limit_h is None:
+            sweep(trials, display)
+            return
+        metered = Metered(display, prepared.folder, limit_h, resources)
+        with metered.watching():
+            sweep(trials, metered)
+
+
+def _check_budget(prepared: Prepared, limit_h: float, stopping: Stopping, console: Console) -> None:
+    """End the run if ``budget.gpu_hours`` was reached before; a trial counts as at least what one of its workers has.
+
+    Raises:
+        KeyboardInterrupt: it was.
+    """
+    from harness.sweep.spending import HOUR_S, devices_of, spent_s
+
+    gpus = prepared.experiment.resources.gpus_per_worker
+    spent_h = (
+        spent_s(prepared.folder, devices_of(prepared.experiment.resources, 0 if gpus == "auto" else gpus)) / HOUR_S
+    )
+    if spent_h >= limit_h:
+        stopping.reason = "budget"
+        console.print(f"{spent_h:.3g} of {limit_h:g} device-hours were spent before", highlight=False)
+        raise KeyboardInterrupt
 
 
 def _profile(prepared: Prepared, console: Console) -> None:

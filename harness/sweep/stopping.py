@@ -20,8 +20,10 @@ from harness.core.files import write_atomically
 
 REQUEST = "stop"  # the file in the run folder
 POLL_S = 2.0  # how often the driver looks for it
-Reason = Literal["signal", "request", "interrupt"]
-EXIT_CODES: dict[Reason, int] = {"request": 3, "signal": 143, "interrupt": 130}  # 128 + number, as a shell has it
+Reason = Literal["signal", "request", "interrupt", "budget"]
+# 128 + number of the signal, as a shell has it
+EXIT_CODES: dict[Reason, int] = {"request": 3, "budget": 4, "signal": 143, "interrupt": 130}
+_BUDGET = "budget.gpu_hours"  # begins a request that was not made by hand
 
 
 class Stopping:
@@ -39,8 +41,19 @@ class Stopping:
     @property
     def text(self) -> str:
         """What ended the run, for a message."""
-        texts = {"signal": "ended by SIGTERM", "request": "ended by harness stop", "interrupt": "interrupted"}
+        texts = {
+            "signal": "ended by SIGTERM",
+            "request": "ended by harness stop",
+            "interrupt": "interrupted",
+            "budget": f"{_BUDGET} is reached",
+        }
         return texts[self.reason or "interrupt"]
+
+    @property
+    def advice(self) -> str:
+        """What is kept, and how the run goes on."""
+        larger = f" with a larger {_BUDGET}" if self.reason == "budget" else ""
+        return f"finished trials are kept; run the same experiment again{larger} to continue"
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Handle SIGTERM as Ctrl-C at this moment; once only, so that the report is written in peace.
@@ -50,7 +63,7 @@ class Stopping:
         """
         if self.reason is not None:
             return
-        self.reason = "request" if (self.folder / REQUEST).exists() else "signal"
+        self.reason = _requested(self.folder / REQUEST) or "signal"
         handler = signal.getsignal(signal.SIGINT)
         if callable(handler):
             handler(signal.SIGINT, frame)
@@ -89,9 +102,18 @@ def interrupts_kept() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def request_stop(folder: Path) -> None:
+def request_stop(folder: Path, reason: Literal["request", "budget"] = "request") -> None:
     """Ask the driver of a run, wherever it runs, to end it."""
-    write_atomically(folder / REQUEST, f"requested at {datetime.now(UTC).isoformat(timespec='seconds')}\n")
+    begin = f"{_BUDGET} is reached" if reason == "budget" else "requested"
+    write_atomically(folder / REQUEST, f"{begin} at {datetime.now(UTC).isoformat(timespec='seconds')}\n")
+
+
+def _requested(request: Path) -> Reason | None:
+    """What asked for the end of the run; None: nothing did."""
+    try:
+        return "budget" if request.read_text(encoding="utf-8").startswith(_BUDGET) else "request"
+    except FileNotFoundError:
+        return None
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""``harness doctor``: whether a machine or cluster can run trials, and what to do where it cannot."""
