@@ -29,7 +29,8 @@ class Results:
         report: the HTML report; None if it has not been written.
         tracking_problem: why the end of a run could not be logged to MLflow; None if it was.
         tracking_link: path of the table of trials on MLflow's page, below its address; None if nothing was run.
-        stopped: what ended the run early: SIGTERM (``signal``), ``harness stop`` (``request``), ``budget.gpu_hours`` (``budget``) or Ctrl-C
+        stopped: what ended the run early: SIGTERM (``signal``), ``harness stop`` (``request``),
+            ``budget.gpu_hours`` (``budget``) or Ctrl-C
             (``interrupt``); None: nothing did.
     """
 

@@ -130,15 +130,7 @@ def test_the_command_ends_with_one_where_something_would_fail(monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     fine = list(harness.diagnose(output=tmp_path / "runs"))
     assert [finding for finding in fine if finding.level == "fail"] == []
-    assert {finding.what for finding in fine} >= {
-        "versions",
-        "GPU",
-        "Java",
-        "memory",
-        "disk",
-        "ports",
-        "clock",
-        "MLflow",
-    }
+    looked_at = {"versions", "GPU", "Java", "memory", "disk", "ports", "clock", "MLflow"}
+    assert {finding.what for finding in fine} >= looked_at
     with pytest.raises(UserError, match="no profile of the harness"):
         list(harness.diagnose("nowhere"))
