@@ -38,7 +38,6 @@ from harness.experiment.sections import (
     Tracking,
 )
 
-
 _NO_AXIS_OF_RUN = "it limits the whole run, so it has no axis"
 
 

@@ -18,10 +18,10 @@ from harness.core.errors import UserError
 from harness.core.paths import relative_to
 from harness.experiment.plan import TrialSpec
 from harness.model.backbones import LanguageModel, build_empty, load_tokenizer
+from harness.model.batch import Batch
 from harness.model.batches import BatchMaker
 from harness.model.budget import Order
 from harness.model.components import empty_encoders, make_modalities, make_task
-from harness.model.batch import Batch
 from harness.model.features import Features
 from tasks.base import Example, Task
 from tasks.drawing.task import DrawnTask

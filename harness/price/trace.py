@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness.experiment.plan import TrialSpec
+from harness.model.batch import Batch
 from harness.model.build import empty_model
 from harness.model.components import empty_encoders, method_of
-from harness.model.batch import Batch
 
 
 @dataclass(frozen=True)
