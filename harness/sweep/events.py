@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from harness.core.errors import SweepEndedError
 from harness.core.lease import Lease
 from harness.core.origin import shown
-from harness.core.record import PlannedTrial, TrialRecord, read_record, record_path, write_record
+from harness.core.record import TrialRecord, read_record, record_path, write_record
 from harness.experiment.plan import TrialSpec
 from harness.sweep.grace import STOPPED, Grace
 from harness.sweep.nodes import node_name
@@ -165,7 +165,7 @@ class Events(tune.Callback):  # type: ignore[misc]
 
 
 def _id(trial: Any) -> str:
-    return PlannedTrial.model_validate_json(trial.config["trial"]["planned"]).trial_id
+    return str(trial.config["trial"]["trial_id"])
 
 
 def _died(trial: Any, experiment: str, log: Path) -> TrialRecord:

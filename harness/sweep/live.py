@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.core.durations import duration
-from harness.core.record import PlannedTrial, TrialRecord
+from harness.core.record import PlannedTrial, Status, TrialRecord
 from harness.sweep.grace import STOPPED
 
 SHOWN_TRIALS = 12  # rows of the live table: running trials, and those that ended most recently
@@ -36,7 +36,8 @@ class _Row:
     train_loss: float | None = None
     validation_perplexity: float | None = None
     started: float | None = None
-    ended: TrialRecord | None = None
+    ended: Status | None = None  # of its record; the record itself is not kept: there may be ten thousand
+    outcome: str = ""
 
     @property
     def runs(self) -> bool:
@@ -57,6 +58,8 @@ class LiveTable:
         self.console, self.already = console, already
         self._rows = {trial.trial_id: _Row(trial) for trial in trials}
         self._names = trial_names(trials)
+        # Counted, not summed over all rows: there may be ten thousand, and each event asks.
+        self._done, self._fractions = 0, 0.0
         self._began = self._printed = time.monotonic()
         self._live = Live(self, console=console, refresh_per_second=4, transient=True)
         # In a notebook rich draws with ipywidgets, which not every notebook has.
@@ -98,7 +101,8 @@ class LiveTable:
     def progressed(self, trial_id: str, progress: Mapping[str, Any]) -> None:
         """Update the trial with the fields of ``harness.trial.trial.Progress``."""
         row = self._rows[trial_id]
-        row.phase, row.fraction = progress["phase"], progress["fraction"]
+        self._came_to(row, progress["fraction"])
+        row.phase = progress["phase"]
         row.epoch = progress.get("epoch") or row.epoch
         row.train_loss = progress.get("train_loss") or row.train_loss
         row.validation_perplexity = progress.get("validation_perplexity") or row.validation_perplexity
@@ -110,19 +114,21 @@ class LiveTable:
     def ended(self, record: TrialRecord) -> None:
         """Mark the trial as ended, with its record."""
         row = self._rows[record.trial_id]
-        row.ended, row.fraction, row.phase = record, 1.0, record.status
+        self._came_to(row, 1.0)
+        self._done += row.ended is None
+        row.ended, row.phase, row.outcome = record.status, record.status, _outcome(record)
         if not self._shows_live:
             left = f"; {self._left()}" if self._done < len(self._rows) else ""
             name = f"{record.trial_id} {self._names[record.trial_id]}"
-            self._print(f"[{self._done}/{len(self._rows)}] {name}: {_outcome(record)}{left}")
+            self._print(f"[{self._done}/{len(self._rows)}] {name}: {row.outcome}{left}")
 
-    @property
-    def _done(self) -> int:
-        return sum(row.ended is not None for row in self._rows.values())
+    def _came_to(self, row: _Row, fraction: float) -> None:
+        self._fractions += fraction - row.fraction
+        row.fraction = fraction
 
     @property
     def _fraction(self) -> float:
-        return sum(row.fraction for row in self._rows.values()) / len(self._rows)
+        return self._fractions / len(self._rows)
 
     def _left(self) -> str:
         elapsed, fraction = time.monotonic() - self._began, self._fraction
@@ -133,7 +139,7 @@ class LiveTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         rows = list(self._rows.values())
         done = [row for row in rows if row.ended]
-        counts = Counter(row.ended.status for row in done if row.ended)
+        counts = Counter(row.ended for row in done)
         pruned = f", {counts['pruned']} pruned" if counts["pruned"] else ""
         failed = len(done) - counts["finished"] - counts["pruned"]
         paused = sum(row.phase == PAUSED for row in rows)
@@ -163,7 +169,7 @@ class LiveTable:
             )
         recent = done[max(0, len(done) - max(0, SHOWN_TRIALS - len(running))) :]
         for row in [*recent, *running[:SHOWN_TRIALS]]:
-            style = "" if row.ended is None else ("dim" if row.ended.status in ("finished", "pruned") else "red")
+            style = "" if row.ended is None else ("dim" if row.ended in ("finished", "pruned") else "red")
             cells: list[Any] = [
                 Text(self._names[row.trial.trial_id].rpartition(" seed ")[0]),
                 str(row.trial.seed),
@@ -173,7 +179,7 @@ class LiveTable:
                 "" if row.validation_perplexity is None else f"{row.validation_perplexity:.3f}",
                 ProgressBar(total=1.0, completed=row.fraction, width=20)
                 if row.ended is None
-                else Text(_outcome(row.ended).replace("test perplexity", "test")),
+                else Text(row.outcome.replace("test perplexity", "test")),
             ]
             table.add_row(*cells, style=style)
         return table

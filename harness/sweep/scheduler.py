@@ -46,6 +46,8 @@ class KeepStartingWorkers(tune.schedulers.FIFOScheduler):  # type: ignore[misc]
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """The first waiting trial without a worker; only if there is none, one whose worker is starting."""
+        if self._watched is not None:
+            _forget_ended(self._watched)
         if self._ending():
             return None
         waiting = [trial for trial in tune_controller.get_trials() if trial.status == "PENDING"]
@@ -54,6 +56,19 @@ class KeepStartingWorkers(tune.schedulers.FIFOScheduler):  # type: ignore[misc]
         workers, manager = tune_controller._trial_to_actor, tune_controller._actor_manager
         unserved = (t for t in waiting if t not in workers or not manager.is_actor_started(workers[t]))
         return next(unserved, next(iter(waiting), None))
+
+
+def _forget_ended(controller: Any) -> None:
+    """Remove the trials that have ended: Tune keeps all, looks at each in every step, and snapshots and returns them.
+
+    What the trials have done is in their folders, and nothing reads Tune's.
+    """
+    ended = [trial for trial in controller.get_trials() if trial.status in {"TERMINATED", "ERROR"}]
+    for trial in (trial for trial in ended if trial not in controller._trial_to_actor):
+        controller._trials.remove(trial)
+        controller._trial_metadata.pop(trial.trial_id, None)
+        for known in (controller._trials_to_cache, controller._stopped_trials, controller._failed_trials):
+            known.discard(trial)
 
 
 class HalveRows(KeepStartingWorkers):

@@ -14,7 +14,7 @@ from typing import Any
 
 from clusters.profiles import LOCAL, Profile
 from harness.core.lease import Lease
-from harness.core.record import PlannedTrial
+from harness.core.record import PlannedTrial, TrialRecord
 from harness.core.storage import StorageError
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
@@ -49,6 +49,7 @@ class Sweep:
         stored: the run folder's storage, if it is at a URL: ``run`` is the driver's copy.
         halved: the rows whose learning rates are halved, with all trials of the plan; None: there are none.
         lease: of the run folder, which the sweep looks at; None: nothing else can be in it.
+        work: what a worker does for a trial of one process; a benchmark of the sweep itself trains nothing.
     """
 
     trials: Sequence[tuple[TrialSpec, PlannedTrial]]
@@ -61,6 +62,7 @@ class Sweep:
     stored: Stored | None = None
     halved: HalvedRows | None = None
     lease: Lease | None = None
+    work: Callable[..., TrialRecord] = run_trial
 
 
 def sweep(wanted: Sweep, display: Display) -> None:
@@ -118,7 +120,7 @@ def _tuner(wanted: Sweep, asked: Amounts, events: Events, grace: Grace) -> Any:
     }
     if wanted.resources.workers == 1:
         url = wanted.stored.copy.there.url if wanted.stored else None
-        trainable = _saves_at_sigterm(tune.with_parameters(_run_one, url=url, **shared))
+        trainable = _saves_at_sigterm(tune.with_parameters(_run_one, url=url, work=wanted.work, **shared))
     else:
         trainable = tune.with_parameters(run_ranks, **shared)
     return tune.Tuner(
@@ -159,6 +161,7 @@ def _run_one(
     resources: str,
     grid: Grid,
     variables: Mapping[str, str],
+    work: Callable[..., TrialRecord],
 ) -> None:
     """Run one trial in a Ray worker."""
     os.environ.update(variables)
@@ -177,7 +180,7 @@ def _run_one(
         if not place.begin():
             tracker, asked = MlflowTracker(grid, spec, planned, place.folder), Resources.model_validate_json(resources)
             with stop.listening():
-                record = run_trial(spec, experiment, place.run, asked, tracker, report, rungs, stop)
+                record = work(spec, experiment, place.run, asked, tracker, report, rungs, stop)
             stopped = record.status == "cancelled"
         place.end()
         if stopped and stop.preempted:

@@ -66,12 +66,30 @@ def test_a_worker_that_dies_between_two_trials_fails_the_next_one_once() -> None
     assert failed[1:] == [("next", "train"), ("other", "train")]
 
 
+def test_trials_that_have_ended_are_forgotten_once_their_worker_is_free() -> None:
+    ended, failed, stopping, next_trial = trials = waiting("ended", "failed", "stopping", "next")
+    ended.status, failed.status, stopping.status = "TERMINATED", "ERROR", "TERMINATED"
+    known = controller(stopping, next_trial)  # these have a worker
+    known._trials = list(trials)
+    known.get_trials = lambda: known._trials
+    known._trial_metadata = {trial.trial_id: "{}" for trial in trials}
+    known._trials_to_cache, known._stopped_trials, known._failed_trials = {ended}, {ended, stopping}, {failed}
+    known._trial_task_failure = None
+    scheduler = KeepStartingWorkers()
+    scheduler.on_trial_add(known, next_trial)
+    assert scheduler.choose_trial_to_run(known) is next_trial
+    assert known._trials == [stopping, next_trial]
+    assert list(known._trial_metadata) == ["stopping", "next"]
+    assert (known._trials_to_cache, known._stopped_trials, known._failed_trials) == (set(), {stopping}, set())
+
+
 def test_the_installed_tune_has_what_the_choice_reads() -> None:
     from ray.air.execution._internal.actor_manager import RayActorManager
     from ray.tune.execution.tune_controller import TuneController
 
     used = set(TuneController.__init__.__code__.co_names)
     assert {"_trial_to_actor", "_resetting_trials", "_actor_manager"} <= used
+    assert {"_trials", "_trial_metadata", "_trials_to_cache", "_stopped_trials", "_failed_trials"} <= used
     assert callable(RayActorManager.is_actor_started)
     assert {"_resetting_trials", "_trial_task_failure"} <= set(TuneController._schedule_trial_reset.__code__.co_names)
     assert "_trial_task_failure" in TuneController._actor_failed.__code__.co_names
