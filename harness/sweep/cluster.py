@@ -26,12 +26,16 @@ from harness.sweep.nodes import Question, ask_nodes, check_nodes, lacks_code
 from harness.sweep.ray_folder import ray_folder
 from harness.sweep.ray_library import WORKER_SETTINGS, address_of, own_token, ray
 from harness.sweep.ship import collect, files_of, packages_of, plugins_of
-from harness.sweep.stopping import handler_kept
+from harness.sweep.stopping import handler_kept, last_words
 
 _CONNECT_S = 5.0
 _WATCH_S = 5.0  # how often the head node is asked whether it is there
 _SILENT = 3  # it has died if it does not answer so often in turn
 _CLIENT = "ray://"
+_DIED = (
+    "the run has died: it was killed, or ended by Ray, of which a process was killed; finished trials are kept; run "
+    "the same experiment again to continue"
+)
 
 
 # Credentials and places that trials need where they are set here; more are named in a profile.
@@ -77,7 +81,13 @@ def connect(
             _connect(address, profile, specs, run, files, display.noted)
         elif started:
             at_end.enter_context(own_ray())
-        at_end.enter_context(_watched_head(display.abandoned))
+        keep_quiet = at_end.enter_context(last_words(_DIED))
+
+        def abandon(line: str) -> None:
+            keep_quiet()
+            display.abandoned(line)
+
+        at_end.enter_context(_watched_head(abandon))
         yield
 
 

@@ -1,7 +1,7 @@
 """Lets running trials save where they are before they end: if their run is ended early, or their process.
 
-A run is ended by a file in its folder (``harness.sweep.stopping``), which its trials see too, on any node. A process is
-ended by SIGTERM, as a machine sends it that goes away; its trial goes on in another one.
+The driver of a run asks its trials by a file in the run folder, which they see on any node. A process is ended by
+SIGTERM, as a machine sends it that goes away; its trial goes on in another one.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from harness.core.files import write_atomically
 from harness.core.storage import Folder, StorageError
-from harness.sweep.stopping import REQUEST, interrupts_kept
+from harness.sweep.stopping import interrupts_kept
 
+REQUEST = "stopping"  # the file
 STOPPED = "stopped"  # the phase of a trial that was asked to stop
 _LOOK_S = 1.0  # how often a trial looks for the request
 _LOOK_AT_URL_S = 5.0  # the same where that is a request to a storage
@@ -99,17 +102,47 @@ class StopRequest:
 # ── In the driver
 
 
+@dataclass(frozen=True)
+class Request:
+    """The request to the trials of a run to stop.
+
+    Attributes:
+        run: the run folder.
+        there: where its copy is, if it is at a URL.
+    """
+
+    run: Path
+    there: Folder | None = None
+
+    def make(self) -> None:
+        """Ask them; those who cannot see it are ended when their time is over."""
+        write_atomically(self.run / REQUEST, "the run ends\n")
+        if self.there:
+            with suppress(StorageError):
+                self.there.write(REQUEST, b"the run ends\n")
+
+    def withdraw(self) -> None:
+        """Remove it, also one of a driver that was killed.
+
+        Raises:
+            StorageError: the storage cannot be written to.
+        """
+        (self.run / REQUEST).unlink(missing_ok=True)
+        if self.there:
+            self.there.remove([REQUEST])
+
+
 class Grace:
     """Ends a sweep at Ctrl-C, or at what is handled like it, once running trials have saved where they are.
 
     Args:
         grace_s: how long that may take.
-        ask: asks the trials to stop.
+        request: to the trials.
         note: told what is waited for.
     """
 
-    def __init__(self, grace_s: float, ask: Callable[[], None], note: Callable[[str], None]) -> None:
-        self.grace_s, self._ask, self._note = grace_s, ask, note
+    def __init__(self, grace_s: float, request: Request, note: Callable[[str], None]) -> None:
+        self.grace_s, self._request, self._note = grace_s, request, note
         self._since: float | None = None
         self._awaited: list[Any] | None = None  # the trials that ran when they were asked
 
@@ -124,12 +157,21 @@ class Grace:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle Ctrl-C while ``Tuner.fit`` runs, instead of Tune, which stops all trials at once."""
+        """Handle Ctrl-C while ``Tuner.fit`` runs, instead of Tune, which stops all trials at once.
+
+        Raises:
+            StorageError: an earlier request could not be removed.
+        """
+        self._request.withdraw()
         with interrupts_kept():
             if threading.current_thread() is threading.main_thread():
                 before = signal.getsignal(signal.SIGINT)
                 signal.signal(signal.SIGINT, lambda *_: self._interrupted(before))
-            yield
+            try:
+                yield
+            finally:
+                with suppress(StorageError):
+                    self._request.withdraw()
 
     def _interrupted(self, before: Any) -> None:
         if self._since is None:
@@ -148,7 +190,7 @@ class Grace:
             return
         if self._awaited is None:
             self._awaited = [trial for trial in trials if trial.status == "RUNNING"]
-            self._ask()
+            self._request.make()
             if self._awaited:
                 count = f"{len(self._awaited)} running trial{'s' * (len(self._awaited) > 1)}"
                 self._note(f"{count} may save where they are, for {self.grace_s:g} s; Ctrl-C ends them at once")

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -102,6 +103,28 @@ def interrupts_kept() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+@contextmanager
+def last_words(line: str) -> Iterator[Callable[[], None]]:
+    """Print a line on standard error if this process ends inside of the block, by Ray or by a signal.
+
+    Ray ends it without a word of what to do when the node process (raylet) dies. A shell waits for the end of a pipe
+    that only this process holds. Yields what to call if there is nothing more to say.
+    """
+    waits = ["sh", "-c", 'read -r word || printf "%s\n" "$0" >&2', line]
+    with subprocess.Popen(waits, stdin=subprocess.PIPE, start_new_session=True) as shell:
+
+        def keep_quiet() -> None:
+            if shell.stdin and not shell.stdin.closed:
+                with suppress(OSError):  # somebody has ended the shell
+                    shell.stdin.write(b"\n")
+                    shell.stdin.close()
+
+        try:
+            yield keep_quiet
+        finally:
+            keep_quiet()
+
+
 def request_stop(folder: Path, reason: Literal["request", "budget"] = "request") -> None:
     """Ask the driver of a run, wherever it runs, to end it."""
     begin = f"{_BUDGET} is reached" if reason == "budget" else "requested"
@@ -120,16 +143,16 @@ def _requested(request: Path) -> Reason | None:
 def stoppable(folder: Path) -> Iterator[Stopping]:
     """Listen to SIGTERM and to requests in a run folder, which this process has locked; an older request is removed.
 
-    Outside the main thread, which gets the signals, only the trials listen to requests.
+    Outside the main thread, which gets the signals, nothing is listened to.
 
     Raises:
         SystemExit: the run was ended before it had anything to report.
     """
     stopping = Stopping(folder)
-    (folder / REQUEST).unlink(missing_ok=True)
     if threading.current_thread() is not threading.main_thread():
         yield stopping
         return
+    (folder / REQUEST).unlink(missing_ok=True)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     over = threading.Event()
     watcher = threading.Thread(target=_watch, args=(folder / REQUEST, over), daemon=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,17 @@ from typing import Any
 from clusters.profiles import LOCAL, Profile
 from harness.core.lease import Lease
 from harness.core.record import PlannedTrial, TrialRecord
-from harness.core.storage import StorageError
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.sweep.cluster import connect, environment
 from harness.sweep.events import Display, Events
-from harness.sweep.grace import Grace, PreemptedError, StopRequest, save_at_sigterm
+from harness.sweep.grace import Grace, PreemptedError, Request, StopRequest, save_at_sigterm
 from harness.sweep.halving import HalvedRows
 from harness.sweep.placement import Amounts, at_once, per_worker
 from harness.sweep.ranks import nodes_alive, request, run_ranks
 from harness.sweep.ray_library import tune, wrap_function
 from harness.sweep.rungs import run_to_end
 from harness.sweep.scheduler import HalveRows
-from harness.sweep.stopping import REQUEST, request_stop
 from harness.sweep.stored import Stored, TrialPlace
 from harness.tracking.grid import Grid, MlflowTracker
 from harness.trial.attempt import run_trial
@@ -84,19 +81,13 @@ def sweep(wanted: Sweep, display: Display) -> None:
         asked = per_worker(wanted.resources, nodes)
         display.opened(wanted.run, at_once(wanted.resources, asked, nodes, len(wanted.trials)))
         workers, stored, lease = wanted.resources.workers, wanted.stored, wanted.lease
-        grace = Grace(wanted.resources.grace_s, lambda: _ask_to_stop(wanted), display.noted)
+        to_stop = Request(wanted.run, stored.copy.there if stored else None)
+        grace = Grace(wanted.resources.grace_s, to_stop, display.noted)
         events = Events(wanted.run, wanted.experiment, display, asked, workers, stored, lease, grace)
         with grace.listening():
             _tuner(wanted, asked, events, grace).fit()
         if events.ended < len(wanted.trials):  # ended by `grace`, or trials have stopped at a request
             raise KeyboardInterrupt
-
-
-def _ask_to_stop(wanted: Sweep) -> None:
-    request_stop(wanted.run)
-    if wanted.stored:
-        with suppress(StorageError):  # trials that do not see it are ended when their time is over
-            wanted.stored.copy.there.write(REQUEST, b"requested\n")
 
 
 def _tuner(wanted: Sweep, asked: Amounts, events: Events, grace: Grace) -> Any:

@@ -50,7 +50,7 @@ class Job:
     spec: str  # JSON
     resources: dict[str, Any]
     fails_in_epoch: int | None = None
-    stops_after: int | None = None  # batches: the second worker alone is asked to stop there; then the trial goes on
+    stops_after: int | None = None  # questions: then the second worker alone is asked to stop; and the trial goes on
 
     @property
     def trial_id(self) -> str:
@@ -110,8 +110,8 @@ def process(rank: int, folder: Path, jobs: Sequence[Job]) -> None:
 
 
 def counted(limit: int) -> Callable[[], bool]:
-    """Whether so many training batches have come: a trial asks before each of them, and once before the first."""
-    calls = itertools.count(-1)
+    """Whether it was asked so often: a trial asks when it begins, before every batch, and after every epoch."""
+    calls = itertools.count(1)
     return lambda: next(calls) > limit
 
 
@@ -204,7 +204,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Jo
         Job("from one", lora.model_dump_json(), resumed),
         Job("whole", lora.model_dump_json(), resumed, fails_in_epoch=2),
         Job("dropout", dropout, {"zero_stage": 2}),
-        Job("stopped", dropout, {"zero_stage": 2}, stops_after=6),
+        Job("stopped", dropout, {"zero_stage": 2}, stops_after=8),
         Job("spread", lora.model_dump_json(), {**resumed, "zero_stage": 2}, fails_in_epoch=2),
     ]
     return folder, {job.name: job for job in jobs}, run_two(folder, jobs)
@@ -262,18 +262,18 @@ def test_a_checkpoint_that_is_spread_over_others_is_not_loaded(others: Others, t
     spec = TrialSpec.model_validate_json(jobs["spread"].spec)
     close(run(spec, folder / "spread", zero_stage=2), run(spec, tmp_path), 1e-5)
     log = ended.log(jobs["spread"])
-    assert "the checkpoint is of workers 2 and zero_stage 2, which workers 1 and zero_stage 2 cannot load" in log
+    assert "it is of workers 2 and zero_stage 2, which workers 1 and zero_stage 2 cannot load" in log
     assert "resumed" not in log
 
 
 @pytest.mark.slow
 def test_two_workers_stop_after_the_same_step_and_go_on_inside_the_epoch(others: Others) -> None:
-    """Five batches an epoch; the second worker is asked before the eighth, which both still train."""
+    """Five batches an epoch; the second worker is asked before the seventh, which both still train."""
     folder, jobs, ended = others
     assert ended.outcomes["stopped"][0]["status"] == "finished", ended.outcomes["stopped"]
     whole, stopped = (ended.record(jobs[name]) for name in ("dropout", "stopped"))
     assert_same_result(stopped, folder / "stopped", whole, folder / "dropout")
-    assert "resumed after epoch 1, step 8, batch 3 of epoch 2" in ended.log(jobs["stopped"])
+    assert "resumed after epoch 1, step 7, batch 2 of epoch 2" in ended.log(jobs["stopped"])
 
 
 def test_dropout_differs_between_workers_and_is_seeded() -> None:
