@@ -19,7 +19,7 @@ from typing import Any
 
 from harness.core.files import write_atomically
 from harness.core.storage import Folder, StorageError
-from harness.sweep.stopping import interrupts_kept
+from harness.sweep.stopping import interrupts_kept, is_requested
 
 REQUEST = "stopping"  # the file
 STOPPED = "stopped"  # the phase of a trial that was asked to stop
@@ -61,7 +61,7 @@ class StopRequest:
     """
 
     def __init__(self, run: Path, url: str | None = None) -> None:
-        self._file, self._url = run / REQUEST, url
+        self._run, self._url = run, url
         self._asked = False
         self._looked = 0.0
 
@@ -71,7 +71,7 @@ class StopRequest:
             return True
         now = time.monotonic()
         if not self._asked and self._url is None and now - self._looked >= _LOOK_S:
-            self._looked, self._asked = now, self._file.exists()
+            self._looked, self._asked = now, is_requested(self._run, REQUEST)
         return self._asked
 
     @property

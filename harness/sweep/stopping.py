@@ -155,7 +155,7 @@ def stoppable(folder: Path) -> Iterator[Stopping]:
     (folder / REQUEST).unlink(missing_ok=True)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     over = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(folder / REQUEST, over), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(folder, over), daemon=True)
     signal.signal(signal.SIGTERM, stopping.handle)
     watcher.start()
     try:
@@ -171,8 +171,19 @@ def stoppable(folder: Path) -> Iterator[Stopping]:
             signal.signal(number, handler)
 
 
-def _watch(request: Path, over: threading.Event) -> None:
+def is_requested(folder: Path, request: str = REQUEST) -> bool:
+    """Whether there is a request in a run folder.
+
+    The folder is listed, because of a single file NFS remembers for up to a minute that it was not there.
+    """
+    try:
+        return any(path.name == request for path in folder.iterdir())
+    except OSError:  # a file system that does not answer now
+        return False
+
+
+def _watch(folder: Path, over: threading.Event) -> None:
     while not over.wait(POLL_S):
-        if request.exists():
+        if is_requested(folder):
             os.kill(os.getpid(), signal.SIGTERM)
             return

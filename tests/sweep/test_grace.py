@@ -47,6 +47,10 @@ def test_a_trial_looks_for_the_request_once_a_second(tmp_path: Path, monkeypatch
     assert asked(), "it stays asked"
 
 
+def test_a_run_folder_that_does_not_answer_has_no_request(tmp_path: Path) -> None:
+    assert not StopRequest(tmp_path / "gone")()
+
+
 def test_a_trial_asks_a_storage_in_a_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(grace, "_LOOK_AT_URL_S", 0.01)
     url = f"file://{tmp_path / 'there'}"
