@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from harness.cli import doctor as cli_doctor
 from harness.cli import launch as cli_launch
 from harness.cli import profile as cli_profile
 from harness.cli import results as cli_results
 from harness.core.errors import UserError
+from harness.core.terminal import Terminal
 
 if TYPE_CHECKING:
     from harness.core.record import Parameters
@@ -29,8 +29,8 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 backbones_app = typer.Typer(no_args_is_help=True, help="The built-in backbones.")
 app.add_typer(cli_results.leaderboard_app, name="leaderboard", rich_help_panel=RESULTS)
 app.add_typer(backbones_app, name="backbones", rich_help_panel=COMPONENTS)
-console = Console()
-errors = Console(stderr=True)
+console = Terminal()
+errors = Terminal(stderr=True)
 
 ExperimentFile = Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml", help="The experiment file.")]
 Output = Annotated[

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from harness.cli.results import RunFolder, is_running, newest_run
 from harness.core.errors import UserError, did_you_mean
 from harness.core.storage import push_copy
+from harness.core.terminal import Terminal
 
 if TYPE_CHECKING:
     from clusters.launch.job import Job
     from clusters.profiles import Profile
 
-console = Console()
+console = Terminal()
 FOLLOW_S = 0.5  # how often a file is looked at
 ASK_S = 5.0  # how often the state of the job is asked for, at Slurm's controller for example
 

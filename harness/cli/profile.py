@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from harness.cli.results import RunFolder, newest_run
+from harness.core.terminal import Terminal
 
 if TYPE_CHECKING:
     from harness.core.profile import Profile
 
-console = Console()
+console = Terminal()
 
 
 def profile(

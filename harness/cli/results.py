@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from harness.core.errors import UserError
 from harness.core.lease import holder_of
 from harness.core.shared_folder import SharedFolder
 from harness.core.storage import Folder, is_url, local_folder, push_copy, url_of
+from harness.core.terminal import Terminal
 
 if TYPE_CHECKING:
     from results.leaderboard.published import PublishedLeaderboard
 
 RUNS = Path("runs")  # where `harness run` puts run folders by default
 MLFLOW = "mlflow:"
-console = Console()
+console = Terminal()
 leaderboard_app = typer.Typer(no_args_is_help=True, help="Show a leaderboard, or what changed between two.")
 
 _RUN = "A run folder or its URL; by default the newest in ./runs."

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from harness.core.errors import ProblemList, UserError
 from harness.core.files import write_atomically
+from harness.core.terminal import Terminal
 from tasks.base import Metric, Scores
 from tasks.formats.json_file import parse_json
 from tasks.registry import METRICS
@@ -53,7 +54,7 @@ def score(metric: str, references: Path, predictions: Path, output: Path | None,
         raise UserError(f"{references}, {predictions}: {error}") from error
     console.print(_table(metric, scorer, scores, len(texts)))
     for note in scores.notes:
-        Console(stderr=True).print(note, markup=False, highlight=False, soft_wrap=True)
+        Terminal(stderr=True).print(note, markup=False, highlight=False, soft_wrap=True)
     if output is not None:
         _write(output, scores)
 

@@ -20,6 +20,7 @@ from harness.core.cursor import Cursor, KeyPath
 from harness.core.errors import UserError
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+_MOST_VALUES = 100_000
 _TAG = "tag:yaml.org,2002:"
 _SCHEMA = (  # tag, form, the characters that it may begin with
     ("null", r"(?:null|Null|NULL|~|)", ["n", "N", "~", ""]),
@@ -116,6 +117,10 @@ def read_yaml(path: Path) -> tuple[Any, Cursor]:
 
 def _collect_lines(node: yaml.Node, here: Cursor, lines: dict[KeyPath, int]) -> None:
     lines.setdefault(here.path, node.start_mark.line + 1)
+    if len(lines) > _MOST_VALUES:
+        raise UserError(
+            f"{here.origin}: more than {_MOST_VALUES:,} values, each alias (*name) counted with all that it stands for"
+        )
     if isinstance(node, yaml.SequenceNode):
         for index, child in enumerate(node.value):
             _collect_lines(child, here / index, lines)

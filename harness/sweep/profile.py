@@ -25,6 +25,7 @@ from harness.core.record import read_run
 from harness.core.schema import read_strictly
 from harness.core.source import read_yaml
 from harness.core.storage import local_folder, push_copy
+from harness.core.terminal import Terminal
 from harness.core.validation import check
 from harness.core.weights import check_unchanged
 from harness.experiment.plan import TrialSpec
@@ -61,7 +62,7 @@ def profile_run(folder: str | Path, *, fresh: bool = False, console: Console | N
         UserError: it is no run folder, no trial has finished, another harness works in it, or the models or the data
             are not there as they were in training; raised before anything is measured.
     """
-    folder, console = local_folder(folder), console or Console()
+    folder, console = local_folder(folder), console or Terminal()
     run = read_runs([folder])
     if not any(record.status == "finished" for record in run.records.values()):
         raise UserError(f"{folder}: no trial has finished, so there is nothing to profile")

@@ -23,6 +23,7 @@ from harness.core.samples import PREVIEWS
 from harness.core.search import ADAPTIVE
 from harness.core.storage import Copy, Folder, StorageError, is_url, run_copy
 from harness.core.summaries import read_summaries
+from harness.core.terminal import Terminal
 from harness.experiment.load import Experiment
 from harness.experiment.plan import Earlier, TrialSpec, describe, expand
 from harness.sweep.halving import HalvedRows
@@ -209,7 +210,7 @@ def run_experiment(
     from harness.tracking.grid import check_uri, close_grid, open_grid
     from results.report import write_report
 
-    console = console or Console()
+    console = console or Terminal()
     cluster = load_profile(profile)
     experiment = experiment if isinstance(experiment, Experiment) else Experiment.from_yaml(experiment)
     output = output or cluster.storage or "runs"

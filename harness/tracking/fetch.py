@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from rich.console import Console
 from rich.progress import Progress
 
 from harness.core.errors import UserError, did_you_mean
 from harness.core.files import write_atomically
 from harness.core.record import record_path
 from harness.core.samples import PREVIEWS
+from harness.core.terminal import Terminal
 from harness.tracking.grid import RUN_FILES, check_uri, child_runs, connect, reason_of, redacted, sqlite_path
 from harness.tracking.log import TRIAL_FILES
 
@@ -156,7 +156,7 @@ def _latest_per_trial(children: Any) -> list[Any]:
 
 
 def _download_trials(uri: str, children: Sequence[Any], incoming: Path) -> None:
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     pool = ThreadPoolExecutor(_DOWNLOADS)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("fetching trials", total=len(children))

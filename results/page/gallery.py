@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 from pyarrow import ArrowException
 
+from harness.core.parquet import bounded
 from harness.core.record import MetricInfo
 from harness.core.samples import PREVIEWS, draw_ids, of_member
 from results.leaderboard.format import size_text
@@ -150,8 +151,9 @@ def _read(
     for row in rows:
         path = board.run.trial_folder(row.finished[0].trial_id) / "examples.parquet"
         try:
-            drawn = drawn or draw_ids(predicted_ids(path), members)
-            tables.append((row, row.finished[0].seed, predictions_of(path, drawn, metrics)))
+            with bounded(path):
+                drawn = drawn or draw_ids(predicted_ids(path), members)
+                tables.append((row, row.finished[0].seed, predictions_of(path, drawn, metrics)))
         except (OSError, ArrowException) as error:
             unreadable.append(f"{row.finished[0].trial_id}: {str(error).splitlines()[0]}")
     return drawn, [table for table in tables if table[2]]
@@ -224,11 +226,14 @@ def _inputs(column: str, names: str, previews: Path) -> tuple[Input, ...]:
         names: of their previews, JSON; empty if the example has none.
         previews: the folder of the previews.
     """
-    parts = json.loads(column)
-    return tuple(
-        Input(context, "text", value) if kind == "text" else _file(context, Path(value), _preview(previews, name))
-        for (context, kind, value), name in zip(parts, json.loads(names) or [None] * len(parts), strict=True)
-    )
+    try:
+        parts = json.loads(column)
+        return tuple(
+            Input(context, "text", value) if kind == "text" else _file(context, Path(value), _preview(previews, name))
+            for (context, kind, value), name in zip(parts, json.loads(names) or [None] * len(parts), strict=True)
+        )
+    except (ValueError, TypeError, RecursionError):  # not what a trial writes
+        return (Input("", "note", "the inputs could not be read"),)
 
 
 def _preview(folder: Path, name: str | None) -> Path | None:

@@ -16,6 +16,7 @@ from joblib import Parallel, cpu_count, delayed
 from numpy.typing import NDArray
 
 from harness.core.formulas import PERPLEXITIES, WIDTHS, Floats, agree, base_name, counts_key, formula, score
+from harness.core.parquet import bounded
 from harness.core.record import MetricInfo
 
 _WORTH_PROCESSES = 1000  # files; starting processes takes as long as reading about this many
@@ -63,7 +64,8 @@ def _read_part(sources: Sequence[Source], metrics: Mapping[str, MetricInfo]) -> 
     shared: dict[tuple[str, ...], tuple[str, ...]] = {}
     for path, scores in sources:
         try:
-            one = read_examples(path, metrics, scores)
+            with bounded(path):
+                one = read_examples(path, metrics, scores)
         except (OSError, pa.ArrowException) as error:
             found.append(str(error).splitlines()[0])
             continue

@@ -32,6 +32,7 @@ _MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 FAR_APART = 5.0  # ratio of largest to smallest mean from which a scale is logarithmic
 _INCH = 72  # points; also the dots per inch, so that pixels are points
 LETTER = 0.56  # average letter width in the fonts of the page, relative to the text size
+_LONGEST_NAME = 50  # characters beside an axis
 MOST_PANELS = 9  # of one plot: each takes time to draw, and more cannot be compared
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # keep text as text: smaller, selectable, in the font of the page
@@ -248,9 +249,14 @@ def log_room(values: Sequence[float]) -> tuple[float, float]:
     return float(np.exp(low - room)), float(np.exp(high + room))
 
 
+def _shortened(name: str) -> str:
+    """At most so long that the axes beside it have room."""
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+
+
 def names_on_y(axes: Axes, names: Sequence[str]) -> None:
     """A line for each name, the first at the top."""
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [_shortened(name) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
@@ -258,4 +264,4 @@ def names_on_y(axes: Axes, names: Sequence[str]) -> None:
 
 def room_for(names: Sequence[str], size: float = 10) -> float:
     """Inches that the longest name needs next to an axis."""
-    return 0.15 + max(map(len, names)) * size * LETTER / _INCH
+    return 0.15 + max(len(_shortened(name)) for name in names) * size * LETTER / _INCH
