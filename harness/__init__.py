@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from harness.sweep.forecast import plan_run
     from harness.sweep.profile import profile_run
     from harness.sweep.run import run_experiment
+    from harness.sweep.sync import sync_run
     from results.loaded import Results, load_results
     from tasks.base import Config as TaskConfig
     from tasks.base import Example, Metric, Modality, Part, Preview, Scores, Split, Task
@@ -66,6 +67,7 @@ _PUBLIC = {
     "plan_run": "harness.sweep.forecast:plan_run",
     "profile_run": "harness.sweep.profile:profile_run",
     "run_experiment": "harness.sweep.run:run_experiment",
+    "sync_run": "harness.sweep.sync:sync_run",
 }
 __all__ = [
     "AdaptedModel",
@@ -98,6 +100,7 @@ __all__ = [
     "plan_run",
     "profile_run",
     "run_experiment",
+    "sync_run",
 ]
 
 

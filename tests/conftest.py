@@ -40,7 +40,7 @@ def harness_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database with the tables of MLflow, to be copied as ``mlflow.db``: to make them takes a second each time."""
-    from harness.tracking.grid import check_uri, default_uri
+    from harness.tracking.store import check_uri, default_uri
 
     folder = tmp_path_factory.mktemp("database")
     check_uri(default_uri(folder))

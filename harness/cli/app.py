@@ -164,6 +164,7 @@ app.command(rich_help_panel=EXPERIMENTS)(cli_launch.logs)
 app.command(rich_help_panel=EXPERIMENTS)(cli_launch.stop)
 app.command("profile", rich_help_panel=EXPERIMENTS)(cli_profile.profile)
 app.command(rich_help_panel=EXPERIMENTS)(cli_doctor.doctor)
+app.command(rich_help_panel=EXPERIMENTS)(cli_results.sync)
 for command in (cli_results.recommend, cli_results.report, cli_results.compare, cli_results.attention):
     app.command(rich_help_panel=RESULTS)(command)
 

@@ -87,6 +87,15 @@ def is_running(folder: Path) -> bool:
     return holder_of(place) is not None
 
 
+def sync(folder: RunFolder = None) -> None:
+    """Deliver to MLflow what it lacks of a run, because it was down. The end of every run does the same."""
+    from harness.sweep.sync import sync_run
+
+    found = sync_run(folder or newest_run())
+    lacked = f"{len(found.delivered)} delivered" if found.delivered else "nothing was missing"
+    _print(f"MLflow has {found.trials} trials that have ended ({lacked}): {found.place}")
+
+
 def report(
     runs: Annotated[
         list[str], typer.Argument(metavar="RUN...", help="Run folders such as runs/quickstart; with --from, run names.")

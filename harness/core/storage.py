@@ -318,6 +318,15 @@ class Copy:
         self.there.remove([name])
         self._known.pop(name, None)
 
+    def remove_gone(self, name: str) -> None:
+        """Remove there, in all folders, the files of this name that were pulled or pushed and are not here any more."""
+        gone = [known for known in self._known if known.rpartition("/")[2] == name and not (self.here / known).exists()]
+        self.there.remove(gone)
+        for one in gone:
+            del self._known[one]
+        if gone:
+            self._save()
+
     def _note(self, name: str, stamp: str) -> None:
         self._known[name] = [stamp, *_stamp_here(self.here / name)]
 

@@ -87,7 +87,8 @@ def _update_mlflow(folder: Path, report: ReportPaths, console: Console) -> None:
     except UserError as error:
         problem: str | None = str(error)
     else:
-        problem = close_grid(grid, not board.missing and not board.failed, list(report.all), board) if grid else None
+        complete = not board.missing and not board.failed
+        problem = close_grid(grid, complete, list(report.all), board).problem if grid else None
     if problem:
         console.print(f"MLflow could not be updated: {problem}", highlight=False, markup=False, soft_wrap=True)
 

@@ -316,7 +316,7 @@ class Rank:
 
     def run(self, job: Job) -> Outcome:
         """Run a trial with the others."""
-        from harness.tracking.grid import MlflowTracker, NoTracker
+        from harness.tracking.tracker import MlflowTracker, NoTracker
         from harness.trial.worker import run_worker
 
         spec, planned = TrialSpec.model_validate_json(job.spec), PlannedTrial.model_validate_json(job.planned)

@@ -60,6 +60,11 @@ class Prepared:
         """The ids of trials with a finished record."""
         return {trial_id for trial_id, status in self.states().items() if status == "finished"}
 
+    @property
+    def place(self) -> str:
+        """The run folder, or its URL."""
+        return self.storage.there.url if self.storage else str(self.folder)
+
     def push(self) -> None:
         """Push what has changed, if the run folder is at a URL.
 
@@ -99,7 +104,7 @@ def prepare(experiment: Experiment, output: str | Path = "runs", fresh: bool = F
             a storage cannot be used.
     """
     from harness.sweep.preflight import check_stages, metrics_of
-    from harness.tracking.grid import default_uri, located, redacted
+    from harness.tracking.store import default_uri, located, redacted
 
     storage = _stored_run(str(output), experiment.name, fresh) if is_url(output) else None
     folder = storage.here if storage else _run_folder(Path(output), experiment.name, fresh)
@@ -207,7 +212,7 @@ def run_experiment(
             compute.
     """
     from harness.sweep import preflight
-    from harness.tracking.grid import check_uri, close_grid, open_grid
+    from harness.tracking.grid import check_grid, close_grid, open_grid
     from results.report import write_report
 
     console = console or Terminal()
@@ -225,7 +230,7 @@ def run_experiment(
     preflight.check_models(prepared.specs)
     preflight.check_fingerprints(prepared.specs, str(experiment.top / "backbone"))
     with _run_folder_for(prepared, fresh, console) as lease, stoppable(folder) as stopping:
-        check_uri(prepared.mlflow_uri, experiment=experiment.name)
+        check_grid(prepared.mlflow_uri, experiment.name, folder)
         preflight.check_data(prepared.specs, folder, console, experiment.halving)
         _write_plan(prepared)
         write_atomically(folder / "experiment.yaml", experiment.text)
@@ -233,6 +238,9 @@ def run_experiment(
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         prepared.push()
         grid = open_grid(prepared.mlflow_uri, experiment.name, folder)
+        if grid.problem:
+            line = f"{grid.problem}; the trials run without it, and what it lacks is delivered at the end"
+            console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
         try:
             _run_unfinished(prepared, cluster, grid, lease, console, stopping)
             while (extended := _extended(prepared)) is not None:
@@ -249,8 +257,10 @@ def run_experiment(
             console.print(f"{error}; {kept}", style="red", highlight=False, markup=False, soft_wrap=True)
         prepared.pull_previews()
         report = write_report([folder])
-        problem = close_grid(grid, not prepared.unfinished(), list(report.all), report.board)
+        problem = close_grid(grid, not prepared.unfinished(), list(report.all), report.board).problem
         _push_all(prepared, console)
+    if problem:
+        problem += f"; `harness sync {prepared.place}` delivers what is missing, and so does the next run"
     return Results((folder,), report.html, problem, grid.trials_link, stopping.reason, known_board=report.board)
 
 
@@ -277,9 +287,12 @@ def _push_all(prepared: Prepared, console: Console) -> None:
     """Push what the driver has made; without a connection, the next run does it."""
     if prepared.storage is None:
         return
+    from harness.tracking.journal import JOURNAL
+
     prepared.storage.there.patience_s = _LAST_PATIENCE_S
     try:
         prepared.push()
+        prepared.storage.remove_gone(JOURNAL)
         line = f"stored:  {prepared.storage.there.url}"
     except StorageError as error:
         line = f"{error}; the results are in {prepared.folder}; run the same experiment again to store them"
@@ -326,7 +339,7 @@ def _run_unfinished(
     from harness.sweep.preflight import files_read
     from harness.sweep.spending import Metered
     from harness.sweep.tune import Sweep, sweep
-    from harness.tracking.grid import sqlite_path
+    from harness.tracking.store import sqlite_path
 
     prepared.halved().read()  # a kill may have come between a decision and its records
     todo = prepared.unfinished()

@@ -26,7 +26,8 @@ from harness.sweep.ray_library import tune, wrap_function
 from harness.sweep.rungs import run_to_end
 from harness.sweep.scheduler import HalveRows
 from harness.sweep.stored import Stored, TrialPlace
-from harness.tracking.grid import Grid, MlflowTracker
+from harness.tracking.grid import Grid
+from harness.tracking.tracker import MlflowTracker
 from harness.trial.attempt import run_trial
 from harness.trial.trial import Progress
 

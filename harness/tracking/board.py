@@ -15,7 +15,8 @@ from urllib.parse import quote
 
 from harness.core.profile import Measured
 from harness.core.record import MetricInfo
-from harness.tracking.log import SYSTEM, key_of, log_metrics
+from harness.tracking.journal import SYSTEM
+from harness.tracking.log import key_of, log_metrics
 from results.export.columns import PROFILED, all_columns
 from results.export.text import markdown_table
 from results.leaderboard.format import ABSENT

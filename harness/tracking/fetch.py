@@ -21,8 +21,9 @@ from harness.core.files import write_atomically
 from harness.core.record import record_path
 from harness.core.samples import PREVIEWS
 from harness.core.terminal import Terminal
-from harness.tracking.grid import RUN_FILES, check_uri, child_runs, connect, reason_of, redacted, sqlite_path
+from harness.tracking.grid import RUN_FILES, child_runs
 from harness.tracking.log import TRIAL_FILES
+from harness.tracking.store import check_uri, connect, reason_of, redacted, sqlite_path
 
 MARKER = "fetched_from_mlflow.json"  # marks folders that may be overwritten
 _DOWNLOADS = 8  # concurrent

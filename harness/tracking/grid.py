@@ -1,226 +1,92 @@
 """Logs grids to MLflow: one experiment, one parent run per grid, one child run per trial.
 
-The record on disk is authoritative and written first; MLflow mirrors it for comparing runs. A tracking server that
-fails during a trial causes a warning in the record, never a failed trial. docs/mlflow.md lists everything that is
-logged; ``harness.tracking.fetch`` reads it back.
+The records on disk are authoritative and written first; MLflow mirrors them for comparing runs. A server that is down
+delays no trial and changes no result: what it lacks is delivered when a grid ends, and by ``harness sync``.
+docs/mlflow.md lists everything that is logged; ``harness.tracking.fetch`` reads it back.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import sqlite3
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from harness.core.errors import UserError
-from harness.core.paths import locate
+from harness.core.files import write_atomically
 from harness.core.profile import FILE_NAME
-from harness.core.record import Plan, PlannedTrial, TrialRecord, read_record, record_path
+from harness.core.record import Plan, PlannedTrial, Run, TrialRecord, read_run
 from harness.core.samples import PREVIEWS
+from harness.core.schema import read_strictly
 from harness.core.search import DECISIONS
-from harness.experiment.plan import TrialSpec
 from harness.tracking.board import describe_board, grid_link, log_board, save_view, trials_link
-from harness.tracking.log import log_end, log_metrics, log_params
-from harness.tracking.schema import HALF_MADE, advice, make_database
-from harness.tracking.system import SystemMetrics
+from harness.tracking.delivery import (
+    PARENT_TAG,
+    RECORD_TAG,
+    RUN_ID_FILE,
+    TRIAL_TAG,
+    Delivery,
+    Destination,
+    digest_of,
+    known_run,
+)
+from harness.tracking.journal import JOURNAL, Journal
+from harness.tracking.store import (
+    HIDDEN,
+    UnreachableError,
+    artifact_uri,
+    check_uri,
+    connect,
+    reason_of,
+    redacted,
+    sqlite_path,
+    unusable,
+    without_password,
+)
 from results.leaderboard.table import Leaderboard
 
-logger = logging.getLogger(__name__)
-
-PARENT_TAG = "mlflow.parentRunId"
 FOLDER_TAG = "harness.run_folder"
 PAGE_SIZE = 1000  # runs per page of a search
-RUN_ID_FILE = "mlflow_run_id"  # of a run folder, and of each trial's folder
-HIDDEN = "***"  # in place of a password
 RUN_FILES = ("plan.json", "experiment.yaml", FILE_NAME, DECISIONS)
-_CURVES = {"learning_rate": "schedule/learning_rate"}  # in a section of its own, below the losses
-_OUTCOME_TAGS = {"harness.status", "harness.reason"}
-
-
-class Tracker(Protocol):
-    """Receives the progress and the result of a trial."""
-
-    run_id: str | None
-    warnings: tuple[str, ...]
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log metrics at one step of training."""
-
-    def pause(self) -> None:
-        """The trial waits, and this process goes on without it."""
-
-    def finish(self, record: TrialRecord, folder: Path) -> None:
-        """The trial has ended; its record is in ``folder``."""
-
-
-class NoTracker:
-    """Nothing is logged: by what is measured apart from trials, and by workers of a trial other than the first."""
-
-    run_id: str | None = None
-    warnings: tuple[str, ...] = ()
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log nothing."""
-
-    def pause(self) -> None:
-        """Log nothing."""
-
-    def finish(self, record: TrialRecord, folder: Path) -> None:
-        """Log nothing."""
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Where the trials of one run folder log to; sent to the workers."""
+class Grid(Destination):
+    """Where the trials of one run folder log to; sent to the workers.
 
-    uri: str
-    experiment_id: str
-    parent_run_id: str
+    Attributes:
+        folder: the run folder.
+        problem: why the store did not answer when it was opened; None: it did.
+    """
+
+    folder: Path
+    problem: str | None = None
 
     @property
-    def trials_link(self) -> str:
+    def trials_link(self) -> str | None:
         """Path on MLflow's page of the table of trials; its columns are there once the grid has been closed."""
-        return trials_link(self.experiment_id, self.parent_run_id)
+        return trials_link(self.experiment_id, self.parent_run_id) if self.experiment_id else None
 
     @property
-    def grid_link(self) -> str:
+    def grid_link(self) -> str | None:
         """Path on MLflow's page of the parent run."""
-        return grid_link(self.experiment_id, self.parent_run_id)
+        return grid_link(self.experiment_id, self.parent_run_id) if self.experiment_id else None
 
 
-def default_uri(runs: Path) -> str:
-    """``MLFLOW_TRACKING_URI`` of MLflow, otherwise SQLite next to the run folders."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(runs.resolve() / "mlflow.db")
+@dataclass
+class Closed:
+    """What came of closing a grid.
 
-
-def sqlite_uri(path: Path) -> str:
-    """The URI of an SQLite database in a file; ``%``, ``?`` and ``#`` in its path have a meaning in a URI."""
-    if not _means_something(path):
-        return f"sqlite:///{path}"
-    from sqlalchemy.engine import URL
-
-    return URL.create("sqlite", database=str(path)).render_as_string()
-
-
-def sqlite_path(uri: str) -> Path | None:
-    """The file of an SQLite URI, without its options (``?timeout=60``); None for other URIs."""
-    if not uri.startswith("sqlite:"):
-        return None
-    from sqlalchemy.engine import make_url
-
-    database = make_url(uri).database
-    return Path(database) if database else None
-
-
-def located(uri: str, folder: Path) -> str:
-    """The URI from an experiment, its SQLite file or folder relative to the folder of the experiment's file.
-
-    Raises:
-        ValueError: there is one in the current folder only; the message says what to write.
+    Attributes:
+        problem: why MLflow could not be brought up to date; None: it is.
+        delivered: ids of the trials whose runs lacked something and do not any more.
     """
-    if (database := sqlite_path(uri)) is not None:
-        if database.is_absolute() or str(database) == ":memory:":
-            return uri
-        from sqlalchemy.engine import make_url
 
-        path = str(locate(database, folder, explain=True))
-        return make_url(uri).set(database=path).render_as_string(hide_password=False)
-    return uri if ":" in uri or uri.startswith("databricks") else str(locate(uri, folder, explain=True))
-
-
-def _artifact_uri(folder: Path) -> str:
-    return folder.as_uri() if _means_something(folder) else str(folder)
-
-
-def _means_something(path: Path) -> bool:
-    return bool(set("%?#") & set(str(path)))
-
-
-def redacted(uri: str) -> str:
-    """The URI without the password of its database or server, for display and storage."""
-    return _without_password(uri, uri)
-
-
-def _without_password(text: str, uri: str) -> str:
-    password = urlsplit(uri).password
-    return text.replace(f":{password}@", f":{HIDDEN}@") if password else text
-
-
-def reason_of(error: Exception, uri: str) -> str:
-    """An error of the store on one line, without the password of its URI."""
-    return " ".join(_without_password(str(error), uri).split())[:300]
-
-
-def connect(uri: str) -> Any:
-    """A client that fails fast: with the defaults of MLflow, a server that is down blocks every call for minutes."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # MLflow prints the address of every run that ends, with the password of its URI.
-    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
-    for name in ("alembic", "mlflow", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    from mlflow import MlflowClient
-
-    def client(of: str) -> Any:
-        with _no_folder_named_like(of):
-            return MlflowClient(tracking_uri=of)
-
-    database = sqlite_path(uri)
-    if database is not None and str(database) != ":memory:" and not database.exists():
-        make_database(database, lambda new: client(sqlite_uri(new)).search_experiments(max_results=1))
-    return client(uri)
-
-
-@contextmanager
-def _no_folder_named_like(uri: str) -> Iterator[None]:
-    """Remove the empty folder that MLflow makes for a database whose path is escaped: ``a%23b`` next to ``a#b``."""
-    database = sqlite_path(uri)
-    written = Path(uri.removeprefix("sqlite:///")).parent
-    new = [] if database is None else [path for path in (written, *written.parents) if not path.exists()]
-    try:
-        yield
-    finally:
-        for folder in new:
-            if database is not None and folder not in database.parents:
-                with suppress(OSError):  # not empty, or not made
-                    folder.rmdir()
-
-
-def check_uri(uri: str, where: str = "tracking.mlflow_uri", experiment: str | None = None) -> None:
-    """Check that the store answers, and that nobody has deleted the MLflow experiment that a grid will log to.
-
-    Args:
-        uri: of the store.
-        where: the option or key that holds the URI.
-        experiment: name of the experiment, if a grid will log to it.
-
-    Raises:
-        UserError: the store does not answer, or the experiment is deleted.
-    """
-    try:
-        client = connect(uri)
-        client.search_experiments(max_results=1)
-        found = client.get_experiment_by_name(experiment) if experiment else None
-    except Exception as error:  # database drivers and HTTP clients raise many types
-        raise _unusable(uri, error, where) from error
-    if found is not None and found.lifecycle_stage != "active":
-        raise UserError(
-            f"{where}: the MLflow experiment {experiment!r} at {redacted(uri)!r} is deleted; restore it "
-            f"(mlflow experiments restore --experiment-id {found.experiment_id}) or give the experiment another name"
-        )
-
-
-def _unusable(uri: str, error: Exception, where: str = "tracking.mlflow_uri") -> UserError:
-    database, reason = sqlite_path(uri), reason_of(error, uri)
-    hint = f"; {text}" if database and HALF_MADE.search(reason) and (text := advice(database)) else ""
-    return UserError(f"{where}: {redacted(uri)!r} could not be used: {reason}{hint}")
+    problem: str | None = None
+    delivered: list[str] = field(default_factory=list)
 
 
 def child_runs(client: Any, experiment_id: str, parent_run_id: str, condition: str = "") -> Iterator[Any]:
@@ -236,35 +102,83 @@ def child_runs(client: Any, experiment_id: str, parent_run_id: str, condition: s
             return
 
 
+def check_grid(uri: str, experiment: str, run_folder: Path) -> None:
+    """Check before any compute that a grid can be logged, now or later.
+
+    A store that never worked is a mistake. One that this run folder has been logged to may be down for a while.
+
+    Raises:
+        UserError: the store does not answer and this run folder was never logged to it, or the experiment is deleted.
+    """
+    try:
+        check_uri(uri, experiment=experiment)
+    except UnreachableError as error:
+        if _parent_of(run_folder, uri) is None:
+            raise UnreachableError(
+                f"{error}; nothing has been logged to it from {run_folder} yet, so its address may be wrong: correct "
+                "it, or start the server"
+            ) from error
+
+
+def _parent_of(run_folder: Path, uri: str) -> str | None:
+    """The parent run's id, if the run folder has been logged to this store."""
+    path, plan = run_folder / RUN_ID_FILE, run_folder / "plan.json"
+    try:
+        logged_to = read_strictly(Plan, plan, "the plan of a run").mlflow_uri
+        return path.read_text(encoding="utf-8").strip() or None if logged_to == redacted(uri) else None
+    except (OSError, ValueError):
+        return None
+
+
 def open_grid(uri: str, experiment: str, run_folder: Path) -> Grid:
     """Create schema, experiment and parent run, once, in the driver: several processes would race at first use.
 
     A run folder that is run again reuses its parent run. Its plan and experiment file, if already written, become
-    artifacts, so that a running grid can be fetched.
+    artifacts, so that a running grid can be fetched. If the store does not answer, but the run folder has been logged
+    to it, the grid's ``problem`` says so, and its trials are delivered later.
 
     Raises:
         UserError: the tracking server or database could not be used.
     """
-    from mlflow.exceptions import MlflowException
-
     try:
         client = connect(uri)
         found = client.get_experiment_by_name(experiment)
         if found is None:
-            place = _artifact_uri(run_folder.parent.resolve() / "mlartifacts") if uri.startswith("sqlite:") else None
+            place = artifact_uri(run_folder.parent.resolve() / "mlartifacts") if uri.startswith("sqlite:") else None
             experiment_id = client.create_experiment(experiment, artifact_location=place)
         else:
             experiment_id = found.experiment_id
-        tags = {"harness.kind": "grid", FOLDER_TAG: str(run_folder.resolve()), "mlflow.note.content": _note(run_folder)}
-        parent = str(_open_run(client, experiment_id, run_folder, run_folder.name, tags)[0].info.run_id)
+        parent = _open_parent(client, experiment_id, run_folder)
         _log_run_files(client, parent, run_folder, uri)
-    except (MlflowException, OSError, ImportError, ValueError) as error:
-        raise _unusable(uri, error) from error
+    except Exception as error:  # database drivers and HTTP clients raise many types
+        known = _parent_of(run_folder, uri)
+        if known is None:
+            raise unusable(uri, error) from error
+        return Grid(uri, None, known, run_folder, str(unusable(uri, error)))
     if database := sqlite_path(uri):
         # Write-ahead logging, because trials write concurrently: a write has a median of 6 ms instead of 22.
         with sqlite3.connect(database) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
-    return Grid(uri, experiment_id, parent)
+    return Grid(uri, experiment_id, parent, run_folder)
+
+
+def _open_parent(client: Any, experiment_id: str, run_folder: Path) -> str:
+    """The parent run's id: of the run whose id the folder has, of one with the folder's tags, or of a new one."""
+    tags = {"harness.kind": "grid", FOLDER_TAG: str(run_folder.resolve()), "mlflow.note.content": _note(run_folder)}
+    path, run = run_folder / RUN_ID_FILE, known_run(client, run_folder)
+    if run is None and path.exists() and not path.read_text(encoding="utf-8"):  # killed between the two lines below
+        condition = f"tags.`{FOLDER_TAG}` = '{tags[FOLDER_TAG]}' and attributes.status = 'RUNNING'"
+        run = next(iter(client.search_runs([experiment_id], condition, max_results=1)), None)
+    if run is None:
+        write_atomically(path, "")
+        run = client.create_run(experiment_id, run_name=run_folder.name, tags=tags)
+        write_atomically(path, str(run.info.run_id))
+        return str(run.info.run_id)
+    write_atomically(path, str(run.info.run_id))
+    client.update_run(run.info.run_id, status="RUNNING", name=run_folder.name)
+    for key, value in tags.items():
+        client.set_tag(run.info.run_id, key, value)
+    return str(run.info.run_id)
 
 
 def reopen_grid(plan: Plan, run_folder: Path) -> Grid | None:
@@ -275,19 +189,29 @@ def reopen_grid(plan: Plan, run_folder: Path) -> Grid | None:
             MLFLOW_TRACKING_URI is not this URI.
     """
     path = run_folder / RUN_ID_FILE
-    if not plan.mlflow_uri or not path.exists():
+    if not plan.mlflow_uri or not path.exists() or not path.read_text(encoding="utf-8"):
         return None
-    given, uri = os.environ.get("MLFLOW_TRACKING_URI", ""), plan.mlflow_uri
-    if redacted(given) == uri:
-        uri = given
-    elif urlsplit(uri).password == HIDDEN:
-        raise UserError(f"{uri}: its password is not stored; set MLFLOW_TRACKING_URI to the whole URI")
+    uri = whole_uri(plan.mlflow_uri)
     check_uri(uri, str(run_folder / "plan.json"))
     try:
         found = connect(uri).get_run(path.read_text(encoding="utf-8").strip())
     except Exception as error:  # database drivers and HTTP clients raise many types
-        raise _unusable(uri, error, str(path)) from error
-    return Grid(uri, found.info.experiment_id, found.info.run_id)
+        raise unusable(uri, error, str(path)) from error
+    return Grid(uri, found.info.experiment_id, found.info.run_id, run_folder)
+
+
+def whole_uri(stored: str) -> str:
+    """The URI of a plan, with the password that is not stored.
+
+    Raises:
+        UserError: it has a password, and MLFLOW_TRACKING_URI is not this URI.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if redacted(given) == stored:
+        return given
+    if urlsplit(stored).password == HIDDEN:
+        raise UserError(f"{stored}: its password is not stored; set MLFLOW_TRACKING_URI to the whole URI")
+    return stored
 
 
 def _note(run_folder: Path) -> str:
@@ -306,32 +230,8 @@ One grid of trials. Each child run is one adapter, learning rate, data budget an
 """
 
 
-def _open_run(client: Any, experiment_id: str, folder: Path, name: str, tags: dict[str, str]) -> tuple[Any, bool]:
-    """The run whose id the folder stores if it still exists at this tracking URI, else a new one; and whether new."""
-    from mlflow.exceptions import MlflowException
-
-    path = folder / RUN_ID_FILE
-    run = None
-    if path.exists():
-        try:
-            run = client.get_run(path.read_text(encoding="utf-8").strip())
-        except MlflowException:
-            logger.info("%s: the tracking server has no such run; logging to a new one", path)
-    if run is None or run.info.lifecycle_stage != "active":
-        run = client.create_run(experiment_id, run_name=name, tags=tags)
-        path.write_text(str(run.info.run_id), encoding="utf-8")
-        return run, True
-    run_id = run.info.run_id
-    client.update_run(run_id, status="RUNNING", name=name)
-    for key, value in tags.items():
-        client.set_tag(run_id, key, value)
-    for key in _OUTCOME_TAGS & run.data.tags.keys():
-        client.delete_tag(run_id, key)
-    return run, False
-
-
-def close_grid(grid: Grid, complete: bool, artifacts: list[Path], board: Leaderboard | None = None) -> str | None:
-    """End the parent run, with the leaderboard's scores and the report; returns the reason if MLflow fails.
+def close_grid(grid: Grid, complete: bool, artifacts: list[Path], board: Leaderboard | None = None) -> Closed:
+    """Deliver what the runs of trials lack, and end the parent run with the leaderboard's scores and the report.
 
     Args:
         grid: its child runs are ended too if their processes died.
@@ -339,26 +239,67 @@ def close_grid(grid: Grid, complete: bool, artifacts: list[Path], board: Leaderb
         artifacts: the report's files or folders; they keep their relative paths below ``report/``.
         board: the leaderboard of its run folder, if there is one.
     """
-    parent = grid.parent_run_id
+    closed, parent, folder = Closed(), grid.parent_run_id, grid.folder
     try:
         client = connect(grid.uri)
-        folder = Path(client.get_run(parent).data.tags[FOLDER_TAG])
-        lost = list(child_runs(client, grid.experiment_id, parent, "attributes.status = 'RUNNING'"))
-        for child in lost:
-            _end_lost(client, child, folder)
+        experiment_id = grid.experiment_id or str(client.get_run(parent).info.experiment_id)
+        run = board.run if board else read_run(folder) if (folder / "plan.json").exists() else None
+        _deliver_missing(client, grid, list(child_runs(client, experiment_id, parent)), run, closed)
         _log_artifacts(client, parent, artifacts)
         _log_run_files(client, parent, folder, grid.uri)
         _log_previews(client, parent, folder / PREVIEWS)
         if board is not None:
-            log_board(client, parent, child_runs(client, grid.experiment_id, parent), board)
-            save_view(client, grid.experiment_id, parent, PARENT_TAG, board)
+            log_board(client, parent, child_runs(client, experiment_id, parent), board)
+            save_view(client, experiment_id, parent, PARENT_TAG, board)
             for key, value in _counts(board).items():
                 client.set_tag(parent, f"harness.trials_{key}", str(value))
             client.set_tag(parent, "mlflow.note.content", f"{describe_board(board)}\n{_note(folder)}")
         client.set_terminated(parent, "FINISHED" if complete else "FAILED")
     except Exception as error:  # database drivers and HTTP clients raise many types; the results are on disk
-        return reason_of(error, grid.uri)
-    return None
+        closed.problem = reason_of(error, grid.uri)
+    return closed
+
+
+def _deliver_missing(client: Any, grid: Grid, children: Sequence[Any], run: Run | None, closed: Closed) -> None:
+    """Bring the runs of all trials up to date with their records, and end those whose processes died without one."""
+    planned = {trial.trial_id: trial for trial in run.plan.trials} if run else {}
+    records: Mapping[str, TrialRecord] = run.records if run else {}
+    runs: dict[str, list[Any]] = {}
+    for child in children:
+        runs.setdefault(child.data.tags.get(TRIAL_TAG, ""), []).append(child)
+    for trial_id, record in records.items():
+        home = grid.folder / "trials" / trial_id
+        if (home / JOURNAL).exists() or not any(_has(child, record) for child in runs.get(trial_id, ())):
+            kept = _deliver(grid, planned[trial_id], record, home)
+            closed.delivered.append(trial_id)
+        else:
+            kept = next(child.info.run_id for child in runs[trial_id] if _has(child, record))
+        _end_others(client, [child for child in runs.get(trial_id, ()) if child.info.run_id != kept])
+    for trial_id in runs.keys() - records.keys():
+        _end_others(client, runs[trial_id])
+
+
+def _has(child: Any, record: TrialRecord) -> bool:
+    """Whether a run has ended with this record; one of before 2026-12 does not say which record it has."""
+    tags = child.data.tags
+    same = tags[RECORD_TAG] == digest_of(record) if RECORD_TAG in tags else tags.get("harness.status") == record.status
+    return bool(child.info.status != "RUNNING" and same)
+
+
+def _deliver(grid: Grid, planned: PlannedTrial, record: TrialRecord, home: Path) -> str:
+    journal = Journal(home)
+    delivery = Delivery(grid, planned, record.spec, journal, looking=True)
+    delivery.end(record)
+    journal.remove()
+    return str(delivery.run_id)
+
+
+def _end_others(client: Any, runs: Sequence[Any]) -> None:
+    """End runs without a process and without a record: of trials that died, or made when an answer was lost."""
+    for run in runs:
+        if run.info.status == "RUNNING":
+            client.set_tag(run.info.run_id, "harness.reason", "the process ended before the trial finished")
+            client.set_terminated(run.info.run_id, "KILLED")
 
 
 def _counts(board: Leaderboard) -> dict[str, int]:
@@ -381,7 +322,7 @@ def _log_artifacts(client: Any, run_id: str, paths: list[Path]) -> None:
 
 def _log_run_files(client: Any, run_id: str, folder: Path, uri: str) -> None:
     for path in filter(Path.exists, (folder / name for name in RUN_FILES)):
-        client.log_text(run_id, _without_password(path.read_text(encoding="utf-8"), uri), path.name)
+        client.log_text(run_id, without_password(path.read_text(encoding="utf-8"), uri), path.name)
 
 
 def _log_previews(client: Any, run_id: str, folder: Path) -> None:
@@ -392,80 +333,3 @@ def _log_previews(client: Any, run_id: str, folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if path.name not in there:
             client.log_artifact(run_id, str(path), PREVIEWS)
-
-
-def _end_lost(client: Any, run: Any, run_folder: Path) -> None:
-    """End a child run without a process: it died, was interrupted, or lost the server."""
-    path = record_path(run_folder, run.data.tags["harness.trial_id"])
-    if path.exists():
-        log_end(client, run.info.run_id, read_record(path), path.parent)
-    else:
-        client.set_tag(run.info.run_id, "harness.reason", "the process ended before the trial finished")
-        client.set_terminated(run.info.run_id, "KILLED")
-
-
-class MlflowTracker:
-    """The child run of one trial.
-
-    Args:
-        grid: where to log.
-        spec: spec of the trial, whose values become params.
-        planned: display names.
-        folder: folder of the trial, which stores the run id, so that a restarted trial reuses its run.
-    """
-
-    def __init__(self, grid: Grid, spec: TrialSpec, planned: PlannedTrial, folder: Path) -> None:
-        self.run_id: str | None = None
-        self.warnings: tuple[str, ...] = ()
-        self._grid = grid
-        self._system: SystemMetrics | None = None
-        self._guard(self._start, spec, planned, folder)
-
-    def _start(self, spec: TrialSpec, planned: PlannedTrial, folder: Path) -> None:
-        from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING as ENABLED
-
-        self._client = connect(self._grid.uri)
-        folder.mkdir(parents=True, exist_ok=True)
-        rate = f"lr={planned.learning_rate:g}" if planned.learning_rate else ""
-        parts = (planned.label, planned.grouping, planned.setting, rate, f"seed={planned.seed}")
-        tags = {
-            PARENT_TAG: self._grid.parent_run_id,
-            "harness.kind": "trial",
-            "harness.trial_id": planned.trial_id,
-            "harness.label": planned.label,
-            "harness.setting": planned.setting,
-        }
-        name = " ".join(filter(None, parts))
-        run, new = _open_run(self._client, self._grid.experiment_id, folder, name, tags)
-        self.run_id = str(run.info.run_id)
-        if new:
-            log_params(self._client, self.run_id, spec)
-        if ENABLED.get() or not ENABLED.is_set():
-            self._system = SystemMetrics(self._client, self._grid.uri, run.info)
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log the metrics of an epoch, by optimizer step."""
-        named = {_CURVES.get(name, f"epoch/{name}"): value for name, value in values.items()}
-        self._guard(lambda: log_metrics(self._client, str(self.run_id), named, step))
-
-    def pause(self) -> None:
-        """Stop sampling the system; the run stays open, and a later process goes on with it."""
-        if self._system:
-            self._system.stop()
-
-    def finish(self, record: TrialRecord, folder: Path) -> None:
-        """Log the numbers and files of the record, and end the run."""
-        if self._system:
-            self._system.stop()
-        self._guard(lambda: log_end(self._client, str(self.run_id), record, folder))
-
-    def _guard(self, call: Callable[..., None], *args: Any) -> None:
-        """Keep tracking failures from failing the trial; after the first one, stop logging."""
-        if self.warnings:
-            return
-        try:
-            call(*args)
-        except Exception as error:  # database drivers and HTTP clients raise many types
-            uri = self._grid.uri
-            self.warnings = (f"MLflow logging stopped: {type(error).__name__}: {reason_of(error, uri)}",)
-            logger.error("MLflow logging stopped\n%s", _without_password(traceback.format_exc(), uri))

@@ -1,21 +1,19 @@
-"""Logs one trial to MLflow: params from its spec; metrics, datasets and files from its record."""
+"""What of a trial is logged to MLflow: params from its spec; metrics, datasets and files from its record."""
 
 from __future__ import annotations
 
 import json
 import re
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from harness.core.naming import flatten
 from harness.core.record import Data, TrialRecord
-from harness.experiment.plan import TrialSpec
+from harness.tracking.journal import SYSTEM
 
-# MLflow charts what is below it on its page "System metrics", apart from losses and scores.
-SYSTEM = "system"
 TRIAL_FILES = ("record.json", "examples.parquet", "attention.safetensors", "log.txt")
+_CURVES = {"learning_rate": "schedule/learning_rate"}  # in a section of its own, below the losses
 _STATUS = {"finished": "FINISHED", "cancelled": "KILLED", "pruned": "KILLED"}
 # A param is named by its path in the spec. Params used for filtering and sorting have short names …
 _SHORT = {
@@ -35,17 +33,14 @@ _NO_PARAM = re.compile(
 )
 
 
-def log_params(client: Any, run_id: str, spec: TrialSpec) -> None:
-    """Log the values of the spec by their path, or by their short name; empty values are left out."""
-    from mlflow.entities import Param
-
-    pairs = flatten(spec.model_dump(mode="json"))
-    params = [
-        Param(key_of(_SHORT.get(path, path)), str(value))
+def params_of(spec: Mapping[str, Any]) -> dict[str, str]:
+    """The values of a spec by their path, or by their short name; empty values are left out."""
+    pairs = flatten(spec)
+    return {
+        key_of(_SHORT.get(path, path)): str(value)
         for path, value in pairs
         if value not in (None, "", []) and not _NO_PARAM.fullmatch(path)
-    ]
-    client.log_batch(run_id, params=params)
+    }
 
 
 def log_metrics(client: Any, run_id: str, values: Mapping[str, float], step: int = 0) -> None:
@@ -61,21 +56,35 @@ def key_of(name: str) -> str:
     return re.sub(r"[^\w.\-/: ]", "_", name)
 
 
-def log_end(client: Any, run_id: str, record: TrialRecord, folder: Path) -> None:
-    """Log the numbers, datasets and files of a trial, and end its run."""
+def named(values: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of an epoch by their names in MLflow."""
+    return {_CURVES.get(name, f"epoch/{name}"): float(value) for name, value in values.items()}
+
+
+def curves_of(record: TrialRecord) -> Iterator[tuple[str, float, int]]:
+    """The metrics of all epochs of a record, each with its value and its optimizer step."""
+    for epoch in record.history:
+        for key, value in named(epoch.model_dump(exclude={"epoch", "step"})).items():
+            yield key, value, epoch.step
+
+
+def scores_of(record: TrialRecord) -> dict[str, float]:
+    """The scores, counts, sizes and times of a record."""
     scores = {f"{split}/{name}": x for split, metrics in record.metrics.items() for name, x in metrics.items()}
-    log_metrics(client, run_id, scores | {f"{SYSTEM}/{name}": x for name, x in _counters(record).items()})
-    if record.data:
-        _log_data(client, run_id, record.spec["task"]["name"], record.data)
-    for path in filter(Path.exists, (folder / name for name in TRIAL_FILES)):
-        client.log_artifact(run_id, str(path))
+    return scores | {f"{SYSTEM}/{name}": x for name, x in _counters(record).items()}
+
+
+def tags_of(record: TrialRecord) -> dict[str, str]:
+    """What a record says of its trial in words."""
     tags = {"status": record.status, "reason": record.reason, "device": record.device}
     tags["git_revision"] = record.git_revision
     tags["pruned_at_epoch"] = str(record.pruned.epoch) if record.pruned else None
-    for key, value in tags.items():
-        if value:
-            client.set_tag(run_id, f"harness.{key}", value)
-    client.set_terminated(run_id, _STATUS.get(record.status, "FAILED"))
+    return {f"harness.{key}": value for key, value in tags.items() if value}
+
+
+def status_of(record: TrialRecord) -> str:
+    """The status in MLflow's words."""
+    return _STATUS.get(record.status, "FAILED")
 
 
 def _counters(record: TrialRecord) -> dict[str, float]:
@@ -90,11 +99,11 @@ def _counters(record: TrialRecord) -> dict[str, float]:
     return values | {f"phases_s/{name}": x for name, x in record.phases_s.items()}
 
 
-def _log_data(client: Any, run_id: str, task: str, data: Data) -> None:
-    """Log the training and evaluation data as datasets: equal digests mean equal examples."""
+def data_of(task: str, data: Data) -> list[Any]:
+    """The training and evaluation data as MLflow's datasets: equal digests mean equal examples."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    inputs = [
+    return [
         DatasetInput(
             # MLflow allows 36 characters of a digest; the whole fingerprint is in the record.
             Dataset(f"{task} {context}", fingerprint[:36], "harness task", task, profile=profile),
@@ -105,4 +114,3 @@ def _log_data(client: Any, run_id: str, task: str, data: Data) -> None:
             ("evaluation", data.evaluation_fingerprint, None),
         )
     ]
-    client.log_inputs(run_id, inputs)

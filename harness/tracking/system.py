@@ -6,11 +6,13 @@ import logging
 import threading
 import time
 import weakref
-from typing import Any
+from collections.abc import Callable, Mapping
 
-from harness.tracking.log import SYSTEM, log_metrics
+from harness.tracking.journal import SYSTEM
 
 logger = logging.getLogger(__name__)
+Add = Callable[[Mapping[str, float], int], None]
+_NOWHERE = "http://127.0.0.1:9"  # the collectors' own client is never used; one of a database would connect to it
 
 
 class SystemMetrics:
@@ -18,26 +20,30 @@ class SystemMetrics:
 
     Uses the collectors of MLflow's ``SystemMetricsMonitor`` but not its loop, which logs nothing for a trial shorter
     than its interval, records psutil's meaningless first CPU value, and waits forever for a server that hangs.
+
+    Args:
+        add: receives each sample and its step.
+        began_ms: when the run began.
     """
 
-    def __init__(self, client: Any, uri: str, info: Any) -> None:
+    def __init__(self, add: Add, began_ms: int) -> None:
         self._over = threading.Event()
         weakref.finalize(self, self._over.set)  # Ray may reuse the process of an aborted trial
-        self._thread = threading.Thread(target=_sample, args=(self._over, client, uri, info), daemon=True)
+        self._thread = threading.Thread(target=_sample, args=(self._over, add, began_ms), daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Take the last sample; a hanging server delays the trial by at most two seconds."""
+        """Take the last sample; a collector that hangs delays the trial by at most two seconds."""
         self._over.set()
         self._thread.join(timeout=2)
 
 
-def _sample(over: threading.Event, client: Any, uri: str, info: Any) -> None:
+def _sample(over: threading.Event, add: Add, began_ms: int) -> None:
     import psutil
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     try:
-        monitor = SystemMetricsMonitor(info.run_id, tracking_uri=uri)
+        monitor = SystemMetricsMonitor("", tracking_uri=_NOWHERE)
         process = psutil.Process()
         psutil.cpu_percent()  # its values cover the time since the last call in this thread
         process.cpu_percent()
@@ -53,8 +59,6 @@ def _sample(over: threading.Event, client: Any, uri: str, info: Any) -> None:
                 part.clear_metrics()
             values[f"{SYSTEM}/process_memory_megabytes"] = process.memory_info().rss / 1e6
             values[f"{SYSTEM}/process_cpu_utilization_percentage"] = process.cpu_percent()
-            log_metrics(client, info.run_id, values, int(time.time() - info.start_time / 1000))
-    except Exception as error:  # from psutil, a GPU driver or the server: must not affect the trial
-        logger.warning(
-            "system metrics stopped: %s", type(error).__name__
-        )  # its text may contain the password of the URI
+            add(values, int(time.time() - began_ms / 1000))
+    except Exception:  # from psutil or a GPU driver: must not affect the trial
+        logger.warning("system metrics stopped", exc_info=True)

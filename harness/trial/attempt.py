@@ -18,7 +18,7 @@ from harness.core.revisions import git_revision
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.model.workers import ALONE, Workers
-from harness.tracking.grid import Tracker
+from harness.tracking.tracker import Tracker
 from harness.trial import measure
 from harness.trial.log import LOG, log_to
 from harness.trial.outcome import conclude

@@ -11,7 +11,7 @@ from harness.core.files import write_atomically
 from harness.core.record import Status, TrialRecord, paused_path, write_record
 
 if TYPE_CHECKING:
-    from harness.tracking.grid import Tracker
+    from harness.tracking.tracker import Tracker
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.model.build import TrialData
 from harness.model.components import method_of
-from harness.tracking.grid import NoTracker
+from harness.tracking.tracker import NoTracker
 from harness.trial.energy import Meter, meter_of
 from harness.trial.measure import PeakMemory, return_freed_memory
 from harness.trial.trial import Trial

@@ -29,7 +29,7 @@ from harness.model.batch import Batch
 from harness.model.build import TrialData
 from harness.model.inputs import Inputs
 from harness.model.workers import ALONE, Workers
-from harness.tracking.grid import Tracker
+from harness.tracking.tracker import Tracker
 from harness.trial import measure
 from harness.trial.answers import answers_of
 from harness.trial.checkpoint import (

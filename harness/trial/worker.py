@@ -15,7 +15,7 @@ from pathlib import Path
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.model.workers import joined
-from harness.tracking.grid import Tracker
+from harness.tracking.tracker import Tracker
 from harness.trial.attempt import make_attempt
 from harness.trial.log import LOG, log_to
 from harness.trial.outcome import Outcome, conclude

@@ -19,7 +19,7 @@ from harness.cli.leaderboard import print_last_screen
 from harness.core.errors import UserError
 from harness.core.record import PlannedTrial, TrialRecord
 from harness.sweep import run
-from harness.tracking import grid
+from harness.tracking import store
 from harness.tracking.grid import open_grid
 from results.loaded import Results
 from tasks.drawing.task import DrawnConfig
@@ -40,7 +40,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The URI of an MLflow database that already has its schema: creating one takes seconds."""
     runs = tmp_path_factory.mktemp("runs")
     (runs / "first").mkdir()
-    return open_grid(grid.default_uri(runs), "first", runs / "first").uri
+    return open_grid(store.default_uri(runs), "first", runs / "first").uri
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def harness(
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(run, "_run_unfinished", compute)
     monkeypatch.setattr(app, "console", Console(width=200))
-    monkeypatch.setattr(grid, "default_uri", lambda runs: database)
+    monkeypatch.setattr(store, "default_uri", lambda runs: database)
 
     return caller(monkeypatch, capsys)
 

@@ -32,6 +32,7 @@ COMMANDS = [
     "logs",
     "stop",
     "profile",
+    "sync",
     "recommend",
     "report",
     "compare",

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from harness.tracking.grid import check_uri, default_uri
+from harness.tracking.store import check_uri, default_uri
 
 pytestmark = pytest.mark.faults
 KILLS = 4
-MAKE = "import sys; from harness.tracking.grid import check_uri, default_uri; from pathlib import Path; "
+MAKE = "import sys; from harness.tracking.store import check_uri, default_uri; from pathlib import Path; "
 MAKE += "check_uri(default_uri(Path(sys.argv[1])))"
 
 

@@ -12,7 +12,8 @@ from harness.core.files import write_atomically
 from harness.core.record import Data, Memory, MetricInfo, Parameters, Plan, PlannedTrial, Throughput, TrialRecord
 from harness.experiment.load import Experiment
 from harness.experiment.plan import TrialSpec, describe, expand
-from harness.tracking.grid import Grid, default_uri, open_grid
+from harness.tracking.grid import Grid, open_grid
+from harness.tracking.store import default_uri
 
 Trial = tuple[TrialSpec, PlannedTrial]
 EXPERIMENT = """\

@@ -26,7 +26,9 @@ from harness.core.record import read_run, write_record
 from harness.tracking import fetch
 from harness.tracking import grid as tracking_grid
 from harness.tracking.fetch import fetch_run
-from harness.tracking.grid import MlflowTracker, close_grid, default_uri, open_grid, reopen_grid
+from harness.tracking.grid import close_grid, open_grid, reopen_grid
+from harness.tracking.store import default_uri
+from harness.tracking.tracker import MlflowTracker
 from tests.support.tracking import Trial, artifacts, finished_record, four_trials, write_plan
 
 
@@ -90,7 +92,7 @@ def logged(uri: str, trials: list[Trial], request: pytest.FixtureRequest) -> Pat
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    left_out = {"mlflow_run_id", "log.txt", fetch.MARKER}
+    left_out = {"mlflow_run_id", "mlflow.jsonl", "log.txt", fetch.MARKER}
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name not in left_out)
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
@@ -119,8 +121,8 @@ def test_the_profile_and_the_previews_are_fetched_too(
     plan = read_run(logged).plan.model_copy(update={"mlflow_uri": uri})
     grid = reopen_grid(plan, logged)
     assert grid is not None
-    assert close_grid(grid, complete=False, artifacts=[]) is None
-    assert close_grid(grid, complete=False, artifacts=[]) is None, "logged once, closed twice"
+    assert close_grid(grid, complete=False, artifacts=[]).problem is None
+    assert close_grid(grid, complete=False, artifacts=[]).problem is None, "logged once, closed twice"
     assert artifacts(client, grid.parent_run_id, "previews") == ["previews/a.png", "previews/b.txt"]
     fetched = fetch_run(uri, logged.name, tmp_path)
     assert files(fetched) == files(logged)
@@ -297,7 +299,7 @@ def test_through_a_real_server(server: str, logged: Path, tmp_path: Path, trials
     log_trial(grid, folder, trials[0])
     log_trial(grid, folder, trials[1], status="failed", reason="killed", metrics={})
     write_atomically(folder / "report" / "index.html", "<p>report</p>")
-    assert close_grid(grid, complete=False, artifacts=[folder / "report" / "index.html"]) is None
+    assert close_grid(grid, complete=False, artifacts=[folder / "report" / "index.html"]).problem is None
     fetched = fetch_run(server, "remote", tmp_path / "here")
     assert read_run(fetched).records == read_run(folder).records
     assert len(read_run(fetched).records) == 2

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from harness.core.errors import UserError
-from harness.tracking.grid import check_uri, default_uri
 from harness.tracking.schema import advice, make_database
+from harness.tracking.store import check_uri, default_uri
 
 
 def test_of_two_processes_that_make_a_database_one_wins(tmp_path: Path) -> None:

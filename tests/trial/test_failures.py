@@ -16,7 +16,10 @@ import torch
 from harness.core.record import PlannedTrial, TrialRecord, read_record, record_path
 from harness.model import build, components
 from harness.model.batches import BatchMaker
-from harness.tracking import grid
+from harness.tracking import delivery
+from harness.tracking.delivery import Destination
+from harness.tracking.journal import Journal
+from harness.tracking.tracker import MlflowTracker
 from harness.trial import trial
 from harness.trial.engine import Engine
 from harness.trial.trial import Progress
@@ -251,24 +254,26 @@ def test_a_failed_trial_does_not_affect_the_next_one_in_the_same_process(finishe
     assert again.metrics == finished[0].metrics
 
 
-def test_a_failing_tracking_server_causes_only_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_tracking_server_changes_nothing_and_what_it_lacks_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def gone(*_: Any, **__: Any) -> None:
         raise ConnectionError("server is gone")
 
-    started = SimpleNamespace(info=SimpleNamespace(run_id="run-2"))
-    client = SimpleNamespace(create_run=lambda *_, **__: started, log_batch=gone)
-    monkeypatch.setattr(grid, "connect", lambda _uri: client)
+    client = SimpleNamespace(create_run=gone, search_runs=gone)
+    monkeypatch.setattr(delivery, "connect", lambda _uri: client)
     spec = spec_of(tmp_path, budget={"examples": 8, "epochs": 1})
     planned = PlannedTrial(
         trial_id=spec.trial_id, label="LoRA r=2", method="lora", grouping="specific", setting="", seed=0
     )
     folder = tmp_path / "trials" / spec.trial_id
-    tracker = grid.MlflowTracker(grid.Grid("any", "1", "parent"), spec, planned, folder)
-    record = run(spec, tmp_path, tracker=tracker)
-    assert record.status == "finished"
-    assert record.warnings == ("MLflow logging stopped: ConnectionError: server is gone",)
-    assert record.mlflow_run_id == "run-2"
+    record = run(spec, tmp_path, tracker=MlflowTracker(Destination("any", "1", "parent"), spec, planned, folder))
+    assert (record.status, record.warnings, record.mlflow_run_id) == ("finished", (), None)
     assert read_record(record_path(tmp_path, spec.trial_id)) == record
+    (epoch,) = record.history
+    kept = {point.key: (point.value, point.step) for point in Journal(folder).points}
+    assert kept["epoch/train_loss"] == (epoch.train_loss, epoch.step)
+    assert "MLflow does not answer (ConnectionError: server is gone)" in (folder / "log.txt").read_text()
 
 
 def test_texts_longer_than_allowed_are_truncated_and_counted_in_a_warning(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from harness.core.record import TrialRecord, read_record, record_path
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.model.workers import joined
-from harness.tracking.grid import NoTracker
+from harness.tracking.tracker import NoTracker
 from harness.trial.engine import join_process_group
 from harness.trial.log import LOG
 from harness.trial.trial import Progress, Trial, dropout_seed
