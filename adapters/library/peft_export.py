@@ -21,6 +21,7 @@ from adapters.library.peft_forms import FORMS, PREFIX, TENSORS
 from adapters.library.spec import Spec
 from adapters.methods.peft_bridge import peft_library
 from harness.core.errors import UserError, did_you_mean
+from harness.core.files import atomic
 
 
 def export_group(base_model: Any, adapters: Adapters, spec: Spec, folder: Path, group: str | None) -> None:
@@ -64,7 +65,8 @@ def export_group(base_model: Any, adapters: Adapters, spec: Spec, folder: Path, 
         folder.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(str(folder))
         ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(ready, folder / TENSORS, metadata={"format": "pt"})
+        with atomic(folder / TENSORS) as partial:
+            save_file(ready, partial, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be written: {error}") from error
 

@@ -18,6 +18,7 @@ from harness.cli import launch as cli_launch
 from harness.cli import profile as cli_profile
 from harness.cli import results as cli_results
 from harness.core.errors import UserError
+from harness.core.files import DiskFullError
 from harness.core.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -46,12 +47,12 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Start over in a new run fo
 
 
 def main() -> None:
-    """Entry point: run the command; a UserError becomes a message and exit code 2."""
+    """Entry point: run the command; a UserError becomes a message and exit code 2, a full disk one and exit code 1."""
     try:
         app()
-    except UserError as error:
+    except (UserError, DiskFullError) as error:
         errors.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else 1)
 
 
 def _escape(text: str) -> str:

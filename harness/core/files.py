@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
+import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_SAYS_FULL = re.compile(r"No space left on device|Disk quota exceeded|os error (28|122)\b")  # pyarrow, safetensors
+_SAYS_UNWRITTEN = re.compile(r"PytorchStreamWriter|inline_container|failed writing file|unexpected pos")  # torch.save
+_LEFT_BYTES = 2**20
 
 
 @contextmanager
@@ -18,16 +26,62 @@ def atomic(path: Path) -> Iterator[Path]:
 
     Concurrent readers and writers see the complete old file or the complete new one, also after a crash. The parent
     folder is created.
+
+    Raises:
+        DiskFullError: the disk is full; the old file is as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    with disk_full_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+        try:
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+class DiskFullError(OSError):
+    """A file could not be written because its disk, or the user's share of it, is full.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        text = f"{path}: could not be written: the disk is full; free some space, and run the same command again"
+        super().__init__(text)
+        self.errno = errno.ENOSPC
+
+
+@contextmanager
+def disk_full_named(path: Path) -> Iterator[None]:
+    """Turn whatever the libraries raise where the disk is full into one error that says what could not be written.
+
+    Raises:
+        DiskFullError: the disk is full.
+    """
     try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield
+    except DiskFullError:
+        raise
+    except Exception as error:
+        if not is_disk_full(error, path):
+            raise
+        raise DiskFullError(path) from error
+
+
+def is_disk_full(error: BaseException, path: Path) -> bool:
+    """Whether an error means that the disk of a path is full; torch does not say so."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    return bool(_SAYS_FULL.search(str(error))) or (bool(_SAYS_UNWRITTEN.search(str(error))) and _is_full(path))
+
+
+def _is_full(path: Path) -> bool:
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    return shutil.disk_usage(there).free < _LEFT_BYTES
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from harness.core.errors import UserError, did_you_mean
-from harness.core.files import cache_folder, write_atomically
+from harness.core.files import cache_folder, disk_full_named, write_atomically
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -163,13 +163,16 @@ class Folder:
     def get(self, names: Sequence[str], folder: Path) -> None:
         """Download files into a folder, each complete or not at all."""
         unfinished = folder / f".pulled-{uuid.uuid4().hex}"
-        for name in names:
-            there, to, part = self.path(name), folder / name, unfinished / name
-            part.parent.mkdir(parents=True, exist_ok=True)
-            self.retried(partial(self._fs.get_file, there, str(part)), "read")
-            to.parent.mkdir(parents=True, exist_ok=True)
-            part.replace(to)
-        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            for name in names:
+                there, to, part = self.path(name), folder / name, unfinished / name
+                with disk_full_named(to):
+                    part.parent.mkdir(parents=True, exist_ok=True)
+                    self.retried(partial(self._fs.get_file, there, str(part)), "read")
+                    to.parent.mkdir(parents=True, exist_ok=True)
+                    part.replace(to)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def put(self, names: Iterable[str], folder: Path) -> None:
         """Upload files of a folder, in this order."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from harness.core.errors import SweepEndedError
+from harness.core.files import DiskFullError
 from harness.core.lease import Lease
 from harness.core.origin import shown
 from harness.core.record import TrialRecord, read_record, record_path, write_record
@@ -152,7 +153,14 @@ class Events(tune.Callback):  # type: ignore[misc]
         self._fetch(trial)
         path = record_path(self.run, _id(trial))
         if not path.exists():
-            write_record(self.run, _died(trial, self.experiment, path.with_name(LOG)))
+            record = _died(trial, self.experiment, path.with_name(LOG))
+            try:
+                write_record(self.run, record)
+            except DiskFullError as error:  # it counts as not finished, and the next run runs it
+                self.ended += 1
+                self.display.noted(str(error))
+                self.display.ended(record)
+                return
         self._end(path)
 
     def _fetch(self, trial: Any) -> None:

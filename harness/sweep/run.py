@@ -16,7 +16,7 @@ from rich.console import Console
 
 from clusters.profiles import Profile, load_profile
 from harness.core.errors import SweepEndedError, UserError
-from harness.core.files import write_atomically
+from harness.core.files import DiskFullError, write_atomically
 from harness.core.lease import Lease
 from harness.core.record import Plan, PlannedTrial, read_record, read_run, record_path
 from harness.core.samples import PREVIEWS
@@ -34,8 +34,10 @@ from results.loaded import Results
 
 if TYPE_CHECKING:
     from harness.tracking.grid import Grid
+    from results.report import ReportPaths
 
 
+_LATER = "the trials run without it, and what it lacks is delivered at the end"
 _LAST_PATIENCE_S = 60.0  # how long a lost connection is tried again when only the report is to be pushed
 
 
@@ -210,10 +212,10 @@ def run_experiment(
     Raises:
         UserError: the experiment, its data, a backbone or the tracking server cannot be used; raised before any
             compute.
+        DiskFullError: the report could not be written; the records are there.
     """
     from harness.sweep import preflight
-    from harness.tracking.grid import check_grid, close_grid, open_grid
-    from results.report import write_report
+    from harness.tracking.grid import check_grid, open_grid
 
     console = console or Terminal()
     cluster = load_profile(profile)
@@ -239,8 +241,7 @@ def run_experiment(
         prepared.push()
         grid = open_grid(prepared.mlflow_uri, experiment.name, folder)
         if grid.problem:
-            line = f"{grid.problem}; the trials run without it, and what it lacks is delivered at the end"
-            console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{grid.problem}; {_LATER}", style="yellow", highlight=False, markup=False, soft_wrap=True)
         try:
             _run_unfinished(prepared, cluster, grid, lease, console, stopping)
             while (extended := _extended(prepared)) is not None:
@@ -255,13 +256,33 @@ def run_experiment(
         except SweepEndedError as error:
             kept = "finished trials are kept; run the same experiment again to continue"
             console.print(f"{error}; {kept}", style="red", highlight=False, markup=False, soft_wrap=True)
-        prepared.pull_previews()
-        report = write_report([folder])
-        problem = close_grid(grid, not prepared.unfinished(), list(report.all), report.board).problem
-        _push_all(prepared, console)
+        report, problem = _conclude(prepared, grid, console)
+    return Results((folder,), report.html, problem, grid.trials_link, stopping.reason, known_board=report.board)
+
+
+def _conclude(prepared: Prepared, grid: Grid, console: Console) -> tuple[ReportPaths, str | None]:
+    """Write the report, and bring MLflow and the storage up to date; returns why MLflow is not.
+
+    Raises:
+        DiskFullError: the report could not be written; everything else has been done.
+    """
+    from harness.tracking.grid import close_grid
+    from results.report import write_report
+
+    prepared.pull_previews()
+    report, full = None, None
+    try:
+        report = write_report([prepared.folder])
+    except DiskFullError as error:
+        full = error
+    files, board = (list(report.all), report.board) if report else ([], None)
+    problem = close_grid(grid, not prepared.unfinished(), files, board).problem
+    _push_all(prepared, console)
+    if report is None:
+        raise full or RuntimeError("no report")
     if problem:
         problem += f"; `harness sync {prepared.place}` delivers what is missing, and so does the next run"
-    return Results((folder,), report.html, problem, grid.trials_link, stopping.reason, known_board=report.board)
+    return report, problem
 
 
 def _check_shared(experiment: Experiment) -> None:
