@@ -19,7 +19,7 @@ from harness.doctor.machine import clock
 from harness.sweep.cluster import connect
 from harness.sweep.nodes import node_name
 from harness.sweep.ray_library import NodeAffinitySchedulingStrategy, ray
-from harness.tracking.grid import check_uri, default_uri, redacted, sqlite_path
+from harness.tracking.store import check_uri, default_uri, redacted, sqlite_path
 
 _ANSWER_S = 120.0
 _PROGRAMS = {"slurm": ("sbatch", "squeue"), "kuberay": ("kubectl",), "ray_up": ("ray", "ssh")}

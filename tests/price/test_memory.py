@@ -13,7 +13,7 @@ from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.price.footprint import Footprints
 from harness.price.memory import memory_of
-from harness.tracking.grid import NoTracker
+from harness.tracking.tracker import NoTracker
 from harness.trial.measure import WARMUP_STEPS
 from harness.trial.trial import Trial
 from tests.support.trials import BITFIT, FULL, LORA, spec_of
