@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,6 +11,7 @@ import typer
 
 from harness.core.errors import UserError
 from harness.core.lease import holder_of
+from harness.core.record import Run, read_plan
 from harness.core.shared_folder import SharedFolder
 from harness.core.storage import Folder, is_url, local_folder, push_copy, url_of
 from harness.core.terminal import Terminal
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs")  # where `harness run` puts run folders by default
 MLFLOW = "mlflow:"
+LARGE = 2_000  # planned trials: of more, `harness status` shows the progress alone
 console = Terminal()
 leaderboard_app = typer.Typer(no_args_is_help=True, help="Show a leaderboard, or what changed between two.")
 
@@ -53,11 +56,9 @@ def newest_run() -> Path:
 def status(folder: RunFolder = None) -> None:
     """Show the progress of a run, its failures and the leaderboard so far, without writing anything."""
     from clusters.launch.launchers import launch_line
-    from harness.cli.leaderboard import LeaderboardView, recommendation
-    from harness.cli.terminal import progress_lines
-    from results.leaderboard.join import read_runs
+    from harness.cli.progress import progress_lines
+    from harness.core.summaries import read_brief
     from results.leaderboard.progress import progress_of
-    from results.leaderboard.table import build_leaderboard
 
     folder = folder or newest_run()
     active = is_running(folder)
@@ -65,7 +66,7 @@ def status(folder: RunFolder = None) -> None:
     if launched and not (folder / "plan.json").exists():
         _print(f"{folder}: {launched}; nothing has run yet")
         return
-    run = read_runs([folder])
+    run = read_brief(folder) if _is_large(folder) else _whole(folder)
     _print(f"{url_of(folder) or folder}: {run.plan.experiment}")
     if launched:
         _print(launched)
@@ -75,10 +76,35 @@ def status(folder: RunFolder = None) -> None:
         _print(f"could not be read: {message}")
     for line in run.foreign_lines:
         _print(line)
-    if any(record.status == "finished" for record in run.records.values()):
-        board = build_leaderboard(run)
-        console.print()
-        console.print(LeaderboardView(board), recommendation(board), sep="\n")
+    if not any(record.status == "finished" for record in run.records.values()):
+        return
+    if isinstance(run, Run):
+        _print_board(run)
+    else:
+        _print(f"leaderboard: harness leaderboard show {shlex.quote(str(url_of(folder) or folder))}")
+
+
+def _whole(folder: Path) -> Run:
+    from results.leaderboard.join import read_runs
+
+    return read_runs([folder])
+
+
+def _print_board(run: Run) -> None:
+    from harness.cli.leaderboard import LeaderboardView, recommendation
+    from results.leaderboard.table import build_leaderboard
+
+    board = build_leaderboard(run)
+    console.print()
+    console.print(LeaderboardView(board), recommendation(board), sep="\n")
+
+
+def _is_large(folder: Path) -> bool:
+    """Whether the leaderboard of a run takes long to make and to read; a plan that cannot be read is not large."""
+    try:
+        return len(read_plan(folder).trials) > LARGE
+    except (OSError, ValueError):
+        return False
 
 
 def is_running(folder: Path) -> bool:

@@ -297,7 +297,7 @@ def read_run(folder: Path) -> Run:
         FileNotFoundError: the folder has no plan.
         ValueError: the plan is invalid.
     """
-    plan = _read_plan(folder / "plan.json")
+    plan = read_plan(folder)
     planned = {trial.trial_id for trial in plan.trials}
     records: dict[str, TrialRecord] = {}
     broken: list[str] = []
@@ -357,7 +357,14 @@ def _what_changed(plan: Plan, record: TrialRecord) -> str:
     return ", ".join(changed)
 
 
-def _read_plan(path: Path) -> Plan:
+def read_plan(folder: Path) -> Plan:
+    """Read the plan of a run folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is invalid; the message names the file.
+    """
+    path = folder / "plan.json"
     try:
         return read_strictly(Plan, path, "the plan of a run")
     except FileNotFoundError:

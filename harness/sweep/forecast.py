@@ -149,7 +149,7 @@ class _Forecasting:
     def __init__(self, prepared: Prepared, profile: Profile, limit_s: float | None) -> None:
         self.prepared, self.profile = prepared, profile
         self.resources: Resources = prepared.experiment.resources
-        self.records = read_summaries(prepared.folder)
+        self.records = read_summaries(prepared.folder).known
         self.notes: dict[str, None] = {}
         self.data, self.footprints = _Data(), Footprints(self.resources.workers)
         self.limit_s, self.began = limit_s, time.process_time()

@@ -53,10 +53,15 @@ class Prepared:
     storage: Copy | None = None  # of the run folder, if it is at a URL: ``folder`` is its copy
 
     def states(self) -> dict[str, str]:
-        """By trial id the status of its record, or "to run"."""
-        known = read_summaries(self.folder)
-        ids = (trial.trial_id for trial in self.plan.trials)
-        return {trial_id: known[trial_id].status if trial_id in known else "to run" for trial_id in ids}
+        """By trial id the status of its record, or "to run".
+
+        Raises:
+            UserError: a record cannot be read.
+        """
+        found, ids = read_summaries(self.folder), [trial.trial_id for trial in self.plan.trials]
+        if broken := next((found.broken[trial_id] for trial_id in ids if trial_id in found.broken), None):
+            raise UserError(f"{broken}; without it, the trial is run again")
+        return {trial_id: found.known[trial_id].status if trial_id in found.known else "to run" for trial_id in ids}
 
     def finished(self) -> set[str]:
         """The ids of trials with a finished record."""

@@ -48,7 +48,7 @@ def spent_s(run: Path, devices: float) -> float:
     counted = 0.0
     with suppress(FileNotFoundError):
         counted = read_strictly(_Spent, run / FILE_NAME, "the device-hours of a run").device_s
-    records = sum(summary.wall_time_s for summary in read_summaries(run).values())
+    records = sum(summary.wall_time_s for summary in read_summaries(run).known.values())
     attempts = (read_strictly(Summary, path, "a trial record") for path in run.glob("trials/*/attempt-*.json"))
     return max(counted, devices * (records + sum(attempt.wall_time_s for attempt in attempts)))
 

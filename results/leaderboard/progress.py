@@ -5,8 +5,49 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
-from harness.core.record import PlannedTrial, Run, TrialRecord, paused_path
+from harness.core.record import Plan, PlannedTrial, Status, paused_path
+
+
+class Ended(Protocol):
+    """What is needed of the record of a trial: a part of it, or all."""
+
+    @property
+    def status(self) -> Status:
+        """Of the trial."""
+
+    @property
+    def reason(self) -> str | None:
+        """Why it did not finish."""
+
+    @property
+    def wall_time_s(self) -> float:
+        """How long it took."""
+
+
+class Known(Protocol):
+    """What is needed of a run: ``Run`` or ``Brief``."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+
+    @property
+    def plan(self) -> Plan:
+        """Its plan."""
+
+    @property
+    def records(self) -> Mapping[str, Ended]:
+        """By trial id, of planned trials."""
+
+    @property
+    def out(self) -> frozenset[str]:
+        """Ids of trials that halving has pruned for good."""
+
+    def trial_folder(self, trial_id: str) -> Path:
+        """Folder of a trial's files."""
 
 
 @dataclass(frozen=True)
@@ -15,7 +56,7 @@ class Progress:
 
     finished: int
     failed: Mapping[str, int]  # status → how many
-    failures: tuple[tuple[PlannedTrial, TrialRecord], ...]
+    failures: tuple[tuple[PlannedTrial, Ended], ...]
     running: tuple[PlannedTrial, ...]  # started, without a record
     waiting: int
     mean_wall_time_s: float | None  # of the finished trials
@@ -29,7 +70,7 @@ class Progress:
         return self.finished + len(self.failures) + self.pruned + self.paused + len(self.running) + self.waiting
 
 
-def progress_of(run: Run, active: bool) -> Progress:
+def progress_of(run: Known, active: bool) -> Progress:
     """Count the trials of a run folder.
 
     Args:
@@ -39,7 +80,7 @@ def progress_of(run: Run, active: bool) -> Progress:
     """
     records = [(trial, run.records.get(trial.trial_id)) for trial in run.plan.trials]
     finished = [record for _, record in records if record and record.status == "finished"]
-    pruned = [record for _, record in records if record and record.status == "pruned" and record.trial_id in run.out]
+    pruned = [t for t, record in records if record and record.status == "pruned" and t.trial_id in run.out]
     ended = {"finished", "pruned"}
     failures = tuple((trial, record) for trial, record in records if record and record.status not in ended)
     # What another halving had pruned goes on when the experiment is run again.
@@ -53,12 +94,12 @@ def progress_of(run: Run, active: bool) -> Progress:
     return Progress(len(finished), dict(statuses), failures, running, waiting, mean_s, left_s, len(pruned), len(paused))
 
 
-def _waits(run: Run, trial: PlannedTrial) -> bool:
+def _waits(run: Known, trial: PlannedTrial) -> bool:
     """Whether a trial waits at a rung: it has paused, and has not been started since."""
     paused, log = paused_path(run.folder, trial.trial_id), run.trial_folder(trial.trial_id) / "log.txt"
     return paused.exists() and (not log.exists() or log.stat().st_mtime <= paused.stat().st_mtime)
 
 
-def _begun(run: Run, trial: PlannedTrial) -> bool:
+def _begun(run: Known, trial: PlannedTrial) -> bool:
     log, plan = run.trial_folder(trial.trial_id) / "log.txt", run.folder / "plan.json"
     return log.exists() and log.stat().st_mtime >= plan.stat().st_mtime

@@ -273,6 +273,22 @@ def test_status_of_a_run_in_progress(harness: Harness, run: Path) -> None:
         pass
 
 
+def test_status_of_a_large_run_says_the_same_without_the_leaderboard(
+    harness: Harness, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(run, fake_plan(seeds=(0, 1, 2), settings=("",)), unfinished)
+    next(run.glob("trials/none-*/record.json")).write_text("{", encoding="utf-8")
+    whole = harness("status").out
+    monkeypatch.setattr(results, "LARGE", 23)
+    monkeypatch.setattr("harness.core.record.read_record", lambda _: pytest.fail("a whole record was read"))
+    brief = harness("status").out
+    head, _, rest = brief.partition("leaderboard: harness leaderboard show runs/grid\n")
+    assert whole.startswith(head)
+    assert "11 of 24 trials finished, 12 out of memory, 0 running, 1 waiting" in head
+    assert "could not be read: " in head
+    assert rest == ""
+
+
 def test_status_names_what_cannot_be_read_and_writes_nothing(harness: Harness, run: Path) -> None:
     broken = next(run.glob("trials/*/record.json"))
     broken.write_text("{", encoding="utf-8")
