@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Sequence
 
 from harness.core.forecast import Duration
+from harness.core.probed import Probed
 from harness.experiment.plan import TrialSpec
 from harness.price.duration import START_S, Amounts, scored, training_s
-from harness.price.probed import Probed
 
 _PROBED = (0.7, 1.6)  # of what a probe says: evaluation is probed on few examples, and trials run beside one another
 _ALONE = (0.7, 1.4)  # of the time of one finished trial

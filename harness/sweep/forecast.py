@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from clusters.profiles import Profile, load_profile
+from harness.core import probed as probes
 from harness.core.errors import UserError
 from harness.core.forecast import GIB, Duration, Forecast, MemoryForecast, ShapeForecast
 from harness.core.summaries import read_summaries
@@ -24,7 +25,6 @@ from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.model.build import Splits, choose_from
 from harness.model.components import make_task
-from harness.price import probed as probes
 from harness.price.disk import checkpoint_bytes, kept_bytes
 from harness.price.duration import Amounts, Rate, given_rate, measured_rate, step_of, trial_of
 from harness.price.footprint import Footprints
@@ -37,8 +37,8 @@ from harness.price.trace import Traced
 from harness.sweep.counts import UnreadableError, are_drawn, readable_splits
 from harness.sweep.placement import Amounts as NodeAmounts
 from harness.sweep.placement import at_once, per_worker, this_machine
+from harness.sweep.probe import probe_plan, this_device
 from harness.sweep.run import Prepared, prepare
-from harness.trial.measure import device_name
 from tasks.base import Example, Split, Task
 
 LONGEST_S = 8.0  # CPU seconds of a plan's forecast; shapes after that take over the forecast of one of their kind
@@ -94,8 +94,6 @@ def forecast_of(
         UserError: a probe was asked for on another machine than this one.
     """
     if probe:
-        from harness.sweep.probe import probe_plan
-
         probe_plan(prepared, profile, console or Console())
     return _Forecasting(prepared, profile, limit_s).forecast()
 
@@ -203,8 +201,8 @@ class _Forecasting:
             self.notes[f"profile {self.profile.name}: `device: {{memory_gib: …}}` says what has to fit"] = None
             return name or f"{self.profile.name}'s device", None
         if torch.cuda.is_available():
-            return name or _here(), int(torch.cuda.get_device_properties(0).total_memory)
-        return name or _here(), int(psutil.virtual_memory().total) // max(1, self.places.at_once or 1)
+            return name or this_device(), int(torch.cuda.get_device_properties(0).total_memory)
+        return name or this_device(), int(psutil.virtual_memory().total) // max(1, self.places.at_once or 1)
 
     def _rate(self) -> Rate | None:
         given = self.profile.device
@@ -259,7 +257,7 @@ class _Forecasting:
     def _times(
         self, key: str, traced: Traced, spec: TrialSpec, amounts: Amounts
     ) -> tuple[Duration | None, Duration | None]:
-        measured = probes.known(key, _here()) if self.here else None
+        measured = probes.known(key, this_device()) if self.here else None
         if measured:
             return step_from(measured), trial_from(measured, spec, amounts)
         if self.rate is None:
@@ -284,7 +282,7 @@ class _Forecasting:
 
     def _walls(self, shape: ShapeForecast) -> list[float]:
         records = [self.records[i] for i in shape.trial_ids if i in self.records]
-        device = _here() if self.here else None
+        device = this_device() if self.here else None
         return [r.wall_time_s for r in records if r.status == "finished" and (device is None or r.device == device)]
 
 
@@ -299,7 +297,3 @@ def _better(shape: ShapeForecast, walls: Sequence[float], ratios: Sequence[float
 def _beyond(memory: MemoryForecast, last: MemoryForecast) -> int:
     """The working memory with which the last stage needs as much as the stage that needs most."""
     return last.working_bytes + memory.device_bytes - last.device_bytes
-
-
-def _here() -> str:
-    return device_name(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))

@@ -49,8 +49,9 @@ class Worker:
             yield from self._ask(job)
             return
         # Every measurement of memory in a process of its own, which a copy could not be: see profile_process.py.
-        parts = [job.model_copy(update={"memory": (index,), "speed": ()}) for index in job.memory]
-        for part in [*parts, *([job.model_copy(update={"memory": ()})] if job.speed else [])]:
+        parts = [job.model_copy(update={"memory": (index,), "speed": (), "probe": ()}) for index in job.memory]
+        parts += [job.model_copy(update={"memory": (), "speed": (), "probe": (index,)}) for index in job.probe]
+        for part in [*parts, *([job.model_copy(update={"memory": (), "probe": ()})] if job.speed else [])]:
             yield from self._ask(part)
             self.stop()
 

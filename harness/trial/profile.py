@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from harness.core.probed import Probed
 from harness.core.schema import Schema
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
@@ -47,6 +48,7 @@ class Job(Schema):
     memory: tuple[int, ...] = ()  # numbers of the specs whose memory is measured
     speed: tuple[int, ...] = ()  # of those whose speed is, in turn with the reference; 0: the reference alone
     at_once: int = 1  # processes that measure memory
+    probe: tuple[int, ...] = ()  # of those of which a few steps and some evaluation are measured, each alone
 
 
 class StageTimes(Schema):
@@ -68,6 +70,7 @@ class Answer(Schema):
     out_of_memory: bool = False
     device: str = ""
     peak_bytes: int | None = None  # None also where the system does not tell
+    probed: Probed | None = None
     stages: tuple[StageTimes, ...] = ()
     reference: tuple[StageTimes, ...] = ()  # in the same rounds; empty for the reference itself
 

@@ -24,6 +24,7 @@ import torch
 from harness.model.build import TrialData, read_data
 from harness.trial.engine import import_libraries
 from harness.trial.measure import device_name
+from harness.trial.probe import probe
 from harness.trial.profile import Answer, Job, failure, interleave, peak_growth
 
 Tell = Callable[[Answer], None]
@@ -63,6 +64,12 @@ def _measure(job: Job, tell: Tell, data: TrialData | None = None) -> None:
             tell(Answer(index=index, peak_bytes=peak_growth(job.specs[index], job.resources, data)))
         except Exception as error:
             tell(failure(index, error))
+    for index in job.probe:
+        tell(Answer(index=index, begun=True))
+        try:
+            tell(Answer(index=index, probed=probe(job.specs[index], job.resources, data)))
+        except Exception as error:
+            tell(failure(index, error))
     if job.speed:
         interleave(job, tell, data)
 
@@ -80,10 +87,12 @@ def _measure_in_copies(job: Job, tell: Tell) -> None:
     def measure(part: Job, answer: Tell) -> None:
         _measure(part, answer, data)
 
-    parts = [job.model_copy(update={"memory": (index,), "speed": ()}) for index in job.memory]
+    parts = [job.model_copy(update={"memory": (index,), "speed": (), "probe": ()}) for index in job.memory]
     _in_copies([(measure, part, part.memory[0]) for part in parts], job.at_once, tell)
+    probes = [job.model_copy(update={"memory": (), "speed": (), "probe": (index,)}) for index in job.probe]
+    _in_copies([(measure, part, part.probe[0]) for part in probes], 1, tell)
     if job.speed:
-        _in_copies([(measure, job.model_copy(update={"memory": ()}), 0)], 1, tell)
+        _in_copies([(measure, job.model_copy(update={"memory": (), "probe": ()}), 0)], 1, tell)
 
 
 def _in_copies(parts: Sequence[tuple[Callable[[Job, Tell], None], Job, int]], at_once: int, tell: Tell) -> None:
