@@ -6,13 +6,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from harness.core.record import PlannedTrial
 from harness.core.registry import identity
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 
-_NO_COST = {
+_NO_COST: dict[str, Any] = {
     "seed": True,
     "relative_to": True,
     "adapter": {"label", "grouping_name", "learning_rate", "tried_learning_rates", "init_from"},

@@ -155,11 +155,11 @@ class _Saved:
         return x
 
 
-class _Alive(TorchDispatchMode):
+class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations, and the most bytes of storages that are alive at once."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations = self.now = self.most = 0
         self._known: dict[int, object] = {p.untyped_storage()._cdata: p for p in parameters}
 

@@ -18,8 +18,16 @@ from rich.console import Console
 from clusters.profiles import Profile, load_profile
 from harness.core import probed as probes
 from harness.core.errors import UserError
-from harness.core.forecast import GIB, Duration, Forecast, MemoryForecast, ShapeForecast
-from harness.core.summaries import read_summaries
+from harness.core.forecast import (
+    GIB,
+    Duration,
+    Forecast,
+    MemoryForecast,
+    ShapeForecast,
+    read_forecast,
+    write_forecast,
+)
+from harness.core.summaries import Summary, read_summaries
 from harness.experiment.load import Experiment
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
@@ -98,6 +106,28 @@ def forecast_of(
     return _Forecasting(prepared, profile, limit_s).forecast()
 
 
+def keep_forecast(prepared: Prepared, profile: Profile) -> None:
+    """Write the forecast of a run into its folder, for its report; what an earlier run predicted stays.
+
+    It is made after the trials, so that they need not wait for it, but only from what was known before them.
+
+    Args:
+        prepared: the plan.
+        profile: where it ran.
+
+    Raises:
+        ValueError: the forecast that is there cannot be read.
+    """
+    earlier = read_forecast(prepared.folder)
+    before = {shape.trial_ids: shape for shape in earlier.shapes} if earlier else {}
+    shapes = shapes_of(prepared.specs, prepared.plan.trials)
+    if all(shape.trial_ids in before for shape in shapes):
+        return
+    found = _Forecasting(prepared, profile, LONGEST_S, records={}).forecast()
+    kept = tuple(before.get(shape.trial_ids, shape) for shape in found.shapes)
+    write_forecast(prepared.folder, found.model_copy(update={"shapes": kept}))
+
+
 @dataclass
 class _Data:
     """The examples of tasks, as far as they are on this machine; every task is read once."""
@@ -144,10 +174,16 @@ def amounts_of(spec: TrialSpec, splits: Splits) -> Amounts:
 class _Forecasting:
     """Makes one forecast."""
 
-    def __init__(self, prepared: Prepared, profile: Profile, limit_s: float | None) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        profile: Profile,
+        limit_s: float | None,
+        records: Mapping[str, Summary] | None = None,
+    ) -> None:
         self.prepared, self.profile = prepared, profile
         self.resources: Resources = prepared.experiment.resources
-        self.records = read_summaries(prepared.folder).known
+        self.records = read_summaries(prepared.folder).known if records is None else records
         self.notes: dict[str, None] = {}
         self.data, self.footprints = _Data(), Footprints(self.resources.workers)
         self.limit_s, self.began = limit_s, time.process_time()
@@ -214,17 +250,17 @@ class _Forecasting:
         return None
 
     def _shape(self, shape: Shape) -> ShapeForecast:
-        named = {"name": shape.name, "setting": shape.setting, "trial_ids": shape.trial_ids}
+        bare = ShapeForecast(
+            key=" ".join((shape.name, *shape.kind)), name=shape.name, setting=shape.setting, trial_ids=shape.trial_ids
+        )
         if self.limit_s is not None and time.process_time() - self.began > self.limit_s:
-            key = " ".join((shape.name, *shape.kind))
             like = self.like.get(shape.kind)
             if like is None:
-                return ShapeForecast(
-                    key=key, reason=f"not computed within {self.limit_s:g} s; --all computes it", **named
-                )
-            said = {"key": key, "reason": "taken over from the same method with other options; --all computes it"}
-            return like.model_copy(update=named | said)
-        found = self._computed(shape.spec, ShapeForecast(key=fingerprint(shape.spec, self.resources), **named))
+                return bare.model_copy(update={"reason": f"not computed within {self.limit_s:g} s; --all computes it"})
+            reason = "taken over from the same method with other options; --all computes it"
+            own = {key: getattr(bare, key) for key in ("key", "name", "setting", "trial_ids")}
+            return like.model_copy(update={**own, "reason": reason})
+        found = self._computed(shape.spec, bare.model_copy(update={"key": fingerprint(shape.spec, self.resources)}))
         self.like.setdefault(shape.kind, found)
         return found
 

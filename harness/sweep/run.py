@@ -220,6 +220,7 @@ def run_experiment(
         DiskFullError: the report could not be written; the records are there.
     """
     from harness.sweep import preflight
+    from harness.sweep.fits import check_weights, device_bytes
     from harness.tracking.grid import check_grid, open_grid
 
     console = console or Terminal()
@@ -235,6 +236,7 @@ def run_experiment(
     if prepared.unfinished():
         preflight.check_resources(experiment.resources, experiment.top / "resources", cluster.cluster_address())
     preflight.check_models(prepared.specs)
+    check_weights(prepared.specs, experiment.resources, device_bytes(cluster), experiment.top)
     preflight.check_fingerprints(prepared.specs, str(experiment.top / "backbone"))
     with _run_folder_for(prepared, fresh, console) as lease, stoppable(folder) as stopping:
         check_grid(prepared.mlflow_uri, experiment.name, folder)
@@ -253,6 +255,7 @@ def run_experiment(
                 prepared = extended
                 _write_plan(prepared)
                 _run_unfinished(prepared, cluster, grid, lease, console, stopping)
+            _keep_forecast(prepared, cluster, console)
             if measure and experiment.resources.profile:
                 _profile(prepared, console)
         except KeyboardInterrupt:
@@ -415,6 +418,16 @@ def _check_budget(prepared: Prepared, limit_h: float, stopping: Stopping, consol
         stopping.reason = "budget"
         console.print(f"{spent_h:.3g} of {limit_h:g} device-hours were spent before", highlight=False)
         raise KeyboardInterrupt
+
+
+def _keep_forecast(prepared: Prepared, profile: Profile, console: Console) -> None:
+    """Keep what the trials were predicted to cost, without a look at what they cost; an error is shown, and no more."""
+    from harness.sweep.forecast import keep_forecast
+
+    try:
+        keep_forecast(prepared, profile)
+    except (UserError, OSError, ValueError) as error:
+        console.print(f"no forecast: {error}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _profile(prepared: Prepared, console: Console) -> None:

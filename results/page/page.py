@@ -17,6 +17,7 @@ from results.leaderboard import format as text
 from results.leaderboard import summary
 from results.leaderboard.coverage import Coverage, coverage
 from results.leaderboard.efficiency import build_efficiency
+from results.leaderboard.predicted import build_predicted
 from results.leaderboard.sweeps import build_sweeps
 from results.leaderboard.table import Leaderboard
 from results.page.answer import first_card
@@ -66,6 +67,7 @@ _SECTIONS = (
     Section("curves", "Curves", "validation perplexity by epoch"),
     Section("input", "Wrong input", "does the model use its input?"),
     Section("efficiency", "Efficiency", "Pareto fronts, and what a point costs"),
+    Section("predicted", "Predicted and actual", "what the plan said that trials would cost, and what they cost"),
     Section("search", "Learning rates", "how each row's was chosen"),
     Section("attention", "Attention", "what the captions attend to"),
     Section("unfinished", "Not finished", "failed, pruned, missing and unreadable trials", True),
@@ -89,6 +91,7 @@ def html(board: Leaderboard, folder: Path) -> str:
     )
     gallery, attention = build_gallery(board), build_attention(board)
     sweeps, efficiency = build_sweeps(board), build_efficiency(board)
+    predicted = build_predicted(board.run)
     plots = all_plots(board, sweeps, efficiency)
     tables = build_tables(board)
     columns = chooser(tables)
@@ -102,6 +105,7 @@ def html(board: Leaderboard, folder: Path) -> str:
         "input": plots["input"],
         "sweeps": sweeps or plots["options"],
         "efficiency": efficiency.settings,
+        "predicted": predicted.lines or predicted.problems,
         "attention": attention.samples or attention.unreadable,
         "samples": gallery.samples or gallery.unreadable,
         "unfinished": (
@@ -142,6 +146,7 @@ def html(board: Leaderboard, folder: Path) -> str:
         "effects": effects,
         "sweeps": sweeps,
         "efficiency": efficiency,
+        "predicted": predicted,
         "attention": attention,
         "gallery": gallery,
         "data": embedded(board, _shown(tables), gallery, looks_of(board), folder),
