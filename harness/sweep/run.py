@@ -233,7 +233,7 @@ def run_experiment(
     folder = prepared.folder
     preflight.check_shell()
     preflight.check_ray(cluster.cluster_address())
-    if prepared.unfinished():
+    if left := bool(prepared.unfinished()):
         preflight.check_resources(experiment.resources, experiment.top / "resources", cluster.cluster_address())
     preflight.check_models(prepared.specs)
     check_weights(prepared.specs, experiment.resources, device_bytes(cluster), experiment.top)
@@ -255,7 +255,8 @@ def run_experiment(
                 prepared = extended
                 _write_plan(prepared)
                 _run_unfinished(prepared, cluster, grid, lease, console, stopping)
-            _keep_forecast(prepared, cluster, console)
+            if left:
+                _keep_forecast(prepared, cluster, console)
             if measure and experiment.resources.profile:
                 _profile(prepared, console)
         except KeyboardInterrupt:
