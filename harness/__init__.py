@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from harness.core.weight_decay import parameter_groups
     from harness.doctor.doctor import diagnose
     from harness.experiment.load import Experiment
-    from harness.sweep.forecast import plan_run
+    from harness.sweep.plan_run import plan_run
     from harness.sweep.profile import profile_run
     from harness.sweep.run import run_experiment
     from harness.sweep.sync import sync_run
@@ -64,7 +64,7 @@ _PUBLIC = {
     "load_adapter": "adapters.library.adapted_model:load_adapter",
     "load_results": "results.loaded:load_results",
     "parameter_groups": "harness.core.weight_decay:parameter_groups",
-    "plan_run": "harness.sweep.forecast:plan_run",
+    "plan_run": "harness.sweep.plan_run:plan_run",
     "profile_run": "harness.sweep.profile:profile_run",
     "run_experiment": "harness.sweep.run:run_experiment",
     "sync_run": "harness.sweep.sync:sync_run",

@@ -6,10 +6,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
-from harness.core.record import PlannedTrial
+from harness.core.record import Plan, PlannedTrial
 from harness.core.registry import identity
+from harness.experiment.load import Experiment
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 
@@ -19,6 +21,26 @@ _NO_COST: dict[str, Any] = {
     "adapter": {"label", "grouping_name", "learning_rate", "tried_learning_rates", "init_from"},
     "optimizer": {"learning_rate"},
 }
+
+
+class PlannedRun(Protocol):
+    """What a forecast needs to know of a run: ``harness.sweep.run.Prepared`` has it."""
+
+    @property
+    def experiment(self) -> Experiment:
+        """For the resources of its trials."""
+
+    @property
+    def specs(self) -> list[TrialSpec]:
+        """Of all trials."""
+
+    @property
+    def plan(self) -> Plan:
+        """The same, as they are named."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Forecasts what a plan will cost: ``plan_run`` for ``harness plan`` and scripts, ``forecast_of`` for a run.
+"""Forecasts what a plan will cost: ``forecast_of`` for ``harness plan``, ``keep_forecast`` for a run.
 
 Memory and work are arithmetic (harness/price). Times come from finished trials of the same run, from a probe of the
 shape on this device, or from the operations and the rate of a device.
@@ -9,13 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import psutil
 import torch
 from rich.console import Console
 
-from clusters.profiles import Profile, load_profile
+from clusters.profiles import Profile
 from harness.core import probed as probes
 from harness.core.errors import UserError
 from harness.core.forecast import (
@@ -28,7 +27,6 @@ from harness.core.forecast import (
     write_forecast,
 )
 from harness.core.summaries import Summary, read_summaries
-from harness.experiment.load import Experiment
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.model.build import Splits, choose_from
@@ -38,7 +36,7 @@ from harness.price.duration import Amounts, Rate, given_rate, measured_rate, ste
 from harness.price.footprint import Footprints
 from harness.price.memory import memory_of
 from harness.price.remedies import remedies
-from harness.price.shapes import Shape, fingerprint, shapes_of
+from harness.price.shapes import PlannedRun, Shape, fingerprint, shapes_of
 from harness.price.times import calibrated, recorded, step_from, trial_from
 from harness.price.totals import Places, totals
 from harness.price.trace import Traced
@@ -46,43 +44,13 @@ from harness.sweep.counts import UnreadableError, are_drawn, readable_splits
 from harness.sweep.placement import Amounts as NodeAmounts
 from harness.sweep.placement import at_once, per_worker, this_machine
 from harness.sweep.probe import probe_plan, this_device
-from harness.sweep.run import Prepared, prepare
 from tasks.base import Example, Split, Task
 
 LONGEST_S = 8.0  # CPU seconds of a plan's forecast; shapes after that take over the forecast of one of their kind
 
 
-def plan_run(
-    experiment: Experiment | str | Path,
-    output: str | Path | None = None,
-    *,
-    fresh: bool = False,
-    profile: str | Path = "local",
-    probe: bool = False,
-    console: Console | None = None,
-) -> Forecast:
-    """Forecast what an experiment will cost, without training, downloading or writing into its run folder.
-
-    Args:
-        experiment: built in Python, or the path of a YAML file.
-        output: parent of the run folders, as for ``run_experiment``.
-        fresh: as if it started again in a new run folder.
-        profile: where it would run: for the memory and the rate of its devices, and its price.
-        probe: measure 20 training steps, and a few scored and generated examples, of every shape that was not probed
-            before; this prepares the task's data.
-        console: for progress; default: standard output.
-
-    Raises:
-        UserError: the experiment or the profile is invalid.
-    """
-    experiment = experiment if isinstance(experiment, Experiment) else Experiment.from_yaml(experiment)
-    cluster = load_profile(profile)
-    prepared = prepare(experiment, output or cluster.storage or "runs", fresh)
-    return forecast_of(prepared, cluster, console, probe=probe)
-
-
 def forecast_of(
-    prepared: Prepared,
+    prepared: PlannedRun,
     profile: Profile,
     console: Console | None = None,
     *,
@@ -106,7 +74,7 @@ def forecast_of(
     return _Forecasting(prepared, profile, limit_s).forecast()
 
 
-def keep_forecast(prepared: Prepared, profile: Profile) -> None:
+def keep_forecast(prepared: PlannedRun, profile: Profile) -> None:
     """Write the forecast of a run into its folder, for its report; what an earlier run predicted stays.
 
     It is made after the trials, so that they need not wait for it, but only from what was known before them.
@@ -176,7 +144,7 @@ class _Forecasting:
 
     def __init__(
         self,
-        prepared: Prepared,
+        prepared: PlannedRun,
         profile: Profile,
         limit_s: float | None,
         records: Mapping[str, Summary] | None = None,

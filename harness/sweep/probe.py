@@ -13,16 +13,15 @@ from clusters.profiles import Profile
 from harness.core import probed as probes
 from harness.core.errors import UserError
 from harness.experiment.sections import Resources
-from harness.price.shapes import Shape, fingerprint, shapes_of
+from harness.price.shapes import PlannedRun, Shape, fingerprint, shapes_of
 from harness.sweep import preflight
 from harness.sweep.profile import ProfileProgress
 from harness.sweep.profile_worker import Worker
-from harness.sweep.run import Prepared
 from harness.trial.measure import device_name
 from harness.trial.profile import Job
 
 
-def probe_plan(prepared: Prepared, profile: Profile, console: Console) -> None:
+def probe_plan(prepared: PlannedRun, profile: Profile, console: Console) -> None:
     """Measure every shape of a plan that was not measured on this device, and keep it in the cache.
 
     Args:

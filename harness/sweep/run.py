@@ -255,16 +255,14 @@ def run_experiment(
                 prepared = extended
                 _write_plan(prepared)
                 _run_unfinished(prepared, cluster, grid, lease, console, stopping)
-            if left:
-                _keep_forecast(prepared, cluster, console)
+            _keep_forecast(prepared, cluster, console, left)
             if measure and experiment.resources.profile:
                 _profile(prepared, console)
         except KeyboardInterrupt:
             stopping.reason = stopping.reason or "interrupt"
             console.print(f"{stopping.text}: {stopping.advice}", highlight=False, markup=False, soft_wrap=True)
         except SweepEndedError as error:
-            kept = "finished trials are kept; run the same experiment again to continue"
-            console.print(f"{error}; {kept}", style="red", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{error}; {stopping.advice}", style="red", highlight=False, markup=False, soft_wrap=True)
         report, problem = _conclude(prepared, grid, console)
     return Results((folder,), report.html, problem, grid.trials_link, stopping.reason, known_board=report.board)
 
@@ -421,13 +419,15 @@ def _check_budget(prepared: Prepared, limit_h: float, stopping: Stopping, consol
         raise KeyboardInterrupt
 
 
-def _keep_forecast(prepared: Prepared, profile: Profile, console: Console) -> None:
-    """Keep what the trials were predicted to cost, without a look at what they cost; an error is shown, and no more."""
+def _keep_forecast(prepared: Prepared, profile: Profile, console: Console, ran: bool) -> None:
+    """Keep what the trials were predicted to cost, if there were any, without a look at what they cost."""
     from harness.sweep.forecast import keep_forecast
 
+    if not ran:
+        return
     try:
         keep_forecast(prepared, profile)
-    except (UserError, OSError, ValueError) as error:
+    except (UserError, OSError, ValueError) as error:  # the trials are what matters, so it is shown and no more
         console.print(f"no forecast: {error}", highlight=False, markup=False, soft_wrap=True)
 
 

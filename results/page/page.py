@@ -108,14 +108,7 @@ def html(board: Leaderboard, folder: Path) -> str:
         "predicted": predicted.lines or predicted.problems,
         "attention": attention.samples or attention.unreadable,
         "samples": gallery.samples or gallery.unreadable,
-        "unfinished": (
-            *board.failed,
-            *board.missing,
-            *board.pruned,
-            *board.run.broken,
-            *board.run.foreign,
-            *board.unreadable,
-        ),
+        "unfinished": _unfinished(board),
     }
     values: dict[str, Any] = {
         "text": text,
@@ -158,6 +151,12 @@ def html(board: Leaderboard, folder: Path) -> str:
     environment.globals.update(values)
     sections = [section for section in _SECTIONS if shown.get(section.id, True)]
     return environment.get_template("report.html.j2").render(sections=sections)
+
+
+def _unfinished(board: Leaderboard) -> tuple[object, ...]:
+    """What the section of trials that did not finish is about."""
+    run = board.run
+    return (*board.failed, *board.missing, *board.pruned, *run.broken, *run.foreign, *board.unreadable)
 
 
 def _shown(tables: Sequence[BoardTable]) -> list[tuple[Any, Any]]:

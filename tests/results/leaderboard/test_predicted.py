@@ -55,7 +55,7 @@ def test_each_row_has_both_and_their_ratio(tmp_path: Path) -> None:
     write_forecast(folder, forecast(run, said))
     assert read_forecast(folder) == forecast(run, said)
     (line,) = build_predicted(run).lines
-    assert (line.memory, line.actual_memory, line.memory_ratio) == ("8.000", "10.0", "1.25×")
+    assert (line.memory, line.actual_memory, line.memory_ratio) == ("8.000", "10.00", "1.25×")
     assert (line.time, line.actual_time, line.time_ratio) == ("10.0 s (5.0 s to 20.0 s)", "15.0 s", "1.50×")
     assert (line.name, line.setting, line.source) == ("full", "epochs=2", "probed")
 
