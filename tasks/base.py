@@ -272,6 +272,12 @@ class Metric(ABC):
         """
         return ()
 
+    def warm_up(self) -> None:  # noqa: B027 - optional
+        """Start what takes seconds to start, such as a process, without waiting for it; by default nothing.
+
+        Called when a trial begins, long before ``score``, and for each trial.
+        """
+
     @abstractmethod
     def score(self, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Scores:
         """Score predictions by example id.

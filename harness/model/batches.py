@@ -61,7 +61,6 @@ class BatchMaker:
         self._max_positions = language_model.max_positions
         self.cut_targets: set[int] = set()
         self.cut_inputs: set[int] = set()
-        self._tokens: dict[str, list[int]] = {}
         # Read here, because ZeRO-3 partitions the table later.
         self._vocabulary = int(language_model.model.get_input_embeddings().num_embeddings)
 
@@ -121,9 +120,10 @@ class BatchMaker:
         return [str(text).strip() for text in texts]
 
     def _encode(self, text: str, limit: int, cut: set[int]) -> list[int]:
-        if text not in self._tokens:
-            self._tokens[text] = self.language_model.tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids = self._tokens[text]
+        tokens = self.language_model.tokens
+        if text not in tokens:
+            tokens[text] = self.language_model.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokens[text]
         if len(ids) > limit:
             cut.add(text_key(text))
         return ids[:limit]

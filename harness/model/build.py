@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Mapping, Sequence
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,21 +14,27 @@ import torch
 
 from adapters.attach import Adapters
 from adapters.placement.router import Router
+from harness.core import hub
 from harness.core.errors import UserError
 from harness.core.origin import during
 from harness.core.record import Parameters
 from harness.core.weights import check_unchanged
 from harness.experiment.plan import TrialSpec
 from harness.model import assembly, backbones, parameters
+from harness.model.backbones import LanguageModel
 from harness.model.batches import BatchMaker
 from harness.model.budget import Order, Shares, by_member, choose
 from harness.model.components import check_files, empty_encoders, make_modalities, make_task, method_of
 from harness.model.context_model import ContextModel
 from harness.model.features import Features
+from harness.model.kept import Kept, Key, bytes_of
 from harness.model.projector import Projector
-from tasks.base import Example, Split, Task
+from tasks.base import Example, Modality, Split, Task
 from tasks.encoder import Encoder
 from tasks.splits import SPLITS
+
+_MOST_TEXTS = 100_000  # whose tokens are kept from one trial for the next
+_EXAMPLE_BYTES = 1000  # about, of the objects of one, besides its texts
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,16 @@ def choose_splits(spec: TrialSpec, task: Task) -> Splits:
     Raises:
         UserError: a split has fewer examples than the spec requires, or the selection has none of a mixture's task.
     """
-    return choose_from(spec, task, {split: _read_twice(task, spec.task.name, split) for split in SPLITS})
+    return choose_from(spec, task, read_splits(spec, task))
+
+
+def read_splits(spec: TrialSpec, task: Task) -> dict[Split, Sequence[Example]]:
+    """All examples of the task.
+
+    Raises:
+        UserError: they cannot be read, or two reads differ.
+    """
+    return {split: _read_twice(task, spec.task.name, split) for split in SPLITS}
 
 
 def choose_from(spec: TrialSpec, task: Task, examples: Mapping[Split, Sequence[Example]]) -> Splits:
@@ -111,31 +129,41 @@ def _read_twice(task: Task, name: str, split: Split) -> Sequence[Example]:
 
 def _shares(task: Task, train: Sequence[Example]) -> Shares | None:
     """The shares of a mixture's tasks, from their whole training splits; None for a task that is not a mixture."""
-    sizes = {member: len(indices) for member, indices in by_member(train).items()}
-    return task.shares(sizes) if len(task.members()) > 1 else None
+    if len(task.members()) < 2:
+        return None
+    return task.shares({member: len(indices) for member, indices in by_member(train).items()})
 
 
-def order_of(spec: TrialSpec, task: Task, train: Sequence[Example]) -> Order:
-    """The order in which a trial trains on the examples of its budget."""
-    return Order(train, spec.seed, spec.budget.references, _shares(task, task.examples("train")))
+def order_of(spec: TrialSpec, task: Task, train: Sequence[Example], whole: Sequence[Example] | None = None) -> Order:
+    """The order in which a trial trains on the examples of its budget.
+
+    Args:
+        spec: of the trial.
+        task: of the examples.
+        train: of the budget.
+        whole: the whole training split, from which the shares of a mixture follow; None: it is read.
+    """
+    return Order(train, spec.seed, spec.budget.references, _shares(task, whole or task.examples("train")))
 
 
-def build(spec: TrialSpec, device: torch.device, data: TrialData | None = None) -> Built:
+def build(spec: TrialSpec, device: torch.device, data: TrialData | None = None, kept: Kept | None = None) -> Built:
     """Load the backbones, attach the adapters, read the data.
 
     Args:
         spec: of the trial.
         device: of the model.
         data: of a trial that differs at most in its adapter and learning rate; None: it is read.
+        kept: what earlier trials of this process have left for it, and it for later ones.
 
     Raises:
         UserError: a backbone, the data or the weights of ``init_from`` could not be loaded, a backbone has other
             weights than when the trial was planned or a plugin other data files, or the language model lacks the roles
             that the adapter acts on.
     """
-    data = data or read_data(spec, device)
+    kept = kept or Kept(0)
+    data = data or read_data(spec, device, kept)
     features = data.features
-    language_model = backbones.load_language_model(spec.pinned_backbone)
+    language_model = load_language_model(spec, kept)
     widths = {context: features.width(context) for context in data.task.modalities}
     with during(f"adapter {spec.adapter.method} on {spec.backbone.language_model}"):
         model = assemble(spec, language_model.model, widths)
@@ -151,25 +179,94 @@ def build(spec: TrialSpec, device: torch.device, data: TrialData | None = None) 
     )
 
 
-def read_data(spec: TrialSpec, device: torch.device) -> TrialData:
+def load_language_model(spec: TrialSpec, kept: Kept) -> LanguageModel:
+    """The language model of a trial: a copy of its own of the kept weights, which no trial touches.
+
+    Code from the hub may make models that cannot be copied, and a quantised layer holds more than tensors: these are
+    loaded for each trial.
+
+    Raises:
+        UserError: it could not be loaded.
+    """
+    backbone, fingerprint = spec.pinned_backbone, spec.fingerprints.get("language_model")
+    if fingerprint is None or backbone.trust_remote_code:
+        return backbones.load_language_model(backbone)
+    key: Key = ("language model", backbone.pinned_language_model, fingerprint)
+    kept.forget("language model", but=key)
+    loaded = kept.of(key, lambda: backbones.load_language_model(backbone), _size_of, spare=True)
+    if len(loaded.tokens) > _MOST_TEXTS:
+        loaded.tokens.clear()
+    return LanguageModel(copy.deepcopy(loaded.model), loaded.tokenizer, loaded.tokens) if key in kept else loaded
+
+
+def _size_of(language_model: LanguageModel) -> int:
+    """Bytes of a language model that can be copied; of others more than is ever kept."""
+    return sys.maxsize if language_model.quantised else bytes_of(language_model.model)
+
+
+def read_data(spec: TrialSpec, device: torch.device, kept: Kept | None = None) -> TrialData:
     """Read the data, and load the encoders.
 
     Raises:
         UserError: as in ``build``.
     """
+    kept = kept or Kept(0)
+    source = (spec.task.plugin.model_dump_json(), json.dumps(spec.task.config, sort_keys=True), spec.relative_to)
+    task, examples = kept.of(("examples", *source), lambda: _read_task(spec), lambda read: _bytes_of(read[1].values()))
+    chosen = (spec.seed, spec.budget.examples, spec.eval.validation_examples, spec.eval.test_examples)
+    splits = kept.of(("splits", *source, *chosen), lambda: choose_from(spec, task, examples), _list_bytes)
+    check_unchanged(spec.pinned_backbone.model_dump(), spec.fingerprints)
+    check_files(spec)
+    modalities = make_modalities(spec)
+    keys = {name: _encoder_key(spec, name, device) for name in modalities}
+    encoders = {name: _encoder(spec, name, modality, device, kept, keys[name]) for name, modality in modalities.items()}
+    features = Features(task, modalities, encoders, device, kept, keys)
+    return TrialData(task, splits, order_of(spec, task, splits.train, examples["train"]), features)
+
+
+def _read_task(spec: TrialSpec) -> tuple[Task, dict[Split, Sequence[Example]]]:
     task = make_task(spec)
     with during(f"preparation of task {spec.task.name}"):
         task.prepare()
-    splits = choose_splits(spec, task)
-    backbone, modalities = spec.pinned_backbone, make_modalities(spec)
-    check_unchanged(backbone.model_dump(), spec.fingerprints)
-    check_files(spec)
-    encoders = {}
-    for name, modality in modalities.items():
-        with during(f"encoder of modality {name}"):
-            encoders[name] = modality.encoder(backbone.encoders[name], backbone.trust_remote_code)
-    features = Features(task, modalities, encoders, device)
-    return TrialData(task, splits, order_of(spec, task, splits.train), features)
+    return task, read_splits(spec, task)
+
+
+def _bytes_of(splits: Iterable[Sequence[Example]]) -> int:
+    """About the memory of examples."""
+    return sum(
+        _EXAMPLE_BYTES + sum(map(len, example.references)) + sum(len(str(value)) for _, value in example.inputs)
+        for examples in splits
+        for example in examples
+    )
+
+
+def _list_bytes(splits: Splits) -> int:
+    return 8 * (len(splits.train) + len(splits.validation) + len(splits.test))
+
+
+def _encoder_key(spec: TrialSpec, modality: str, device: torch.device) -> Key | None:
+    """What an encoder depends on; None: it is not known, or code from the hub makes it."""
+    backbone = spec.pinned_backbone
+    name, fingerprint = backbone.encoders[modality], spec.fingerprints.get(f"encoders.{modality}")
+    if backbone.trust_remote_code or (fingerprint is None and not hub.is_builtin(name)):
+        return None
+    return (f"encoder of {modality}", spec.task.modalities[modality].model_dump_json(), name, fingerprint, str(device))
+
+
+def _encoder(
+    spec: TrialSpec, name: str, modality: Modality, device: torch.device, kept: Kept, key: Key | None
+) -> Encoder:
+    backbone = spec.pinned_backbone
+
+    def load() -> Encoder:
+        encoder = modality.encoder(backbone.encoders[name], backbone.trust_remote_code)
+        return encoder.to(device)
+
+    with during(f"encoder of modality {name}"):
+        if key is None:
+            return load()
+        kept.forget(f"encoder of {name}", but=key)
+        return kept.of(key, load, bytes_of, device.type)
 
 
 def assemble(spec: TrialSpec, language_model: Any, feature_widths: Mapping[str, int]) -> ContextModel:

@@ -1,4 +1,4 @@
-"""Computes the encoder features of input files, once per trial, and caches them in memory.
+"""Computes the encoder features of input files, once per trial, and caches them in memory; a worker keeps them longer.
 
 Without augmentation, a frozen encoder gives the same output in every epoch and for every reference, so a file is
 encoded once; beyond ``CACHE_BYTES``, files are encoded again each time. Augmented inputs are encoded for every training
@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from harness.core.origin import during
 from harness.model.checks import check_features, check_finite
+from harness.model.inputs import stamp
+from harness.model.kept import Kept, Key
 from harness.model.workers import ALONE, Workers
 from tasks.base import Example, Modality, Task
 from tasks.encoder import Encoder
@@ -46,6 +49,8 @@ class Features:
         modalities: by registry name; they read the files.
         encoders: frozen encoders by modality, with their preprocessing.
         device: of the encoders; the cache is in main memory.
+        kept: what this process keeps from one trial for the next.
+        keys: for each modality what its features depend on, besides the files; None: they are not kept.
     """
 
     def __init__(
@@ -54,8 +59,11 @@ class Features:
         modalities: Mapping[str, Modality],
         encoders: Mapping[str, Encoder],
         device: torch.device,
+        kept: Kept | None = None,
+        keys: Mapping[str, Key | None] = MappingProxyType({}),
     ) -> None:
         self.task, self.modalities = task, modalities
+        self._kept, self._keys = kept or Kept(0), keys
         self._members = task.members()
         self.encoders = {name: encoder.to(device).eval() for name, encoder in encoders.items()}
         self._cache: dict[tuple[str, Path], Tensor] = {}
@@ -72,15 +80,18 @@ class Features:
             examples: of the task.
             views: for training, the seed of each example's augmentation; None: no augmentation.
         """
-        wanted = [
+        wanted = self._wanted(examples, views)
+        rows = self._rows([want for wants in wanted for want in wants])
+        return [[rows[want] for want in wants] for wants in wanted]
+
+    def _wanted(self, examples: Sequence[Example], views: Sequence[int] | None = None) -> list[list[_Wanted]]:
+        return [
             [
                 _Wanted(example.member, context, path, view if self._augments(example, context) else None, example.id)
                 for context, path in example.files
             ]
             for example, view in zip(examples, views or itertools.repeat(None), strict=False)
         ]
-        rows = self._rows([want for wants in wanted for want in wants])
-        return [[rows[want] for want in wants] for wants in wanted]
 
     def precompute(
         self,
@@ -103,14 +114,14 @@ class Features:
             if self._bytes >= CACHE_BYTES:
                 return
             start, known = first + BATCH_SIZE * workers.rank, len(self._cache)
-            self.of(examples[start : start + BATCH_SIZE])
+            self._rows([want for wants in self._wanted(examples[start : start + BATCH_SIZE]) for want in wants], True)
             new = list(itertools.islice(self._cache.items(), known, None))
             for found in workers.gather(new):
                 for key, x_ND in found:
                     self._store(key, x_ND)
             tick()
 
-    def _rows(self, wanted: Sequence[_Wanted]) -> dict[_Wanted, Tensor]:
+    def _rows(self, wanted: Sequence[_Wanted], keep: bool = False) -> dict[_Wanted, Tensor]:
         rows: dict[_Wanted, Tensor] = {}
         missing: dict[str, dict[_Wanted, None]] = {}
         for want in wanted:
@@ -123,7 +134,8 @@ class Features:
             todo = list(wants)
             for start in range(0, len(todo), BATCH_SIZE):
                 part = todo[start : start + BATCH_SIZE]
-                for want, x_ND in zip(part, self._encode(modality, part), strict=True):
+                found = self._known(modality, part) if keep else self._encode(modality, part)
+                for want, x_ND in zip(part, found, strict=True):
                     rows[want] = x_ND
                     if want.view is None:
                         self._store((modality, want.path), x_ND)
@@ -133,6 +145,23 @@ class Features:
         if self._bytes < CACHE_BYTES and key not in self._cache:
             self._cache[key] = x_ND
             self._bytes += x_ND.nbytes
+
+    def _known(self, modality: str, wants: Sequence[_Wanted]) -> list[Tensor]:
+        """Features of files without augmentation, maybe of an earlier trial: only of the same batch, where rounding is
+        the same.
+        """
+        key = self._keys.get(modality)
+        try:
+            files = tuple((str(want.path), *stamp(want.path)) for want in wants)
+        except OSError:  # decoding says more about a file that cannot be read
+            key = None
+        if key is None:
+            return self._encode(modality, wants)
+        return self._kept.of(
+            ("features", key, files),
+            lambda: self._encode(modality, wants),
+            lambda rows: sum(x_ND.nbytes for x_ND in rows),
+        )
 
     @torch.no_grad()
     def _encode(self, modality: str, wants: Sequence[_Wanted]) -> list[Tensor]:

@@ -71,7 +71,7 @@ class Inputs:
     def is_read(self, path: Path, reader: Reader) -> bool:
         """Whether this reader has read the file since it last changed; another encoder may not accept it."""
         known = self._known.get(str(path), [])
-        return reader.name in known[3:] and path.exists() and known[:2] == _stamp(path)
+        return reader.name in known[3:] and path.exists() and known[:2] == stamp(path)
 
     def read(self, path: Path, reader: Reader) -> None:
         """Read and check a file, and cache its digest.
@@ -81,8 +81,8 @@ class Inputs:
         """
         reader.read(path)
         known = self._known.get(str(path), [])
-        others = known[3:] if known[:2] == _stamp(path) else []
-        self._known[str(path)] = [*_stamp(path), digest_of(path), *dict.fromkeys([*others, reader.name])]
+        others = known[3:] if known[:2] == stamp(path) else []
+        self._known[str(path)] = [*stamp(path), digest_of(path), *dict.fromkeys([*others, reader.name])]
 
     def save(self) -> None:
         """Write ``inputs.json``."""
@@ -91,9 +91,14 @@ class Inputs:
     def digest(self, path: Path) -> str:
         """SHA-256 of the file's content: from the cache, or computed if the file is new or has changed."""
         known = self._known.get(str(path), [])
-        return str(known[2]) if known[:2] == _stamp(path) else digest_of(path)
+        return str(known[2]) if known[:2] == stamp(path) else digest_of(path)
 
 
-def _stamp(path: Path) -> list[object]:
+def stamp(path: Path) -> list[object]:
+    """What changes with a file's content: its size and modification time.
+
+    Raises:
+        OSError: there is no such file.
+    """
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns]

@@ -16,6 +16,7 @@ from harness.core.lease import Lease
 from harness.core.record import PlannedTrial, TrialRecord
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
+from harness.model.kept import OF_WORKER
 from harness.sweep.cluster import connect, environment
 from harness.sweep.events import Display, Events
 from harness.sweep.grace import Grace, PreemptedError, Request, StopRequest, save_at_sigterm
@@ -172,7 +173,7 @@ def _run_one(
         if not place.begin():
             tracker, asked = MlflowTracker(grid, spec, planned, place.folder), Resources.model_validate_json(resources)
             with stop.listening():
-                record = work(spec, experiment, place.run, asked, tracker, report, rungs, stop)
+                record = work(spec, experiment, place.run, asked, tracker, report, rungs, stop, OF_WORKER)
             stopped = record.status == "cancelled"
         place.end()
         if stopped and stop.preempted:

@@ -17,6 +17,7 @@ from harness.core.registry import plugins_in
 from harness.core.revisions import git_revision
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
+from harness.model.kept import Kept
 from harness.model.workers import ALONE, Workers
 from harness.tracking.tracker import Tracker
 from harness.trial import measure
@@ -36,6 +37,7 @@ def run_trial(
     report: Report,
     rungs: Collection[int] = (),
     stop: Stop = never,
+    kept: Kept | None = None,
 ) -> TrialRecord:
     """Run one trial and write its record, also if it fails; only the death of the process leaves no record.
 
@@ -48,6 +50,7 @@ def run_trial(
         report: called with the progress, at most about once a second and after every epoch.
         rungs: epochs after which it pauses.
         stop: whether the trial is asked to stop; called before every step, and now and then in other phases.
+        kept: what earlier trials of this process have left for it, and it for later ones.
 
     Returns:
         The record, with status finished, failed or out_of_memory, and the reason; or with status paused, which is
@@ -55,7 +58,7 @@ def run_trial(
         that was asked to stop.
     """
     with log_to(run / "trials" / spec.trial_id / LOG):
-        attempt = make_attempt(spec, experiment, run, resources, tracker, report, rungs=rungs, stop=stop)
+        attempt = make_attempt(spec, experiment, run, resources, tracker, report, rungs=rungs, stop=stop, kept=kept)
         conclude(attempt.record, run, tracker)
     return attempt.record
 
@@ -78,6 +81,7 @@ def make_attempt(
     workers: Workers = ALONE,
     rungs: Collection[int] = (),
     stop: Stop = never,
+    kept: Kept | None = None,
 ) -> Attempt:
     """Run a trial; its errors are in the result.
 
@@ -91,6 +95,7 @@ def make_attempt(
         workers: this process and the others that run the trial with it.
         rungs: epochs after which it pauses.
         stop: whether this worker is asked to stop the trial; one is enough.
+        kept: what earlier trials of this process have left for it, and it for later ones.
     """
     folder = run / "trials" / spec.trial_id
     started, clock = datetime.now(UTC), time.monotonic()
@@ -98,9 +103,10 @@ def make_attempt(
     status: Status = "finished"
     reason = None
     problem: Exception | None = None
-    trial = Trial(spec, folder, resources, tracker, report, workers, rungs, stop)
+    trial = Trial(spec, folder, resources, tracker, report, workers, rungs, stop, kept)
     try:
-        trial.run()
+        with trial.kept.dropped_on_error():
+            trial.run()
         if trial.paused:
             status, reason = "paused", f"waits at epoch {len(trial.state.history)} for the others of its row"
     except StoppedError:
@@ -123,7 +129,7 @@ def make_attempt(
         history=tuple(trial.state.history),
         best_epoch=trial.state.best_epoch,
         started_at=started.isoformat(timespec="seconds"),
-        versions=measure.versions(),
+        versions=dict(measure.versions()),
         git_revision=git_revision(Path(__file__).parent.parent),
         mlflow_run_id=tracker.run_id,
         warnings=(*trial.warnings, *tracker.warnings),

@@ -8,9 +8,10 @@ import importlib.metadata
 import platform
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 
@@ -59,6 +60,11 @@ class PeakMemory:
             except OSError:
                 self._resettable = False
         self.before_bytes = self.peak_bytes()
+
+    def shift(self, size_bytes: int) -> None:
+        """Add to ``before_bytes`` what was there before but belongs to the trial (negative), or the other way round."""
+        if self.before_bytes is not None:
+            self.before_bytes += size_bytes
 
     def peak_bytes(self) -> int | None:
         """The peak so far, in bytes."""
@@ -183,7 +189,8 @@ class StepClock:
         )
 
 
-def versions() -> dict[str, str]:
+@cache
+def versions() -> Mapping[str, str]:
     """Versions of Python and of the distributions that affect results."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {"python": platform.python_version(), **found, "torch": str(torch.__version__)}  # with the build: 2.13.0+cpu

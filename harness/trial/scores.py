@@ -6,6 +6,7 @@ Paired statistics and the report's gallery are made from this file.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +25,21 @@ from harness.trial.evaluate import Likelihood
 from tasks.base import Example, Metric, Scores
 from tasks.clusters import clusters_of
 from tasks.registry import METRICS
+
+_log = logging.getLogger(__name__)
+
+
+def warm_up(metrics: Mapping[str, Mapping[str, Plugin]]) -> None:
+    """Let metrics start what they need later; what fails now fails again where it is needed, and is told then.
+
+    Args:
+        metrics: as for ``score_members``.
+    """
+    for plugin in (plugin for member in metrics.values() for plugin in member.values()):
+        try:
+            METRICS.load(plugin.target)().warm_up()
+        except Exception as error:  # a plugin's
+            _log.info("metric %s did not warm up: %s: %s", plugin.name, type(error).__name__, error)
 
 
 def perplexities(examples: Sequence[Example], likelihood: Likelihood) -> dict[str, float]:

@@ -16,6 +16,7 @@ from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.model.build import TrialData, build
 from harness.model.components import method_of
+from harness.model.kept import Kept
 from harness.model.workers import joined
 from harness.trial.engine import Engine, load_weights
 
@@ -55,17 +56,24 @@ class Stages:
         resources: for the engine's ZeRO stage, and what it offloads.
         folder: of the trial; weights are stored there between two stages.
         data: of a trial that differs at most in its adapter and learning rate; None: it is read.
+        kept: what earlier trials of this process have left.
 
     Raises:
         UserError: the method's stages do not fit the budget, or the model cannot be built.
     """
 
     def __init__(
-        self, spec: TrialSpec, device: torch.device, resources: Resources, folder: Path, data: TrialData | None = None
+        self,
+        spec: TrialSpec,
+        device: torch.device,
+        resources: Resources,
+        folder: Path,
+        data: TrialData | None = None,
+        kept: Kept | None = None,
     ) -> None:
-        self.spec, self.device, self.resources, self.folder = spec, device, resources, folder
+        self.spec, self.device, self.resources, self.folder, self._kept = spec, device, resources, folder, kept
         self.stages = method_of(spec.adapter, spec.relative_to).stages(spec.budget.epochs)
-        self.built = build(spec, device, data)
+        self.built = build(spec, device, data, kept)
         batches = math.ceil(self.built.order.draws / spec.optimizer.per_device_train_batch_size)
         self.ends = stage_ends(self.stages, batches, spec.optimizer.gradient_accumulation_steps)
         self.total_steps = self.ends[-1]
@@ -124,13 +132,12 @@ class Stages:
         path, batches = self.folder / "stage.safetensors", self.built.batches
         self.engine.save_weights(path)
         self.close()
-        kept = batches.features, batches.cut_targets, batches.cut_inputs
+        data, cut = self.built.data, (batches.cut_targets, batches.cut_inputs)
         del self.engine, self.built, batches
         gc.collect()  # DeepSpeed's engine has reference cycles: without this, two models would be in memory
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # building the model seeds the generator
-            self.built = build(self.spec, self.device)
-        batches = self.built.batches
-        batches.features, batches.cut_targets, batches.cut_inputs = kept
+            self.built = build(self.spec, self.device, data, self._kept)
+        self.built.batches.cut_targets, self.built.batches.cut_inputs = cut
         load_weights(path, {name: p for name, p in self.built.model.named_parameters() if p.requires_grad})
         joined().wait()
         path.unlink(missing_ok=True)

@@ -28,10 +28,11 @@ from harness.model import budget
 from harness.model.batch import Batch
 from harness.model.build import TrialData
 from harness.model.inputs import Inputs
+from harness.model.kept import Kept
 from harness.model.workers import ALONE, Workers
 from harness.tracking.tracker import Tracker
 from harness.trial import measure
-from harness.trial.answers import answers_of
+from harness.trial.best import evaluate_best
 from harness.trial.checkpoint import (
     BEST,
     BrokenCheckpointError,
@@ -42,9 +43,8 @@ from harness.trial.checkpoint import (
     set_random_states,
 )
 from harness.trial.engine import PARTITIONED_STAGE, most_memory, prepare_process
-from harness.trial.evaluate import Evaluator, mismatched
-from harness.trial.previews import write_previews
-from harness.trial.scores import perplexities, score_members, write_examples
+from harness.trial.evaluate import Evaluator
+from harness.trial.scores import warm_up
 from harness.trial.stages import Stages
 
 REPORT_INTERVAL_S = 1.0
@@ -101,6 +101,7 @@ class Trial:
         peak: peak memory since before the model was built; set then.
         clock: time of the current stage's training steps.
         paused: whether ``run`` ended at a rung.
+        kept: what trials of this process leave for later ones.
     """
 
     stages: Stages
@@ -116,7 +117,9 @@ class Trial:
         workers: Workers = ALONE,
         rungs: Collection[int] = (),
         stop: Stop = never,
+        kept: Kept | None = None,
     ) -> None:
+        self.kept = kept or Kept(0)
         self.spec, self.folder, self.resources, self.tracker, self.report = spec, folder, resources, tracker, report
         self.workers, self.rungs, self.stop, self.paused = workers, rungs, stop, False
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -136,6 +139,8 @@ class Trial:
         if self.workers.count == 1:
             self._obey(save=False, stop=self.stop())
         with self._phase("build"):
+            if self.workers.first:
+                warm_up(self.spec.task.metrics)
             self.build()
             self.total_steps, batches = self.stages.total_steps, self.stages.built.batches
             self.cut = {"target": batches.cut_targets, "input": batches.cut_inputs}
@@ -167,8 +172,9 @@ class Trial:
         """
         torch.set_num_threads(self.resources.cpus_per_worker)
         prepare_process()
+        self.kept.begin()
         self.peak = measure.PeakMemory(self.device)
-        self.stages = Stages(self.spec, self.device, self.resources, self.folder, data)
+        self.stages = Stages(self.spec, self.device, self.resources, self.folder, data, self.kept)
 
     def _begin_measuring(self) -> None:
         """Restart the measurement of speed and activations: stages differ, so only the last one is recorded."""
@@ -187,6 +193,7 @@ class Trial:
         evaluation = [*splits.validation, *splits.test]
         features = self.stages.built.batches.features
         features.precompute(splits.train, evaluation, self._tick, self.workers)
+        self.peak.shift(self.kept.shift_bytes(self.device))
 
     def _train(self) -> None:
         """Train until the last epoch, until validation improves no more, or until the next rung."""
@@ -312,30 +319,14 @@ class Trial:
         return Evaluator(*made, shared_prefix=shared, synced=synced)
 
     def _test(self) -> dict[str, dict[str, float]]:
-        """Evaluate the best epoch; rank 0 scores the texts and writes per-example scores, and returns the metrics."""
+        """Evaluate the best epoch; returns the metrics, on rank 0."""
         self._report_progress("test", force=True)
-        splits = self.stages.built.splits
         self.stages.engine.load_weights(self.folder / BEST)
-        evaluator = self._evaluator()
-        validation, test = evaluator.likelihood(splits.validation), evaluator.likelihood(splits.test)
-        others = mismatched(splits.test, seed=0)
-        wrong = evaluator.likelihood(splits.test, others) if others else None
-        predictions = evaluator.generate(splits.test)
+        tested = evaluate_best(self.spec, self._evaluator(), self.stages.built.splits, self.folder)
         for texts in self.cut.values():
             texts.update(*self.workers.gather(texts))
-        if not self.workers.first:
-            return {}
-        scores = score_members(self.spec.task.metrics, splits.test, predictions)
-        self.measured["answers"] = answers_of(self.spec.task.metrics, splits.train, splits.test, predictions)
-        self.notes = scores.notes
-        features = self.stages.built.batches.features
-        shown = write_previews(self.folder.parent.parent, splits.test, features, self.spec.task.modalities)
-        write_examples(self.folder / "examples.parquet", splits, validation, test, wrong, predictions, scores, shown)
-        wrong_input = {"perplexity_wrong_input": wrong.perplexity} if wrong else {}
-        return {
-            "validation": perplexities(splits.validation, validation),
-            "test": {**perplexities(splits.test, test), **wrong_input, **scores.corpus},
-        }
+        self.measured["answers"], self.notes = tested.answers, tested.notes
+        return tested.metrics
 
     def _data(self) -> Data:
         splits, spec = self.stages.built.splits, self.spec

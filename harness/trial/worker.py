@@ -14,6 +14,7 @@ from pathlib import Path
 
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
+from harness.model.kept import OF_WORKER
 from harness.model.workers import joined
 from harness.tracking.tracker import Tracker
 from harness.trial.attempt import make_attempt
@@ -51,7 +52,7 @@ def run_worker(
     """
     workers = joined()
     with log_to(run / "trials" / spec.trial_id / LOG) if workers.first else nullcontext():
-        attempt = make_attempt(spec, experiment, run, resources, tracker, report, workers, rungs, stop)
+        attempt = make_attempt(spec, experiment, run, resources, tracker, report, workers, rungs, stop, OF_WORKER)
         if workers.first and attempt.error is None:
             conclude(attempt.record, run, tracker)
     error, record = attempt.error, attempt.record if workers.first else None

@@ -17,6 +17,7 @@ from tasks.metrics.coco.bleu import bleu
 from tasks.metrics.coco.cider import cider
 from tasks.metrics.coco.meteor import files as meteor_files
 from tasks.metrics.coco.meteor import meteor
+from tasks.metrics.coco.meteor import start as start_meteor
 from tasks.metrics.coco.ngrams import Ints
 from tasks.metrics.coco.ptb import JAR, tokenise
 from tasks.metrics.coco.references import References, prepare
@@ -70,6 +71,11 @@ class CaptionMetrics(Metric):
 
     def __init__(self, with_meteor: bool = True) -> None:
         self.with_meteor = with_meteor
+
+    def warm_up(self) -> None:
+        """Start METEOR's Java process, unless it runs."""
+        if self.with_meteor:
+            start_meteor()
 
     def score(self, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Scores:
         """Score predictions by example id; ``per_example`` is in the order of ``references``.

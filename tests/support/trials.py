@@ -15,6 +15,7 @@ from harness.core.registry import Plugin
 from harness.experiment.load import Experiment
 from harness.experiment.plan import TrialSpec, expand
 from harness.experiment.sections import Optimizer, Resources
+from harness.model.kept import Kept
 from harness.trial import engine as engine_module
 from harness.trial.attempt import run_trial
 from harness.trial.trial import Progress, never
@@ -100,9 +101,11 @@ def run(
     tracker: Any = None,
     rungs: Collection[int] = (),
     stop: Callable[[], bool] = never,
+    kept: Kept | None = None,
     **resources: Any,
 ) -> TrialRecord:
-    return run_trial(spec, "unit", folder, Resources(**resources), tracker or Recorder(), report, rungs, stop)
+    asked = Resources(**resources)
+    return run_trial(spec, "unit", folder, asked, tracker or Recorder(), report, rungs, stop, kept)
 
 
 def examples_of(folder: Path, record: TrialRecord) -> pd.DataFrame:

@@ -13,7 +13,6 @@ import torch
 
 from adapters.registry import ADAPTERS
 from harness.core.record import TrialRecord
-from harness.experiment.plan import TrialSpec
 from harness.trial import stages, trial
 from harness.trial.engine import Engine
 from harness.trial.trial import Progress
@@ -47,9 +46,9 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrialRecord, Path]:
     models: list[weakref.ref[Any]] = []
     build = stages.build
 
-    def counting(spec: TrialSpec, device: torch.device, data: Any = None) -> Any:
+    def counting(*args: Any) -> Any:
         assert [model() for model in models] == [None] * len(models), "there are never two models in memory"
-        built = build(spec, device, data)
+        built = build(*args)
         models.append(weakref.ref(built.model))
         return built
 
@@ -123,8 +122,8 @@ def test_the_best_epoch_may_be_in_the_first_stage(tmp_path: Path, monkeypatch: p
     base: dict[str, torch.Tensor] = {}
     build = stages.build
 
-    def remembering(spec: TrialSpec, device: torch.device, data: Any = None) -> Any:
-        built = build(spec, device, data)
+    def remembering(*args: Any) -> Any:
+        built = build(*args)
         base.update({name: p.detach().clone() for name, p in built.model.named_parameters()})
         return built
 

@@ -129,6 +129,25 @@ atexit.register(_end)
 os.register_at_fork(after_in_child=_forget)
 
 
+def start() -> None:
+    """Start the process unless it runs, without waiting until it has read its data.
+
+    Raises:
+        OSError: Java could not be started.
+    """
+    with _lock:
+        _running()
+
+
+def _running() -> _Meteor:
+    """The process, started if there is none; call it with the lock."""
+    global _process  # noqa: PLW0603
+    if _process is None or _process.java.poll() is not None:
+        _end()
+        _process = _Meteor()
+    return _process
+
+
 def normalise(captions: Iterable[str]) -> dict[str, str]:
     """Normalise captions as METEOR's option ``-norm`` does: "close-up" becomes "close up".
 
@@ -165,7 +184,6 @@ def meteor(
     Raises:
         RuntimeError: Java failed; the next call starts a new process.
     """
-    global _process  # noqa: PLW0603
     forms = dict(normalised) if normalised is not None else normalise(text for texts in references for text in texts)
     forms |= normalise(predictions)
     requests = [
@@ -174,10 +192,7 @@ def meteor(
     ]
     with _lock:
         try:
-            if _process is None or _process.java.poll() is not None:
-                _end()
-                _process = _Meteor()
-            return _process.score(requests)
+            return _running().score(requests)
         except BaseException as error:  # an interrupt, too, leaves answers in the pipe that the next call would read
             detail = _end()
             if isinstance(error, OSError | ValueError):

@@ -92,6 +92,18 @@ def test_threads_that_need_the_process_at_once_start_one(fake_java: Callable[[st
     assert (tmp_path / "starts").read_text(encoding="utf-8") == "started\n"
 
 
+def test_the_process_that_scores_can_be_started_before(fake_java: Callable[[str], Path]) -> None:
+    fake_java(ANSWERS)
+    CaptionMetrics(with_meteor=False).warm_up()
+    assert meteor_process._process is None
+    CaptionMetrics().warm_up()
+    process = meteor_process._process
+    assert process is not None
+    CaptionMetrics().warm_up()
+    meteor(X, ["x"])
+    assert meteor_process._process is process
+
+
 def test_after_an_error_the_next_call_starts_a_new_process(fake_java: Callable[[str], Path]) -> None:
     fake_java("echo 'METEOR is out of memory' >&2; exec /bin/cat")  # an echo is no score
     with pytest.raises(RuntimeError, match=r"METEOR failed \(could not convert .*\): METEOR is out of memory"):
