@@ -30,6 +30,7 @@ from ray import tune  # noqa: E402
 from ray._common.network_utils import is_localhost  # noqa: E402
 from ray._private import ray_constants, services  # noqa: E402
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # noqa: E402
+from ray.tune.analysis import ExperimentAnalysis  # noqa: E402
 from ray.tune.execution import class_cache  # noqa: E402
 from ray.tune.trainable.function_trainable import wrap_function  # noqa: E402
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
@@ -42,6 +43,9 @@ WORKER_SETTINGS = {
 # Tune passes these on in the runtime environment of its actors, which Ray writes into its logs with the values. Workers
 # inherit them on this machine, and get them in the arguments of their trials on others.
 class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
+# What `fit` returns is not used. Where all trials have been forgotten, it would unpickle Tune's newest snapshot in the
+# run folder, which may be somebody else's, and fail if the snapshot is of a sweep that had none.
+ExperimentAnalysis._load_trials = lambda _: []
 _TOKEN = "RAY_AUTH_TOKEN"  # noqa: S105 - the name of a variable
 __all__ = [
     "WORKER_SETTINGS",

@@ -242,7 +242,6 @@ def run_experiment(
         check_grid(prepared.mlflow_uri, experiment.name, folder)
         preflight.check_data(prepared.specs, folder, console, experiment.halving)
         _write_plan(prepared)
-        write_atomically(folder / "experiment.yaml", experiment.text)
         for line in read_run(folder).foreign_lines:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         prepared.push()
@@ -328,6 +327,10 @@ def _push_all(prepared: Prepared, console: Console) -> None:
 
 
 def _write_plan(prepared: Prepared) -> None:
+    from harness.tracking.store import without_password
+
+    text = without_password(prepared.experiment.text, prepared.mlflow_uri)
+    write_atomically(prepared.folder / "experiment.yaml", text)
     write_atomically(prepared.folder / "plan.json", prepared.plan.model_dump_json(indent=1) + "\n")
 
 

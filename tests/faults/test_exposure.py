@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from clusters.launch.ray_node import free_ports, own_ip
+from tests.support.ray_nodes import ray_nodes
 from tests.support.watched import Watched, files_with, watch
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
@@ -89,12 +90,18 @@ def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
 def exposed(
     request: pytest.FixtureRequest, server: tuple[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Exposed]:
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "small.yaml").write_text(EXPERIMENT.format(workers=request.param), encoding="utf-8")
+    """The first takes the address of the server from its environment, the second from its experiment."""
+    folder, experiment = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("experiment") / "small.yaml"
+    uri = f"http://user:{WORD}-uri@{server[0]}"
+    text = EXPERIMENT.format(workers=request.param)
+    experiment.write_text(
+        text if request.param == 1 else f"{text}tracking: {{mlflow_uri: '{uri}'}}\n", encoding="utf-8"
+    )
     temporary, kept = (Path(tempfile.mkdtemp(dir="/tmp")) for _ in range(2))  # Ray's sockets need a short path
-    environment = {name: f"{WORD}-{name}" for name in SECRETS}
-    environment |= {"MLFLOW_TRACKING_URI": f"http://user:{WORD}-uri@{server[0]}", "RAY_TMPDIR": str(temporary)}
-    command = [sys.executable, "-m", "harness", "run", "small.yaml"]
+    environment = (
+        secrets() | {"RAY_TMPDIR": str(temporary)} | ({"MLFLOW_TRACKING_URI": uri} if request.param == 1 else {})
+    )
+    command = [sys.executable, "-m", "harness", "run", str(experiment)]
     try:
         seen = watch(_named_by_its_address(command, folder), folder, environment, keep=(temporary, kept))
         assert seen.exit_code == 0, seen.output
@@ -102,6 +109,10 @@ def exposed(
     finally:
         shutil.rmtree(temporary)
         shutil.rmtree(kept)
+
+
+def secrets() -> dict[str, str]:
+    return {name: f"{WORD}-{name}" for name in SECRETS}
 
 
 def _named_by_its_address(command: list[str], folder: Path) -> list[str]:
@@ -147,3 +158,21 @@ def test_the_run_was_logged_with_its_secret(exposed: Exposed, server: tuple[str,
         (runs,) = database.execute("SELECT COUNT(*) FROM tags WHERE key = 'harness.trial_id'").fetchone()
     assert runs >= 2
     assert "user:***@" in exposed.seen.output
+
+
+def test_a_cluster_that_others_started_keeps_no_secret(server: tuple[str, Path], tmp_path: Path) -> None:
+    """Its nodes lack the variables: they travel with the trials."""
+    (tmp_path / "small.yaml").write_text(EXPERIMENT.format(workers=1), encoding="utf-8")
+    with ray_nodes([1]) as nodes:
+        text = f"kind: ray\naddress: {nodes.address}\nsecrets: [MY_PASSWORD]\n"
+        (tmp_path / "nodes.yaml").write_text(text, encoding="utf-8")
+        ray = Path(nodes.environment["RAY_TMPDIR"])
+        environment = secrets() | {"MY_PASSWORD": f"{WORD}-mine", "RAY_TMPDIR": str(ray)}
+        environment |= {"MLFLOW_TRACKING_URI": f"http://user:{WORD}-uri@{server[0]}"}
+        command = [sys.executable, "-m", "harness", "run", "small.yaml", "--profile", "nodes.yaml"]
+        seen = watch(command, tmp_path, environment)
+        assert seen.exit_code == 0, seen.output
+        assert list(ray.rglob("worker-*.out")), "it is where Ray's logs are"
+        assert files_with(WORD, [tmp_path, ray, server[1]]) == []
+    assert list(tmp_path.glob("runs/small/ray/tune/tuner.pkl")), "what Tune keeps was looked at"
+    assert [line for line in seen.command_lines if WORD in line] == []

@@ -25,7 +25,7 @@ class Watched:
         exit_code: of the command.
         output: standard output and error.
         listening: (address, process name) of every TCP port that was listened on, and of every UDP socket.
-        command_lines: of all processes.
+        command_lines: of all processes of this machine.
         tokens: Ray's, in the environment of its own processes.
         modes: permissions of the folders in the one that is kept.
     """
@@ -49,7 +49,7 @@ def watch(
     keep: tuple[Path, Path] | None = None,
     timeout_s: float = 400,
 ) -> Watched:
-    """Run a command, looking at it and all that it starts every 0.2 s.
+    """Run a command, looking at it and all that it starts every 0.3 s.
 
     Args:
         command: what to run.
@@ -69,10 +69,11 @@ def watch(
         while process.poll() is None and time.monotonic() < until:
             for one in _family(root):
                 _look(one, seen)
+            seen.command_lines |= {" ".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"])}
             if keep:
                 seen.modes |= {stat.S_IMODE(each.stat().st_mode) for each in keep[0].iterdir()}
                 _link(*keep)
-            time.sleep(0.2)
+            time.sleep(0.3)
     if process.poll() is None:
         process.kill()
     seen.exit_code, seen.output = process.wait(), log.read_text(encoding="utf-8")
@@ -91,7 +92,6 @@ def _look(process: psutil.Process, seen: Watched) -> None:
         name = process.name()
         if name in ("gcs_server", "raylet"):
             seen.tokens.add(process.environ().get("RAY_AUTH_TOKEN", ""))
-        seen.command_lines.add(" ".join(process.cmdline()))
         for each in process.net_connections(kind="inet"):
             if each.status == psutil.CONN_LISTEN or (each.type == socket.SOCK_DGRAM and not each.raddr):
                 seen.listening.add((each.laddr.ip, name))
