@@ -33,7 +33,7 @@ from harness.model.build import Splits, choose_from
 from harness.model.components import make_task
 from harness.price.disk import checkpoint_bytes, kept_bytes
 from harness.price.duration import Amounts, Rate, given_rate, measured_rate, step_of, trial_of
-from harness.price.footprint import Footprints
+from harness.price.footprint import Footprint, Footprints
 from harness.price.memory import memory_of
 from harness.price.remedies import remedies
 from harness.price.shapes import PlannedRun, Shape, fingerprint, shapes_of
@@ -233,28 +233,38 @@ class _Forecasting:
         return found
 
     def _computed(self, spec: TrialSpec, found: ShapeForecast) -> ShapeForecast:
+        splits, train, reason = None, None, None
         try:
             splits, drawn = self.data.of(spec)
-            footprint = self.footprints.of(spec, splits.train if drawn else None)
+            train = splits.train if drawn else None
         except Exception as error:  # a forecast is never in the way: what is not known is said
-            text = " ".join(str(error).split()) or type(error).__name__
-            return found.model_copy(update={"reason": text[:300]})
-        memory = memory_of(footprint.largest, spec, self.resources, footprint.longest)
-        last = memory_of(footprint.stages[-1], spec, self.resources, footprint.longest)
+            reason = _in_words(error)
+        try:
+            footprint = self.footprints.of(spec, train)
+        except Exception as error:
+            return found.model_copy(update={"reason": reason or _in_words(error)})
+        found = self._with_memory(spec, found.model_copy(update={"reason": reason}), footprint, train)
+        if splits is None:
+            return found
         amounts = amounts_of(spec, splits)
         step, trial = self._times(found.key, footprint.stages[-1], spec, amounts)
+        disk = kept_bytes(footprint.stages[-1], amounts)
+        return found.model_copy(update={"step_s": step, "trial": trial, "disk_bytes": disk})
+
+    def _with_memory(
+        self, spec: TrialSpec, found: ShapeForecast, footprint: Footprint, train: Sequence[Example] | None
+    ) -> ShapeForecast:
+        memory = memory_of(footprint.largest, spec, self.resources, footprint.longest)
+        last = memory_of(footprint.stages[-1], spec, self.resources, footprint.longest)
         fits = memory.device_bytes <= self.device_bytes if self.device_bytes else None
         return found.model_copy(
             update={
                 "trainable": max(traced.trained for traced in footprint.stages),
                 "memory": last.model_copy(update={"working_bytes": max(last.working_bytes, _beyond(memory, last))}),
-                "step_s": step,
-                "trial": trial,
-                "disk_bytes": kept_bytes(footprint.stages[-1], amounts),
                 "checkpoint_bytes": checkpoint_bytes(footprint.largest),
                 "of_sample": footprint.of_sample,
                 "fits": fits,
-                "remedies": self._remedies(spec, splits.train if drawn else None) if fits is False else (),
+                "remedies": self._remedies(spec, train) if fits is False else (),
             }
         )
 
@@ -301,3 +311,7 @@ def _better(shape: ShapeForecast, walls: Sequence[float], ratios: Sequence[float
 def _beyond(memory: MemoryForecast, last: MemoryForecast) -> int:
     """The working memory with which the last stage needs as much as the stage that needs most."""
     return last.working_bytes + memory.device_bytes - last.device_bytes
+
+
+def _in_words(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]

@@ -32,6 +32,7 @@ COMMANDS = [
     "logs",
     "stop",
     "profile",
+    "doctor",
     "sync",
     "recommend",
     "report",

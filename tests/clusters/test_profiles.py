@@ -102,3 +102,20 @@ def test_the_partition_of_the_slurm_profile_is_slurms_own_variable() -> None:
 def test_an_invalid_profile_is_refused(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(UserError, match=rf"mine\.yaml.*{says}"):
         load_profile(written(tmp_path, text))
+
+
+def test_devices_and_prices(tmp_path: Path) -> None:
+    own = (
+        "kind: slurm\nslurm: {partition: gpu, nodes: 2, gpus_per_node: 4, cpus_per_task: 16}\n"
+        "device: {name: NVIDIA H100, memory_gib: 80, tflops: 400}\nprice: {per_hour: 2.5, currency: EUR, per: gpu}\n"
+    )
+    profile = load_profile(written(tmp_path, own))
+    assert profile.nodes() == [{"CPU": 16.0, "GPU": 4.0}] * 2
+    assert profile.device is not None
+    assert profile.device.memory_gib == 80
+    assert profile.price is not None
+    assert (profile.price.per_hour, profile.price.currency, profile.price.per) == (2.5, "EUR", "gpu")
+    assert load_profile("local").nodes() is None
+    for wrong, says in (("currency: euro", "price.currency"), ("per: core", "price.per"), ("per_hours: 1", "per_hour")):
+        with pytest.raises(UserError, match=says):
+            load_profile(written(tmp_path, own.replace("currency: EUR, per: gpu", wrong)))
