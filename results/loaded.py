@@ -32,6 +32,7 @@ class Results:
         stopped: what ended the run early: SIGTERM (``signal``), ``harness stop`` (``request``),
             ``budget.gpu_hours`` (``budget``) or Ctrl-C
             (``interrupt``); None: nothing did.
+        settled: whether all was there already: nothing was computed, and the report is as it was.
     """
 
     folders: tuple[Path, ...]
@@ -39,6 +40,7 @@ class Results:
     tracking_problem: str | None = None
     tracking_link: str | None = None
     stopped: Literal["signal", "request", "interrupt", "budget"] | None = None
+    settled: bool = False
     known_board: Leaderboard | None = field(default=None, repr=False, compare=False)  # if it has been made already
 
     @property
@@ -55,6 +57,8 @@ class Results:
     @property
     def complete(self) -> bool:
         """Whether all planned trials have finished, except those that halving has pruned."""
+        if self.settled:
+            return True
         ended = {trial_id for trial_id, record in self.run.records.items() if record.status == "finished"}
         return all(trial.trial_id in ended | self.run.out for trial in self.run.plan.trials)
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.core.durations import duration
+from harness.core.record import read_plan
 from harness.sweep.live import trial_names
 from results.export.columns import Column, all_columns
 from results.leaderboard.recommend import recommend
@@ -21,6 +22,7 @@ from results.leaderboard.table import Leaderboard, Row
 from results.loaded import Results
 
 SHOWN_FAILURES = 10
+LARGE = 2_000  # planned trials: of more, the leaderboard takes longer to make and to read than was waited for
 PAGE = "http://127.0.0.1:5000"  # of the server that the printed command starts
 _UNBOUNDED = 10_000  # characters: wider than any table
 _REASON_LENGTH = 240  # characters of the reason why a row is excluded from ranking: three lines
@@ -151,6 +153,12 @@ def print_last_screen(results: Results, seconds: float, console: Console) -> Non
     def whole(line: str | Text) -> None:  # paths and commands are copied: they are not broken into lines
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
+    if results.settled and len((plan := read_plan(results.folder)).trials) > LARGE:
+        whole(f"leaderboard: harness leaderboard show {shlex.quote(str(results.folder))}")
+        whole(f"report:  {results.report}")
+        for line in _mlflow_lines(plan.mlflow_uri or "", results.tracking_link):
+            whole(line)
+        return
     board = results.board
     console.print(LeaderboardView(board), recommendation(board), sep="\n")
     names = trial_names(board.run.plan.trials)

@@ -20,8 +20,7 @@ from harness.core.cursor import Cursor
 from harness.core.errors import ProblemList, UserError
 from harness.core.files import cache_folder
 from harness.core.inside import check_no_links
-from harness.core.naming import flatten, metric_name
-from harness.core.record import MetricInfo
+from harness.core.naming import flatten
 from harness.core.search import Halving
 from harness.core.weights import models_of
 from harness.experiment.plan import TrialSpec
@@ -36,34 +35,6 @@ from harness.sweep.placement import per_worker, this_machine
 from harness.sweep.ray_folder import check_length, temporary_folder
 from tasks.base import Example
 from tasks.mixture import Mixture
-from tasks.registry import METRICS
-
-
-def metrics_of(specs: Sequence[TrialSpec]) -> tuple[MetricInfo, ...]:
-    """The metrics of the trials: perplexity, with the right and with the wrong inputs, and those of the tasks."""
-    infos = [
-        MetricInfo(name="perplexity", label="Perplexity", higher_is_better=False),
-        MetricInfo(name="perplexity_wrong_input", label="Perplexity, wrong input", higher_is_better=False),
-    ]
-    for spec in distinct(specs, "task"):
-        for member, metrics in spec.task.metrics.items():
-            prefix = f"{member}: " if member else ""
-            if member:
-                name, label = metric_name(member, "perplexity"), f"{prefix}Perplexity"
-                infos.append(MetricInfo(name=name, label=label, higher_is_better=False))
-            for metric in (METRICS.load(plugin.target) for plugin in metrics.values()):
-                infos += [
-                    MetricInfo(
-                        name=metric_name(member, name),
-                        label=f"{prefix}{label}",
-                        higher_is_better=name not in metric.lower_is_better,
-                        corpus=metric.corpus.get(name, "mean"),
-                        lower=metric.bounds.get(name, (None, None))[0],
-                        upper=metric.bounds.get(name, (None, None))[1],
-                    )
-                    for name, label in metric.labels.items()
-                ]
-    return tuple({info.name: info for info in infos}.values())
 
 
 def check_shell() -> None:
@@ -112,19 +83,6 @@ def check_resources(resources: Resources, where: Cursor, address: str | None = N
     ray = sys.modules.get("ray")
     if not (address or os.environ.get("RAY_ADDRESS") or (ray is not None and ray.is_initialized())):
         per_worker(resources, [this_machine()], where)
-
-
-def check_stages(specs: Sequence[TrialSpec], where: str) -> None:
-    """Check that the training stages of every method fit into the budget's epochs.
-
-    Raises:
-        UserError: they do not.
-    """
-    for spec in distinct(specs, "adapter", "budget"):
-        try:
-            method_of(spec.adapter, spec.relative_to).stages(spec.budget.epochs)
-        except UserError as error:
-            raise UserError(f"{where}: {spec.adapter.label}: {error}") from None
 
 
 def check_folder(folder: Path) -> None:

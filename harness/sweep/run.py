@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,16 +18,18 @@ from clusters.profiles import Profile, load_profile
 from harness.core.errors import SweepEndedError, UserError
 from harness.core.files import DiskFullError, write_atomically
 from harness.core.lease import Lease
-from harness.core.record import Plan, PlannedTrial, read_record, read_run, record_path
+from harness.core.record import Plan, PlannedTrial, Run, read_record, read_run, record_path
 from harness.core.samples import PREVIEWS
 from harness.core.search import ADAPTIVE
-from harness.core.storage import Copy, Folder, StorageError, is_url, run_copy
+from harness.core.storage import Copy, StorageError, is_url
 from harness.core.summaries import read_summaries
 from harness.core.terminal import Terminal
 from harness.experiment.load import Experiment
 from harness.experiment.plan import Earlier, TrialSpec, describe, expand
+from harness.sweep.folders import run_folder, stored_run
 from harness.sweep.halving import HalvedRows
 from harness.sweep.lock import exclusive
+from harness.sweep.settled import read_settled, settle
 from harness.sweep.stopping import Stopping, stoppable
 from harness.sweep.stored import PATIENCE_S, Stored
 from results.loaded import Results
@@ -110,11 +112,11 @@ def prepare(experiment: Experiment, output: str | Path = "runs", fresh: bool = F
         UserError: two entries describe the same trial, a metric is unknown, a method's stages do not fit the budget, or
             a storage cannot be used.
     """
-    from harness.sweep.preflight import check_stages, metrics_of
+    from harness.sweep.declared import check_stages, metrics_of
     from harness.tracking.store import default_uri, located, redacted
 
-    storage = _stored_run(str(output), experiment.name, fresh) if is_url(output) else None
-    folder = storage.here if storage else _run_folder(Path(output), experiment.name, fresh)
+    storage = stored_run(str(output), experiment.name, fresh) if is_url(output) else None
+    folder = storage.here if storage else run_folder(Path(output), experiment.name, fresh)
     specs = expand(experiment, _earlier(experiment, folder))
     check_stages(specs, str(experiment.top / "adapters"))
     given = experiment.tracking.mlflow_uri
@@ -152,39 +154,6 @@ def _extended(prepared: Prepared) -> Prepared | None:
     return replace(prepared, specs=specs, plan=plan)
 
 
-def _run_folder(output: Path, name: str, fresh: bool) -> Path:
-    return output / _run_name(name, fresh, lambda run: (output / run).exists())
-
-
-def _stored_run(output: str, name: str, fresh: bool) -> Copy:
-    """The run folder at a URL, and its copy as it is there now.
-
-    Raises:
-        StorageError: the storage cannot be used.
-    """
-    runs = Folder(output)
-    if runs.url.startswith("memory:"):
-        raise UserError(
-            f"{runs.url}: is in the memory of this process, but trials run in others; allowed: s3, gs, file"
-        )
-    names = set(runs.folders())
-    copy = run_copy(f"{runs.url}/{_run_name(name, fresh, names.__contains__)}")
-    copy.pull()
-    return copy
-
-
-def _run_name(name: str, fresh: bool, exists: Callable[[str], bool]) -> str:
-    """The latest of ``name``, ``name@2``, ``name@3`` …, or with ``fresh`` the next one; names cannot contain ``@``."""
-    number = 1
-
-    def numbered(n: int) -> str:
-        return name if n == 1 else f"{name}@{n}"
-
-    while exists(numbered(number + 1)):
-        number += 1
-    return numbered(number + 1) if fresh and exists(numbered(number)) else numbered(number)
-
-
 def run_experiment(
     experiment: Experiment | str | Path,
     output: str | Path | None = None,
@@ -219,10 +188,6 @@ def run_experiment(
             compute.
         DiskFullError: the report could not be written; the records are there.
     """
-    from harness.sweep import preflight
-    from harness.sweep.fits import check_weights, device_bytes
-    from harness.tracking.grid import check_grid, open_grid
-
     console = console or Terminal()
     cluster = load_profile(profile)
     experiment = experiment if isinstance(experiment, Experiment) else Experiment.from_yaml(experiment)
@@ -231,13 +196,14 @@ def run_experiment(
         _check_shared(experiment)
     prepared = prepare(experiment, output, fresh)
     folder = prepared.folder
-    preflight.check_shell()
-    preflight.check_ray(cluster.cluster_address())
-    if left := bool(prepared.unfinished()):
-        preflight.check_resources(experiment.resources, experiment.top / "resources", cluster.cluster_address())
-    preflight.check_models(prepared.specs)
-    check_weights(prepared.specs, experiment.resources, device_bytes(cluster), experiment.top)
-    preflight.check_fingerprints(prepared.specs, str(experiment.top / "backbone"))
+    if known := _known(prepared, measure):
+        console.print(_all_ended(prepared))
+        return known
+    from harness.sweep import preflight
+    from harness.tracking.grid import check_grid, open_grid
+
+    left = bool(prepared.unfinished())
+    _check(prepared, cluster, left)
     with _run_folder_for(prepared, fresh, console) as lease, stoppable(folder) as stopping:
         check_grid(prepared.mlflow_uri, experiment.name, folder)
         preflight.check_data(prepared.specs, folder, console, experiment.halving)
@@ -248,6 +214,7 @@ def run_experiment(
         grid = open_grid(prepared.mlflow_uri, experiment.name, folder)
         if grid.problem:
             console.print(f"{grid.problem}; {_LATER}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        whole = False  # whether all that was asked for has been done
         try:
             _run_unfinished(prepared, cluster, grid, lease, console, stopping)
             while (extended := _extended(prepared)) is not None:
@@ -255,15 +222,42 @@ def run_experiment(
                 _write_plan(prepared)
                 _run_unfinished(prepared, cluster, grid, lease, console, stopping)
             _keep_forecast(prepared, cluster, console, left)
-            if measure and experiment.resources.profile:
-                _profile(prepared, console)
+            whole = not (measure and experiment.resources.profile) or _profile(prepared, console)
         except KeyboardInterrupt:
             stopping.reason = stopping.reason or "interrupt"
             console.print(f"{stopping.text}: {stopping.advice}", highlight=False, markup=False, soft_wrap=True)
         except SweepEndedError as error:
             console.print(f"{error}; {stopping.advice}", style="red", highlight=False, markup=False, soft_wrap=True)
         report, problem = _conclude(prepared, grid, console)
+        if whole and not problem:
+            _settle(prepared, measure, report.board.run, grid)
     return Results((folder,), report.html, problem, grid.trials_link, stopping.reason, known_board=report.board)
+
+
+def _known(prepared: Prepared, measure: bool) -> Results | None:
+    """The results of a run that has nothing left to do."""
+    folder = prepared.folder
+    found = None if prepared.storage else read_settled(folder, _said(prepared, measure))
+    if found is None:
+        return None
+    return Results((folder,), folder / "report" / "index.html", None, found.tracking_link, settled=True)
+
+
+def _settle(prepared: Prepared, measure: bool, run: Run, grid: Grid) -> None:
+    """Write down that nothing is left to do, unless something is to be told again by the next run."""
+    if not (run.broken or run.foreign or prepared.storage or prepared.unfinished()):
+        settle(prepared.folder, _said(prepared, measure), grid.trials_link)
+
+
+def _said(prepared: Prepared, measure: bool) -> tuple[str, ...]:
+    """What a run was asked for, without what cannot change a finished one."""
+    from harness.tracking.store import redacted, sqlite_path
+
+    uri, experiment = prepared.mlflow_uri, prepared.experiment
+    database = sqlite_path(uri)
+    there = database is None or database.exists()
+    profiled = measure and experiment.resources.profile
+    return prepared.plan.model_dump_json(), experiment.text, redacted(uri), f"{there} {profiled}"
 
 
 def _conclude(prepared: Prepared, grid: Grid, console: Console) -> tuple[ReportPaths, str | None]:
@@ -289,6 +283,30 @@ def _conclude(prepared: Prepared, grid: Grid, console: Console) -> tuple[ReportP
     if problem:
         problem += f"; `harness sync {prepared.place}` delivers what is missing, and so does the next run"
     return report, problem
+
+
+def _check(prepared: Prepared, cluster: Profile, left: bool) -> None:
+    """Check what can fail before the run folder is made.
+
+    Args:
+        prepared: the run.
+        cluster: where it runs.
+        left: whether there are trials to run.
+
+    Raises:
+        UserError: something fails.
+    """
+    from harness.sweep import preflight
+    from harness.sweep.fits import check_weights, device_bytes
+
+    experiment = prepared.experiment
+    preflight.check_shell()
+    preflight.check_ray(cluster.cluster_address())
+    if left:
+        preflight.check_resources(experiment.resources, experiment.top / "resources", cluster.cluster_address())
+    preflight.check_models(prepared.specs)
+    check_weights(prepared.specs, experiment.resources, device_bytes(cluster), experiment.top)
+    preflight.check_fingerprints(prepared.specs, str(experiment.top / "backbone"))
 
 
 def _check_shared(experiment: Experiment) -> None:
@@ -375,9 +393,7 @@ def _run_unfinished(
     prepared.halved().read()  # a kill may have come between a decision and its records
     todo = prepared.unfinished()
     if not todo:
-        pruned = len(prepared.specs) - len(prepared.finished())
-        ended = f"finished, or were pruned ({pruned})" if pruned else "finished"
-        console.print(f"all {len(prepared.specs)} trials have already {ended}; nothing to compute")
+        console.print(_all_ended(prepared))
         return
     if (limit_h := prepared.experiment.gpu_hours) is not None:
         _check_budget(prepared, limit_h, stopping, console)
@@ -434,12 +450,18 @@ def _keep_forecast(prepared: Prepared, profile: Profile, console: Console, ran: 
         console.print(f"no forecast: {error}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _profile(prepared: Prepared, console: Console) -> None:
-    """Measure what the profile lacks; the trials are what matters, so an error is shown and no more."""
+def _all_ended(prepared: Prepared) -> str:
+    pruned = len(prepared.specs) - len(prepared.finished())
+    ended = f"finished, or were pruned ({pruned})" if pruned else "finished"
+    return f"all {len(prepared.specs)} trials have already {ended}; nothing to compute"
+
+
+def _profile(prepared: Prepared, console: Console) -> bool:
+    """Measure what the profile lacks; returns whether it is whole. An error is shown: the trials are what matters."""
     from harness.sweep.profile import measure_run
 
     if not prepared.finished():
-        return
+        return False
     try:
         measure_run(prepared.folder, prepared.experiment.resources, console)
     except KeyboardInterrupt:
@@ -447,6 +469,9 @@ def _profile(prepared: Prepared, console: Console) -> None:
         console.print(f"profile interrupted: `{again}` continues it", highlight=False, markup=False, soft_wrap=True)
     except (UserError, OSError, ValueError) as error:
         console.print(f"no profile: {error}", highlight=False, markup=False, soft_wrap=True)
+    else:
+        return True
+    return False
 
 
 def _archive_record(record: Path, storage: Copy | None) -> None:

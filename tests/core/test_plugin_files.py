@@ -15,7 +15,7 @@ from harness.core.record import TrialRecord, read_run, write_record
 from harness.experiment.load import Experiment
 from harness.experiment.plan import TrialSpec, describe, expand
 from harness.model.components import check_files
-from harness.sweep.preflight import metrics_of
+from harness.sweep.declared import metrics_of
 from results.leaderboard.matched import mismatch
 from tasks.metrics.captions import CaptionMetrics
 from tasks.metrics.coco import meteor, ptb, spice

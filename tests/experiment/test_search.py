@@ -11,7 +11,7 @@ import pytest
 from harness.core.search import Halving, Range, Search
 from harness.experiment.load import Experiment
 from harness.experiment.plan import Earlier, describe, expand
-from harness.sweep.preflight import metrics_of
+from harness.sweep.declared import metrics_of
 from tests.support.refused import check_refused
 
 pytestmark = pytest.mark.quick

@@ -22,7 +22,7 @@ from harness.experiment.plan import TrialSpec
 from harness.model.build import build, choose_splits, order_of
 from harness.model.components import make_task
 from harness.model.features import Features
-from harness.sweep.preflight import metrics_of
+from harness.sweep.declared import metrics_of
 from harness.trial.engine import Engine
 from tasks.base import Config, Example, Part, Split, Task
 from tasks.mixture import Mixture, MixtureConfig

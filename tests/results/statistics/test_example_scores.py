@@ -20,7 +20,7 @@ from harness.core.formulas import score
 from harness.core.record import MetricInfo
 from harness.core.registry import Plugin
 from harness.model.build import Splits
-from harness.sweep.preflight import metrics_of
+from harness.sweep.declared import metrics_of
 from harness.trial.evaluate import Likelihood
 from harness.trial.scores import perplexities, score_members, write_examples
 from results.statistics.example_scores import Examples, read_examples, read_many
