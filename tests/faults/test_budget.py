@@ -11,7 +11,7 @@ import pytest
 
 import harness
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
 EXPERIMENT = """
 name: grid
