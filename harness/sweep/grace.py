@@ -200,5 +200,11 @@ class Grace:
 
 
 def _end_tune() -> None:
-    """Make ``Tuner.fit`` stop all trials and return; Tune listens to this signal beside Ctrl-C."""
+    """Make ``Tuner.fit`` stop all trials and return; Tune listens to this signal beside Ctrl-C.
+
+    Raises:
+        KeyboardInterrupt: Tune has not begun to listen, so the signal would kill this process.
+    """
+    if not callable(signal.getsignal(signal.SIGUSR1)):
+        raise KeyboardInterrupt
     signal.raise_signal(signal.SIGUSR1)

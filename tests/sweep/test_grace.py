@@ -157,6 +157,13 @@ def test_ctrl_c_a_second_time_ends_it_at_once_and_a_third_time_interrupts(driver
         signal.raise_signal(signal.SIGINT)
 
 
+def test_before_tune_listens_ctrl_c_a_second_time_interrupts(driver: Driver) -> None:
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        signal.raise_signal(signal.SIGINT)
+
+
 def test_tune_can_pickle_it(driver: Driver) -> None:
     """It does so with its scheduler, which asks it; a live table has a lock."""
     driver.grace.lock = threading.RLock()  # type: ignore[attr-defined]
