@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -38,8 +39,6 @@ def test_drawn_candidates_depend_on_the_seed_alone_and_a_longer_search_begins_wi
 
 def test_quasi_random_candidates_are_spread_evenly() -> None:
     """Four points of a Sobol sequence: one in each quarter of the range, on its logarithmic scale."""
-    import math
-
     quarters = [int(2 * (math.log10(rate) + 4)) for rate in first_candidates(search(sampler="qmc"))]
     assert sorted(quarters) == [0, 1, 2, 3]
 
@@ -61,6 +60,26 @@ def test_a_sampler_that_learns_begins_with_half_at_random_and_then_follows_the_r
     low, high = best_near(2e-4), best_near(8e-3)
     assert low < 2e-3 < high
     assert best_near(8e-3) == high, "the same results, the same candidates"
+
+
+def test_a_gaussian_process_follows_the_results_too() -> None:
+    gp = search(sampler="gp", candidates=8)
+    first = first_candidates(gp)
+    assert first == first_candidates(search(candidates=4))
+
+    def proposed(optimum: float) -> list[float]:
+        found: list[tuple[float, float | None]] = [(rate, math.log(rate / optimum) ** 2) for rate in first]
+        while len(found) < 8:
+            rate = next_candidate(gp, found)
+            found.append((rate, math.log(rate / optimum) ** 2))
+        return [rate for rate, _ in found[4:]]
+
+    low, high = proposed(2e-4), proposed(8e-3)
+    assert all(1e-4 <= rate <= 1e-2 for rate in (*low, *high))
+    assert len(set(first) | set(low)) == len(set(first) | set(high)) == 8
+    assert min(abs(math.log(rate / 2e-4)) for rate in low) < 0.3
+    assert min(abs(math.log(rate / 8e-3)) for rate in high) < 0.3
+    assert proposed(8e-3) == high, "the same results, the same candidates"
 
 
 def test_a_failed_candidate_teaches_nothing() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,11 +23,12 @@ from harness.sweep.live import LiveTable
 from harness.sweep.preflight import check_fingerprints
 from tests.support.runs import fake_record
 
-EXPERIMENT = harness.Experiment(
-    name="grid",
-    task={"name": "scenes", "train_examples": 8, "validation_examples": 4, "test_examples": 4},
-    adapters=[{"method": "none", "learning_rate": 1e-2}],
-)
+GRID: dict[str, Any] = {
+    "name": "grid",
+    "task": {"name": "scenes", "train_examples": 8, "validation_examples": 4, "test_examples": 4},
+    "adapters": [{"method": "none", "learning_rate": [1e-2, 1e-3]}],
+}
+EXPERIMENT = harness.Experiment(**{**GRID, "adapters": [{"method": "none", "learning_rate": 1e-2}]})
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +51,41 @@ def test_wrong_paths_are_refused_before_anything_is_written(tmp_path: Path) -> N
     with pytest.raises(harness.UserError, match=r"file/grid: not writable: .* --output"):
         harness.run_experiment(EXPERIMENT, tmp_path / "file")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"resources": {"workers": 2}},
+            r"resources\.workers: found 2, with a run folder at a URL; allowed: 1, or a run",
+        ),
+        (
+            {"search": {"halving": {"rungs": [1]}}, "budget": {"epochs": 2}},
+            r"search\.halving: found with a run folder at a URL; allowed: one on a",
+        ),
+    ],
+)
+def test_what_needs_a_shared_file_system_is_refused_at_a_url(
+    sections: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    experiment = harness.Experiment(**{**GRID, **sections})
+    with pytest.raises(harness.UserError, match=message):
+        harness.run_experiment(experiment, f"file://{tmp_path}/there")
+    assert not (tmp_path / "there").exists()
+
+
+def test_a_rung_within_a_gradient_accumulation_is_refused(tmp_path: Path) -> None:
+    experiment = harness.Experiment(
+        **GRID,
+        budget={"examples": 8, "epochs": 4},
+        optimizer={"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2},
+        search={"halving": {"rungs": [1, 2]}},
+    )
+    message = r"search\.halving\.rungs: epoch 1 ends after 1 batches, within a step of gradient_accumulation_steps=2"
+    with pytest.raises(harness.UserError, match=message):
+        harness.run_experiment(experiment, tmp_path)
+    assert not (tmp_path / "grid/trials").exists()
 
 
 def test_a_refused_experiment_leaves_no_fresh_run_folder(tmp_path: Path) -> None:
