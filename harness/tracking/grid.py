@@ -50,6 +50,12 @@ from results.leaderboard.table import Leaderboard
 
 FOLDER_TAG = "harness.run_folder"
 PAGE_SIZE = 1000  # runs per page of a search
+_CREDENTIALS = (
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_AWS_SIGV4",
+    "MLFLOW_TRACKING_AUTH",
+)
 RUN_FILES = ("plan.json", "experiment.yaml", FILE_NAME, DECISIONS)
 
 
@@ -204,13 +210,18 @@ def whole_uri(stored: str) -> str:
     """The URI of a plan, with the password that is not stored.
 
     Raises:
-        UserError: it has a password, and MLFLOW_TRACKING_URI is not this URI.
+        UserError: it has a password, or credentials for a server are set, and MLFLOW_TRACKING_URI is not this URI.
     """
     given = os.environ.get("MLFLOW_TRACKING_URI", "")
     if redacted(given) == stored:
         return given
     if urlsplit(stored).password == HIDDEN:
         raise UserError(f"{stored}: its password is not stored; set MLFLOW_TRACKING_URI to the whole URI")
+    set_here = next((name for name in _CREDENTIALS if os.environ.get(name)), None)
+    if set_here and not stored.startswith("sqlite:") and urlsplit(stored).netloc != urlsplit(given).netloc:
+        raise UserError(  # the plan may be somebody else's, and MLflow would send them wherever it says
+            f"{stored}: {set_here} would be sent there; if it is for this server, set MLFLOW_TRACKING_URI to it"
+        )
     return stored
 
 

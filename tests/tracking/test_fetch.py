@@ -26,7 +26,7 @@ from harness.core.record import read_run, write_record
 from harness.tracking import fetch
 from harness.tracking import grid as tracking_grid
 from harness.tracking.fetch import fetch_run
-from harness.tracking.grid import close_grid, open_grid, reopen_grid
+from harness.tracking.grid import close_grid, open_grid, reopen_grid, whole_uri
 from harness.tracking.store import default_uri
 from harness.tracking.tracker import MlflowTracker
 from tests.support.tracking import Trial, artifacts, finished_record, four_trials, write_plan
@@ -147,6 +147,17 @@ def test_a_grid_whose_password_is_not_known_is_not_opened(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:1")
     with pytest.raises(UserError, match=r"plan.json: 'http://me:\*\*\*@127.0.0.1:1' could not be used"):
         reopen_grid(plan, tmp_path)
+
+
+def test_credentials_go_to_no_server_that_only_a_plan_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "secret")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mine:5000")
+    with pytest.raises(UserError, match=r"^http://attacker: MLFLOW_TRACKING_TOKEN would be sent there; if it is for"):
+        whole_uri("http://attacker")
+    assert whole_uri("http://mine:5000") == "http://mine:5000"
+    assert whole_uri("sqlite:////runs/mlflow.db") == "sqlite:////runs/mlflow.db"
+    monkeypatch.delenv("MLFLOW_TRACKING_TOKEN")
+    assert whole_uri("http://attacker") == "http://attacker"
 
 
 def test_fetching_again_updates_and_removes_trials(
