@@ -126,22 +126,43 @@ def test_a_node_that_does_not_see_the_run_folder_is_told_before_any_trial(tmp_pa
     assert not list(run.glob("small/trials/*"))
 
 
+def install(folder: Path) -> None:
+    """A distribution with the task as an entry point, as pip would install it."""
+    package, information = folder / "echo_tasks", folder / "echo_tasks-1.0.dist-info"
+    package.mkdir(parents=True)
+    information.mkdir()
+    (package / "__init__.py").write_text(WRITES, encoding="utf-8")
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: echo-tasks\nVersion: 1.0\n", encoding="utf-8")
+    (information / "entry_points.txt").write_text("[harness.tasks]\necho = echo_tasks:Echo\n", encoding="utf-8")
+
+
 @needs_root
-def test_code_and_plugins_reach_a_node_that_has_neither(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["file", "installed"])
+def test_code_and_plugins_reach_a_node_that_has_neither(kind: str, tmp_path: Path) -> None:
     """Its Python has no harness, and it does not see the folder of the plugin, nor this checkout."""
-    (tmp_path / "plugins").mkdir()
-    (tmp_path / "plugins/echo.py").write_text(WRITES, encoding="utf-8")
+    plugins = tmp_path / "plugins"
     lines = [line for line in EXPERIMENT.splitlines() if not line.startswith(("task:", "seeds:", "budget:"))]
-    lines += ["plugins: [plugins/echo.py]", "task: {name: echo}", "budget: {examples: 8}"]
+    lines += ["task: {name: echo}", "budget: {examples: 8}"]
+    if kind == "file":
+        plugins.mkdir()
+        (plugins / "echo.py").write_text(WRITES, encoding="utf-8")
+        lines += ["plugins: [plugins/echo.py]"]
+    else:
+        install(plugins)
     (tmp_path / "small.yaml").write_text("\n".join(lines), encoding="utf-8")
     with ray_nodes([0]) as nodes:
-        nodes.join([tmp_path / "plugins", Path(__file__).parents[2]], python=bare_python(tmp_path / "bare"))
+        nodes.join([plugins, Path(__file__).parents[2]], python=bare_python(tmp_path / "bare"))
+        nodes.environment["PYTHONPATH"] = str(plugins)  # of the driver
         driver = start(nodes, tmp_path, ship="false")
         said, _ = driver.communicate(timeout=300)
         assert driver.returncode == 2, said
-        assert "node 127.0.0.1: Python packages not found: harness, adapters, tasks, results, clusters" in said
+        lacking = "harness, adapters, tasks, results, clusters" + (", echo_tasks" if kind == "installed" else "")
+        assert f"node 127.0.0.1: Python packages not found: {lacking}; install" in said
         driver = start(nodes, tmp_path)
         said, _ = driver.communicate(timeout=600)
     assert driver.returncode == 0, said
     run = read_run(tmp_path / "runs/small")
     assert [record.status for record in run.records.values()] == ["finished"] * 2
+    assert {record.spec["task"]["plugin"]["distribution"] for record in run.records.values()} == {
+        "echo-tasks" if kind == "installed" else "echo.py"
+    }
