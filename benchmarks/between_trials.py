@@ -50,6 +50,7 @@ seeds: [0, 1]
 optimizer: {per_device_train_batch_size: 16, lr_scheduler_type: cosine, warmup_ratio: 0.05}
 eval: {validation_examples: 16, test_examples: 32, max_new_tokens: 8}
 """
+_TRACKER = "harness.tracking.grid harness.tracking.tracker"
 _SCORING = "harness.trial.trial harness.trial.best"  # where it was, and where it is
 # Work that the trial is for; whatever else it does is overhead. Modules, class, function.
 WORK = {
@@ -61,9 +62,9 @@ WORK = {
 }
 # Parts of the overhead; what they do not name is "other". One inside another counts with the outer one alone.
 PARTS = {
-    "MLflow, start": ("harness.tracking.grid", "MlflowTracker", "__init__"),
-    "MLflow, epochs": ("harness.tracking.grid", "MlflowTracker", "metrics"),
-    "MLflow, end": ("harness.tracking.grid", "MlflowTracker", "finish"),
+    "MLflow, start": (_TRACKER, "MlflowTracker", "__init__"),
+    "MLflow, epochs": (_TRACKER, "MlflowTracker", "metrics"),
+    "MLflow, end": (_TRACKER, "MlflowTracker", "finish"),
     "process": ("harness.trial.trial", None, "prepare_process"),
     "memory meter": ("harness.trial.measure", "PeakMemory", "__init__"),
     "reading data": ("harness.model.build", None, "read_data"),
@@ -98,7 +99,7 @@ class Watch:
         except ImportError:
             return
         place = getattr(place, owner, None) if owner else place
-        original = getattr(place, function, None)
+        original = getattr(place, function, None) if place is not None else None
         if original is not None:
             setattr(place, function, self._timed(name, original, is_work))
 
@@ -177,13 +178,10 @@ def _grid(folder: Path, profile: bool) -> dict[str, Any]:
     from harness.core.files import write_atomically
     from harness.experiment.load import Experiment
     from harness.sweep.run import prepare
-    from harness.tracking.grid import MlflowTracker, open_grid
+    from harness.tracking.grid import open_grid
 
-    try:
-        from harness.trial.attempt import run_trial
-    except ImportError:  # an older checkout
-        from harness.trial.trial import run_trial
-
+    run_trial = _found("run_trial", "harness.trial.attempt", "harness.trial.trial")
+    tracker_class = _found("MlflowTracker", "harness.tracking.tracker", "harness.tracking.grid")
     folder.mkdir(parents=True)
     (folder / "experiment.yaml").write_text(EXPERIMENT, encoding="utf-8")
     experiment = Experiment.from_yaml(folder / "experiment.yaml")
@@ -205,7 +203,7 @@ def _grid(folder: Path, profile: bool) -> dict[str, Any]:
         if profile and number:
             watch.profile = watch.profile or cProfile.Profile()
             watch.profile.enable()
-        tracker = MlflowTracker(grid, spec, planned, run / "trials" / spec.trial_id)
+        tracker = tracker_class(grid, spec, planned, run / "trials" / spec.trial_id)
         record = run_trial(spec, experiment.name, run, experiment.resources, tracker, lambda _: None, **kept)
         if watch.profile:
             watch.profile.disable()
@@ -218,6 +216,16 @@ def _grid(folder: Path, profile: bool) -> dict[str, Any]:
         for order in ("tottime", "cumulative"):
             pstats.Stats(watch.profile, stream=sys.stderr).sort_stats(order).print_stats(70)
     return {"trials": trials, "scores": scores}
+
+
+def _found(name: str, *modules: str) -> Any:
+    """A function or class from the first of these modules that this checkout has."""
+    for module in modules:
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            continue
+    raise SystemExit(f"no {name} in {' or '.join(modules)}")
 
 
 def _kept() -> dict[str, Any]:
