@@ -85,8 +85,11 @@ class LeaderboardView:
     def _notes(self, setting: str) -> Iterator[Text]:
         """Below the table of a setting: mixed versions, doubts, and what is excluded from ranking."""
         rows, apart = self.board.of(setting), self.board.apart(setting)
-        yield from (Text(f"{row.name}: {row.mixed_versions}", style="yellow") for row in rows if row.mixed_versions)
-        yield from (Text(f"{row.name}: {row.mixed_versions}", style="yellow") for row in apart if row.mixed_versions)
+        by_code: dict[str, list[str]] = {}
+        for row in (*rows, *apart):
+            if row.mixed_versions:
+                by_code.setdefault(row.mixed_versions, []).append(row.name)
+        yield from (Text(f"{', '.join(names)}: {code}", style="yellow") for code, names in by_code.items())
         yield from self._more_seeds(rows)
         labels = dict.fromkeys(badge.label for row in rows for badge in row.badges)
         for label in labels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 from functools import cache
@@ -12,12 +13,22 @@ from urllib.parse import unquote, urlsplit
 
 @cache
 def git_revision(folder: Path) -> str | None:
-    """The revision of the checkout that contains a folder, with ``+`` if files were changed; None outside of one."""
-    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    """The revision of the checkout that contains a folder; None outside of one.
+
+    If files were changed, ``+`` and a digest of the changes follow: two states of one revision are not the same code.
+    """
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        revision = _git(folder, "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+").decode().strip()
+        if not revision.endswith("+"):
+            return revision
+        changes = _git(folder, "diff", "HEAD", "--no-ext-diff", "--no-textconv", "--binary")
+        return revision + hashlib.sha256(changes).hexdigest()[:8]
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _git(folder: Path, *arguments: str) -> bytes:
+    return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, check=True, timeout=10).stdout
 
 
 def distribution_revision(distribution: Distribution) -> str | None:

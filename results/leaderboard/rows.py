@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from harness.core.formulas import Floats
 from harness.core.record import Parameters, PlannedTrial, Run, TrialRecord
-from harness.core.registry import plugins_in
 from harness.core.search import ranked
 from results.leaderboard.badges import Badge
+from results.leaderboard.code import mixed_versions
 from results.leaderboard.format import rank_text
 from results.statistics.intervals import Difference, Estimate, estimate_positive
 from results.statistics.resample import score_on_test
@@ -72,7 +72,7 @@ class Row:
     difference_errors_B: Floats | None = field(default=None, repr=False, compare=False)
     apart: tuple[str, ...] = ()  # why it is excluded from ranking; empty if it is ranked
     notes: tuple[str, ...] = ()  # why a difference is missing, and what is unresolved about the learning rate
-    mixed_versions: str | None = None  # what the trials were computed with, where it differs between them
+    mixed_versions: str | None = None  # with what its trials were made, where not all of the table were
     badges: tuple[Badge, ...] = ()  # whether it answers at all: one text for all, ignores its input, at chance
 
     @property
@@ -242,30 +242,6 @@ def make_row(search: Search, reference_method: str) -> Row:
         notes=(*_search_notes(candidates, chosen), *_stopped(finished), *([mixed] if mixed else [])),
         mixed_versions=mixed,
     )
-
-
-HARNESS = "context-peft-harness"  # the distribution
-# Libraries whose versions change scores, as recorded; the jars of the caption metrics are part of pycocoevalcap.
-LIBRARIES = ("torch", "transformers", "tokenizers", "pycocoevalcap")
-
-
-def mixed_versions(records: Iterable[TrialRecord]) -> str | None:
-    """The versions of the harness, of plugins and of libraries that differ between trials; None: they are alike.
-
-    ``its trials mix versions: context-peft-harness 0.1.0 (1b90bd6) and 0.2.0 (105a6c3)``
-    """
-    found: dict[str, dict[str, None]] = {}
-    for record in records:
-        code: dict[str, tuple[str | None, str | None]] = {
-            p.distribution: (p.version, p.git_revision) for p in plugins_in(record.spec) if p.version
-        }
-        code[HARNESS] = record.versions.get(HARNESS), record.git_revision
-        code |= {name: (record.versions[name], None) for name in LIBRARIES if name in record.versions}
-        for distribution, (version, revision) in code.items():
-            text = f"{version or 'unknown'} ({revision})" if revision else version or "unknown"
-            found.setdefault(distribution, {})[text] = None
-    words = [f"{name} {' and '.join(versions)}" for name, versions in found.items() if len(versions) > 1]
-    return f"its trials mix versions: {'; '.join(words)}" if words else None
 
 
 def _peak_growth_bytes(record: TrialRecord) -> float | None:

@@ -12,6 +12,7 @@ from threadpoolctl import threadpool_limits
 from harness.core.errors import UserError, did_you_mean
 from harness.core.formulas import Floats
 from harness.core.record import MetricInfo, Plan, PlannedTrial, Run
+from results.leaderboard.code import other_code
 from results.leaderboard.families import Families, families_of
 from results.leaderboard.matched import Pairs, exclude_unmatched, pairs
 from results.leaderboard.rows import RIGHT, WRONG, Row, make_row, search_of
@@ -149,7 +150,7 @@ def _compared(
 ) -> tuple[list[Row], list[Delta], Families]:
     """The rows of one setting, ranked and compared with the reference, the steps from agnostic to specific, and the
     families of its comparable rows."""
-    marked = exclude_unmatched(rows)
+    marked = _with_code(exclude_unmatched(rows))
     margin = plan.equivalence_margin
     families, able = families_of([row for row in marked if not row.apart], plan.metrics, margin, resampled)
     measured = {row.name: row for row in able}
@@ -159,6 +160,15 @@ def _compared(
     ranked = _ranked([measured[row.name] for row in marked], primary, families)
     found = _against_reference(ranked, plan, primary, families, resampled)
     return found, _deltas(found, plan, families, resampled), families
+
+
+def _with_code(rows: Sequence[Row]) -> list[Row]:
+    """The rows, marked where their trials were made with other code than most of the table."""
+    found = other_code([row.finished for row in rows])
+    return [
+        replace(row, mixed_versions=text, notes=(*row.notes, text)) if text and not row.mixed_versions else row
+        for row, text in zip(rows, found, strict=True)
+    ]
 
 
 def _ranked(rows: list[Row], primary: MetricInfo, families: Families) -> list[Row]:

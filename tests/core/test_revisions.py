@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ def test_the_revision_is_that_of_this_checkout() -> None:
         pytest.skip("not a git checkout")
     revision = git_revision(Path(__file__).parent)
     assert revision is not None
-    assert head.stdout.strip().startswith(revision.removesuffix("+"))
+    assert head.stdout.strip().startswith(revision.partition("+")[0])
     editable = installed({"url": Path(__file__).parent.as_uri(), "dir_info": {"editable": True}})
     assert distribution_revision(editable) == revision
 
@@ -44,7 +45,13 @@ def test_a_changed_checkout_is_marked_and_a_plain_folder_has_no_revision(tmp_pat
     subprocess.run(["git", "add", "file"], cwd=checkout, check=True)
     revision = distribution_revision(installed({"url": checkout.as_uri(), "dir_info": {"editable": True}}))
     assert revision is not None
-    assert revision.endswith("+")
+    assert re.fullmatch(r"[0-9a-f]{12}\+[0-9a-f]{8}", revision)
+    git_revision.cache_clear()
+    (checkout / "file").write_text("b")
+    other = git_revision(checkout)
+    assert other is not None
+    assert other != revision, "other changes of the same revision are other code"
+    assert other.partition("+")[0] == revision.partition("+")[0]
 
 
 def test_an_installation_from_git_has_the_revision_of_its_commit() -> None:

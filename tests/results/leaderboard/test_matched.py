@@ -179,6 +179,18 @@ def test_a_row_that_mixes_versions_is_marked(tmp_path: Path) -> None:
     assert marked["lora"].endswith("versions: theirs 1.0 and 1.1")
 
 
+def test_a_row_made_with_other_code_than_its_table_is_marked(tmp_path: Path) -> None:
+    """A grid that was extended after a change of the code."""
+
+    def change(trial: PlannedTrial, record: TrialRecord) -> TrialRecord:
+        return record.model_copy(update={"git_revision": "fedcba9876543210"}) if trial.method == "ia3" else record
+
+    board = board_of(tmp_path, change=change)
+    said = "context-peft-harness unknown (fedcba9876543210), most of the table with unknown (0123456789abcdef)"
+    marked = {row.name: row.mixed_versions for row in board.rows if row.mixed_versions}
+    assert marked == dict.fromkeys(("IA3 agnostic", "IA3 specific"), f"made with {said}")
+
+
 def test_many_differing_keys_are_counted(tmp_path: Path) -> None:
     trial = fake_plan().trials[0]
     record = fake_record(trial, 1, 0.5)
