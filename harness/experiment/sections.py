@@ -117,6 +117,9 @@ class Resources(Section):
     grace_s: Annotated[float, Field(ge=0)] = 30.0  # at most, for running trials to save where they are when a run ends
     max_failures: Annotated[int, Field(ge=0)] = 1  # restarts of a trial whose worker process died
     shared_prefix: bool = True  # an example's references are scored in one row, where the model allows it
+    # A trial that reports no step, batch or phase for so long is stuck: it is ended, and its slot filled again. Two
+    # hours are longer than anything silent, such as reading a very large backbone from a slow disk; null: never.
+    trial_timeout_s: Annotated[float, Field(gt=0)] | None = 7200.0
     profile: bool = True  # after the trials, measure speed and memory of the methods, each alone (harness profile)
 
     @field_validator("gpus_per_worker")

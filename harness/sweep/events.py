@@ -12,10 +12,12 @@ from harness.core.errors import SweepEndedError
 from harness.core.files import DiskFullError
 from harness.core.lease import Lease
 from harness.core.origin import shown
-from harness.core.record import TrialRecord, read_record, record_path, write_record
+from harness.core.record import Status, TrialRecord, read_record, record_path, write_record
 from harness.experiment.plan import TrialSpec
 from harness.sweep.grace import STOPPED, Grace
+from harness.sweep.hangs import Hangs
 from harness.sweep.nodes import node_name
+from harness.sweep.oom import oom_kills
 from harness.sweep.placement import Amounts, room_for
 from harness.sweep.ranks import RankDiedError
 from harness.sweep.ray_library import ray, tune
@@ -68,6 +70,7 @@ class Events(tune.Callback):  # type: ignore[misc]
         stored: Stored | None = None,
         lease: Lease | None = None,
         grace: Grace | None = None,
+        hangs: Hangs | None = None,
     ) -> None:
         self.run, self.experiment, self.display, self.stored, self.lease = run, experiment, display, stored, lease
         self.grace = grace  # for the trials that run when the sweep is ended
@@ -78,6 +81,9 @@ class Events(tune.Callback):  # type: ignore[misc]
         self.ended = 0  # trials with a record
         self.asked = time.monotonic()
         self.alive: set[str] = set()  # ids of the nodes that were alive when Ray was asked
+        self.hangs = hangs or Hangs(None)
+        self.stuck: dict[str, str] = {}  # trials that were ended because they made no progress, and how
+        self.killed_before: dict[str, int | None] = {}  # trial → processes that the kernel had killed when it started
 
     def __getstate__(self) -> dict[str, Any]:
         """Return no state: Tune pickles callbacks into a snapshot that is never read, and displays are unpicklable."""
@@ -106,7 +112,19 @@ class Events(tune.Callback):  # type: ignore[misc]
                 "Ray has died: one of its processes (raylet, DashboardAgent, RuntimeEnvAgent) was killed"
             )
         self._check_room([node["Resources"] for node in nodes.values() if node["Alive"]])
-        self._tell_waiting(any(trial.status == "RUNNING" for trial in trials))
+        running = {trial.config["trial"]["trial_id"]: trial for trial in trials if trial.status == "RUNNING"}
+        self._tell_waiting(bool(running))
+        for trial_id, how in self.hangs.stuck(list(running)).items():
+            self._end_stuck(trial_id, running[trial_id], how)
+
+    def _end_stuck(self, trial_id: str, trial: Any, how: str) -> None:
+        """Kill the worker of a trial, which is not started again."""
+        actor = trial.temporary_state.ray_actor
+        if trial_id in self.stuck or actor is None:
+            return
+        self.stuck[trial_id] = how
+        trial.max_failures = 0
+        ray.kill(actor)
 
     def _check_room(self, nodes: Sequence[Amounts]) -> None:
         if (room := room_for(self.needs, nodes)) >= self.workers:
@@ -135,10 +153,13 @@ class Events(tune.Callback):  # type: ignore[misc]
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """A trial got a worker."""
+        self.hangs.progressed(_id(trial))
+        self.killed_before[_id(trial)] = oom_kills()
         self.display.started(_id(trial))
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         """A trial reported progress."""
+        self.hangs.progressed(_id(trial), str(result.get("phase", "")))
         self.display.progressed(_id(trial), result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
@@ -153,7 +174,7 @@ class Events(tune.Callback):  # type: ignore[misc]
         self._fetch(trial)
         path = record_path(self.run, _id(trial))
         if not path.exists():
-            record = _died(trial, self.experiment, path.with_name(LOG))
+            record = _died(trial, self.experiment, path.with_name(LOG), self._cause(_id(trial)))
             try:
                 write_record(self.run, record)
             except DiskFullError as error:  # it counts as not finished, and the next run runs it
@@ -163,12 +184,24 @@ class Events(tune.Callback):  # type: ignore[misc]
                 return
         self._end(path)
 
+    def _cause(self, trial_id: str) -> tuple[Status, str] | None:
+        """Why a worker died, if it is known better than Ray knows it."""
+        if trial_id in self.stuck:
+            return "failed", self.stuck[trial_id]
+        before, now = self.killed_before.get(trial_id), oom_kills()
+        # The kernel counts for this machine, and Ray does not say where a worker was that has died.
+        if before is not None and now is not None and now > before and len(self.alive) <= 1:
+            return "out_of_memory", "the kernel killed the worker process because there was no memory"
+        return None
+
     def _fetch(self, trial: Any) -> None:
         if self.stored:
             self.stored.fetch(_id(trial))
 
     def _end(self, path: Path) -> None:
         self.ended += 1
+        self.hangs.ended(path.parent.name)
+        self.killed_before.pop(path.parent.name, None)
         self.display.ended(read_record(path))
 
 
@@ -176,7 +209,7 @@ def _id(trial: Any) -> str:
     return str(trial.config["trial"]["trial_id"])
 
 
-def _died(trial: Any, experiment: str, log: Path) -> TrialRecord:
+def _died(trial: Any, experiment: str, log: Path, cause: tuple[Status, str] | None) -> TrialRecord:
     """The record of a trial whose process was killed or crashed before it could write one."""
     spec = TrialSpec.model_validate_json(trial.config["trial"]["spec"])
     began = trial.run_metadata.start_time or time.time()
@@ -185,11 +218,12 @@ def _died(trial: Any, experiment: str, log: Path) -> TrialRecord:
         for line in ((trial.get_pickled_error() and str(trial.get_pickled_error())) or "").splitlines()
         if line.strip()
     ]
+    status, reason = cause or ("failed", f"the worker process died: {_told(lines)}")
     return TrialRecord(
         trial_id=spec.trial_id,
         experiment=experiment,
-        status="failed",
-        reason=f"the worker process died: {_told(lines)}"[:500] + f" (log: {shown(log)})",
+        status=status,
+        reason=f"{reason[:500]} (log: {shown(log)})",
         spec=spec.model_dump(mode="json"),
         seed=spec.seed,
         wall_time_s=time.time() - began,

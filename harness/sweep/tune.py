@@ -21,6 +21,7 @@ from harness.sweep.cluster import connect, environment
 from harness.sweep.events import Display, Events
 from harness.sweep.grace import Grace, PreemptedError, Request, StopRequest, save_at_sigterm
 from harness.sweep.halving import HalvedRows
+from harness.sweep.hangs import Hangs, stack_if_stuck
 from harness.sweep.placement import Amounts, at_once, per_worker
 from harness.sweep.ranks import nodes_alive, request, run_ranks
 from harness.sweep.ray_library import tune, wrap_function
@@ -30,6 +31,7 @@ from harness.sweep.stored import Stored, TrialPlace
 from harness.tracking.grid import Grid
 from harness.tracking.tracker import MlflowTracker
 from harness.trial.attempt import run_trial
+from harness.trial.log import LOG
 from harness.trial.trial import Progress
 
 
@@ -85,7 +87,8 @@ def sweep(wanted: Sweep, display: Display) -> None:
         workers, stored, lease = wanted.resources.workers, wanted.stored, wanted.lease
         to_stop = Request(wanted.run, stored.copy.there if stored else None)
         grace = Grace(wanted.resources.grace_s, to_stop, display.noted)
-        events = Events(wanted.run, wanted.experiment, display, asked, workers, stored, lease, grace)
+        hangs = Hangs(wanted.resources.trial_timeout_s)
+        events = Events(wanted.run, wanted.experiment, display, asked, workers, stored, lease, grace, hangs)
         with grace.listening():
             _tuner(wanted, asked, events, grace).fit()
         if events.ended < len(wanted.trials):  # ended by `grace`, or trials have stopped at a request
@@ -160,19 +163,20 @@ def _run_one(
     os.environ.update(variables)
     spec = TrialSpec.model_validate_json(config["trial"]["spec"])
     planned = PlannedTrial.model_validate_json(config["trial"]["planned"])
-    place = TrialPlace(Path(run), url, planned.trial_id)
-
-    def report(progress: Progress) -> None:
-        place.progressed()
-        tune.report(vars(progress))
-
+    place, asked = TrialPlace(Path(run), url, planned.trial_id), Resources.model_validate_json(resources)
     stop = StopRequest(place.run, url)
 
     def attempt(rungs: Collection[int]) -> bool:
         stopped = False
         if not place.begin():
-            tracker, asked = MlflowTracker(grid, spec, planned, place.folder), Resources.model_validate_json(resources)
-            with stop.listening():
+            tracker, log = MlflowTracker(grid, spec, planned, place.folder), place.folder / LOG
+            with stop.listening(), stack_if_stuck(log, asked.trial_timeout_s) as progressed:
+
+                def report(progress: Progress) -> None:
+                    progressed()
+                    place.progressed()
+                    tune.report(vars(progress))
+
                 record = work(spec, experiment, place.run, asked, tracker, report, rungs, stop, OF_WORKER)
             stopped = record.status == "cancelled"
         place.end()

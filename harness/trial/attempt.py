@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-
+from harness.core.exhaustion import is_out_of_memory
 from harness.core.origin import describe
 from harness.core.record import Status, TrialRecord
 from harness.core.registry import plugins_in
@@ -111,12 +110,10 @@ def make_attempt(
             status, reason = "paused", f"waits at epoch {len(trial.state.history)} for the others of its row"
     except StoppedError:
         status, reason = "cancelled", f"asked to stop at step {trial.state.step} of {trial.total_steps}"
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        status, reason, problem = "out_of_memory", describe(error, plugins, folder / LOG), error
-        logger.exception("out of memory")
     except Exception as error:  # a failed trial must not stop the others
-        status, reason, problem = "failed", describe(error, plugins, folder / LOG), error
-        logger.exception("the trial failed")
+        status = "out_of_memory" if is_out_of_memory(error) else "failed"
+        reason, problem = describe(error, plugins, folder / LOG), error
+        logger.exception("out of memory" if status == "out_of_memory" else "the trial failed")
     record = TrialRecord(
         trial_id=spec.trial_id,
         experiment=experiment,

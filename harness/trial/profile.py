@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from harness.core.exhaustion import is_out_of_memory
 from harness.core.probed import Probed
 from harness.core.schema import Schema
 from harness.experiment.plan import TrialSpec
@@ -238,7 +239,7 @@ def _answer(index: int, job: Job, reference: Sequence[Lane], meter: Meter | None
 def failure(index: int, error: Exception) -> Answer:
     """The answer for a spec that could not be measured."""
     logger.exception("not measured", exc_info=error)
-    full = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    full = is_out_of_memory(error)
     text = " ".join(str(error).split())[:300]
     reason = f"out of memory: {text}".rstrip(": ") if full else f"{type(error).__name__}: {text}"
     return Answer(index=index, reason=reason, out_of_memory=full)

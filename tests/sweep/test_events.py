@@ -11,6 +11,8 @@ import pytest
 
 from harness.core.errors import SweepEndedError
 from harness.sweep import events as module
+from harness.sweep.hangs import Hangs
+from tests.support.runs import fake_plan
 
 
 @pytest.fixture
@@ -22,6 +24,59 @@ def node(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(module.ray, "available_resources", lambda: {"CPU": 1.0})
     monkeypatch.setattr(module, "_NODES_S", 0.0)
     return found
+
+
+def running_trial(trial_id: str = "a") -> Any:
+    actor = SimpleNamespace(ray_actor=f"actor of {trial_id}")
+    planned = fake_plan().trials[0].model_copy(update={"trial_id": trial_id})
+    packed = {"trial_id": trial_id, "planned": planned.model_dump_json()}
+    return SimpleNamespace(status="RUNNING", config={"trial": packed}, temporary_state=actor, max_failures=3)
+
+
+def test_a_trial_without_progress_is_killed_and_not_started_again(
+    tmp_path: Path, node: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[str] = []
+    monkeypatch.setattr(module.ray, "kill", killed.append)
+    hangs = Hangs(30.0)
+    quiet: Any = SimpleNamespace(started=lambda _: None, progressed=lambda *_: None)
+    events = module.Events(tmp_path, "x", quiet, {"CPU": 1.0}, hangs=hangs)
+    stuck, well = running_trial("stuck"), running_trial("well")
+    for trial in (stuck, well):
+        events.on_trial_start(0, [], trial)
+    events.on_trial_result(0, [], stuck, {"phase": "test"})
+    for _ in range(4):  # more than 30 s; a driver that stood still for an hour counts 10 of them
+        hangs._looked -= 3600.0
+        events.on_trial_result(0, [], well, {"phase": "train"})
+        events.on_step_begin(1, [stuck, well, SimpleNamespace(status="PENDING")])
+    assert killed == ["actor of stuck"]
+    assert (stuck.max_failures, well.max_failures) == (0, 3)
+    assert events._cause("stuck") == ("failed", "no progress for 30 s (in phase test)")
+    assert events._cause("well") is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "nodes", "told"),
+    [
+        (4, 5, {"1"}, True),
+        (4, 4, {"1"}, False),
+        (None, 5, {"1"}, False),
+        (4, None, {"1"}, False),
+        (4, 5, {"1", "2"}, False),
+    ],
+)
+def test_a_worker_that_died_while_the_kernel_killed_for_memory_was_out_of_memory(
+    before: int | None, after: int | None, nodes: set[str], told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet: Any = SimpleNamespace(started=lambda _: None)
+    events = module.Events(tmp_path, "x", quiet, {"CPU": 1.0})
+    events.alive = nodes
+    monkeypatch.setattr(module, "oom_kills", lambda: before)
+    events.on_trial_start(0, [], running_trial("a"))
+    monkeypatch.setattr(module, "oom_kills", lambda: after)
+    cause = events._cause("a")
+    expected = ("out_of_memory", "the kernel killed the worker process because there was no memory")
+    assert cause == (expected if told else None)
 
 
 def test_nodes_that_are_left_and_too_small_for_a_trial_end_the_sweep_unless_others_return(
@@ -50,7 +105,7 @@ def test_a_sweep_that_waits_for_other_jobs_says_so_once(tmp_path: Path, node: di
     notes: list[str] = []
     display: Any = SimpleNamespace(noted=notes.append)
     events = module.Events(tmp_path, "x", display, {"CPU": 4.0})
-    waiting, running = [SimpleNamespace(status="PENDING")], [SimpleNamespace(status="RUNNING")]
+    waiting, running = [SimpleNamespace(status="PENDING")], [running_trial()]
     for trials in (waiting, running, waiting):
         events.on_step_begin(0, trials)
     assert notes == []
