@@ -33,6 +33,7 @@ class Results:
             ``budget.gpu_hours`` (``budget``) or Ctrl-C
             (``interrupt``); None: nothing did.
         settled: whether all was there already: nothing was computed, and the report is as it was.
+        selected: ids of the trials that the run was asked for (``only``); None: all.
     """
 
     folders: tuple[Path, ...]
@@ -41,6 +42,7 @@ class Results:
     tracking_link: str | None = None
     stopped: Literal["signal", "request", "interrupt", "budget"] | None = None
     settled: bool = False
+    selected: frozenset[str] | None = None
     known_board: Leaderboard | None = field(default=None, repr=False, compare=False)  # if it has been made already
 
     @property
@@ -56,11 +58,12 @@ class Results:
 
     @property
     def complete(self) -> bool:
-        """Whether all planned trials have finished, except those that halving has pruned."""
+        """Whether all planned trials, or those selected, have finished, except those that halving has pruned."""
         if self.settled:
             return True
         ended = {trial_id for trial_id, record in self.run.records.items() if record.status == "finished"}
-        return all(trial.trial_id in ended | self.run.out for trial in self.run.plan.trials)
+        planned = {trial.trial_id for trial in self.run.plan.trials}
+        return (planned if self.selected is None else self.selected) <= ended | self.run.out
 
     @cached_property
     def run(self) -> Run:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from harness.cli import doctor as cli_doctor
 from harness.cli import launch as cli_launch
 from harness.cli import profile as cli_profile
+from harness.cli import prune as cli_prune
 from harness.cli import results as cli_results
 from harness.core.errors import UserError
 from harness.core.files import DiskFullError
@@ -70,6 +71,14 @@ def run(
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Measure speed and memory of the methods after the trials.")
     ] = True,
+    only: cli_results.Only = "",
+    retry: Annotated[
+        Literal["auto", "failed", "none"],
+        typer.Option(
+            help="Which failed trials to try again: all (failed), none, or those that have not failed twice in the "
+            "same way (auto)."
+        ),
+    ] = "auto",
 ) -> None:
     """Run the trials of an experiment and write the report. Run it again to continue where it stopped."""
     from harness.cli.leaderboard import print_last_screen
@@ -77,7 +86,9 @@ def run(
     from harness.sweep.stopping import EXIT_CODES
 
     began = time.monotonic()
-    results = run_experiment(file, output, fresh=fresh, profile=profile, measure=measure, console=console)
+    results = run_experiment(
+        file, output, fresh=fresh, profile=profile, measure=measure, only=only, retry=retry, console=console
+    )
     if results.tracking_problem:
         errors.print(
             f"[yellow]MLflow could not be updated:[/] {_escape(results.tracking_problem)}",
@@ -100,6 +111,7 @@ def plan_command(
     probe: Annotated[
         bool, typer.Option("--probe", help="Measure 20 training steps of every method, and some of its evaluation.")
     ] = False,
+    only: cli_results.Only = "",
 ) -> None:
     """Show the trials, their trainable parameters, and what they will cost, without training or downloading anything.
 
@@ -109,17 +121,21 @@ def plan_command(
     from harness.cli.forecast import show_forecast
     from harness.cli.plan import SHOWN_ROWS, UNBOUNDED, plan_table
     from harness.experiment.load import Experiment
+    from harness.sweep.choice import Choice
     from harness.sweep.counts import check_counts
     from harness.sweep.forecast import LONGEST_S, forecast_of
     from harness.sweep.preflight import check_resources
     from harness.sweep.run import prepare as prepare_run
 
-    planned = prepare_run(Experiment.from_yaml(file), output or "runs", fresh)
+    whole = prepare_run(Experiment.from_yaml(file), output or "runs", fresh)
+    planned = whole.narrowed(Choice(only).selected(whole.plan))
     parameters, notes = _parameters(planned)
     unchecked = check_counts(planned.specs)
     table = plan_table(planned.plan, parameters, planned.states(), None if every_row else SHOWN_ROWS)
     # In a file a row is one line, however wide.
     console.print(table, crop=False, width=None if console.is_terminal else UNBOUNDED)
+    if only:
+        console.print(f"{len(planned.specs)} of {len(whole.specs)} trials selected", highlight=False)
     for note in notes:
         console.print(f"[yellow]parameters unknown:[/] {_escape(note)}", soft_wrap=True)
     if unknown := [model for model, found in planned.plan.fingerprints.items() if found is None]:
@@ -163,6 +179,7 @@ app.command(rich_help_panel=EXPERIMENTS)(cli_launch.launch)
 app.command(rich_help_panel=EXPERIMENTS)(cli_results.status)
 app.command(rich_help_panel=EXPERIMENTS)(cli_launch.logs)
 app.command(rich_help_panel=EXPERIMENTS)(cli_launch.stop)
+app.command(rich_help_panel=EXPERIMENTS)(cli_prune.prune)
 app.command("profile", rich_help_panel=EXPERIMENTS)(cli_profile.profile)
 app.command(rich_help_panel=EXPERIMENTS)(cli_doctor.doctor)
 app.command(rich_help_panel=EXPERIMENTS)(cli_results.sync)

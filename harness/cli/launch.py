@@ -119,13 +119,17 @@ def logs(
     trial: Annotated[str | None, typer.Argument(help="The id of a trial, or its beginning.")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing until the run has ended.")] = False,
 ) -> None:
-    """Print the output of a launched run, or the log of a trial."""
+    """Print the output of a launched run, or the log of a trial, with its earlier attempts."""
     from clusters.launch.job import is_own, read_launch
     from clusters.launch.launchers import LAUNCHERS
+    from harness.sweep.choice import attempts
 
     folder = folder or newest_run()
     if trial is not None:
-        _print_file(_trial_log(folder, trial), folder, follow)
+        log = _trial_log(folder, trial)
+        for number, record in enumerate(attempts(folder, log.parent.name), 1):
+            _print(f"attempt {number}, from {record.started_at}: {record.status}: {record.reason or 'no reason given'}")
+        _print_file(log, folder, follow)
         return
     launched = read_launch(folder)
     if launched is None:

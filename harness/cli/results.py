@@ -33,6 +33,12 @@ RunFolder = Annotated[
 ]
 
 
+Only = Annotated[
+    str,
+    typer.Option("--only", metavar="TEST", help="Only these trials, such as 'rank=8 and seed<3'.", show_default=False),
+]
+
+
 def _print(text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
@@ -53,11 +59,14 @@ def newest_run() -> Path:
     return plans[-1].parent
 
 
-def status(folder: RunFolder = None) -> None:
+def status(folder: RunFolder = None, only: Only = "") -> None:
     """Show the progress of a run, its failures and the leaderboard so far, without writing anything."""
     from clusters.launch.launchers import launch_line
     from harness.cli.progress import progress_lines
+    from harness.core.record import narrowed
+    from harness.core.selection import select
     from harness.core.summaries import read_brief
+    from harness.sweep.choice import stopped_trying
     from results.leaderboard.progress import progress_of
 
     folder = folder or newest_run()
@@ -70,7 +79,12 @@ def status(folder: RunFolder = None) -> None:
     _print(f"{url_of(folder) or folder}: {run.plan.experiment}")
     if launched:
         _print(launched)
+    if only:
+        planned, run = len(run.plan.trials), narrowed(run, select(run.plan, only))
+        _print(f"{len(run.plan.trials)} of {planned} trials selected")
     for line in progress_lines(progress_of(run, active), active):
+        _print(line)
+    if line := stopped_trying(folder, run.records):
         _print(line)
     for message in run.broken:
         _print(f"could not be read: {message}")

@@ -11,9 +11,9 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import Field, FiniteFloat, model_validator
 
@@ -80,6 +80,7 @@ class PlannedTrial(Schema):
     tried_learning_rates: tuple[float, ...] = ()  # candidates tried before this run, from the experiment file
     search: Search | None = None  # how the learning rate was proposed; None: it was given as it is
     halving: Halving | None = None  # of the candidates of its row; None: all are trained to the end
+    options: dict[str, Any] = Field(default_factory=dict)  # those in which trials differ, by their columns' names
 
 
 class Plan(Schema):
@@ -96,6 +97,7 @@ class Plan(Schema):
     mlflow_uri: str | None = None  # without its password
     fingerprints: dict[str, str | None] = Field(default_factory=dict)  # "language_model ./model" → fingerprint
     plugins: dict[str, str] = Field(default_factory=dict)  # "context-peft-harness:lora" → its result version
+    options: dict[str, Any] = Field(default_factory=dict)  # "budget.examples" → its value, where all trials have it
     trials: tuple[PlannedTrial, ...]
 
     def rows(self) -> dict[tuple[str, str, str], list[PlannedTrial]]:
@@ -288,6 +290,29 @@ class Run:
     def trial_folder(self, trial_id: str) -> Path:
         """Folder of a trial's files."""
         return self.folders.get(trial_id, self.folder) / "trials" / trial_id
+
+
+class Part(Protocol):
+    """A run folder, or what is known of it."""
+
+    @property
+    def plan(self) -> Plan:
+        """Its plan."""
+
+    @property
+    def records(self) -> Mapping[str, Any]:
+        """Of its trials."""
+
+
+_Part = TypeVar("_Part", bound=Part)
+
+
+def narrowed(run: _Part, selected: Collection[str]) -> _Part:
+    """A run with these trials of its plan alone."""
+    trials = tuple(trial for trial in run.plan.trials if trial.trial_id in selected)
+    records = {trial_id: record for trial_id, record in run.records.items() if trial_id in selected}
+    changed: Any = replace(run, plan=run.plan.model_copy(update={"trials": trials}), records=records)  # type: ignore[type-var]
+    return changed  # type: ignore[no-any-return]
 
 
 def read_run(folder: Path) -> Run:

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from harness.core import naming
+from harness.core.columns import options_of
 from harness.core.errors import UserError, did_you_mean
 from harness.core.paths import locate_model
 from harness.core.record import MetricInfo, Plan, PlannedTrial
@@ -221,6 +222,7 @@ def describe(experiment: Experiment, specs: list[TrialSpec], metrics: tuple[Metr
     named = set(first_of.values())
     dumps = {trial_id: shared_dump(spec) for trial_id, spec in zip(ids, specs, strict=True) if trial_id in named}
     labels, settings = naming.labels(dumps), naming.settings(dumps)
+    common, own = _options(dumps)
     trials = tuple(
         PlannedTrial(
             trial_id=trial_id,
@@ -233,6 +235,7 @@ def describe(experiment: Experiment, specs: list[TrialSpec], metrics: tuple[Metr
             tried_learning_rates=spec.adapter.tried_learning_rates,
             search=spec.adapter.search,
             halving=experiment.halving,
+            options=own[first],
         )
         for trial_id, first, spec in zip(ids, firsts, specs, strict=True)
     )
@@ -250,5 +253,33 @@ def describe(experiment: Experiment, specs: list[TrialSpec], metrics: tuple[Metr
             for key, (name, revision) in models_of(shared_dump(spec)["backbone"]).items()
         },
         plugins={p.key: str(p.result_version) for spec in kinds for p in plugins_in(shared_dump(spec))},
+        options=common,
         trials=trials,
     )
+
+
+_SECTIONS = ("task", "backbone", "adapter", "budget", "optimizer", "eval")
+
+
+def _options(dumps: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The options that all specs have alike, and by id those in which they differ.
+
+    Specs share their sections, so each section is looked at once.
+    """
+    known: dict[int, dict[str, Any]] = {}  # by the identity of a section
+    used: dict[str, dict[int, None]] = {section: {} for section in _SECTIONS}
+    for dump in dumps.values():
+        for section in _SECTIONS:
+            key = id(dump[section])
+            if key not in known:
+                known[key] = options_of({section: dump[section]})
+            used[section][key] = None
+    common: dict[str, Any] = {}
+    for keys in used.values():
+        first, *others = [known[key] for key in keys]
+        common |= {name: value for name, value in first.items() if all(o.get(name, known) == value for o in others)}
+    varying = {key: {name: value for name, value in own.items() if name not in common} for key, own in known.items()}
+    return common, {
+        trial_id: {name: value for section in _SECTIONS for name, value in varying[id(dump[section])].items()}
+        for trial_id, dump in dumps.items()
+    }

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -18,7 +18,7 @@ from clusters.profiles import Profile, load_profile
 from harness.core.errors import SweepEndedError, UserError
 from harness.core.files import DiskFullError, write_atomically
 from harness.core.lease import Lease
-from harness.core.record import Plan, PlannedTrial, Run, read_record, read_run, record_path
+from harness.core.record import Plan, PlannedTrial, Run, read_run, record_path
 from harness.core.samples import PREVIEWS
 from harness.core.search import ADAPTIVE
 from harness.core.storage import Copy, StorageError, is_url
@@ -26,6 +26,7 @@ from harness.core.summaries import read_summaries
 from harness.core.terminal import Terminal
 from harness.experiment.load import Experiment
 from harness.experiment.plan import Earlier, TrialSpec, describe, expand
+from harness.sweep.choice import Choice, Retry, archive
 from harness.sweep.folders import run_folder, stored_run
 from harness.sweep.halving import HalvedRows
 from harness.sweep.lock import exclusive
@@ -95,6 +96,12 @@ class Prepared:
         pairs = zip(self.specs, self.plan.trials, strict=True)
         return [(s, t) for s, t in pairs if t.trial_id not in finished and not halved.is_out(t.trial_id)]
 
+    def narrowed(self, selected: Collection[str]) -> Prepared:
+        """Of these trials alone, for showing them."""
+        plan = self.plan.model_copy(update={"trials": tuple(t for t in self.plan.trials if t.trial_id in selected)})
+        pairs = zip(self.specs, self.plan.trials, strict=True)
+        return replace(self, specs=[spec for spec, trial in pairs if trial.trial_id in selected], plan=plan)
+
     def halved(self) -> HalvedRows:
         """The rows whose learning rates are halved."""
         return HalvedRows(self.folder, self.plan.trials)
@@ -161,6 +168,8 @@ def run_experiment(
     fresh: bool = False,
     profile: str | Path = "local",
     measure: bool = True,
+    only: str = "",
+    retry: Retry = "auto",
     console: Console | None = None,
 ) -> Results:
     """Run the trials of an experiment and write the report; a second call runs only the trials that are missing.
@@ -177,6 +186,8 @@ def run_experiment(
         profile: where to run: the name of a profile such as ``ray``, or the path of its YAML file.
         measure: after the trials, measure speed and memory of the methods, unless the experiment's
             ``resources.profile`` is false; ``profile_run`` does it later.
+        only: run only these trials: ``rank=8 and seed<3``, by the columns of ``trials.parquet``; empty: all.
+        retry: failed trials to try again: ``auto`` (not what failed twice in the same way), ``failed`` (all), ``none``.
         console: for progress; default: standard output, or the cell's output in a notebook. ``Console(quiet=True)``
             shows nothing.
 
@@ -184,43 +195,40 @@ def run_experiment(
         The trials, leaderboard and report of the run folder, as ``load_results`` gives them.
 
     Raises:
-        UserError: the experiment, its data, a backbone or the tracking server cannot be used; raised before any
-            compute.
+        UserError: before any compute: the experiment, its data, a backbone or the tracking server cannot be used.
         DiskFullError: the report could not be written; the records are there.
     """
     console = console or Terminal()
     cluster = load_profile(profile)
     experiment = experiment if isinstance(experiment, Experiment) else Experiment.from_yaml(experiment)
     output = output or cluster.storage or "runs"
-    if is_url(output):
-        _check_shared(experiment)
-    prepared = prepare(experiment, output, fresh)
-    folder = prepared.folder
+    _check_shared(experiment, output)
+    prepared, choice = prepare(experiment, output, fresh), Choice(only, retry)
+    folder, asked = prepared.folder, prepared.narrowed(choice.selected(prepared.plan))
     if known := _known(prepared, measure):
-        console.print(_all_ended(prepared))
+        _say(console, *choice.nothing_to_compute(prepared.plan, prepared.states()))
         return known
     from harness.sweep import preflight
     from harness.tracking.grid import check_grid, open_grid
 
     left = bool(prepared.unfinished())
-    _check(prepared, cluster, left)
+    _check(asked, cluster, left)
     with _run_folder_for(prepared, fresh, console) as lease, stoppable(folder) as stopping:
         check_grid(prepared.mlflow_uri, experiment.name, folder)
-        preflight.check_data(prepared.specs, folder, console, experiment.halving)
+        preflight.check_data(asked.specs, folder, console, experiment.halving)
         _write_plan(prepared)
-        for line in read_run(folder).foreign_lines:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        _say(console, *read_run(folder).foreign_lines, *choice.lines(prepared.unfinished(), prepared.plan, folder))
         prepared.push()
         grid = open_grid(prepared.mlflow_uri, experiment.name, folder)
         if grid.problem:
             console.print(f"{grid.problem}; {_LATER}", style="yellow", highlight=False, markup=False, soft_wrap=True)
         whole = False  # whether all that was asked for has been done
         try:
-            _run_unfinished(prepared, cluster, grid, lease, console, stopping)
+            _run_unfinished(prepared, choice, cluster, grid, lease, console, stopping)
             while (extended := _extended(prepared)) is not None:
                 prepared = extended
                 _write_plan(prepared)
-                _run_unfinished(prepared, cluster, grid, lease, console, stopping)
+                _run_unfinished(prepared, choice, cluster, grid, lease, console, stopping)
             _keep_forecast(prepared, cluster, console, left)
             whole = not (measure and experiment.resources.profile) or _profile(prepared, console)
         except KeyboardInterrupt:
@@ -231,7 +239,8 @@ def run_experiment(
         report, problem = _conclude(prepared, grid, console)
         if whole and not problem:
             _settle(prepared, measure, report.board.run, grid)
-    return Results((folder,), report.html, problem, grid.trials_link, stopping.reason, known_board=report.board)
+    ended: dict[str, Any] = {"stopped": stopping.reason, "selected": choice.selected(prepared.plan)}
+    return Results((folder,), report.html, problem, grid.trials_link, known_board=report.board, **ended)
 
 
 def _known(prepared: Prepared, measure: bool) -> Results | None:
@@ -309,19 +318,19 @@ def _check(prepared: Prepared, cluster: Profile, left: bool) -> None:
     preflight.check_fingerprints(prepared.specs, str(experiment.top / "backbone"))
 
 
-def _check_shared(experiment: Experiment) -> None:
+def _check_shared(experiment: Experiment, output: str | Path) -> None:
     """Check that nothing in an experiment needs a run folder on a shared file system.
 
     Raises:
         UserError: something does.
     """
-    if experiment.resources.workers > 1:
+    if is_url(output) and experiment.resources.workers > 1:
         raise UserError(
             f"{experiment.top / 'resources' / 'workers'}: found {experiment.resources.workers}, with a run folder at a "
             "URL; allowed: 1, or a run folder on a file system that all nodes share, because the workers of a trial "
             "write its checkpoints together"
         )
-    if experiment.halving is not None:
+    if is_url(output) and experiment.halving is not None:
         raise UserError(
             f"{experiment.top / 'search' / 'halving'}: found with a run folder at a URL; allowed: one on a "
             "file system that all nodes share, because trials wait there for one another"
@@ -382,7 +391,13 @@ def _run_folder_for(prepared: Prepared, fresh: bool, console: Console) -> Iterat
 
 
 def _run_unfinished(
-    prepared: Prepared, profile: Profile, grid: Grid, lease: Lease, console: Console, stopping: Stopping
+    prepared: Prepared,
+    choice: Choice,
+    profile: Profile,
+    grid: Grid,
+    lease: Lease,
+    console: Console,
+    stopping: Stopping,
 ) -> None:
     from harness.sweep.live import LiveTable
     from harness.sweep.preflight import files_read
@@ -391,14 +406,14 @@ def _run_unfinished(
     from harness.tracking.store import sqlite_path
 
     prepared.halved().read()  # a kill may have come between a decision and its records
-    todo = prepared.unfinished()
+    todo = choice.todo(prepared.unfinished(), prepared.plan, prepared.folder)
     if not todo:
-        console.print(_all_ended(prepared))
+        _say(console, *choice.nothing_to_compute(prepared.plan, prepared.states()))
         return
     if (limit_h := prepared.experiment.gpu_hours) is not None:
         _check_budget(prepared, limit_h, stopping, console)
     for spec, _ in todo:
-        _archive_record(record_path(prepared.folder, spec.trial_id), prepared.storage)
+        archive(record_path(prepared.folder, spec.trial_id), prepared.storage)
     halved = prepared.halved()
     halved.read()
     prepared.push()
@@ -438,6 +453,11 @@ def _check_budget(prepared: Prepared, limit_h: float, stopping: Stopping, consol
         raise KeyboardInterrupt
 
 
+def _say(console: Console, *lines: str) -> None:
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def _keep_forecast(prepared: Prepared, profile: Profile, console: Console, ran: bool) -> None:
     """Keep what the trials were predicted to cost, if there were any, without a look at what they cost."""
     from harness.sweep.forecast import keep_forecast
@@ -448,12 +468,6 @@ def _keep_forecast(prepared: Prepared, profile: Profile, console: Console, ran: 
         keep_forecast(prepared, profile)
     except (UserError, OSError, ValueError) as error:  # the trials are what matters, so it is shown and no more
         console.print(f"no forecast: {error}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _all_ended(prepared: Prepared) -> str:
-    pruned = len(prepared.specs) - len(prepared.finished())
-    ended = f"finished, or were pruned ({pruned})" if pruned else "finished"
-    return f"all {len(prepared.specs)} trials have already {ended}; nothing to compute"
 
 
 def _profile(prepared: Prepared, console: Console) -> bool:
@@ -472,16 +486,3 @@ def _profile(prepared: Prepared, console: Console) -> bool:
     else:
         return True
     return False
-
-
-def _archive_record(record: Path, storage: Copy | None) -> None:
-    """Rename the record of a failed trial that is run again; one that was pruned waits at its rung again."""
-    if not record.exists():
-        return
-    number = len(list(record.parent.glob("attempt-*.json"))) + 1
-    pruned = read_record(record).status == "pruned"
-    archived = record.with_name("paused.json" if pruned else f"attempt-{number}.json")
-    record.rename(archived)
-    if storage:
-        storage.there.put([archived.relative_to(storage.here).as_posix()], storage.here)
-        storage.remove(record.relative_to(storage.here).as_posix())

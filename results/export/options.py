@@ -7,20 +7,12 @@ takes a number or a word, such as ``budget.examples: all``, is text as soon as o
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from harness.core.naming import flatten
-
-# Not options: plugins, and what follows from other columns; method, grouping, learning rate and seed have short names.
-_LEFT_OUT = re.compile(
-    r"task\.(plugin|modalities|metrics|contexts)(\..*)?|adapter\.(plugins|label|method|grouping_name|learning_rate)"
-    r"|optimizer\.learning_rate|seed|relative_to"
-)
-_CONFIG = re.compile(r"^(task|adapter)\.config\.")  # options of the task and the method, beside its other keys
+from harness.core.columns import options_of
 
 
 def option_columns(specs: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array]:
@@ -29,8 +21,8 @@ def option_columns(specs: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array]:
     Args:
         specs: of the trials, as records store them.
     """
-    flat = [{_CONFIG.sub(r"\1.", path): value for path, value in flatten(spec)} for spec in specs]
-    names = dict.fromkeys(name for values in flat for name in values if not _LEFT_OUT.fullmatch(name))
+    flat = [options_of(spec) for spec in specs]
+    names = dict.fromkeys(name for values in flat for name in values)
     ordered = sorted(names, key=lambda name: _ORDER.get(name.partition(".")[0], len(_ORDER)))
     return {name: _typed([values.get(name) for values in flat]) for name in ordered}
 

@@ -31,6 +31,7 @@ COMMANDS = [
     "status",
     "logs",
     "stop",
+    "prune",
     "profile",
     "doctor",
     "sync",

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import harness
 from harness.core import hub
-from harness.core.errors import SweepEndedError
+from harness.core.errors import SweepEndedError, UserError
 from harness.core.record import PlannedTrial, write_record
 from harness.experiment.plan import expand
-from harness.sweep import live, run
+from harness.sweep import live, run, tune
 from harness.sweep.live import LiveTable
 from harness.sweep.preflight import check_fingerprints
 from tests.support.runs import fake_record
@@ -155,6 +155,48 @@ def test_other_weights_at_the_same_path_are_other_trials(tmp_path: Path, monkeyp
     assert f"1 record belongs to a trial not in the plan: language_model weights changed ({model})" in shown.getvalue()
     assert [row.seeds for row in again.board.rows] == ["2/2"]
     assert len(again.trials) == 2
+
+
+def test_only_selected_trials_run_and_a_repeated_failure_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[list[int]] = []
+
+    def sweep(wanted: tune.Sweep, _display: object) -> None:
+        ran.append([planned.seed for _, planned in wanted.trials])
+        for spec, planned in wanted.trials:
+            ended = fake_record(planned, 1, 0.5).model_copy(update={"spec": spec.model_dump(mode="json")})
+            failure = {"status": "failed", "reason": "ValueError: no (log: log.txt)"} if planned.seed == 2 else {}
+            write_record(wanted.run, ended.model_copy(update=failure))
+
+    monkeypatch.setattr(tune, "sweep", sweep)
+    experiment = harness.Experiment(
+        name="grid",
+        task={"name": "scenes", "train_examples": 8, "validation_examples": 4, "test_examples": 4},
+        adapters=[{"method": "none", "learning_rate": 1e-2}],
+        seeds=[0, 1, 2],
+    )
+    shown = io.StringIO()
+
+    def run_it(**options: Any) -> bool:
+        shown.truncate(0)
+        console = Console(file=shown)
+        return harness.run_experiment(experiment, tmp_path, measure=False, console=console, **options).complete
+
+    with pytest.raises(UserError, match=r"--only: unknown name 'sed'; .*did you mean 'seed'"):
+        run_it(only="sed=1")
+    assert not (tmp_path / "grid").exists()
+    assert run_it(only="seed=1")
+    assert "1 of 3 trials selected by --only 'seed=1'" in shown.getvalue()
+    assert not run_it()
+    assert not run_it()
+    assert not run_it()
+    assert "1 trial failed twice in the same way and is not tried again; --retry failed does it" in shown.getvalue()
+    assert "all 3 trials have already finished or failed (1); nothing to compute" in shown.getvalue()
+    assert not run_it(retry="failed")
+    assert not run_it(retry="none")
+    assert run_it(only="seed<2")
+    assert ran == [[1], [0, 2], [2], [2]]
 
 
 def test_a_hub_id_whose_commit_is_unknown_is_refused_before_compute(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,25 @@
+"""The names of axes and options in tables and selections: ``budget.examples``, ``adapter.rank``.
+
+An option has the name of its key in the experiment file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from harness.core.naming import flatten
+
+# Not options: plugins, and what follows from other columns; method, grouping, learning rate and seed have short names.
+_LEFT_OUT = re.compile(
+    r"task\.(plugin|modalities|metrics|contexts)(\..*)?|adapter\.(plugins|label|method|grouping_name|learning_rate)"
+    r"|optimizer\.learning_rate|seed|relative_to"
+)
+_CONFIG = re.compile(r"^(task|adapter)\.config\.")  # options of the task and the method, beside its other keys
+
+
+def options_of(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The axes and options of a spec, or of some of its sections, by name."""
+    named = ((_CONFIG.sub(r"\1.", path), value) for path, value in flatten(spec))
+    return {name: value for name, value in named if not _LEFT_OUT.fullmatch(name)}
