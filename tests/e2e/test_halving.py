@@ -110,3 +110,29 @@ def test_a_sampler_that_learns_proposes_in_waves_and_the_same_after_a_kill(tmp_p
     plans = [read_run(tmp_path / "runs" / name).plan.trials for name in ("whole", "killed")]
     assert len(plans[0]) == 3
     assert plans[0] == plans[1]
+
+
+def test_rows_of_trials_of_two_processes_are_halved(tmp_path: Path) -> None:
+    """Both workers of a trial leave its engine at the rung, and the one that goes on takes it up again."""
+    experiment = """\
+task: {name: scenes, train_examples: 16, validation_examples: 4, test_examples: 4}
+adapters: [{method: none, learning_rate: [1e-4, 1e-2]}]
+budget: {examples: 16, epochs: 2}
+optimizer: {per_device_train_batch_size: 8}
+eval: {max_new_tokens: 4}
+resources: {profile: false, workers: 2}
+search: {halving: {rungs: [1]}}
+"""
+    (tmp_path / "two.yaml").write_text(experiment, encoding="utf-8")
+    done = subprocess.run(  # noqa: PLW1510 - the exit code is looked at
+        [*HARNESS, "two.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=1800
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = read_run(tmp_path / "runs/two")
+    (decision,) = read_decisions(run.folder)
+    by_rate = {trial.learning_rate: run.records[trial.trial_id] for trial in run.plan.trials}
+    best = min(decision.candidates, key=lambda one: one.validation_perplexity[0]).learning_rate
+    assert {rate: (record.status, len(record.history)) for rate, record in by_rate.items()} == {
+        rate: ("finished", 2) if rate == best else ("pruned", 1) for rate in (1e-4, 1e-2)
+    }
+    assert {record.workers for record in by_rate.values()} == {2}
