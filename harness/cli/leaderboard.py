@@ -13,6 +13,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from harness.cli.progress import LARGE, SHOWN_FAILURES
 from harness.core.durations import duration
 from harness.core.record import read_plan
 from harness.sweep.live import trial_names
@@ -21,8 +22,6 @@ from results.leaderboard.recommend import recommend
 from results.leaderboard.table import Leaderboard, Row
 from results.loaded import Results
 
-SHOWN_FAILURES = 10
-LARGE = 2_000  # planned trials: of more, the leaderboard takes longer to make and to read than was waited for
 PAGE = "http://127.0.0.1:5000"  # of the server that the printed command starts
 _UNBOUNDED = 10_000  # characters: wider than any table
 _REASON_LENGTH = 240  # characters of the reason why a row is excluded from ranking: three lines

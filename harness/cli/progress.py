@@ -9,6 +9,7 @@ from harness.sweep.live import trial_name
 from results.leaderboard.progress import Progress
 
 SHOWN_FAILURES = 10
+LARGE = 2_000  # planned trials: of more, the leaderboard takes longer to make and to read than anybody waits for
 
 
 def progress_lines(progress: Progress, active: bool) -> Iterator[str]:

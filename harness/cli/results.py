@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from harness.cli.progress import LARGE
 from harness.core.errors import UserError
 from harness.core.lease import holder_of
 from harness.core.record import Run, read_plan
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs")  # where `harness run` puts run folders by default
 MLFLOW = "mlflow:"
-LARGE = 2_000  # planned trials: of more, `harness status` shows the progress alone
 console = Terminal()
 leaderboard_app = typer.Typer(no_args_is_help=True, help="Show a leaderboard, or what changed between two.")
 

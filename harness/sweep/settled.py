@@ -62,6 +62,7 @@ def settle(run: Path, said: Iterable[str], tracking_link: str | None) -> None:
 
 
 def _state(run: Path, said: Iterable[str]) -> str:
+    run = run.resolve()
     digest = hashlib.sha256()
     code = (line for folder in _CODE for line in _files(_ROOT / folder))
     libraries = (f"{name} {version(name)}" for name in _LIBRARIES)
