@@ -77,6 +77,7 @@ class Metered:
         self._devices, self._before_s, self._ended_s = 1.0, 0.0, 0.0
         self._running: dict[str, float] = {}  # trial id → when it got its place
         self._lock = threading.Lock()
+        self._known = False  # what was spent before, which the cluster's devices decide
 
     @property
     def spent_s(self) -> float:
@@ -101,7 +102,7 @@ class Metered:
     def _watch(self, over: threading.Event) -> None:
         kept, asked = time.monotonic(), False
         while not over.wait(_LOOK_S):
-            if not asked and self.spent_s >= self._limit_s:
+            if self._known and not asked and self.spent_s >= self._limit_s:
                 asked = True
                 request_stop(self._run, "budget")
             if time.monotonic() - kept >= _KEEP_S:
@@ -109,12 +110,15 @@ class Metered:
                 self._keep()
 
     def _keep(self) -> None:
+        if not self._known:  # the cluster is not there yet, and what earlier runs wrote stays
+            return
         write_atomically(self._run / FILE_NAME, json.dumps({"device_s": round(self.spent_s, 3)}) + "\n")
 
     def opened(self, run: Path, at_once: int) -> None:
         """The cluster is there: what a trial has of it is known."""
         self._devices = self._devices_of(self._resources)
         self._before_s = spent_s(self._run, self._devices)
+        self._known = True
         self._display.opened(run, at_once)
 
     def noted(self, line: str) -> None:

@@ -132,6 +132,21 @@ def test_trials_are_counted_until_they_end_and_the_run_is_asked_to_end(
     assert EXIT_CODES["budget"] == 4
 
 
+def test_what_was_spent_before_stays_where_no_cluster_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spending, "_LOOK_S", 0.01)
+    monkeypatch.setattr(spending, "_KEEP_S", 0.0)
+    (tmp_path / FILE_NAME).write_text('{"device_s": 7200.0}')
+    metered = Metered(Shown(), tmp_path, 1.0, Resources(), lambda _: 1.0)
+    with metered.watching():
+        time.sleep(0.1)  # connecting to the cluster
+    assert spent_s(tmp_path, 1) == 7200
+    assert not (tmp_path / REQUEST).exists()
+    with metered.watching():
+        metered.opened(tmp_path, 1)
+        wait_for((tmp_path / REQUEST).exists)
+    assert spent_s(tmp_path, 1) == 7200
+
+
 def test_nothing_starts_where_the_limit_was_reached_before(
     tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
