@@ -40,6 +40,7 @@ from harness.tracking.store import (
     artifact_uri,
     check_uri,
     connect,
+    is_database,
     reason_of,
     redacted,
     sqlite_path,
@@ -150,7 +151,8 @@ def open_grid(uri: str, experiment: str, run_folder: Path) -> Grid:
         client = connect(uri)
         found = client.get_experiment_by_name(experiment)
         if found is None:
-            place = artifact_uri(run_folder.parent.resolve() / "mlartifacts") if uri.startswith("sqlite:") else None
+            # Otherwise MLflow keeps the artifacts of a database in the current folder.
+            place = artifact_uri(run_folder.parent.resolve() / "mlartifacts") if is_database(uri) else None
             experiment_id = client.create_experiment(experiment, artifact_location=place)
         else:
             experiment_id = found.experiment_id

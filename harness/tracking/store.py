@@ -27,6 +27,11 @@ def default_uri(runs: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(runs.resolve() / "mlflow.db")
 
 
+def is_database(uri: str) -> bool:
+    """Whether the store is a database that every process uses by itself, not a server or a folder."""
+    return uri.partition(":")[0].partition("+")[0] in {"sqlite", "postgresql", "mysql", "mssql"}
+
+
 def sqlite_uri(path: Path) -> str:
     """The URI of an SQLite database in a file; ``%``, ``?`` and ``#`` in its path have a meaning in a URI."""
     if not _means_something(path):
@@ -111,7 +116,7 @@ def connect(uri: str) -> Any:
 def import_libraries(uri: str) -> None:
     """Import what a connection needs, in the main thread: two threads that import can wait for one another."""
     importlib.import_module("mlflow")
-    if not uri.startswith(("http:", "https:")):
+    if is_database(uri):
         importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
 
 
