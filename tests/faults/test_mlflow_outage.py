@@ -21,7 +21,7 @@ from tests.support.runs import fake_plan, write_run
 from tests.support.stores import Server
 from tests.support.tracking import four_trials
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]  # on a busy machine
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from harness.tracking.store import import_libraries
 from harness.tracking.tracker import MlflowTracker
 from tests.support.tracking import finished_record, four_trials
 
-TRIALS, EPOCHS = 3, 40  # of each process
+TRIALS, EPOCHS = 2, 20  # of each process
 
 
 def planned_of(number: int) -> list[PlannedTrial]:
