@@ -1,4 +1,4 @@
-"""Trials lose their process, a rank or Ray in the middle of an epoch, or are stopped there, and go on.
+"""Trials lose their process, a rank, Ray or a node in the middle of an epoch, or are stopped there, and go on.
 
 What they record is, bit by bit, that of a run that nobody disturbed.
 """
@@ -19,6 +19,7 @@ import pytest
 
 from harness.core.record import TrialRecord, read_run
 from tests.support.parity import assert_same_result
+from tests.support.ray_nodes import ray_nodes
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
@@ -180,6 +181,23 @@ def test_the_killed_raylet(whole: Path, tmp_path: Path) -> None:
     assert "finished trials are kept; run the same experiment again to continue" in said
     finish(start(tmp_path))
     assert resumed_inside(trial)
+    assert_undisturbed(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_a_killed_node(whole: Path, tmp_path: Path) -> None:
+    write(tmp_path)
+    with ray_nodes([1, 1, 1]) as nodes:
+        (tmp_path / "nodes.yaml").write_text(f"kind: ray\naddress: {nodes.address}\n", encoding="utf-8")
+        settings = {name: value for name, value in nodes.environment.items() if name.startswith("RAY_")}
+        driver = start(tmp_path, "--profile", "nodes.yaml", **settings)
+        trials = wait_inside_an_epoch(tmp_path, driver, 2)
+        ran_on = {trial: nodes.node_of(processes_of(trial)[-1]) for trial in trials}
+        lost, node = next((trial, node) for trial, node in ran_on.items() if node)  # 0 is the head
+        nodes.kill(node)
+        said = finish(driver)
+    assert re.search(r"node \S+ has died; its trials start again on another one", said), said
+    assert resumed_inside(lost)
     assert_undisturbed(tmp_path, whole)
 
 
