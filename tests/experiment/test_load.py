@@ -227,7 +227,7 @@ METHODS_LINE = "bitfit, bottleneck, dora, full, ia3, llava, ln_tuning, lora, mmc
 TASKS_LINE = "audio_captions, coco_captions, mixture, scenes, speech, text, trends, vqa"
 WRONG = {
     "unknown key at top level": (ONE + "budgte: {examples: 3}\n", 4, "budgte", "unknown key 'budgte'; allowed: adapters, backbone, budget, eval, name, optimizer, plugins, resources, search, seeds, task, tracking; did you mean 'budget'?"),
-    "unknown key in a section": (ONE + "budget:\n  epochs: 1\n  exampels: 3\n", 6, "budget.exampels", "unknown key 'exampels'; allowed: epochs, examples, max_input_length, max_target_length, patience, references; did you mean 'examples'?"),
+    "unknown key in a section": (ONE + "budget:\n  epochs: 1\n  exampels: 3\n", 6, "budget.exampels", "unknown key 'exampels'; allowed: epochs, examples, gpu_hours, max_input_length, max_target_length, patience, references; did you mean 'examples'?"),
     "unknown key in an adapter": ("task: scenes\nadapters:\n  - {method: none}\n  - method: lora\n    rnak: 4\n" + RATE, 5, "adapters[1].rnak", "unknown key 'rnak'; allowed: alpha, dropout, grouping, init_from, init_lora_weights, learning_rate, method, rank, search, tried_learning_rates, use_rslora, where; did you mean 'rank'?"),
     "unknown key in the task": ("task:\n  name: scenes\n  data_sed: 1\nadapters: [{method: none}]\n", 3, "task.data_sed", "unknown key 'data_sed'; allowed: data_seed, test_examples, train_examples, validation_examples; did you mean 'data_seed'?"),
     "option of another method": (adapters("{method: bitfit, rank: 4}"), 2, "adapters[0].rank", "unknown key 'rank'; allowed: grouping, init_from, learning_rate, method, search, tried_learning_rates, where"),
@@ -245,7 +245,7 @@ WRONG = {
     "true for an integer": (ONE + "budget: {epochs: true}\n", 4, "budget.epochs", "valid integer; found True"),
     "text for a number": (adapters("{method: none, learning_rate: fast}"), 2, "adapters[0].learning_rate", "input should be a valid number; found 'fast'"),
     "a word that is not offered": (ONE + "resources: {zero_stage: 4}\n", 4, "resources.zero_stage", "input should be 0, 1, 2 or 3; found 4"),
-    "an old key": (ONE + "resources: {cpus_per_trial: 4}\n", 4, "resources.cpus_per_trial", "unknown key 'cpus_per_trial'; allowed: checkpoint_interval_s, cpus_per_worker, gpus_per_worker, grace_s, max_concurrent_trials, max_failures, offload, profile, workers, zero_stage; did you mean 'cpus_per_worker'?"),
+    "an old key": (ONE + "resources: {cpus_per_trial: 4}\n", 4, "resources.cpus_per_trial", "unknown key 'cpus_per_trial'; allowed: checkpoint_interval_s, cpus_per_worker, gpus_per_worker, grace_s, max_concurrent_trials, max_failures, offload, profile, shared_prefix, trial_timeout_s, workers, zero_stage; did you mean 'cpus_per_worker'?"),
     "two workers on a GPU": (ONE + "resources: {workers: 2, gpus_per_worker: 0.5}\n", 4, "resources.gpus_per_worker", "two workers of a trial cannot share a GPU, because NCCL refuses it; allowed: auto, 0 or 1, or a part of a GPU with workers: 1; found 0.5"),
     "one and a half GPUs": (ONE + "resources: {gpus_per_worker: 1.5}\n", 4, "resources.gpus_per_worker", "above 1 it must be a whole number; found 1.5"),
     "offload without a stage": (ONE + "resources: {offload: optimizer}\n", 4, "resources.offload", "with zero_stage 0 DeepSpeed offloads no optimizer; allowed: zero_stage 1 or 2 or 3; found 'optimizer'"),

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from harness.core.durations import duration
 from harness.core.formulas import Floats
 from results.leaderboard.format import (
-    duration,
     estimate_text,
     examples_text,
     number,
