@@ -72,6 +72,7 @@ def connect(
         UserError: the cluster cannot be reached, or a node cannot run the trials.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # tracebacks of what the records say in a line
     started = not ray.is_initialized()
     with ExitStack() as at_end:
         if not started and sum(node["Alive"] for node in ray.nodes()) > 1:

@@ -213,11 +213,7 @@ def _died(trial: Any, experiment: str, log: Path, cause: tuple[Status, str] | No
     """The record of a trial whose process was killed or crashed before it could write one."""
     spec = TrialSpec.model_validate_json(trial.config["trial"]["spec"])
     began = trial.run_metadata.start_time or time.time()
-    lines = [
-        line
-        for line in ((trial.get_pickled_error() and str(trial.get_pickled_error())) or "").splitlines()
-        if line.strip()
-    ]
+    lines = [line for line in getattr(trial, "failure", "").splitlines() if line.strip()]
     status, reason = cause or ("failed", f"the worker process died: {_told(lines)}")
     return TrialRecord(
         trial_id=spec.trial_id,
@@ -235,4 +231,6 @@ def _told(lines: Sequence[str]) -> str:
     """What Ray's error says: of a trial with several workers which of them died, else its first line."""
     name = f"{RankDiedError.__name__}: "
     told = next((line.partition(name)[2] for line in reversed(lines) if name in line), "")
-    return told.strip() or (lines[0].strip() if lines else "Ray gave no reason")
+    # An error of a task is told by its last line, after the traceback; the death of a process by the first.
+    line = lines[-1 if "ray::" in lines[0] else 0] if lines else "Ray gave no reason"
+    return told.strip() or line.strip()

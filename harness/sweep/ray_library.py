@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 # Ray reads these when it is imported: loopback only, no usage statistics, quiet, and no memory monitor. If the monitor
 # kills a worker, Tune does not handle the error and the whole sweep ends; if the kernel does, only that trial fails.
@@ -32,6 +32,7 @@ from ray._private import ray_constants, services  # noqa: E402
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # noqa: E402
 from ray.tune.analysis import ExperimentAnalysis  # noqa: E402
 from ray.tune.execution import class_cache  # noqa: E402
+from ray.tune.experiment import Trial  # noqa: E402
 from ray.tune.trainable.function_trainable import wrap_function  # noqa: E402
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
@@ -46,6 +47,17 @@ class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_P
 # What `fit` returns is not used. Where all trials have been forgotten, it would unpickle Tune's newest snapshot in the
 # run folder, which may be somebody else's, and fail if the snapshot is of a sweep that had none.
 ExperimentAnalysis._load_trials = lambda _: []
+_count_failure = Trial.handle_error
+
+
+def _handle_error(trial: Trial, error: Exception | None = None) -> None:
+    """Keep what a trial failed of: Tune counts the failure, then writes it to files, for which a disk may be full."""
+    trial.failure = str(error)
+    with suppress(OSError):
+        _count_failure(trial, error)
+
+
+Trial.handle_error = _handle_error
 _TOKEN = "RAY_AUTH_TOKEN"  # noqa: S105 - the name of a variable
 __all__ = [
     "WORKER_SETTINGS",

@@ -140,3 +140,23 @@ def test_a_sweep_whose_last_node_died_ends(tmp_path: Path, monkeypatch: pytest.M
     events.asked -= module._NODES_S
     with pytest.raises(SweepEndedError, match=r"^Ray has died: one of its processes \(raylet, DashboardAgent, Runtime"):
         events.on_step_begin(3, [])
+
+
+ACTOR = "The actor died unexpectedly before finishing this task."
+TOLD = {
+    "a process": ([ACTOR, "class_name: ImplicitFunc"], ACTOR),
+    "a task": (
+        ["\x1b[36mray::ResourceTrainable.train()\x1b[39m (pid=7)", "  File", "OSError: [Errno 28] No space left"],
+        "OSError: [Errno 28] No space left",
+    ),
+    "a rank": (
+        ["ray::ImplicitFunc.train() (pid=7)", "harness.sweep.ranks.RankDiedError: rank 1 of 2 died: killed", "more"],
+        "rank 1 of 2 died: killed",
+    ),
+    "nothing": ([], "Ray gave no reason"),
+}
+
+
+@pytest.mark.parametrize(("lines", "told"), TOLD.values(), ids=TOLD)
+def test_of_rays_error_the_line_that_says_why_is_told(lines: list[str], told: str) -> None:
+    assert module._told(lines) == told

@@ -90,7 +90,7 @@ def test_a_trial_that_lost_a_worker_too_often_names_it(tmp_path: Path) -> None:
     trial = SimpleNamespace(
         config={"trial": {"spec": spec.model_dump_json()}},
         run_metadata=SimpleNamespace(start_time=None),
-        get_pickled_error=lambda: RuntimeError(error),
+        failure=error,
     )
     record = events._died(trial, "unit", tmp_path / "log.txt", None)
     assert (record.reason or "").startswith("the worker process died: rank 1 of 2 died: killed (log: ")
