@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.core.errors import UserError
-from harness.core.files import write_atomically
+from harness.core.files import remove_abandoned, write_atomically
 from harness.core.inside import check_no_links
 from results.export.latex import latex
 from results.export.text import markdown, table_csv
@@ -49,6 +49,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> ReportP
         check_no_links(folders[0])
     board = build_leaderboard(read_runs(folders))
     folder = folders[0] / "report" if output is None else output
+    remove_abandoned(folder)
     page = folder / "index.html"
     write_atomically(page, html(board, folder))
     return ReportPaths(page, write_exports(board, folder), board)

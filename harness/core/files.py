@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _SAYS_FULL = re.compile(r"No space left on device|Disk quota exceeded|os error (28|122)\b")  # pyarrow, safetensors
 _SAYS_UNWRITTEN = re.compile(r"PytorchStreamWriter|inline_container|failed writing file|unexpected pos")  # torch.save
 _LEFT_BYTES = 2**20
+_ABANDONED_S = 3600.0  # a file that is being written is younger
 
 
 @contextmanager
@@ -40,6 +42,19 @@ def atomic(path: Path) -> Iterator[Path]:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def remove_abandoned(folder: Path, names: str = ".*.partial") -> None:
+    """Remove what writers that were killed have left in a folder, once it is an hour old.
+
+    Args:
+        folder: whether it exists or not.
+        names: pattern of the files.
+    """
+    for old in folder.glob(names):
+        with suppress(OSError):
+            if time.time() - old.stat().st_mtime > _ABANDONED_S:
+                old.unlink()
 
 
 class DiskFullError(OSError):

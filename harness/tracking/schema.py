@@ -10,15 +10,15 @@ from __future__ import annotations
 import os
 import re
 import sqlite3
-import time
 import uuid
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 
+from harness.core.files import remove_abandoned
+
 # How SQLite says that a migration meets what a killed one has left.
 HALF_MADE = re.compile(r"table \S+ already exists|duplicate column name|no such table|out-of-date database schema")
-_ABANDONED_S = 3600.0  # a half-made database that is older belongs to a process that was killed
 
 
 def make_database(path: Path, migrate: Callable[[Path], None]) -> None:
@@ -32,7 +32,7 @@ def make_database(path: Path, migrate: Callable[[Path], None]) -> None:
         OSError: the folder cannot be written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(path)
+    remove_abandoned(path.parent, f".{path.name}.*.partial*")  # with the journals of SQLite
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         migrate(partial)
@@ -51,13 +51,6 @@ def _name(partial: Path, path: Path) -> None:
     except OSError:  # a file system without links
         if not path.exists():
             partial.rename(path)
-
-
-def _remove_abandoned(path: Path) -> None:
-    for old in path.parent.glob(f".{path.name}.*.partial"):
-        with suppress(OSError):
-            if time.time() - old.stat().st_mtime > _ABANDONED_S:
-                _remove(old)
 
 
 def _remove(partial: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.core.files import write_atomically
+from harness.core.files import remove_abandoned, write_atomically
 from harness.core.record import Status, TrialRecord, paused_path, write_record
 
 if TYPE_CHECKING:
@@ -51,5 +51,6 @@ def conclude(record: TrialRecord, run: Path, tracker: Tracker) -> None:
         tracker.pause()
     else:
         write_record(run, record)
+        remove_abandoned(run / "trials" / record.trial_id)
         waits.unlink(missing_ok=True)
         tracker.finish(record, run / "trials" / record.trial_id)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from harness.core.files import DiskFullError, atomic, digest_of, write_atomically
+from harness.core.files import DiskFullError, atomic, digest_of, remove_abandoned, write_atomically
 
 
 def test_a_block_that_fails_leaves_the_old_file_and_no_temporary_file(tmp_path: Path) -> None:
@@ -67,3 +68,14 @@ def test_another_error_is_not_said_to_be_a_full_disk(tmp_path: Path) -> None:
         with pytest.raises(type(raised), match=r"no|pos") as caught, atomic(tmp_path / "a"):
             raise raised
         assert caught.value is raised
+
+
+def test_what_killed_writers_left_is_removed_when_it_is_old(tmp_path: Path) -> None:
+    old, new, other = (tmp_path / name for name in (".a.json.1f.partial", ".b.json.2f.partial", "a.json"))
+    for path in (old, new, other):
+        path.write_text("x", encoding="utf-8")
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    remove_abandoned(tmp_path)
+    remove_abandoned(tmp_path / "nowhere")
+    assert sorted(tmp_path.iterdir()) == [new, other]
