@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _START, _START_S = "start", 300.0  # the phase in which a process reads its libraries, and how long it has at least
+_WRITE_S = 2.0  # for the worker, which has the same limit, to write its stacks
 _STEP_S = 10.0  # a driver that itself stood still for longer, in a sleeping laptop, counts no more
 
 
@@ -31,7 +32,8 @@ class Hangs:
 
     def progressed(self, trial_id: str, phase: str = _START) -> None:
         """A trial has started, without a phase, or reported something."""
-        self._quiet_s[trial_id], self._phase[trial_id] = 0.0, phase
+        self._phase[trial_id] = phase
+        self._quiet_s[trial_id] = self._looked - time.monotonic()  # the next look adds what was before, too
 
     def ended(self, trial_id: str) -> None:
         """A trial runs no more."""
@@ -46,7 +48,7 @@ class Hangs:
             self._quiet_s[trial_id] = self._quiet_s.get(trial_id, 0.0) + step
             phase = self._phase.get(trial_id, _START)
             limit_s = None if self._limit_s is None else max(self._limit_s, _START_S if phase == _START else 0.0)
-            if limit_s is not None and self._quiet_s[trial_id] >= limit_s:
+            if limit_s is not None and self._quiet_s[trial_id] >= limit_s + _WRITE_S:
                 found[trial_id] = f"no progress for {limit_s:g} s (in phase {phase})"
         return found
 

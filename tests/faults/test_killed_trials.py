@@ -177,7 +177,7 @@ def test_the_killed_raylet(whole: Path, tmp_path: Path) -> None:
     (raylet,) = [p for p in psutil.Process(driver.pid).children(recursive=True) if p.name() == "raylet"]
     raylet.kill()
     said = finish(driver, code=None)
-    assert driver.returncode != 0
+    assert driver.returncode != 0, said
     assert "finished trials are kept; run the same experiment again to continue" in said
     finish(start(tmp_path))
     assert resumed_inside(trial)
