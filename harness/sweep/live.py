@@ -134,7 +134,7 @@ class LiveTable:
         elapsed, fraction = time.monotonic() - self._began, self._fraction
         if fraction <= _MIN_FRACTION:
             return "estimating remaining time"
-        return f"about {duration(elapsed / fraction - elapsed)} left"
+        return f"about {duration(max(0.0, elapsed / fraction - elapsed))} left"  # fractions are rounded
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         rows = list(self._rows.values())
