@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from harness.core.record import read_run, write_record
 from harness.core.shared_folder import SharedFolder
 from harness.tracking.journal import JOURNAL, Journal
 from results.report import write_report
+from tests.support.disks import fill
 from tests.support.runs import fake_plan, write_run
 
 pytestmark = pytest.mark.faults
@@ -38,18 +38,6 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield place
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def fill(disk: Path) -> Path:
-    """Fill the disk to its last byte."""
-    filler = disk / "filler"
-    descriptor = os.open(filler, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    try:
-        while True:
-            os.write(descriptor, b"\0" * 4096)
-    except OSError:
-        os.close(descriptor)
-    return filler
 
 
 def tensors() -> dict[str, torch.Tensor]:

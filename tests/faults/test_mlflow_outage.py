@@ -18,7 +18,7 @@ from harness.tracking.journal import JOURNAL
 from harness.tracking.tracker import MlflowTracker
 from results.leaderboard.table import build_leaderboard
 from tests.support.runs import fake_plan, write_run
-from tests.support.stores import Server
+from tests.support.stores import Server, running_server
 from tests.support.tracking import four_trials
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]  # on a busy machine
@@ -26,13 +26,8 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]  # on a busy machine
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    (tmp_path / "server").mkdir()
-    started = Server(tmp_path / "server")
-    try:
-        started.start()
+    with running_server(tmp_path / "server") as started:
         yield started
-    finally:
-        started.kill()
 
 
 def run_trial(grid: Grid, planned: PlannedTrial, record: TrialRecord, epochs: range) -> float:

@@ -14,10 +14,9 @@ import pytest
 from mlflow import MlflowClient
 
 from harness.core.record import TrialRecord, read_run
-from tests.faults.test_disk_full import fill
-from tests.faults.test_mlflow_outage import server  # noqa: F401 - a fixture
+from tests.support.disks import fill
 from tests.support.small_grid import run_of, run_to_end, start, write_grid
-from tests.support.stores import Server
+from tests.support.stores import running_server
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 TRIALS = 6
@@ -45,27 +44,25 @@ def in_mlflow(uri: str) -> tuple[Counter[str], set[str]]:
     return Counter(one.data.tags["harness.trial_id"] for one in trials), {one.info.status for one in found}
 
 
-def test_a_server_that_dies_in_a_run_has_every_trial_once_in_the_end(
-    server: Server,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    write_grid(tmp_path, seeds=TRIALS // 3)
-    run, variables = tmp_path / "runs" / "small", {"MLFLOW_TRACKING_URI": server.uri}
-    driver = start(tmp_path, output=subprocess.PIPE, **variables)
-    wait_for(lambda: recorded(run) >= 2, driver)
-    server.kill()
-    output = driver.communicate(timeout=900)[0]
-    assert driver.returncode == 0, output
-    assert f"{TRIALS} of {TRIALS} trials finished" in output
-    assert "harness sync" in output
-    code, again = run_to_end(tmp_path, **variables)
-    assert (code, recorded(run)) == (0, TRIALS), again
-    server.start()
-    command = [sys.executable, "-m", "harness", "sync", "runs/small"]
-    for _ in range(2):  # the second time there is nothing left
-        done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert in_mlflow(server.uri) == (dict.fromkeys(run_of(tmp_path).records, 1), {"FINISHED"})
+def test_a_server_that_dies_in_a_run_has_every_trial_once_in_the_end(tmp_path: Path) -> None:
+    with running_server(tmp_path / "server") as server:
+        write_grid(tmp_path, seeds=TRIALS // 3)
+        run, variables = tmp_path / "runs" / "small", {"MLFLOW_TRACKING_URI": server.uri}
+        driver = start(tmp_path, output=subprocess.PIPE, **variables)
+        wait_for(lambda: recorded(run) >= 2, driver)
+        server.kill()
+        output = driver.communicate(timeout=900)[0]
+        assert driver.returncode == 0, output
+        assert f"{TRIALS} of {TRIALS} trials finished" in output
+        assert "harness sync" in output
+        code, again = run_to_end(tmp_path, **variables)
+        assert (code, recorded(run)) == (0, TRIALS), again
+        server.start()
+        command = [sys.executable, "-m", "harness", "sync", "runs/small"]
+        for _ in range(2):  # the second time there is nothing left
+            done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert in_mlflow(server.uri) == (dict.fromkeys(run_of(tmp_path).records, 1), {"FINISHED"})
 
 
 def numbers(record: TrialRecord) -> tuple[Any, ...]:

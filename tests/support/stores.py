@@ -65,6 +65,18 @@ class Server:
             self.send(signal.SIGKILL)
 
 
+@contextmanager
+def running_server(folder: Path) -> Iterator[Server]:
+    """A server in a new folder, until the end of the block."""
+    folder.mkdir()
+    started = Server(folder)
+    try:
+        started.start()
+        yield started
+    finally:
+        started.kill()
+
+
 def install_postgresql() -> str | None:
     """Install Debian's package if it is missing and this is root; returns why there is none."""
     if _postgresql() is not None:
