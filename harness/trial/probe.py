@@ -37,12 +37,15 @@ def probe(spec: TrialSpec, resources: Resources, data: TrialData | None = None) 
     """
     stages = len(method_of(spec.adapter, spec.relative_to).stages(spec.budget.epochs))
     steps: list[list[float]] = []
+    build_s = file_s = 0.0
     with tempfile.TemporaryDirectory() as folder:
         for stage in range(stages):
             began = time.perf_counter()
             lane = Lane(spec, stage, resources, Path(folder), data)
-            build_s, data = time.perf_counter() - began, lane.data
-            file_s = _encoding(lane)
+            build_s += time.perf_counter() - began
+            data = lane.data
+            if stage == 0:  # a later one has what was encoded for it
+                file_s = _encoding(lane)
             lane.warm_up()
             memory = _memory(lane)
             steps.append([lane.share * lane.block(number, 1).seconds for number in range(STEPS)])
@@ -67,7 +70,7 @@ def _memory(lane: Lane) -> Memory:
 
 
 def _encoding(lane: Lane) -> float:
-    """Seconds of encoding one file; 0 where there are none, or all were encoded for an earlier stage."""
+    """Seconds of encoding one file; 0 where there are none."""
     built = lane.trial.stages.built
     first, others = built.splits.validation[:1], built.splits.validation[1 : 1 + _FILES]
     built.batches.features.of(first)  # loads what any first call loads
