@@ -17,7 +17,6 @@ from harness.core.revisions import git_revision
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.model.kept import Kept
-from harness.model.workers import ALONE, Workers
 from harness.tracking.tracker import Tracker
 from harness.trial import measure
 from harness.trial.log import LOG, log_to
@@ -56,8 +55,10 @@ def run_trial(
         written as ``paused.json`` and not as the record; or with status cancelled, which is not written, of a trial
         that was asked to stop.
     """
-    with log_to(run / "trials" / spec.trial_id / LOG):
-        attempt = make_attempt(spec, experiment, run, resources, tracker, report, rungs=rungs, stop=stop, kept=kept)
+    folder = run / "trials" / spec.trial_id
+    with log_to(folder / LOG):
+        trial = Trial(spec, folder, resources, tracker, report, rungs=rungs, stop=stop, kept=kept)
+        attempt = make_attempt(trial, experiment)
         conclude(attempt.record, run, tracker)
     return attempt.record
 
@@ -70,39 +71,19 @@ class Attempt:
     error: Exception | None = None
 
 
-def make_attempt(
-    spec: TrialSpec,
-    experiment: str,
-    run: Path,
-    resources: Resources,
-    tracker: Tracker,
-    report: Report,
-    workers: Workers = ALONE,
-    rungs: Collection[int] = (),
-    stop: Stop = never,
-    kept: Kept | None = None,
-) -> Attempt:
+def make_attempt(trial: Trial, experiment: str) -> Attempt:
     """Run a trial; its errors are in the result.
 
     Args:
-        spec: of the trial, and the others as for ``run_trial``.
-        experiment: name of the experiment.
-        run: the run folder.
-        resources: of the trial.
-        tracker: receives metrics.
-        report: called with the progress.
-        workers: this process and the others that run the trial with it.
-        rungs: epochs after which it pauses.
-        stop: whether this worker is asked to stop the trial; one is enough.
-        kept: what earlier trials of this process have left for it, and it for later ones.
+        trial: which has not run yet.
+        experiment: name of the experiment, for the record.
     """
-    folder = run / "trials" / spec.trial_id
+    spec, tracker = trial.spec, trial.tracker
     started, clock = datetime.now(UTC), time.monotonic()
     plugins = plugins_in(spec.model_dump(mode="json"))
     status: Status = "finished"
     reason = None
     problem: Exception | None = None
-    trial = Trial(spec, folder, resources, tracker, report, workers, rungs, stop, kept)
     try:
         with trial.kept.dropped_on_error():
             trial.run()
@@ -112,7 +93,7 @@ def make_attempt(
         status, reason = "cancelled", f"asked to stop at step {trial.state.step} of {trial.total_steps}"
     except Exception as error:  # a failed trial must not stop the others
         status = "out_of_memory" if is_out_of_memory(error) else "failed"
-        reason, problem = describe(error, plugins, folder / LOG), error
+        reason, problem = describe(error, plugins, trial.folder / LOG), error
         logger.exception("out of memory" if status == "out_of_memory" else "the trial failed")
     record = TrialRecord(
         trial_id=spec.trial_id,
@@ -130,7 +111,7 @@ def make_attempt(
         git_revision=git_revision(Path(__file__).parent.parent),
         mlflow_run_id=tracker.run_id,
         warnings=(*trial.warnings, *tracker.warnings),
-        workers=workers.count,
+        workers=trial.workers.count,
         **trial.measured,
     )
     return Attempt(record, problem)

@@ -58,18 +58,20 @@ def _write(out: TextIO, line: str) -> None:
 
 def _measure(job: Job, tell: Tell, data: TrialData | None = None) -> None:
     """Measure in this process."""
-    for index in job.memory:
-        tell(Answer(index=index, begun=True))
-        try:
-            tell(Answer(index=index, peak_bytes=peak_growth(job.specs[index], job.resources, data)))
-        except Exception as error:
-            tell(failure(index, error))
-    for index in job.probe:
-        tell(Answer(index=index, begun=True))
-        try:
-            tell(Answer(index=index, probed=probe(job.specs[index], job.resources, data)))
-        except Exception as error:
-            tell(failure(index, error))
+
+    def memory(index: int) -> Answer:
+        return Answer(index=index, peak_bytes=peak_growth(job.specs[index], job.resources, data))
+
+    def probed(index: int) -> Answer:
+        return Answer(index=index, probed=probe(job.specs[index], job.resources, data))
+
+    for measure, indices in ((memory, job.memory), (probed, job.probe)):
+        for index in indices:
+            tell(Answer(index=index, begun=True))
+            try:
+                tell(measure(index))
+            except Exception as error:
+                tell(failure(index, error))
     if job.speed:
         interleave(job, tell, data)
 

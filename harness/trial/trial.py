@@ -90,7 +90,18 @@ class _State:
 
 
 class Trial:
-    """One trial in this process; see ``make_attempt`` for the arguments.
+    """One trial in this process.
+
+    Args:
+        spec: of the trial.
+        folder: of the trial.
+        resources: for threads, ZeRO stage and checkpoint interval.
+        tracker: receives metrics.
+        report: called with the progress, at most about once a second and after every epoch.
+        workers: this process and the others that run the trial with it.
+        rungs: epochs after which it pauses.
+        stop: whether this worker is asked to stop the trial; one is enough.
+        kept: what earlier trials of this process have left for it, and it for later ones.
 
     Attributes:
         state: saved in checkpoints.

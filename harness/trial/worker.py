@@ -20,7 +20,7 @@ from harness.tracking.tracker import Tracker
 from harness.trial.attempt import make_attempt
 from harness.trial.log import LOG, log_to
 from harness.trial.outcome import Outcome, conclude
-from harness.trial.trial import Report, Stop, never
+from harness.trial.trial import Report, Stop, Trial, never
 
 # How gloo and NCCL say that they lost another process.
 _LOST = re.compile(
@@ -50,9 +50,10 @@ def run_worker(
         rungs: epochs after which it pauses.
         stop: whether this worker is asked to stop the trial.
     """
-    workers = joined()
-    with log_to(run / "trials" / spec.trial_id / LOG) if workers.first else nullcontext():
-        attempt = make_attempt(spec, experiment, run, resources, tracker, report, workers, rungs, stop, OF_WORKER)
+    workers, folder = joined(), run / "trials" / spec.trial_id
+    with log_to(folder / LOG) if workers.first else nullcontext():
+        trial = Trial(spec, folder, resources, tracker, report, workers, rungs, stop, OF_WORKER)
+        attempt = make_attempt(trial, experiment)
         if workers.first and attempt.error is None:
             conclude(attempt.record, run, tracker)
     error, record = attempt.error, attempt.record if workers.first else None

@@ -131,6 +131,7 @@ def test_a_lease_is_kept_and_given_back_on_a_full_disk(disk: Path) -> None:
         filler = fill(disk)
         place.write(next(iter(place.files(".lease"))), b'{"beat": 2}')  # as the thread that renews it does
         lease.check()
+        assert len(place.files(".lease")) == 1
     filler.unlink()
-    with leased(place, None, print):
-        pass
+    with leased(place, None, print) as again:
+        assert again.number > lease.number
