@@ -90,7 +90,7 @@ def _totals(found: Forecast) -> Iterator[str]:
     if totals.money:
         low, middle, high = totals.money
         yield f"price: {middle:.2f} {totals.currency} ({low:.2f} to {high:.2f})"
-    if totals.disk_bytes is not None:
+    if totals.disk_bytes:
         yield f"disk: {amount(totals.disk_bytes)}, with the checkpoints of running trials"
     sources = {shape.trial.source for shape in found.shapes if shape.trial}
     words = {
@@ -104,6 +104,8 @@ def _totals(found: Forecast) -> Iterator[str]:
 
 
 def _time_line(totals: Totals) -> str:
+    if not totals.trials:
+        return "no trials are left to run"
     left = f"{totals.trials} trial{'s' * (totals.trials != 1)} to run"
     if totals.wall is None:
         return f"{left}; how long together is not known"

@@ -111,6 +111,8 @@ def test_finished_trials_of_this_device_say_how_long_others_take(tmp_path: Path)
     times = [one.trial for one in found.shapes]
     assert [time and (time.middle_s, time.source) for time in times] == [(40.0, "records")] * 4
     assert found.totals.trials == 0
+    assert "no trials are left to run" in shown(found)
+    assert "disk:" not in shown(found)
 
 
 def test_a_run_keeps_what_was_predicted_before_it(tmp_path: Path) -> None:
