@@ -87,7 +87,8 @@ def logged(uri: str, trials: list[Trial], request: pytest.FixtureRequest) -> Pat
     log_trial(grid, folder, trials[0], wall_time_s=4.0)  # its run was deleted: a new one
     log_trial(grid, folder, trials[1], status="failed", reason="second", metrics={})
     log_trial(grid, folder, trials[2])
-    MlflowTracker(grid, *trials[3], folder / "trials" / trials[3][1].trial_id)
+    running = MlflowTracker(grid, *trials[3], folder / "trials" / trials[3][1].trial_id)
+    assert running.run_id, "the thread that delivers has made the run, and writes no more"
     return folder
 
 
