@@ -21,6 +21,7 @@ from harness.tracking.tracker import Tracker
 from harness.trial import measure
 from harness.trial.log import LOG, log_to
 from harness.trial.outcome import conclude
+from harness.trial.steps import Steps, take_each
 from harness.trial.trial import Report, Stop, StoppedError, Trial, never
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,11 @@ def make_attempt(trial: Trial, experiment: str) -> Attempt:
         trial: which has not run yet.
         experiment: name of the experiment, for the record.
     """
+    return take_each(steps_of_attempt(trial, experiment), trial.take)
+
+
+def steps_of_attempt(trial: Trial, experiment: str) -> Steps[Attempt]:
+    """As ``make_attempt``, for who takes the training steps; an error of one is to be thrown in."""
     spec, tracker = trial.spec, trial.tracker
     started, clock = datetime.now(UTC), time.monotonic()
     plugins = plugins_in(spec.model_dump(mode="json"))
@@ -86,7 +92,7 @@ def make_attempt(trial: Trial, experiment: str) -> Attempt:
     problem: Exception | None = None
     try:
         with trial.kept.dropped_on_error():
-            trial.run()
+            yield from trial.steps()
         if trial.paused:
             status, reason = "paused", f"waits at epoch {len(trial.state.history)} for the others of its row"
     except StoppedError:

@@ -46,6 +46,7 @@ from harness.trial.engine import PARTITIONED_STAGE, most_memory, prepare_process
 from harness.trial.evaluate import Evaluator
 from harness.trial.scores import warm_up
 from harness.trial.stages import Stages
+from harness.trial.steps import Steps, Taken
 
 REPORT_INTERVAL_S = 1.0
 logger = logging.getLogger(__name__)
@@ -144,8 +145,11 @@ class Trial:
         layout = {"workers": workers.count, "zero_stage": resources.zero_stage}
         self.checkpoints = Checkpoints(folder, workers, layout, resources.checkpoint_interval_s)
 
-    def run(self) -> None:
-        """Build, train and test; after an exception, ``state`` and ``measured`` have what was measured before it."""
+    def steps(self) -> Steps[None]:
+        """Build, train and test; after an exception, ``state`` and ``measured`` have what was measured before it.
+
+        Whoever iterates takes the training steps: ``take`` does it for a trial alone.
+        """
         self._report_progress("build", force=True)
         if self.workers.count == 1:
             self._obey(save=False, stop=self.stop())
@@ -161,7 +165,7 @@ class Trial:
                 self._resume()
             with self._phase("encode"):
                 self._encode()
-            self._train()
+            yield from self._train()
             if "memory" not in self.measured:  # what was left to do needs no training
                 self._measure()
             if self.workers.first:
@@ -206,7 +210,7 @@ class Trial:
         features.precompute(splits.train, evaluation, self._tick, self.workers)
         self.peak.shift(self.kept.shift_bytes(self.device))
 
-    def _train(self) -> None:
+    def _train(self) -> Steps[None]:
         """Train until the last epoch, until validation improves no more, or until the next rung."""
         self._obey(save=False, stop=self._asked()[1])
         while (done := len(self.state.history)) < self.spec.budget.epochs:
@@ -220,10 +224,10 @@ class Trial:
                 self._save()
                 self.paused = True
                 return
-            self._epoch(done + 1)
+            yield from self._epoch(done + 1)
 
-    def _epoch(self, epoch: int) -> None:
-        train_loss = self._train_epoch(epoch)
+    def _epoch(self, epoch: int) -> Steps[None]:
+        train_loss = yield from self._train_epoch(epoch)
         with self._phase("validate"):
             self._report_progress("validate", epoch)
             perplexity = self._evaluator().likelihood(self.stages.built.splits.validation).perplexity
@@ -249,7 +253,7 @@ class Trial:
             save, stop = self._asked()
             self._obey(save and epoch not in self.rungs, stop)
 
-    def _train_epoch(self, epoch: int) -> float:
+    def _train_epoch(self, epoch: int) -> Steps[float]:
         """Train for one epoch, or what is left of it; returns the unweighted mean of the batch losses."""
         losses = self.state.losses
         # Dropout uses the global generator; seeding it per epoch makes a resumed trial repeat lost epochs exactly.
@@ -268,8 +272,9 @@ class Trial:
                 self.stages.built.model.train()
             engine = self.stages.engine
             engine.asks = self._asks()
-            with self._phase("train"):
-                losses.append(self.train_step(draws[start : start + size]))
+            taken = yield draws[start : start + size]
+            losses.append(taken.loss)
+            self._spent("train", taken.duration_s)
             self._report_progress("train", epoch, losses[-1])
             if not engine.accumulating:
                 self._obey(*map(bool, engine.asked))
@@ -295,6 +300,12 @@ class Trial:
             self._save()
         if stop:
             raise StoppedError
+
+    def take(self, draws: list[budget.Draw]) -> Taken:
+        """Take a training step."""
+        started = time.monotonic()
+        loss = self.train_step(draws)
+        return Taken(loss, time.monotonic() - started)
 
     def train_step(self, draws: list[budget.Draw]) -> float:
         """Make this worker's share of a batch and train on it; returns the loss of the batch."""
@@ -446,7 +457,10 @@ class Trial:
         try:
             yield
         finally:
-            self.state.phases_s[name] = self.state.phases_s.get(name, 0.0) + time.monotonic() - started
+            self._spent(name, time.monotonic() - started)
+
+    def _spent(self, phase: str, duration_s: float) -> None:
+        self.state.phases_s[phase] = self.state.phases_s.get(phase, 0.0) + duration_s
 
     def _tick(self) -> None:
         """Report while inputs are encoded and during evaluation that the trial is still running.

@@ -11,6 +11,7 @@ from adapters.base import Stage
 from harness.core.record import Epoch
 from harness.experiment.sections import Budget, Resources
 from harness.trial.stages import Stages
+from harness.trial.steps import Steps
 from harness.trial.trial import Trial
 from tests.support.trials import LORA, Recorder, run, spec_of
 
@@ -22,16 +23,17 @@ def epochs_trained(folder: Path, perplexities: list[float], patience: int, stage
     trial.stages = Stages.__new__(Stages)  # without a model
     trial.stages.spec, trial.stages.stages = spec, [Stage(count, True) for count in stages]
 
-    def epoch(number: int) -> None:
+    def epoch(number: int) -> Steps[None]:
         value = perplexities[number - 1]
         if value < min((e.validation_perplexity for e in trial.state.history), default=9e9):
             trial.state.best_epoch = number
         trial.state.history.append(
             Epoch(epoch=number, step=number, train_loss=1, validation_perplexity=value, learning_rate=1e-3)
         )
+        yield from ()
 
-    trial._epoch = epoch  # type: ignore[method-assign]
-    trial._train()
+    trial._epoch = epoch  # type: ignore[assignment, method-assign]
+    assert list(trial._train()) == []
     return len(trial.state.history)
 
 
