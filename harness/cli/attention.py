@@ -34,7 +34,6 @@ from harness.core.record import PlannedTrial, Run, TrialRecord
 from harness.core.samples import draw_ids
 from harness.experiment.init_sources import WEIGHTS, finished_record, read_section
 from harness.experiment.plan import TrialSpec
-from harness.model.batch import IGNORED
 from harness.model.build import Built, build
 from harness.trial.engine import load_weights
 from results.leaderboard.join import read_runs
@@ -213,7 +212,7 @@ def attention_of(built: Built, example: Example, caption: str) -> tuple[Recorded
     model_type = built.model.language_model.config.model_type
     if not layers or any(weights is None for weights in layers):
         raise UserError(f"a {model_type} model does not return the attention weights of all its layers")
-    places_C = (batch.labels_BT[0] != IGNORED).nonzero()[:-1, 0]  # without EOS, which is predicted but never an input
+    places_C = batch.targets.source_N[1:]  # without EOS, which is predicted but never an input
     context, path = example.files[0]
     boundary = int(built.batches.backbone.projector_boundary_tokens)
     tokens = batch.items[context].lengths[0]
@@ -226,7 +225,7 @@ def attention_of(built: Built, example: Example, caption: str) -> tuple[Recorded
         example_id=example.id,
         context=context,
         path=str(path),
-        tokens=_pieces(built, caption, batch.labels_BT[0, places_C].tolist()),
+        tokens=_pieces(built, caption, batch.targets.label_N[:-1].tolist()),
         softmaxes=whole,
         **grid._asdict(),
     )

@@ -18,10 +18,10 @@ from harness.core.contexts import Segment
 from harness.core.errors import UserError
 from harness.experiment.sections import Backbone, Budget
 from harness.model.backbones import LanguageModel
-from harness.model.batch import IGNORED, Batch, Items
-from harness.model.checks import check_ids, check_labels
+from harness.model.batch import Batch, Items, Targets
+from harness.model.checks import check_ids
 from harness.model.features import Features
-from harness.model.shared_prefix import SharedBatch, arranged
+from harness.model.shared_prefix import arranged
 from tasks.base import Example
 
 
@@ -76,11 +76,9 @@ class BatchMaker:
         for example, row, text in zip(examples, self._inputs(examples, views), texts, strict=True):
             target = self._target(text)
             rows.append([*row, _Chunk(self.target_context(example), len(target), target, is_target=True)])
-        batch = self._pad(rows, [self.target_context(example) for example in examples], left=False)
-        check_labels(batch.labels_BT.numpy(), IGNORED)
-        return batch
+        return self._pad(rows, [self.target_context(example) for example in examples], left=False)
 
-    def make_shared(self, examples: Sequence[Example], texts: Sequence[Sequence[str]]) -> SharedBatch:
+    def make_shared(self, examples: Sequence[Example], texts: Sequence[Sequence[str]]) -> Batch:
         """A batch with one row per example: its inputs once, followed by several targets that do not see each other.
 
         Args:
@@ -162,13 +160,14 @@ class BatchMaker:
                 "(max_position_embeddings); lower budget.max_input_length or budget.max_target_length, or use an "
                 "encoder with fewer tokens per item"
             )
-        ids, labels = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
-        contexts, mask = np.empty(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
+        ids, contexts = np.zeros(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
+        mask, tokens = np.zeros(shape, dtype=bool), list[list[tuple[int, int, int]]]()
         items: dict[str, list[tuple[Tensor, np.ndarray]]] = {context: [] for context in self.features.task.modalities}
         for number, (row, target) in enumerate(zip(rows, targets, strict=True)):
             contexts[number] = self.contexts.index(target)
             start = shape[1] - lengths[number] if left else 0
             mask[number, start : start + lengths[number]] = True
+            tokens.append([])
             for chunk in row:
                 stop = start + chunk.length
                 contexts[number, start:stop] = self.contexts.index(chunk.context)
@@ -177,18 +176,16 @@ class BatchMaker:
                 else:
                     items[chunk.context].append((chunk.features_ND, number * shape[1] + np.arange(start, stop)))
                 if chunk.is_target:
-                    labels[number, start:stop] = chunk.token_ids
+                    tokens[-1] += [(number, start - 1 + n, label) for n, label in enumerate(chunk.token_ids)]
                 start = stop
         check_ids(ids, self._vocabulary)
-        labelled = (labels != IGNORED).any(axis=0)
         return Batch(
             token_ids_BT=torch.from_numpy(ids),
             context_ids_BT=torch.from_numpy(contexts),
-            labels_BT=torch.from_numpy(labels),
             mask_BT=torch.from_numpy(mask),
             items={context: self._items(context, found) for context, found in items.items()},
             segments=_common_segments(rows, shape[1]),
-            first_label=int(labelled.argmax()) if labelled.any() else shape[1],
+            targets=Targets.of(tokens),
             host_context_ids_BT=contexts,
         )
 

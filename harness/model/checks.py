@@ -61,13 +61,3 @@ def check_ids(ids_BT: np.ndarray, vocabulary: int) -> None:
         raise ValueError(
             f"the tokenizer returned token id {wrong}; allowed: 0 to {vocabulary - 1}, the language model's vocabulary"
         )
-
-
-def check_labels(labels_BT: np.ndarray, ignored: int) -> None:
-    """Check that every row has a target token.
-
-    Raises:
-        ValueError: a row has none.
-    """
-    if empty := np.flatnonzero((labels_BT == ignored).all(axis=1)).tolist():
-        raise ValueError(f"row {empty[0]} of the batch has no target token, so it has no loss")

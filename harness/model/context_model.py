@@ -4,8 +4,8 @@ Sequence: ``[BOS] inputs … target tokens [EOS]``, with the loss on the target 
 projected encoder tokens and text, in the order of the example. BOS is a token of the language model's vocabulary and
 belongs to the context of the target.
 
-Shapes: B rows, T positions, M feature vectors of all items of a context, P positions of these items, D width,
-V vocabulary.
+Shapes: B rows, T positions, M feature vectors of all items of a context, P positions of these items, D width, N target
+tokens of all rows, R targets of all rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from adapters.attach import Adapters
 from adapters.placement.generation import layouts_while_generating
 from adapters.placement.router import Router
 from harness.model.batch import IGNORED, Batch
-from harness.model.shared_prefix import SharedBatch
+from harness.model.shared_prefix import attention_mask
+from harness.model.target_logits import target_logits
 
 
 class ContextModel(nn.Module):
@@ -65,41 +66,26 @@ class ContextModel(nn.Module):
             cut = [s._replace(stop=min(s.stop, length)) for s in batch.segments if s.start < length]
             self.router.set_layout(cut, batch.token_ids_BT.device)
 
-    def forward(self, batch: Batch | SharedBatch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Score the targets.
 
         Returns:
-            Negative log likelihood in nats, summed over each row's target tokens (B,), fp32, and their number (B,); of
-            a shared batch, over each target's tokens.
+            Negative log likelihood in nats, summed over each target's tokens (R,), in fp32 or better, and their number
+            (R,).
         """
-        if isinstance(batch, SharedBatch):
-            return self._score_shared(batch)
-        length = batch.token_ids_BT.shape[1]
-        embeds_BTD = self.embed(batch)[:, :-1]  # the last position is only a target
-        labels_BT = batch.labels_BT[:, batch.first_label :]
-        # The model is causal and padding is on the right, so no token attends to it and no attention mask is needed.
-        # Logits are computed only for positions that predict targets.
+        embeds_BTD = self.embed(batch)[:, : batch.length]
+        # Without parts no attention mask is needed: the model is causal and padding is on the right.
+        options: dict[str, Any] = {}
+        if batch.parts is not None:
+            mask = attention_mask(batch.parts, embeds_BTD.dtype)
+            options = {"attention_mask": mask, "position_ids": batch.parts.positions_BT}
         with self.router.one_pass():
-            self._set_layout(batch, length - 1)
-            logits_BTV = self.language_model(
-                inputs_embeds=embeds_BTD, use_cache=False, logits_to_keep=labels_BT.shape[1]
-            ).logits
-        nll_BT = F.cross_entropy(logits_BTV.float().transpose(1, 2), labels_BT, ignore_index=IGNORED, reduction="none")
-        return nll_BT.sum(dim=1), (labels_BT != IGNORED).sum(dim=1)
-
-    def _score_shared(self, batch: SharedBatch) -> tuple[Tensor, Tensor]:
-        embeds_BTD = self.embed(batch.rows)
-        length = embeds_BTD.shape[1]
-        with self.router.one_pass():
-            self._set_layout(batch.rows, length)
-            logits_BTV = self.language_model(
-                inputs_embeds=embeds_BTD,
-                attention_mask=batch.attention_mask(embeds_BTD.dtype),
-                position_ids=batch.positions_BT,
-                use_cache=False,
-                logits_to_keep=length - batch.first_source,
-            ).logits
-        return batch.scores(logits_BTV)
+            self._set_layout(batch, batch.length)
+            logits_NV = target_logits(self.language_model, embeds_BTD, batch.targets, **options)
+        label_N = batch.targets.label_N
+        logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+        nll_N = F.cross_entropy(logits_NV, label_N, ignore_index=IGNORED, reduction="none")
+        return batch.targets.sums(nll_N), batch.targets.sums((label_N != IGNORED).long())
 
     @torch.no_grad()
     def generate(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch import Tensor
 
 from harness.core.files import cache_folder, digests_of, write_atomically
 from harness.core.registry import identity
@@ -88,12 +89,13 @@ def _key(spec: TrialSpec, rows: Rows) -> str:
     adapter = spec.adapter.model_dump(mode="json", include={"method", "plugins", "grouping", "config"})
     geometry = [
         list(batch.token_ids_BT.shape),
-        batch.first_label,
+        _digest(batch.targets.row_N, batch.targets.source_N, batch.targets.place_N),
+        batch.parts is not None and _digest(batch.parts.parts_BT),
         [list(segment) for segment in batch.segments or ()],
         {context: items.lengths for context, items in batch.items.items()},
     ]
     if batch.segments is None:
-        geometry.append(hashlib.sha256(batch.context_ids_BT.numpy().tobytes()).hexdigest())
+        geometry.append(_digest(batch.context_ids_BT))
     content = [
         identity({"adapter": adapter, "backbone": spec.backbone.model_dump(mode="json")}),
         spec.fingerprints,
@@ -103,6 +105,10 @@ def _key(spec: TrialSpec, rows: Rows) -> str:
         [str(torch.__version__), transformers.__version__, _code()],
     ]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _digest(*tensors: Tensor) -> str:
+    return hashlib.sha256(b"".join(x.numpy().tobytes() for x in tensors)).hexdigest()
 
 
 @cache

@@ -16,10 +16,11 @@ from torch import Tensor
 from harness.core.errors import UserError
 from harness.core.origin import during
 from harness.experiment.sections import Evaluation
+from harness.model.batch import Batch
 from harness.model.batches import BatchMaker
 from harness.model.budget import by_member
 from harness.model.context_model import ContextModel
-from harness.model.shared_prefix import SharedBatch, agrees, fits
+from harness.model.shared_prefix import agrees, fits
 from harness.model.workers import ALONE, Workers
 from tasks.base import Example
 
@@ -186,7 +187,7 @@ class Evaluator:
         shared: tuple[Tensor, Tensor] = self.model(batch.to(self.device))
         return shared
 
-    def _agrees(self, batch: SharedBatch, alone_P: Tensor) -> bool:
+    def _agrees(self, batch: Batch, alone_P: Tensor) -> bool:
         """Whether the language model and its adapters score shared rows as they score rows of one target."""
         reason = "shared rows give other likelihoods"
         try:

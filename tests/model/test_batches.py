@@ -23,7 +23,6 @@ from adapters.placement.router import Router
 from harness.core.errors import UserError
 from harness.experiment.sections import Backbone, Budget, Evaluation
 from harness.model.backbones import load_language_model
-from harness.model.batch import IGNORED
 from harness.model.batches import BatchMaker, text_key
 from harness.model.context_model import ContextModel
 from harness.model.features import Features
@@ -162,7 +161,9 @@ def test_a_row_has_the_inputs_in_the_order_of_the_example(examples: list[Example
     assert batch.token_ids_BT[0, :length].tolist() == ids
     contexts = [2, *[0] * 18, *[1] * len(question), *[2] * (len(answer) + 1)]
     assert batch.context_ids_BT[0, :length].tolist() == contexts
-    assert batch.labels_BT[0, :length].tolist() == [IGNORED] * (19 + len(question)) + ids[-len(answer) - 1 :]
+    own = batch.targets.row_N == 0
+    assert batch.targets.label_N[own].tolist() == ids[-len(answer) - 1 :]
+    assert (batch.targets.source_N[own] + 1).tolist() == list(range(19 + len(question), length))
     assert batch.items["image"].positions_P.tolist() == list(range(1, 19))
     assert batch.items["image"].lengths == (16,)
     assert batch.segments is None

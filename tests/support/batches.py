@@ -15,7 +15,7 @@ from adapters.attach import Adapters
 from adapters.placement.router import Router
 from harness.core.contexts import Segment
 from harness.experiment.sections import Backbone
-from harness.model.batch import IGNORED, Batch, Items
+from harness.model.batch import IGNORED, Batch, Items, Targets
 from harness.model.context_model import ContextModel
 from harness.model.projector import Projector
 
@@ -42,9 +42,10 @@ def batch_of(
         segments.append(Segment(start, start + features_BND.shape[1], context))
     prefix = segments[-1].stop
     length = prefix + target
-    ids_BT, labels_BT = torch.zeros(rows, length, dtype=torch.long), torch.full((rows, length), IGNORED)
+    ids_BT = torch.zeros(rows, length, dtype=torch.long)
     ids_BT[:, 0] = BOS
-    ids_BT[:, prefix:], labels_BT[:, prefix:] = targets_BT.clamp(min=0), targets_BT
+    ids_BT[:, prefix:] = targets_BT.clamp(min=0)
+    tokens = [[token for token in row if token != IGNORED] for row in targets_BT.tolist()]
     segments.append(Segment(prefix, length, contexts[-1]))
     context_ids_T = torch.cat([torch.full((s.stop - s.start,), contexts.index(s.context)) for s in segments])
     places_BT = torch.arange(rows * length).view(rows, length)
@@ -58,7 +59,8 @@ def batch_of(
     }
     mask_BT = torch.ones(rows, length, dtype=torch.bool)
     mask_BT[:, prefix:] = targets_BT != IGNORED
-    return Batch(ids_BT, context_ids_T.expand(rows, -1).clone(), labels_BT, mask_BT, items, tuple(segments), prefix)
+    targets = Targets.of([[(row, prefix - 1 + n, ids[n]) for n in range(len(ids))] for row, ids in enumerate(tokens)])
+    return Batch(ids_BT, context_ids_T.expand(rows, -1).clone(), mask_BT, items, tuple(segments), targets)
 
 
 def prompt_of(features: Mapping[str, Tensor], contexts: tuple[str, ...] = ("image", "text")) -> Batch:
