@@ -122,7 +122,7 @@ def plan_command(
     from harness.cli.plan import SHOWN_ROWS, UNBOUNDED, plan_table
     from harness.experiment.load import Experiment
     from harness.sweep.choice import Choice
-    from harness.sweep.counts import check_counts
+    from harness.sweep.counts import PlannedData, check_counts
     from harness.sweep.forecast import LONGEST_S, forecast_of
     from harness.sweep.preflight import check_resources
     from harness.sweep.run import prepare as prepare_run
@@ -130,7 +130,8 @@ def plan_command(
     whole = prepare_run(Experiment.from_yaml(file), output or "runs", fresh)
     planned = whole.narrowed(Choice(only).selected(whole.plan))
     parameters, notes = _parameters(planned)
-    unchecked = check_counts(planned.specs)
+    data = PlannedData()
+    unchecked = check_counts(planned.specs, data)
     table = plan_table(planned.plan, parameters, planned.states(), None if every_row else SHOWN_ROWS)
     # In a file a row is one line, however wide.
     console.print(table, crop=False, width=None if console.is_terminal else UNBOUNDED)
@@ -148,7 +149,8 @@ def plan_command(
     for note in unchecked:
         console.print(f"[yellow]number of examples not checked:[/] {_escape(note)}", highlight=False, soft_wrap=True)
     limit_s = None if every_row or probe else LONGEST_S
-    show_forecast(forecast_of(planned, load_profile(profile), console, probe=probe, limit_s=limit_s), console)
+    forecast = forecast_of(planned, load_profile(profile), console, probe=probe, limit_s=limit_s, data=data)
+    show_forecast(forecast, console)
     console.print(f"run folder: {planned.folder}", highlight=False, soft_wrap=True)
 
 

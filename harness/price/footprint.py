@@ -66,7 +66,8 @@ class Footprints:
         Raises:
             UserError: the model or the rows cannot be made from what is on this machine.
         """
-        key = spec.model_dump_json(include={"task", "backbone", "seed", "budget", "optimizer"})
+        depends = {"task", "backbone", "seed", "budget", "optimizer"}
+        key = spec.model_dump_json(include=depends, exclude={"optimizer": {"learning_rate"}})
         if key not in self._rows:
             self._rows[key] = rows_of(spec, train, self._workers)
         rows = self._rows[key]

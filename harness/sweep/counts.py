@@ -8,6 +8,7 @@ from dataclasses import replace
 from harness.core.errors import UserError
 from harness.experiment.plan import TrialSpec
 from harness.experiment.shared import distinct
+from harness.model.build import Splits as Chosen
 from harness.model.build import choose_from
 from harness.model.components import make_task
 from tasks.base import Example, Split, Task
@@ -24,8 +25,51 @@ class UnreadableError(Exception):
     """The splits of a task cannot be read now; the message is the reason."""
 
 
-def check_counts(specs: Sequence[TrialSpec]) -> list[str]:
+class PlannedData:
+    """The examples of a plan's tasks, as far as they are on this machine; every task is read once."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, tuple[Task, Splits] | str] = {}
+        self._chosen: dict[str, Chosen] = {}
+
+    def task_of(self, spec: TrialSpec) -> tuple[Task, Splits]:
+        """The task of a trial, and its splits.
+
+        Raises:
+            UnreadableError: they cannot be read now.
+        """
+        key = spec.task.model_dump_json()
+        if key not in self._tasks:
+            task = make_task(spec)
+            try:
+                self._tasks[key] = task, readable_splits(task)
+            except UnreadableError as error:
+                self._tasks[key] = f"task {spec.task.name}: {error}"
+        found = self._tasks[key]
+        if isinstance(found, str):
+            raise UnreadableError(found)
+        return found
+
+    def of(self, spec: TrialSpec) -> tuple[Chosen, bool]:
+        """The examples of a trial, and whether they have their content.
+
+        Raises:
+            UnreadableError: they cannot be read now.
+            UserError: there are fewer than it asks for.
+        """
+        task, splits = self.task_of(spec)
+        key = spec.model_dump_json(include={"task", "budget", "eval", "seed"})
+        if key not in self._chosen:
+            self._chosen[key] = choose_from(spec, task, splits)
+        return self._chosen[key], are_drawn(task)
+
+
+def check_counts(specs: Sequence[TrialSpec], data: PlannedData) -> list[str]:
     """Check that every split has the examples that the trials ask for.
+
+    Args:
+        specs: of the trials.
+        data: of their tasks.
 
     Returns:
         For each task that could not be checked, its name and the reason.
@@ -33,19 +77,13 @@ def check_counts(specs: Sequence[TrialSpec]) -> list[str]:
     Raises:
         UserError: a split has fewer, as in ``choose_splits``.
     """
-    unchecked: dict[str, str] = {}
-    known: dict[str, tuple[Task, Splits]] = {}
+    unchecked: dict[str, None] = {}
     for spec in distinct(specs, "task", "budget", "eval"):  # the seed chooses which examples, not how many
-        key = spec.task.model_dump_json()
-        if key not in known and key not in unchecked:
-            task = make_task(spec)
-            try:
-                known[key] = task, readable_splits(task)
-            except UnreadableError as error:
-                unchecked[key] = f"task {spec.task.name}: {error}"
-        if key in known:
-            choose_from(spec, *known[key])
-    return list(unchecked.values())
+        try:
+            data.of(spec)
+        except UnreadableError as error:
+            unchecked[str(error)] = None
+    return list(unchecked)
 
 
 def readable_splits(task: Task) -> Splits:

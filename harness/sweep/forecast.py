@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import psutil
 import torch
@@ -29,8 +28,7 @@ from harness.core.forecast import (
 from harness.core.summaries import Summary, read_summaries
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
-from harness.model.build import Splits, choose_from
-from harness.model.components import make_task
+from harness.model.build import Splits
 from harness.price.disk import checkpoint_bytes, kept_bytes
 from harness.price.duration import Amounts, Rate, given_rate, measured_rate, step_of, trial_of
 from harness.price.footprint import Footprint, Footprints
@@ -40,11 +38,11 @@ from harness.price.shapes import PlannedRun, Shape, fingerprint, shapes_of
 from harness.price.times import calibrated, recorded, step_from, trial_from
 from harness.price.totals import Places, totals
 from harness.price.trace import Traced
-from harness.sweep.counts import UnreadableError, are_drawn, readable_splits
+from harness.sweep.counts import PlannedData
 from harness.sweep.placement import Amounts as NodeAmounts
 from harness.sweep.placement import at_once, per_worker, this_machine
-from harness.sweep.probe import probe_plan, this_device
-from tasks.base import Example, Split, Task
+from harness.trial.measure import this_device
+from tasks.base import Example
 
 LONGEST_S = 8.0  # CPU seconds of a plan's forecast; shapes after that take over the forecast of one of their kind
 
@@ -56,6 +54,7 @@ def forecast_of(
     *,
     probe: bool = False,
     limit_s: float | None = None,
+    data: PlannedData | None = None,
 ) -> Forecast:
     """The forecast of a plan.
 
@@ -65,13 +64,16 @@ def forecast_of(
         console: for the progress of a probe.
         probe: measure every shape that was not probed before.
         limit_s: CPU seconds that it may take, roughly; shapes after that take over what is known of their kind.
+        data: of the tasks, as far as it has been read.
 
     Raises:
         UserError: a probe was asked for on another machine than this one.
     """
     if probe:
+        from harness.sweep.probe import probe_plan
+
         probe_plan(prepared, profile, console or Console())
-    return _Forecasting(prepared, profile, limit_s).forecast()
+    return _Forecasting(prepared, profile, limit_s, data=data).forecast()
 
 
 def keep_forecast(prepared: PlannedRun, profile: Profile) -> None:
@@ -94,35 +96,6 @@ def keep_forecast(prepared: PlannedRun, profile: Profile) -> None:
     found = _Forecasting(prepared, profile, LONGEST_S, records={}).forecast()
     kept = tuple(before.get(shape.trial_ids, shape) for shape in found.shapes)
     write_forecast(prepared.folder, found.model_copy(update={"shapes": kept}))
-
-
-@dataclass
-class _Data:
-    """The examples of tasks, as far as they are on this machine; every task is read once."""
-
-    tasks: dict[str, tuple[Task, Mapping[Split, Sequence[Example]]] | str] = field(default_factory=dict)
-    chosen: dict[str, Splits] = field(default_factory=dict)
-
-    def of(self, spec: TrialSpec) -> tuple[Splits, bool]:
-        """The examples of a trial, and whether they have their content.
-
-        Raises:
-            UserError: they are not on this machine.
-        """
-        key = spec.task.model_dump_json()
-        if key not in self.tasks:
-            task = make_task(spec)
-            try:
-                self.tasks[key] = task, readable_splits(task)
-            except UnreadableError as error:
-                self.tasks[key] = f"task {spec.task.name}: {error}"
-        found = self.tasks[key]
-        if isinstance(found, str):
-            raise UserError(found)
-        own = key + spec.model_dump_json(include={"budget", "eval", "seed"})
-        if own not in self.chosen:
-            self.chosen[own] = choose_from(spec, *found)
-        return self.chosen[own], are_drawn(found[0])
 
 
 def amounts_of(spec: TrialSpec, splits: Splits) -> Amounts:
@@ -148,12 +121,13 @@ class _Forecasting:
         profile: Profile,
         limit_s: float | None,
         records: Mapping[str, Summary] | None = None,
+        data: PlannedData | None = None,
     ) -> None:
         self.prepared, self.profile = prepared, profile
         self.resources: Resources = prepared.experiment.resources
         self.records = read_summaries(prepared.folder).known if records is None else records
         self.notes: dict[str, None] = {}
-        self.data, self.footprints = _Data(), Footprints(self.resources.workers)
+        self.data, self.footprints = data or PlannedData(), Footprints(self.resources.workers)
         self.limit_s, self.began = limit_s, time.process_time()
         self.like: dict[tuple[str, str, str], ShapeForecast] = {}
         self.nodes: Sequence[NodeAmounts] | None = profile.nodes()

@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from clusters.profiles import Profile
@@ -17,7 +16,7 @@ from harness.price.shapes import PlannedRun, Shape, fingerprint, shapes_of
 from harness.sweep import preflight
 from harness.sweep.profile import ProfileProgress
 from harness.sweep.profile_worker import Worker
-from harness.trial.measure import device_name
+from harness.trial.measure import this_device
 from harness.trial.profile import Job
 
 
@@ -78,8 +77,3 @@ def _probe(
             console.print(f"not probed: {shape.name}: {answer.reason}", highlight=False, markup=False, soft_wrap=True)
     for number in set(range(len(shapes))) - answered:
         console.print(f"not probed: {shapes[number].name}: its process ended", highlight=False, markup=False)
-
-
-def this_device() -> str:
-    """The name of the device that trials have on this machine."""
-    return device_name(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))

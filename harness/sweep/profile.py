@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -38,7 +39,10 @@ from harness.sweep.profile_plan import Group, Wanted, groups_of, key_of
 from harness.sweep.profile_worker import Worker
 from harness.trial.profile import BLOCK_S, LONGEST_S, ROUNDS, Answer, Job, StageTimes
 from results.leaderboard.join import read_runs
-from results.report import ReportPaths, write_report
+
+if TYPE_CHECKING:
+    from results.report import ReportPaths
+
 
 LOG = "profile.log"
 PARTIAL, AGAIN = "profile.partial.json", "profile.again.json"  # of an unfinished profile; of an unfinished --fresh one
@@ -62,6 +66,8 @@ def profile_run(folder: str | Path, *, fresh: bool = False, console: Console | N
         UserError: it is no run folder, no trial has finished, another harness works in it, or the models or the data
             are not there as they were in training; raised before anything is measured.
     """
+    from results.report import write_report  # it imports matplotlib
+
     folder, console = local_folder(folder), console or Terminal()
     run = read_runs([folder])
     if not any(record.status == "finished" for record in run.records.values()):

@@ -205,3 +205,8 @@ def versions() -> Mapping[str, str]:
 def device_name(device: torch.device) -> str:
     """``NVIDIA H200`` or ``cpu x86_64``."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}"
+
+
+def this_device() -> str:
+    """The name of the device that trials have on this machine."""
+    return device_name(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))

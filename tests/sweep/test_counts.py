@@ -12,7 +12,7 @@ import pytest
 from harness.core.errors import UserError
 from harness.experiment.load import Experiment
 from harness.experiment.plan import expand
-from harness.sweep.counts import check_counts
+from harness.sweep.counts import PlannedData, check_counts
 from tasks.captioning import CocoCaptions
 from tasks.drawing.task import DrawnConfig
 from tasks.formats.hub_datasets import DatasetSource, written_to
@@ -61,7 +61,7 @@ def count(
         text = f"task: {task}\n{LORA}budget: {{examples: {examples}}}\n{rest}"
         specs = expand(Experiment.from_yaml(experiment_file(text)))
         before = {path for path in tmp_path.rglob("*") if "lock" in path.name or path.is_dir()}
-        found = check_counts(specs)
+        found = check_counts(specs, PlannedData())
         assert {path for path in tmp_path.rglob("*") if "lock" in path.name or path.is_dir()} == before, "it wrote"
         return found
 

@@ -20,8 +20,8 @@ from harness.core.record import Memory
 from harness.experiment.sections import Resources
 from harness.price.shapes import fingerprint
 from harness.sweep.forecast import forecast_of, keep_forecast
-from harness.sweep.probe import this_device
 from harness.sweep.run import prepare
+from harness.trial.measure import this_device
 from tests.support.profiled import trained
 
 SECTIONS: dict[str, Any] = {
