@@ -6,6 +6,7 @@ Used for language models and for the encoders of modalities.
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,19 @@ def commit_on_hub(model: str, revision: str) -> str | None:
 def load_error(name: str, error: Exception) -> str:
     """The error message when a model could not be loaded: the reason and the nearest built-in model."""
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    hint = did_you_mean(name, builtin_names())
+    hint = did_you_mean(name, [*builtin_names(), *_timm_names(name)])
     return f"backbone {name!r} could not be loaded from a folder or from the hub ({reason}); {hint}"
+
+
+def _timm_names(name: str) -> list[str]:
+    """The pretrained models that the installed timm knows, if the name is one of timm's."""
+    if not name.startswith("timm/"):
+        return []
+    try:
+        import timm
+    except Exception:  # not installed, or its torchvision was built for another torch
+        return []
+    return [f"timm/{known}" for known in timm.list_models(pretrained=True)]
 
 
 @cache
@@ -90,7 +102,8 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
     The hub's local cache and ``KNOWN_CONFIGS`` take precedence over the network.
 
     Raises:
-        UserError: there is no built-in model, folder or reachable hub id of this name.
+        UserError: there is no built-in model, folder or reachable hub id of this name, or it needs a library that
+            cannot be imported.
     """
     from transformers import AutoConfig
 
@@ -101,11 +114,30 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
     trust = {"trust_remote_code": trust_remote_code, "revision": revision}
     try:
         return AutoConfig.from_pretrained(place, **trust, local_files_only=True)
+    except ImportError as error:
+        raise UserError(_lacks_library(name, error)) from error
     except (OSError, ValueError) as error:
         if place in known:
             return AutoConfig.for_model(**known[place])
         ask_hub(name, error)
-    return AutoConfig.from_pretrained(place, **trust)
+    try:
+        return AutoConfig.from_pretrained(place, **trust)
+    except ImportError as error:
+        raise UserError(_lacks_library(name, error)) from error
+
+
+def _lacks_library(name: str, error: ImportError) -> str:
+    """The error message where a model of ``transformers`` needs another library: timm, which needs torchvision."""
+    reason = " ".join(str(error.__cause__ or error).split())
+    if missing := re.search(r"requires the (\S+) library", reason):
+        return f"backbone {name!r} needs {missing[1]}, which is not installed: pip install {missing[1]}"
+    hint = "see its documentation"
+    if "torchvision" in reason:  # PyPI's is built for CUDA, and does not load with a torch for CPUs
+        hint = (
+            "install the torchvision that is built for this torch: "
+            "pip install torchvision --index-url https://download.pytorch.org/whl/cpu"
+        )
+    return f"backbone {name!r} needs a library that cannot be imported: {reason[:300]}; {hint}"
 
 
 def ask_hub(name: str, reason: Exception) -> None:

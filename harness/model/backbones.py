@@ -6,8 +6,7 @@ Encoders are loaded by their modalities (``tasks/modalities/``); ``check_backbon
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from harness.core import hub
 from harness.core.errors import UserError, did_you_mean
 from harness.experiment.sections import Backbone
+from harness.model.components import errors_at
 
 TINY_LLAMA = "builtin/tiny-llama"
 
@@ -138,7 +138,7 @@ def check_backbone(backbone: Backbone) -> None:
     # Built-in encoders are checked by their modality: some have no weights, so no folder.
     encoders = {f"encoders.{m}": name for m, name in backbone.encoders.items() if not hub.is_builtin(name)}
     for key, name in {"language_model": backbone.pinned_language_model, **encoders}.items():
-        with _at(key):
+        with errors_at(key):
             hub.check_reachable(name, backbone.trust_remote_code)
 
 
@@ -157,23 +157,12 @@ def build_empty(backbone: Backbone, device: str = "meta") -> Any:
     name, trust = backbone.pinned_language_model, backbone.trust_remote_code
     _check_kind(name)
     with torch.device(device):
-        with _at("language_model"):
+        with errors_at("language_model"):
             config = copy.deepcopy(hub.load_config(name, trust))  # a model keeps it, and adapters may change it
         try:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
         except ValueError as error:
             raise UserError(f"backbone.language_model: {name!r} is not a causal language model") from error
-
-
-@contextmanager
-def _at(key: str) -> Iterator[None]:
-    """Begin the errors of the block with the key of the section ``backbone`` that names the model."""
-    try:
-        yield
-    except UserError as error:
-        raise type(error)(
-            f"backbone.{key}: {str(error).removeprefix('backbone: ').removeprefix('backbone ')}"
-        ) from error
 
 
 def _check_kind(name: str) -> None:

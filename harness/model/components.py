@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from adapters.base import AdapterMethod
 from adapters.registry import ADAPTERS
+from harness.core.errors import UserError
 from harness.core.paths import relative_to
 from harness.core.registry import plugins_in
 from harness.experiment.plan import TrialSpec
@@ -62,7 +66,20 @@ def empty_encoders(spec: TrialSpec) -> dict[str, Encoder]:
         UserError: the configuration of one could not be loaded.
     """
     backbone = spec.pinned_backbone
-    return {
-        name: modality.empty_encoder(backbone.encoders[name], backbone.trust_remote_code)
-        for name, modality in make_modalities(spec).items()
-    }
+    found = {}
+    for name, modality in make_modalities(spec).items():
+        with errors_at(f"encoders.{name}"):
+            found[name] = modality.empty_encoder(backbone.encoders[name], backbone.trust_remote_code)
+    return found
+
+
+_SECTION = re.compile(r"^backbone(\.encoders)?(: | )")
+
+
+@contextmanager
+def errors_at(key: str) -> Iterator[None]:
+    """Begin the errors of the block with the key of the section ``backbone`` that names the model."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"backbone.{key}: {_SECTION.sub('', str(error))}") from error

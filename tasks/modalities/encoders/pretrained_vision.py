@@ -1,4 +1,7 @@
-"""Vision encoders of ``transformers``, by hub id or ``save_pretrained`` folder, each with its own image processor.
+"""Vision encoders of ``transformers`` and ``timm``, by hub id or folder, each with its own image processor.
+
+Timm's are read through the wrapper of ``transformers``: ``timm/resnet50.a1_in1k``, or a folder whose ``config.json``
+has ``model_type: timm_wrapper``.
 
 Shapes: B pictures, C channels, H × W pixels, N tokens (class tokens included), D features.
 """
@@ -30,7 +33,10 @@ class PretrainedVision(Encoder):
         if isinstance(getattr(model, "pooler", None), nn.Module) and any(True for _ in model.pooler.parameters()):
             model.pooler = None
         self.model, self.processor = model, processor
-        self.width = _width(model.config)
+        self.width = _width(model)
+        timm = getattr(model, "timm_model", None)
+        self._options = {} if timm is None else {"do_pooling": False}  # the pooled features would be thrown away
+        self._channels_last = getattr(timm, "output_fmt", "NCHW") == "NHWC"
 
     @torch.no_grad()
     def encode(self, items: Sequence[Image.Image]) -> list[Tensor]:
@@ -41,9 +47,15 @@ class PretrainedVision(Encoder):
         weight = next(self.model.parameters())
         encoded: list[Tensor] = []
         for pixels_BCHW in [torch.cat(pixels)] if alike else pixels:
-            features = self.model(pixel_values=pixels_BCHW.to(weight)).last_hidden_state
-            encoded += features.flatten(2).transpose(1, 2) if features.dim() == 4 else features
+            features = self.model(pixel_values=pixels_BCHW.to(weight), **self._options).last_hidden_state
+            encoded += self._tokens(features)
         return encoded
+
+    def _tokens(self, features: Tensor) -> Tensor:
+        """A grid's cells row by row (B, N, D); a sequence as it is."""
+        if features.dim() != 4:
+            return features
+        return features.flatten(1, 2) if self._channels_last else features.flatten(2).transpose(1, 2)
 
 
 def load(name: str, trust_remote_code: bool) -> PretrainedVision:
@@ -109,13 +121,16 @@ def empty(name: str, trust_remote_code: bool) -> PretrainedVision:
         raise UserError(f"{kind} is not a vision encoder: it takes {tower.main_input_name}, not pixel_values")
     if getattr(tower.config, "mask_ratio", 0):
         raise UserError(f"{kind} masks random parts of every picture (mask_ratio); use an encoder without masking")
-    if not _width(tower.config):
+    if not _width(tower):
         raise UserError(f"{kind} is not a vision encoder: its configuration has neither hidden_size nor hidden_sizes")
     return PretrainedVision(tower)
 
 
-def _width(config: Any) -> int:
+def _width(model: Any) -> int:
     """D of the last layer (a convolutional network has one width for each stage); 0: not in the configuration."""
+    if (timm := getattr(model, "timm_model", None)) is not None:
+        return int(timm.num_features)
+    config = model.config
     stages = getattr(config, "hidden_sizes", None) or [0]
     return int(getattr(config, "hidden_size", None) or stages[-1])
 
