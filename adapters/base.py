@@ -270,6 +270,12 @@ class AdapterMethod(ABC):
         """The methods that it combines, in the order in which they act; for a single method, itself."""
         return (self,)
 
+    @property
+    def only_changes_layers(self) -> bool:
+        """Whether it leaves the base model as it is, and only changes what single layers of it read and return."""
+        plain = AdapterMethod.model_change, AdapterMethod.trained
+        return all((type(part).model_change, type(part).trained) == plain for part in self.parts)
+
     def roles(self) -> frozenset[str]:
         """Roles of the layers that it acts on (see ``find_targets``)."""
         return frozenset()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
-from pydantic import Field, FiniteFloat, model_validator
+from pydantic import Field, FiniteFloat, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from harness.core.files import write_atomically
 from harness.core.inside import TrialId, links_in
@@ -148,6 +148,17 @@ class Memory(Schema):
     process_before_bytes: int | None = None  # the same value before the model was built
 
 
+class Packed(Schema):
+    """The trials of one process that a trial trained with (``resources.pack``).
+
+    Then its memory has no values of the process, and where steps were taken together it has no throughput; its times
+    are its share of steps that were.
+    """
+
+    members: int  # trials, with this one
+    alone: str | None = None  # why they took their training steps alone; absent: they took them together
+
+
 class Throughput(Schema):
     """Steady-state training speed, without warm-up steps, evaluation and checkpoints."""
 
@@ -222,9 +233,16 @@ class TrialRecord(Schema):
     versions: dict[str, str] = Field(default_factory=dict)
     git_revision: str | None = None
     device: str = ""
+    pack: Packed | None = None  # None: it trained alone
     workers: int = 1  # processes that trained together; throughput is of all, memory of the one with the most
     warnings: tuple[str, ...] = ()
     mlflow_run_id: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_pack(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``pack`` where there is none: such records are as before there were packs."""
+        content: dict[str, Any] = dump(self)
+        return {key: value for key, value in content.items() if key != "pack" or value is not None}
 
 
 def record_path(run: Path, trial_id: str) -> Path:

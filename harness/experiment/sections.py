@@ -116,6 +116,8 @@ class Resources(Section):
     checkpoint_interval_s: Annotated[float, Field(ge=0)] = 60.0  # training that a crash costs, at most, and one step
     grace_s: Annotated[float, Field(ge=0)] = 30.0  # at most, for running trials to save where they are when a run ends
     max_failures: Annotated[int, Field(ge=0)] = 1  # restarts of a trial whose worker process died
+    # Trials that differ in their adapters alone train in one process, up to so many; auto: where that is faster.
+    pack: PositiveInt | Literal["auto", "off"] = "auto"
     shared_prefix: bool = True  # an example's references are scored in one row, where the model allows it
     # A trial that reports no step, batch or phase for so long is stuck: it is ended, and its slot filled again. Two
     # hours are longer than anything silent, such as reading a very large backbone from a slow disk; null: never.

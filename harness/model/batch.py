@@ -71,6 +71,23 @@ class Targets:
         padded = values_N.new_zeros(self.count * self.longest).index_copy(0, self.place_N, values_N)
         return padded.view(self.count, self.longest).sum(dim=1)
 
+    def repeated(self, times: int, rows: int) -> Targets:
+        """The targets several times, each time of other rows.
+
+        Args:
+            times: how often.
+            rows: B of one time.
+        """
+        block_M1 = torch.arange(times, device=self.row_N.device)[:, None]
+        return replace(
+            self,
+            row_N=(self.row_N + rows * block_M1).flatten(),
+            source_N=self.source_N.repeat(times),
+            label_N=self.label_N.repeat(times),
+            place_N=(self.place_N + self.count * self.longest * block_M1).flatten(),
+            count=self.count * times,
+        )
+
     def ignored(self) -> Targets:
         """The targets, none of whose tokens counts."""
         return replace(self, label_N=torch.full_like(self.label_N, IGNORED))
@@ -87,6 +104,10 @@ class Parts:
 
     parts_BT: Tensor  # int64: 0 for the inputs, the number of the target in its row from 1, -1 for padding
     positions_BT: Tensor  # int64: for the language model's position embedding
+
+    def repeated(self, times: int) -> Parts:
+        """The parts of all rows, one block after the other."""
+        return Parts(self.parts_BT.repeat(times, 1), self.positions_BT.repeat(times, 1))
 
     def to(self, device: torch.device) -> Parts:
         """The parts on another device."""
@@ -127,6 +148,19 @@ class Batch:
     def as_stand_in(self) -> Batch:
         """The batch without targets: its loss and its gradients are zero, but every parameter takes part in them."""
         return replace(self, targets=self.targets.ignored(), stand_in=True)
+
+    def repeated(self, times: int) -> Batch:
+        """All rows several times, one block after the other; the items, which models project, are left as they are."""
+        host_ids_BT = None if self.host_context_ids_BT is None else np.tile(self.host_context_ids_BT, (times, 1))
+        return replace(
+            self,
+            token_ids_BT=self.token_ids_BT.repeat(times, 1),
+            context_ids_BT=self.context_ids_BT.repeat(times, 1),
+            mask_BT=self.mask_BT.repeat(times, 1),
+            targets=self.targets.repeated(times, self.token_ids_BT.shape[0]),
+            parts=None if self.parts is None else self.parts.repeated(times),
+            host_context_ids_BT=host_ids_BT,
+        )
 
     def to(self, device: torch.device) -> Batch:
         """The batch on another device."""

@@ -73,6 +73,37 @@ class Built:
         return TrialData(self.task, self.splits, self.order, self.batches.features)
 
 
+@dataclass(frozen=True)
+class Common:
+    """What trials of one process that differ at most in their adapters have together.
+
+    Attributes:
+        data: the data and the encoders.
+        language_model: without adapters; each trial attaches its own to a ``shared_copy``.
+        batches: makes their batches.
+    """
+
+    data: TrialData
+    language_model: LanguageModel
+    batches: BatchMaker
+
+
+def common_of(spec: TrialSpec, device: torch.device, kept: Kept | None = None) -> Common:
+    """What a trial and others that differ from it at most in their adapters have together.
+
+    Raises:
+        UserError: as in ``build``.
+    """
+    kept = kept or Kept(0)
+    data, language_model = read_data(spec, device, kept), load_language_model(spec, kept)
+    return Common(data, language_model, BatchMaker(data.features, language_model, spec.budget, spec.backbone))
+
+
+def shared_copy(language_model: Any) -> Any:
+    """A copy whose parameters and buffers are those of the original: hooks on one of them leave the other alone."""
+    return copy.deepcopy(language_model, {id(x): x for x in (*language_model.parameters(), *language_model.buffers())})
+
+
 def choose_splits(spec: TrialSpec, task: Task) -> Splits:
     """Select the training examples of the budget and the evaluation examples.
 
@@ -146,7 +177,13 @@ def order_of(spec: TrialSpec, task: Task, train: Sequence[Example], whole: Seque
     return Order(train, spec.seed, spec.budget.references, _shares(task, whole or task.examples("train")))
 
 
-def build(spec: TrialSpec, device: torch.device, data: TrialData | None = None, kept: Kept | None = None) -> Built:
+def build(
+    spec: TrialSpec,
+    device: torch.device,
+    data: TrialData | None = None,
+    kept: Kept | None = None,
+    common: Common | None = None,
+) -> Built:
     """Load the backbones, attach the adapters, read the data.
 
     Args:
@@ -154,6 +191,7 @@ def build(spec: TrialSpec, device: torch.device, data: TrialData | None = None, 
         device: of the model.
         data: of a trial that differs at most in its adapter and learning rate; None: it is read.
         kept: what earlier trials of this process have left for it, and it for later ones.
+        common: what it has together with other trials, whose language model it leaves as it is.
 
     Raises:
         UserError: a backbone, the data or the weights of ``init_from`` could not be loaded, a backbone has other
@@ -161,9 +199,14 @@ def build(spec: TrialSpec, device: torch.device, data: TrialData | None = None, 
             that the adapter acts on.
     """
     kept = kept or Kept(0)
-    data = data or read_data(spec, device, kept)
+    data = common.data if common else data or read_data(spec, device, kept)
     features = data.features
-    language_model = load_language_model(spec, kept)
+    if common:
+        loaded, batches = common.language_model, common.batches
+        language_model = LanguageModel(shared_copy(loaded.model), loaded.tokenizer, loaded.tokens)
+    else:
+        language_model = load_language_model(spec, kept)
+        batches = BatchMaker(features, language_model, spec.budget, spec.backbone)
     widths = {context: features.width(context) for context in data.task.modalities}
     with during(f"adapter {spec.adapter.method} on {spec.backbone.language_model}"):
         model = assemble(spec, language_model.model, widths)
@@ -172,7 +215,7 @@ def build(spec: TrialSpec, device: torch.device, data: TrialData | None = None, 
     return Built(
         task=data.task,
         model=model,
-        batches=BatchMaker(features, language_model, spec.budget, spec.backbone),
+        batches=batches,
         splits=data.splits,
         order=data.order,
         parameters=parameters.count_parameters(model, features.encoders.values()),

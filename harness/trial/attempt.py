@@ -57,10 +57,15 @@ def run_trial(
         that was asked to stop.
     """
     folder = run / "trials" / spec.trial_id
+    trial = Trial(spec, folder, resources, tracker, report, rungs=rungs, stop=stop, kept=kept)
     with log_to(folder / LOG):
-        trial = Trial(spec, folder, resources, tracker, report, rungs=rungs, stop=stop, kept=kept)
-        attempt = make_attempt(trial, experiment)
-        conclude(attempt.record, run, tracker)
+        return take_each(steps_to_record(trial, experiment), trial.take)
+
+
+def steps_to_record(trial: Trial, experiment: str) -> Steps[TrialRecord]:
+    """Run a trial of one process to its record, which is written, for who takes its training steps."""
+    attempt = yield from steps_of_attempt(trial, experiment)
+    conclude(attempt.record, trial.folder.parent.parent, trial.tracker)
     return attempt.record
 
 

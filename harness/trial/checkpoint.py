@@ -97,19 +97,6 @@ class Place:
         return Place(tensors[_LOSSES].tolist(), random, cut, counts, device)
 
 
-def random_states() -> list[Tensor]:
-    """The states of torch's generators: of the CPU, and of the GPU if there is one."""
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state()] if torch.cuda.is_available() else states
-
-
-def set_random_states(states: list[Tensor]) -> None:
-    """Restore what ``random_states`` gave."""
-    torch.set_rng_state(states[0])
-    if torch.cuda.is_available() and len(states) > 1:
-        torch.cuda.set_rng_state(states[1])
-
-
 class Checkpoints:
     """The checkpoints of a trial, of which one is valid.
 

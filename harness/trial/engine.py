@@ -123,6 +123,19 @@ class _FixedGradientOrder(torch.autograd.Function):
         return tuple(torch.zeros_like(p) for p in ctx.saved_tensors)
 
 
+class _Given(torch.autograd.Function):
+    """A loss of 0 whose backward gives parameters gradients that are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Sequence[Tensor | None], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(None if gradient is None else gradient * scale for gradient in ctx.gradients)
+
+
 class Engine:
     """Forward, backward and optimizer step of one model, and its checkpoints.
 
@@ -215,11 +228,25 @@ class Engine:
             self.asked = tuple(asked)
             loss = nll_B.sum() * (self.workers.count / tokens)  # DeepSpeed takes the mean of the workers' gradients
             value = nll / tokens
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the training loss became {value}; a lower learning_rate may help")
+        check_finite(value)
         self._engine.backward(loss if zero is None else loss + zero)
         self._engine.step()
         return value
+
+    def step_with(self, gradients: Sequence[Tensor | None]) -> None:
+        """Take an optimizer step with the gradients of a loss that were computed elsewhere; for one worker.
+
+        Args:
+            gradients: of the ``trainable`` parameters, in order; None: the loss does not depend on one.
+        """
+        loss: Tensor = _Given.apply(gradients, *self.trainable)  # type: ignore[no-untyped-call]
+        self._engine.backward(loss)
+        self._engine.step()
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that it trains."""
+        return list(self._trainable.values())
 
     @property
     def steps(self) -> int:
@@ -336,6 +363,16 @@ class Engine:
     def close(self) -> None:
         """Free the engine's memory; the process group stays for the next trial."""
         self._engine.destroy()
+
+
+def check_finite(loss: float) -> None:
+    """Check the loss of a training step.
+
+    Raises:
+        FloatingPointError: it is not finite.
+    """
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the training loss became {loss}; a lower learning_rate may help")
 
 
 def _load_data(path: str, map_location: Any = None) -> Any:

@@ -14,7 +14,7 @@ from adapters.base import Stage
 from harness.core.errors import UserError
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
-from harness.model.build import TrialData, build
+from harness.model.build import Common, TrialData, build
 from harness.model.components import method_of
 from harness.model.kept import Kept
 from harness.model.workers import joined
@@ -57,6 +57,7 @@ class Stages:
         folder: of the trial; weights are stored there between two stages.
         data: of a trial that differs at most in its adapter and learning rate; None: it is read.
         kept: what earlier trials of this process have left.
+        common: what the trial has together with others of this process; None: it has none.
 
     Raises:
         UserError: the method's stages do not fit the budget, or the model cannot be built.
@@ -70,10 +71,11 @@ class Stages:
         folder: Path,
         data: TrialData | None = None,
         kept: Kept | None = None,
+        common: Common | None = None,
     ) -> None:
         self.spec, self.device, self.resources, self.folder, self._kept = spec, device, resources, folder, kept
         self.stages = method_of(spec.adapter, spec.relative_to).stages(spec.budget.epochs)
-        self.built = build(spec, device, data, kept)
+        self.built = build(spec, device, data, kept, common)
         batches = math.ceil(self.built.order.draws / spec.optimizer.per_device_train_batch_size)
         self.ends = stage_ends(self.stages, batches, spec.optimizer.gradient_accumulation_steps)
         self.total_steps = self.ends[-1]

@@ -6,13 +6,12 @@ depend on Ray.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.model import budget
 from harness.model.batch import Batch
-from harness.model.build import TrialData
+from harness.model.build import Common, TrialData
 from harness.model.inputs import Inputs
 from harness.model.kept import Kept
 from harness.model.workers import ALONE, Workers
@@ -39,11 +38,10 @@ from harness.trial.checkpoint import (
     Checkpoints,
     Place,
     Saved,
-    random_states,
-    set_random_states,
 )
 from harness.trial.engine import PARTITIONED_STAGE, most_memory, prepare_process
 from harness.trial.evaluate import Evaluator
+from harness.trial.randomness import dropout_seed, random_states, set_random_states
 from harness.trial.scores import warm_up
 from harness.trial.stages import Stages
 from harness.trial.steps import Steps, Taken
@@ -103,6 +101,7 @@ class Trial:
         rungs: epochs after which it pauses.
         stop: whether this worker is asked to stop the trial; one is enough.
         kept: what earlier trials of this process have left for it, and it for later ones.
+        common: gives what the trial has together with others of this process, if there are any.
 
     Attributes:
         state: saved in checkpoints.
@@ -130,8 +129,9 @@ class Trial:
         rungs: Collection[int] = (),
         stop: Stop = never,
         kept: Kept | None = None,
+        common: Callable[[], Common] | None = None,
     ) -> None:
-        self.kept = kept or Kept(0)
+        self.kept, self._common = kept or Kept(0), common
         self.spec, self.folder, self.resources, self.tracker, self.report = spec, folder, resources, tracker, report
         self.workers, self.rungs, self.stop, self.paused = workers, rungs, stop, False
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -189,7 +189,8 @@ class Trial:
         prepare_process()
         self.kept.begin()
         self.peak = measure.PeakMemory(self.device)
-        self.stages = Stages(self.spec, self.device, self.resources, self.folder, data, self.kept)
+        common = self._common() if self._common else None
+        self.stages = Stages(self.spec, self.device, self.resources, self.folder, data, self.kept, common)
 
     def _begin_measuring(self) -> None:
         """Restart the measurement of speed and activations: stages differ, so only the last one is recorded."""
@@ -199,6 +200,8 @@ class Trial:
     def _measure(self) -> None:
         """Measure memory and speed of the current stage so far, also by earlier processes of the trial."""
         now = self.stages.engine.memory(self.state.activations_bytes, self.peak)
+        if self._common:  # the process is that of all
+            now = now.model_copy(update={"process_peak_bytes": None, "process_before_bytes": None})
         self.measured["memory"] = most_memory([now, self.state.memory]) if self.state.memory else now
         self.measured["throughput"] = self.clock.throughput(self.workers)
 
@@ -310,8 +313,12 @@ class Trial:
     def train_step(self, draws: list[budget.Draw]) -> float:
         """Make this worker's share of a batch and train on it; returns the loss of the batch."""
         own = self.workers.share(draws)
-        with during("", dict.fromkeys(self.stages.built.splits.train[draw.example].id for draw in own)):
+        with self.training_on(own):
             return self.step_on(self.batch(own) if own else self.batch(draws[:1]).as_stand_in())
+
+    def training_on(self, draws: Sequence[budget.Draw]) -> AbstractContextManager[None]:
+        """Errors tell of these examples."""
+        return during("", dict.fromkeys(self.stages.built.splits.train[draw.example].id for draw in draws))
 
     def batch(self, draws: Sequence[budget.Draw]) -> Batch:
         """The batch of training items, on the device."""
@@ -319,6 +326,11 @@ class Trial:
         texts = [e.references[draw.reference] for e, draw in zip(examples, draws, strict=True)]
         made = self.stages.built.batches.make(examples, texts, [draw.view for draw in draws])
         return made.to(self.device)
+
+    def took_step(self, duration_s: float) -> None:
+        """Note that the trial's engine has taken a step, without ``step_on``."""
+        self.clock.last_s = duration_s
+        self.state.step = self.stages.step
 
     def step_on(self, batch: Batch) -> float:
         """Train on a batch, and measure the time; returns its loss."""
@@ -484,9 +496,3 @@ class Trial:
         fraction = self.state.step / self.total_steps if self.total_steps else 0.0
         latest = history[-1].validation_perplexity if history else None
         self.report(Progress(fraction, phase, epoch or len(history), train_loss, latest))
-
-
-def dropout_seed(seed: int, epoch: int, rank: int) -> int:
-    """The seed of a worker's dropout in an epoch; torch's CPU generator uses the lowest 32 bits of a seed alone."""
-    whole = seed * 100_003 + epoch
-    return whole if rank == 0 else int.from_bytes(hashlib.sha256(f"{whole}:{rank}".encode()).digest()[:4])

@@ -245,7 +245,7 @@ WRONG = {
     "true for an integer": (ONE + "budget: {epochs: true}\n", 4, "budget.epochs", "valid integer; found True"),
     "text for a number": (adapters("{method: none, learning_rate: fast}"), 2, "adapters[0].learning_rate", "input should be a valid number; found 'fast'"),
     "a word that is not offered": (ONE + "resources: {zero_stage: 4}\n", 4, "resources.zero_stage", "input should be 0, 1, 2 or 3; found 4"),
-    "an old key": (ONE + "resources: {cpus_per_trial: 4}\n", 4, "resources.cpus_per_trial", "unknown key 'cpus_per_trial'; allowed: checkpoint_interval_s, cpus_per_worker, gpus_per_worker, grace_s, max_concurrent_trials, max_failures, offload, profile, shared_prefix, trial_timeout_s, workers, zero_stage; did you mean 'cpus_per_worker'?"),
+    "an old key": (ONE + "resources: {cpus_per_trial: 4}\n", 4, "resources.cpus_per_trial", "unknown key 'cpus_per_trial'; allowed: checkpoint_interval_s, cpus_per_worker, gpus_per_worker, grace_s, max_concurrent_trials, max_failures, offload, pack, profile, shared_prefix, trial_timeout_s, workers, zero_stage; did you mean 'cpus_per_worker'?"),
     "two workers on a GPU": (ONE + "resources: {workers: 2, gpus_per_worker: 0.5}\n", 4, "resources.gpus_per_worker", "two workers of a trial cannot share a GPU, because NCCL refuses it; allowed: auto, 0 or 1, or a part of a GPU with workers: 1; found 0.5"),
     "one and a half GPUs": (ONE + "resources: {gpus_per_worker: 1.5}\n", 4, "resources.gpus_per_worker", "above 1 it must be a whole number; found 1.5"),
     "offload without a stage": (ONE + "resources: {offload: optimizer}\n", 4, "resources.offload", "with zero_stage 0 DeepSpeed offloads no optimizer; allowed: zero_stage 1 or 2 or 3; found 'optimizer'"),

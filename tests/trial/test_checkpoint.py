@@ -342,10 +342,3 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_trial(
         record = run(spec, again, checkpoint_interval_s=0.0)
     whole.assert_same(record, again)
     assert "the checkpoint after step 2 could not be written: [enforce fail" in caplog.text
-
-
-def test_the_random_state_is_that_of_torch() -> None:
-    states = checkpoint.random_states()
-    drawn = torch.rand(3)
-    checkpoint.set_random_states(states)
-    assert torch.equal(torch.rand(3), drawn)

@@ -26,7 +26,7 @@ from harness.model.workers import joined
 from harness.tracking.tracker import NoTracker
 from harness.trial.engine import join_process_group
 from harness.trial.log import LOG
-from harness.trial.trial import Progress, Trial, dropout_seed
+from harness.trial.trial import Progress, Trial
 from harness.trial.worker import run_worker
 from tests.support.parity import assert_same_result
 from tests.support.processes import run_ranks
@@ -274,13 +274,6 @@ def test_two_workers_stop_after_the_same_step_and_go_on_inside_the_epoch(others:
     whole, stopped = (ended.record(jobs[name]) for name in ("dropout", "stopped"))
     assert_same_result(stopped, folder / "stopped", whole, folder / "dropout")
     assert "resumed after epoch 1, step 7, batch 2 of epoch 2" in ended.log(jobs["stopped"])
-
-
-def test_dropout_differs_between_workers_and_is_seeded() -> None:
-    seeds = [dropout_seed(3, epoch, rank) for epoch in (1, 2) for rank in range(4)]
-    assert len({seed % 2**32 for seed in seeds}) == 8  # what torch's generator uses
-    assert seeds == [dropout_seed(3, epoch, rank) for epoch in (1, 2) for rank in range(4)]
-    assert dropout_seed(3, 1, 0) == 300_010  # of a trial with one worker, as before
 
 
 def test_a_process_without_others_exchanges_nothing() -> None:
