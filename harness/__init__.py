@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from harness.sweep.profile import profile_run
     from harness.sweep.run import run_experiment
     from harness.sweep.sync import sync_run
+    from harness.trained.export import export_trial
+    from harness.trained.model import Trained, load_trained
     from results.loaded import Results, load_results
     from tasks.base import Config as TaskConfig
     from tasks.base import Example, Metric, Modality, Part, Preview, Scores, Split, Task
@@ -56,12 +58,15 @@ _PUBLIC = {
     "Target": "adapters.placement.roles:Target",
     "Task": "tasks.base:Task",
     "TaskConfig": "tasks.base:Config",
+    "Trained": "harness.trained.model:Trained",
     "UserError": "harness.core.errors:UserError",
     "adapt": "adapters.library.adapted_model:adapt",
     "detach": "adapters.library.adapted_model:detach",
     "diagnose": "harness.doctor.doctor:diagnose",
+    "export_trial": "harness.trained.export:export_trial",
     "import_peft": "adapters.library.peft_import:import_peft",
     "load_adapter": "adapters.library.adapted_model:load_adapter",
+    "load_trained": "harness.trained.model:load_trained",
     "load_results": "results.loaded:load_results",
     "parameter_groups": "harness.core.weight_decay:parameter_groups",
     "plan_run": "harness.sweep.plan_run:plan_run",
@@ -89,13 +94,16 @@ __all__ = [
     "Target",
     "Task",
     "TaskConfig",
+    "Trained",
     "UserError",
     "adapt",
     "detach",
     "diagnose",
+    "export_trial",
     "import_peft",
     "load_adapter",
     "load_results",
+    "load_trained",
     "parameter_groups",
     "plan_run",
     "profile_run",

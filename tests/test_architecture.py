@@ -28,7 +28,7 @@ FLOORS = (
     ("harness.experiment", "harness.check", "harness.pretraining"),
     ("harness.model", "harness.tracking"),
     ("harness.trial",),
-    ("harness.price",),
+    ("harness.price", "harness.trained"),
     ("harness.sweep",),
     ("harness.doctor",),
     ("harness.cli",),

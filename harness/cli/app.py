@@ -18,6 +18,7 @@ from harness.cli import launch as cli_launch
 from harness.cli import profile as cli_profile
 from harness.cli import prune as cli_prune
 from harness.cli import results as cli_results
+from harness.cli import trained as cli_trained
 from harness.core.errors import UserError
 from harness.core.files import DiskFullError
 from harness.core.terminal import Terminal
@@ -187,6 +188,8 @@ app.command(rich_help_panel=EXPERIMENTS)(cli_doctor.doctor)
 app.command(rich_help_panel=EXPERIMENTS)(cli_results.sync)
 for command in (cli_results.recommend, cli_results.report, cli_results.compare, cli_results.attention):
     app.command(rich_help_panel=RESULTS)(command)
+app.command(rich_help_panel=RESULTS)(cli_trained.export)
+app.command(rich_help_panel=RESULTS)(cli_trained.predict)
 
 
 @app.command(rich_help_panel=COMPONENTS)

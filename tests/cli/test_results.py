@@ -39,6 +39,8 @@ COMMANDS = [
     "report",
     "compare",
     "attention",
+    "export",
+    "predict",
     "leaderboard",
     "tasks",
     "adapters",
