@@ -26,6 +26,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+_LATER = frozenset({"start_token", "prompt", "chat_template"})  # keys that came later
+
+
 class Backbone(Section):
     """The frozen models, each a built-in name, a local folder or a Hugging Face hub id."""
 
@@ -37,9 +40,18 @@ class Backbone(Section):
     projector_boundary_tokens: bool = False  # a learned token before and after every item
     projector_positions: PositiveInt | None = None  # learned position embeddings after the projector: tokens per item
     add_prefix_space: bool = False  # before every target: BPE vocabularies have most words only with a leading space
+    start_token: str | None = None  # begins every row; left out if unset: the tokenizer's bos_token, else its eos_token
+    prompt: str | None = None  # text between the inputs and every target; left out if unset
+    chat_template: bool = False  # the inputs and the prompt as a turn of the user; left out if false
     trust_remote_code: bool = False
     # Path pattern → role, for architectures that adapters/placement/families.py does not know.
     roles: dict[str, Any] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without later keys where they are not set: ids and records of such trials are as before there were these."""
+        content: dict[str, Any] = dump(self)
+        return {key: value for key, value in content.items() if value or key not in _LATER}
 
     @property
     def pinned_language_model(self) -> str:

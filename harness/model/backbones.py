@@ -29,12 +29,6 @@ class LanguageModel:
     tokens: dict[str, list[int]] = field(default_factory=dict)  # ids of texts that have been tokenised
 
     @property
-    def bos_id(self) -> int:
-        """Token that begins a sequence; for models without a BOS token (Qwen2), their end-of-text token."""
-        tokenizer = self.tokenizer
-        return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
-
-    @property
     def quantised(self) -> bool:
         """Whether layers hold quantised weights."""
         return getattr(self.model, "hf_quantizer", None) is not None

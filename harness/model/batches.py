@@ -21,6 +21,7 @@ from harness.model.backbones import LanguageModel
 from harness.model.batch import Batch, Items, Targets
 from harness.model.checks import check_ids
 from harness.model.features import Features
+from harness.model.frame import frame_of
 from harness.model.shared_prefix import arranged
 from tasks.base import Example
 
@@ -58,6 +59,7 @@ class BatchMaker:
         self.features, self.language_model, self.budget = features, language_model, budget
         self.backbone = backbone or Backbone()
         self.contexts = features.task.contexts
+        self._frame = frame_of(language_model.tokenizer, self.backbone)
         self._max_positions = language_model.max_positions
         self.cut_targets: set[int] = set()
         self.cut_inputs: set[int] = set()
@@ -107,10 +109,10 @@ class BatchMaker:
         return len(self._target(text))
 
     def text_positions(self, example: Example, text: str) -> int:
-        """Positions that the texts of a row take, with BOS and the target; those of its files come in addition."""
+        """Positions that the texts of a row take, with its frame and the target; those of its files come on top."""
         inputs = [value for _, value in example.inputs if isinstance(value, str)]
         lengths = [len(self._encode(value, self.budget.max_input_length, self.cut_inputs)) for value in inputs]
-        return 1 + sum(lengths) + self.target_length(text)
+        return self._frame.length + sum(lengths) + self.target_length(text)
 
     def decode(self, ids_BT: Tensor) -> list[str]:
         """Decode generated ids (B, T) to texts without special tokens."""
@@ -135,11 +137,11 @@ class BatchMaker:
         return [*ids, self.language_model.eos_id]
 
     def _inputs(self, examples: Sequence[Example], views: Sequence[int] | None) -> list[list[_Chunk]]:
-        """The chunks of BOS and of the inputs, for each example."""
+        """The chunks before a target: the frame and the inputs, for each example."""
         rows = []
         for example, features in zip(examples, self.features.of(examples, views), strict=True):
             encoded = iter(features)
-            row = [_Chunk(self.target_context(example), 1, [self.language_model.bos_id])]
+            row = [_Chunk(self.target_context(example), len(self._frame.before), self._frame.before)]
             for context, value in example.inputs:
                 if isinstance(value, str):
                     ids = self._encode(value, self.budget.max_input_length, self.cut_inputs)
@@ -148,6 +150,8 @@ class BatchMaker:
                     features_ND = next(encoded)
                     length = len(features_ND) + 2 * self.backbone.projector_boundary_tokens
                     row.append(_Chunk(context, length, features_ND=features_ND))
+            if self._frame.after:
+                row.append(_Chunk(self.target_context(example), len(self._frame.after), self._frame.after))
             rows.append(row)
         return rows
 

@@ -30,6 +30,7 @@ from harness.model import assembly
 from harness.model.backbones import build_empty, check_backbone, load_tokenizer, max_positions
 from harness.model.build import Splits, choose_splits, count_parameters, empty_model, order_of
 from harness.model.components import empty_encoders, make_modalities, make_task, method_of
+from harness.model.frame import frame_of
 from harness.model.inputs import Inputs, Reader
 from harness.sweep.placement import per_worker, this_machine
 from harness.sweep.ray_folder import check_length, temporary_folder
@@ -114,7 +115,7 @@ def check_models(specs: Sequence[TrialSpec]) -> None:
     kinds = distinct(specs, "backbone", "fingerprints", "relative_to")
     for backbone in {(own := spec.pinned_backbone).model_dump_json(): own for spec in kinds}.values():
         check_backbone(backbone)
-        load_tokenizer(backbone)
+        frame_of(load_tokenizer(backbone), backbone)
     for spec in distinct(specs, "task", "backbone", "adapter"):
         count_parameters(spec)
     sources = "task", "backbone", "adapter", "fingerprints", "seed"
@@ -250,8 +251,8 @@ def check_positions(spec: TrialSpec, splits: Splits) -> None:
     limit = max_positions(build_empty(spec.pinned_backbone))
     if limit is None:
         return
-    budget, given = spec.budget, 1 + _prompt_positions(spec)
-    tokenizer: Any = None
+    tokenizer = load_tokenizer(spec.pinned_backbone)
+    budget, given = spec.budget, frame_of(tokenizer, spec.backbone).length + _prompt_positions(spec)
 
     def length(text: str, most: int, bound: bool) -> int:
         if bound:  # no tokenizer makes more tokens: tokenizing every text of a large data set would take minutes
@@ -267,7 +268,6 @@ def check_positions(spec: TrialSpec, splits: Splits) -> None:
     for example in (*splits.train, *splits.validation, *splits.test):
         if positions(example, bound=True) <= limit:
             continue
-        tokenizer = tokenizer or load_tokenizer(spec.pinned_backbone)
         if (found := positions(example, bound=False)) > limit:
             raise UserError(
                 f"task {spec.task.name}: example {example.id} takes {found} positions, but "

@@ -157,7 +157,7 @@ def test_a_row_has_the_inputs_in_the_order_of_the_example(examples: list[Example
     batch = batches.make([examples[0], examples[2]], [" two cups", " one"])
     question, answer = (tokenizer(text)["input_ids"] for text in ("what is left of it?", " two cups"))
     length = 1 + 18 + len(question) + len(answer) + 1
-    ids = [batches.language_model.bos_id, *[0] * 18, *question, *answer, batches.language_model.eos_id]
+    ids = [batches.language_model.tokenizer.bos_token_id, *[0] * 18, *question, *answer, batches.language_model.eos_id]
     assert batch.token_ids_BT[0, :length].tolist() == ids
     contexts = [2, *[0] * 18, *[1] * len(question), *[2] * (len(answer) + 1)]
     assert batch.context_ids_BT[0, :length].tolist() == contexts
