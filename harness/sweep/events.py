@@ -16,6 +16,8 @@ from harness.core.record import Status, TrialRecord, read_record, record_path, w
 from harness.experiment.plan import TrialSpec
 from harness.sweep.grace import STOPPED, Grace
 from harness.sweep.hangs import Hangs
+from harness.sweep.live import PAUSED
+from harness.sweep.members import members_of
 from harness.sweep.nodes import node_name
 from harness.sweep.oom import oom_kills
 from harness.sweep.placement import Amounts, room_for
@@ -37,8 +39,8 @@ class Display(Protocol):
     def abandoned(self, line: str) -> None:
         """The process ends now, for this reason; nothing else can be shown."""
 
-    def started(self, trial_id: str) -> None:
-        """A trial was started in a worker process."""
+    def started(self, trial_id: str, place: str) -> None:
+        """A trial was started in a worker process; trials of one pack have the same place."""
 
     def progressed(self, trial_id: str, progress: dict[str, Any]) -> None:
         """A trial reported progress: the fields of ``harness.trial.trial.Progress``."""
@@ -79,6 +81,7 @@ class Events(tune.Callback):  # type: ignore[misc]
         self.short_since: float | None = None  # since the nodes cannot run a trial
         self.told = False  # of waiting for other jobs
         self.ended = 0  # trials with a record
+        self.over: set[str] = set()  # their ids
         self.asked = time.monotonic()
         self.alive: set[str] = set()  # ids of the nodes that were alive when Ray was asked
         self.hangs = hangs or Hangs(None)
@@ -152,37 +155,56 @@ class Events(tune.Callback):  # type: ignore[misc]
         return each if self.workers == 1 else f"{self.workers} × {each}"
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """A trial got a worker."""
+        """A trial, or a pack of them, got a worker."""
         self.hangs.progressed(_id(trial))
         self.killed_before[_id(trial)] = oom_kills()
-        self.display.started(_id(trial))
+        for trial_id in self._left(trial):
+            self.display.started(trial_id, _id(trial))
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        """A trial reported progress."""
+        """A trial reported progress, or a pack that of its trials."""
         self.hangs.progressed(_id(trial), str(result.get("phase", "")))
-        self.display.progressed(_id(trial), result)
+        shared = result.get("waiting", members_of(trial)) if result.get("phase") in {PAUSED, STOPPED} else [_id(trial)]
+        for trial_id, progress in result.get("members", dict.fromkeys(shared, result)).items():
+            if trial_id not in self.over:
+                self.display.progressed(trial_id, progress)
+        for trial_id in result.get("ended", ()):
+            self._end(record_path(self.run, trial_id))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """A trial ended; its worker wrote the record, unless the trial was asked to stop."""
+        """A trial or a pack ended; its worker wrote the records, unless it was asked to stop."""
         if (trial.last_result or {}).get("phase") == STOPPED:
             return
         self._fetch(trial)
-        self._end(record_path(self.run, _id(trial)))
+        for trial_id in self._left(trial):
+            self._end(record_path(self.run, trial_id))
+        self._left_place(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """A trial's worker died for the last time: write the record if the worker did not."""
+        """A worker died for the last time: write the records that it did not."""
         self._fetch(trial)
-        path = record_path(self.run, _id(trial))
-        if not path.exists():
-            record = _died(trial, self.experiment, path.with_name(LOG), self._cause(_id(trial)))
-            try:
-                write_record(self.run, record)
-            except DiskFullError as error:  # it counts as not finished, and the next run runs it
-                self.ended += 1
-                self.display.noted(str(error))
-                self.display.ended(record)
-                return
-        self._end(path)
+        for trial_id in self._left(trial):
+            path = record_path(self.run, trial_id)
+            if not path.exists():
+                record = _died(trial, trial_id, self.experiment, path.with_name(LOG), self._cause(_id(trial)))
+                try:
+                    write_record(self.run, record)
+                except DiskFullError as error:  # it counts as not finished, and the next run runs it
+                    self.ended += 1
+                    self.over.add(trial_id)
+                    self.display.noted(str(error))
+                    self.display.ended(record)
+                    continue
+            self._end(path)
+        self._left_place(trial)
+
+    def _left(self, trial: Any) -> list[str]:
+        """The ids of the trials of a pack, or of the trial, that have not ended."""
+        return [trial_id for trial_id in members_of(trial) if trial_id not in self.over]
+
+    def _left_place(self, trial: Any) -> None:
+        self.hangs.ended(_id(trial))
+        self.killed_before.pop(_id(trial), None)
 
     def _cause(self, trial_id: str) -> tuple[Status, str] | None:
         """Why a worker died, if it is known better than Ray knows it."""
@@ -200,21 +222,24 @@ class Events(tune.Callback):  # type: ignore[misc]
 
     def _end(self, path: Path) -> None:
         self.ended += 1
-        self.hangs.ended(path.parent.name)
-        self.killed_before.pop(path.parent.name, None)
+        self.over.add(path.parent.name)
         self.display.ended(read_record(path))
 
 
 def _id(trial: Any) -> str:
+    """The id of a trial; of a pack that of its first one."""
     return str(trial.config["trial"]["trial_id"])
 
 
-def _died(trial: Any, experiment: str, log: Path, cause: tuple[Status, str] | None) -> TrialRecord:
+def _died(trial: Any, trial_id: str, experiment: str, log: Path, cause: tuple[Status, str] | None) -> TrialRecord:
     """The record of a trial whose process was killed or crashed before it could write one."""
-    spec = TrialSpec.model_validate_json(trial.config["trial"]["spec"])
+    members = trial.config["trial"]["members"]
+    spec = TrialSpec.model_validate_json(next(own["spec"] for own in members if own["trial_id"] == trial_id))
     began = trial.run_metadata.start_time or time.time()
     lines = [line for line in getattr(trial, "failure", "").splitlines() if line.strip()]
     status, reason = cause or ("failed", f"the worker process died: {_told(lines)}")
+    if len(members) > 1:
+        reason += f"; it ran {len(members)} trials"
     return TrialRecord(
         trial_id=spec.trial_id,
         experiment=experiment,

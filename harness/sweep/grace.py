@@ -19,6 +19,7 @@ from typing import Any
 
 from harness.core.files import write_atomically
 from harness.core.storage import Folder, StorageError
+from harness.sweep.members import members_of
 from harness.sweep.stopping import interrupts_kept, is_requested
 
 REQUEST = "stopping"  # the file
@@ -191,8 +192,8 @@ class Grace:
         if self._awaited is None:
             self._awaited = [trial for trial in trials if trial.status == "RUNNING"]
             self._request.make()
-            if self._awaited:
-                count = f"{len(self._awaited)} running trial{'s' * (len(self._awaited) > 1)}"
+            if running := sum(len(members_of(trial)) for trial in self._awaited):
+                count = f"{running} running trial{'s' * (running > 1)}"
                 self._note(f"{count} may save where they are, for {self.grace_s:g} s; Ctrl-C ends them at once")
         running = any(trial.status == "RUNNING" for trial in self._awaited)
         if not running or time.monotonic() - self._since >= self.grace_s:

@@ -93,7 +93,7 @@ class LiveTable:
         self._live.stop()
         self._print(line)
 
-    def started(self, trial_id: str) -> None:
+    def started(self, trial_id: str, place: str) -> None:
         """Mark the trial as started."""
         row = self._rows[trial_id]
         row.started, row.phase = time.monotonic(), "starting"

@@ -12,7 +12,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ from harness.experiment.sections import Resources
 from harness.sweep.grace import PreemptedError, StopRequest, save_at_sigterm
 from harness.sweep.placement import Amounts
 from harness.sweep.ray_library import ray, tune
-from harness.sweep.rungs import run_to_end
+from harness.sweep.rungs import Rungs, run_to_end
 from harness.trial.log import LOG, log_to
 from harness.trial.outcome import Outcome, conclude
 
@@ -90,8 +90,9 @@ def run_ranks(
     """
     trial = config["trial"]
 
-    def attempt(rungs: Collection[int]) -> bool:
-        job = Job(trial["spec"], trial["planned"], experiment, run, resources, grid, tuple(rungs))
+    def attempt(rungs: Rungs) -> bool:
+        own = tuple(rungs[trial["trial_id"]])
+        job = Job(trial["spec"], trial["planned"], experiment, run, resources, grid, own)
         return _attempt(job, Resources.model_validate_json(resources), variables)
 
     run_to_end(trial, Path(run), attempt)

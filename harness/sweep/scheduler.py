@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from harness.sweep.grace import PreemptedError
 from harness.sweep.halving import HalvedRows
+from harness.sweep.members import members_of
 from harness.sweep.ray_library import tune
 
 
@@ -71,6 +73,13 @@ def _forget_ended(controller: Any) -> None:
             known.discard(trial)
 
 
+@dataclass(frozen=True)
+class _Pause:
+    rung: int
+    waiting: Sequence[str]  # ids of the trials that wait there: one, or those of a pack
+    others: int  # of the pack that have not ended, and do not wait there
+
+
 class HalveRows(KeepStartingWorkers):
     """Pauses trials at the rungs of halving, and lets them go on or prunes them when their row is complete.
 
@@ -85,26 +94,40 @@ class HalveRows(KeepStartingWorkers):
     def __init__(self, rows: HalvedRows, ending: Callable[[], bool] = lambda: False) -> None:
         super().__init__(ending)
         self._rows = rows
-        self._paused: dict[Any, int] = {}  # trial → the rung at which it waits
+        self._paused: dict[Any, _Pause] = {}
         self._failed: list[Any] = []
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Decide about a trial that has reached a rung."""
-        rung, trial_id = result.get("rung"), trial.config["trial"]["trial_id"]
+        for trial_id in result.get("ended", ()):
+            self._rows.update(trial_id)
+        rung = result.get("rung")
         if rung is None:
             return str(self.CONTINUE)
-        self._rows.update(trial_id)
-        goes_on = self._rows.goes_on(trial_id, rung)
+        for trial_id in result["waiting"]:
+            self._rows.update(trial_id)
+        self._paused[trial] = _Pause(rung, result["waiting"], result["others"])
+        goes_on = self._decided(trial)
         if goes_on is None:
-            self._paused[trial] = rung
             return str(self.PAUSE)
-        if not goes_on:
-            self._rows.prune(trial_id)
         return str(self.CONTINUE if goes_on else self.STOP)
+
+    def _decided(self, trial: Any) -> bool | None:
+        """Whether a trial goes on, or one of a pack that waits; the others are pruned. None: a row is not decided."""
+        pause = self._paused[trial]
+        found = {trial_id: self._rows.goes_on(trial_id, pause.rung) for trial_id in pause.waiting}
+        if None in found.values():
+            return None
+        del self._paused[trial]
+        for trial_id, goes_on in found.items():
+            if not goes_on:
+                self._rows.prune(trial_id)
+        return any(found.values()) or pause.others > 0
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """A trial has ended, and its record is written."""
-        self._rows.update(trial.config["trial"]["trial_id"])
+        for trial_id in members_of(trial):
+            self._rows.update(trial_id)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """A worker died; whether its trial is tried again, and the record if it is not, come after this call."""
@@ -114,23 +137,20 @@ class HalveRows(KeepStartingWorkers):
         """End the waiting of trials whose row has been decided, then choose."""
         for trial in self._failed:
             if trial.status == "ERROR":
-                self._rows.update(trial.config["trial"]["trial_id"])
+                for trial_id in members_of(trial):
+                    self._rows.update(trial_id)
         self._failed.clear()
-        for trial, rung in list(self._paused.items()):
+        for trial in list(self._paused):
             if trial.status == "PAUSED":
-                self._end_waiting(tune_controller, trial, rung)
+                self._end_waiting(tune_controller, trial)
         return super().choose_trial_to_run(tune_controller)
 
-    def _end_waiting(self, tune_controller: Any, trial: Any, rung: int) -> None:
+    def _end_waiting(self, tune_controller: Any, trial: Any) -> None:
         controller = getattr(tune_controller.get_trials, "__self__", tune_controller)
         # Tune adds as many trials as may run at once; one that waits would count as if it ran.
         controller._search_alg.on_trial_complete(trial.trial_id)
-        goes_on = self._rows.goes_on(trial.config["trial"]["trial_id"], rung)
-        if goes_on is None:
-            return
-        del self._paused[trial]
+        goes_on = self._decided(trial)
         if goes_on:
             controller._set_trial_status(trial, "PENDING")
-        else:
-            self._rows.prune(trial.config["trial"]["trial_id"])
+        elif goes_on is not None:
             controller.stop_trial(trial)

@@ -75,7 +75,8 @@ class Metered:
         self._display, self._run, self._limit_s, self._resources = display, run, limit_h * HOUR_S, resources
         self._devices_of = devices_of or _devices_here
         self._devices, self._before_s, self._ended_s = 1.0, 0.0, 0.0
-        self._running: dict[str, float] = {}  # trial id → when it got its place
+        self._running: dict[str, float] = {}  # place → when its trial got it, or the first of a pack
+        self._places: dict[str, str] = {}  # trial id → its place
         self._lock = threading.Lock()
         self._known = False  # what was spent before, which the cluster's devices decide
 
@@ -129,21 +130,23 @@ class Metered:
         """Passed on."""
         self._display.abandoned(line)
 
-    def started(self, trial_id: str) -> None:
+    def started(self, trial_id: str, place: str) -> None:
         """A trial got its place; if it had one that died, its time goes on."""
         with self._lock:
-            self._running.setdefault(trial_id, time.monotonic())
-        self._display.started(trial_id)
+            self._places[trial_id] = place
+            self._running.setdefault(place, time.monotonic())
+        self._display.started(trial_id, place)
 
     def progressed(self, trial_id: str, progress: dict[str, Any]) -> None:
         """Passed on."""
         self._display.progressed(trial_id, progress)
 
     def ended(self, record: TrialRecord) -> None:
-        """A trial left its place."""
+        """A trial left its place, which is free when all that shared it have."""
         with self._lock:
-            began = self._running.pop(record.trial_id, None)
-            self._ended_s += 0.0 if began is None else time.monotonic() - began
+            place = self._places.pop(record.trial_id, "")
+            if place not in self._places.values() and (began := self._running.pop(place, None)) is not None:
+                self._ended_s += time.monotonic() - began
         self._display.ended(record)
 
 

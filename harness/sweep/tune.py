@@ -6,26 +6,30 @@ Whether a trial has finished depends on its record, never on Ray's state: the sa
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clusters.profiles import LOCAL, Profile
 from harness.core.lease import Lease
-from harness.core.record import PlannedTrial, TrialRecord
+from harness.core.record import PlannedTrial, TrialRecord, record_path
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.model.kept import OF_WORKER
+from harness.sweep.choice import attempts
 from harness.sweep.cluster import connect, environment
 from harness.sweep.events import Display, Events
 from harness.sweep.grace import Grace, PreemptedError, Request, StopRequest, save_at_sigterm
 from harness.sweep.halving import HalvedRows
 from harness.sweep.hangs import Hangs, stack_if_stuck
+from harness.sweep.members import Planned, as_one
+from harness.sweep.pack_run import attempt_pack
+from harness.sweep.packs import makes_packs, packs_of
 from harness.sweep.placement import Amounts, at_once, per_worker
 from harness.sweep.ranks import nodes_alive, request, run_ranks
 from harness.sweep.ray_library import tune, wrap_function
-from harness.sweep.rungs import run_to_end
+from harness.sweep.rungs import Rungs, run_to_end
 from harness.sweep.scheduler import HalveRows
 from harness.sweep.stored import Stored, TrialPlace
 from harness.tracking.grid import Grid
@@ -83,30 +87,36 @@ def sweep(wanted: Sweep, display: Display) -> None:
     with connect(wanted.profile, specs, url or wanted.run.resolve(), wanted.files, display):
         nodes = nodes_alive()
         asked = per_worker(wanted.resources, nodes)
-        display.opened(wanted.run, at_once(wanted.resources, asked, nodes, len(wanted.trials)))
+        packs = _packs(wanted, asked, nodes)
+        display.opened(wanted.run, at_once(wanted.resources, asked, nodes, len(packs)))
+        if several := [pack for pack in packs if len(pack) > 1]:
+            count = f"{len(several)} process{'es' * (len(several) > 1)}"
+            display.noted(f"{sum(map(len, several))} trials train in {count} (resources.pack)")
         workers, stored, lease = wanted.resources.workers, wanted.stored, wanted.lease
         to_stop = Request(wanted.run, stored.copy.there if stored else None)
         grace = Grace(wanted.resources.grace_s, to_stop, display.noted)
         hangs = Hangs(wanted.resources.trial_timeout_s)
         events = Events(wanted.run, wanted.experiment, display, asked, workers, stored, lease, grace, hangs)
         with grace.listening():
-            _tuner(wanted, asked, events, grace).fit()
+            _tuner(wanted, packs, asked, events, grace).fit()
         if events.ended < len(wanted.trials):  # ended by `grace`, or trials have stopped at a request
             raise KeyboardInterrupt
 
 
-def _tuner(wanted: Sweep, asked: Amounts, events: Events, grace: Grace) -> Any:
+def _packs(wanted: Sweep, asked: Amounts, nodes: Sequence[Amounts]) -> list[list[Planned]]:
+    """The trials by the process that they share; a trial that failed before has one of its own."""
+    resources, gpus = wanted.resources, asked["GPU"]
+    if not makes_packs(resources, gpus) or wanted.stored is not None or wanted.work is not run_trial:
+        return [[trial] for trial in wanted.trials]
+    failed = [planned.trial_id for _, planned in wanted.trials if attempts(wanted.run, planned.trial_id)]
+    slots = at_once(resources, asked, nodes, len(wanted.trials))
     halved = wanted.halved or HalvedRows(wanted.run, ())
-    packed = [
-        {
-            "trial_id": planned.trial_id,
-            "spec": spec.model_dump_json(),
-            "planned": planned.model_dump_json(),
-            "epochs": spec.budget.epochs,
-            "rungs": halved.rungs(planned.trial_id),
-        }
-        for spec, planned in wanted.trials
-    ]
+    return packs_of(wanted.trials, resources, gpus, slots, halved.rungs, failed)
+
+
+def _tuner(wanted: Sweep, packs: Sequence[Sequence[Planned]], asked: Amounts, events: Events, grace: Grace) -> Any:
+    halved = wanted.halved or HalvedRows(wanted.run, ())
+    packed = [as_one(pack, halved.rungs) for pack in packs]
     shared = {
         "experiment": wanted.experiment,
         "run": str(wanted.run.resolve()),
@@ -161,12 +171,15 @@ def _run_one(
 ) -> None:
     """Run one trial in a Ray worker."""
     os.environ.update(variables)
+    if len(config["trial"]["members"]) > 1:
+        _run_pack(config["trial"], experiment, Path(run), Resources.model_validate_json(resources), grid)
+        return
     spec = TrialSpec.model_validate_json(config["trial"]["spec"])
     planned = PlannedTrial.model_validate_json(config["trial"]["planned"])
     place, asked = TrialPlace(Path(run), url, planned.trial_id), Resources.model_validate_json(resources)
     stop = StopRequest(place.run, url)
 
-    def attempt(rungs: Collection[int]) -> bool:
+    def attempt(rungs: Rungs) -> bool:
         stopped = False
         if not place.begin():
             tracker, log = MlflowTracker(grid, spec, planned, place.folder), place.folder / LOG
@@ -177,7 +190,8 @@ def _run_one(
                     place.progressed()
                     tune.report(vars(progress))
 
-                record = work(spec, experiment, place.run, asked, tracker, report, rungs, stop, OF_WORKER)
+                own = rungs[planned.trial_id]
+                record = work(spec, experiment, place.run, asked, tracker, report, own, stop, OF_WORKER)
             stopped = record.status == "cancelled"
         place.end()
         if stopped and stop.preempted:
@@ -185,3 +199,18 @@ def _run_one(
         return stopped
 
     run_to_end(config["trial"], place.run, attempt)
+
+
+def _run_pack(pack: Mapping[str, Any], experiment: str, run: Path, resources: Resources, grid: Grid) -> None:
+    """Run a pack of trials in a Ray worker."""
+    stop = StopRequest(run)
+
+    def attempt(rungs: Rungs) -> bool:
+        members = [member for member in pack["members"] if member["trial_id"] in rungs]
+        members = [member for member in members if not record_path(run, member["trial_id"]).exists()]
+        stopped = bool(members) and attempt_pack(members, rungs, experiment, run, resources, grid, stop)
+        if stopped and stop.preempted:
+            raise PreemptedError("the worker process got SIGTERM")
+        return stopped
+
+    run_to_end(pack, run, attempt)

@@ -126,11 +126,15 @@ class Wanted:
         spec: of the trial.
         tracker: receives its metrics and its record.
         report: called with its progress.
+        rungs: epochs after which it pauses.
+        ended: called when its record is written.
     """
 
     spec: TrialSpec
     tracker: Tracker
     report: Report
+    rungs: Collection[int] = ()
+    ended: Callable[[], None] = lambda: None
 
 
 def run_pack(
@@ -138,7 +142,6 @@ def run_pack(
     experiment: str,
     run: Path,
     resources: Resources,
-    rungs: Collection[int] = (),
     stop: Stop = never,
     kept: Kept | None = None,
 ) -> list[TrialRecord]:
@@ -149,7 +152,6 @@ def run_pack(
         experiment: name of the experiment, for the records.
         run: the run folder.
         resources: of the pack; ``pack`` says whether steps together must be faster.
-        rungs: epochs after which they pause.
         stop: whether they are asked to stop.
         kept: what earlier trials of this process have left for them, and they for later ones.
     """
@@ -165,12 +167,19 @@ def run_pack(
     for one in wanted:
         folder = run / "trials" / one.spec.trial_id
         trial = Trial(
-            one.spec, folder, resources, one.tracker, one.report, rungs=rungs, stop=stop, kept=kept, common=common
+            one.spec, folder, resources, one.tracker, one.report, rungs=one.rungs, stop=stop, kept=kept, common=common
         )
         trial.measured["pack"] = Packed(members=len(wanted))
-        members.append(Member(trial, steps_to_record(trial, experiment)))
+        members.append(Member(trial, _course(trial, experiment, one.ended)))
     run_together(members, Together(common, measured=resources.pack == "auto"))
     return [member.result for member in members if member.result is not None]
+
+
+def _course(trial: Trial, experiment: str, ended: Callable[[], None]) -> Steps[TrialRecord]:
+    record = yield from steps_to_record(trial, experiment)
+    if record.status not in {"paused", "cancelled"}:
+        ended()
+    return record
 
 
 class Together:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from harness.core.errors import SweepEndedError
+from harness.core.record import read_record, record_path, write_record
 from harness.sweep import events as module
 from harness.sweep.hangs import Hangs
 from tests.support.runs import fake_plan
+from tests.support.trials import spec_of
 
 
 @pytest.fixture
@@ -30,6 +32,7 @@ def running_trial(trial_id: str = "a") -> Any:
     actor = SimpleNamespace(ray_actor=f"actor of {trial_id}")
     planned = fake_plan().trials[0].model_copy(update={"trial_id": trial_id})
     packed = {"trial_id": trial_id, "planned": planned.model_dump_json()}
+    packed["members"] = [dict(packed)]
     return SimpleNamespace(status="RUNNING", config={"trial": packed}, temporary_state=actor, max_failures=3)
 
 
@@ -39,7 +42,7 @@ def test_a_trial_without_progress_is_killed_and_not_started_again(
     killed: list[str] = []
     monkeypatch.setattr(module.ray, "kill", killed.append)
     hangs = Hangs(30.0)
-    quiet: Any = SimpleNamespace(started=lambda _: None, progressed=lambda *_: None)
+    quiet: Any = SimpleNamespace(started=lambda *_: None, progressed=lambda *_: None)
     events = module.Events(tmp_path, "x", quiet, {"CPU": 1.0}, hangs=hangs)
     stuck, well = running_trial("stuck"), running_trial("well")
     for trial in (stuck, well):
@@ -55,6 +58,41 @@ def test_a_trial_without_progress_is_killed_and_not_started_again(
     assert events._cause("well") is None
 
 
+def test_the_trials_of_a_pack_are_told_of_one_by_one(tmp_path: Path) -> None:
+    """One has ended before the worker died for the last time; the others get records that say so."""
+    seen: list[str] = []
+    display: Any = SimpleNamespace(
+        started=lambda trial_id, place: seen.append(f"{trial_id} started at {place}"),
+        progressed=lambda trial_id, progress: seen.append(f"{trial_id} {progress['phase']}"),
+        ended=lambda record: seen.append(f"{record.trial_id} {record.status}"),
+    )
+    events = module.Events(tmp_path, "x", display, {"CPU": 1.0})
+    specs = [spec_of(tmp_path, {"method": "lora", "rank": rank, "learning_rate": 1e-3}) for rank in (1, 2, 3)]
+    first, second, third = (spec.trial_id for spec in specs)
+    members = [{"trial_id": spec.trial_id, "spec": spec.model_dump_json()} for spec in specs]
+    pack = SimpleNamespace(
+        config={"trial": {**members[0], "members": members}},
+        run_metadata=SimpleNamespace(start_time=None),
+        failure="The actor died unexpectedly",
+    )
+    events.on_trial_start(0, [], pack)
+    assert seen == [f"{trial_id} started at {first}" for trial_id in (first, second, third)]
+    seen.clear()
+    events.on_trial_result(0, [], pack, {"phase": "train", "members": {second: {"phase": "train"}}})
+    record = module._died(pack, second, "x", tmp_path / "log.txt", None)
+    write_record(tmp_path, record.model_copy(update={"status": "finished"}))
+    events.on_trial_result(0, [], pack, {"phase": "train", "members": {}, "ended": [second]})
+    events.on_trial_result(0, [], pack, {"phase": "paused", "waiting": [first]})
+    events.on_trial_result(0, [], pack, {"phase": "stopped"})
+    told = [f"{second} train", f"{second} finished", f"{first} paused", f"{first} stopped", f"{third} stopped"]
+    assert (seen, events.ended) == (told, 1)
+    seen.clear()
+    events.on_trial_error(0, [], pack)
+    assert (seen, events.ended) == ([f"{first} failed", f"{third} failed"], 3)
+    reason = read_record(record_path(tmp_path, third)).reason or ""
+    assert reason.startswith("the worker process died: The actor died unexpectedly; it ran 3 trials (log: ")
+
+
 @pytest.mark.parametrize(
     ("before", "after", "nodes", "told"),
     [
@@ -68,7 +106,7 @@ def test_a_trial_without_progress_is_killed_and_not_started_again(
 def test_a_worker_that_died_while_the_kernel_killed_for_memory_was_out_of_memory(
     before: int | None, after: int | None, nodes: set[str], told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quiet: Any = SimpleNamespace(started=lambda _: None)
+    quiet: Any = SimpleNamespace(started=lambda *_: None)
     events = module.Events(tmp_path, "x", quiet, {"CPU": 1.0})
     events.alive = nodes
     monkeypatch.setattr(module, "oom_kills", lambda: before)

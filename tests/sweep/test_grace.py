@@ -110,7 +110,8 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Driver]:
 
 
 def trials(*states: str) -> list[Any]:
-    return [SimpleNamespace(status=state) for state in states]
+    config = {"trial": {"members": [{"trial_id": "a"}]}}
+    return [SimpleNamespace(status=state, config=config) for state in states]
 
 
 def test_a_sweep_ends_when_the_trials_that_ran_have_stopped(driver: Driver) -> None:

@@ -30,7 +30,7 @@ def table(count: int, already: int = 0, terminal: bool = True) -> LiveTable:
 
 
 def running(live: LiveTable, number: int, fraction: float, **progress: Any) -> None:
-    live.started(f"t{number}")
+    live.started(f"t{number}", f"t{number}")
     live.progressed(f"t{number}", {"phase": "train", "fraction": fraction, **progress})
 
 
@@ -114,7 +114,7 @@ def test_without_a_terminal_there_is_a_line_per_ended_trial() -> None:
         live.opened(Path("runs/x"), 1)
         running(live, 0, 1.0)
         live.ended(record(planned(0), metrics={"test": {"perplexity": 4.25}}, wall_time_s=65.0))
-        live.started("t1")
+        live.started("t1", "t1")
         live.ended(record(planned(1), status="failed", reason="ValueError: no", metrics={}))
     assert output(live.console).splitlines() == [
         "2 trials to run, 3 finished before; 1 at a time; run folder: runs/x",
@@ -159,7 +159,7 @@ def test_the_learning_rate_is_named_where_trials_differ_only_in_it() -> None:
 @pytest.mark.parametrize("terminal", [False, True])
 def test_square_brackets_in_a_reason_are_shown_as_they_are(terminal: bool) -> None:
     live = table(1, terminal=terminal)
-    live.started("t0")
+    live.started("t0", "t0")
     reason = "KeyError: [image] and [/tmp/x]"
     live.ended(record(planned(0), status="failed", reason=reason, metrics={}))
     assert reason in (shown(live, width=140) if terminal else output(live.console))

@@ -88,9 +88,9 @@ def test_a_trial_that_lost_a_worker_too_often_names_it(tmp_path: Path) -> None:
     spec = spec_of(tmp_path)
     error = "ray::ImplicitFunc.train() (pid=7)\n  raise\nharness.sweep.ranks.RankDiedError: rank 1 of 2 died: killed\n"
     trial = SimpleNamespace(
-        config={"trial": {"spec": spec.model_dump_json()}},
+        config={"trial": {"members": [{"trial_id": spec.trial_id, "spec": spec.model_dump_json()}]}},
         run_metadata=SimpleNamespace(start_time=None),
         failure=error,
     )
-    record = events._died(trial, "unit", tmp_path / "log.txt", None)
+    record = events._died(trial, spec.trial_id, "unit", tmp_path / "log.txt", None)
     assert (record.reason or "").startswith("the worker process died: rank 1 of 2 died: killed (log: ")

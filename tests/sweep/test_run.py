@@ -224,5 +224,5 @@ def test_a_notebook_has_a_live_table_where_it_can_draw_one(monkeypatch: pytest.M
     monkeypatch.setattr(live.Live, "start", lambda self: started.append("start"))
     monkeypatch.setattr(live.Live, "stop", lambda self: started.append("stop"))
     with LiveTable(Console(force_jupyter=True), [trial(0)], 0) as table:
-        table.started("0")
+        table.started("0", "0")
     assert started == (["start", "stop"] if widgets else [])

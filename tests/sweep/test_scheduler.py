@@ -116,22 +116,27 @@ def halved(*trials: Any) -> tuple[Rows, HalveRows, Any]:
     """The scheduler with a controller that does what it is told at once."""
     rows, known = Rows(), controller(*trials)
     for trial in trials:
-        trial.config = {"trial": {"trial_id": trial.trial_id}}
+        members = [{"trial_id": trial_id} for trial_id in trial.trial_id.split("+")]
+        trial.config = {"trial": {**members[0], "members": members}}
     known._search_alg = SimpleNamespace(on_trial_complete=lambda _: None)
     known._set_trial_status = lambda trial, status: setattr(trial, "status", status)
     known.stop_trial = lambda trial: setattr(trial, "status", "TERMINATED")
     return rows, HalveRows(rows), known  # type: ignore[arg-type]
 
 
+def at_rung(trial: Any, *waiting: str, others: int = 0) -> dict[str, Any]:
+    return {"rung": 1, "waiting": list(waiting) or [trial.trial_id], "others": others}
+
+
 def test_a_trial_at_a_rung_pauses_until_its_row_is_decided() -> None:
     first, second, third = waiting("a", "b", "c")
     rows, scheduler, known = halved(first, second, third)
     assert scheduler.on_trial_result(known, first, {"phase": "train"}) == "CONTINUE"
-    assert scheduler.on_trial_result(known, first, {"rung": 1}) == "PAUSE"
+    assert scheduler.on_trial_result(known, first, at_rung(first)) == "PAUSE"
     first.status = "RUNNING"  # Tune still saves it
     rows.decisions = {"a": True, "b": False, "c": True}
-    assert scheduler.on_trial_result(known, second, {"rung": 1}) == "STOP"
-    assert scheduler.on_trial_result(known, third, {"rung": 1}) == "CONTINUE", "the last one need not pause"
+    assert scheduler.on_trial_result(known, second, at_rung(second)) == "STOP"
+    assert scheduler.on_trial_result(known, third, at_rung(third)) == "CONTINUE", "the last one need not pause"
     assert rows.calls == ["update a", "update b", "prune b", "update c"]
     second.status, third.status = "TERMINATED", "RUNNING"
     assert scheduler.choose_trial_to_run(known) is None, "not before it has paused"
@@ -145,13 +150,30 @@ def test_a_paused_trial_that_is_pruned_ends_and_frees_its_place_among_those_that
     rows, scheduler, known = halved(first, second)
     freed: list[str] = []
     known._search_alg = SimpleNamespace(on_trial_complete=freed.append)
-    scheduler.on_trial_result(known, first, {"rung": 1})
+    scheduler.on_trial_result(known, first, at_rung(first))
     first.status = "PAUSED"
     assert scheduler.choose_trial_to_run(known) is second
     assert (first.status, freed) == ("PAUSED", ["a"])
     rows.decisions = {"a": False}
     assert scheduler.choose_trial_to_run(known) is second
     assert (first.status, rows.calls[-1]) == ("TERMINATED", "prune a")
+
+
+def test_a_pack_at_a_rung_goes_on_with_those_that_are_left() -> None:
+    pack, other = waiting("a+b+c", "d")
+    rows, scheduler, known = halved(pack, other)
+    assert scheduler.on_trial_result(known, pack, {"phase": "train", "ended": ["c"]}) == "CONTINUE"
+    assert rows.calls == ["update c"], "it failed, for which its row need not wait"
+    rows.decisions = {"a": True}
+    assert scheduler.on_trial_result(known, pack, at_rung(pack, "a", "b")) == "PAUSE", "the row of b is not decided"
+    assert "prune" not in str(rows.calls)
+    pack.status = "PAUSED"
+    rows.decisions = {"a": True, "b": False}
+    assert scheduler.choose_trial_to_run(known) is pack
+    assert (pack.status, rows.calls[-1]) == ("PENDING", "prune b")
+    rows.decisions = {"a": False, "b": False}
+    assert scheduler.on_trial_result(known, pack, at_rung(pack, "a")) == "STOP"
+    assert scheduler.on_trial_result(known, pack, at_rung(pack, "a", others=1)) == "CONTINUE", "one is at a later rung"
 
 
 def test_a_trial_that_failed_for_good_is_read_when_its_record_is_written() -> None:

@@ -43,7 +43,7 @@ class Shown:
     def abandoned(self, line: str) -> None:
         self.seen.append(line)
 
-    def started(self, trial_id: str) -> None:
+    def started(self, trial_id: str, place: str) -> None:
         self.seen.append(f"started {trial_id}")
 
     def progressed(self, trial_id: str, progress: dict[str, Any]) -> None:
@@ -113,8 +113,8 @@ def test_trials_are_counted_until_they_end_and_the_run_is_asked_to_end(
     metered = Metered(shown, run_folder, 0.4 / 3600, Resources(workers=2), lambda _: 2.0)
     with metered.watching():
         metered.opened(run_folder, 1)
-        metered.started(record.trial_id)
-        metered.started(record.trial_id)  # in another process, after the first one died: its time goes on
+        metered.started(record.trial_id, record.trial_id)
+        metered.started(record.trial_id, record.trial_id)  # in another process, as the first one died: its time goes on
         metered.progressed(record.trial_id, {})
         wait_for((run_folder / REQUEST).exists)
         metered.ended(record)
@@ -130,6 +130,24 @@ def test_trials_are_counted_until_they_end_and_the_run_is_asked_to_end(
         stopping.handle(15, None)
     assert stopping.reason == "budget"
     assert EXIT_CODES["budget"] == 4
+
+
+def test_the_trials_of_a_pack_share_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(spending.time, "monotonic", lambda: now[0])
+    known = record_of(trained(tmp_path / "other"))
+    (tmp_path / "run").mkdir()
+    metered = Metered(Shown(), tmp_path / "run", 1.0, Resources(), lambda _: 1.0)
+    metered.opened(tmp_path / "run", 1)
+    for trial_id in "abc":
+        metered.started(trial_id, "a")
+    spent = []
+    for trial_id in "acb":
+        now[0] += 10.0
+        metered.ended(known.model_copy(update={"trial_id": trial_id}))
+        spent.append(metered.spent_s)
+    now[0] += 10.0
+    assert [*spent, metered.spent_s] == [10.0, 20.0, 30.0, 30.0]
 
 
 def test_what_was_spent_before_stays_where_no_cluster_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ def test_a_sweep_that_tune_ended_early_was_interrupted(
     handler = signal.getsignal(signal.SIGINT)
 
     class Tuner:
-        def __init__(self, _wanted: Any, _request: Any, events: Any, _grace: Any) -> None:
+        def __init__(self, _wanted: Any, _packs: Any, _request: Any, events: Any, _grace: Any) -> None:
             self.events = events
 
         def fit(self) -> None:

@@ -48,8 +48,10 @@ def run_packed(
     stop: Callable[[], bool] = never,
     **resources: Any,
 ) -> list[TrialRecord]:
-    wanted = [Wanted(spec, Recorder(), lambda progress, spec=spec: report(spec, progress)) for spec in specs]  # type: ignore[misc]
-    return run_pack(wanted, "unit", folder, Resources(**{"pack": 8} | resources), rungs, stop)
+    def wanted(spec: TrialSpec) -> Wanted:
+        return Wanted(spec, Recorder(), lambda progress: report(spec, progress), rungs)
+
+    return run_pack([wanted(spec) for spec in specs], "unit", folder, Resources(**{"pack": 8} | resources), stop)
 
 
 @pytest.fixture(scope="module")
