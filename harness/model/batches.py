@@ -108,11 +108,16 @@ class BatchMaker:
         """Number of tokens of a target, with EOS."""
         return len(self._target(text))
 
+    def prompt_length(self, example: Example) -> int:
+        """Positions that the frame and the input texts of a row take; those of its files come on top."""
+        inputs = [value for _, value in example.inputs if isinstance(value, str)]
+        return self._frame.length + sum(
+            len(self._encode(value, self.budget.max_input_length, self.cut_inputs)) for value in inputs
+        )
+
     def text_positions(self, example: Example, text: str) -> int:
         """Positions that the texts of a row take, with its frame and the target; those of its files come on top."""
-        inputs = [value for _, value in example.inputs if isinstance(value, str)]
-        lengths = [len(self._encode(value, self.budget.max_input_length, self.cut_inputs)) for value in inputs]
-        return self._frame.length + sum(lengths) + self.target_length(text)
+        return self.prompt_length(example) + self.target_length(text)
 
     def decode(self, ids_BT: Tensor) -> list[str]:
         """Decode generated ids (B, T) to texts without special tokens."""

@@ -110,9 +110,14 @@ class ContextModel(nn.Module):
         Returns:
             Token ids (B, at most max_new_tokens), padded with EOS.
         """
+        from harness.model.decoding import decodes, greedy  # imports transformers' generation: a second
+
         embeds_BTD = self.embed(prompt)
         with self.router.one_pass():
             self._set_layout(prompt, embeds_BTD.shape[1])
+            if num_beams == 1 and not synced_gpus and decodes(self.language_model):
+                model, mask_BT = self.language_model, prompt.mask_BT
+                return greedy(model, self.router, embeds_BTD, mask_BT, target_context, max_new_tokens, eos_id)
             return self._generate(
                 embeds_BTD,
                 prompt,

@@ -139,7 +139,7 @@ class Evaluator:
             shown: for the inputs, one per example; None: each example's own inputs.
         """
         shown = examples if shown is None else shown
-        rows, most = self._rows(examples)
+        rows, most = self._rows(examples, shown)
         targets = [target for row in rows for target in row]
         starts = np.cumsum([0, *map(len, rows)])
         nll_P, tokens_P = np.zeros(len(targets)), np.zeros(len(targets), dtype=int)
@@ -160,7 +160,7 @@ class Evaluator:
             _check_finite(nll_P)
         return _summed(nll_P, tokens_P, targets, len(examples))
 
-    def _rows(self, examples: Sequence[Example]) -> tuple[list[list[_Target]], int]:
+    def _rows(self, examples: Sequence[Example], shown: Sequence[Example]) -> tuple[list[list[_Target]], int]:
         """The references that share a row, rows of similar lengths beside each other, and the most in one row."""
         most = min(_MOST_TARGETS, self.options.per_device_eval_batch_size)
         most = most if self.shared_prefix and not self.synced else 1
@@ -169,7 +169,8 @@ class Evaluator:
             for i, example in enumerate(examples)
             for start in range(0, len(example.references), most)
         ]
-        rows.sort(key=lambda row: sum(self.batches.target_length(target.text) for target in row))
+        prompts = [self.batches.prompt_length(example) for example in shown]
+        rows.sort(key=lambda row: prompts[row[0].example] + sum(self.batches.target_length(t.text) for t in row))
         return rows, max(map(len, rows), default=1)
 
     def _score(self, rows: Sequence[Sequence[_Target]], shown: Sequence[Example]) -> tuple[Tensor, Tensor]:
@@ -227,6 +228,7 @@ class Evaluator:
         for example in examples:  # generated tokens of a batch belong to one context
             by_target.setdefault(self.batches.target_context(example), []).append(example)
         for target, group in by_target.items():
+            group.sort(key=self.batches.prompt_length)  # padding is computed too
             for own, rows in self._shares(len(group), options.per_device_eval_batch_size):
                 part = [group[row] for row in rows]
                 with during("generation", (example.id for example in part)):
