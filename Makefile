@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 
 
-.PHONY: venv quickstart quick test test-browser test-e2e test-faults test-slow test-slurm test-real-data coverage lint docs clean
+.PHONY: venv quickstart quick test test-browser test-e2e test-faults test-slow test-slurm test-real-data coverage lint docs bench clean
 
 venv: $(STAMP)
 
@@ -50,6 +50,9 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: venv  ## speed and memory beside other ways to run the same: docs/performance.md; half an hour on 2 quiet cores
+	$(BIN)/python -m benchmarks.speed all
 
 docs: $(DOCS_STAMP)  ## the documentation site in build/docs; any warning fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
