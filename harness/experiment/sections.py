@@ -26,7 +26,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-_LATER = frozenset({"start_token", "prompt", "chat_template"})  # keys that came later
+_LATER = frozenset({"start_token", "prompt", "chat_template", "dtype"})  # keys that came later
 
 
 class Backbone(Section):
@@ -43,6 +43,9 @@ class Backbone(Section):
     start_token: str | None = None  # begins every row; left out if unset: the tokenizer's bos_token, else its eos_token
     prompt: str | None = None  # text between the inputs and every target; left out if unset
     chat_template: bool = False  # the inputs and the prompt as a turn of the user; left out if false
+    # Of the frozen language model; adapters and projectors stay in fp32. auto: that of its checkpoint. Left out if
+    # unset: fp32.
+    dtype: Literal["fp32", "bf16", "auto"] | None = None
     trust_remote_code: bool = False
     # Path pattern → role, for architectures that adapters/placement/families.py does not know.
     roles: dict[str, Any] | None = None

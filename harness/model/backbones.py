@@ -18,6 +18,7 @@ from harness.experiment.sections import Backbone
 from harness.model.components import errors_at
 
 TINY_LLAMA = "builtin/tiny-llama"
+_DTYPES = {None: torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "auto": "auto"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ class LanguageModel:
 
 
 def load_language_model(backbone: Backbone) -> LanguageModel:
-    """Load weights in fp32, in evaluation mode, and the tokenizer.
+    """Load weights in the dtype that is asked for, in evaluation mode, and the tokenizer.
+
+    The weights are read where they lie, so that the process never holds them twice.
 
     Raises:
         UserError: the model could not be loaded.
@@ -55,7 +58,7 @@ def load_language_model(backbone: Backbone) -> LanguageModel:
     name = backbone.pinned_language_model
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            hub.resolve(name), dtype=torch.float32, **_options(backbone)
+            hub.resolve(name), dtype=_DTYPES[backbone.dtype], **_options(backbone)
         ).eval()
     except (OSError, ValueError) as error:
         raise UserError(hub.load_error(name, error)) from error
@@ -153,8 +156,10 @@ def build_empty(backbone: Backbone, device: str = "meta") -> Any:
     with torch.device(device):
         with errors_at("language_model"):
             config = copy.deepcopy(hub.load_config(name, trust))  # a model keeps it, and adapters may change it
+        wanted = _DTYPES[backbone.dtype]
+        dtype = (config.dtype or torch.float32) if wanted == "auto" else wanted
         try:
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
         except ValueError as error:
             raise UserError(f"backbone.language_model: {name!r} is not a causal language model") from error
 

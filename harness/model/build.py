@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from adapters.attach import Adapters
 from adapters.placement.router import Router
@@ -223,7 +224,7 @@ def build(
 
 
 def load_language_model(spec: TrialSpec, kept: Kept) -> LanguageModel:
-    """The language model of a trial: a copy of its own of the kept weights, which no trial touches.
+    """The language model of a trial: with parameters of its own, whose values are the kept ones where it is frozen.
 
     Code from the hub may make models that cannot be copied, and a quantised layer holds more than tensors: these are
     loaded for each trial.
@@ -234,12 +235,29 @@ def load_language_model(spec: TrialSpec, kept: Kept) -> LanguageModel:
     backbone, fingerprint = spec.pinned_backbone, spec.fingerprints.get("language_model")
     if fingerprint is None or backbone.trust_remote_code:
         return backbones.load_language_model(backbone)
-    key: Key = ("language model", backbone.pinned_language_model, fingerprint)
+    key: Key = ("language model", backbone.pinned_language_model, fingerprint, backbone.dtype)
     kept.forget("language model", but=key)
-    loaded = kept.of(key, lambda: backbones.load_language_model(backbone), _size_of, spare=True)
+    method = method_of(spec.adapter, spec.relative_to)
+
+    def trains(loaded: LanguageModel) -> bool:
+        return any(True for _ in method.trained(loaded.model))
+
+    loaded = kept.of(key, lambda: backbones.load_language_model(backbone), _size_of, spare=trains)
     if len(loaded.tokens) > _MOST_TEXTS:
         loaded.tokens.clear()
-    return LanguageModel(copy.deepcopy(loaded.model), loaded.tokenizer, loaded.tokens) if key in kept else loaded
+    if key not in kept:
+        return loaded
+    model = copy.deepcopy(loaded.model) if trains(loaded) else _with_own_parameters(loaded.model)
+    return LanguageModel(model, loaded.tokenizer, loaded.tokens)
+
+
+def _with_own_parameters(language_model: Any) -> Any:
+    """A copy whose parameters are new, so that moving or partitioning them leaves the original alone.
+
+    Their values are those of the original, in the same memory, as long as nobody moves them.
+    """
+    parameters = {id(p): nn.Parameter(p.data, requires_grad=False) for p in language_model.parameters()}
+    return copy.deepcopy(language_model, parameters | {id(x): x.detach() for x in language_model.buffers()})
 
 
 def _size_of(language_model: LanguageModel) -> int:
@@ -324,6 +342,12 @@ def assemble(spec: TrialSpec, language_model: Any, feature_widths: Mapping[str, 
     language_model.requires_grad_(False)
     for parameter in method.trained(language_model):
         parameter.requires_grad_(True)
+        if parameter.dtype in (torch.bfloat16, torch.float16) and not spec.optimizer.bf16:
+            raise UserError(
+                f"backbone.dtype: {spec.adapter.label} trains the language model itself, which in "
+                f"{str(parameter.dtype).removeprefix('torch.')} rounds most updates away; allowed: fp32, or "
+                "optimizer: {bf16: true}, which keeps a copy in fp32"
+            )
     router = Router(spec.adapter.grouping)
     # Projectors are drawn from the global generator, so they are the same for all methods with the same seed. Adapters
     # have their own generators.

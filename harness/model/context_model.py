@@ -52,8 +52,8 @@ class ContextModel(nn.Module):
         rows = embeds_BTD.flatten(0, 1)
         for context, projector in self.projectors.items():
             items = batch.items[context]
-            projected_PD = projector(items.features_MD.to(rows.dtype), items.lengths)
-            rows = rows.index_copy(0, items.positions_P, projected_PD)
+            features_MD = items.features_MD.to(next(projector.parameters()).dtype)
+            rows = rows.index_copy(0, items.positions_P, projector(features_MD, items.lengths).to(rows.dtype))
         return rows.view(shape)
 
     def _set_layout(self, batch: Batch, length: int) -> None:

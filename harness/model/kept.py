@@ -25,7 +25,6 @@ class _Entry:
     value: Any
     size_bytes: int
     device: str  # kind of the device whose memory it takes
-    spare: bool
     trial: int  # number of the latest trial that used it
 
 
@@ -55,7 +54,12 @@ class Kept:
         return self._shift_bytes.get(device.type, 0)
 
     def of(
-        self, key: Key, make: Callable[[], T], size: Callable[[T], int], device: str = "cpu", spare: bool = False
+        self,
+        key: Key,
+        make: Callable[[], T],
+        size: Callable[[T], int],
+        device: str = "cpu",
+        spare: Callable[[T], bool] = lambda _: False,
     ) -> T:
         """The value of a key: the kept one, or what ``make`` returns.
 
@@ -64,25 +68,25 @@ class Kept:
             make: makes it.
             size: its bytes; a value that is larger than the limit is not kept.
             device: kind of the device whose memory it takes.
-            spare: the trial uses a copy, so the value itself is for later ones alone.
+            spare: whether the trial uses a copy, so that the value itself is for later ones alone.
         """
         entry = self._entries.get(key)
         if entry is None:
             made = make()
-            self._keep(key, _Entry(made, size(made), device, spare, self._trial))
+            self._keep(key, _Entry(made, size(made), device, self._trial), spare(made))
             return made
         self._entries.move_to_end(key)
-        if entry.trial != self._trial and not entry.spare:
+        found: T = entry.value
+        if entry.trial != self._trial and not spare(found):
             self._shift(entry.device, -entry.size_bytes)
         entry.trial = self._trial
-        found: T = entry.value
         return found
 
-    def _keep(self, key: Key, entry: _Entry) -> None:
+    def _keep(self, key: Key, entry: _Entry, spare: bool) -> None:
         if entry.size_bytes > self.limit_bytes or not self.limit_bytes:
             return
         self._entries[key] = entry
-        if entry.spare:
+        if spare:
             self._shift(entry.device, entry.size_bytes)
         taken = sum(entry.size_bytes for entry in self._entries.values())
         while taken > self.limit_bytes:

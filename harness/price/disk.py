@@ -12,9 +12,9 @@ _STATE = 12  # bytes of a trained parameter's optimizer state in a checkpoint, a
 
 def kept_bytes(traced: Traced, amounts: Amounts) -> int:
     """What a finished trial keeps: the trained weights of its best epoch, its scores, record and log."""
-    return traced.trained * traced.element_bytes + _FILES + _EXAMPLE * (amounts.validation + amounts.test)
+    return traced.trained_bytes + _FILES + _EXAMPLE * (amounts.validation + amounts.test)
 
 
 def checkpoint_bytes(traced: Traced) -> int:
     """What a running trial has in addition: one checkpoint, and a new one before the old one goes."""
-    return 2 * traced.trained * (2 * traced.element_bytes + _STATE)
+    return 2 * (2 * traced.trained_bytes + _STATE * traced.trained)

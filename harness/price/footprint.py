@@ -42,7 +42,7 @@ class Footprint:
     @property
     def largest(self) -> Traced:
         """The stage that needs the most memory."""
-        return max(self.stages, key=lambda traced: traced.trained * traced.element_bytes * 4 + traced.working_bytes)
+        return max(self.stages, key=lambda traced: traced.trained_bytes * 4 + traced.working_bytes)
 
 
 class Footprints:

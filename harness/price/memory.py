@@ -24,8 +24,8 @@ def memory_of(traced: Traced, spec: TrialSpec, resources: Resources, longest: fl
         longest: positions of the longest row over those of the traced batch.
     """
     stage, workers = resources.zero_stage, resources.workers
-    weights = traced.weights * traced.element_bytes
-    gradients = traced.trained * traced.element_bytes
+    weights = traced.weights_bytes
+    gradients = traced.trained_bytes
     activations, working = traced.activations_bytes, traced.working_bytes
     bf16 = spec.optimizer.bf16
     # DeepSpeed trains a copy in fp32, spread over the workers, except in stage 0 and fp32; of stage 3 no record has it.

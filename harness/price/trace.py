@@ -33,7 +33,7 @@ class Traced:
         weights: elements of all parameters.
         trained: elements of the trained parameters.
         tensors: number of the trained parameters.
-        element_bytes: of a parameter.
+        weights_bytes, trained_bytes: of the same; a frozen base may have another dtype than what is trained.
         activations_bytes: saved for backward; a storage counts once, parameters do not count.
         working_bytes: the most that was alive at once besides the parameters and their gradients.
         forward_flops, step_flops: of forward; of forward and backward together.
@@ -45,7 +45,8 @@ class Traced:
     weights: int
     trained: int
     tensors: int
-    element_bytes: int
+    weights_bytes: int
+    trained_bytes: int
     activations_bytes: int
     working_bytes: int
     forward_flops: int
@@ -128,7 +129,8 @@ def _traced(model: nn.Module, batch: Batch) -> Traced:
         weights=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in trained),
         tensors=len(trained),
-        element_bytes=parameters[0].element_size(),
+        weights_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        trained_bytes=sum(p.numel() * p.element_size() for p in trained),
         activations_bytes=saved.bytes,
         working_bytes=max(saved.bytes, alive.most - gradients),
         forward_flops=forward[0],

@@ -15,6 +15,7 @@ from harness.experiment.sections import Resources
 from harness.experiment.shared import alike
 from harness.model.build import count_parameters
 
+_BF16, _FP32 = 2, 4  # bytes of a weight
 _PARTITIONED = 3  # the ZeRO stage that spreads weights over the workers
 
 
@@ -28,7 +29,12 @@ def device_bytes(profile: Profile) -> int | None:
 
 
 def _in_bf16(spec: TrialSpec) -> bool:
-    return spec.optimizer.bf16
+    return _element_bytes(spec) == _BF16
+
+
+def _element_bytes(spec: TrialSpec) -> int:
+    """Of the language model, at least."""
+    return _BF16 if spec.optimizer.bf16 or spec.backbone.dtype in ("bf16", "auto") else _FP32
 
 
 def check_weights(specs: Sequence[TrialSpec], resources: Resources, holds: int | None, where: Cursor) -> None:
@@ -50,7 +56,8 @@ def check_weights(specs: Sequence[TrialSpec], resources: Resources, holds: int |
     by_model = {alike(spec, "task", "backbone", "adapter"): spec for spec in sorted(specs, key=_in_bf16, reverse=True)}
     for spec in by_model.values():
         counted = count_parameters(spec)
-        size = (counted.total - counted.encoder) * (2 if spec.optimizer.bf16 else 4) // workers
+        rest = counted.total - counted.encoder - counted.language_model
+        size = (counted.language_model * _element_bytes(spec) + rest * (2 if spec.optimizer.bf16 else 4)) // workers
         if size > holds:
             raise UserError(
                 f"{where / 'backbone' / 'language_model'}: {spec.backbone.language_model}: its weights alone take "

@@ -73,11 +73,11 @@ def test_an_error_or_an_interrupt_drops_everything(error: type[BaseException]) -
 def test_the_growth_of_a_process_is_that_of_a_trial_alone() -> None:
     kept, made = Kept(), Made()
     kept.begin()
-    get(kept, "encoder", made, 100, device="cuda"), get(kept, "model", made, 7, spare=True)
+    get(kept, "encoder", made, 100, device="cuda"), get(kept, "model", made, 7, spare=lambda _: True)
     assert (kept.shift_bytes(CPU), kept.shift_bytes(torch.device("cuda"))) == (7, 0)
     kept.begin()
     for _ in range(2):  # what is used twice counts once
-        get(kept, "encoder", made, 100, device="cuda"), get(kept, "model", made, 7, spare=True)
+        get(kept, "encoder", made, 100, device="cuda"), get(kept, "model", made, 7, spare=lambda _: True)
     assert (kept.shift_bytes(CPU), kept.shift_bytes(torch.device("cuda"))) == (0, -100)
 
 
