@@ -13,7 +13,7 @@ from harness.core.record import Answers
 from harness.experiment.plan import TrialSpec
 from harness.model.build import Splits
 from harness.trial.answers import answers_of
-from harness.trial.evaluate import Evaluator, mismatched
+from harness.trial.evaluate import Evaluator, Likelihood, mismatched
 from harness.trial.previews import write_previews
 from harness.trial.scores import perplexities, score_members, write_examples
 from tasks.base import Scores
@@ -34,7 +34,9 @@ class Tested:
     notes: tuple[str, ...] = ()
 
 
-def evaluate_best(spec: TrialSpec, evaluator: Evaluator, splits: Splits, folder: Path) -> Tested:
+def evaluate_best(
+    spec: TrialSpec, evaluator: Evaluator, splits: Splits, folder: Path, validated: Likelihood | None = None
+) -> Tested:
     """Evaluate the model on validation and test examples, and write the scores of each example.
 
     Texts are generated first: while their metrics are computed, partly by Java, the model computes likelihoods.
@@ -44,12 +46,14 @@ def evaluate_best(spec: TrialSpec, evaluator: Evaluator, splits: Splits, folder:
         evaluator: with the model of the best epoch.
         splits: its examples.
         folder: of the trial.
+        validated: the likelihood of the validation examples by the same weights, if it is known.
     """
     predictions = evaluator.generate(splits.test)
     # A metric of torch computes with as many threads as here.
     with ThreadPoolExecutor(1, "scores", torch.set_num_threads, (torch.get_num_threads(),)) as pool:
         scoring = pool.submit(_scored, spec, splits, predictions) if evaluator.workers.first else None
-        validation, test = evaluator.likelihood(splits.validation), evaluator.likelihood(splits.test)
+        validation = evaluator.likelihood(splits.validation) if validated is None else validated
+        test = evaluator.likelihood(splits.test)
         others = mismatched(splits.test, seed=0)
         wrong = evaluator.likelihood(splits.test, others) if others else None
     if scoring is None:

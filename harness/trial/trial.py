@@ -40,7 +40,7 @@ from harness.trial.checkpoint import (
     Saved,
 )
 from harness.trial.engine import PARTITIONED_STAGE, most_memory, prepare_process
-from harness.trial.evaluate import Evaluator
+from harness.trial.evaluate import Evaluator, Likelihood
 from harness.trial.randomness import dropout_seed, random_states, set_random_states
 from harness.trial.scores import warm_up
 from harness.trial.stages import Stages
@@ -141,6 +141,7 @@ class Trial:
         self.cut: dict[str, set[int]] = {}
         self.notes: tuple[str, ...] = ()
         self.clock = measure.StepClock(self.device)
+        self._validated: Likelihood | None = None  # of the best epoch, if this process validated it
         self._reported, self._in_phase = 0.0, "build"
         layout = {"workers": workers.count, "zero_stage": resources.zero_stage}
         self.checkpoints = Checkpoints(folder, workers, layout, resources.checkpoint_interval_s)
@@ -233,22 +234,22 @@ class Trial:
         train_loss = yield from self._train_epoch(epoch)
         with self._phase("validate"):
             self._report_progress("validate", epoch)
-            perplexity = self._evaluator().likelihood(self.stages.built.splits.validation).perplexity
+            validated = self._evaluator().likelihood(self.stages.built.splits.validation)
         result = Epoch(
             epoch=epoch,
             step=self.state.step,
             train_loss=train_loss,
-            validation_perplexity=perplexity,
+            validation_perplexity=validated.perplexity,
             learning_rate=self.stages.engine.learning_rate,
         )
-        if perplexity < min((e.validation_perplexity for e in self.state.history), default=math.inf):
-            self.state.best_epoch = epoch
+        if result.validation_perplexity < min((e.validation_perplexity for e in self.state.history), default=math.inf):
+            self.state.best_epoch, self._validated = epoch, validated
             self.stages.engine.save_weights(self.folder / BEST)
         self.state.history.append(result)
         self.state.losses = []
         logger.info(
             "epoch %d of %d, step %d: train loss %.6g, validation perplexity %.6g, learning rate %.6g",
-            *(epoch, self.spec.budget.epochs, result.step, train_loss, perplexity, result.learning_rate),
+            *(epoch, self.spec.budget.epochs, result.step, train_loss, validated.perplexity, result.learning_rate),
         )
         self.tracker.metrics(result.model_dump(exclude={"epoch", "step"}), step=result.step)
         self._report_progress("validate", epoch, train_loss, force=True)
@@ -356,7 +357,8 @@ class Trial:
         """Evaluate the best epoch; returns the metrics, on rank 0."""
         self._report_progress("test", force=True)
         self.stages.engine.load_weights(self.folder / BEST)
-        tested = evaluate_best(self.spec, self._evaluator(), self.stages.built.splits, self.folder)
+        examples = self.stages.built.splits
+        tested = evaluate_best(self.spec, self._evaluator(), examples, self.folder, self._validated)
         for texts in self.cut.values():
             texts.update(*self.workers.gather(texts))
         self.measured["answers"], self.notes = tested.answers, tested.notes
