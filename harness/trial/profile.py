@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from harness.trial.measure import PeakMemory, return_freed_memory
 from harness.trial.trial import Trial
 
 ROUNDS = 15  # the interval of the median is then from the 4th to the 12th value
+EARLY, NARROW = 8, 0.05  # after so many rounds it ends if the interval of the ratio is so narrow, see ``is_narrow``
 FEWEST_ROUNDS = 6  # with fewer there is no interval of 95 % for a median
 BLOCK_S = 0.03  # of one model in a round, at least
 METERED_BLOCK_S = 0.5  # where energy is measured: NVML's counter is updated about every 100 ms
@@ -258,10 +260,28 @@ def _rounds(
     count = max(FEWEST_ROUNDS, min(ROUNDS, int(LONGEST_S / (steps * slowest))))
     found: list[list[_Block]] = [[] for _ in every]
     for number in range(count):
+        if lanes and is_narrow(_ratios(every, found, len(reference))):
+            break
         for place in range(len(every)) if number % 2 == 0 else reversed(range(len(every))):
             found[place].append(every[place].block(1 + number * steps, steps, meter))
     times = [_times(lane, blocks) for lane, blocks in zip(every, found, strict=True)]
     return tuple(times[: len(reference)]), tuple(times[len(reference) :])
+
+
+def is_narrow(ratios: Sequence[float]) -> bool:
+    """Whether no more rounds are needed: ``EARLY`` of them agree.
+
+    The interval of 8 values is from the lowest to the highest and misses the median with a probability of 0.8 %, that
+    of 15 with 3.5 %. Together that is less than 5 %, so the interval is of 95 % at whichever of the two it ends.
+    """
+    return len(ratios) == EARLY and max(ratios) - min(ratios) <= NARROW * statistics.median(ratios)
+
+
+def _ratios(every: Sequence[Lane], found: Sequence[Sequence[_Block]], reference: int) -> list[float]:
+    """By round the time of the other lanes over that of the first ones, those of the reference."""
+    means = [[lane.share * block.seconds for block in blocks] for lane, blocks in zip(every, found, strict=True)]
+    others, own = means[:reference], means[reference:]
+    return [sum(mine) / sum(its) for mine, its in zip(zip(*own, strict=True), zip(*others, strict=True), strict=True)]
 
 
 def _times(lane: Lane, blocks: Sequence[_Block]) -> StageTimes:

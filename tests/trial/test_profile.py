@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from harness.core.profile import measured
 from harness.experiment.sections import Resources
 from harness.trial import profile
 from harness.trial.energy import Rapl
 from harness.trial.profile import Answer, Job, Lane, interleave
+from harness.trial.steps import take_each
 from harness.trial.trial import Trial
 from tests.support.trials import FULL, LORA, Recorder, spec_of
 
@@ -28,7 +32,7 @@ def test_a_lane_takes_the_steps_of_its_trial_in_turn_with_another(tmp_path: Path
     trial = Trial(spec, tmp_path, Resources(), Recorder(), lambda _: None)
     trial.build()
     trial._resume()
-    trial._train_epoch(1)
+    take_each(trial._train_epoch(1), trial.take)
     expected = weights(trial)
     trial.stages.close()
     lane = Lane(spec, 0, Resources(), tmp_path)
@@ -69,6 +73,41 @@ def test_a_slower_method_is_measured_as_slower(tmp_path: Path, monkeypatch: pyte
     assert ratios[0][2] > 2 > ratios[1][2]
     assert one.reference[0].examples_per_step == 8
     assert one.stages[0].step_j is None or one.stages[0].step_j[0] > 0
+
+
+def test_rounds_end_early_where_they_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_of(tmp_path, LORA, budget=SMALL)
+    for narrow, rounds in ((1e9, 8), (0.0, 15)):
+        monkeypatch.setattr(profile, "NARROW", narrow)
+        monkeypatch.setattr(profile, "BLOCK_S", 0.0)
+        answers: list[Answer] = []
+        interleave(Job(specs=(spec, spec), resources=Resources(), speed=(1,)), answers.append)
+        (told,) = [answer for answer in answers if answer.stages]
+        assert len(told.stages[0].step_s) == len(told.reference[0].step_s) == rounds
+
+
+@pytest.mark.parametrize("rounds", range(9, 16))
+def test_an_interval_that_may_end_early_is_still_of_95_per_cent(rounds: int) -> None:
+    """Whatever is looked at to decide: the probabilities to miss, early and at the end, add up to less than 5 %."""
+
+    def misses(n: int) -> float:
+        low = measured(range(1, n + 1)).low
+        assert low is not None
+        return sum(2 * math.comb(n, below) / 2**n for below in range(int(low)))
+
+    assert misses(profile.EARLY) + misses(rounds) <= 0.05
+
+
+@pytest.mark.parametrize("spread", [0.005, 0.012, 0.02, 0.04])
+def test_intervals_of_simulated_rounds_cover_the_ratio(spread: float) -> None:
+    """Skewed noise, of which 5 % to nearly all of 4,000 measurements end early."""
+    draws = 1.2 * np.exp(spread * np.random.default_rng(0).standard_t(3, size=(4000, 15)))
+    early = [profile.is_narrow(row[: profile.EARLY].tolist()) for row in draws]
+    intervals = [measured(row[: profile.EARLY if end else 15].tolist()) for row, end in zip(draws, early, strict=True)]
+    covered = [one.low <= 1.2 <= one.high for one in intervals if one.low is not None and one.high is not None]
+    assert len(covered) == len(draws)
+    assert np.mean(covered) > 0.95
+    assert 0 < np.mean(early) < 1
 
 
 def test_a_method_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
