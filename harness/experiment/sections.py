@@ -134,6 +134,9 @@ class Resources(Section):
     # Trials that differ in their adapters alone train in one process, up to so many; auto: where that is faster.
     pack: PositiveInt | Literal["auto", "off"] = "auto"
     shared_prefix: bool = True  # an example's references are scored in one row, where the model allows it
+    gradient_checkpointing: bool = False  # layers are computed again in backward: less memory, more time
+    # As in transformers: eager, sdpa, flash_attention_2, …; null: the model's default.
+    attn_implementation: str | None = None
     # A trial that reports no step, batch or phase for so long is stuck: it is ended, and its slot filled again. Two
     # hours are longer than anything silent, such as reading a very large backbone from a slow disk; null: never.
     trial_timeout_s: Annotated[float, Field(gt=0)] | None = 7200.0

@@ -21,6 +21,7 @@ from harness.core.origin import during
 from harness.core.record import Parameters
 from harness.core.weights import check_unchanged
 from harness.experiment.plan import TrialSpec
+from harness.experiment.sections import Resources
 from harness.model import assembly, backbones, parameters
 from harness.model.backbones import LanguageModel
 from harness.model.batches import BatchMaker
@@ -89,7 +90,9 @@ class Common:
     batches: BatchMaker
 
 
-def common_of(spec: TrialSpec, device: torch.device, kept: Kept | None = None) -> Common:
+def common_of(
+    spec: TrialSpec, device: torch.device, kept: Kept | None = None, resources: Resources | None = None
+) -> Common:
     """What a trial and others that differ from it at most in their adapters have together.
 
     Raises:
@@ -97,6 +100,7 @@ def common_of(spec: TrialSpec, device: torch.device, kept: Kept | None = None) -
     """
     kept = kept or Kept(0)
     data, language_model = read_data(spec, device, kept), load_language_model(spec, kept)
+    compute_as(language_model.model, resources or Resources())
     return Common(data, language_model, BatchMaker(data.features, language_model, spec.budget, spec.backbone))
 
 
@@ -184,6 +188,7 @@ def build(
     data: TrialData | None = None,
     kept: Kept | None = None,
     common: Common | None = None,
+    resources: Resources | None = None,
 ) -> Built:
     """Load the backbones, attach the adapters, read the data.
 
@@ -193,6 +198,7 @@ def build(
         data: of a trial that differs at most in its adapter and learning rate; None: it is read.
         kept: what earlier trials of this process have left for it, and it for later ones.
         common: what it has together with other trials, whose language model it leaves as it is.
+        resources: for how the language model computes; ``common`` computes already so.
 
     Raises:
         UserError: a backbone, the data or the weights of ``init_from`` could not be loaded, a backbone has other
@@ -207,6 +213,7 @@ def build(
         language_model = LanguageModel(shared_copy(loaded.model), loaded.tokenizer, loaded.tokens)
     else:
         language_model = load_language_model(spec, kept)
+        compute_as(language_model.model, resources or Resources())
         batches = BatchMaker(features, language_model, spec.budget, spec.backbone)
     widths = {context: features.width(context) for context in data.task.modalities}
     with during(f"adapter {spec.adapter.method} on {spec.backbone.language_model}"):
@@ -249,6 +256,29 @@ def load_language_model(spec: TrialSpec, kept: Kept) -> LanguageModel:
         return loaded
     model = copy.deepcopy(loaded.model) if trains(loaded) else _with_own_parameters(loaded.model)
     return LanguageModel(model, loaded.tokenizer, loaded.tokens)
+
+
+def compute_as(language_model: Any, resources: Resources) -> None:
+    """Set how a language model computes: results are the same up to rounding.
+
+    Raises:
+        UserError: it has no gradient checkpointing, or not this implementation of attention.
+    """
+    if resources.attn_implementation is not None:
+        try:
+            language_model.set_attn_implementation(resources.attn_implementation)
+        except (ValueError, ImportError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"resources.attn_implementation: found {resources.attn_implementation!r}; "
+                f"{type(language_model).__name__} cannot use it here: {reason[:300]}"
+            ) from error
+    if resources.gradient_checkpointing:
+        if not getattr(language_model, "supports_gradient_checkpointing", False):
+            raise UserError(
+                f"resources.gradient_checkpointing: {type(language_model).__name__} has none; allowed: false"
+            )
+        language_model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def _with_own_parameters(language_model: Any) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor
 from harness.core.files import cache_folder, digests_of, write_atomically
 from harness.core.registry import identity
 from harness.experiment.plan import TrialSpec
+from harness.experiment.sections import Resources
 from harness.price.rows import Rows, rows_of
 from harness.price.trace import Traced, trace
 from tasks.base import Example
@@ -49,11 +50,11 @@ class Footprints:
     """Footprints of specs; rows are shared by specs that train on the same.
 
     Args:
-        workers: of every trial.
+        resources: of every trial.
     """
 
-    def __init__(self, workers: int = 1) -> None:
-        self._workers = workers
+    def __init__(self, resources: Resources | None = None) -> None:
+        self._resources = resources or Resources()
         self._rows: dict[str, Rows] = {}
 
     def of(self, spec: TrialSpec, train: Sequence[Example] | None) -> Footprint:
@@ -69,23 +70,23 @@ class Footprints:
         depends = {"task", "backbone", "seed", "budget", "optimizer"}
         key = spec.model_dump_json(include=depends, exclude={"optimizer": {"learning_rate"}})
         if key not in self._rows:
-            self._rows[key] = rows_of(spec, train, self._workers)
+            self._rows[key] = rows_of(spec, train, self._resources.workers)
         rows = self._rows[key]
         longest = rows.longest / rows.first.token_ids_BT.shape[1]
-        return Footprint(_traced(spec, rows), longest, rows.of_sample)
+        return Footprint(_traced(spec, rows, self._resources), longest, rows.of_sample)
 
 
-def _traced(spec: TrialSpec, rows: Rows) -> tuple[Traced, ...]:
-    path = cache_folder("traced", f"{_key(spec, rows)}.json")
+def _traced(spec: TrialSpec, rows: Rows, resources: Resources) -> tuple[Traced, ...]:
+    path = cache_folder("traced", f"{_key(spec, rows, resources)}.json")
     with suppress(OSError, ValueError, TypeError):  # a cache that cannot be read costs time only
         return tuple(Traced(**stage) for stage in json.loads(path.read_text(encoding="utf-8")))
-    found = trace(spec, rows.first)
+    found = trace(spec, rows.first, resources)
     with suppress(OSError):
         write_atomically(path, json.dumps([asdict(stage) for stage in found]))
     return tuple(found)
 
 
-def _key(spec: TrialSpec, rows: Rows) -> str:
+def _key(spec: TrialSpec, rows: Rows, resources: Resources) -> str:
     batch = rows.first
     adapter = spec.adapter.model_dump(mode="json", include={"method", "plugins", "grouping", "config"})
     geometry = [
@@ -102,6 +103,7 @@ def _key(spec: TrialSpec, rows: Rows) -> str:
         spec.fingerprints,
         spec.optimizer.bf16,
         spec.budget.epochs,
+        [resources.gradient_checkpointing, resources.attn_implementation],
         geometry,
         [str(torch.__version__), transformers.__version__, _code()],
     ]

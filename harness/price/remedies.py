@@ -22,12 +22,21 @@ def remedies(spec: TrialSpec, resources: Resources, device_bytes: int, needs: Ne
         needs: the memory of a changed trial.
     """
     found = []
-    for kind in (_offloaded, _spread, _smaller, _bf16):
+    for kind in (_recomputed, _offloaded, _spread, _smaller, _bf16):
         for text, changed, other in kind(spec, resources):
             if (memory := needs(changed, other)).device_bytes <= device_bytes:
                 found.append(f"{text} ({memory.device_bytes / GIB:.3g} GiB)")
                 break
     return tuple(found)
+
+
+def _recomputed(spec: TrialSpec, resources: Resources) -> Iterator[tuple[str, TrialSpec, Resources]]:
+    if not resources.gradient_checkpointing:
+        yield (
+            "resources: {gradient_checkpointing: true}",
+            spec,
+            resources.model_copy(update={"gradient_checkpointing": True}),
+        )
 
 
 def _offloaded(spec: TrialSpec, resources: Resources) -> Iterator[tuple[str, TrialSpec, Resources]]:

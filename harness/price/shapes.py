@@ -83,5 +83,7 @@ def shapes_of(specs: Sequence[TrialSpec], trials: Sequence[PlannedTrial]) -> lis
 def fingerprint(spec: TrialSpec, resources: Resources, *more: object) -> str:
     """SHA-256 of all that the cost of a trial depends on, and of ``more``: a device, versions."""
     given = resources.model_dump(mode="json", include={"workers", "cpus_per_worker", "zero_stage", "offload"})
+    later = resources.model_dump(include={"gradient_checkpointing", "attn_implementation"})
+    given |= {key: value for key, value in later.items() if value}
     content = [identity(spec.model_dump(mode="json", exclude=_NO_COST)), given, *more]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

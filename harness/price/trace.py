@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness.experiment.plan import TrialSpec
+from harness.experiment.sections import Resources
 from harness.model.batch import Batch
-from harness.model.build import empty_model
+from harness.model.build import compute_as, empty_model
 from harness.model.components import empty_encoders, method_of
 
 
@@ -57,8 +58,13 @@ class Traced:
     row_positions: int
 
 
-def trace(spec: TrialSpec, batch: Batch) -> list[Traced]:
+def trace(spec: TrialSpec, batch: Batch, resources: Resources | None = None) -> list[Traced]:
     """Trace one step of each of a trial's stages.
+
+    Args:
+        spec: of the trial.
+        batch: a worker's share.
+        resources: for how the language model computes.
 
     Raises:
         UserError: the model cannot be built from its configuration.
@@ -70,6 +76,7 @@ def trace(spec: TrialSpec, batch: Batch) -> list[Traced]:
     for stage in stages:
         with FakeTensorMode(allow_non_fake_inputs=True), _rows_not_packed():
             model = empty_model(spec, encoders, device="cpu").train()
+            compute_as(model.language_model, resources or Resources())
             if spec.optimizer.bf16:
                 _to_bf16(model)
             if not stage.trains_language_model:

@@ -127,7 +127,7 @@ class _Forecasting:
         self.resources: Resources = prepared.experiment.resources
         self.records = read_summaries(prepared.folder).known if records is None else records
         self.notes: dict[str, None] = {}
-        self.data, self.footprints = data or PlannedData(), Footprints(self.resources.workers)
+        self.data, self.footprints = data or PlannedData(), Footprints(self.resources)
         self.limit_s, self.began = limit_s, time.process_time()
         self.like: dict[tuple[str, str, str], ShapeForecast] = {}
         self.nodes: Sequence[NodeAmounts] | None = profile.nodes()
@@ -255,7 +255,7 @@ class _Forecasting:
 
     def _remedies(self, spec: TrialSpec, train: Sequence[Example] | None) -> tuple[str, ...]:
         def needs(changed: TrialSpec, resources: Resources) -> MemoryForecast:
-            footprint = Footprints(resources.workers).of(changed, train)
+            footprint = Footprints(resources).of(changed, train)
             return memory_of(footprint.largest, changed, resources, footprint.longest)
 
         return remedies(spec, self.resources, self.device_bytes or 0, needs)

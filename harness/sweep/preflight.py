@@ -28,7 +28,7 @@ from harness.experiment.sections import Resources
 from harness.experiment.shared import distinct
 from harness.model import assembly
 from harness.model.backbones import build_empty, check_backbone, load_tokenizer, max_positions
-from harness.model.build import Splits, choose_splits, count_parameters, empty_model, order_of
+from harness.model.build import Splits, choose_splits, compute_as, count_parameters, empty_model, order_of
 from harness.model.components import empty_encoders, make_modalities, make_task, method_of
 from harness.model.frame import frame_of
 from harness.model.inputs import Inputs, Reader
@@ -106,8 +106,12 @@ def _check_writable(folder: Path, problem: str, hint: str) -> None:
         raise UserError(f"{problem}: {error.strerror or error}; {hint}") from error
 
 
-def check_models(specs: Sequence[TrialSpec]) -> None:
+def check_models(specs: Sequence[TrialSpec], resources: Resources | None = None) -> None:
     """Check every backbone: available, with an eos token, and fitting every adapter and its ``init_from``.
+
+    Args:
+        specs: of the trials.
+        resources: for how the language models compute.
 
     Raises:
         UserError: one is not, or does not.
@@ -116,6 +120,7 @@ def check_models(specs: Sequence[TrialSpec]) -> None:
     for backbone in {(own := spec.pinned_backbone).model_dump_json(): own for spec in kinds}.values():
         check_backbone(backbone)
         frame_of(load_tokenizer(backbone), backbone)
+        compute_as(build_empty(backbone), resources or Resources())
     for spec in distinct(specs, "task", "backbone", "adapter"):
         count_parameters(spec)
     sources = "task", "backbone", "adapter", "fingerprints", "seed"

@@ -313,7 +313,7 @@ def _check(prepared: Prepared, cluster: Profile, left: bool) -> None:
     preflight.check_ray(cluster.cluster_address())
     if left:
         preflight.check_resources(experiment.resources, experiment.top / "resources", cluster.cluster_address())
-    preflight.check_models(prepared.specs)
+    preflight.check_models(prepared.specs, experiment.resources)
     check_weights(prepared.specs, experiment.resources, device_bytes(cluster), experiment.top)
     preflight.check_fingerprints(prepared.specs, str(experiment.top / "backbone"))
 

@@ -161,7 +161,7 @@ def run_pack(
 
     @cache
     def common() -> Common:
-        return common_of(first, device, kept)
+        return common_of(first, device, kept, resources)
 
     members = []
     for one in wanted:

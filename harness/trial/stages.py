@@ -75,7 +75,7 @@ class Stages:
     ) -> None:
         self.spec, self.device, self.resources, self.folder, self._kept = spec, device, resources, folder, kept
         self.stages = method_of(spec.adapter, spec.relative_to).stages(spec.budget.epochs)
-        self.built = build(spec, device, data, kept, common)
+        self.built = build(spec, device, data, kept, common, resources)
         batches = math.ceil(self.built.order.draws / spec.optimizer.per_device_train_batch_size)
         self.ends = stage_ends(self.stages, batches, spec.optimizer.gradient_accumulation_steps)
         self.total_steps = self.ends[-1]
@@ -138,7 +138,7 @@ class Stages:
         del self.engine, self.built, batches
         gc.collect()  # DeepSpeed's engine has reference cycles: without this, two models would be in memory
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # building the model seeds the generator
-            self.built = build(self.spec, self.device, data, self._kept)
+            self.built = build(self.spec, self.device, data, self._kept, resources=self.resources)
         self.built.batches.cut_targets, self.built.batches.cut_inputs = cut
         load_weights(path, {name: p for name, p in self.built.model.named_parameters() if p.requires_grad})
         joined().wait()
