@@ -105,7 +105,14 @@ def _smaller(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ours(small: Sequence[TrialSpec], specs: Sequence[TrialSpec], stem: Path) -> list[str]:
-    return _write("ours", *([spec.model_dump(mode="json") for spec in some] for some in (small, specs)), stem)
+    return _write("ours", *([_without_metrics(spec) for spec in some] for some in (small, specs)), stem)
+
+
+def _without_metrics(spec: TrialSpec) -> dict[str, Any]:
+    """The spec for JSON. Texts are generated, but not scored: that is Java's memory, in a process of its own."""
+    content = spec.model_dump(mode="json")
+    content["task"]["metrics"] = {"": {}}
+    return content
 
 
 def _write(arm: str, warm_up: Any, work: Any, stem: Path) -> list[str]:
@@ -156,6 +163,6 @@ def notes(found: Mapping[str, Any]) -> str:
     return (
         "Whole trials: training, validation, generation, likelihoods. Growth of the resident memory of a process from "
         "after a small trial of the same kind, which loads the libraries, to the peak; of a pack also the "
-        f"proportional set size (PSS) of whole processes, summed. Peaks of whole processes: {whole}. Java is a process "
-        "of its own and does not count."
+        f"proportional set size (PSS) of whole processes, summed. Peaks of whole processes: {whole}. Texts are "
+        "not scored, because that is the memory of Java, in a process of its own."
     )
