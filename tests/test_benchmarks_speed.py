@@ -18,7 +18,9 @@ from torch import Tensor
 from benchmarks.comparators import trainer_peft
 from benchmarks.speed import __main__ as command
 from benchmarks.speed import grid, jobs, limits, measure, memory_process, real, scoring, steps, table
+from harness.core import hub
 from harness.experiment.plan import TrialSpec
+from harness.model.components import make_task
 
 SMALL = {"examples": 32, "epochs": 2}
 
@@ -186,6 +188,30 @@ def test_without_real_models_a_row_says_so(monkeypatch: pytest.MonkeyPatch, tmp_
     found = real.measure(argparse.Namespace(references=None, rounds=1), tmp_path, say())
     (row,) = real.rows(found)
     assert (row.met, row.ratio) == (None, "not measured: REAL_MODELS and FLICKR_ROOT not set")
+
+
+def test_real_models_are_compared_on_the_same_captions(
+    specs: dict[str, TrialSpec], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With the built-in backbone and drawn pictures in the places of the real ones."""
+    drawn = make_task(specs["lora agnostic"])
+    drawn.prepare()
+    (tmp_path / "data" / "annotations").mkdir(parents=True)
+    for name, of_coco in (("train", "train2017"), ("validation", "val2017")):
+        (tmp_path / "data" / of_coco).symlink_to(drawn.folder / name)
+        annotations = drawn.folder / "annotations" / f"captions_{name}.json"
+        (tmp_path / "data" / "annotations" / f"captions_{of_coco}.json").symlink_to(annotations)
+    (tmp_path / "models" / "smollm2").mkdir(parents=True)
+    (tmp_path / "models" / "smollm2" / "fp32").symlink_to(hub.resolve("builtin/tiny-llama"))
+    monkeypatch.setenv("REAL_MODELS", str(tmp_path / "models"))
+    monkeypatch.setenv("FLICKR_ROOT", str(tmp_path / "data"))
+    monkeypatch.setattr(real, "REPEATS", 1)
+    (tmp_path / "files").mkdir()
+    found = real.measure(argparse.Namespace(references="all", rounds=1), tmp_path / "files", say())
+    assert [set(one["rounds"][0]) for one in found["encoders"].values()] == [{"all", "peft"}] * 2
+    short, long = real.rows(found)
+    assert "16 picture tokens" in short.what
+    assert "64 tokens" in long.what
 
 
 def grid_results() -> dict[str, Any]:

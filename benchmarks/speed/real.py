@@ -70,7 +70,6 @@ def _spec(root: Path, data: Path, encoder: str, references: str, folder: Path) -
         encoder = str(folder / "vision")
         if not Path(encoder).exists():
             models.vision_64(Path(encoder), 768)
-    size = PICTURES if references == "grouped" else 5 * PICTURES
     content = {
         "name": f"real-{references}",
         "task": {"name": "coco_captions", "root": str(data)},
@@ -78,7 +77,7 @@ def _spec(root: Path, data: Path, encoder: str, references: str, folder: Path) -
         "adapters": [{"method": "lora", "rank": RANK, "grouping": "specific", "learning_rate": 1e-3}],
         "budget": {"examples": 4 * PICTURES, "epochs": 1, "references": references},
         "seeds": [0],
-        "optimizer": {"per_device_train_batch_size": size},
+        "optimizer": {"per_device_train_batch_size": 5 * PICTURES},
         "eval": {"validation_examples": 2, "test_examples": 2},
     }
     (spec,) = jobs.planned(content, folder)
