@@ -52,8 +52,13 @@ def test_a_method_that_changes_more_than_layers_trains_alone(tmp_path: Path, met
     assert packed(trials, pack=8) == ["0", "1 2 3"]
 
 
-@pytest.mark.parametrize("resources", [{"workers": 2}, {"zero_stage": 2}, {"zero_stage": 1, "offload": "optimizer"}])
-def test_trials_of_several_workers_or_of_zero_train_alone(tmp_path: Path, resources: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "resources",
+    [{"workers": 2}, {"zero_stage": 2}, {"zero_stage": 1, "offload": "optimizer"}, {"gradient_checkpointing": True}],
+)
+def test_trials_of_several_workers_of_zero_or_with_checkpointing_train_alone(
+    tmp_path: Path, resources: dict[str, Any]
+) -> None:
     assert packed(trials_of(tmp_path, RATES, seeds=[0]), pack=8, **resources) == ["0", "1", "2"]
 
 
