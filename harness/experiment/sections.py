@@ -70,7 +70,8 @@ class Budget(Section):
     examples: PositiveInt | Literal["all"] = "all"
     epochs: PositiveInt = 1
     patience: PositiveInt | None = None  # stop when validation has not improved for so many epochs; left out if unset
-    references: Literal["one", "all"] = "one"  # per example and epoch; one: drawn at random in each epoch
+    # Per example and epoch. one: drawn at random in each epoch; grouped: all, those of the same inputs in succession.
+    references: Literal["one", "all", "grouped"] = "one"
     max_target_length: PositiveInt = 63  # tokens; longer target texts are truncated (63 as in the paper)
     max_input_length: PositiveInt = 256  # tokens of each input text; longer ones are truncated
 
@@ -133,7 +134,7 @@ class Resources(Section):
     max_failures: Annotated[int, Field(ge=0)] = 1  # restarts of a trial whose worker process died
     # Trials that differ in their adapters alone train in one process, up to so many; auto: where that is faster.
     pack: PositiveInt | Literal["auto", "off"] = "auto"
-    shared_prefix: bool = True  # an example's references are scored in one row, where the model allows it
+    shared_prefix: bool = True  # targets of the same inputs share a row of a batch, where the model allows it
     gradient_checkpointing: bool = False  # layers are computed again in backward: less memory, more time
     # As in transformers: eager, sdpa, flash_attention_2, …; null: the model's default.
     attn_implementation: str | None = None

@@ -27,10 +27,14 @@ class Items:
     features_MD: Tensor
     lengths: tuple[int, ...]  # of the items; they sum to M
     positions_P: Tensor  # int64: index of each token into the concatenated rows (B·T), with boundary tokens
+    # int64: index of each of them into the projected tokens, where several rows have the same item; None: in order
+    projected_P: Tensor | None = None
 
     def to(self, device: torch.device) -> Items:
         """The items on another device."""
-        return replace(self, features_MD=self.features_MD.to(device), positions_P=self.positions_P.to(device))
+        projected_P = None if self.projected_P is None else self.projected_P.to(device)
+        features_MD, positions_P = self.features_MD.to(device), self.positions_P.to(device)
+        return replace(self, features_MD=features_MD, positions_P=positions_P, projected_P=projected_P)
 
 
 @dataclass(frozen=True)

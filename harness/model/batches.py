@@ -6,6 +6,7 @@ Shapes: B rows, T positions, N tokens of an item, M feature vectors of all items
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,11 @@ from harness.core.errors import UserError
 from harness.experiment.sections import Backbone, Budget
 from harness.model.backbones import LanguageModel
 from harness.model.batch import Batch, Items, Targets
+from harness.model.budget import Draw, leading_inputs
 from harness.model.checks import check_ids
 from harness.model.features import Features
 from harness.model.frame import frame_of
-from harness.model.shared_prefix import arranged
+from harness.model.shared_prefix import MOST_TARGETS, arranged, fits
 from tasks.base import Example
 
 
@@ -74,27 +76,85 @@ class BatchMaker:
             texts: the target of each row.
             views: for training, the seed of each example's augmentation.
         """
-        rows = []
-        for example, row, text in zip(examples, self._inputs(examples, views), texts, strict=True):
-            target = self._target(text)
-            rows.append([*row, _Chunk(self.target_context(example), len(target), target, is_target=True)])
-        return self._pad(rows, [self.target_context(example) for example in examples], left=False)
+        rows = zip(examples, self._inputs(examples, views), texts, strict=True)
+        return self._alone([(example, row, self._target(text)) for example, row, text in rows])
 
-    def make_shared(self, examples: Sequence[Example], texts: Sequence[Sequence[str]]) -> Batch:
-        """A batch with one row per example: its inputs once, followed by several targets that do not see each other.
+    def make_shared(self, rows: Sequence[Sequence[tuple[Example, str]]]) -> Batch:
+        """A batch of rows with several targets, which do not see each other: what their inputs begin with is read once.
 
         Args:
-            examples: for their inputs.
-            texts: the targets of each row.
+            rows: the examples and targets of each row, which have the same ``leading_inputs``.
         """
-        rows, prefixes = self._inputs(examples, None), []
-        targets = [[self._target(text) for text in own] for own in texts]
-        for example, row, own in zip(examples, rows, targets, strict=True):
-            prefixes.append(sum(chunk.length for chunk in row))
-            inputs = [token for target in own for token in target[:-1]]  # the last token of each is only a target
-            row.append(_Chunk(self.target_context(example), len(inputs), inputs, is_target=True))
-        padded = self._pad(rows, [self.target_context(example) for example in examples], left=False)
-        return arranged(padded, prefixes, targets)
+        made = self._inputs([example for row in rows for example, _ in row], None)
+        return self._shared([[(example, made.pop(0), self._target(text)) for example, text in row] for row in rows])
+
+    def train(self, examples: Sequence[Example], draws: Sequence[Draw], share: bool) -> Batch:
+        """The batch of training items.
+
+        Args:
+            examples: of the budget.
+            draws: the items.
+            share: whether items whose inputs begin alike share a row, where less is read so.
+        """
+        own = [examples[draw.example] for draw in draws]
+        made = self._inputs(own, [draw.view for draw in draws])
+        texts = [example.references[draw.reference] for example, draw in zip(own, draws, strict=True)]
+        items = [(example, row, self._target(text)) for example, row, text in zip(own, made, texts, strict=True)]
+        once = self.budget.references == "grouped"
+        if share:
+            alike: dict[object, list[_Item]] = {}
+            for item, draw in zip(items, draws, strict=True):
+                key = leading_inputs(item[0]), draw.view if self.features.augments(item[0]) else None
+                alike.setdefault(key, []).append(item)
+            rows = [row for group in alike.values() for row in _in_rows(group)]
+            length = max(_length_of_row(row) for row in rows)
+            alone = max(sum(chunk.length for chunk in row) + len(target) - 1 for _, row, target in items)
+            config = self.language_model.model.config
+            if len(rows) * length < len(items) * alone and fits(config, length):
+                return self._shared(rows, once)
+        return self._alone(items, once)
+
+    def invented(self) -> tuple[Batch, Batch]:
+        """Rows of invented content in every context, to try a model on: with one target each, and the same shared."""
+        generator = torch.Generator().manual_seed(0)
+        ids = [int(n) for n in torch.randint(self._vocabulary, (64,), generator=generator)]
+        examples = [Example(str(n), (), ("",)) for n in range(2)]
+        rows: list[list[_Item]] = []
+        for example in examples:
+            inputs = [_Chunk(self.target_context(example), 1, ids[:1])]
+            for context in self.contexts:
+                if context in self.features.task.modalities:
+                    features_ND = torch.randn(3, self.features.width(context), generator=generator)
+                    length = 3 + 2 * self.backbone.projector_boundary_tokens
+                    inputs.append(_Chunk(context, length, features_ND=features_ND))
+                else:
+                    inputs.append(_Chunk(context, 3, [ids.pop() for _ in range(3)]))
+            rows.append([(example, inputs, [ids.pop() for _ in range(length)]) for length in (3, 4)])
+        return self._alone([item for row in rows for item in row]), self._shared(rows)
+
+    def _alone(self, items: Sequence[_Item], once: bool = False) -> Batch:
+        rows = [
+            [*row, _Chunk(self.target_context(example), len(target), target, is_target=True)]
+            for example, row, target in items
+        ]
+        return self._pad(rows, [self.target_context(example) for example, _, _ in items], left=False, once=once)
+
+    def _shared(self, rows: Sequence[Sequence[_Item]], once: bool = False) -> Batch:
+        made: list[list[_Chunk]] = []
+        layouts: list[tuple[int, list[tuple[int, list[int]]]]] = []
+        for row in rows:
+            context, common = self.target_context(row[0][0]), _common(row)
+            chunks = row[0][1][:common]
+            branches = []
+            for _, inputs, target in row:
+                rest = inputs[common:]
+                branches.append((sum(chunk.length for chunk in rest), target))
+                # The last token of a target is only predicted.
+                chunks = [*chunks, *rest, _Chunk(context, len(target) - 1, target[:-1])]
+            layouts.append((sum(chunk.length for chunk in row[0][1][:common]), branches))
+            made.append(_joined(chunks))
+        padded = self._pad(made, [self.target_context(row[0][0]) for row in rows], left=False, once=once)
+        return arranged(padded, layouts)
 
     def prompts(self, examples: Sequence[Example]) -> Batch:
         """A batch with one row per example, without targets, padded on the left for generation."""
@@ -160,7 +220,7 @@ class BatchMaker:
             rows.append(row)
         return rows
 
-    def _pad(self, rows: Sequence[Sequence[_Chunk]], targets: Sequence[str], left: bool) -> Batch:
+    def _pad(self, rows: Sequence[Sequence[_Chunk]], targets: Sequence[str], left: bool, once: bool = False) -> Batch:
         lengths = [sum(chunk.length for chunk in row) for row in rows]
         shape = (len(rows), max(lengths))
         if self._max_positions is not None and shape[1] > self._max_positions:
@@ -192,19 +252,72 @@ class BatchMaker:
             token_ids_BT=torch.from_numpy(ids),
             context_ids_BT=torch.from_numpy(contexts),
             mask_BT=torch.from_numpy(mask),
-            items={context: self._items(context, found) for context, found in items.items()},
+            items={context: self._items(context, found, once) for context, found in items.items()},
             segments=_common_segments(rows, shape[1]),
             targets=Targets.of(tokens),
             host_context_ids_BT=contexts,
         )
 
-    def _items(self, context: str, found: Sequence[tuple[Tensor, np.ndarray]]) -> Items:
-        empty_0D = torch.zeros(0, self.features.width(context))
+    def _items(self, context: str, found: Sequence[tuple[Tensor, np.ndarray]], once: bool) -> Items:
+        """The items of a context; ``once``: an item that several rows have is projected once, with one dropout."""
+        positions = np.concatenate([np.empty(0, dtype=np.int64), *(at for _, at in found)])
+        own, projected_P = [features_ND for features_ND, _ in found], None
+        if once and len({id(features_ND) for features_ND in own}) < len(own):
+            starts: dict[int, int] = {}
+            unique, total = [], 0
+            for features_ND, at in found:
+                if id(features_ND) not in starts:
+                    starts[id(features_ND)], total = total, total + len(at)
+                    unique.append(features_ND)
+            places = [starts[id(features_ND)] + np.arange(len(at)) for features_ND, at in found]
+            own, projected_P = unique, torch.from_numpy(np.concatenate(places))
         return Items(
-            features_MD=torch.cat([features_ND for features_ND, _ in found]) if found else empty_0D,
-            lengths=tuple(len(features_ND) for features_ND, _ in found),
-            positions_P=torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *(at for _, at in found)])),
+            features_MD=torch.cat(own) if own else torch.zeros(0, self.features.width(context)),
+            lengths=tuple(len(features_ND) for features_ND in own),
+            positions_P=torch.from_numpy(positions),
+            projected_P=projected_P,
         )
+
+
+_Item = tuple[Example, list[_Chunk], list[int]]  # an example, the chunks of its inputs with BOS, its target with EOS
+
+
+def _common(row: Sequence[_Item]) -> int:
+    """How many chunks all inputs of a row begin with."""
+    first, *others = (inputs for _, inputs, _ in row)
+    common = min(map(len, (first, *others)))
+    for other in others:
+        common = next((n for n in range(common) if not _same(first[n], other[n])), common)
+    return common
+
+
+def _same(one: _Chunk, other: _Chunk) -> bool:
+    """Whether two chunks have the same content; the features of a file are one tensor in a batch."""
+    alike = one.context == other.context and one.features_ND is other.features_ND
+    return alike and list(one.token_ids) == list(other.token_ids)
+
+
+def _length_of_row(row: Sequence[_Item]) -> int:
+    """Positions of a shared row."""
+    common = _common(row)
+    branches = (sum(chunk.length for chunk in inputs[common:]) + len(target) - 1 for _, inputs, target in row)
+    return sum(chunk.length for chunk in row[0][1][:common]) + sum(branches)
+
+
+def _in_rows(group: Sequence[_Item]) -> list[list[_Item]]:
+    """Items with the same leading inputs in rows of about as many targets, up to the most that a row may have."""
+    count = -(-len(group) // MOST_TARGETS)
+    bounds = [len(group) * n // count for n in range(count + 1)]
+    return [list(group[start:stop]) for start, stop in itertools.pairwise(bounds)]
+
+
+def _joined(chunks: Sequence[_Chunk]) -> list[_Chunk]:
+    """The texts at the end of a row as one chunk, if they have one context: rows then differ in its length alone."""
+    last = len(chunks)
+    while last and chunks[last - 1].features_ND is None and chunks[last - 1].context == chunks[-1].context:
+        last -= 1
+    ids = [token for chunk in chunks[last:] for token in chunk.token_ids]
+    return [*chunks[:last], _Chunk(chunks[-1].context, len(ids), ids, is_target=True)]
 
 
 def _common_segments(rows: Sequence[Sequence[_Chunk]], length: int) -> tuple[Segment, ...] | None:

@@ -17,8 +17,11 @@ from typing import Literal
 import numpy as np
 
 from harness.core.errors import UserError
+from harness.model.workers import Workers
 from tasks.base import Example
 
+References = Literal["one", "all", "grouped"]
+Leading = tuple[str, str, tuple[tuple[str, str], ...]]  # a member, a target context, and contexts with their inputs
 Shares = Mapping[str, float]  # task (member) of a mixture → its share; they sum to 1
 
 
@@ -66,6 +69,16 @@ def choose(
     return [ranked[i] for i in sorted(i for member, number in wanted.items() for i in indices[member][:number])]
 
 
+def leading_inputs(example: Example) -> Leading:
+    """What items of several examples may have in common: the inputs up to the last file (a picture with questions).
+
+    Without a file it is the example itself.
+    """
+    last = max((n for n, (_, value) in enumerate(example.inputs) if isinstance(value, Path)), default=-1)
+    own = tuple((context, str(value)) for context, value in example.inputs[: last + 1])
+    return (example.member, example.target or "", own or ((example.id, ""),))
+
+
 def apportion(count: int, shares: Shares) -> dict[str, int]:
     """Divide ``count`` by shares (Webster's method), so that no member's number decreases when ``count`` grows."""
     claims = [
@@ -94,13 +107,14 @@ class Order:
     Args:
         examples: of the budget.
         seed: of the trial.
-        references: "one": each example with a random one of its references in each epoch; "all": with each of them.
+        references: "one": each example with a random one of its references in each epoch; "all": with each of them;
+            "grouped": with each of them, those of the same inputs one after another and with one view of their files.
         shares: of the members in every epoch; None: each example once.
     """
 
     examples: Sequence[Example]
     seed: int
-    references: Literal["one", "all"] = "one"
+    references: References = "one"
     shares: Shares | None = None
 
     @property
@@ -111,9 +125,50 @@ class Order:
     def epoch(self, epoch: int) -> list[Draw]:
         """The items of an epoch (from 1), in order."""
         generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+        if self.references == "grouped":
+            blocks = self._blocks(epoch)
+            return [draw for number in generator.permutation(len(blocks)) for draw in blocks[number]]
         items = self._shared(epoch)
         order, picks = generator.permutation(len(items)), generator.random(len(items))
         return [self._draw(items[i], float(picks[i]), epoch) for i in order]
+
+    @property
+    def repeats_inputs(self) -> bool:
+        """Whether two items of an epoch may have the same inputs, at least at their beginning."""
+        if self.references != "one" or self.shares is not None:
+            return True
+        return len({leading_inputs(example) for example in self.examples}) < len(self.examples)
+
+    def share(self, draws: Sequence[Draw], workers: Workers) -> Sequence[Draw]:
+        """A worker's items of a batch: those that follow one another because of their inputs stay together."""
+        return workers.block(draws) if self.references == "grouped" else workers.share(draws)
+
+    def _blocks(self, epoch: int) -> list[list[Draw]]:
+        """The items of the same inputs, each member's repeated or subsampled to its share."""
+        found: dict[str, dict[Leading, list[tuple[int, int]]]] = {}
+        for index, example in enumerate(self.examples):
+            block = found.setdefault(example.member, {}).setdefault(leading_inputs(example), [])
+            block += [(index, n) for n in range(len(example.references))]
+        own = {member: list(blocks.values()) for member, blocks in found.items()}
+        chosen = []
+        if self.shares is None:
+            chosen = [block for blocks in own.values() for block in blocks]
+        else:
+            wanted = apportion(self.draws, self.shares)
+            for number, (member, count) in enumerate(sorted(wanted.items())):
+                whole, rest = divmod(count, sum(map(len, own[member])))
+                chosen += own[member] * whole
+                generator = np.random.Generator(np.random.Philox(key=[self.seed, (epoch << 16) + number + 1]))
+                for picked in generator.permutation(len(own[member])):
+                    if rest <= 0:
+                        break
+                    chosen.append(own[member][picked][:rest])
+                    rest -= len(own[member][picked])
+        return [self._block(block, epoch) for block in chosen]
+
+    def _block(self, items: Sequence[tuple[int, int]], epoch: int) -> list[Draw]:
+        view = self._view(f"{self.seed}:{epoch}:{self.examples[items[0][0]].id}")
+        return [Draw(index, number, view) for index, number in items]
 
     def _pool(self) -> list[tuple[int, int | None]]:
         if self.references == "one":
@@ -140,8 +195,11 @@ class Order:
         index, reference = item
         example = self.examples[index]
         number = int(pick * len(example.references)) if reference is None else reference
-        view = hashlib.sha256(f"{self.seed}:{epoch}:{example.id}:{number}".encode()).digest()
-        return Draw(index, number, int.from_bytes(view[:8]))
+        return Draw(index, number, self._view(f"{self.seed}:{epoch}:{example.id}:{number}"))
+
+    @staticmethod
+    def _view(of: str) -> int:
+        return int.from_bytes(hashlib.sha256(of.encode()).digest()[:8])
 
     def fingerprint(self, epochs: int, batch_size: int) -> str:
         """SHA-256 of the training order: batch size, then example id and reference of every item of every epoch."""

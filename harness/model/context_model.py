@@ -53,7 +53,10 @@ class ContextModel(nn.Module):
         for context, projector in self.projectors.items():
             items = batch.items[context]
             features_MD = items.features_MD.to(next(projector.parameters()).dtype)
-            rows = rows.index_copy(0, items.positions_P, projector(features_MD, items.lengths).to(rows.dtype))
+            projected_PD = projector(features_MD, items.lengths).to(rows.dtype)
+            if items.projected_P is not None:
+                projected_PD = projected_PD.index_select(0, items.projected_P)
+            rows = rows.index_copy(0, items.positions_P, projected_PD)
         return rows.view(shape)
 
     def _set_layout(self, batch: Batch, length: int) -> None:

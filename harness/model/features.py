@@ -84,6 +84,10 @@ class Features:
         rows = self._rows([want for wants in wanted for want in wants])
         return [[rows[want] for want in wants] for wants in wanted]
 
+    def augments(self, example: Example) -> bool:
+        """Whether a file of the example is augmented in training, so that its features depend on the view."""
+        return any(self._augments(example, context) for context, _ in example.files)
+
     def _wanted(self, examples: Sequence[Example], views: Sequence[int] | None = None) -> list[list[_Wanted]]:
         return [
             [
@@ -108,7 +112,7 @@ class Features:
             tick: called after every batch.
             workers: each encodes its share of the batches and gives the others what it found.
         """
-        once = [e for e in train if not any(self._augments(e, context) for context, _ in e.files)]
+        once = [e for e in train if not self.augments(e)]
         examples = [*once, *evaluation]
         for first in range(0, len(examples), BATCH_SIZE * workers.count):
             if self._bytes >= CACHE_BYTES:

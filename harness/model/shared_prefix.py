@@ -1,7 +1,8 @@
 """One row for several targets of the same inputs: ``[BOS] inputs [target 1] … [target N]``.
 
-The inputs, the prefix of the row, are computed once. Each target sees the prefix and itself, at the positions that it
-would have alone, so its likelihood is that of its own row up to rounding. What a language model makes of such rows is
+The inputs, the prefix of the row, are computed once; where inputs only begin alike (questions about one picture), the
+rest of them belongs to the branch of the target. A branch sees the prefix and itself, at the positions that it would
+have alone, so a target's likelihood is that of its own row up to rounding. What a language model makes of such rows is
 compared with rows of one target before it is used (``agrees``).
 
 Shapes: B rows, T positions, R targets of all rows.
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from harness.model.batch import Batch, Parts, Targets
 
-_PREFIX, _PADDING = 0, -1  # in parts_BT; targets are numbered from 1 in each row
+MOST_TARGETS = 8  # in one row: attention's mask grows with the square of its length
+_PREFIX, _PADDING = 0, -1  # in parts_BT; branches are numbered from 1 in each row
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}  # relative, of a target's likelihood; others: half precision
 _HALF = 0.03
 
@@ -34,24 +36,25 @@ def attention_mask(parts: Parts, dtype: torch.dtype) -> Tensor:
     return mask_BTT.masked_fill(~seen_BTT, torch.finfo(dtype).min)[:, None]
 
 
-def arranged(rows: Batch, prefixes: Sequence[int], targets: Sequence[Sequence[Sequence[int]]]) -> Batch:
+def arranged(rows: Batch, layouts: Sequence[tuple[int, Sequence[tuple[int, Sequence[int]]]]]) -> Batch:
     """Arrange the targets of rows.
 
     Args:
-        rows: each with its prefix, followed by the tokens of all its targets but the last one of each.
-        prefixes: the number of positions of each row's prefix.
-        targets: the token ids of each row's targets, which have one or more.
+        rows: each with its prefix, and then what follows it in each branch, without the last token of the target.
+        layouts: of each row the number of positions of its prefix, and for each branch the number of positions between
+            the prefix and the target, and the ids of the target, which has one or more.
     """
     shape = tuple(rows.token_ids_BT.shape)
     parts, positions = np.full(shape, _PADDING), np.zeros(shape, dtype=np.int64)
     found: list[list[tuple[int, int, int]]] = []  # row, source and label of each token of each target
-    for row, (prefix, own) in enumerate(zip(prefixes, targets, strict=True)):
+    for row, (prefix, branches) in enumerate(layouts):
         parts[row, :prefix], positions[row, :prefix] = _PREFIX, np.arange(prefix)
         start = prefix
-        for part, ids in enumerate(own, start=1):
-            stop = start + len(ids) - 1
+        for part, (between, ids) in enumerate(branches, start=1):
+            stop = start + between + len(ids) - 1
             parts[row, start:stop], positions[row, start:stop] = part, prefix + np.arange(stop - start)
-            sources = [prefix - 1, *range(start, stop)]
+            first = start + between - 1 if between else prefix - 1
+            sources = [first, *range(start + between, stop)]
             found.append([(row, source, label) for source, label in zip(sources, ids, strict=True)])
             start = stop
     arrangement = Parts(torch.from_numpy(parts), torch.from_numpy(positions))

@@ -47,6 +47,10 @@ class Workers:
         """This worker's items: every ``count``-th one. It may be empty if there are fewer items than workers."""
         return items[self.rank :: self.count] if self.count > 1 else items
 
+    def block(self, items: Sequence[T]) -> Sequence[T]:
+        """This worker's items: consecutive ones, about as many as every other has."""
+        return items[len(items) * self.rank // self.count : len(items) * (self.rank + 1) // self.count]
+
     def total(self, *values: float) -> tuple[float, ...]:
         """The sum over workers of each value, in double precision."""
         return tuple(self.sum(np.array(values, dtype=np.float64)).tolist()) if self.count > 1 else values

@@ -14,10 +14,12 @@ import torch
 import transformers
 from torch import Tensor
 
+from harness.core.errors import UserError
 from harness.core.files import cache_folder, digests_of, write_atomically
 from harness.core.registry import identity
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
+from harness.model.batch import Batch
 from harness.price.rows import Rows, rows_of
 from harness.price.trace import Traced, trace
 from tasks.base import Example
@@ -70,24 +72,34 @@ class Footprints:
         depends = {"task", "backbone", "seed", "budget", "optimizer"}
         key = spec.model_dump_json(include=depends, exclude={"optimizer": {"learning_rate"}})
         if key not in self._rows:
-            self._rows[key] = rows_of(spec, train, self._resources.workers)
+            self._rows[key] = rows_of(spec, train, self._resources.workers, self._resources.shared_prefix)
         rows = self._rows[key]
         longest = rows.longest / rows.first.token_ids_BT.shape[1]
         return Footprint(_traced(spec, rows, self._resources), longest, rows.of_sample)
 
 
 def _traced(spec: TrialSpec, rows: Rows, resources: Resources) -> tuple[Traced, ...]:
-    path = cache_folder("traced", f"{_key(spec, rows, resources)}.json")
+    """The step on rows that items share, if the model takes them (see ``harness.model.sharing``), else on others."""
+    if rows.first.parts is not None:
+        projectors = len(rows.first.items) if spec.backbone.projector_dropout else 0
+        with suppress(TypeError, ValueError, RuntimeError, UserError):
+            found = _traced_on(spec, rows.first, resources)
+            if all(stage.drawn <= projectors for stage in found):
+                return found
+    return _traced_on(spec, rows.alone, resources)
+
+
+def _traced_on(spec: TrialSpec, batch: Batch, resources: Resources) -> tuple[Traced, ...]:
+    path = cache_folder("traced", f"{_key(spec, batch, resources)}.json")
     with suppress(OSError, ValueError, TypeError):  # a cache that cannot be read costs time only
         return tuple(Traced(**stage) for stage in json.loads(path.read_text(encoding="utf-8")))
-    found = trace(spec, rows.first, resources)
+    found = trace(spec, batch, resources)
     with suppress(OSError):
         write_atomically(path, json.dumps([asdict(stage) for stage in found]))
     return tuple(found)
 
 
-def _key(spec: TrialSpec, rows: Rows, resources: Resources) -> str:
-    batch = rows.first
+def _key(spec: TrialSpec, batch: Batch, resources: Resources) -> str:
     adapter = spec.adapter.model_dump(mode="json", include={"method", "plugins", "grouping", "config"})
     geometry = [
         list(batch.token_ids_BT.shape),

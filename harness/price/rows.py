@@ -23,6 +23,7 @@ from harness.model.batches import BatchMaker
 from harness.model.budget import Order
 from harness.model.components import empty_encoders, make_modalities, make_task
 from harness.model.features import Features
+from harness.model.workers import Workers
 from tasks.base import Example, Task
 from tasks.drawing.task import DrawnTask
 from tasks.registry import TASKS
@@ -36,12 +37,14 @@ class Rows:
     """What a trial trains on.
 
     Attributes:
-        first: the largest of the first batches, of which a record has the activations.
+        first: the largest of the first batches, of which a record has the activations; items may share rows.
+        alone: the same where the model allows no shared rows.
         longest: positions of the longest row that was looked at.
         of_sample: whether these are examples that the task brings along, because its data is not on this machine.
     """
 
     first: Batch
+    alone: Batch
     longest: int
     of_sample: bool
 
@@ -66,16 +69,18 @@ class FeatureSizes(Features):
             paths = [path for own, path in new if own == modality]
             found = self.encoders[modality].encode([self.modalities[modality].load(path) for path in paths])
             self._shapes |= {(modality, path): x_ND.shape for path, x_ND in zip(paths, found, strict=True)}
-        return [[torch.zeros(self._shapes[want]) for want in wants] for wants in wanted]
+        made = {want: torch.zeros(self._shapes[want]) for wants in wanted for want in wants}  # of a file one tensor
+        return [[made[want] for want in wants] for wants in wanted]
 
 
-def rows_of(spec: TrialSpec, train: Sequence[Example] | None, workers: int = 1) -> Rows:
+def rows_of(spec: TrialSpec, train: Sequence[Example] | None, workers: int = 1, share: bool = True) -> Rows:
     """The rows that a worker of a trial trains on.
 
     Args:
         spec: of the trial.
         train: the examples of its budget; None: they are not on this machine.
         workers: that share each batch.
+        share: whether items whose inputs begin alike share a row.
 
     Raises:
         UserError: the data is not here, and the task has no sample of it; or a tokenizer could not be loaded.
@@ -87,17 +92,18 @@ def rows_of(spec: TrialSpec, train: Sequence[Example] | None, workers: int = 1) 
         size = spec.optimizer.per_device_train_batch_size
         if train is None:
             draws = draws * (size // len(draws) + 1)
-        batches = []
+        share = share and order.repeats_inputs
+        share = share and (spec.budget.references == "grouped" or not spec.backbone.projector_dropout)
+        batches, alone = list[Batch](), list[Batch]()
         for start in range(0, min(len(draws), FIRST * size), size):
-            own = draws[start : start + size : workers]  # the share of the first worker
-            texts = [examples[draw.example].references[draw.reference] for draw in own]
-            views = [draw.view for draw in own]
-            batches.append(maker.make([examples[draw.example] for draw in own], texts, views))
-        first = max(batches, key=lambda batch: batch.token_ids_BT.numel())
+            own = order.share(draws[start : start + size], Workers(0, workers))
+            alone.append(maker.train(examples, own, share=False))
+            batches.append(maker.train(examples, own, share=True) if share else alone[-1])
+        first, other = (max(found, key=lambda batch: batch.token_ids_BT.numel()) for found in (batches, alone))
         looked_at = [(examples[draw.example], draw.reference) for draw in draws[:_LOOKED_AT]]
         texts_positions = (maker.text_positions(example, example.references[n]) for example, n in looked_at)
-        files = max(n for batch in batches for n in _file_positions(batch))
-        return Rows(first, max(first.token_ids_BT.shape[1], files + max(texts_positions)), train is None)
+        files = max(n for batch in alone for n in _file_positions(batch))
+        return Rows(first, other, max(first.token_ids_BT.shape[1], files + max(texts_positions)), train is None)
 
 
 def _file_positions(batch: Batch) -> list[int]:

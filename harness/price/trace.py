@@ -7,7 +7,7 @@ and types only, by the rules of a CPU. So the result is exact for any model and 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +41,7 @@ class Traced:
         forward_operations, step_operations: calls of a kernel.
         positions: rows times columns of the batch.
         row_positions: its columns.
+        drawn: operations of forward that draw random numbers: dropout.
     """
 
     weights: int
@@ -56,6 +57,7 @@ class Traced:
     step_operations: int
     positions: int
     row_positions: int
+    drawn: int
 
 
 def trace(spec: TrialSpec, batch: Batch, resources: Resources | None = None) -> list[Traced]:
@@ -129,7 +131,7 @@ def _traced(model: nn.Module, batch: Batch) -> Traced:
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda x: x):
             nll_B, tokens_B = model(batch)
             loss = nll_B.sum() / tokens_B.sum()
-        forward = flops.get_total_flops(), alive.operations
+        forward, drawn = (flops.get_total_flops(), alive.operations), alive.drawn
         loss.backward()
     gradients = sum(p.grad.numel() * p.grad.element_size() for p in trained if p.grad is not None)
     return Traced(
@@ -146,6 +148,7 @@ def _traced(model: nn.Module, batch: Batch) -> Traced:
         step_operations=alive.operations,
         positions=batch.token_ids_BT.numel(),
         row_positions=batch.token_ids_BT.shape[1],
+        drawn=drawn,
     )
 
 
@@ -164,17 +167,27 @@ class _Saved:
         return x
 
 
+def _draws(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operation draws random numbers; attention could, but does not without dropout."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
+    default = next((a.default_value for a in func._schema.arguments if a.name == "dropout_p"), None)
+    return bool({"dropout_p": default, **given, **kwargs}["dropout_p"] != 0)
+
+
 class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations, and the most bytes of storages that are alive at once."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.operations = self.now = self.most = 0
+        self.operations = self.drawn = self.now = self.most = 0
         self._known: dict[int, object] = {p.untyped_storage()._cdata: p for p in parameters}
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.operations += 1
+        self.drawn += _draws(func, args, kwargs or {})
         for x in tree_leaves(result):
             if isinstance(x, Tensor):
                 self._add(x.untyped_storage())

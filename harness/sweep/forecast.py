@@ -100,7 +100,7 @@ def keep_forecast(prepared: PlannedRun, profile: Profile) -> None:
 
 def amounts_of(spec: TrialSpec, splits: Splits) -> Amounts:
     """How much data a trial has."""
-    every = spec.budget.references == "all"
+    every = spec.budget.references != "one"
     texts = [len(example.references) for example in splits.test]
     files = {path for part in (splits.train, splits.validation, splits.test) for e in part for _, path in e.files}
     return Amounts(

@@ -20,12 +20,11 @@ from harness.model.batch import Batch
 from harness.model.batches import BatchMaker
 from harness.model.budget import by_member
 from harness.model.context_model import ContextModel
-from harness.model.shared_prefix import agrees, fits
+from harness.model.shared_prefix import MOST_TARGETS, agrees, fits
 from harness.model.workers import ALONE, Workers
 from tasks.base import Example
 
 logger = logging.getLogger(__name__)
-_MOST_TARGETS = 8  # in one row: attention's mask grows with the square of its length
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ class Evaluator:
 
     def _rows(self, examples: Sequence[Example], shown: Sequence[Example]) -> tuple[list[list[_Target]], int]:
         """The references that share a row, rows of similar lengths beside each other, and the most in one row."""
-        most = min(_MOST_TARGETS, self.options.per_device_eval_batch_size)
+        most = min(MOST_TARGETS, self.options.per_device_eval_batch_size)
         most = most if self.shared_prefix and not self.synced else 1
         rows = [
             [_Target(i, n, example.references[n]) for n in range(start, min(start + most, len(example.references)))]
@@ -177,9 +176,7 @@ class Evaluator:
         """NLL and number of tokens of all targets of some rows, which are split up where the model cannot share."""
         if all(len(row) == 1 for row in rows) or self.model.shares_prefixes is False:
             return self._score_alone(rows, shown)
-        batch = self.batches.make_shared(
-            [shown[row[0].example] for row in rows], [[t.text for t in row] for row in rows]
-        )
+        batch = self.batches.make_shared([[(shown[target.example], target.text) for target in row] for row in rows])
         if not fits(self.model.language_model.config, batch.length):
             return self._score_alone(rows, shown)
         if self.model.shares_prefixes is None:

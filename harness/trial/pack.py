@@ -371,7 +371,8 @@ def _take(members: Sequence[Member[T]], together: Together, waiting: Sequence[Me
         raise RuntimeError("the trials of a pack train on different examples")
     try:
         with members[0].in_turn():
-            batch = members[0].trial.batch(draws)
+            shared = all(member.trial.stages.shares_rows for member in members)
+            batch = members[0].trial.batch(draws, shared)
     except Exception as error:  # as each would have met it alone
         for member in members:
             member.go_on(error)

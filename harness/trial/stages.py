@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +18,11 @@ from harness.experiment.sections import Resources
 from harness.model.build import Common, TrialData, build
 from harness.model.components import method_of
 from harness.model.kept import Kept
+from harness.model.sharing import why_not_shared
 from harness.model.workers import joined
 from harness.trial.engine import Engine, load_weights
+
+logger = logging.getLogger(__name__)
 
 
 def stage_ends(stages: Sequence[Stage], batches: int, accumulation: int) -> list[int]:
@@ -59,6 +63,9 @@ class Stages:
         kept: what earlier trials of this process have left.
         common: what the trial has together with others of this process; None: it has none.
 
+    Attributes:
+        shares_rows: whether training items whose inputs begin alike share a row.
+
     Raises:
         UserError: the method's stages do not fit the budget, or the model cannot be built.
     """
@@ -79,7 +86,16 @@ class Stages:
         batches = math.ceil(self.built.order.draws / spec.optimizer.per_device_train_batch_size)
         self.ends = stage_ends(self.stages, batches, spec.optimizer.gradient_accumulation_steps)
         self.total_steps = self.ends[-1]
+        self.shares_rows = resources.shared_prefix and self._can_share()
         self._open = False
+
+    def _can_share(self) -> bool:
+        if not self.built.order.repeats_inputs:
+            return False
+        reason = why_not_shared(self.built.model, self.built.batches)
+        if reason is not None:
+            logger.info("training items get rows of their own: %s", reason)
+        return reason is None
 
     def stops_after(self, epochs: int, best: int | None) -> bool:
         """Whether training stops before its last epoch, because ``budget.patience`` is over.

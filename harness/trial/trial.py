@@ -313,7 +313,7 @@ class Trial:
 
     def train_step(self, draws: list[budget.Draw]) -> float:
         """Make this worker's share of a batch and train on it; returns the loss of the batch."""
-        own = self.workers.share(draws)
+        own = self.stages.built.order.share(draws, self.workers)
         with self.training_on(own):
             return self.step_on(self.batch(own) if own else self.batch(draws[:1]).as_stand_in())
 
@@ -321,12 +321,10 @@ class Trial:
         """Errors tell of these examples."""
         return during("", dict.fromkeys(self.stages.built.splits.train[draw.example].id for draw in draws))
 
-    def batch(self, draws: Sequence[budget.Draw]) -> Batch:
-        """The batch of training items, on the device."""
-        examples = [self.stages.built.splits.train[draw.example] for draw in draws]
-        texts = [e.references[draw.reference] for e, draw in zip(examples, draws, strict=True)]
-        made = self.stages.built.batches.make(examples, texts, [draw.view for draw in draws])
-        return made.to(self.device)
+    def batch(self, draws: Sequence[budget.Draw], share: bool = True) -> Batch:
+        """The batch of training items, on the device; ``share``: they may share rows, if the model allows it."""
+        built = self.stages.built
+        return built.batches.train(built.splits.train, draws, share and self.stages.shares_rows).to(self.device)
 
     def took_step(self, duration_s: float) -> None:
         """Note that the trial's engine has taken a step, without ``step_on``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from harness.core.errors import UserError
 from harness.model.budget import Order, choose, content_fingerprint
 from harness.model.inputs import Inputs
+from harness.model.workers import Workers
 from tasks.base import Example
 
 pytestmark = pytest.mark.quick
@@ -93,6 +95,67 @@ def test_orders_differ_by_seed_and_epoch_and_repeat_otherwise() -> None:
     }
     assert len(set(orders.values())) == len(orders)
     assert tuple(Order(EXAMPLES[:64], 2).epoch(3)) == orders[2, 3]
+
+
+GROUPED = Order(EXAMPLES[:64], 3, "grouped")
+
+
+def test_grouped_items_are_those_of_all_with_an_examples_references_in_succession() -> None:
+    for epoch in (1, 2):
+        draws, every = GROUPED.epoch(epoch), Order(EXAMPLES[:64], 3, "all").epoch(epoch)
+        assert sorted((d.example, d.reference) for d in draws) == sorted((d.example, d.reference) for d in every)
+        blocks = [draws[start : start + 5] for start in range(0, 320, 5)]
+        assert all(len({d.example for d in block}) == len({d.view for d in block}) == 1 for block in blocks)
+        assert len({d.view for d in draws}) == 64
+    first, second = ([d.example for d in GROUPED.epoch(epoch)] for epoch in (1, 2))
+    assert first != second
+    assert GROUPED.draws == 320
+    assert GROUPED.epoch(2) == Order(EXAMPLES[:64], 3, "grouped").epoch(2)
+    prints = {Order(EXAMPLES[:64], 3, kind).fingerprint(1, 16) for kind in ("one", "all", "grouped")}
+    assert len(prints) == 3
+
+
+def test_grouped_examples_with_one_picture_follow_one_another(tmp_path: Path) -> None:
+    asked = [
+        Example(f"{n}-{k}", {"image": tmp_path / f"{n}.png", "text": f"question {k}"}, (f"answer {k}",))
+        for k in range(3)
+        for n in range(6)
+    ]
+    order = Order(asked, 0, "grouped")
+    draws = order.epoch(1)
+    for start in range(0, 18, 3):
+        block = draws[start : start + 3]
+        assert len({asked[d.example].files for d in block}) == len({d.view for d in block}) == 1
+    assert sorted(d.example for d in draws) == list(range(18))
+    assert order.repeats_inputs
+    assert Order(asked, 0).repeats_inputs
+    assert not Order(asked[:6], 0).repeats_inputs
+    assert Order(asked[:6], 0, shares={"": 1.0}).repeats_inputs
+
+
+@pytest.mark.parametrize("shares", [{"few": 0.5, "many": 0.5}, {"few": 0.05, "many": 0.95}])
+def test_grouped_members_have_their_shares(shares: dict[str, float]) -> None:
+    examples = [replace(e, member="few" if n < 10 else "many") for n, e in enumerate(EXAMPLES[:64])]
+    order = Order(examples, 0, "grouped", shares)
+    draws = order.epoch(1)
+    assert len(draws) == order.draws == 320
+    few = [draw for draw in draws if draw.example < 10]
+    assert len(few) == 320 * shares["few"]
+    runs = sum(one.example != other.example for one, other in itertools.pairwise(few)) + 1
+    assert runs <= len(few) // 5 + 1
+    if shares["few"] > 0.1:  # each of them as often as every other, up to once
+        counts = np.bincount([draw.example for draw in few], minlength=10)
+        assert counts.max() - counts.min() <= 5
+    assert order.epoch(2) != draws
+
+
+def test_workers_get_the_items_of_one_picture_together() -> None:
+    draws = GROUPED.epoch(1)[:20]
+    shares = [GROUPED.share(draws, Workers(rank, 3)) for rank in range(3)]
+    assert [draw for share in shares for draw in share] == draws
+    assert [len(share) for share in shares] == [6, 7, 7]
+    one = Order(EXAMPLES[:64], 3)
+    assert one.share(draws, Workers(1, 3)) == draws[1::3]
 
 
 def pictures(folder: Path, count: int = 8) -> list[Example]:

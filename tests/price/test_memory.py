@@ -20,6 +20,7 @@ from tests.support.trials import BITFIT, FULL, LORA, spec_of
 
 MARGIN = 0.15  # of the sum of all kinds
 AGNOSTIC = {**LORA, "grouping": "agnostic"}
+GROUPED = {"budget": {"references": "grouped"}}
 NONE, IA3 = {"method": "none", "learning_rate": 3e-3}, {"method": "ia3", "learning_rate": 0.2}
 
 
@@ -45,8 +46,12 @@ def measured(spec: TrialSpec, folder: Path, resources: Resources) -> tuple[Memor
         (BITFIT, 8, {}, {}),
         (IA3, 8, {}, {}),
         (FULL, 8, {}, {}),
-        (FULL, 2, {"bf16": True}, {}),
+        (FULL, 2, {"optimizer": {"bf16": True}}, {}),
         (LORA, 8, {}, {"zero_stage": 2}),
+        (LORA, 10, GROUPED, {}),
+        (LORA, 10, GROUPED, {"shared_prefix": False}),
+        (LORA | {"dropout": 0.1}, 10, GROUPED, {}),
+        ({"method": "moka", "learning_rate": 1e-3}, 10, GROUPED, {}),
     ],
 )
 def test_predicted_memory_is_that_of_training(
@@ -56,12 +61,12 @@ def test_predicted_memory_is_that_of_training(
     options: Mapping[str, Any],
     resources: Mapping[str, Any],
 ) -> None:
-    spec = spec_of(
-        tmp_path, adapter, budget={"examples": 48}, optimizer={"per_device_train_batch_size": batch, **options}
-    )
+    budget = {"examples": 48, **options.get("budget", {})}
+    optimizer = {"per_device_train_batch_size": batch, **options.get("optimizer", {})}
+    spec = spec_of(tmp_path, adapter, budget=budget, optimizer=optimizer)
     given = Resources(**resources)
     actual, trial = measured(spec, tmp_path, given)
-    footprint = Footprints().of(spec, trial.stages.built.splits.train)
+    footprint = Footprints(given).of(spec, trial.stages.built.splits.train)
     found = memory_of(footprint.stages[-1], spec, given, footprint.longest)
     trial.stages.close()
     kinds = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "activations_bytes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -190,6 +191,48 @@ def test_the_zero_stage_does_not_change_the_result(finished: Any, stage: int, tm
     assert found == pytest.approx(expected, rel=1e-3)
     assert other.metrics["test"]["perplexity"] == pytest.approx(record.metrics["test"]["perplexity"], rel=1e-3)
     assert other.memory.weights_bytes == record.memory.weights_bytes
+
+
+# ── Rows that share their inputs
+
+
+def counted(read: list[int]) -> Callable[[Any, Any], float]:
+    """``Trial.step_on``, which notes the positions that are read."""
+    step_on = trial.Trial.step_on
+
+    def step(own: Any, batch: Any) -> float:
+        read.append(batch.positions)
+        return step_on(own, batch)
+
+    return step
+
+
+@pytest.mark.parametrize(("method", "shares"), [("lora", True), ("moka", False)])
+def test_a_trial_on_rows_that_share_their_picture_is_one_on_rows_of_one_caption(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, method: str, shares: bool
+) -> None:
+    """With the dropout of the projector, which each picture has once."""
+    budget = {"examples": 16, "epochs": 2, "references": "grouped"}
+    adapter = {"method": method, "grouping": "specific", "learning_rate": 3e-3}
+    spec = spec_of(tmp_path, adapter, budget=budget, optimizer={"per_device_train_batch_size": 12})
+    positions: dict[bool, int] = {}
+    found: dict[bool, TrialRecord] = {}
+    with caplog.at_level(logging.INFO):
+        for shared in (True, False):
+            read: list[int] = []
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(trial.Trial, "step_on", counted(read))
+                found[shared] = run(spec, tmp_path / str(shared), shared_prefix=shared)
+            positions[shared] = sum(read)
+    assert (positions[True] < 0.8 * positions[False]) is shares
+    assert ("training items get rows of their own" in caplog.text) is not shares
+    one, other = found[True], found[False]
+    assert one.data == other.data
+    assert one.trial_id == other.trial_id == spec.trial_id
+    for epoch, expected in zip(one.history, other.history, strict=True):
+        assert epoch.train_loss == pytest.approx(expected.train_loss, rel=1e-5)
+        assert epoch.validation_perplexity == pytest.approx(expected.validation_perplexity, rel=1e-5)
+    assert one.metrics["test"]["perplexity"] == pytest.approx(other.metrics["test"]["perplexity"], rel=1e-5)
 
 
 # ── The best epoch

@@ -36,6 +36,7 @@ from harness.core.weight_decay import parameter_groups
 from harness.experiment.sections import Optimizer
 from harness.model.batch import IGNORED, Batch
 from harness.model.context_model import ContextModel
+from harness.model.shared_prefix import arranged
 from harness.trial.engine import Engine, join_process_group
 from tests.support.batches import batch_of
 from tests.support.batches import model_of as context_model_of
@@ -58,10 +59,13 @@ class Job(NamedTuple):
     stage: int
     image_on_rank_1: bool = False
     together: bool = True  # False: without what brings gradients into one order
+    shared: bool = False  # rank 0 has its two targets in one row, rank 1 in two
 
     @property
     def folder(self) -> str:
-        return f"{self.method} zero{self.stage} image {self.image_on_rank_1} together {self.together}"
+        return (
+            f"{self.method} zero{self.stage} image {self.image_on_rank_1} together {self.together} shared {self.shared}"
+        )
 
 
 class SpanBySpan(base.Change):
@@ -127,6 +131,27 @@ def batches(rank: int, image_on_rank_1: bool) -> list[Batch]:
     return made
 
 
+def of_one_image(rank: int, shared: bool) -> list[Batch]:
+    """What a rank sees whose two targets have the same image, in one row or in two."""
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for _ in range(STEPS):
+        features = torch.randn(RANKS, 1, 4, 20, generator=generator)[rank]
+        targets_BT = torch.randint(3, 20, (RANKS, 2, 9), generator=generator)[rank]
+        targets_BT[1, 4 + rank :] = IGNORED
+        if not shared:
+            made.append(batch_of({"image": features.expand(2, -1, -1)}, targets_BT))
+            continue
+        targets = [[token for token in row if token != IGNORED] for row in targets_BT.tolist()]
+        inputs = torch.tensor([[token for target in targets for token in target[:-1]]])
+        made.append(arranged(batch_of({"image": features}, inputs), [(5, [(0, target) for target in targets])]))
+    return made
+
+
+def seen(rank: int, job: Job, shared: bool = False) -> list[Batch]:
+    return of_one_image(rank, shared) if job.shared else batches(rank, job.image_on_rank_1)
+
+
 # ── In the two processes
 
 
@@ -140,7 +165,7 @@ def process(rank: int, folder: Path, jobs: Sequence[Job]) -> None:
         engine = Engine(model, OPTIONS, STEPS, job.stage, units=model.adapters.changes())
         if not job.together:
             engine._ordered = []
-        losses = [engine.train_step(batch) for batch in batches(rank, job.image_on_rank_1)]
+        losses = [engine.train_step(batch) for batch in seen(rank, job, shared=rank == 0)]
         engine.save_weights(folder / job.folder / "weights.safetensors")
         (folder / job.folder / f"losses-{rank}.json").write_text(json.dumps(losses), encoding="utf-8")
         engine.close()
@@ -180,7 +205,7 @@ def one_process(
 
 
 def expected(job: Job) -> tuple[list[float], dict[str, Tensor]]:
-    by_rank = [batches(rank, job.image_on_rank_1) for rank in range(RANKS)]
+    by_rank = [seen(rank, job) for rank in range(RANKS)]
     return one_process(model_of(job.method), list(zip(*by_rank, strict=True)))
 
 
@@ -207,7 +232,10 @@ def check(folder: Path, job: Job) -> None:
         assert max((weights[n] - start[n]).abs().max().item() for n in weights if group in n) > 1e-3
 
 
-JOBS = [Job("all forms", stage, image) for image in (True, False) for stage in range(4)]
+JOBS = [
+    *(Job("all forms", stage, image) for image in (True, False) for stage in range(4)),
+    *(Job("all forms", stage, shared=True) for stage in range(4)),
+]
 UNORDERED = Job("all forms", 2, together=False)
 
 
