@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,28 @@ class Encoder(nn.Module, ABC):
 
     The features of an item do not depend on the other items of the batch (up to rounding), so that they can be cached.
 
+    A plugin that adds an encoder to a modality sets ``modality`` and is registered under ``harness.encoders``.
+
     Attributes:
         width: D.
     """
 
     width: int
+    modality: ClassVar[str] = ""  # registry name of the modality whose decoded items a plugin's encoder takes
+    result_version: ClassVar[int] = 1  # of a plugin: raise it when features change, so that trials get new ids
+
+    @classmethod
+    def files(cls) -> Sequence[Path]:
+        """Of a plugin: files that features depend on, such as weights; their content is part of trial ids."""
+        return ()
+
+    @classmethod
+    def make(cls, weights: bool) -> Encoder:
+        """The encoder of a plugin, in fp32 and evaluation mode; without weights on the ``meta`` device."""
+        if weights:
+            return cls().eval()
+        with torch.device("meta"):
+            return cls().eval()
 
     @abstractmethod
     def encode(self, items: Sequence[Any]) -> list[Tensor]:

@@ -116,6 +116,7 @@ class Registry(Generic[T]):
         group: entry point group ("harness.adapters").
         contract: returns the base class of the plugins; a function, so that listing plugins imports nothing.
         combine: combines several classes, whose names are joined by "+", into one; None: they cannot be combined.
+        accepts: which subclasses that a file defines are plugins; by default all.
     """
 
     def __init__(
@@ -124,8 +125,9 @@ class Registry(Generic[T]):
         group: str,
         contract: Callable[[], type[T]],
         combine: Callable[[tuple[type[T], ...]], type[T]] | None = None,
+        accepts: Callable[[type[T]], bool] = lambda _: True,
     ) -> None:
-        self.kind, self.group, self.contract, self.combine = kind, group, contract, combine
+        self.kind, self.group, self.contract, self.combine, self.accepts = kind, group, contract, combine, accepts
         self.added: list[Entry] = []  # from files
 
     def entries(self) -> dict[str, Entry]:
@@ -338,7 +340,7 @@ def add_file(path: Path, where: str, registries: Iterable[Registry[Any]]) -> Non
         raise UserError(f"{where}: {path}: cannot be imported: {type(error).__name__}: {error}") from error
     found = False
     for registry in registries:
-        for plugin in _defined_in(module, registry.contract()):
+        for plugin in filter(registry.accepts, _defined_in(module, registry.contract())):
             found = True
             given = getattr(plugin, "name", None)  # of adapter methods: a property
             snake_case = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", plugin.__name__).lower()

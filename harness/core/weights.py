@@ -36,10 +36,15 @@ _NOT_READ = re.compile(
 def models_of(backbone: Mapping[str, Any]) -> dict[str, tuple[str, str | None]]:
     """The name and revision of every pretrained model in a spec's section ``backbone``, by its key in that section.
 
-    Built-in encoders without weights are left out: they are versioned with their plugin.
+    Built-in encoders without weights and those of plugins are left out: they are versioned with their plugin.
     """
     models = {"language_model": (backbone["language_model"], backbone.get("revision"))} if backbone else {}
-    models |= {f"encoders.{modality}": (name, None) for modality, name in backbone.get("encoders", {}).items()}
+    plugins = backbone.get("encoder_plugins", {})
+    models |= {
+        f"encoders.{modality}": (name, None)
+        for modality, name in backbone.get("encoders", {}).items()
+        if modality not in plugins
+    }
     return {
         key: (name, revision)
         for key, (name, revision) in models.items()

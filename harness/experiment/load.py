@@ -37,6 +37,7 @@ from harness.experiment.sections import (
     TaskChoice,
     Tracking,
 )
+from tasks.registry import ENCODERS
 
 _NO_AXIS_OF_RUN = "it limits the whole run, so it has no axis"
 
@@ -184,6 +185,11 @@ class Experiment:
             if modality not in used:
                 where, near = self.top / "backbone" / "encoders" / modality, did_you_mean(modality, used)
                 raise UserError(f"{where}: no task of this experiment reads {modality!r}; {near}")
+        for modality, name in {pair for backbone in self.backbones for pair in backbone.encoders.items()}:
+            of = ENCODERS.load(ENCODERS.find(name).target).modality if name in ENCODERS.entries() else modality
+            if of != modality:
+                where = self.top / "backbone" / "encoders" / modality
+                raise UserError(f"{where}: {name!r} is an encoder of {of!r}; allowed: one of {modality!r}")
 
     def _check_learning_rates(self) -> None:
         without = [c.label for choices in self.adapters for c in choices if c.learning_rate is None and not c.search]
@@ -207,6 +213,9 @@ def _backbones(section: Mapping[str, Any], where: Cursor, folder: Path) -> Itera
     # A mapping under `roles` is one value, not a section with axes of its own.
     fixed = {"roles": [section["roles"]]} if isinstance(section.get("roles"), dict) else {}
     for variant in axes({**section, **fixed}, where):
+        if "encoder_plugins" in variant:
+            allowed = did_you_mean("encoder_plugins", sorted(Backbone.model_fields.keys() - {"encoder_plugins"}))
+            raise UserError(f"{where / 'encoder_plugins'}: unknown key; {allowed}")
         backbone = check(Backbone, variant, where)
         models = {"language_model": backbone.language_model}
         for key, name in (models | {f"encoders.{m}": name for m, name in backbone.encoders.items()}).items():

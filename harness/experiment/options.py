@@ -16,12 +16,12 @@ from harness.experiment.axes import NO_AXIS, axes
 from harness.experiment.init_sources import find_init_sources
 from harness.experiment.search import SearchDefaults, with_rates
 from harness.experiment.sections import AdapterChoice, RateSearch, TaskChoice
-from tasks.registry import METRICS, MODALITIES, TASKS
+from tasks.registry import ENCODERS, METRICS, MODALITIES, TASKS
 
 if TYPE_CHECKING:
     from tasks.base import Task
 
-REGISTRIES = (TASKS, MODALITIES, METRICS, ADAPTERS)
+REGISTRIES = (TASKS, MODALITIES, ENCODERS, METRICS, ADAPTERS)
 
 
 def task_axes(section: Mapping[str, Any], where: Cursor) -> Iterator[dict[str, Any]]:

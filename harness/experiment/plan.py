@@ -27,7 +27,7 @@ from harness.experiment.load import Experiment
 from harness.experiment.samplers import first_candidates, next_candidate
 from harness.experiment.sections import AdapterChoice, Backbone, Budget, Evaluation, Optimizer, TaskChoice
 from harness.experiment.shared import distinct, sections_of, sha256_of, shared_dump, with_rate
-from tasks.registry import MODALITIES
+from tasks.registry import ENCODERS, MODALITIES
 
 
 class TrialSpec(BaseModel):
@@ -180,7 +180,8 @@ def _with_encoders(backbone: Backbone, task: TaskChoice) -> Backbone:
         modality: backbone.encoders.get(modality) or MODALITIES.load(plugin.target).default_encoder
         for modality, plugin in task.modalities.items()
     }
-    return backbone.model_copy(update={"encoders": encoders})
+    plugins = {modality: ENCODERS.plugin(name) for modality, name in encoders.items() if name in ENCODERS.entries()}
+    return backbone.model_copy(update={"encoders": encoders, "encoder_plugins": plugins})
 
 
 def _fingerprints(

@@ -26,7 +26,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-_LATER = frozenset({"start_token", "prompt", "chat_template", "dtype"})  # keys that came later
+_LATER = frozenset({"encoder_plugins", "start_token", "prompt", "chat_template", "dtype"})  # keys that came later
 
 
 class Backbone(Section):
@@ -35,6 +35,8 @@ class Backbone(Section):
     language_model: str = "builtin/tiny-llama"
     revision: str | None = None  # of the language model on the hub: branch, tag or commit; of an encoder: id@revision
     encoders: dict[str, str] = Field(default_factory=dict)  # by modality; others use the modality's default
+    # By modality: of encoders that are plugins. No experiment sets them: a name in ``encoders`` does.
+    encoder_plugins: dict[str, Plugin] = Field(default_factory=dict)
     projector: Literal["linear", "mlp"] = "linear"  # linear as in the paper; mlp: linear, GELU, linear (LLaVA 1.5)
     projector_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # before the projector, as in the paper
     projector_boundary_tokens: bool = False  # a learned token before and after every item

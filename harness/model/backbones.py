@@ -133,7 +133,11 @@ def check_backbone(backbone: Backbone) -> None:
     """
     _check_kind(backbone.language_model)
     # Built-in encoders are checked by their modality: some have no weights, so no folder.
-    encoders = {f"encoders.{m}": name for m, name in backbone.encoders.items() if not hub.is_builtin(name)}
+    encoders = {
+        f"encoders.{m}": name
+        for m, name in backbone.encoders.items()
+        if not hub.is_builtin(name) and m not in backbone.encoder_plugins
+    }
     for key, name in {"language_model": backbone.pinned_language_model, **encoders}.items():
         with errors_at(key):
             hub.check_reachable(name, backbone.trust_remote_code)

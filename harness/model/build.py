@@ -26,7 +26,7 @@ from harness.model import assembly, backbones, parameters
 from harness.model.backbones import LanguageModel
 from harness.model.batches import BatchMaker
 from harness.model.budget import Order, Shares, by_member, choose
-from harness.model.components import check_files, empty_encoders, make_modalities, make_task, method_of
+from harness.model.components import check_files, empty_encoders, make_encoder, make_modalities, make_task, method_of
 from harness.model.context_model import ContextModel
 from harness.model.features import Features
 from harness.model.kept import Kept, Key, bytes_of
@@ -339,6 +339,8 @@ def _encoder_key(spec: TrialSpec, modality: str, device: torch.device) -> Key | 
     """What an encoder depends on; None: it is not known, or code from the hub makes it."""
     backbone = spec.pinned_backbone
     name, fingerprint = backbone.encoders[modality], spec.fingerprints.get(f"encoders.{modality}")
+    if modality in backbone.encoder_plugins:
+        fingerprint = backbone.encoder_plugins[modality].id
     if backbone.trust_remote_code or (fingerprint is None and not hub.is_builtin(name)):
         return None
     return (f"encoder of {modality}", spec.task.modalities[modality].model_dump_json(), name, fingerprint, str(device))
@@ -350,8 +352,7 @@ def _encoder(
     backbone = spec.pinned_backbone
 
     def load() -> Encoder:
-        encoder = modality.encoder(backbone.encoders[name], backbone.trust_remote_code)
-        return encoder.to(device)
+        return make_encoder(backbone, name, modality).to(device)
 
     with during(f"encoder of modality {name}"):
         if key is None:

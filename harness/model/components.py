@@ -13,10 +13,10 @@ from harness.core.errors import UserError
 from harness.core.paths import relative_to
 from harness.core.registry import plugins_in
 from harness.experiment.plan import TrialSpec
-from harness.experiment.sections import AdapterChoice
+from harness.experiment.sections import AdapterChoice, Backbone
 from tasks.base import Modality, Task
 from tasks.encoder import Encoder
-from tasks.registry import METRICS, MODALITIES, TASKS
+from tasks.registry import ENCODERS, METRICS, MODALITIES, TASKS
 
 
 def make_task(spec: TrialSpec) -> Task:
@@ -47,6 +47,7 @@ def check_files(spec: TrialSpec) -> None:
     for registry, plugins in (
         (TASKS, of_task),
         (MODALITIES, spec.task.modalities.values()),
+        (ENCODERS, spec.backbone.encoder_plugins.values()),
         (METRICS, metrics),
         (ADAPTERS, spec.adapter.plugins),
     ):
@@ -69,8 +70,27 @@ def empty_encoders(spec: TrialSpec) -> dict[str, Encoder]:
     found = {}
     for name, modality in make_modalities(spec).items():
         with errors_at(f"encoders.{name}"):
-            found[name] = modality.empty_encoder(backbone.encoders[name], backbone.trust_remote_code)
+            found[name] = make_encoder(backbone, name, modality, weights=False)
     return found
+
+
+def make_encoder(backbone: Backbone, name: str, modality: Modality, weights: bool = True) -> Encoder:
+    """The frozen encoder of a modality: of a plugin, or one that the modality knows, a folder or a hub id.
+
+    Args:
+        backbone: with every hub id and folder located.
+        name: of the modality.
+        modality: reads its files.
+        weights: whether they are loaded; else only shapes and checks are there.
+
+    Raises:
+        UserError: it could not be loaded.
+    """
+    if name in backbone.encoder_plugins:
+        own: Encoder = ENCODERS.load(backbone.encoder_plugins[name].target).make(weights)
+        return own
+    make = modality.encoder if weights else modality.empty_encoder
+    return make(backbone.encoders[name], backbone.trust_remote_code)
 
 
 _SECTION = re.compile(r"^backbone(\.encoders)?(: | )")

@@ -22,7 +22,7 @@ _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".git", ".venv", "run
 
 def plugins_of(specs: Iterable[TrialSpec]) -> list[Plugin]:
     """All plugins of trials, each once."""
-    sections = {spec.model_dump_json(include={"task", "adapter"}): spec for spec in specs}.values()
+    sections = {spec.model_dump_json(include={"task", "backbone", "adapter"}): spec for spec in specs}.values()
     found = [plugin for spec in sections for plugin in plugins_in(spec.model_dump(mode="json"))]
     return list({plugin.target: plugin for plugin in found}.values())
 

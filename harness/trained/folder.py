@@ -18,11 +18,12 @@ from harness.core.record import Parameters
 from harness.core.registry import Plugin, Registry, add_file
 from harness.core.schema import Schema, read_strictly
 from harness.experiment.plan import TrialSpec
-from tasks.registry import METRICS, MODALITIES, TASKS
+from tasks.registry import ENCODERS, METRICS, MODALITIES, TASKS
 
 DESCRIPTION, WEIGHTS, CARD = "trained.json", "weights.safetensors", "README.md"
 FORMAT_VERSION = 1
-_REGISTRIES: dict[str, Registry[Any]] = {"modalities": MODALITIES, "adapter": ADAPTERS}  # others are of tasks
+# Key of the spec → what its plugins are; all others are tasks.
+_REGISTRIES: dict[str, Registry[Any]] = {"modalities": MODALITIES, "encoder_plugins": ENCODERS, "adapter": ADAPTERS}
 
 
 class Description(Schema):
@@ -77,7 +78,7 @@ def spec_of(found: Description, folder: Path, plugins: Sequence[str | Path] = ()
         UserError: a plugin is not registered here, or is another one; or the spec is of an incompatible version.
     """
     for file in plugins:
-        add_file(Path(file), "plugins", (TASKS, MODALITIES, METRICS, ADAPTERS))
+        add_file(Path(file), "plugins", (TASKS, MODALITIES, ENCODERS, METRICS, ADAPTERS))
     here = _with_registered(found.spec, TASKS, f"{folder / DESCRIPTION}: spec")
     try:
         return TrialSpec.model_validate_json(json.dumps(here))

@@ -15,7 +15,7 @@ from harness.experiment.plan import TrialSpec
 from harness.model.backbones import load_language_model
 from harness.model.batches import BatchMaker
 from harness.model.build import assemble
-from harness.model.components import make_modalities, make_task
+from harness.model.components import make_encoder, make_modalities, make_task
 from harness.model.context_model import ContextModel
 from harness.model.features import Features
 from harness.trained.folder import WEIGHTS, Description, read_description, spec_of
@@ -126,7 +126,7 @@ def load_trained(
     check_unchanged(backbone.model_dump(), spec.fingerprints)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     task, modalities = make_task(spec), make_modalities(spec)
-    encoders = {name: m.encoder(backbone.encoders[name], backbone.trust_remote_code) for name, m in modalities.items()}
+    encoders = {name: make_encoder(backbone, name, modality) for name, modality in modalities.items()}
     features = Features(task, modalities, encoders, where)
     language_model = load_language_model(backbone)
     model = assemble(spec, language_model.model, {context: features.width(context) for context in task.modalities})
