@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.core.record import PlannedTrial
-from harness.experiment.plan import TrialSpec
 
-Planned = tuple[TrialSpec, PlannedTrial]
+if TYPE_CHECKING:  # the command line knows of members, and should not load what plans need
+    from harness.experiment.plan import TrialSpec
+
+Planned = tuple["TrialSpec", PlannedTrial]
 
 
 def as_one(pack: Sequence[Planned], rungs: Callable[[str], Collection[int]]) -> dict[str, Any]:
