@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from adapters.base import AdapterMethod, Change, Delta, ModelChange
+from adapters.one_input import ROLES, OneInput
 from adapters.placement.checkpointing import Checkpointing
 from adapters.placement.first_pass import Passes, check_axes, input_of
 from adapters.placement.offload import device_of, dtype_of
+from adapters.placement.own_forward import OwnForward, is_bare_linear
 from adapters.placement.roles import Target, find_targets
 from adapters.placement.router import Layout, Router
 from adapters.placement.row_order import check_row_order
@@ -41,18 +44,35 @@ class AdaptedLayer(nn.Module):
         rows = None if target.rows is None else torch.tensor(target.rows)
         self.register_buffer("rows_D", rows, persistent=False)  # this role's outputs of a fused layer
         self._probe = tuple(self.parameters())[:1]  # tells where the parameters are; in a tuple: not registered again
+        self.one_input: OneInput | None = None  # where changes may be computed together with the layer
+        self._place = 0
+        self.together = True  # whether changes may be computed together with the layer
+        self._of = {name: tuple(c for c in changes.values() if c.acts_on == name) for name in ("input", "output")}
         for change in changes.values():
             router.prepare_lookup(change.groups)
 
-    def attach(self, layer: nn.Module) -> list[RemovableHandle]:
-        """Register only the hooks that some change needs."""
-        acts_on = {change.acts_on for change in self.changes.values()}
-        handles: list[RemovableHandle] = []
-        if "input" in acts_on:
-            handles.append(layer.register_forward_pre_hook(self._before))
-        if "output" in acts_on:
+    def attach(self, layer: nn.Module) -> list[RemovableHandle | OwnForward]:
+        """Register only the hooks that some change needs; take over the forward that one may compute with its own."""
+        handles: list[RemovableHandle | OwnForward] = []
+        first = next(iter(self._of["output"]), None)
+        joint = first is not None and type(first).with_layers is not Change.with_layers
+        self.one_input = None
+        if joint and self.rows_D is None and is_bare_linear(layer):
+            self.reads(OneInput([self.part(layer)]), 0)
+            handles.append(OwnForward(layer, self._forward))
+        elif first is not None:
             handles.append(layer.register_forward_hook(self._after))
+        if self._of["input"]:
+            handles.append(layer.register_forward_pre_hook(self._before))
         return handles
+
+    def part(self, layer: Any) -> tuple[nn.Linear, Change]:
+        """The layer and the first change of its output."""
+        return layer, self._of["output"][0]
+
+    def reads(self, one_input: OneInput, place: int) -> None:
+        """The layer reads what others do, of which it is the one at ``place``."""
+        self.one_input, self._place = one_input, place
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x_BTI = input_of(self.target.path, args)
@@ -60,6 +80,9 @@ class AdaptedLayer(nn.Module):
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], y_BTO: Any) -> Tensor:
         return self._change(module, "output", input_of(self.target.path, args, y_BTO), y_BTO)
+
+    def _forward(self, *args: Any) -> Tensor:
+        return self._change(self.target.layer, "output", input_of(self.target.path, args), None)
 
     def _layout(self, x_BTI: Tensor) -> Layout:
         """The layout of the pass, which must fit the layer's input, (B, T, I) or flattened (B × T, I)."""
@@ -73,31 +96,47 @@ class AdaptedLayer(nn.Module):
         self.passes.ran(self.target.path)
         return layout
 
-    def _change(self, module: nn.Module, acts_on: str, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
+    def _change(self, module: Any, acts_on: str, x_BTI: Tensor, value_BTD: Tensor | None) -> Tensor:
+        """The changed value; None: the output that the layer has yet to compute."""
         layout = self._layout(x_BTI)
-        if x_BTI.dim() == 2:  # OPT flattens rows and positions before its feed-forward layers
-            x_BTI, value_BTD = (x.view(-1, layout.length, x.shape[-1]) for x in (x_BTI, value_BTD))
-            return self._changed(module, acts_on, x_BTI, value_BTD, layout).flatten(0, 1)
-        return self._changed(module, acts_on, x_BTI, value_BTD, layout)
+        if x_BTI.dim() > 2:
+            return self._changed(module, acts_on, x_BTI, value_BTD, layout)
+        # OPT flattens rows and positions before its feed-forward layers
+        x_BTI = x_BTI.view(-1, layout.length, x_BTI.shape[-1])
+        if value_BTD is not None:
+            value_BTD = value_BTD.view(-1, layout.length, value_BTD.shape[-1])
+        return self._changed(module, acts_on, x_BTI, value_BTD, layout).flatten(0, 1)
 
-    def _changed(self, module: nn.Module, acts_on: str, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
+    def _changed(self, module: Any, acts_on: str, x_BTI: Tensor, value_BTD: Tensor | None, layout: Layout) -> Tensor:
         if self.training != module.training:  # the caller may switch the base alone; dropout follows it
             self.train(module.training)
-        device = value_BTD.device
+        device = x_BTI.device if value_BTD is None else value_BTD.device
         if layout.group_ids_XT.device != device:  # the model's layers are on several devices
             layout = layout.on(device)
         if x_BTI.device != device:  # accelerate moves inputs inside the layer
             x_BTI = x_BTI.to(device)
         if self._probe and self._probe[0].device != device:  # the base was moved without its adapters
             self.to(device)
+        changes = self._of[acts_on]
+        if value_BTD is None:
+            joint = self.one_input if self.together and _in_python() else None
+            value_BTD = None if joint is None else joint.output(self._place, x_BTI, layout)
+            if value_BTD is None:
+                value_BTD = F.linear(x_BTI, module.weight, module.bias)
+            else:
+                changes = changes[1:]
         rows_D = self.rows_D if acts_on == "output" else None
         whole_BTD = value_BTD
         if rows_D is not None:
             value_BTD = value_BTD.index_select(-1, rows_D)
-        for change in self.changes.values():
-            if change.acts_on == acts_on:
-                value_BTD = change(x_BTI, value_BTD, layout)
+        for change in changes:
+            value_BTD = change(x_BTI, value_BTD, layout)
         return value_BTD if rows_D is None else whole_BTD.index_copy(-1, rows_D, value_BTD)
+
+
+def _in_python() -> bool:
+    """Whether autograd functions may be called as they are: not compiled, nor transformed by torch.func."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 @dataclass
@@ -197,9 +236,31 @@ class Adapters(nn.Module):
         for layer in self.layers.values():
             assert isinstance(layer, AdaptedLayer)  # noqa: S101 - for the type checker
             self._undo += [handle.remove for handle in layer.attach(language_model.get_submodule(layer.target.path))]
+        self._join(language_model)
         for change in self.model_changes.values():
             assert isinstance(change, ModelChange)  # noqa: S101
             self._undo.append(_copied_with_the_model(change.attach(language_model)))
+
+    def compute_together(self, wanted: bool) -> None:
+        """Whether adapters may be computed together with their layers (the default), which differs by rounding only."""
+        for layer in self.layers.values():
+            assert isinstance(layer, AdaptedLayer)  # noqa: S101 - for the type checker
+            layer.together = wanted
+
+    def _join(self, language_model: nn.Module) -> None:
+        """Let layers of one block that read the same input compute their outputs together."""
+        blocks: dict[tuple[str, frozenset[str]], list[AdaptedLayer]] = {}
+        for layer in self.layers.values():
+            assert isinstance(layer, AdaptedLayer)  # noqa: S101 - for the type checker
+            roles = next((roles for roles in ROLES if layer.target.role in roles), None)
+            if layer.one_input is not None and roles is not None:
+                blocks.setdefault((layer.target.path.rpartition(".")[0], roles), []).append(layer)
+        for layers in blocks.values():
+            parts = [layer.part(language_model.get_submodule(layer.target.path)) for layer in layers]
+            if all(parts[0][1].joins(change) for _, change in parts):
+                together = OneInput(parts)
+                for place, layer in enumerate(layers):
+                    layer.reads(together, place)
 
     def detach(self) -> None:
         """Remove the hooks: the model computes what it did before."""

@@ -82,6 +82,24 @@ class Change(nn.Module):
         self.groups = tuple(deltas)
         self.acts_on = next(iter(deltas.values())).acts_on
 
+    def with_layers(
+        self, x_BTI: Tensor, parts: Sequence[tuple[nn.Linear, Change]], layout: Layout
+    ) -> tuple[Tensor, ...] | None:
+        """The outputs (B, T, O) of layers with their changes, if they are faster together; None: one after the other.
+
+        Called for the first changes of the outputs, where nothing but the layers themselves computes them.
+
+        Args:
+            x_BTI: the layers' input.
+            parts: this change's layer with it; and others with theirs, each of which this change ``joins``.
+            layout: which group owns each position.
+        """
+        return None
+
+    def joins(self, other: Change) -> bool:
+        """Whether ``with_layers`` may compute this change together with that of another layer that reads the same."""
+        return False
+
     def delta(self, group: str) -> Any:
         """The delta of one group."""
         return self.deltas[_PREFIX + group]

@@ -1,14 +1,14 @@
 """LoRA per context group: ``h = W x + s B A x``, with ``s = alpha / r``, or ``alpha / sqrt(r)`` in rsLoRA.
 
 Hu et al. 2021, arXiv 2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732; PiSSA: Meng et al. 2024, arXiv
-2404.02948; OLoRA: Büyükakyüz 2024, arXiv 2406.01775; Context-LoRA in Context-PEFT, arXiv 2312.08900. The product
-``B A`` is never formed; ``low_rank`` in lora_forms computes the update for all groups.
+2404.02948; OLoRA: Büyükakyüz 2024, arXiv 2406.01775; Context-LoRA in Context-PEFT, arXiv 2312.08900. lora_linear
+computes all groups together with the layer where it can, lora_forms elsewhere.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from adapters import base
 from adapters.methods.lora_forms import low_rank, whole
+from adapters.methods.lora_linear import linear
 from adapters.placement.roles import Target
 from adapters.placement.router import Layout
 
@@ -138,6 +139,26 @@ def _from_weight(weight_OI: Tensor, config: LoRAConfig) -> tuple[Tensor, Tensor]
 
 class LoRAChange(base.Change):
     """All groups' pairs, in the form that is fastest for the layout (see lora_forms)."""
+
+    def with_layers(
+        self, x_BTI: Tensor, parts: Sequence[tuple[nn.Linear, base.Change]], layout: Layout
+    ) -> tuple[Tensor, ...] | None:
+        """``W x + b + scale · B_c A_c x`` as one operation, where lora_linear can."""
+        first: LoRADelta = self.delta(self.groups[0])
+        if (first.dropout and first.training) or layout.of_generation:
+            return None
+        alone = None if torch.is_grad_enabled() else self.alone(layout)
+        groups = self.groups if alone is None else (alone,)
+        pairs = [(layer, {group: change.delta(group).factors() for group in groups}) for layer, change in parts]
+        return linear(x_BTI, pairs, layout, first.scale)
+
+    def joins(self, other: base.Change) -> bool:
+        """Whether the groups, and the ranks, are the same."""
+        if not isinstance(other, LoRAChange) or other.groups != self.groups:
+            return False
+        mine, its = self.delta(self.groups[0]), other.delta(self.groups[0])
+        same: bool = mine.lora_A.shape == its.lora_A.shape and mine.scale == its.scale
+        return same and mine.has_start == its.has_start and mine.dropout == its.dropout
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
         """``y + scale · B_c A_c dropout(x)``."""

@@ -130,7 +130,12 @@ def _scaled(product: Tensor, scale: float) -> Tensor:
     return product if scale == 1 else product.mul_(scale)
 
 
-def _joined(factors: Sequence[Tensor], alone: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def transposed(B_OR: Tensor) -> Tensor:
+    """B (O, R) with contiguous columns: for a small R, oneMKL multiplies by it up to four times as fast."""
+    return B_OR.T.contiguous().T
+
+
+def joined(factors: Sequence[Tensor], alone: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A (K, I) and B (O, K), concatenated over all groups, or those of group ``alone``."""
     groups = len(factors) // 2
     if alone is not None:
@@ -146,10 +151,10 @@ class _Joint(torch.autograd.Function):
         ctx: Any, x_NI: Tensor, y_NO: Tensor, owner_TG: Tensor | None, alone: int | None, scale: float, *factors: Tensor
     ) -> Tensor:
         with _no_autocast(y_NO.device):
-            A_KI, B_OK = _joined(factors, alone, y_NO.dtype)
+            A_KI, B_OK = joined(factors, alone, y_NO.dtype)
             h_NK = kept_NR = x_NI.to(y_NO.dtype) @ A_KI.T
             if owner_TG is not None:
-                h_NK = _masked(h_NK, owner_TG)
+                h_NK = masked(h_NK, owner_TG)
                 # Only the owning group's numbers are non-zero: the sum over the groups selects them.
                 kept_NR = h_NK.view(h_NK.shape[0], owner_TG.shape[1], -1).sum(dim=1)
             ctx.owner_TG, ctx.alone, ctx.scale = owner_TG, alone, scale
@@ -162,23 +167,29 @@ class _Joint(torch.autograd.Function):
         x_NI, h_NK, *factors = ctx.saved_tensors
         groups, alone = len(factors) // 2, ctx.alone
         with _no_autocast(g_NO.device):
-            A_KI, B_OK = _joined(factors, alone, g_NO.dtype)
-            gh_NK = _scaled(g_NO @ B_OK, ctx.scale)
+            A_KI, B_OK = joined(factors, alone, g_NO.dtype)
+            gh_NK = _scaled(g_NO @ transposed(B_OK), ctx.scale)
             if ctx.owner_TG is not None:
-                h_NK = _masked(h_NK.repeat(1, groups), ctx.owner_TG)
-                gh_NK = _masked(gh_NK, ctx.owner_TG)
+                h_NK = masked(h_NK.repeat(1, groups), ctx.owner_TG)
+                gh_NK = masked(gh_NK, ctx.owner_TG)
             gx_NI = (gh_NK @ A_KI).to(x_NI.dtype) if ctx.needs_input_grad[0] else None
             gA_KI = gh_NK.T @ x_NI.to(g_NO.dtype)
             gB_KO = _scaled(_outer(h_NK, g_NO), ctx.scale)
-        if alone is None:
-            grads = [*gA_KI.chunk(groups), *(g_RO.T for g_RO in gB_KO.chunk(groups))]
-        else:
-            grads = [torch.zeros_like(factor) for factor in factors]
-            grads[alone], grads[groups + alone] = gA_KI, gB_KO.T
-        return gx_NI, g_NO, None, None, None, *_in_dtype(grads, factors)
+        return gx_NI, g_NO, None, None, None, *split(gA_KI, gB_KO, alone, factors)
 
 
-def _masked(h_NK: Tensor, owner_TG: Tensor) -> Tensor:
+def split(gA_KI: Tensor, gB_KO: Tensor, alone: int | None, factors: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of ``joined`` as those of the factors, in their dtypes."""
+    groups = len(factors) // 2
+    if alone is None:
+        grads = [*gA_KI.chunk(groups), *(g_RO.T for g_RO in gB_KO.chunk(groups))]
+    else:
+        grads = [torch.zeros_like(factor) for factor in factors]
+        grads[alone], grads[groups + alone] = gA_KI, gB_KO.T
+    return _in_dtype(grads, factors)
+
+
+def masked(h_NK: Tensor, owner_TG: Tensor) -> Tensor:
     """In place: zero where another group owns the token. ``owner_TG`` covers one row, or all rows concatenated."""
     positions, groups = owner_TG.shape
     h_NK.view(-1, positions, groups, h_NK.shape[1] // groups).mul_(owner_TG[..., None])
@@ -272,7 +283,7 @@ def _add_grads(slices: _Slices, B_OR: Tensor, gA_RI: Tensor, gB_OR: Tensor, scal
     at_once = max(1, most_copied // max(1, numbers_per_row))
     for x, g, h, gh in zip(*(torch.split(value, at_once) for value in slices), strict=True):
         g_NO = g.flatten(0, 1)
-        gh_NR = _scaled(g_NO @ B_OR, scale)
+        gh_NR = _scaled(g_NO @ transposed(B_OR), scale)
         gh.copy_(gh_NR.view_as(gh))
         gB_OR.T.add_(_outer(h.flatten(0, 1), g_NO), alpha=scale)
         del g_NO

@@ -69,6 +69,11 @@ class Layout:
         """Number of positions in the KV cache before this pass."""
         return self.context_ids_XK.shape[1] - self.length
 
+    @property
+    def of_generation(self) -> bool:
+        """Whether the pass belongs to a generation, and trains nothing."""
+        return self._constants is not None and not torch.is_grad_enabled()
+
     def owned_by(self, groups: Sequence[str]) -> bool:
         """Whether ``groups`` is a single group that owns every position of this pass."""
         return len(groups) == 1 and self.owner == groups[0]

@@ -136,6 +136,8 @@ class Resources(Section):
     max_failures: Annotated[int, Field(ge=0)] = 1  # restarts of a trial whose worker process died
     # Trials that differ in their adapters alone train in one process, up to so many; auto: where that is faster.
     pack: PositiveInt | Literal["auto", "off"] = "auto"
+    # Adapters are computed together with their layers, and one operation steps all parameters; false: one by one.
+    fused_step: bool = True
     shared_prefix: bool = True  # targets of the same inputs share a row of a batch, where the model allows it
     gradient_checkpointing: bool = False  # layers are computed again in backward: less memory, more time
     # As in transformers: eager, sdpa, flash_attention_2, …; null: the model's default.

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapters.placement.own_forward import OwnForward
 from harness.model.batch import Batch
 from harness.model.build import shared_copy
 from harness.model.context_model import ContextModel
@@ -43,6 +44,7 @@ class JointModel(ContextModel):
         self.layers_draw = False
         self._turns: Sequence[Turn] = ()
         self._rows: Batch | None = None  # of one model
+        self._split: tuple[Tensor, Sequence[Tensor]] | None = None  # the last input of a layer, and its blocks
         self._known: list[ContextModel] = []  # of the last pass
         self._hooked: dict[str, list[nn.Module]] = {}  # path of a layer that is hooked → that of each model
 
@@ -61,7 +63,7 @@ class JointModel(ContextModel):
         try:
             nll_R, tokens_R = self(batch.repeated(len(models)))
         finally:
-            self.models, self._turns, self._rows = (), (), None
+            self.models, self._turns, self._rows, self._split = (), (), None, None
         return list(zip(nll_R.chunk(len(models)), tokens_R.chunk(len(models)), strict=True))
 
     def embed(self, batch: Batch) -> Tensor:
@@ -89,7 +91,10 @@ class JointModel(ContextModel):
         theirs = [dict(model.language_model.named_modules()) for model in models]
         for path, module in own.items():
             modules = [named[path] for named in theirs]
-            hooked = any(one._forward_pre_hooks or one._forward_hooks for one in modules)
+            taken = any(_taken(one) for one in modules)
+            hooked = taken or any(one._forward_pre_hooks or one._forward_hooks for one in modules)
+            if path and taken and not _taken(module):
+                OwnForward(module, _OwnForwards(self, path, module.forward))
             if path and hooked and path not in self._hooked:
                 layers = _Blocks(self, path, {*module._forward_pre_hooks, *module._forward_hooks})
                 module.register_forward_pre_hook(layers.before)
@@ -98,6 +103,12 @@ class JointModel(ContextModel):
             elif path in self._hooked:
                 self._hooked[path] = modules
             module._buffers.update(modules[0]._buffers)
+
+    def blocks(self, x: Tensor) -> Sequence[Tensor]:
+        """Each model's rows of the input of a layer; the same tensors for layers that read the same."""
+        if self._split is None or self._split[0] is not x:
+            self._split = x, x.chunk(len(self.models))
+        return self._split[1]
 
     def layers(self, path: str) -> list[tuple[nn.Module, Turn]]:
         """A layer of each model of the pass in progress, and what its adapters run in."""
@@ -118,6 +129,33 @@ class _Routers:
             for model in self._joint.models:
                 passes.enter_context(model.router.one_pass())
             yield
+
+
+def _taken(layer: nn.Module) -> bool:
+    return isinstance(vars(layer).get("forward"), OwnForward)
+
+
+class _OwnForwards:
+    """The forward of each model's layer, which its adapters may have taken over, on the model's block of rows.
+
+    Args:
+        joint: the models.
+        path: of the layer.
+        plain: the layer's forward without adapters.
+    """
+
+    def __init__(self, joint: JointModel, path: str, plain: Callable[..., Tensor]) -> None:
+        self._joint, self._path, self._plain = joint, path, plain
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layers = self._joint.layers(self._path)
+        if not any(_taken(layer) for layer, _ in layers):
+            return self._plain(x)
+        blocks = []
+        for (layer, turn), x_BTI in zip(layers, self._joint.blocks(x), strict=True):
+            with turn():
+                blocks.append(layer.forward(x_BTI))
+        return torch.cat(blocks)
 
 
 class _Blocks:

@@ -15,7 +15,7 @@ import pickle
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from harness.core.weight_decay import parameter_groups
 from harness.experiment.sections import Optimizer
 from harness.model.workers import joined
 from harness.trial.measure import PeakMemory
+from harness.trial.short_step import reading, shorten
 
 PRESETS = Path(__file__).parent.parent.parent / "clusters" / "deepspeed"
 PARTITIONED_STAGE = 3  # the parameters are spread over the workers, and gathered layer by layer in every pass
@@ -149,6 +150,8 @@ class Engine:
         units: modules in which the executed submodules depend on a process's batch: adapters. ZeRO-3 gathers and
             reduces each as a unit, because all processes must do this in the same order.
         offload: preset ``clusters/deepspeed/offload_<offload>.json``, or ``none``.
+        fused: one operation for all parameters in the optimizer, and, where this is the only process and ZeRO is off,
+            none of what a step does for several. Differs by rounding only.
 
     Attributes:
         asks: numbers of this worker that travel with the loss of a step, so that they cost no exchange of their own.
@@ -164,6 +167,7 @@ class Engine:
         keeps: Collection[str] | None = None,
         units: Iterable[nn.Module] = (),
         offload: str = "none",
+        fused: bool = True,
     ) -> None:
         from transformers import get_scheduler
 
@@ -184,6 +188,7 @@ class Engine:
             betas=(options.adam_beta1, options.adam_beta2),
             eps=options.adam_epsilon,
             weight_decay=options.weight_decay,
+            fused=fused,
         )
         warmup_steps = round(options.warmup_ratio * total_steps)
         scheduler = get_scheduler(options.lr_scheduler_type, optimizer, warmup_steps, total_steps)
@@ -201,6 +206,8 @@ class Engine:
         )
         self._engine.checkpoint_engine.load = _load_data
         self._optimizer = optimizer
+        if fused and self.workers.count == 1 and zero_stage == 0 and not options.bf16:
+            shorten(self._engine, tuple(self._trainable.values()), options.max_grad_norm)
         # ZeRO-3 partitions parameters, so they are gathered before they are read or written.
         self._gather = deepspeed.zero.GatheredParameters if zero_stage == PARTITIONED_STAGE else None
 
@@ -222,14 +229,16 @@ class Engine:
         loss: Tensor
         if self.workers.count == 1:
             loss = nll_B.sum() / tokens_B.sum()
-            value, self.asked = loss.item(), self.asks
+            read, self.asked = reading(loss), self.asks
         else:
             nll, tokens, *asked = self.workers.total(nll_B.sum().item(), tokens_B.sum().item(), *self.asks)
             self.asked = tuple(asked)
             loss = nll_B.sum() * (self.workers.count / tokens)  # DeepSpeed takes the mean of the workers' gradients
-            value = nll / tokens
-        check_finite(value)
+            check_finite(nll / tokens)  # before a backward pass, in which the workers exchange
+            read = partial(float, nll / tokens)
         self._engine.backward(loss if zero is None else loss + zero)
+        value = read()
+        check_finite(value)
         self._engine.step()
         return value
 

@@ -127,7 +127,11 @@ class Stages:
         steps = self.ends[number] - self._steps_before
         units = model.adapters.changes()
         zero_stage, offload = self.resources.zero_stage, self.resources.offload
-        self.engine = Engine(model, options, steps, zero_stage, keeps=trained, units=units, offload=offload)
+        fused = self.resources.fused_step
+        model.adapters.compute_together(fused)
+        self.engine = Engine(
+            model, options, steps, zero_stage, keeps=trained, units=units, offload=offload, fused=fused
+        )
         self._open = True
 
     @property
