@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.speed.measure import ROOT, Row, Say, by_key, run, seconds
+from benchmarks.speed.measure import CORES, ROOT, Row, Say, by_key, run, seconds
 
 MINUTES = 8.0
 SEEDS = 5
@@ -32,6 +32,7 @@ def measure(options: argparse.Namespace, folder: Path, say: Say) -> dict[str, An
     """
     content = yaml.safe_load((ROOT / "experiments" / "quickstart.yaml").read_text(encoding="utf-8"))
     content["seeds"] = list(range(options.seeds))
+    content["resources"] = {"max_concurrent_trials": CORES}
     experiment = folder / "quickstart.yaml"
     experiment.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     found = []
