@@ -176,20 +176,26 @@ class Evaluator:
         """NLL and number of tokens of all targets of some rows, which are split up where the model cannot share."""
         if all(len(row) == 1 for row in rows) or self.model.shares_prefixes is False:
             return self._score_alone(rows, shown)
-        batch = self.batches.make_shared([[(shown[target.example], target.text) for target in row] for row in rows])
+        batch = self._shared(rows, shown)
         if not fits(self.model.language_model.config, batch.length):
             return self._score_alone(rows, shown)
         if self.model.shares_prefixes is None:
-            self.model.shares_prefixes = self._agrees(batch, self._score_alone(rows, shown)[0])
+            several = [row for row in rows if len(row) > 1]
+            self.model.shares_prefixes = self._agrees([several[0], *several[1:][-1:]], shown)
             return self._score(rows, shown)
         shared: tuple[Tensor, Tensor] = self.model(batch.to(self.device))
         return shared
 
-    def _agrees(self, batch: Batch, alone_P: Tensor) -> bool:
-        """Whether the language model and its adapters score shared rows as they score rows of one target."""
+    def _shared(self, rows: Sequence[Sequence[_Target]], shown: Sequence[Example]) -> Batch:
+        return self.batches.make_shared([[(shown[target.example], target.text) for target in row] for row in rows])
+
+    def _agrees(self, rows: Sequence[Sequence[_Target]], shown: Sequence[Example]) -> bool:
+        """Whether the language model and its adapters score these shared rows as they score rows of one target."""
+        alone_P = self._score_alone(rows, shown)[0]
         reason = "shared rows give other likelihoods"
         try:
-            if agrees(self.model(batch.to(self.device))[0], alone_P, self.model.language_model.dtype):
+            shared_P = self.model(self._shared(rows, shown).to(self.device))[0]
+            if agrees(shared_P, alone_P, self.model.language_model.dtype):
                 return True
         except (TypeError, ValueError, RuntimeError, UserError) as error:  # no position_ids, or no mask of its own
             reason = str(error)

@@ -150,6 +150,18 @@ def test_a_model_that_ignores_the_mask_gets_rows_of_one_reference(
     np.testing.assert_allclose(found.nll, expected.nll, rtol=1e-6)
 
 
+def test_two_rows_tell_whether_a_model_can_share(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first batch, which has 16: the shortest and the longest."""
+    monkeypatch.setattr(built.model, "shares_prefixes", None)
+    sizes: list[int] = []
+    handle = built.model.language_model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: sizes.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+    )
+    evaluator(built, 16 * 5).likelihood(built.splits.test)
+    handle.remove()
+    assert sizes[:3] == [2 * 5, 2, min(16, len(built.splits.test))]
+
+
 def test_rows_longer_than_a_sliding_window_are_not_shared(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(built.model, "shares_prefixes", None)
     monkeypatch.setattr(built.model.language_model.config, "sliding_window", 64, raising=False)
