@@ -138,6 +138,7 @@ class Resources(Section):
     pack: PositiveInt | Literal["auto", "off"] = "auto"
     # Adapters are computed together with their layers, and one operation steps all parameters; false: one by one.
     fused_step: bool = True
+    chunked_loss: bool = True  # where logits are more than 64 MiB, they are computed in chunks, again in backward
     shared_prefix: bool = True  # targets of the same inputs share a row of a batch, where the model allows it
     gradient_checkpointing: bool = False  # layers are computed again in backward: less memory, more time
     # As in transformers: eager, sdpa, flash_attention_2, …; null: the model's default.

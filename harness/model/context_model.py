@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from adapters.attach import Adapters
 from adapters.placement.generation import layouts_while_generating
 from adapters.placement.router import Router
 from harness.model.batch import IGNORED, Batch
 from harness.model.shared_prefix import attention_mask
-from harness.model.target_logits import target_logits
+from harness.model.target_logits import nll_in_chunks, nll_of, target_logits, wants_chunks
 
 
 class ContextModel(nn.Module):
@@ -33,7 +32,12 @@ class ContextModel(nn.Module):
         projectors: by context, for every context that is not text.
         adapters: the adapters, attached to the language model.
         router: router of the adapters.
+
+    Attributes:
+        chunked_loss: whether logits are computed in chunks where they are many.
     """
+
+    chunked_loss = True
 
     def __init__(
         self, language_model: Any, projectors: Mapping[str, nn.Module], adapters: Adapters, router: Router
@@ -82,13 +86,29 @@ class ContextModel(nn.Module):
         if batch.parts is not None:
             mask = attention_mask(batch.parts, embeds_BTD.dtype)
             options = {"attention_mask": mask, "position_ids": batch.parts.positions_BT}
+        nll_N = self._nll_in_chunks(batch, embeds_BTD, options)
+        if nll_N is None:
+            with self.router.one_pass():
+                self._set_layout(batch, batch.length)
+                logits_NV = target_logits(self.language_model, embeds_BTD, batch.targets, **options)
+            nll_N = nll_of(logits_NV, batch.targets.label_N)
+        return batch.targets.sums(nll_N), batch.targets.sums((batch.targets.label_N != IGNORED).long())
+
+    def _nll_in_chunks(self, batch: Batch, embeds_BTD: Tensor, options: Mapping[str, Any]) -> Tensor | None:
+        """The NLL of each target token where its logits are computed in chunks; None where they are not."""
+        if not self.chunked_loss or not wants_chunks(self.language_model, batch.targets):
+            return None
+        on_gpu = embeds_BTD.device.type == "cuda"
+        states = torch.get_rng_state(), torch.cuda.get_rng_state() if on_gpu else None
         with self.router.one_pass():
             self._set_layout(batch, batch.length)
-            logits_NV = target_logits(self.language_model, embeds_BTD, batch.targets, **options)
-        label_N = batch.targets.label_N
-        logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-        nll_N = F.cross_entropy(logits_NV, label_N, ignore_index=IGNORED, reduction="none")
-        return batch.targets.sums(nll_N), batch.targets.sums((label_N != IGNORED).long())
+            nll_N = nll_in_chunks(self.language_model, embeds_BTD, batch.targets, **options)
+        if nll_N is None:  # once: what its family does with its logits is known now
+            self.chunked_loss = False
+            torch.set_rng_state(states[0])
+            if states[1] is not None:
+                torch.cuda.set_rng_state(states[1])
+        return nll_N
 
     @torch.no_grad()
     def generate(

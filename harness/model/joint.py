@@ -36,6 +36,8 @@ class JointModel(ContextModel):
         layers_draw: whether adapters draw random numbers too, as well as projectors.
     """
 
+    chunked_loss = False
+
     def __init__(self, language_model: Any) -> None:
         nn.Module.__init__(self)
         self.language_model = shared_copy(language_model)

@@ -2,7 +2,8 @@
 
 Most positions of a batch predict nothing that counts: inputs and padding. Their hidden states are dropped before the
 output layer, whose logits are the largest tensor of a small model. What a family does with its logits afterwards
-(scaling, capping) is done by its own ``forward``.
+(scaling, capping) is done by its own ``forward``. Where it does nothing and the logits are many, they are computed in
+chunks, and again in backward, so that they are never there as a whole.
 
 Shapes: B rows, T positions, K positions of which a model keeps the logits, D width, N target tokens, V vocabulary.
 """
@@ -13,9 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from harness.model.batch import Targets
+from harness.model.batch import IGNORED, Targets
+
+CHUNK_BYTES = 1 << 26  # of the logits of a chunk, in fp32
 
 
 def target_logits(language_model: Any, embeds_BTD: Tensor, targets: Targets, **options: Any) -> Tensor:
@@ -41,6 +47,83 @@ def target_logits(language_model: Any, embeds_BTD: Tensor, targets: Targets, **o
     return logits.flatten(0, 1).index_select(0, index_N)
 
 
+def nll_of(logits_NV: Tensor, label_N: Tensor) -> Tensor:
+    """The negative log likelihood (N,) of each label in nats, in fp32 or better; 0 where it is IGNORED."""
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    return F.cross_entropy(logits_NV, label_N, ignore_index=IGNORED, reduction="none")
+
+
+def wants_chunks(language_model: Any, targets: Targets) -> bool:
+    """Whether the logits of all targets are more than a chunk, and chunks can be computed of them.
+
+    They cannot where the output layer is no plain one, has adapters, or its weights are spread over processes (ZeRO-3).
+    """
+    layer = _output_layer(language_model)
+    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+        return False
+    whole = hasattr(layer.weight, "ds_id") is False
+    return whole and _tokens_of_chunk(layer) < len(targets.label_N)
+
+
+def nll_in_chunks(language_model: Any, embeds_BTD: Tensor, targets: Targets, **options: Any) -> Tensor | None:
+    """The negative log likelihood (N,) of each target token, its logits computed in chunks.
+
+    Args:
+        language_model: that ``wants_chunks``.
+        embeds_BTD: what it reads.
+        targets: of the rows.
+        options: of its ``forward``.
+
+    Returns:
+        None if the model does something with what its output layer computes.
+    """
+    rows, length = embeds_BTD.shape[:2]
+    kept = length - targets.first_source
+    index_N = targets.row_N * kept + targets.source_N - targets.first_source
+    layer = _output_layer(language_model)
+    assert isinstance(layer, nn.Linear)  # noqa: S101 - as `wants_chunks` has found
+    made: list[tuple[Tensor, Tensor]] = []
+
+    def keep(_layer: nn.Module, _args: tuple[Any, ...], y: Tensor) -> None:
+        made.append((y, y.detach().clone()))
+
+    # The layer sees the first of them alone, which tells whether its output is that of the model.
+    handle = layer.register_forward_hook(keep)
+    try:
+        with _only(layer, index_N, (rows, kept), first=True) as picked:
+            logits: Tensor = language_model(
+                inputs_embeds=embeds_BTD, use_cache=False, logits_to_keep=kept, **options
+            ).logits
+    finally:
+        handle.remove()
+    if len(picked) != 1 or len(made) != 1 or not _unchanged(logits, *made[0]):
+        return None
+    size = _tokens_of_chunk(layer)
+    parts = zip(torch.split(picked[0], size), torch.split(targets.label_N, size), strict=True)
+    return torch.cat([_nll_of_chunk(layer, hidden_CD, label_C) for hidden_CD, label_C in parts])
+
+
+def _nll_of_chunk(layer: nn.Linear, hidden_CD: Tensor, label_C: Tensor) -> Tensor:
+    def nll(hidden_CD: Tensor) -> Tensor:
+        return nll_of(F.linear(hidden_CD, layer.weight, layer.bias), label_C)
+
+    if not torch.is_grad_enabled():
+        return nll(hidden_CD)
+    found: Tensor = checkpoint(nll, hidden_CD, use_reentrant=False, preserve_rng_state=False)
+    return found
+
+
+def _unchanged(logits: Tensor, made: Tensor, copy: Tensor) -> bool:
+    """Whether the logits are what the output layer has made, and nothing was done to them in place."""
+    if logits is not made:
+        return False
+    return torch.equal(made, copy) if made.is_inference() else made._version == 0
+
+
+def _tokens_of_chunk(layer: nn.Linear) -> int:
+    return max(1, CHUNK_BYTES // (4 * layer.out_features))
+
+
 def _output_layer(language_model: Any) -> nn.Module | None:
     try:
         layer: nn.Module | None = language_model.get_output_embeddings()
@@ -50,24 +133,28 @@ def _output_layer(language_model: Any) -> nn.Module | None:
 
 
 @contextmanager
-def _only(layer: nn.Module | None, index_N: Tensor, shape: tuple[int, int]) -> Iterator[list[bool]]:
+def _only(
+    layer: nn.Module | None, index_N: Tensor, shape: tuple[int, int], first: bool = False
+) -> Iterator[list[Tensor]]:
     """Let the output layer see the hidden states at some positions only, as one row (1, N, D).
 
     Args:
         layer: the output layer; None: the model does not say which one it is.
         index_N: into the concatenated rows.
         shape: of the rows, (B, K), in which the layer is expected to get them.
+        first: the layer sees the first of these alone.
 
     Yields:
-        A list that is empty until the layer has seen only these: another layout is left as it is.
+        A list that is empty until the layer has seen only these, and then has them (N, D): another layout is left as
+        it is.
     """
-    picked: list[bool] = []
+    picked: list[Tensor] = []
 
     def pick(_layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not args or not isinstance(args[0], Tensor) or args[0].dim() != 3 or args[0].shape[:2] != shape:
             return None
-        picked.append(True)
-        return (args[0].flatten(0, 1).index_select(0, index_N)[None], *args[1:])
+        picked.append(args[0].flatten(0, 1).index_select(0, index_N))
+        return (picked[-1][:1][None] if first else picked[-1][None], *args[1:])
 
     if layer is None:
         yield picked

@@ -115,7 +115,7 @@ def _key(spec: TrialSpec, batch: Batch, resources: Resources) -> str:
         spec.fingerprints,
         spec.optimizer.bf16,
         spec.budget.epochs,
-        [resources.gradient_checkpointing, resources.attn_implementation],
+        [resources.gradient_checkpointing, resources.attn_implementation, resources.chunked_loss],
         geometry,
         [str(torch.__version__), transformers.__version__, _code()],
     ]

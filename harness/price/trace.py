@@ -79,6 +79,7 @@ def trace(spec: TrialSpec, batch: Batch, resources: Resources | None = None) -> 
         with FakeTensorMode(allow_non_fake_inputs=True), _rows_not_packed():
             model = empty_model(spec, encoders, device="cpu").train()
             compute_as(model.language_model, resources or Resources())
+            model.chunked_loss = (resources or Resources()).chunked_loss
             if spec.optimizer.bf16:
                 _to_bf16(model)
             if not stage.trains_language_model:

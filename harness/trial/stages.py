@@ -117,6 +117,7 @@ class Stages:
     def _start(self, number: int) -> None:
         self.number, stage, options = number, self.stages[number], self.spec.optimizer
         self._steps_before = self.ends[number - 1] if number else 0
+        self.built.model.chunked_loss = self.resources.chunked_loss
         # In the model as built, parameters that any stage trains require gradients: these are kept and saved.
         model = self.built.model
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
