@@ -123,6 +123,7 @@ def test_the_comparator_trains_on_the_harness_s_rows_and_scores_them(
 
 @pytest.mark.parametrize("method", ["lora specific", "ia3 agnostic"])
 def test_the_bare_loop_takes_the_engine_s_steps(specs: dict[str, TrialSpec], tmp_path: Path, method: str) -> None:
+    """To 1e-4 of weights that a step moves by up to 1e-2; Adam makes much of the rounding of small gradients."""
     weights = []
     for make in (steps.engine_step, steps._bare_step):
         trial = steps.built_trial(specs[method], tmp_path)
@@ -131,7 +132,7 @@ def test_the_bare_loop_takes_the_engine_s_steps(specs: dict[str, TrialSpec], tmp
         for number in range(2):
             step(number)
         weights.append([p.detach().clone() for p in trial.stages.built.model.parameters() if p.requires_grad])
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*weights, strict=True))
+    assert all(torch.allclose(a, b, rtol=0.0, atol=1e-4) for a, b in zip(*weights, strict=True))
 
 
 def test_cases_are_measured_in_turn() -> None:
