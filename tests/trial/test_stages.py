@@ -46,9 +46,9 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrialRecord, Path]:
     models: list[weakref.ref[Any]] = []
     build = stages.build
 
-    def counting(*args: Any) -> Any:
+    def counting(*args: Any, **options: Any) -> Any:
         assert [model() for model in models] == [None] * len(models), "there are never two models in memory"
-        built = build(*args)
+        built = build(*args, **options)
         models.append(weakref.ref(built.model))
         return built
 
@@ -122,8 +122,8 @@ def test_the_best_epoch_may_be_in_the_first_stage(tmp_path: Path, monkeypatch: p
     base: dict[str, torch.Tensor] = {}
     build = stages.build
 
-    def remembering(*args: Any) -> Any:
-        built = build(*args)
+    def remembering(*args: Any, **options: Any) -> Any:
+        built = build(*args, **options)
         base.update({name: p.detach().clone() for name, p in built.model.named_parameters()})
         return built
 
