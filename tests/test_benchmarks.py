@@ -94,7 +94,7 @@ def test_quick_measures_every_row_and_reports_it(
         assert row["time_by_frozen"] > 0
     # What is kept does not depend on how many contexts there are, but for the comparator's mask.
     kept = {key: row["saved_bytes"] for key, row in curve.items()}
-    assert kept["ours", 64, 8] == kept["ours", 64, 2] == kept["ours", 64, 1]
+    assert kept["ours", 64, 8] == kept["ours", 64, 2] > kept["ours", 64, 1], "one group is folded into the weights"
     assert kept["mask", 64, 8] > kept["mask", 64, 2] > kept["ours", 64, 2]
     assert [row["form"] for row in found["limits"]] == ["BitFit", "IA3"]
     shown = capsys.readouterr().out

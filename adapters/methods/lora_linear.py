@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -115,7 +116,8 @@ def _folded(
 def _can_read(layer: nn.Linear, x_BTI: Tensor) -> bool:
     """Whether the weight is a whole frozen matrix in the input's dtype, on its device."""
     weight_OI, bias_O = layer.weight, layer.bias
-    if type(weight_OI) is not nn.Parameter or hasattr(weight_OI, "ds_id") or weight_OI.requires_grad:
+    whole = type(weight_OI) in (nn.Parameter, FakeTensor)  # of a trace without values, which must take the same way
+    if not whole or hasattr(weight_OI, "ds_id") or weight_OI.requires_grad:
         return False  # quantised, a part of it (FSDP's, ZeRO-3's), or trained
     if bias_O is not None and (bias_O.requires_grad or bias_O.dtype != x_BTI.dtype):
         return False
@@ -278,9 +280,9 @@ class _Added(torch.autograd.Function):
         if owner_G1N is not None:
             own_LGRN = h_KN.view(plan.layers, plan.groups, -1, x_NI.shape[0]).mul_(owner_G1N)
             kept_RN = own_LGRN.sum(dim=1)  # all but the owner's are zero
-        ctx.plan = plan
+        ctx.plan, ctx.owner_G1N = plan, owner_G1N  # the owner is the layout's, of which there is one for all layers
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x_BTI, owner_G1N, kept_RN, *weights, *factors)
+        ctx.save_for_backward(x_BTI, kept_RN, *weights, *factors)
         outputs = []
         places = _places(plan.layers, Bs_OK[0].shape[1])
         for place, weight_OI, bias_O, B_OK in zip(places, weights, biases, Bs_OK, strict=True):
@@ -292,7 +294,7 @@ class _Added(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *g_BTO: Tensor | None) -> tuple[Tensor | None, ...]:
-        plan, (x_BTI, owner_G1N, h_KN, *tensors) = ctx.plan, ctx.saved_tensors
+        plan, owner_G1N, (x_BTI, h_KN, *tensors) = ctx.plan, ctx.owner_G1N, ctx.saved_tensors
         weights, factors = tensors[: plan.layers], tensors[plan.layers :]
         A_KI, Bs_OK = plan.joined(factors, x_BTI.dtype)
         x_NI, places = x_BTI.flatten(0, 1), _places(plan.layers, Bs_OK[0].shape[1])

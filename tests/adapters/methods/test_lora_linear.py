@@ -189,5 +189,5 @@ def test_nothing_is_kept_but_the_input_the_weights_and_one_projection_per_token(
         assert linear(x_BTI, parts, layout, 1.0) is not None
     known = {t.untyped_storage().data_ptr() for t in (*factors, *(layer.weight for layer, _ in parts))}
     tokens = times * 6
-    projections = 0 if rank > RANK else len(parts) * rank * tokens + len(GROUPS) * tokens
+    projections = 0 if rank > RANK else len(parts) * rank * tokens
     assert sum(size for where, size in found.items() if where not in known) == x_BTI.numel() + projections
