@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks import gpu
 
 
+@pytest.mark.slow
 def test_every_arm_is_measured_and_told(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

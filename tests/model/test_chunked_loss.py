@@ -178,6 +178,7 @@ def test_a_model_that_scales_its_logits_draws_its_dropout_once(tmp_path: Path, m
 
 
 @pytest.mark.usefixtures("small_chunks")
+@pytest.mark.slow
 def test_a_traced_step_saves_what_a_step_in_chunks_saves(tmp_path: Path) -> None:
     spec = spec_of(tmp_path, FULL)
     built = build(spec, torch.device("cpu"))

@@ -21,7 +21,10 @@ CPU = torch.device("cpu")
 BF16: dict[str, Any] = {"backbone": {"dtype": "bf16"}}
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "bitfit", "ia3", "bottleneck"])
+@pytest.mark.parametrize(
+    "method",
+    ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dora", "bitfit", "ia3", "bottleneck"))],
+)
 def test_a_base_in_bf16_trains_its_adapters_in_fp32(method: str, tmp_path: Path) -> None:
     adapter = {"method": method, "learning_rate": 6e-3}
     found = {}

@@ -36,7 +36,9 @@ def trained(folder: Path, adapter: dict[str, Any], **resources: Any) -> TrialRec
     return record
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [name if name in {"lora", "full"} else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
 def test_recomputed_layers_give_the_same_results_with_less_memory(name: str, tmp_path: Path) -> None:
     plain = trained(tmp_path / "plain", METHODS[name])
     again = trained(tmp_path / "again", METHODS[name], gradient_checkpointing=True)

@@ -122,6 +122,7 @@ def plan(folder: Path, tmp_path: Path, path: str = "") -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.slow
 def test_a_plan_without_timm_says_what_to_install(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
