@@ -51,7 +51,7 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: venv  ## speed and memory beside other ways to run the same: docs/performance.md; half an hour on 2 quiet cores
+bench: venv  ## speed and memory beside other ways to run the same: docs/performance.md; about 40 minutes on 2 quiet cores
 	$(BIN)/python -m benchmarks.speed all
 
 docs: $(DOCS_STAMP)  ## the documentation site in build/docs; any warning fails

@@ -32,10 +32,12 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _where(found: Mapping[str, Any]) -> str:
-    on = found["machine"]
+    on, rounds = found["machine"], found["rounds"]
+    if isinstance(rounds, list):  # the grid keeps what each found
+        rounds = len(rounds)
     return (
         f"{on['date']}, {on['commit']}: {on['processor']}, {on['cores used']} of {on['cores']} cores, "
-        f"{on['memory GiB']} GiB, Python {on['python']}, torch {on['torch']}; rounds: {found['rounds']}; load of the "
+        f"{on['memory GiB']} GiB, Python {on['python']}, torch {on['torch']}; rounds: {rounds}; load of the "
         f"machine before: {on['load before']}"
     )
 
