@@ -6,9 +6,8 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import pytest
 from harness.core.record import TrialRecord, read_run
 from harness.core.search import read_decisions
 from results.leaderboard.table import build_leaderboard
+from tests.support.drivers import drivers_end, finish, start  # noqa: F401 - a fixture of every test here
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
@@ -39,35 +39,6 @@ def write(folder: Path, pack: str = "8", search: str = "{}") -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "small.yaml").write_text(EXPERIMENT.format(pack=pack, search=search), encoding="utf-8")
     return folder
-
-
-_started: list[subprocess.Popen[str]] = []
-
-
-@pytest.fixture(autouse=True)
-def _ended() -> Iterator[None]:
-    """Nothing that a test has started outlives it: Ray ends when its driver does."""
-    yield
-    while _started:
-        driver = _started.pop()
-        if driver.poll() is None:
-            os.killpg(driver.pid, signal.SIGKILL)
-            driver.wait()
-
-
-def start(folder: Path, *options: str) -> subprocess.Popen[str]:
-    driver = subprocess.Popen(
-        [sys.executable, "-m", "harness", "run", "small.yaml", *options], cwd=folder, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
-    )  # fmt: skip
-    _started.append(driver)
-    return driver
-
-
-def finish(driver: subprocess.Popen[str], code: int = 0) -> str:
-    said, _ = driver.communicate(timeout=900)
-    assert driver.returncode == code, said
-    return said
 
 
 def wait_inside_an_epoch(folder: Path, driver: subprocess.Popen[str]) -> list[Path]:

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from harness.core.record import TrialRecord, read_run
+from tests.support.drivers import drivers_end, finish, start  # noqa: F401 - a fixture of every test here
 from tests.support.parity import assert_same_result
 from tests.support.ray_nodes import ray_nodes
 
@@ -41,36 +42,6 @@ needs_two = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs a CPU fo
 def write(folder: Path, seeds: str = "[0, 1]", resources: str = "max_concurrent_trials: 2") -> Path:
     (folder / "small.yaml").write_text(EXPERIMENT.format(seeds=seeds, resources=resources), encoding="utf-8")
     return folder
-
-
-_started: list[subprocess.Popen[str]] = []
-
-
-@pytest.fixture(autouse=True)
-def _ended() -> Iterator[None]:
-    """Nothing that a test has started outlives it: Ray ends when its driver does."""
-    yield
-    while _started:
-        driver = _started.pop()
-        if driver.poll() is None:
-            driver.kill()
-            driver.wait()
-
-
-def start(folder: Path, *options: str, **settings: str) -> subprocess.Popen[str]:
-    driver = subprocess.Popen(
-        [sys.executable, "-m", "harness", "run", "small.yaml", *options], cwd=folder, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **settings},
-        start_new_session=True,
-    )  # fmt: skip
-    _started.append(driver)
-    return driver
-
-
-def finish(driver: subprocess.Popen[str], code: int | None = 0) -> str:
-    said, _ = driver.communicate(timeout=600)
-    assert code is None or driver.returncode == code, said
-    return said
 
 
 def trials_of(folder: Path) -> Path:
