@@ -40,6 +40,7 @@ def test_every_arm_is_measured_and_told(
     assert "[" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_base_is_left_as_it_was() -> None:
     model = gpu.MODELS[1].tiny
     base = AutoModelForCausalLM.from_config(model.config()).requires_grad_(False)

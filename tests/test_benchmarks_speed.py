@@ -49,7 +49,7 @@ def test_the_grid_has_24_trials_and_its_parts_are_stated(tmp_path: Path) -> None
         assert set(jobs.names(jobs.planned(jobs.grid(trials), tmp_path))) < set(names)
 
 
-@pytest.mark.parametrize("padding", ["max_length", "longest"])
+@pytest.mark.parametrize("padding", [pytest.param("max_length", marks=pytest.mark.slow), "longest"])
 @pytest.mark.parametrize("method", ["lora", "bitfit", "ia3"])
 def test_the_comparator_is_the_same_model(
     specs: dict[str, TrialSpec], tmp_path: Path, padding: str, method: str

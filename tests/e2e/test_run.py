@@ -88,6 +88,7 @@ def records(folder: Path) -> dict[str, TrialRecord]:
     return {found[trial_id]: record for trial_id, record in run.records.items()}
 
 
+@pytest.mark.e2e
 def test_killed_half_way_and_run_again_runs_what_is_missing_and_what_failed(grid: Grid) -> None:
     assert len(grid.kept) < 4
     assert "3 of 4 trials finished" in grid.result.stdout
@@ -97,6 +98,7 @@ def test_killed_half_way_and_run_again_runs_what_is_missing_and_what_failed(grid
         assert path.with_name("attempt-1.json").exists() != finished
 
 
+@pytest.mark.e2e
 def test_a_failing_trial_leaves_the_others_running_and_is_told(grid: Grid) -> None:
     folder, result = grid.folder, grid.result
     assert result.returncode == 1, result.stderr
@@ -110,6 +112,7 @@ def test_a_failing_trial_leaves_the_others_running_and_is_told(grid: Grid) -> No
     assert "FloatingPointError" in page
 
 
+@pytest.mark.e2e
 def test_every_finished_trial_is_measured_in_full(grid: Grid) -> None:
     folder = grid.folder
     finished = {name: record for name, record in records(folder).items() if record.status == "finished"}
@@ -135,6 +138,7 @@ def test_every_finished_trial_is_measured_in_full(grid: Grid) -> None:
     assert len(data) == 1, "every method saw the same examples in the same order"
 
 
+@pytest.mark.e2e
 def test_the_terminal_is_quiet_and_ends_with_what_to_do_next(grid: Grid) -> None:
     result = grid.result
     assert "report:  runs/small/report/index.html" in result.stdout
@@ -143,6 +147,7 @@ def test_the_terminal_is_quiet_and_ends_with_what_to_do_next(grid: Grid) -> None
     assert noise == []
 
 
+@pytest.mark.e2e
 def test_mlflow_has_a_parent_run_and_a_child_for_every_trial(grid: Grid) -> None:
     folder = grid.folder
     client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")

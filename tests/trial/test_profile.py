@@ -50,6 +50,7 @@ def test_a_lane_takes_the_steps_of_its_trial_in_turn_with_another(tmp_path: Path
     beside.close()
 
 
+@pytest.mark.slow
 def test_a_slower_method_is_measured_as_slower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same method, with a delay in every step of one: the ratio is that of the delay."""
     monkeypatch.setattr(profile, "ROUNDS", 6)

@@ -50,6 +50,7 @@ def test_recomputed_layers_give_the_same_results_with_less_memory(name: str, tmp
     assert again.memory.activations_bytes < 0.6 * plain.memory.activations_bytes
 
 
+@pytest.mark.slow
 def test_the_memory_of_recomputed_layers_is_predicted(tmp_path: Path) -> None:
     resources = Resources(gradient_checkpointing=True)
     measured = trained(tmp_path / "run", LORA, gradient_checkpointing=True).memory
