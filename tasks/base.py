@@ -209,7 +209,7 @@ class Modality(ABC):
         return self._encoder(name, True, trust_remote_code)
 
     def empty_encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
-        """The same without weights: to count its parameters and to ``check`` items.
+        """The same without weights: to count its parameters, to ``check`` items and for the shapes of features.
 
         Raises:
             UserError: as ``encoder`` does.

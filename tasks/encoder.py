@@ -41,7 +41,10 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, items: Sequence[Any]) -> list[Tensor]:
-        """Features (N, D) of each item on the encoder's device; N may differ from item to item."""
+        """Features (N, D) of each item on the encoder's device; N may differ from item to item.
+
+        On the ``meta`` device they have their shapes and no values, from which the cost of a trial is predicted.
+        """
 
     def check(self, item: Any) -> str | None:
         """The reason why this item cannot be encoded (a recording that is too long); None: it can.

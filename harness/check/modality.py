@@ -136,7 +136,7 @@ def features_do_not_depend_on_the_batch(subject: ModalitySubject) -> Iterator[st
 
 
 def empty_encoder_agrees(subject: ModalitySubject) -> Iterator[str]:
-    """`empty_encoder` has the width and the number of parameters of the encoder, and accepts the sample's items."""
+    """`empty_encoder` has the width and the number of parameters of the encoder, and knows the shapes of features."""
     empty = subject.modality.empty_encoder(subject.plugin.default_encoder)
     if empty.width != subject.encoder.width:
         yield f"the width is {empty.width} without weights and {subject.encoder.width} with them"
@@ -146,6 +146,15 @@ def empty_encoder_agrees(subject: ModalitySubject) -> Iterator[str]:
     for path, item in zip(subject.files, subject.items, strict=True):
         if (why := empty.check(item)) is not None:
             yield f"{path.name}: the encoder rejects it: {why}"
+    wanted = [tuple(x_ND.shape) for x_ND in subject.encoder.encode(subject.items)]
+    try:
+        found = [tuple(x_ND.shape) for x_ND in empty.encode(subject.items)]
+    except Exception as error:  # third-party code
+        yield f"without weights, encode raised {type(error).__name__}: {error}; costs cannot be predicted"
+        return
+    for path, without, with_weights in zip(subject.files, found, wanted, strict=True):
+        if without != with_weights:
+            yield f"{path.name}: features of shape {without} without weights, {with_weights} with them"
 
 
 def unknown_encoders_are_refused(subject: ModalitySubject) -> Iterator[str]:

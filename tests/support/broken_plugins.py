@@ -266,6 +266,11 @@ MODALITY_CASES: dict[Callable[..., Any], list[tuple[type, str]]] = {
             make(Series, empty_encoder=lambda *_: make(Features, check=lambda *_: "too long")(max, width=12)),
             r"train1.csv: the encoder rejects it: too long",
         ),
+        (make(Series, empty_encoder=empty(width=12)), r"train1.csv: features of shape \(1, 2\) without weights, \("),
+        (
+            make(Series, empty_encoder=lambda *_: Features(lambda item, n: {}["processor"], width=12)),
+            r"without weights, encode raised KeyError: 'processor'; costs cannot be predicted",
+        ),
     ],
     modality_checks.unknown_encoders_are_refused: [
         (encodes(lambda item, n: 0), r"silently accepted 'builtin/no-such-encoder'"),

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -23,12 +24,22 @@ from tasks.modalities.encoders.recording import SAMPLING_RATE, Recording
 
 
 class PretrainedAudio(Encoder):
-    """A model and its feature extractor; without an extractor it can only count parameters and ``check`` recordings."""
+    """A model and its feature extractor, which is read when the first recording comes.
 
-    def __init__(self, model: Any, extractor: Any = None) -> None:
+    Args:
+        model: with or without weights; on the ``meta`` device, ``encode`` tells the shape of features.
+        read_extractor: reads the model's own feature extractor.
+    """
+
+    def __init__(self, model: Any, read_extractor: Callable[[], Any]) -> None:
         super().__init__()
-        self.model, self.extractor = model, extractor
+        self.model, self._read_extractor = model, read_extractor
         self.width = int(model.config.hidden_size)
+
+    @cached_property
+    def extractor(self) -> Any:
+        """The feature extractor of ``transformers``."""
+        return self._read_extractor()
 
     @torch.no_grad()
     def encode(self, items: Sequence[Recording]) -> list[Tensor]:
@@ -102,7 +113,7 @@ def load(name: str, trust_remote_code: bool) -> PretrainedAudio:
     Raises:
         UserError: one of them could not be loaded, or the model is not a known audio encoder.
     """
-    from transformers import AutoFeatureExtractor, AutoModel
+    from transformers import AutoModel
 
     kind = _kind(name, trust_remote_code)
     place, revision = hub.resolve(name), hub.revision_of(name)
@@ -110,12 +121,11 @@ def load(name: str, trust_remote_code: bool) -> PretrainedAudio:
         model = AutoModel.from_pretrained(
             place, revision=revision, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
-        extractor = AutoFeatureExtractor.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(hub.load_error(name, error)) from error
-    if extractor.sampling_rate != SAMPLING_RATE:
-        raise UserError(f"{name}: its feature extractor takes {extractor.sampling_rate} Hz; allowed: {SAMPLING_RATE}")
-    return kind(_half(model), extractor).eval()
+    encoder = kind(_half(model), partial(_extractor, name, trust_remote_code)).eval()
+    _ = encoder.extractor  # one of another sampling rate is refused here
+    return encoder
 
 
 def empty(name: str, trust_remote_code: bool) -> PretrainedAudio:
@@ -129,7 +139,22 @@ def empty(name: str, trust_remote_code: bool) -> PretrainedAudio:
     kind = _kind(name, trust_remote_code)
     config = hub.load_config(name, trust_remote_code)
     with torch.device("meta"):
-        return kind(_half(AutoModel.from_config(config, trust_remote_code=trust_remote_code)))
+        model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+    return kind(_half(model), partial(_extractor, name, trust_remote_code))
+
+
+def _extractor(name: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoFeatureExtractor
+
+    try:
+        extractor = AutoFeatureExtractor.from_pretrained(
+            hub.resolve(name), revision=hub.revision_of(name), trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(hub.load_error(name, error)) from error
+    if extractor.sampling_rate != SAMPLING_RATE:
+        raise UserError(f"{name}: its feature extractor takes {extractor.sampling_rate} Hz; allowed: {SAMPLING_RATE}")
+    return extractor
 
 
 def _kind(name: str, trust_remote_code: bool) -> type[PretrainedAudio]:

@@ -9,7 +9,8 @@ Shapes: B pictures, C channels, H × W pixels, N tokens (class tokens included),
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,21 +23,30 @@ from tasks.encoder import Encoder
 
 
 class PretrainedVision(Encoder):
-    """A vision tower and its processor; without a processor it can only count parameters.
+    """A vision tower and its processor, which is read when the first picture comes.
 
     Features are those after the last layer. The pooler is never used, and many checkpoints lack its weights, so it is
     removed.
+
+    Args:
+        model: with or without weights; on the ``meta`` device, ``encode`` tells the shape of features.
+        read_processor: reads the model's own image processor.
     """
 
-    def __init__(self, model: Any, processor: Any = None) -> None:
+    def __init__(self, model: Any, read_processor: Callable[[], Any]) -> None:
         super().__init__()
         if isinstance(getattr(model, "pooler", None), nn.Module) and any(True for _ in model.pooler.parameters()):
             model.pooler = None
-        self.model, self.processor = model, processor
+        self.model, self._read_processor = model, read_processor
         self.width = _width(model)
         timm = getattr(model, "timm_model", None)
         self._options = {} if timm is None else {"do_pooling": False}  # the pooled features would be thrown away
         self._channels_last = getattr(timm, "output_fmt", "NCHW") == "NHWC"
+
+    @cached_property
+    def processor(self) -> Any:
+        """The image processor of ``transformers``."""
+        return self._read_processor()
 
     @torch.no_grad()
     def encode(self, items: Sequence[Image.Image]) -> list[Tensor]:
@@ -64,7 +74,7 @@ def load(name: str, trust_remote_code: bool) -> PretrainedVision:
     Raises:
         UserError: one of them could not be loaded, they do not fit, weights are missing, or it is not a vision encoder.
     """
-    from transformers import AutoImageProcessor, AutoModel
+    from transformers import AutoModel
 
     empty(name, trust_remote_code)
     place, revision = hub.resolve(name), hub.revision_of(name)
@@ -76,13 +86,10 @@ def load(name: str, trust_remote_code: bool) -> PretrainedVision:
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-        processor = AutoImageProcessor.from_pretrained(
-            place, revision=revision, backend="pil", trust_remote_code=trust_remote_code
-        )
     except Exception as error:  # each library that reads the files has its own
         raise UserError(hub.load_error(name, error)) from error
     tower = _tower(model)
-    encoder = PretrainedVision(tower, processor).eval()
+    encoder = PretrainedVision(tower, partial(_processor, name, trust_remote_code)).eval()
     needed = {f"{'' if tower is model else 'vision_model.'}{key}" for key in encoder.model.state_dict()}
     missing = sorted(needed & set(report["missing_keys"]))
     if missing:
@@ -90,6 +97,8 @@ def load(name: str, trust_remote_code: bool) -> PretrainedVision:
         raise UserError(f"backbone.encoders: {name!r}: weights are missing: {', '.join(missing[:3])}{more}")
     try:
         (features_ND,) = encoder.encode([Image.new("RGB", (64, 48), "grey")])
+    except UserError:
+        raise
     except Exception as error:  # models raise anything for pixels they do not expect
         reason = " ".join(str(error).split())
         raise UserError(
@@ -123,7 +132,18 @@ def empty(name: str, trust_remote_code: bool) -> PretrainedVision:
         raise UserError(f"{kind} masks random parts of every picture (mask_ratio); use an encoder without masking")
     if not _width(tower):
         raise UserError(f"{kind} is not a vision encoder: its configuration has neither hidden_size nor hidden_sizes")
-    return PretrainedVision(tower)
+    return PretrainedVision(tower, partial(_processor, name, trust_remote_code))
+
+
+def _processor(name: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(
+            hub.resolve(name), revision=hub.revision_of(name), backend="pil", trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # each library that reads the files has its own
+        raise UserError(hub.load_error(name, error)) from error
 
 
 def _width(model: Any) -> int:

@@ -228,6 +228,7 @@ def test_pretrained_encoders(
         name: tuple(weight.shape) for name, weight in encoder.state_dict().items()
     }
     assert {weight.device.type for weight in empty.parameters()} == {"meta"}
+    assert [(x_ND.shape, x_ND.device.type) for x_ND in empty.encode(items)] == [(x_ND.shape, "meta") for x_ND in both]
     assert empty.check(_noise(longest)) is None
     assert "takes at most" in str(empty.check(_noise(longest + 0.01)))
 

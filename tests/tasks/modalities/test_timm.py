@@ -28,6 +28,7 @@ transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model
 with torch.no_grad():
     expected = model.forward_features(torch.stack([transform(picture) for picture in pictures]))
 found = torch.stack(encoder.encode(pictures))
+assert [x_ND.shape for x_ND in empty.encode(pictures)] == [x_ND.shape for x_ND in found]
 assert found.shape == (2, 49, 1280)
 torch.testing.assert_close(found, expected.flatten(2).transpose(1, 2), rtol=1e-5, atol=1e-5)
 """

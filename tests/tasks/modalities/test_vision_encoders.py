@@ -60,6 +60,10 @@ def test_an_empty_encoder_has_the_shapes_of_the_loaded_one(family: Family, tmp_p
     assert {n: p.shape for n, p in empty.named_parameters()} == {n: p.shape for n, p in loaded.named_parameters()}
     assert sum(p.numel() for p in empty.parameters()) <= sum(p.numel() for p in model.parameters())
     assert Image().empty_encoder(str(tmp_path)).check(pictures()[0]) is None
+    seen = empty.encode(pictures())  # which a forecast asks for
+    assert [(x_ND.shape, x_ND.device.type) for x_ND in seen] == [
+        (x_ND.shape, "meta") for x_ND in loaded.encode(pictures())
+    ]
 
 
 def test_pictures_are_prepared_as_the_processor_of_the_folder_says(tmp_path: Path) -> None:
