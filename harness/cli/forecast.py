@@ -48,9 +48,13 @@ def _cells(shape: ShapeForecast, unit: int) -> list[str]:
     kinds = (memory.weights_bytes, memory.gradients_bytes, memory.optimizer_bytes, memory.activations_bytes)
     sizes = [number(size / unit) for size in (*kinds, memory.device_bytes)]
     sizes[-1] += " !" if shape.fits is False else ""
-    step = ABSENT if shape.step_s is None else f"{number(shape.step_s.middle_s)} s"
-    trial = ABSENT if shape.trial is None else duration(shape.trial.middle_s)
-    return [*sizes, step, trial]
+    step = ABSENT if shape.step_s is None else f"{shape.step_s.middle_s:.3g} s"
+    return [*sizes, step, ABSENT if shape.trial is None else _about(shape.trial.middle_s)]
+
+
+def _about(seconds: float) -> str:
+    """``12.3 s``, ``4 min``: nobody knows the seconds, and the names of methods need the place."""
+    return f"{round(seconds / 60)} min" if 60 <= round(seconds) < 3570 else duration(seconds)
 
 
 def amount(size: float) -> str:
