@@ -40,7 +40,7 @@ test-slow: venv  ## minutes per test: retrains the built-in backbones and more
 test-slurm: venv  ## jobs on a private Slurm on this machine; as root, installs slurm-wlm and munge if missing
 	$(BIN)/python -m pytest -m slurm tests/clusters
 
-test-real-data: venv  ## needs COCO_ROOT, COCO_CAPTIONS, FSDD_ROOT and REAL_MODELS
+test-real-data: venv  ## needs COCO_ROOT, COCO_CAPTIONS, FSDD_ROOT, FLICKR_ROOT and REAL_MODELS
 	$(BIN)/python -m pytest -m real_data -n 2
 
 coverage: venv  ## lines and branches that the fast tests run, in all processes

@@ -28,7 +28,7 @@ def plan_table(
         most: how many rows are shown; None: all.
     """
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", title_justify="left")
-    table.title = f"{plan.experiment}: {len(plan.trials):,} trials"
+    table.title = f"{plan.experiment}: {len(plan.trials):,} trial{'s' * (len(plan.trials) != 1)}"
     rows = plan.rows()
     with_setting = any(setting for _, _, setting in rows)
     with_rates = any(len({trial.learning_rate for trial in trials}) > 1 for trials in rows.values())

@@ -109,7 +109,8 @@ class Choice:
         failed = sum(counts[status] for status in FAILED)
         ended = f"finished, or were pruned ({counts['pruned']})" if counts["pruned"] else "finished"
         others = f" or failed ({failed})" if failed else ""
-        yield f"all {len(selected)} trials have already {ended}{others}; nothing to compute"
+        whole = f"all {len(selected)} trials have" if len(selected) != 1 else "the trial has"
+        yield f"{whole} already {ended}{others}; nothing to compute"
 
 
 def fails_alike(run: Path, record: TrialRecord) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,3 +30,30 @@ def timm_or_skip() -> None:
         for declaration in (_OPERATORS, f"q{_OPERATORS}"):
             _library[0].define(declaration)
         importlib.import_module("timm")
+
+
+_DECLARED = f"""\
+import torch
+_library = torch.library.Library("torchvision", "DEF")
+for _operator in ({_OPERATORS!r}, {"q" + _OPERATORS!r}):
+    _library.define(_operator)
+"""
+
+
+def timm_folder(tools: Path, folder: Path) -> Path:
+    """A folder for PYTHONPATH with timm, and a torchvision that declares its operators itself: for other processes.
+
+    Args:
+        tools: a folder into which both were installed.
+        folder: a new one.
+    """
+    folder.mkdir()
+    for part in tools.iterdir():
+        if part.name != "torchvision":
+            (folder / part.name).symlink_to(part)
+    shutil.copytree(
+        tools / "torchvision", folder / "torchvision", ignore=shutil.ignore_patterns("*.so*", "__pycache__")
+    )
+    init = folder / "torchvision/__init__.py"
+    init.write_text(f"{_DECLARED}\n{init.read_text(encoding='utf-8')}", encoding="utf-8")
+    return folder
