@@ -96,6 +96,9 @@ class Optimizer(Section):
 
     learning_rate: Annotated[float, Field(gt=0)] | None = None  # an adapter's learning_rate takes precedence
     per_device_train_batch_size: PositiveInt = 32
+    # group_by_length: batches of rows of similar lengths and about as many tokens each, of this size on average; left
+    # out if random.
+    train_sampling_strategy: Literal["random", "group_by_length"] = "random"
     gradient_accumulation_steps: PositiveInt = 1
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
@@ -105,6 +108,12 @@ class Optimizer(Section):
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
     bf16: bool = False  # parameters, activations and gradients in bf16, with fp32 master weights
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the sampling strategy where it is the default: ids and records are as before there was one."""
+        content: dict[str, Any] = dump(self)
+        return {k: v for k, v in content.items() if k != "train_sampling_strategy" or v != "random"}
 
 
 class Evaluation(Section):

@@ -175,6 +175,19 @@ class BatchMaker:
             len(self._encode(value, self.budget.max_input_length, self.cut_inputs)) for value in inputs
         )
 
+    def input_lengths(self, examples: Sequence[Example]) -> list[int]:
+        """Positions before the target of each example's row. Texts that are cut are not noted."""
+        found = []
+        for example, features in zip(examples, self.features.of(examples), strict=True):
+            files = (len(features_ND) + 2 * self.backbone.projector_boundary_tokens for features_ND in features)
+            texts = (self._count(v, self.budget.max_input_length) for _, v in example.inputs if isinstance(v, str))
+            found.append(self._frame.length + sum(files) + sum(texts))
+        return found
+
+    def target_positions(self, text: str) -> int:
+        """As ``target_length``, but a text that is cut is not noted."""
+        return self._count(self.spaced(text), self.budget.max_target_length) + 1
+
     def text_positions(self, example: Example, text: str) -> int:
         """Positions that the texts of a row take, with its frame and the target; those of its files come on top."""
         return self.prompt_length(example) + self.target_length(text)
@@ -185,13 +198,19 @@ class BatchMaker:
         return [str(text).strip() for text in texts]
 
     def _encode(self, text: str, limit: int, cut: set[int]) -> list[int]:
-        tokens = self.language_model.tokens
-        if text not in tokens:
-            tokens[text] = self.language_model.tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids = tokens[text]
+        ids = self._tokens(text)
         if len(ids) > limit:
             cut.add(text_key(text))
         return ids[:limit]
+
+    def _count(self, text: str, limit: int) -> int:
+        return min(len(self._tokens(text)), limit)
+
+    def _tokens(self, text: str) -> list[int]:
+        tokens = self.language_model.tokens
+        if text not in tokens:
+            tokens[text] = self.language_model.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokens[text]
 
     def spaced(self, text: str) -> str:
         """The target text as it is tokenized: with a leading space if the backbone has ``add_prefix_space``."""

@@ -12,17 +12,29 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
 from harness.core.errors import UserError
+from harness.model import buckets
 from harness.model.workers import Workers
 from tasks.base import Example
 
 References = Literal["one", "all", "grouped"]
+_BATCHES = 1 << 62  # of the seeds of the order of batches, apart from those of the items of an epoch
 Leading = tuple[str, str, tuple[tuple[str, str], ...]]  # a member, a target context, and contexts with their inputs
 Shares = Mapping[str, float]  # task (member) of a mixture → its share; they sum to 1
+
+
+class Lengths(Protocol):
+    """Tells how long rows are."""
+
+    def count(self, tick: Callable[[], None]) -> None:
+        """Look at all inputs; afterwards calls are quick."""
+
+    def __call__(self, example: int, reference: int) -> int:
+        """Positions of the row of an example and one of its references, by their indices."""
 
 
 def _rank(seed: int, example_id: str) -> bytes:
@@ -110,12 +122,15 @@ class Order:
         references: "one": each example with a random one of its references in each epoch; "all": with each of them;
             "grouped": with each of them, those of the same inputs one after another and with one view of their files.
         shares: of the members in every epoch; None: each example once.
+        length_of: of rows: batches are of similar lengths and about as many positions each, see buckets.py; None:
+            batches of equal numbers of items, in order.
     """
 
     examples: Sequence[Example]
     seed: int
     references: References = "one"
     shares: Shares | None = None
+    length_of: Lengths | None = None
 
     @property
     def draws(self) -> int:
@@ -123,14 +138,47 @@ class Order:
         return len(self._pool())
 
     def epoch(self, epoch: int) -> list[Draw]:
-        """The items of an epoch (from 1), in order."""
+        """The items of an epoch (from 1), shuffled."""
+        return [draw for unit in self._units(epoch) for draw in unit]
+
+    def batches(self, epoch: int, size: int) -> list[list[Draw]]:
+        """The batches of an epoch (from 1), in order; their number does not depend on lengths.
+
+        Args:
+            epoch: its number.
+            size: items of a batch; where batches are of similar lengths, on average.
+        """
+        if self.length_of is None:
+            draws = self.epoch(epoch)
+            return [draws[start : start + size] for start in range(0, len(draws), size)]
+        units = self._units(epoch)
+        longest = [max(self.length_of(draw.example, draw.reference) for draw in unit) for unit in units]
+        found: list[tuple[int, list[Draw]]] = []
+        before = 0
+        for stretch in buckets.stretches([len(unit) for unit in units], size):
+            by_length = sorted(stretch, key=lambda number: -longest[number])
+            draws = [draw for number in by_length for draw in units[number]]
+            lengths = [longest[number] for number in by_length for _ in units[number]]
+            count = -(-(before + len(draws)) // size) - -(-before // size)
+            cut = buckets.cuts(lengths, count)
+            found += [(buckets.positions(lengths, own), draws[own.start : own.stop]) for own in cut]
+            before += len(draws)
+        generator = np.random.Generator(np.random.Philox(key=[self.seed, _BATCHES + epoch]))
+        order = [int(number) for number in generator.permutation(len(found))]
+        # The largest one first, as in transformers: what does not fit into memory fails at once.
+        first = max(range(len(order)), key=lambda place: found[order[place]][0])
+        order[0], order[first] = order[first], order[0]
+        return [found[number][1] for number in order]
+
+    def _units(self, epoch: int) -> list[list[Draw]]:
+        """The items of an epoch, shuffled: those that follow one another because of their inputs, or each alone."""
         generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
         if self.references == "grouped":
             blocks = self._blocks(epoch)
-            return [draw for number in generator.permutation(len(blocks)) for draw in blocks[number]]
+            return [blocks[number] for number in generator.permutation(len(blocks))]
         items = self._shared(epoch)
         order, picks = generator.permutation(len(items)), generator.random(len(items))
-        return [self._draw(items[i], float(picks[i]), epoch) for i in order]
+        return [[self._draw(items[i], float(picks[i]), epoch)] for i in order]
 
     @property
     def repeats_inputs(self) -> bool:
@@ -202,11 +250,17 @@ class Order:
         return int.from_bytes(hashlib.sha256(of.encode()).digest()[:8])
 
     def fingerprint(self, epochs: int, batch_size: int) -> str:
-        """SHA-256 of the training order: batch size, then example id and reference of every item of every epoch."""
+        """SHA-256 of the training order: batch size, then example id and reference of every item of every epoch.
+
+        Batches of similar lengths have different numbers of items, so where each ends is part of it too.
+        """
         digest = hashlib.sha256(f"batch {batch_size}\n".encode())
         for epoch in range(1, epochs + 1):
-            for draw in self.epoch(epoch):
-                digest.update(f"{epoch}:{self.examples[draw.example].id}:{draw.reference}\n".encode())
+            for batch in self.batches(epoch, batch_size):
+                for draw in batch:
+                    digest.update(f"{epoch}:{self.examples[draw.example].id}:{draw.reference}\n".encode())
+                if self.length_of is not None:
+                    digest.update(b"end of batch\n")
         return digest.hexdigest()
 
 

@@ -7,7 +7,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from harness.model.context_model import ContextModel
 from harness.model.features import Features
 from harness.model.kept import Kept, Key, bytes_of
 from harness.model.projector import Projector
+from harness.model.row_lengths import RowLengths
 from tasks.base import Example, Modality, Split, Task
 from tasks.encoder import Encoder
 from tasks.splits import SPLITS
@@ -225,9 +226,15 @@ def build(
         model=model,
         batches=batches,
         splits=data.splits,
-        order=data.order,
+        order=replace(data.order, length_of=_lengths(spec, batches, data.splits)),
         parameters=parameters.count_parameters(model, features.encoders.values()),
     )
+
+
+def _lengths(spec: TrialSpec, batches: BatchMaker, splits: Splits) -> RowLengths | None:
+    """The lengths of rows, where they decide on the batches."""
+    grouped = spec.optimizer.train_sampling_strategy == "group_by_length"
+    return RowLengths(batches, splits.train) if grouped else None
 
 
 def load_language_model(spec: TrialSpec, kept: Kept) -> LanguageModel:

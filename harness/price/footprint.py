@@ -80,7 +80,7 @@ class Footprints:
 
 def _traced(spec: TrialSpec, rows: Rows, resources: Resources) -> tuple[Traced, ...]:
     """The step on rows that items share, if the model takes them (see ``harness.model.sharing``), else on others."""
-    if rows.first.parts is not None:
+    if rows.first is not rows.alone:
         projectors = len(rows.first.items) if spec.backbone.projector_dropout else 0
         with suppress(TypeError, ValueError, RuntimeError, UserError):
             found = _traced_on(spec, rows.first, resources)

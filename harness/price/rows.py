@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from harness.model.batches import BatchMaker
 from harness.model.budget import Order
 from harness.model.components import empty_encoders, make_modalities, make_task
 from harness.model.features import Features
+from harness.model.row_lengths import RowLengths
 from harness.model.workers import Workers
 from tasks.base import Example, Task
 from tasks.drawing.task import DrawnTask
@@ -30,6 +31,7 @@ from tasks.registry import TASKS
 
 FIRST = 3  # batches: those whose activations a record has
 _LOOKED_AT = 2048  # training items whose texts are counted for the longest row
+_GROUPED = 512  # examples, at least, of which batches of similar lengths are made: their files are read
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Rows:
     Attributes:
         first: the largest of the first batches, of which a record has the activations; items may share rows.
         alone: the same where the model allows no shared rows.
-        longest: positions of the longest row that was looked at.
+        longest: positions of the longest row that was looked at; with ``group_by_length``, of rows of the first batch
+            that together have as many.
         of_sample: whether these are examples that the task brings along, because its data is not on this machine.
     """
 
@@ -88,22 +91,29 @@ def rows_of(spec: TrialSpec, train: Sequence[Example] | None, workers: int = 1, 
     with _task_and_examples(spec, train) as (task, examples):
         maker = _maker(spec, task)
         order = Order(examples, spec.seed, spec.budget.references)
-        draws = order.epoch(1)
-        size = spec.optimizer.per_device_train_batch_size
+        draws, size = order.epoch(1), spec.optimizer.per_device_train_batch_size
+        by_length = train is not None and spec.optimizer.train_sampling_strategy == "group_by_length"
         if train is None:
             draws = draws * (size // len(draws) + 1)
+        of_batches = [draws[start : start + size] for start in range(0, min(len(draws), FIRST * size), size)]
+        if by_length:  # the first one is the largest
+            some = examples[: max(_GROUPED, FIRST * size)]
+            of_batches = replace(order, examples=some, length_of=RowLengths(maker, some)).batches(1, size)[:FIRST]
         share = share and order.repeats_inputs
         share = share and (spec.budget.references == "grouped" or not spec.backbone.projector_dropout)
         batches, alone = list[Batch](), list[Batch]()
-        for start in range(0, min(len(draws), FIRST * size), size):
-            own = order.share(draws[start : start + size], Workers(0, workers))
+        for of_batch in of_batches:
+            own = order.share(of_batch, Workers(0, workers))
             alone.append(maker.train(examples, own, share=False))
             batches.append(maker.train(examples, own, share=True) if share else alone[-1])
         first, other = (max(found, key=lambda batch: batch.token_ids_BT.numel()) for found in (batches, alone))
         looked_at = [(examples[draw.example], draw.reference) for draw in draws[:_LOOKED_AT]]
         texts_positions = (maker.text_positions(example, example.references[n]) for example, n in looked_at)
         files = max(n for batch in alone for n in _file_positions(batch))
-        return Rows(first, other, max(first.token_ids_BT.shape[1], files + max(texts_positions)), train is None)
+        rows, length = first.token_ids_BT.shape
+        longest = files + max(texts_positions)
+        # A batch of longer rows has fewer of them.
+        return Rows(first, other, max(length, longest // rows if by_length else longest), train is None)
 
 
 def _file_positions(batch: Batch) -> list[int]:

@@ -111,9 +111,10 @@ class Lane:
         stages.start(stages.starts[stage])
         stages.built.model.train()
         size = spec.optimizer.per_device_train_batch_size
-        draws = stages.built.order.epoch(1)
-        whole = max(len(draws) - len(draws) % size, min(size, len(draws)))  # without an incomplete last batch
-        self._batches = [draws[start : start + size] for start in range(0, whole, size)]
+        order = stages.built.order
+        self._batches = order.batches(1, size)
+        if order.length_of is None and len(self._batches) > 1 and len(self._batches[-1]) < size:
+            self._batches.pop()  # an incomplete one
         self._accumulation = spec.optimizer.gradient_accumulation_steps
 
     @property

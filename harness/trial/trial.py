@@ -212,6 +212,8 @@ class Trial:
         evaluation = [*splits.validation, *splits.test]
         features = self.stages.built.batches.features
         features.precompute(splits.train, evaluation, self._tick, self.workers)
+        if (lengths := self.stages.built.order.length_of) is not None:
+            lengths.count(self._tick)
         self.peak.shift(self.kept.shift_bytes(self.device))
 
     def _train(self) -> Steps[None]:
@@ -266,9 +268,8 @@ class Trial:
         else:
             torch.manual_seed(dropout_seed(self.spec.seed, epoch, self.workers.rank))
         self.stages.built.model.train()
-        draws = self.stages.built.order.epoch(epoch)
-        size = self.spec.optimizer.per_device_train_batch_size
-        for start in range(len(losses) * size, len(draws), size):
+        batches = self.stages.built.order.batches(epoch, self.spec.optimizer.per_device_train_batch_size)
+        for draws in batches[len(losses) :]:
             if self.stages.stage_ended:
                 with self._phase("build"):
                     self.stages.advance()
@@ -276,7 +277,7 @@ class Trial:
                 self.stages.built.model.train()
             engine = self.stages.engine
             engine.asks = self._asks()
-            taken = yield draws[start : start + size]
+            taken = yield draws
             losses.append(taken.loss)
             self._spent("train", taken.duration_s)
             self._report_progress("train", epoch, losses[-1])

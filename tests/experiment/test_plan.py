@@ -106,7 +106,9 @@ task: scenes
     "name": BASE + "name: other\n",
     "equivalence margin": BASE.replace("{test", "{equivalence_margin: 0.03, test"),
     "primary metric": BASE.replace("primary_metric: perplexity", "primary_metric: cider"),
-    "defaults written out": BASE.replace("rank: 4", "rank: 4, dropout: 0.0, where: AF"),
+    "defaults written out": BASE.replace("rank: 4", "rank: 4, dropout: 0.0, where: AF").replace(
+        "size: 32", "size: 32, train_sampling_strategy: random"
+    ),
     "the grouping written out": BASE.replace("specific", "{text: text, image: image}"),
     "rates that were tried before": BASE.replace("6e-3", "6e-3, tried_learning_rates: [6e-3, 1.2e-2]"),
     "the learning rate in the optimizer": BASE.replace(", learning_rate: 6e-3", "").replace(
@@ -133,6 +135,7 @@ OTHER = {
     "batch": ("size: 32", "size: 16"),
     "schedule": ("size: 32", "size: 32, lr_scheduler_type: cosine"),
     "bf16": ("size: 32", "size: 32, bf16: true"),
+    "batches by length": ("size: 32", "size: 32, train_sampling_strategy: group_by_length"),
     "test examples": ("test_examples: 64", "test_examples: 32"),
     "validation examples": ("test_examples: 64", "test_examples: 64, validation_examples: 8"),
     "generated length": ("test_examples: 64", "test_examples: 64, max_new_tokens: 8"),

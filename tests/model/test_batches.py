@@ -27,6 +27,7 @@ from harness.model.batches import BatchMaker, text_key
 from harness.model.context_model import ContextModel
 from harness.model.features import Features
 from harness.model.projector import Projector
+from harness.model.row_lengths import RowLengths
 from harness.trial.evaluate import Evaluator
 from tasks.base import Config, Example, Part, Split, Task
 from tasks.modalities.image import Image as ImageModality
@@ -230,6 +231,22 @@ def test_texts_that_are_too_long_are_truncated_and_counted() -> None:
         {text_key(example.references[0])},
     )
     model(batch)
+
+
+@pytest.mark.parametrize("options", [*OPTIONS.values(), {"prompt": "Answer:"}], ids=[*OPTIONS, "prompt"])
+def test_the_lengths_of_rows_are_known_before_any_is_made(options: dict[str, Any], examples: list[Example]) -> None:
+    _, batches = made(METHODS["lora"], **options)
+    long = Example("long", (Part("question", "why " * 300),), (" because" * 80, " x"))
+    every = [*examples, long]
+    lengths, ticks = RowLengths(batches, every), list[None]()
+    lengths.count(lambda: ticks.append(None))
+    assert len(ticks) == 1
+    found = [lengths(index, n) for index, example in enumerate(every) for n in range(len(example.references))]
+    assert not batches.cut_targets | batches.cut_inputs  # a text is noted when a batch has it
+    rows = [batches.make([example], [text]) for example in every for text in example.references]
+    assert found == [int(row.mask_BT.sum()) for row in rows]
+    assert batches.cut_targets
+    assert batches.cut_inputs
 
 
 def test_targets_may_begin_with_a_space_but_predictions_do_not(examples: list[Example]) -> None:

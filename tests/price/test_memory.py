@@ -21,6 +21,7 @@ from tests.support.trials import BITFIT, FULL, LORA, spec_of
 MARGIN = 0.15  # of the sum of all kinds
 AGNOSTIC = {**LORA, "grouping": "agnostic"}
 GROUPED = {"budget": {"references": "grouped"}}
+BY_LENGTH = {"optimizer": {"train_sampling_strategy": "group_by_length"}}
 NONE, IA3 = {"method": "none", "learning_rate": 3e-3}, {"method": "ia3", "learning_rate": 0.2}
 
 
@@ -30,9 +31,8 @@ def measured(spec: TrialSpec, folder: Path, resources: Resources) -> tuple[Memor
     trial.build()
     trial.stages.start()
     trial.stages.built.model.train()
-    size, draws = spec.optimizer.per_device_train_batch_size, trial.stages.built.order.epoch(1)
-    for number in range(WARMUP_STEPS):
-        trial.train_step(draws[number * size : (number + 1) * size])
+    for draws in trial.stages.built.order.batches(1, spec.optimizer.per_device_train_batch_size)[:WARMUP_STEPS]:
+        trial.train_step(draws)
     return trial.stages.engine.memory(trial.state.activations_bytes, trial.peak), trial
 
 
@@ -41,6 +41,8 @@ def measured(spec: TrialSpec, folder: Path, resources: Resources) -> tuple[Memor
     [
         (NONE, 8, {}, {}),
         (LORA, 4, {}, {}),
+        (LORA, 4, BY_LENGTH, {}),
+        (LORA, 10, BY_LENGTH | GROUPED, {}),
         (LORA, 16, {}, {}),
         (AGNOSTIC, 8, {}, {}),
         (BITFIT, 8, {}, {}),

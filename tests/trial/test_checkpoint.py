@@ -26,6 +26,7 @@ DROPOUT = LORA | {"dropout": 0.3}
 LLAVA = {"method": "llava", "learning_rate": 3e-3, "projector_learning_rate": 1e-2}
 SMALL = {"examples": 20, "epochs": 2}  # three batches each, the last one of four examples
 BATCHES = {"per_device_train_batch_size": 8, "lr_scheduler_type": "cosine", "warmup_ratio": 0.3}
+BY_LENGTH = {"train_sampling_strategy": "group_by_length"}
 
 
 class Killed(BaseException):
@@ -87,6 +88,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 CASES = [
     pytest.param(DROPOUT, {}, 0, 2, id="dropout"),
+    pytest.param(DROPOUT, {"optimizer": BATCHES | BY_LENGTH}, 0, 2, id="batches by length"),
     pytest.param(
         LLAVA, {"optimizer": BATCHES | {"gradient_accumulation_steps": 2}}, 0, 1, id="two stages, accumulated",
         marks=pytest.mark.slow,

@@ -26,6 +26,7 @@ from harness.model.workers import joined
 from harness.tracking.tracker import NoTracker
 from harness.trial.engine import join_process_group
 from harness.trial.log import LOG
+from harness.trial.steps import Steps
 from harness.trial.trial import Progress, Trial
 from harness.trial.worker import run_worker
 from tests.support.parity import assert_same_result
@@ -38,7 +39,9 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     "lora": LORA,
     "full": FULL,
     "llava": {"method": "llava", "learning_rate": 3e-3},
+    "by length": LORA,
 }
+OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {"by length": {"train_sampling_strategy": "group_by_length"}}
 NAN = {"method": "full", "learning_rate": 1e30}
 
 
@@ -92,10 +95,10 @@ def process(rank: int, folder: Path, jobs: Sequence[Job]) -> None:
     whole = Trial._epoch
     for job in jobs:
 
-        def epoch(trial: Trial, number: int, last: int | None = job.fails_in_epoch) -> None:
+        def epoch(trial: Trial, number: int, last: int | None = job.fails_in_epoch) -> Steps[None]:
             if number == last:
                 raise KeyError("stopped by the test")
-            whole(trial, number)
+            return whole(trial, number)
 
         Trial._epoch = epoch  # type: ignore[method-assign]
         spec, resources = TrialSpec.model_validate_json(job.spec), Resources(workers=RANKS, **job.resources)
@@ -152,7 +155,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 def pair(kind: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrialRecord, Path, list[Job], Ended]:
     """A kind of adapter with one worker, and with two in every stage of ZeRO."""
     folder = tmp_path_factory.mktemp(kind)
-    spec = small(folder / "one", KINDS[kind])
+    spec = small(folder / "one", KINDS[kind], **OPTIMIZERS.get(kind, {}))
     one = run(spec, folder / "one")
     jobs = [Job(f"zero{stage}", spec.model_dump_json(), {"zero_stage": stage}) for stage in range(4)]
     return one, folder / "one", jobs, run_two(folder, jobs)
