@@ -18,6 +18,7 @@ from adapters.library import checkpoint
 from adapters.library.as_base import AsBase
 from adapters.library.context_ids import (
     CacheContexts,
+    ContextIds,
     cached_positions,
     check_no_state,
     checked_context_ids,
@@ -27,6 +28,7 @@ from adapters.library.merge import merge_into
 from adapters.library.peft_export import export_group
 from adapters.library.spec import Spec, resolve
 from adapters.library.state import own_tensors, without_frozen_base
+from adapters.library.token_contexts import check_takes_tokens, contexts_of_tokens
 from adapters.placement.generation import layouts_while_generating
 from adapters.placement.offload import is_offloaded
 from adapters.placement.router import Router
@@ -43,15 +45,18 @@ def adapt(
     grouping: str | Mapping[str, str | None] = "agnostic",
     seed: int = 0,
     roles: Mapping[str, Any] | None = None,
+    contexts_from: Mapping[int, str] | None = None,
 ) -> AdaptedModel:
-    """Attach context-grouped adapters (Context-PEFT, arXiv 2312.08900) to a Hugging Face causal LM.
+    """Attach context-grouped adapters (Context-PEFT, arXiv 2312.08900) to a Hugging Face language model.
+
+    That is a causal LM, or a vision- or audio-language model, whose inner language model is adapted.
 
     The model is frozen except for what the method itself trains, and hooked, not copied: ``detach`` restores it.
     Adapter parameters are created on the device of their layer in fp32, even on a bf16 or fp16 base, because small
     updates are lost in 16 bits (PEFT does the same); in float64 on a float64 layer.
 
     Args:
-        model: a Hugging Face causal LM.
+        model: a Hugging Face causal LM, or a vision- or audio-language model.
         spec: ``{"method": "lora", "rank": 8}`` for all groups, or group → such a mapping or None for no adapter:
             ``{"image": {"method": "lora", "rank": 64}, "text": {"method": "bitfit"}}``. ``harness adapters`` lists the
             methods and their options; ``lora+bitfit`` is both.
@@ -60,12 +65,14 @@ def adapt(
         seed: for the adapters' initialisation.
         roles: layer path pattern → role, for an architecture unknown to the harness:
             ``{"model.layers.*.attention.query": "q"}``.
+        contexts_from: token id → context, ``{model.config.image_token_id: "image"}``; every other token is of the last
+            context. The model is then called without ``context_ids``, as it is called without adapters.
 
     Raises:
-        UserError: an unknown method, option, group or role, an option out of range, an unknown architecture, or a model
-            that already has adapters.
+        UserError: an unknown method, option, group, role or context, an option out of range, an unknown architecture, a
+            token id outside the vocabulary, or a model that already has adapters.
     """
-    return AdaptedModel(model, resolve(spec, contexts, grouping, seed, roles))
+    return AdaptedModel(model, resolve(spec, contexts, grouping, seed, roles, contexts_from))
 
 
 def load_adapter(model: Any, folder: str | Path, contexts: Sequence[str] | None = None) -> AdaptedModel:
@@ -132,6 +139,8 @@ class AdaptedModel(AsBase):
     def __init__(self, base_model: Any, spec: Spec) -> None:
         super().__init__()
         _check_free(base_model)
+        if spec.contexts_from is not None:
+            check_takes_tokens(base_model, spec.contexts_from)
         methods = {group: choice.method for group, choice in spec.by_group.items()}
         ungrouped = spec.ungrouped.method if spec.ungrouped else None
         self.spec = spec
@@ -144,6 +153,7 @@ class AdaptedModel(AsBase):
         self.adapters.place(base_model)
         self.train(base_model.training)  # before the base becomes a submodule, which keeps its own flags
         self.base_model = base_model
+        self.takes_what_the_base_takes()
         self._required_grad = {name: p.requires_grad for name, p in own.items()}
         self._caches = CacheContexts()
         trained = [p for choice in spec.choices for p in choice.method.trained(base_model)]
@@ -177,11 +187,12 @@ class AdaptedModel(AsBase):
         Args:
             input_ids: (B, T); or pass ``inputs_embeds``.
             attention_mask: (B, K), as for the base. Padding may be on either side; its context ids do not matter.
-            context_ids: int64 index into ``contexts``, (B, T), or (T,) if all rows are alike.
+            context_ids: int64 index into ``contexts``, (B, T), or (T,) if all rows are alike; None with
+                ``contexts_from``: from ``input_ids``.
             inputs_embeds: (B, T, D).
             past_key_values: a KV cache that this model filled; ``context_ids`` are then those of the new tokens only.
             labels: (B, T), for the base's loss; named here because ``transformers.Trainer`` reads the signature.
-            kwargs: passed to the base (``use_cache``, …).
+            kwargs: passed to the base (``pixel_values``, ``use_cache``, …).
 
         Returns:
             The base model's output.
@@ -191,7 +202,7 @@ class AdaptedModel(AsBase):
         """
         self._check_attached()
         given = only_input(input_ids, inputs_embeds)
-        ids_XT, host_XT = checked_context_ids(context_ids, given, self.contexts)
+        ids_XT, host_XT = self._contexts_of(given, context_ids)
         check_no_state(kwargs, [choice.method for choice in self.spec.choices])
         past_XK = self._caches.of(past_key_values, given.shape[0])
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
@@ -219,7 +230,8 @@ class AdaptedModel(AsBase):
         Args:
             input_ids: the prompt (B, T); or pass ``inputs_embeds``.
             context_ids: the prompt's, as in ``forward``.
-            new_token_context: the context of the generated tokens.
+            new_token_context: the context of the generated tokens, whatever their ids; None with ``contexts_from``: the
+                last.
             inputs_embeds: (B, T, D).
             attention_mask: (B, T), 0 for padding, which must be on the left.
             kwargs: passed to the base's ``generate``.
@@ -231,7 +243,9 @@ class AdaptedModel(AsBase):
             UserError: see ``forward``; an unknown ``new_token_context``, padding on the right, or a non-empty cache.
         """
         self._check_attached()
-        ids_XT, host_XT = checked_context_ids(context_ids, only_input(input_ids, inputs_embeds), self.contexts)
+        ids_XT, host_XT = self._contexts_of(only_input(input_ids, inputs_embeds), context_ids)
+        if new_token_context is None and self.spec.contexts_from is not None:
+            new_token_context = self.contexts[-1]
         if new_token_context not in self.contexts:
             allowed = did_you_mean(str(new_token_context), self.contexts)
             raise UserError(f"new_token_context: found {new_token_context!r}; {allowed}")
@@ -377,6 +391,13 @@ class AdaptedModel(AsBase):
         layer = name.rpartition(".")[0]
         siblings = [required for other, required in self._required_grad.items() if other.rpartition(".")[0] == layer]
         return any(siblings or self._required_grad.values())
+
+    def _contexts_of(self, given: Tensor, context_ids: Tensor | None) -> ContextIds:
+        """The context ids of an input: the caller's, or from the ids of its tokens."""
+        by_token = self.spec.contexts_from
+        if context_ids is None and by_token is not None and not given.is_floating_point():
+            return contexts_of_tokens(given, by_token, self.contexts)
+        return checked_context_ids(context_ids, given, self.contexts)
 
     def _is_attached(self) -> bool:
         # The base may have been adapted again after this model was detached.

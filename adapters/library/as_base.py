@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -33,6 +34,18 @@ class AsBase(nn.Module):
             return given
         parameters = inspect.signature(self.base_model.forward).parameters.values()
         return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+    def takes_what_the_base_takes(self) -> None:
+        """Name the base's arguments in ``inspect.signature(model.forward)``: Trainer drops columns that it lacks."""
+        own = inspect.signature(type(self).forward).parameters
+        base = inspect.signature(self.base_model.forward).parameters
+        more = {name: p for name, p in base.items() if name not in own and p.kind is p.POSITIONAL_OR_KEYWORD}
+        named = [p for p in own.values() if p.kind is not p.VAR_KEYWORD][1:]  # without self
+        rest = [p for p in own.values() if p.kind is p.VAR_KEYWORD]
+        forward: Any = partial(type(self).forward, self)
+        by_keyword = [p.replace(kind=p.KEYWORD_ONLY) for p in more.values()]
+        forward.__signature__ = inspect.Signature([*named, *by_keyword, *rest])
+        vars(self)["forward"] = forward
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """As the base's: recompute activations in backward. ``transformers.Trainer`` calls it."""

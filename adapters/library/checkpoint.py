@@ -79,6 +79,7 @@ class Saved(_Schema):
     ungrouped: SavedMethod | None
     roles: dict[str, Any] | None
     seed: int
+    contexts_from: dict[int, str] | None = None
     versions: dict[str, str]
     base: SavedBase
 
@@ -165,6 +166,7 @@ def write(folder: Path, spec: Spec, base: SavedBase, tensors: Mapping[str, Tenso
         ungrouped=_saved_method(spec.ungrouped) if spec.ungrouped else None,
         roles=None if spec.roles is None else dict(spec.roles),
         seed=spec.seed,
+        contexts_from=None if spec.contexts_from is None else dict(spec.contexts_from),
         versions={name: version(name) for name in _LIBRARIES},
         base=base,
     )
@@ -241,7 +243,7 @@ def spec_of(saved: Saved, where: str) -> Spec:
     grouping = "agnostic" if saved.ungrouped else saved.grouping
     try:
         ordered = {c: grouping[c] for c in saved.contexts} if isinstance(grouping, dict) else grouping
-        return resolve(spec, saved.contexts, ordered, saved.seed, saved.roles)
+        return resolve(spec, saved.contexts, ordered, saved.seed, saved.roles, saved.contexts_from)
     except KeyError as error:
         raise UserError(f"{where}: grouping: context {error} is missing") from None
     except UserError as error:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from adapters.library.token_contexts import checked_contexts_from
 from adapters.registry import Choice, choose
 from harness.core.contexts import resolve_grouping
 from harness.core.cursor import Cursor
@@ -21,6 +22,7 @@ class Spec:
     ungrouped: Choice | None  # a method without groups, in the place of by_group
     roles: Mapping[str, Any] | None  # path pattern → role, set explicitly
     seed: int
+    contexts_from: Mapping[int, str] | None = None  # token id → context; other tokens are of the last context
 
     @property
     def choices(self) -> list[Choice]:
@@ -28,13 +30,20 @@ class Spec:
         return [self.ungrouped] if self.ungrouped else list(self.by_group.values())
 
 
-def resolve(spec: Any, contexts: Any, grouping: Any, seed: int, roles: Mapping[str, Any] | None) -> Spec:
+def resolve(
+    spec: Any, contexts: Any, grouping: Any, seed: int, roles: Mapping[str, Any] | None, contexts_from: Any = None
+) -> Spec:
     """Check a request; the arguments are those of ``harness.adapt``.
 
     Raises:
         UserError: an unknown method, option, group or context, or an option out of range.
     """
     names = _contexts(contexts)
+    by_token = checked_contexts_from(contexts_from, names)
+    return replace(_resolved(spec, names, grouping, seed, roles), contexts_from=by_token)
+
+
+def _resolved(spec: Any, names: tuple[str, ...], grouping: Any, seed: int, roles: Mapping[str, Any] | None) -> Spec:
     _require(spec, Mapping, "spec", "a mapping such as {'method': 'lora', 'rank': 8}, or group → such a mapping")
     _require(seed, int, "seed", "an integer")
     if roles is not None:
