@@ -131,6 +131,7 @@ class Batch:
     parts: Parts | None = None  # of rows of several targets; None: each row has one, and ends with its last token
     host_context_ids_BT: Ids | None = None  # context_ids_BT on the host, where it is known; else it is read from there
     stand_in: bool = False  # of a worker without a row of its own
+    host_tokens: int | None = None  # positions without padding, where they are known; else the mask is read
 
     @property
     def size(self) -> int:
@@ -147,7 +148,8 @@ class Batch:
         """Positions that the language model reads in ``forward``, without padding."""
         if self.stand_in:
             return 0
-        return int(self.mask_BT.sum()) - (len(self.mask_BT) if self.parts is None else 0)
+        tokens = int(self.mask_BT.sum()) if self.host_tokens is None else self.host_tokens
+        return tokens - (len(self.mask_BT) if self.parts is None else 0)
 
     def as_stand_in(self) -> Batch:
         """The batch without targets: its loss and its gradients are zero, but every parameter takes part in them."""
@@ -164,6 +166,7 @@ class Batch:
             targets=self.targets.repeated(times, self.token_ids_BT.shape[0]),
             parts=None if self.parts is None else self.parts.repeated(times),
             host_context_ids_BT=host_ids_BT,
+            host_tokens=None if self.host_tokens is None else times * self.host_tokens,
         )
 
     def to(self, device: torch.device) -> Batch:

@@ -275,6 +275,7 @@ class BatchMaker:
             segments=_common_segments(rows, shape[1]),
             targets=Targets.of(tokens),
             host_context_ids_BT=contexts,
+            host_tokens=sum(lengths),
         )
 
     def _items(self, context: str, found: Sequence[tuple[Tensor, np.ndarray]], once: bool) -> Items:

@@ -36,7 +36,7 @@ def target_logits(language_model: Any, embeds_BTD: Tensor, targets: Targets, **o
     rows, length = embeds_BTD.shape[:2]
     kept = length - targets.first_source
     index_N = targets.row_N * kept + targets.source_N - targets.first_source
-    with _only(_output_layer(language_model), index_N, (rows, kept)) as picked:
+    with _rows_not_packed(), _only(_output_layer(language_model), index_N, (rows, kept)) as picked:
         logits: Tensor = language_model(
             inputs_embeds=embeds_BTD, use_cache=False, logits_to_keep=kept, **options
         ).logits
@@ -90,7 +90,7 @@ def nll_in_chunks(language_model: Any, embeds_BTD: Tensor, targets: Targets, **o
     # The layer sees the first of them alone, which tells whether its output is that of the model.
     handle = layer.register_forward_hook(keep)
     try:
-        with _only(layer, index_N, (rows, kept), first=True) as picked:
+        with _rows_not_packed(), _only(layer, index_N, (rows, kept), first=True) as picked:
             logits: Tensor = language_model(
                 inputs_embeds=embeds_BTD, use_cache=False, logits_to_keep=kept, **options
             ).logits
@@ -130,6 +130,23 @@ def _output_layer(language_model: Any) -> nn.Module | None:
     except (AttributeError, NotImplementedError):
         return None
     return layer
+
+
+@contextmanager
+def _rows_not_packed() -> Iterator[None]:
+    """Say that no row has several sequences one after the other, which transformers would read from the positions.
+
+    There the host would wait for its device, which still has the last step to end. Rows of several targets say what
+    they see by a mask of their own.
+    """
+    from transformers import masking_utils
+
+    asked = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda _: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = asked
 
 
 @contextmanager

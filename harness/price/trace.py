@@ -7,8 +7,7 @@ and types only, by the rules of a CPU. So the result is exact for any model and 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +75,7 @@ def trace(spec: TrialSpec, batch: Batch, resources: Resources | None = None) -> 
     stages = method_of(spec.adapter, spec.relative_to).stages(spec.budget.epochs)
     found = []
     for stage in stages:
-        with FakeTensorMode(allow_non_fake_inputs=True), _rows_not_packed():
+        with FakeTensorMode(allow_non_fake_inputs=True):
             model = empty_model(spec, encoders, device="cpu").train()
             compute_as(model.language_model, resources or Resources())
             model.chunked_loss = (resources or Resources()).chunked_loss
@@ -105,22 +104,6 @@ def _to_bf16(model: nn.Module) -> None:
         for own in (module._parameters, module._buffers):
             for name, x in list(own.items()):
                 own[name] = half(x)
-
-
-@contextmanager
-def _rows_not_packed() -> Iterator[None]:
-    """Say that no row has several sequences, which transformers reads from the positions, as they have no values here.
-
-    Otherwise it makes a mask, which attention saves: with values it makes none.
-    """
-    from transformers import masking_utils
-
-    asked = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda _: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = asked
 
 
 def _traced(model: nn.Module, batch: Batch) -> Traced:

@@ -231,7 +231,8 @@ class Engine:
             loss = nll_B.sum() / tokens_B.sum()
             read, self.asked = reading(loss), self.asks
         else:
-            nll, tokens, *asked = self.workers.total(nll_B.sum().item(), tokens_B.sum().item(), *self.asks)
+            own: list[float] = torch.stack([nll_B.sum().double(), tokens_B.sum().double()]).tolist()  # one read
+            nll, tokens, *asked = self.workers.total(*own, *self.asks)
             self.asked = tuple(asked)
             loss = nll_B.sum() * (self.workers.count / tokens)  # DeepSpeed takes the mean of the workers' gradients
             check_finite(nll / tokens)  # before a backward pass, in which the workers exchange

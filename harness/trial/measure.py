@@ -8,6 +8,7 @@ import importlib.metadata
 import platform
 import re
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -127,48 +128,68 @@ class Counts:
     seconds: float = 0.0
 
 
+@dataclass
+class _Step:
+    """A step whose end the device may not have reached yet."""
+
+    started: torch.cuda.Event
+    ended: torch.cuda.Event
+    counted: bool = False
+
+
 class StepClock:
     """Measures the time of training steps; the first ``WARMUP_STEPS`` are not counted.
+
+    A GPU notes the times itself. They are read when it has passed them, so that no step waits for it.
 
     Args:
         device: on which they run.
         before: measured by an earlier process of the trial on such a device.
 
     Attributes:
-        last_s: duration of the last step.
+        last_s: duration of the last step; on a GPU of the last one that is known to have ended.
     """
 
     def __init__(self, device: torch.device, before: Counts = Counts()) -> None:
         self.device = device
         self._skip = WARMUP_STEPS
         self.steps, self.examples = before.steps, before.examples
-        self.tokens, self.seconds = before.tokens, before.seconds
+        self.tokens, self._seconds = before.tokens, before.seconds
         self._started = self.last_s = 0.0
+        self._running: deque[_Step] = deque()
 
     @property
     def counts(self) -> Counts:
         """What was measured so far."""
         return Counts(self.steps, self.examples, self.tokens, self.seconds)
 
+    @property
+    def seconds(self) -> float:
+        """Of the steps that were counted; waits until the device has ended the last one."""
+        self._settle(wait=True)
+        return self._seconds
+
     def __enter__(self) -> StepClock:
-        self._wait()
-        self._started = time.perf_counter()
+        if self.device.type == "cuda":
+            self._running.append(_Step(*(_event() for _ in range(2))))
+            self._running[-1].started.record()
+        else:
+            self._started = time.perf_counter()
         return self
 
     def __exit__(
         self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        self._wait()
-        self.last_s = time.perf_counter() - self._started
+        if self.device.type == "cuda":
+            self._running[-1].ended.record()
+            self._settle(wait=False)
+        else:
+            self.last_s = time.perf_counter() - self._started
 
     @property
     def warming_up(self) -> bool:
         """Whether the next step is a warm-up step, which is not counted."""
         return self._skip > 0
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def count(self, examples: int, tokens: int) -> None:
         """Count the step that just ended, with the numbers of examples and tokens it processed."""
@@ -176,9 +197,25 @@ class StepClock:
             self._skip -= 1
             return
         self.steps += 1
-        self.seconds += self.last_s
         self.examples += examples
         self.tokens += tokens
+        if self._running:
+            self._running[-1].counted = True
+        else:
+            self._seconds += self.last_s
+
+    def _settle(self, wait: bool) -> None:
+        """Read the times of the steps that have ended, but not of the last one, of which it is not known if it counts.
+
+        Args:
+            wait: for all of them, the last one too.
+        """
+        while self._running and (wait or (len(self._running) > 1 and self._running[0].ended.query())):
+            step = self._running.popleft()
+            step.ended.synchronize()
+            self.last_s = step.started.elapsed_time(step.ended) / 1000
+            if step.counted:
+                self._seconds += self.last_s
 
     def throughput(self, workers: Workers = ALONE) -> Throughput | None:
         """Examples and tokens per second of all workers together; None if no step was measured."""
@@ -190,6 +227,16 @@ class StepClock:
             tokens_per_s=tokens / self.seconds,
             measured_steps=self.steps,
         )
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done all that it was told to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @cache

@@ -40,7 +40,7 @@ from harness.tracking.tracker import Tracker
 from harness.trial.attempt import steps_to_record
 from harness.trial.engine import check_finite
 from harness.trial.log import LOG, log_to
-from harness.trial.measure import WARMUP_STEPS
+from harness.trial.measure import WARMUP_STEPS, wait_for
 from harness.trial.randomness import random_states, set_random_states
 from harness.trial.steps import Steps, Taken
 from harness.trial.trial import Report, Stop, Trial, never
@@ -106,13 +106,20 @@ class Member(Generic[T]):
             except Exception as error:  # its record could not be written; the others go on
                 self.error = error
 
-    def take(self, batch: Batch) -> Taken | Exception:
-        """Take a training step alone; returns the error if there is one."""
+    def take(self, batch: Batch, measured: bool) -> Taken | Exception:
+        """Take a training step alone; returns the error if there is one.
+
+        Args:
+            batch: to train on.
+            measured: whether its duration is compared with others: then the device ends it first.
+        """
         started = time.monotonic()
         with self.in_turn():
             try:
                 with self.trial.training_on(self.draws or ()):
                     loss = self.trial.step_on(batch)
+                if measured:
+                    wait_for(self.trial.device)
             except Exception as error:  # the trial's, which handles it
                 return error
         return Taken(loss, time.monotonic() - started)
@@ -190,12 +197,13 @@ class Together:
         measured: whether steps together are given up if they are not faster.
 
     Attributes:
+        measured: whether durations of steps are still compared.
         why_alone: why the trials take their steps alone from now on; empty: they take them together.
     """
 
     def __init__(self, common: Callable[[], Common], measured: bool) -> None:
         self.why_alone = ""
-        self._measured, self._common = measured, common
+        self.measured, self._common = measured, common
         self._joint: JointModel | None = None
         self._alone_s: dict[str, list[float]] = {}  # trial → durations of its steps alone
         self._together_s: list[tuple[tuple[str, ...], float]] = []
@@ -203,7 +211,7 @@ class Together:
     def wants_alone(self, member: Member[T]) -> bool:
         """Whether a step of a trial is to be taken alone first: its memory is measured, and perhaps its time."""
         first = member.trial.state.step < WARMUP_STEPS
-        return first or (self._measured and len(self._alone_s.get(member.trial.spec.trial_id, ())) < WARMUP_STEPS)
+        return first or (self.measured and len(self._alone_s.get(member.trial.spec.trial_id, ())) < WARMUP_STEPS)
 
     def took_alone(self, member: Member[T], taken: Taken | Exception) -> None:
         """Note the duration of a step alone."""
@@ -224,6 +232,8 @@ class Together:
             self.why_alone = f"{kind}: {type(error).__name__}: {error}".splitlines()[0]
             return None
         taken = self._step(members, losses, gradients, started)
+        if self.measured:
+            wait_for(members[0].trial.device)
         self._note(members, time.monotonic() - started)
         return taken
 
@@ -320,13 +330,13 @@ class Together:
     def _note(self, members: Sequence[Member[T]], duration_s: float) -> None:
         """Decide, once enough steps were measured, whether they are faster together."""
         ids = tuple(member.trial.spec.trial_id for member in members)
-        if not self._measured or any(len(self._alone_s.get(key, ())) < WARMUP_STEPS for key in ids):
+        if not self.measured or any(len(self._alone_s.get(key, ())) < WARMUP_STEPS for key in ids):
             return
         self._together_s.append((ids, duration_s))
         alike = [took_s for key, took_s in self._together_s if key == ids]
         if len(alike) < MEASURED_STEPS:
             return
-        self._measured = False
+        self.measured = False
         alone_s = sum(min(self._alone_s[key][1:]) for key in ids)  # the first step allocates
         share = statistics.median(alike[1:]) / alone_s
         said = f"{share:.2f} of the time of {len(ids)} steps alone"
@@ -387,7 +397,7 @@ def _take(members: Sequence[Member[T]], together: Together, waiting: Sequence[Me
     if taken is None:
         alone, others = [*alone, *others], []
     for member in alone:
-        one = member.take(batch)
+        one = member.take(batch, together.measured)
         together.took_alone(member, one)
         member.go_on(one)
     for member, what in zip(others, taken or (), strict=True):

@@ -137,8 +137,9 @@ class Lane:
         joules = meter.joules() if meter else 0.0
         for batch in batches:
             self.trial.step_on(batch)
+        seconds = clock.seconds - before[0]  # waits for the device, whose energy is read next
         used = meter.joules() - joules if meter else None
-        return _Block(steps, clock.seconds - before[0], used, clock.examples - before[1], clock.tokens - before[2])
+        return _Block(steps, seconds, used, clock.examples - before[1], clock.tokens - before[2])
 
     def warm_up(self) -> None:
         """Take the steps that are not counted."""
