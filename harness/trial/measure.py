@@ -136,6 +136,11 @@ class _Step:
     ended: torch.cuda.Event
     counted: bool = False
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the device has passed its end."""
+        return bool(self.ended.query())  # type: ignore[no-untyped-call]
+
 
 class StepClock:
     """Measures the time of training steps; the first ``WARMUP_STEPS`` are not counted.
@@ -171,7 +176,7 @@ class StepClock:
 
     def __enter__(self) -> StepClock:
         if self.device.type == "cuda":
-            self._running.append(_Step(*(_event() for _ in range(2))))
+            self._running.append(_Step(_event(), _event()))
             self._running[-1].started.record()
         else:
             self._started = time.perf_counter()
@@ -210,7 +215,7 @@ class StepClock:
         Args:
             wait: for all of them, the last one too.
         """
-        while self._running and (wait or (len(self._running) > 1 and self._running[0].ended.query())):
+        while self._running and (wait or (len(self._running) > 1 and self._running[0].has_ended)):
             step = self._running.popleft()
             step.ended.synchronize()
             self.last_s = step.started.elapsed_time(step.ended) / 1000
