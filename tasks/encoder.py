@@ -15,6 +15,8 @@ class Encoder(nn.Module, ABC):
     """A frozen encoder with its own preprocessing.
 
     The features of an item do not depend on the other items of the batch (up to rounding), so that they can be cached.
+    Because of the rounding, cached features are those of the same call: with one item per call, a file is encoded once
+    for all budgets and seeds; with more, once for each set of files that are encoded together.
 
     A plugin that adds an encoder to a modality sets ``modality`` and is registered under ``harness.encoders``.
 
@@ -24,6 +26,8 @@ class Encoder(nn.Module, ABC):
 
     width: int
     modality: ClassVar[str] = ""  # registry name of the modality whose decoded items a plugin's encoder takes
+    # Of ``encode``, at most 64. Large encoders are as fast with one, which also shares features among the most trials.
+    items_per_call: ClassVar[int] = 64
     result_version: ClassVar[int] = 1  # of a plugin: raise it when features change, so that trials get new ids
 
     @classmethod

@@ -96,6 +96,8 @@ def _totals(found: Forecast) -> Iterator[str]:
         yield f"price: {middle:.2f} {totals.currency} ({low:.2f} to {high:.2f})"
     if totals.disk_bytes:
         yield f"disk: {amount(totals.disk_bytes)}, with the checkpoints of running trials"
+    if totals.features_bytes:
+        yield f"features: {amount(totals.features_bytes)}, once for all trials, in {totals.features_place}"
     sources = {shape.trial.source for shape in found.shapes if shape.trial}
     words = {
         "probe": "measured steps (--probe)",

@@ -107,6 +107,8 @@ class Totals(Schema):
         slot: seconds of all trials one after another, times their devices: GPU-seconds, or on a CPU seconds of a
             trial's place.
         disk_bytes: of all.
+        features_bytes: of encoders' features in the cache on disk; None: not known, or there is no such cache.
+        features_place: the folder of that cache, and what it may take.
         money: low, middle, high; None: the profile has no price, or the time is not known.
         currency: of the money.
     """
@@ -116,6 +118,8 @@ class Totals(Schema):
     wall: Duration | None = None
     slot: Duration | None = None
     disk_bytes: int | None = None
+    features_bytes: int | None = None
+    features_place: str = ""
     money: tuple[FiniteFloat, FiniteFloat, FiniteFloat] | None = None
     currency: str = ""
 

@@ -32,6 +32,7 @@ def diagnose(profile: str | Path = "local", output: str | Path | None = None) ->
     yield from machine.cpus()
     yield from machine.memory()
     yield from machine.disk(local)
+    yield from machine.feature_cache()
     yield from machine.sockets()
     yield from services.stored(output) if is_url(output) else machine.output_folder(local)
     yield from services.mlflow(local)

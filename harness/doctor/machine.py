@@ -20,6 +20,8 @@ from harness.core.errors import UserError
 from harness.core.files import cache_folder
 from harness.core.forecast import GIB
 from harness.doctor.finding import Finding, fail, ok, warn
+from harness.experiment.sections import Resources
+from harness.model.on_disk import SIZE_VARIABLE, cache_of
 from harness.sweep import preflight
 from harness.trial.measure import PACKAGES
 from tasks.metrics.coco.java import java_command
@@ -126,6 +128,25 @@ def disk(output: Path) -> Iterator[Finding]:
             yield warn("disk", found, f"`harness plan` says what a run needs; {advice}")
         else:
             yield ok("disk", found)
+
+
+def feature_cache() -> Iterator[Finding]:
+    """Where encoders' features are kept, and whether they can be."""
+    try:
+        cache = cache_of(Resources())
+        if cache is None:
+            yield ok("features", f"in the memory of each worker ({SIZE_VARIABLE}=0)")
+            return
+        new = [one for one in (cache.folder, *cache.folder.parents) if not one.exists()]
+        cache.check()
+    except UserError as error:
+        yield fail("features", str(error), "runs stop before any trial starts: see the message")
+        return
+    free, taken = shutil.disk_usage(cache.folder).free / GIB, cache.size_bytes / GIB
+    for folder in new:
+        folder.rmdir()
+    limit = f"{cache.limit_bytes / GIB:g} GiB"
+    yield ok("features", f"{taken:.3g} of at most {limit} in {cache.folder}, {free:.3g} GiB free")
 
 
 def output_folder(output: Path) -> Iterator[Finding]:

@@ -149,6 +149,11 @@ class Resources(Section):
     fused_step: bool = True
     chunked_loss: bool = True  # where logits are more than 64 MiB, they are computed in chunks, again in backward
     shared_prefix: bool = True  # targets of the same inputs share a row of a batch, where the model allows it
+    # Encoders' features, which all trials of a machine share: an absolute path; null: features/ of $HARNESS_CACHE.
+    feature_cache: str | None = None
+    # Of the folder; the least recently used go first. 0: no folder, each worker keeps features in its memory. null:
+    # $HARNESS_FEATURE_CACHE_GIB, or 100.
+    feature_cache_gib: Annotated[float, Field(ge=0)] | None = None
     gradient_checkpointing: bool = False  # layers are computed again in backward: less memory, more time
     # As in transformers: eager, sdpa, flash_attention_2, …; null: the model's default.
     attn_implementation: str | None = None
@@ -156,6 +161,13 @@ class Resources(Section):
     # hours are longer than anything silent, such as reading a very large backbone from a slow disk; null: never.
     trial_timeout_s: Annotated[float, Field(gt=0)] | None = 7200.0
     profile: bool = True  # after the trials, measure speed and memory of the methods, each alone (harness profile)
+
+    @field_validator("feature_cache")
+    @classmethod
+    def _check_feature_cache(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("/", "~")):
+            raise ValueError("a path that begins with / or ~ is needed, because trials run on several machines")
+        return value
 
     @field_validator("gpus_per_worker")
     @classmethod

@@ -19,7 +19,8 @@ from harness.core import hub
 from harness.core.errors import UserError
 from harness.core.origin import during
 from harness.core.record import Parameters
-from harness.core.weights import check_unchanged
+from harness.core.registry import identity
+from harness.core.weights import FOLDER, check_unchanged
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.model import assembly, backbones, parameters
@@ -30,6 +31,7 @@ from harness.model.components import check_files, empty_encoders, make_encoder, 
 from harness.model.context_model import ContextModel
 from harness.model.features import Features
 from harness.model.kept import Kept, Key, bytes_of
+from harness.model.on_disk import OnDisk
 from harness.model.projector import Projector
 from harness.model.row_lengths import RowLengths
 from tasks.base import Example, Modality, Split, Task
@@ -92,15 +94,19 @@ class Common:
 
 
 def common_of(
-    spec: TrialSpec, device: torch.device, kept: Kept | None = None, resources: Resources | None = None
+    spec: TrialSpec,
+    device: torch.device,
+    kept: Kept | None = None,
+    resources: Resources | None = None,
+    disk: OnDisk | None = None,
 ) -> Common:
-    """What a trial and others that differ from it at most in their adapters have together.
+    """What a trial and others that differ from it at most in their adapters have together; arguments as of ``build``.
 
     Raises:
         UserError: as in ``build``.
     """
     kept = kept or Kept(0)
-    data, language_model = read_data(spec, device, kept), load_language_model(spec, kept)
+    data, language_model = read_data(spec, device, kept, disk), load_language_model(spec, kept)
     compute_as(language_model.model, resources or Resources())
     return Common(data, language_model, BatchMaker(data.features, language_model, spec.budget, spec.backbone))
 
@@ -190,6 +196,7 @@ def build(
     kept: Kept | None = None,
     common: Common | None = None,
     resources: Resources | None = None,
+    disk: OnDisk | None = None,
 ) -> Built:
     """Load the backbones, attach the adapters, read the data.
 
@@ -200,6 +207,7 @@ def build(
         kept: what earlier trials of this process have left for it, and it for later ones.
         common: what it has together with other trials, whose language model it leaves as it is.
         resources: for how the language model computes; ``common`` computes already so.
+        disk: the cache of features; None: they are kept in memory.
 
     Raises:
         UserError: a backbone, the data or the weights of ``init_from`` could not be loaded, a backbone has other
@@ -207,7 +215,7 @@ def build(
             that the adapter acts on.
     """
     kept = kept or Kept(0)
-    data = common.data if common else data or read_data(spec, device, kept)
+    data = common.data if common else data or read_data(spec, device, kept, disk)
     features = data.features
     if common:
         loaded, batches = common.language_model, common.batches
@@ -302,8 +310,8 @@ def _size_of(language_model: LanguageModel) -> int:
     return sys.maxsize if language_model.quantised else bytes_of(language_model.model)
 
 
-def read_data(spec: TrialSpec, device: torch.device, kept: Kept | None = None) -> TrialData:
-    """Read the data, and load the encoders.
+def read_data(spec: TrialSpec, device: torch.device, kept: Kept | None = None, disk: OnDisk | None = None) -> TrialData:
+    """Read the data, and load the encoders; ``disk`` is the cache of features, if there is one.
 
     Raises:
         UserError: as in ``build``.
@@ -318,7 +326,10 @@ def read_data(spec: TrialSpec, device: torch.device, kept: Kept | None = None) -
     modalities = make_modalities(spec)
     keys = {name: _encoder_key(spec, name, device) for name in modalities}
     encoders = {name: _encoder(spec, name, modality, device, kept, keys[name]) for name, modality in modalities.items()}
-    features = Features(task, modalities, encoders, device, kept, keys)
+    if disk is not None:
+        augmented = identity({"task": spec.task.plugin.model_dump(), "config": spec.task.config})
+        disk = replace(disk, source=json.dumps(augmented, sort_keys=True))
+    features = Features(task, modalities, encoders, device, kept, keys, disk)
     return TrialData(task, splits, order_of(spec, task, splits.train, examples["train"]), features)
 
 
@@ -350,7 +361,8 @@ def _encoder_key(spec: TrialSpec, modality: str, device: torch.device) -> Key | 
         fingerprint = backbone.encoder_plugins[modality].id
     if backbone.trust_remote_code or (fingerprint is None and not hub.is_builtin(name)):
         return None
-    return (f"encoder of {modality}", spec.task.modalities[modality].model_dump_json(), name, fingerprint, str(device))
+    known = "" if fingerprint is not None and fingerprint.startswith(FOLDER) else name  # one folder is like another
+    return (f"encoder of {modality}", spec.task.modalities[modality].id, known, fingerprint, str(device))
 
 
 def _encoder(

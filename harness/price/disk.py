@@ -1,12 +1,20 @@
-"""Disk space of a trial in its run folder."""
+"""Disk space of a trial in its run folder, and of encoders' features in the cache that trials share."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from harness.experiment.plan import TrialSpec
+from harness.model.build import Splits
+from harness.model.components import empty_encoders, make_modalities, make_task
 from harness.price.duration import Amounts
 from harness.price.trace import Traced
 
 _FILES = 40_000  # bytes of a record, its log and MLflow's rows
 _EXAMPLE = 400  # bytes of an evaluated example in Parquet: its texts and scores
+_LOOKED_AT = 8  # files whose features are measured
 _STATE = 12  # bytes of a trained parameter's optimizer state in a checkpoint, at most
 
 
@@ -18,3 +26,53 @@ def kept_bytes(traced: Traced, amounts: Amounts) -> int:
 def checkpoint_bytes(traced: Traced) -> int:
     """What a running trial has in addition: one checkpoint, and a new one before the old one goes."""
     return 2 * (2 * traced.trained_bytes + _STATE * traced.trained)
+
+
+class FeatureSpace:
+    """What the features of all trials of a plan take in the cache on disk, without augmented views.
+
+    An encoder that takes one item at a time encodes a file once for all; of others a file has features for each seed
+    and budget, because they are those of the same call (``tasks.encoder.Encoder.items_per_call``).
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[tuple[str, ...], set[Path]] = {}
+        self._each: dict[tuple[str, ...], float | None] = {}  # bytes of a file's features
+
+    @property
+    def size_bytes(self) -> int | None:
+        """Of all; None: not known, because an encoder needs its weights to say."""
+        sizes = [self._each[key[:2]] for key in self._files]
+        if None in sizes:
+            return None
+        return round(sum(len(own) * (each or 0) for own, each in zip(self._files.values(), sizes, strict=True)))
+
+    def add(self, spec: TrialSpec, splits: Splits) -> None:
+        """Add the files of a trial; those that others have too count once."""
+        task, encoders = make_task(spec), empty_encoders(spec)
+        members = task.members()
+        files: dict[str, set[Path]] = {name: set() for name in encoders}
+        for part in (splits.train, splits.validation, splits.test):
+            for example in part:
+                augmented = members[example.member].augmented if part is splits.train else frozenset[str]()
+                for context, path in example.files:
+                    if context not in augmented:
+                        files[task.modalities[context]].add(path)
+        for name, own in files.items():
+            if not own:
+                continue
+            key: tuple[str, ...] = (name, spec.backbone.encoders[name])
+            if key not in self._each:
+                self._each[key] = _features_of(spec, name, sorted(own))
+            if encoders[name].items_per_call > 1:
+                key = (*key, spec.model_dump_json(include={"task", "seed", "budget", "eval"}))
+            self._files.setdefault(key, set()).update(own)
+
+
+def _features_of(spec: TrialSpec, modality: str, files: Sequence[Path]) -> float | None:
+    """Bytes of a file's features, the mean of a few, as an encoder without weights says."""
+    own = files[:: -(-len(files) // _LOOKED_AT)]
+    reader, encoder = make_modalities(spec)[modality], empty_encoders(spec)[modality]
+    with suppress(Exception):  # an estimate is never in the way
+        return sum(encoder.encode([reader.load(path)])[0].nbytes for path in own) / len(own)
+    return None

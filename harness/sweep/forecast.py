@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 import psutil
 import torch
@@ -29,7 +31,8 @@ from harness.core.summaries import Summary, read_summaries
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.model.build import Splits
-from harness.price.disk import checkpoint_bytes, kept_bytes
+from harness.model.on_disk import cache_of
+from harness.price.disk import FeatureSpace, checkpoint_bytes, kept_bytes
 from harness.price.duration import Amounts, Rate, given_rate, measured_rate, step_of, trial_of
 from harness.price.footprint import Footprint, Footprints
 from harness.price.memory import memory_of
@@ -128,6 +131,7 @@ class _Forecasting:
         self.records = read_summaries(prepared.folder).known if records is None else records
         self.notes: dict[str, None] = {}
         self.data, self.footprints = data or PlannedData(), Footprints(self.resources)
+        self.space = FeatureSpace()
         self.limit_s, self.began = limit_s, time.process_time()
         self.like: dict[tuple[str, str, str], ShapeForecast] = {}
         self.nodes: Sequence[NodeAmounts] | None = profile.nodes()
@@ -150,9 +154,21 @@ class _Forecasting:
             on_gpu=self.places.gpus > 0,
             rate=self.rate.source if self.rate else "",
             shapes=tuple(found),
-            totals=totals(found, left, self.places, self.profile.price),
+            totals=totals(found, left, self.places, self.profile.price).model_copy(update=self._features()),
             notes=tuple(self.notes),
         )
+
+    def _features(self) -> dict[str, Any]:
+        """What features take in the cache on disk."""
+        try:
+            cache = cache_of(self.resources)
+        except UserError as error:
+            self.notes[str(error)] = None
+            return {}
+        if cache is None:
+            return {}
+        place = f"{cache.folder} (at most {cache.limit_bytes / GIB:g} GiB)"
+        return {"features_bytes": self.space.size_bytes, "features_place": place}
 
     def _places(self) -> Places:
         resources, count = self.resources, len(self.prepared.specs)
@@ -220,6 +236,9 @@ class _Forecasting:
         found = self._with_memory(spec, found.model_copy(update={"reason": reason}), footprint, train)
         if splits is None:
             return found
+        if train is not None:
+            with suppress(UserError):
+                self.space.add(spec, splits)
         amounts = amounts_of(spec, splits)
         step, trial = self._times(found.key, footprint.stages[-1], spec, amounts)
         disk = kept_bytes(footprint.stages[-1], amounts)

@@ -32,6 +32,8 @@ from harness.model.build import Splits, choose_splits, compute_as, count_paramet
 from harness.model.components import empty_encoders, make_modalities, make_task, method_of
 from harness.model.frame import frame_of
 from harness.model.inputs import Inputs, Reader
+from harness.model.on_disk import cache_of
+from harness.price.disk import FeatureSpace
 from harness.sweep.placement import per_worker, this_machine
 from harness.sweep.ray_folder import check_length, temporary_folder
 from tasks.base import Example
@@ -174,7 +176,7 @@ def _paths(value: Any) -> list[Path]:
     return [path for one in value for path in _paths(one)] if isinstance(value, list | tuple) else []
 
 
-def check_data(specs: Sequence[TrialSpec], run: Path, console: Console, halving: Halving | None = None) -> None:
+def check_data(specs: Sequence[TrialSpec], run: Path, console: Console, halving: Halving | None = None) -> FeatureSpace:
     """Prepare every task, check that there are enough examples that fit into the language model's positions, and decode
     every input file that will be used.
 
@@ -186,16 +188,21 @@ def check_data(specs: Sequence[TrialSpec], run: Path, console: Console, halving:
         console: for progress.
         halving: whose rungs must fit the budget's gradient accumulation.
 
+    Returns:
+        What the features of the files will take.
+
     Raises:
         UserError: data is missing, broken or not enough; the message names the file or the key.
     """
     wanted: dict[tuple[Path, str], Reader] = {}
+    chosen: list[tuple[TrialSpec, Splits]] = []
     # Trials that differ only in the adapter use the same data.
     for spec in {_data_key(spec): spec for spec in specs}.values():
         task = make_task(spec)
         task.prepare()
         splits = choose_splits(spec, task)
         check_positions(spec, splits)
+        chosen.append((spec, splits))
         if halving is not None:
             check_rungs(spec, halving, order_of(spec, task, splits.train).draws)
         encoders = empty_encoders(spec)
@@ -208,6 +215,26 @@ def check_data(specs: Sequence[TrialSpec], run: Path, console: Console, halving:
                 reader = readers[task.modalities[context]]
                 wanted[path, reader.name] = reader
     _read_all([(path, reader) for (path, _), reader in wanted.items()], Inputs(run), console)
+    space = FeatureSpace()
+    for spec, splits in chosen:
+        space.add(spec, splits)
+    return space
+
+
+def check_feature_cache(resources: Resources, space: FeatureSpace, address: str | None = None) -> None:
+    """Check that encoders' features can be kept on disk, where trials run on this machine.
+
+    Args:
+        resources: of a trial.
+        space: what the features will take.
+        address: of a cluster that runs already; each of its nodes has a cache of its own.
+
+    Raises:
+        UserError: they cannot; the message says what would work.
+    """
+    cache = cache_of(resources)
+    if cache is not None and not (address or os.environ.get("RAY_ADDRESS")):
+        cache.check(space.size_bytes or 0)
 
 
 def check_rungs(spec: TrialSpec, halving: Halving, draws: int) -> None:

@@ -201,8 +201,7 @@ def run_experiment(
     console = console or Terminal()
     cluster = load_profile(profile)
     experiment = experiment if isinstance(experiment, Experiment) else Experiment.from_yaml(experiment)
-    output = output or cluster.storage or "runs"
-    _check_shared(experiment, output)
+    _check_shared(experiment, output := output or cluster.storage or "runs")
     prepared, choice = prepare(experiment, output, fresh), Choice(only, retry)
     folder, asked = prepared.folder, prepared.narrowed(choice.selected(prepared.plan))
     if known := _known(prepared, measure):
@@ -215,7 +214,8 @@ def run_experiment(
     _check(asked, cluster, left)
     with _run_folder_for(prepared, fresh, console) as lease, stoppable(folder) as stopping:
         check_grid(prepared.mlflow_uri, experiment.name, folder)
-        preflight.check_data(asked.specs, folder, console, experiment.halving)
+        space = preflight.check_data(asked.specs, folder, console, experiment.halving)
+        preflight.check_feature_cache(experiment.resources, space, cluster.cluster_address())
         _write_plan(prepared)
         _say(console, *read_run(folder).foreign_lines, *choice.lines(prepared.unfinished(), prepared.plan, folder))
         prepared.push()

@@ -35,6 +35,7 @@ from harness.model.budget import Draw
 from harness.model.build import Common, common_of
 from harness.model.joint import JointModel
 from harness.model.kept import Kept
+from harness.model.on_disk import disk_of
 from harness.model.shared_prefix import agrees
 from harness.tracking.tracker import Tracker
 from harness.trial.attempt import steps_to_record
@@ -168,7 +169,7 @@ def run_pack(
 
     @cache
     def common() -> Common:
-        return common_of(first, device, kept, resources)
+        return common_of(first, device, kept, resources, disk_of(resources, run))
 
     members = []
     for one in wanted:

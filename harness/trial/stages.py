@@ -18,6 +18,7 @@ from harness.experiment.sections import Resources
 from harness.model.build import Common, TrialData, build
 from harness.model.components import method_of
 from harness.model.kept import Kept
+from harness.model.on_disk import disk_of
 from harness.model.sharing import why_not_shared
 from harness.model.workers import joined
 from harness.trial.engine import Engine, load_weights
@@ -82,7 +83,7 @@ class Stages:
     ) -> None:
         self.spec, self.device, self.resources, self.folder, self._kept = spec, device, resources, folder, kept
         self.stages = method_of(spec.adapter, spec.relative_to).stages(spec.budget.epochs)
-        self.built = build(spec, device, data, kept, common, resources)
+        self.built = build(spec, device, data, kept, common, resources, disk_of(resources, folder.parents[1]))
         batches = math.ceil(self.built.order.draws / spec.optimizer.per_device_train_batch_size)
         self.ends = stage_ends(self.stages, batches, spec.optimizer.gradient_accumulation_steps)
         self.total_steps = self.ends[-1]

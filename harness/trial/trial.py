@@ -55,7 +55,7 @@ class Progress:
     """Progress of a trial, for display."""
 
     fraction: float  # of its optimizer steps, 0 to 1
-    phase: str  # "build", "encode", "train", "validate", "test"
+    phase: str  # "build", "encode", "train", "validate", "test"; "encode image 40%, 3.0 s left"
     epoch: int = 0
     train_loss: float | None = None
     validation_perplexity: float | None = None
@@ -208,10 +208,9 @@ class Trial:
 
     def _encode(self) -> None:
         """Run the frozen encoders before training, so that they are not part of the measured training speed."""
-        splits = self.stages.built.splits
+        splits, found = self.stages.built.splits, self.stages.built.batches.features
         evaluation = [*splits.validation, *splits.test]
-        features = self.stages.built.batches.features
-        features.precompute(splits.train, evaluation, self._tick, self.workers)
+        found.precompute(splits.train, evaluation, lambda: self._tick(found.progress), self.workers)
         if (lengths := self.stages.built.order.length_of) is not None:
             lengths.count(self._tick)
         self.peak.shift(self.kept.shift_bytes(self.device))
@@ -234,6 +233,7 @@ class Trial:
 
     def _epoch(self, epoch: int) -> Steps[None]:
         train_loss = yield from self._train_epoch(epoch)
+        self.stages.built.batches.features.flush()
         with self._phase("validate"):
             self._report_progress("validate", epoch)
             validated = self._evaluator().likelihood(self.stages.built.splits.validation)
@@ -475,14 +475,14 @@ class Trial:
     def _spent(self, phase: str, duration_s: float) -> None:
         self.state.phases_s[phase] = self.state.phases_s.get(phase, 0.0) + duration_s
 
-    def _tick(self) -> None:
+    def _tick(self, detail: str = "") -> None:
         """Report while inputs are encoded and during evaluation that the trial is still running.
 
         Raises:
             StoppedError: the trial was asked to stop. Several workers agree on that after training steps and epochs
                 only, because here they have different numbers of batches.
         """
-        self._report_progress(self._in_phase, len(self.state.history))
+        self._report_progress(f"{self._in_phase} {detail}".strip(), len(self.state.history))
         if self.workers.count == 1 and self.stop():
             self._obey(save=False, stop=True)
 

@@ -67,6 +67,18 @@ def test_a_small_disk_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, f
     assert [finding.found.partition(":")[0] for finding in found] == ["run folders", "cache", "Ray's files"]
 
 
+def test_the_place_of_features_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "new" / "cache"))
+    found = one(machine.feature_cache(), "ok").found
+    assert found.startswith(f"0 of at most 100 GiB in {tmp_path}/new/cache/features, ")
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+    monkeypatch.setenv("HARNESS_FEATURE_CACHE_GIB", "0")
+    assert "in the memory of each worker" in one(machine.feature_cache(), "ok").found
+    monkeypatch.delenv("HARNESS_FEATURE_CACHE_GIB")
+    monkeypatch.setenv("HARNESS_CACHE", "/proc/nobody")
+    assert "/proc/nobody/features: cannot be written" in one(machine.feature_cache(), "fail").found
+
+
 def test_an_mlflow_server_that_is_down_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     found = one(services.mlflow(tmp_path), "fail")

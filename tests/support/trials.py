@@ -112,6 +112,16 @@ def examples_of(folder: Path, record: TrialRecord) -> pd.DataFrame:
     return pd.read_parquet(folder / "trials" / record.trial_id / "examples.parquet")
 
 
+MEASURED = {"wall_time_s", "phases_s", "throughput", "memory", "started_at"}  # times and memory differ
+
+
+def outcome(folder: Path, record: TrialRecord) -> tuple[Any, bytes, bytes]:
+    """Everything that a trial leaves, without what is measured."""
+    trial = folder / "trials" / record.trial_id
+    files = (trial / "examples.parquet").read_bytes(), (trial / "best.safetensors").read_bytes()
+    return record.model_dump(exclude=MEASURED), *files
+
+
 def finished_trial(folder: Path, **sections: Any) -> tuple[TrialRecord, Path, Recorder, list[Progress]]:
     """One trial, to be looked at by several tests."""
     tracker, progress = Recorder(), list[Progress]()

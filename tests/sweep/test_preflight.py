@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -13,7 +14,9 @@ import harness
 from harness.core import hub
 from harness.core.errors import UserError
 from harness.experiment.plan import TrialSpec, expand
+from harness.experiment.sections import Resources
 from harness.sweep import preflight
+from tests.support.trials import spec_of
 
 
 def test_a_missing_bash_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -88,3 +91,27 @@ def test_an_example_beyond_the_last_position_is_an_error_before_compute(
 
 def test_examples_that_fit_pass(tmp_path: Path) -> None:
     preflight.check_data([spec_with_64_positions(tmp_path, 1)], tmp_path / "run", Console(quiet=True))
+
+
+def test_a_feature_cache_without_room_or_permission_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of(tmp_path)
+    space = preflight.check_data([spec], tmp_path / "run", Console(quiet=True))
+    assert space.size_bytes == 56 * 16 * 96 * 4
+    place: dict[str, Any] = {"feature_cache": str(tmp_path / "cache")}
+    preflight.check_feature_cache(Resources(**place), space)
+    small = Resources(**place, feature_cache_gib=0.0001)
+    with pytest.raises(UserError, match=r"cache: about 0\.00 GiB are needed, and the cache may take .*_gib"):
+        preflight.check_feature_cache(small, space)
+    unwritable = Resources(feature_cache="/proc/features")
+    with pytest.raises(UserError, match=r"^/proc/features: cannot be written: .*; set HARNESS_CACHE or resources"):
+        preflight.check_feature_cache(unwritable, space)
+    preflight.check_feature_cache(unwritable, space, address="10.0.0.1:6379")  # its nodes have their own
+    preflight.check_feature_cache(Resources(feature_cache="/proc/features", feature_cache_gib=0.0), space)
+    monkeypatch.setenv("HARNESS_FEATURE_CACHE_GIB", "0.0001")
+    with pytest.raises(UserError, match=r"are needed, and the cache may take"):
+        preflight.check_feature_cache(Resources(**place), space)
+    monkeypatch.setenv("HARNESS_FEATURE_CACHE_GIB", "much")
+    with pytest.raises(UserError, match=r"^HARNESS_FEATURE_CACHE_GIB: found 'much'; allowed: a number of GiB, or 0"):
+        preflight.check_feature_cache(Resources(**place), space)

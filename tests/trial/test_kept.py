@@ -12,17 +12,9 @@ from torch import nn
 
 from harness.core.record import TrialRecord
 from harness.model.kept import Kept
-from tests.support.trials import BITFIT, FULL, LORA, run, spec_of
+from tests.support.trials import BITFIT, FULL, LORA, outcome, run, spec_of
 
 BUDGET = {"examples": 16, "epochs": 1}
-MEASURED = {"wall_time_s", "phases_s", "throughput", "memory", "started_at"}  # times and memory differ
-
-
-def outcome(folder: Path, record: TrialRecord) -> tuple[Any, bytes, bytes]:
-    """Everything that a trial leaves, without what is measured."""
-    trial = folder / "trials" / record.trial_id
-    files = (trial / "examples.parquet").read_bytes(), (trial / "best.safetensors").read_bytes()
-    return record.model_dump(exclude=MEASURED), *files
 
 
 def trial(folder: Path, kept: Kept | None, adapter: Mapping[str, Any] = LORA, **sections: Any) -> TrialRecord:

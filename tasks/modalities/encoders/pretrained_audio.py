@@ -31,6 +31,8 @@ class PretrainedAudio(Encoder):
         read_extractor: reads the model's own feature extractor.
     """
 
+    items_per_call = 1  # large, so it is as fast, and a file's features depend on no other file
+
     def __init__(self, model: Any, read_extractor: Callable[[], Any]) -> None:
         super().__init__()
         self.model, self._read_extractor = model, read_extractor

@@ -33,6 +33,8 @@ class PretrainedVision(Encoder):
         read_processor: reads the model's own image processor.
     """
 
+    items_per_call = 1  # large, so it is as fast, and a file's features depend on no other file
+
     def __init__(self, model: Any, read_processor: Callable[[], Any]) -> None:
         super().__init__()
         if isinstance(getattr(model, "pooler", None), nn.Module) and any(True for _ in model.pooler.parameters()):

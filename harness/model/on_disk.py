@@ -1,0 +1,104 @@
+"""The cache of features on this machine: where it is, how large it may be, and what features depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from harness.core.disk_cache import DiskCache
+from harness.core.errors import UserError
+from harness.core.files import cache_folder
+from harness.core.forecast import GIB
+from harness.experiment.sections import Resources
+from harness.model.inputs import Inputs
+from harness.model.kept import Key
+
+SIZE_VARIABLE, DEFAULT_GIB = "HARNESS_FEATURE_CACHE_GIB", 100.0
+# What decodes files and computes features, besides what an encoder's fingerprint says.
+_LIBRARIES = (
+    "torch", "torchvision", "transformers", "timm", "numpy", "scipy", "pillow", "soundfile", "soxr", "librosa",
+)  # fmt: skip
+Digest = Callable[[Path], str]
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """The cache of features on this machine.
+
+    Attributes:
+        cache: its folder and size.
+        digest: SHA-256 of a file's content.
+        source: the task with its options: what augmentation depends on.
+    """
+
+    cache: DiskCache
+    digest: Digest
+    source: str = ""
+
+
+def cache_of(resources: Resources) -> DiskCache | None:
+    """The cache of features that trials with these resources use; None: they are kept in memory, as was asked for.
+
+    Raises:
+        UserError: the environment variable of its size is no number.
+    """
+    size_gib = resources.feature_cache_gib
+    if size_gib is None:
+        size_gib = _size_of_environment()
+    if not size_gib:
+        return None
+    folder = Path(resources.feature_cache).expanduser() if resources.feature_cache else cache_folder("features")
+    change = (
+        "set HARNESS_CACHE or resources.feature_cache to a folder with room, or resources.feature_cache_gib to what it "
+        "may take; 0 keeps features in memory, where each worker encodes them again"
+    )
+    return DiskCache(folder, int(size_gib * GIB), change)
+
+
+def disk_of(resources: Resources, run: Path) -> OnDisk | None:
+    """The cache of features for trials of a run folder, which knows the digests of their files.
+
+    Raises:
+        UserError: as ``cache_of``.
+    """
+    found = cache_of(resources)
+    return None if found is None else OnDisk(found, Inputs(run).digest)
+
+
+def _size_of_environment() -> float:
+    found = os.environ.get(SIZE_VARIABLE) or DEFAULT_GIB
+    try:
+        size_gib = float(found)
+    except ValueError:
+        size_gib = math.nan
+    if not 0 <= size_gib < math.inf:
+        raise UserError(f"{SIZE_VARIABLE}: found {found!r}; allowed: a number of GiB, or 0 for no cache on disk")
+    return size_gib
+
+
+def shelf_name(key: Key, device: torch.device) -> str:
+    """A digest of what features depend on besides the items of a call: the encoder, and what computes here."""
+    on_gpu = device.type == "cuda"
+    place = torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability()
+    threads = 0 if on_gpu else torch.get_num_threads()
+    content = [[str(part) for part in key], place, threads, _libraries()]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+
+@cache
+def _libraries() -> tuple[str, ...]:
+    found = [f"torch {torch.__version__}"]
+    for name in _LIBRARIES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return tuple(found)
