@@ -78,10 +78,20 @@ def commit_on_hub(model: str, revision: str) -> str | None:
 
 
 def load_error(name: str, error: Exception) -> str:
-    """The error message when a model could not be loaded: the reason and the nearest built-in model."""
+    """The error message when a model could not be loaded: the reason, and the nearest model that could be."""
+    if below := _models_below(name):
+        return f"backbone {name!r} has no config.json, but folders in it have: {did_you_mean(name, below)}"
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     hint = did_you_mean(name, [*builtin_names(), *_timm_names(name)])
     return f"backbone {name!r} could not be loaded from a folder or from the hub ({reason}); {hint}"
+
+
+def _models_below(name: str) -> list[str]:
+    """The folders of models in a folder that is none itself."""
+    folder = Path(resolve(name))
+    if not looks_like_folder(name) or not folder.is_dir() or (folder / "config.json").exists():
+        return []
+    return sorted(f"{name.rstrip('/')}/{path.parent.name}" for path in folder.glob("*/config.json"))
 
 
 def _timm_names(name: str) -> list[str]:

@@ -193,6 +193,16 @@ def test_a_missing_folder_and_an_unknown_built_in_are_errors(tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("_offline")
+def test_a_folder_of_models_is_an_error_that_names_them(tmp_path: Path) -> None:
+    for precision in ("bf16", "fp32"):
+        (tmp_path / precision).mkdir()
+        (tmp_path / precision / "config.json").write_text("{}", encoding="utf-8")
+    allowed = f"allowed: {tmp_path}/bf16, {tmp_path}/fp32; did you mean"
+    with pytest.raises(UserError, match=rf"'{tmp_path}' has no config.json, but folders in it have: {allowed}"):
+        backbones.check_backbone(Backbone(language_model=str(tmp_path)))
+
+
+@pytest.mark.usefixtures("_offline")
 def test_a_folder_without_a_model_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"'{tmp_path}' could not be loaded"):
         backbones.load_language_model(Backbone(language_model=str(tmp_path)))

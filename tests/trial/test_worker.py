@@ -10,10 +10,12 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from harness.tracking.tracker import NoTracker
 from harness.trial.engine import join_process_group
 from harness.trial.log import LOG
 from harness.trial.steps import Steps
-from harness.trial.trial import Progress, Trial
+from harness.trial.trial import Trial
 from harness.trial.worker import run_worker
 from tests.support.parity import assert_same_result
 from tests.support.processes import run_ranks
@@ -92,24 +94,31 @@ def small(folder: Path, kind: Mapping[str, Any], **optimizer: Any) -> TrialSpec:
 def process(rank: int, folder: Path, jobs: Sequence[Job]) -> None:
     join_process_group(FileStore(str(folder / "store"), RANKS), rank, RANKS)
     partition_everything(pytest.MonkeyPatch())
-    whole = Trial._epoch
     for job in jobs:
-
-        def epoch(trial: Trial, number: int, last: int | None = job.fails_in_epoch) -> Steps[None]:
-            if number == last:
-                raise KeyError("stopped by the test")
-            return whole(trial, number)
-
-        Trial._epoch = epoch  # type: ignore[method-assign]
         spec, resources = TrialSpec.model_validate_json(job.spec), Resources(workers=RANKS, **job.resources)
         arguments = spec, "unit", folder / job.name, resources, NoTracker(), lambda _: None
         if job.stops_after is not None:
             batches = counted(job.stops_after if rank else 10**9)
             stopped = run_worker(*arguments, stop=batches)
             assert (stopped.status, stopped.failed) == ("cancelled", False)
-        outcome = run_worker(*arguments)
+        with failing(job.fails_in_epoch):
+            outcome = run_worker(*arguments)
         said = {key: value for key, value in asdict(outcome).items() if key != "record"}
         (folder / job.name / f"outcome-{rank}.json").write_text(json.dumps(said), encoding="utf-8")
+
+
+@contextmanager
+def failing(in_epoch: int | None) -> Iterator[None]:
+    """Trials fail when this epoch begins."""
+    whole = Trial._epoch
+
+    def epoch(trial: Trial, number: int) -> Steps[None]:
+        if number == in_epoch:
+            raise KeyError("stopped by the test")
+        return whole(trial, number)
+
+    with mock.patch.object(Trial, "_epoch", epoch):
+        yield
 
 
 def counted(limit: int) -> Callable[[], bool]:
@@ -198,7 +207,8 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Jo
     lora, resumed = small(folder / "one", LORA), {"checkpoint_interval_s": 0.0}
     bf16 = small(folder / "one", LORA, bf16=True, gradient_accumulation_steps=2)
     dropout = small(folder / "one", LORA | {"dropout": 0.3}).model_dump_json()
-    run(lora, folder / "from one", _stop, **resumed)
+    with failing(2):
+        assert run(lora, folder / "from one", **resumed).status == "failed"
     jobs = [
         Job("bf16", bf16.model_dump_json(), {"zero_stage": 2}),
         Job("optimizer", lora.model_dump_json(), {"zero_stage": 2, "offload": "optimizer"}),
@@ -211,11 +221,6 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Jo
         Job("spread", lora.model_dump_json(), {**resumed, "zero_stage": 2}, fails_in_epoch=2),
     ]
     return folder, {job.name: job for job in jobs}, run_two(folder, jobs)
-
-
-def _stop(progress: Progress) -> None:
-    if progress.phase == "train" and progress.epoch == 2:
-        raise KeyError("stopped by the test")
 
 
 Others = tuple[Path, dict[str, Job], Ended]
