@@ -10,8 +10,10 @@ Shapes: B rows, T positions, K positions of which a model keeps the logits, D wi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,16 +35,12 @@ def target_logits(language_model: Any, embeds_BTD: Tensor, targets: Targets, **o
         targets: of the rows.
         options: of its ``forward``.
     """
-    rows, length = embeds_BTD.shape[:2]
-    kept = length - targets.first_source
-    index_N = targets.row_N * kept + targets.source_N - targets.first_source
-    with _rows_not_packed(), _only(_output_layer(language_model), index_N, (rows, kept)) as picked:
-        logits: Tensor = language_model(
-            inputs_embeds=embeds_BTD, use_cache=False, logits_to_keep=kept, **options
-        ).logits
+    shape, index_N, asked = _kept(language_model, embeds_BTD, targets)
+    with _rows_not_packed(), _only(_output_layer(language_model), index_N, shape) as picked:
+        logits: Tensor = language_model(inputs_embeds=embeds_BTD, use_cache=False, **asked, **options).logits
     if picked and logits.shape[:2] == (1, len(index_N)):
         return logits[0]
-    if picked or logits.shape[:2] != (rows, kept):
+    if picked or logits.shape[:2] != shape:
         raise RuntimeError(f"the language model returned logits of the shape {tuple(logits.shape)}, which is unknown")
     return logits.flatten(0, 1).index_select(0, index_N)
 
@@ -77,9 +75,7 @@ def nll_in_chunks(language_model: Any, embeds_BTD: Tensor, targets: Targets, **o
     Returns:
         None if the model does something with what its output layer computes.
     """
-    rows, length = embeds_BTD.shape[:2]
-    kept = length - targets.first_source
-    index_N = targets.row_N * kept + targets.source_N - targets.first_source
+    shape, index_N, asked = _kept(language_model, embeds_BTD, targets)
     layer = _output_layer(language_model)
     assert isinstance(layer, nn.Linear)  # noqa: S101 - as `wants_chunks` has found
     made: list[tuple[Tensor, Tensor]] = []
@@ -90,10 +86,8 @@ def nll_in_chunks(language_model: Any, embeds_BTD: Tensor, targets: Targets, **o
     # The layer sees the first of them alone, which tells whether its output is that of the model.
     handle = layer.register_forward_hook(keep)
     try:
-        with _rows_not_packed(), _only(layer, index_N, (rows, kept), first=True) as picked:
-            logits: Tensor = language_model(
-                inputs_embeds=embeds_BTD, use_cache=False, logits_to_keep=kept, **options
-            ).logits
+        with _rows_not_packed(), _only(layer, index_N, shape, first=True) as picked:
+            logits: Tensor = language_model(inputs_embeds=embeds_BTD, use_cache=False, **asked, **options).logits
     finally:
         handle.remove()
     if len(picked) != 1 or len(made) != 1 or not _unchanged(logits, *made[0]):
@@ -101,6 +95,24 @@ def nll_in_chunks(language_model: Any, embeds_BTD: Tensor, targets: Targets, **o
     size = _tokens_of_chunk(layer)
     parts = zip(torch.split(picked[0], size), torch.split(targets.label_N, size), strict=True)
     return torch.cat([_nll_of_chunk(layer, hidden_CD, label_C) for hidden_CD, label_C in parts])
+
+
+def _kept(language_model: Any, embeds_BTD: Tensor, targets: Targets) -> tuple[tuple[int, int], Tensor, dict[str, int]]:
+    """The shape (B, K) in which logits are kept, indices of the targets in it (N,), and the option that asks for it.
+
+    Some families (xLSTM) have no such option, and keep all positions.
+    """
+    rows, length = embeds_BTD.shape[:2]
+    if not _keeps_some(type(language_model)):
+        return (rows, length), targets.row_N * length + targets.source_N, {}
+    kept = length - targets.first_source
+    index_N = targets.row_N * kept + targets.source_N - targets.first_source
+    return (rows, kept), index_N, {"logits_to_keep": kept}
+
+
+@cache
+def _keeps_some(family: type) -> bool:
+    return "logits_to_keep" in inspect.signature(family.forward).parameters  # type: ignore[attr-defined]
 
 
 def _nll_of_chunk(layer: nn.Linear, hidden_CD: Tensor, label_C: Tensor) -> Tensor:

@@ -64,6 +64,23 @@ def test_logits_that_are_capped_or_scaled_are_so_here(family: str, option: dict[
     assert (hidden[0] - found_NV).abs().max() > 0.01
 
 
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("trocr", {"decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 48, "d_model": 32}),
+        ("xlstm", {"hidden_size": 32, "num_blocks": 2, "num_hidden_layers": 2, "num_heads": 2}),
+    ],
+)
+def test_a_family_that_keeps_all_logits_gives_those_of_the_targets(family: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, vocab_size=64, pad_token_id=0, **options)
+    model = AutoModelForCausalLM.from_config(config).eval().double()
+    x_BTD = inputs(model)
+    found_NV = target_logits(model, x_BTD, TARGETS)
+    torch.testing.assert_close(found_NV, whole(model, x_BTD), rtol=1e-12, atol=1e-12)
+    assert found_NV.std() > 1e-3
+
+
 def test_gradients_are_those_of_all_positions() -> None:
     model = tiny("llama", torch.float64)
     head = model.get_output_embeddings().weight.requires_grad_()
