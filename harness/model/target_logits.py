@@ -103,7 +103,7 @@ def _kept(language_model: Any, embeds_BTD: Tensor, targets: Targets) -> tuple[tu
     Some families (xLSTM) have no such option, and keep all positions.
     """
     rows, length = embeds_BTD.shape[:2]
-    if not _keeps_some(type(language_model)):
+    if not _keeps_some(language_model.__class__):
         return (rows, length), targets.row_N * length + targets.source_N, {}
     kept = length - targets.first_source
     index_N = targets.row_N * kept + targets.source_N - targets.first_source
