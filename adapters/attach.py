@@ -157,6 +157,7 @@ class Adapters(nn.Module):
         seed: of the initialisation; groups and layers are initialised in a fixed order.
         ungrouped: a method without groups (full fine-tuning, another attention), instead of ``methods``.
         roles: path pattern → role, for an architecture that is not in the table of known families.
+        shared_group: of ``methods``, the group that acts on every token beside the token's own; None: there is none.
 
     Raises:
         UserError: the architecture is unknown, lacks a role that the user named, or a method acts on no layer.
@@ -170,9 +171,11 @@ class Adapters(nn.Module):
         seed: int,
         ungrouped: AdapterMethod | None = None,
         roles: Mapping[str, Any] | None = None,
+        shared_group: str | None = None,
     ) -> None:
         super().__init__()
         self.router = router
+        self.groups = (*((shared_group,) if shared_group else ()), *router.groups)
         self._named = roles is not None
         generator = torch.Generator().manual_seed(seed)
         uses = _uses(methods, ungrouped)
@@ -191,11 +194,16 @@ class Adapters(nn.Module):
         self.passes = Passes(target.path for target in targets.values())
         self.layers = nn.ModuleDict()
         for key, target in targets.items():
-            changes = {
-                name: use.method.change(target, deltas[key, name], shared.get(name), generator)
-                for name, use in uses.items()
-                if (key, name) in deltas
-            }
+            changes: dict[str, Change] = {}
+            for name, use in uses.items():
+                own = deltas.get((key, name), {})
+                common = own.pop(shared_group, None) if shared_group else None
+                for delta in own.values():
+                    delta.below = () if common is None else (common,)
+                if own:
+                    changes[name] = use.method.change(target, own, shared.get(name), generator)
+                if shared_group and common is not None:
+                    changes[name].add_shared(shared_group, common)
             self.layers[key] = AdaptedLayer(target, changes, router, self.passes)
         built = {
             name: use.method.model_change(language_model, tuple(use.groups), router, shared.get(name), generator)
@@ -281,7 +289,7 @@ class Adapters(nn.Module):
             assert isinstance(layer, AdaptedLayer)  # noqa: S101 - for the type checker
             for name, change in layer.changes.items():
                 assert isinstance(change, Change)  # noqa: S101
-                if group in change.groups:
+                if change.has(group):
                     yield name, layer.target, change.delta(group)
 
     def shared_of(self, group: str) -> nn.Module:
@@ -290,9 +298,7 @@ class Adapters(nn.Module):
 
     def parameters_by_group(self) -> dict[str, int]:
         """Group → its number of trainable parameters, without parameters that groups share."""
-        counts = {
-            group: sum(count_trainable(delta) for _, _, delta in self.deltas_of(group)) for group in self.router.groups
-        }
+        counts = {group: sum(count_trainable(delta) for _, _, delta in self.deltas_of(group)) for group in self.groups}
         for model_change in self.model_changes.values():
             assert isinstance(model_change, ModelChange)  # noqa: S101
             for group, module in model_change.by_group().items():

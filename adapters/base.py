@@ -46,6 +46,9 @@ class Delta(nn.Module, ABC):
     undecayed: tuple[
         str, ...
     ] = ()  # parameters that are not the identity at zero: weight decay must not pull them there
+    # Of stacked groups: the delta of the group that all tokens share, which acts together with this one. In a tuple:
+    # it is no submodule, and saved once.
+    below: tuple[Any, ...] = ()
 
     @abstractmethod
     def forward(self, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
@@ -65,6 +68,11 @@ class Delta(nn.Module, ABC):
             UserError: no linear layer is equivalent.
         """
         raise UserError(f"{type(self).__name__} cannot be merged into the layer's weights")
+
+    def vector(self, name: str) -> Tensor:
+        """A vector parameter (D,), with that of ``below``, if any, where the two are one vector."""
+        own_D: Tensor = getattr(self, name)
+        return own_D
 
 
 class Change(nn.Module):
@@ -103,6 +111,14 @@ class Change(nn.Module):
     def delta(self, group: str) -> Any:
         """The delta of one group."""
         return self.deltas[_PREFIX + group]
+
+    def add_shared(self, group: str, delta: Delta) -> None:
+        """Take in the parameters of the group that is ``below`` the others: it owns no token alone."""
+        self.deltas[_PREFIX + group] = delta
+
+    def has(self, group: str) -> bool:
+        """Whether the group has parameters here."""
+        return _PREFIX + group in self.deltas
 
     def changed(self, group: str, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
         """The group's change of tokens that are all its own; called once per pass, for all of them together."""
@@ -184,7 +200,7 @@ class Change(nn.Module):
         return self.of_tokens(vectors, layout, absent).to(dtype)
 
     def _parameter(self, group: str, name: str) -> Tensor:
-        found_D: Tensor = getattr(self.delta(group), name)
+        found_D: Tensor = self.delta(group).vector(name)
         return found_D
 
     def of_tokens(self, vectors: Mapping[str, Tensor], layout: Layout, absent: float) -> Tensor:
@@ -264,6 +280,9 @@ class AdapterMethod(ABC):
     grouped: ClassVar[bool] = True  # has separate parameters per adapter group
     identity_at_start: ClassVar[bool] = True  # before training, the model computes what the base computes
     joins_groups: ClassVar[bool] = False  # a token's change depends on tokens of other groups too (MokA)
+    # Why two groups, one that all tokens share and the token's own, cannot act on a token together; None: they can,
+    # because deltas take ``Delta.below`` into account.
+    not_stacked: ClassVar[str | None] = "it does not say what two groups do to one token together"
     Config: ClassVar[type[Config]] = Config
 
     def __init__(self, config: Any) -> None:
@@ -287,6 +306,10 @@ class AdapterMethod(ABC):
     def parts(self) -> tuple[AdapterMethod, ...]:
         """The methods that it combines, in the order in which they act; for a single method, itself."""
         return (self,)
+
+    def for_groups(self, groups: Sequence[str]) -> dict[str, AdapterMethod]:
+        """The method of each group: the same for all of them, unless groups differ."""
+        return dict.fromkeys(groups, self)
 
     @property
     def only_changes_layers(self) -> bool:

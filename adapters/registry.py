@@ -42,6 +42,46 @@ class Choice:
     method: AdapterMethod
 
 
+def check_stacked(choice: Choice) -> None:
+    """Check that two groups of a method can act on one token together, as in the grouping ``shared+specific``.
+
+    Raises:
+        UserError: they cannot.
+    """
+    for plugin, part in zip(choice.plugins, choice.method.parts, strict=True):
+        if part.grouped and part.not_stacked:
+            raise UserError(
+                f"{plugin.name} cannot have a shared group beside each token's own: {part.not_stacked}; allowed: "
+                "agnostic, specific, or a mapping context → group"
+            )
+
+
+def check_of_groups(choices: Mapping[str, Choice], where: Cursor) -> None:
+    """Check that what each of several groups has (group → choice) acts on the group's own tokens alone.
+
+    Raises:
+        UserError: a method acts on all tokens, and other groups do not have it alike.
+    """
+
+    def ungrouped(choice: Choice) -> list[tuple[str, Any]]:
+        pairs = zip(choice.plugins, choice.method.parts, strict=True)
+        return [(plugin.name, part.config) for plugin, part in pairs if not part.grouped]
+
+    for group, choice in choices.items():
+        if not choice.method.grouped:
+            raise UserError(
+                f"{where / group / 'method'}: {choice.name} has no adapter groups, so it is a method alone; null means "
+                "no adapter"
+            )
+        for name, config in ungrouped(choice):
+            lacking = next((g for g, other in choices.items() if (name, config) not in ungrouped(other)), None)
+            if lacking is not None:
+                raise UserError(
+                    f"{where / group / 'method'}: {name} has no adapter groups and acts on all tokens, but {lacking} "
+                    "does not have it with the same options; allowed: in every group alike, or in none"
+                )
+
+
 def choose(
     options: Mapping[str, Any],
     where: Cursor,

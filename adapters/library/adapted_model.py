@@ -61,7 +61,8 @@ def adapt(
             ``{"image": {"method": "lora", "rank": 64}, "text": {"method": "bitfit"}}``. ``harness adapters`` lists the
             methods and their options; ``lora+bitfit`` is both.
         contexts: names of the token domains; ``context_ids`` index them.
-        grouping: ``agnostic`` (one group), ``specific`` (one per context), or context → group, None for no adapter.
+        grouping: ``agnostic`` (one group), ``specific`` (one per context), ``shared+specific`` (one for all tokens, and
+            one per context, both acting on every token), or context → group, None for no adapter.
         seed: for the adapters' initialisation.
         roles: layer path pattern → role, for an architecture unknown to the harness:
             ``{"model.layers.*.attention.query": "q"}``.
@@ -149,7 +150,7 @@ class AdaptedModel(AsBase):
         own = dict(base_model.named_parameters())
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in own.values()) else torch.float32
         with _default_dtype(dtype):
-            self.adapters = Adapters(base_model, methods, self.router, spec.seed, ungrouped, spec.roles)
+            self.adapters = Adapters(base_model, methods, self.router, spec.seed, ungrouped, spec.roles, spec.shared)
         self.adapters.place(base_model)
         self.train(base_model.training)  # before the base becomes a submodule, which keeps its own flags
         self.base_model = base_model
@@ -328,9 +329,9 @@ class AdaptedModel(AsBase):
         self._check_attached()
         bare = [context for context, group in self.spec.grouping.items() if group is None]
         if len(self.router.groups) > 1 or (bare and not self.spec.ungrouped):
-            found = ", ".join(f"{context}: {group or 'no adapter'}" for context, group in self.spec.grouping.items())
             raise UserError(
-                f"merge: all contexts must share a group; found {found} (a weight cannot depend on the token)"
+                f"merge: all contexts must share a group; found {self.spec.named_groups} (a weight cannot depend on "
+                "the token)"
             )
         merge_into(self.base_model, self.adapters)
         return self.detach()

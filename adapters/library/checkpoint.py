@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from adapters.library.spec import Spec, resolve
 from adapters.placement.offload import tensor_of
 from adapters.registry import ADAPTERS, Choice
+from harness.core.contexts import STACKED
 from harness.core.errors import UserError, did_you_mean
 from harness.core.files import atomic, write_atomically
 
@@ -80,6 +81,7 @@ class Saved(_Schema):
     roles: dict[str, Any] | None
     seed: int
     contexts_from: dict[int, str] | None = None
+    shared: str | None = None  # the group that acts on every token beside the token's own; left out if there is none
     versions: dict[str, str]
     base: SavedBase
 
@@ -167,6 +169,7 @@ def write(folder: Path, spec: Spec, base: SavedBase, tensors: Mapping[str, Tenso
         roles=None if spec.roles is None else dict(spec.roles),
         seed=spec.seed,
         contexts_from=None if spec.contexts_from is None else dict(spec.contexts_from),
+        shared=spec.shared,
         versions={name: version(name) for name in _LIBRARIES},
         base=base,
     )
@@ -174,7 +177,8 @@ def write(folder: Path, spec: Spec, base: SavedBase, tensors: Mapping[str, Tenso
     try:
         with atomic(folder / TENSORS_NAME) as partial:
             save_file(on_cpu, partial, metadata={"save_id": saved.save_id})
-        write_atomically(folder / JSON_NAME, saved.model_dump_json(indent=1) + "\n")
+        unset = {"shared"} if saved.shared is None else set()
+        write_atomically(folder / JSON_NAME, saved.model_dump_json(indent=1, exclude=unset) + "\n")
     except OSError as error:
         raise UserError(f"{folder}: adapters cannot be saved: {error}") from error
 
@@ -233,14 +237,19 @@ def spec_of(saved: Saved, where: str) -> Spec:
     Raises:
         UserError: a method is not installed, is another class by now, or refuses the options.
     """
-    for one in [saved.ungrouped] if saved.ungrouped else saved.groups.values():
-        if one is not None:
-            _check_registered(one, where)
+    for method in [saved.ungrouped] if saved.ungrouped else saved.groups.values():
+        if method is not None:
+            _check_registered(method, where)
+    if saved.shared is not None and saved.shared not in saved.groups:
+        raise UserError(f"{where}: shared: found {saved.shared!r}; {did_you_mean(saved.shared, saved.groups)}")
     if saved.ungrouped:
         spec: dict[str, Any] = {"method": saved.ungrouped.method, **saved.ungrouped.options}
+    elif saved.shared is not None:
+        one = saved.groups[saved.shared]
+        spec = {"method": one.method, **one.options}
     else:
         spec = {group: {"method": one.method, **one.options} for group, one in saved.groups.items()}
-    grouping = "agnostic" if saved.ungrouped else saved.grouping
+    grouping: Any = "agnostic" if saved.ungrouped else STACKED if saved.shared is not None else saved.grouping
     try:
         ordered = {c: grouping[c] for c in saved.contexts} if isinstance(grouping, dict) else grouping
         return resolve(spec, saved.contexts, ordered, saved.seed, saved.roles, saved.contexts_from)

@@ -59,7 +59,7 @@ def export_group(base_model: Any, adapters: Adapters, spec: Spec, folder: Path, 
         inference_mode=True,
         fan_in_fan_out=all(isinstance(target.layer, Conv1D) for target in targets),
         **form.which_layers(_short_names(base_model, set(of_path)), targets),
-        **form.peft_options(method.config),
+        **form.peft_options(method.config, spec.shared not in (None, name)),
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,17 +72,16 @@ def export_group(base_model: Any, adapters: Adapters, spec: Spec, folder: Path, 
 
 
 def _group(spec: Spec, wanted: str | None) -> str:
-    groups = list(spec.by_group)
+    groups, own = list(spec.by_group), set(spec.grouping.values())
     if spec.ungrouped:
         label = spec.ungrouped.method.label()
         raise UserError(f"export_peft: {label} has no adapter group that the peft library could load")
     if wanted is None:
-        if set(spec.grouping.values()) == {groups[0]}:
-            return groups[0]
-        differ = ", ".join(f"{c}: {g or 'no adapter'}" for c, g in spec.grouping.items())
+        if len(own) == 1 and groups[-1] in own:
+            return groups[-1]
         raise UserError(
-            f"export_peft: a PEFT checkpoint applies to all tokens, but the contexts differ: {differ}; "
-            f"name one: group={groups[0]!r}"
+            f"export_peft: a PEFT checkpoint applies to all tokens, but the contexts differ: {spec.named_groups}; "
+            f"name one: group={groups[-1 if spec.shared else 0]!r}"
         )
     found = wanted if wanted in groups else spec.grouping.get(wanted)
     if found is None:

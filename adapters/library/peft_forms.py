@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters.base import AdapterMethod
 from adapters.methods.dora import DoRA
-from adapters.methods.ia3 import IA3
+from adapters.methods.ia3 import IA3, Scale
 from adapters.methods.lora import LoRA, LoRADelta
 from adapters.methods.vera import VeRA
 from adapters.placement.roles import ATTENTION, FEED_FORWARD, Target
@@ -38,9 +38,10 @@ class Form:
     # PEFT's options that give no shape, with a value of the type that it declares; it computes with any number.
     any_scale: ClassVar[Mapping[str, Any]] = {}
     roles: ClassVar[frozenset[str]] = ATTENTION | FEED_FORWARD
+    two_are_one = False  # whether two stacked groups are one checkpoint together
 
-    def peft_options(self, config: Any) -> dict[str, Any]:
-        """PEFT's options for our config."""
+    def peft_options(self, config: Any, stacked: bool = False) -> dict[str, Any]:
+        """PEFT's options for our config; ``stacked``: of a group together with the one that all tokens share."""
         return {**self.fixed, **{theirs: getattr(config, ours) for ours, theirs in self.options.items()}}
 
     def our_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,6 +59,11 @@ class Form:
         Raises:
             UserError: PEFT cannot adapt a part of a layer with this method.
         """
+        if getattr(delta, "below", ()) and not self.two_are_one:
+            raise UserError(
+                f"export_peft: {self.method}: two stacked groups act on these tokens, which have no equivalent in one "
+                "checkpoint of the peft library; allowed: the shared group alone, or another method: lora, ia3"
+            )
         if target.rows is not None:
             raise UserError(
                 f"export_peft: {self.method} acts on the {target.role} part of the fused layer {target.path}, "
@@ -93,18 +99,22 @@ class Form:
 
 
 class LoRAForm(Form):
-    """LoRA. A pair initialised from W (PiSSA, OLoRA) is exported as what it adds: a pair of twice the rank."""
+    """LoRA. A pair initialised from W (PiSSA, OLoRA) is exported as what it adds: a pair of twice the rank.
+
+    So are two stacked groups: ``B A + B' A'`` is one pair, [B B'] [A; A'].
+    """
 
     method, peft_type = "lora", "LORA"
     options: ClassVar = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "use_rslora": "use_rslora"}
     tensors: ClassVar = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
     fixed: ClassVar = {"use_dora": False}
     any_scale: ClassVar = {"lora_alpha": 1}
+    two_are_one = True
 
-    def peft_options(self, config: Any) -> dict[str, Any]:
+    def peft_options(self, config: Any, stacked: bool = False) -> dict[str, Any]:
         """Includes the alpha that gives our scale."""
         options = super().peft_options(config)
-        options["r"] = rank = config.rank * (2 if config.starts_from_weight else 1)
+        options["r"] = rank = config.rank * (2 if config.starts_from_weight else 1) * (2 if stacked else 1)
         default = config.rank if config.alpha is None else config.alpha
         alpha = config.scale * (math.sqrt(rank) if config.use_rslora else rank) if rank != config.rank else default
         return {**options, "lora_alpha": _whole(alpha)}
@@ -129,7 +139,7 @@ class DoRAForm(Form):
     fixed: ClassVar = {"use_dora": True}
     any_scale: ClassVar = {"lora_alpha": 1}
 
-    def peft_options(self, config: Any) -> dict[str, Any]:
+    def peft_options(self, config: Any, stacked: bool = False) -> dict[str, Any]:
         """Alpha is explicit in PEFT."""
         alpha = _whole(config.rank if config.alpha is None else config.alpha)
         return {**super().peft_options(config), "lora_alpha": alpha}
@@ -162,10 +172,12 @@ class IA3Form(Form):
     method, peft_type = "ia3", "IA3"
     tensors: ClassVar = {"ia3_l": "ia3_l"}
     roles = frozenset({"k", "v", "down"})
+    two_are_one = True
 
     def saved(self, target: Target, delta: nn.Module, _so_far: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The vector, with ones for the parts of a fused layer that are not scaled."""
-        vector = delta.get_parameter("ia3_l").detach()
+        """The vector, with ones for the parts of a fused layer that are not scaled; of stacked groups the product."""
+        assert isinstance(delta, Scale)  # noqa: S101 - for the type checker
+        vector = delta.vector("ia3_l").detach()
         if target.rows is None:
             return {"ia3_l": vector[None] if target.role == "down" else vector[:, None]}
         layer: Any = target.layer

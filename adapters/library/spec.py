@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from adapters.library.token_contexts import checked_contexts_from
-from adapters.registry import Choice, choose
-from harness.core.contexts import resolve_grouping
+from adapters.registry import Choice, check_of_groups, check_stacked, choose
+from harness.core.contexts import STACKED, Grouping, resolve_grouping
 from harness.core.cursor import Cursor
 from harness.core.errors import UserError, did_you_mean
 
@@ -23,6 +23,13 @@ class Spec:
     roles: Mapping[str, Any] | None  # path pattern → role, set explicitly
     seed: int
     contexts_from: Mapping[int, str] | None = None  # token id → context; other tokens are of the last context
+    shared: str | None = None  # the group of by_group that acts on every token beside the token's own
+
+    @property
+    def named_groups(self) -> str:
+        """``image: image, text: no adapter``; of stacked groups ``image: shared + image, text: shared + text``."""
+        shared = f"{self.shared} + " if self.shared else ""
+        return ", ".join(f"{c}: {shared}{g}" if g else f"{c}: no adapter" for c, g in self.grouping.items())
 
     @property
     def choices(self) -> list[Choice]:
@@ -54,9 +61,20 @@ def _resolved(spec: Any, names: tuple[str, ...], grouping: Any, seed: int, roles
             if grouping != "agnostic":
                 raise UserError(f"grouping: {choice.name} has no adapter groups; leave 'grouping' out")
             return Spec(dict.fromkeys(names), {}, choice, roles, seed)
-        resolved = _grouping(grouping, names)
-        return Spec(resolved, {g: choice for g in resolved.values() if g is not None}, None, roles, seed)
-    resolved = _grouping(grouping, names)
+        resolved, _, shared = _grouping(grouping, names)
+        groups = [group for group in (shared, *resolved.values()) if group is not None]
+        if shared is not None:
+            try:
+                check_stacked(choice)
+            except UserError as error:
+                raise UserError(f"grouping: {error}") from None
+        return Spec(resolved, dict.fromkeys(groups, choice), None, roles, seed, shared=shared)
+    resolved, name, shared = _grouping(grouping, names)
+    if shared is not None:
+        raise UserError(
+            f"grouping: found {name!r} with a method for each group; allowed with {STACKED!r}: one method for all "
+            "groups, {'method': …}"
+        )
     by_group = _by_group(spec, list(dict.fromkeys(group for group in resolved.values() if group is not None)))
     bare = {context: group if group in by_group else None for context, group in resolved.items()}
     return Spec(bare, by_group, None, roles, seed)
@@ -79,13 +97,9 @@ def _by_group(spec: Mapping[str, Any], groups: Sequence[str]) -> dict[str, Choic
             continue
         _require(spec[group], Mapping, f"spec.{group}", "a mapping with 'method', or None for no adapter")
         by_group[group] = choose(spec[group], Cursor(path=("spec", group)))
-        if not by_group[group].method.grouped:
-            raise UserError(
-                f"spec.{group}.method: {by_group[group].name} has no adapter groups, so it is a spec alone; "
-                "None means no adapter"
-            )
     if not by_group:
         raise UserError("spec: no group has a method; for no adapter at all use {'method': 'none'}")
+    check_of_groups(by_group, Cursor(path=("spec",)))
     return by_group
 
 
@@ -98,9 +112,9 @@ def _contexts(contexts: Any) -> tuple[str, ...]:
     return tuple(contexts)
 
 
-def _grouping(grouping: Any, contexts: Sequence[str]) -> dict[str, str | None]:
+def _grouping(grouping: Any, contexts: Sequence[str]) -> Grouping:
     try:
-        return resolve_grouping(grouping, contexts)[0]
+        return resolve_grouping(grouping, contexts)
     except UserError as error:
         raise UserError(f"grouping: {error}") from None
 

@@ -7,6 +7,7 @@ Ben Zaken et al. 2021, arXiv 2106.10199; Context-BitFit (Context-PEFT, arXiv
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +32,16 @@ class BitFitDelta(base.Delta):
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
         """``y + b``."""
-        return value_BTD + self.bias.to(value_BTD.dtype)
+        return value_BTD + self.vector("bias").to(value_BTD.dtype)
 
     def merge(self, weight_OI: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor]:
         """Adds ``b`` to the layer's bias."""
-        return weight_OI, bias_O + self.bias
+        return weight_OI, bias_O + self.vector("bias")
+
+    def vector(self, name: str) -> Tensor:
+        """``b``; of stacked groups the sum of both."""
+        own_O = super().vector(name)
+        return reduce(torch.add, (delta.vector(name) for delta in self.below), own_O)
 
 
 class BitFitChange(base.Change):
@@ -50,6 +56,7 @@ class BitFit(base.AdapterMethod):
     """A bias per projection."""
 
     summary = "a trainable bias on every projection's output"
+    not_stacked = None
     Config = BitFitConfig
     config: BitFitConfig
 

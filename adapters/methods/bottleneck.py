@@ -75,8 +75,17 @@ class BottleneckDelta(base.Delta):
         return self.add(x_BTI, value_BTD, self.weights((x_BTI if self.reads_input else value_BTD).dtype))
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """``D``, ``d``, ``U`` and ``u``."""
-        return tuple(p.to(dtype) for p in (self.down_weight, self.down_bias, self.up_weight, self.up_bias))
+        """``D``, ``d``, ``U`` and ``u``; of stacked groups those of ``f + f'``: one bottleneck with all units."""
+        own: tuple[Tensor, ...] = (self.down_weight, self.down_bias, self.up_weight, self.up_bias)
+        for below in self.below:
+            down_MD, down_M, up_DM, up_D = own
+            own = (
+                torch.cat([below.down_weight, down_MD]),
+                torch.cat([below.down_bias, down_M]),
+                torch.cat([below.up_weight, up_DM], dim=1),
+                below.up_bias + up_D,
+            )
+        return tuple(p.to(dtype) for p in own)
 
     def add(self, x_BTI: Tensor, value_BTD: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         """``forward`` with the given weights."""
@@ -101,6 +110,7 @@ class Bottleneck(base.AdapterMethod):
     """A small feed-forward network after each block, or parallel to the feed-forward block."""
 
     summary = "small feed-forward networks after each block (serial), or parallel to the feed-forward block"
+    not_stacked = None
     Config = BottleneckConfig
     config: BottleneckConfig
 

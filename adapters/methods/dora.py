@@ -161,6 +161,7 @@ class DoRA(base.AdapterMethod):
     """Weight-decomposed low-rank adaptation."""
 
     summary = "LoRA on the weight's direction, and a trained magnitude per output feature"
+    not_stacked = "its magnitude is of one direction, whose norm is not the sum of two groups' norms"
     Config = DoRAConfig
     config: DoRAConfig
 

@@ -7,6 +7,7 @@ between up and down), as in the paper and in Hugging Face PEFT. All vectors are 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -35,13 +36,18 @@ class Scale(base.Delta):
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
         """``l ⊙ value``."""
-        return value_BTD * self.ia3_l.to(value_BTD.dtype)
+        return value_BTD * self.vector("ia3_l").to(value_BTD.dtype)
 
     def merge(self, weight_OI: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor]:
         """Scales rows of the weight and the bias, or columns of the weight."""
+        scale_D = self.vector("ia3_l")
         if self.acts_on == "input":
-            return weight_OI * self.ia3_l, bias_O
-        return weight_OI * self.ia3_l[:, None], bias_O * self.ia3_l
+            return weight_OI * scale_D, bias_O
+        return weight_OI * scale_D[:, None], bias_O * scale_D
+
+    def vector(self, name: str) -> Tensor:
+        """``l``; of stacked groups the product of both."""
+        return reduce(torch.mul, (delta.vector(name) for delta in self.below), super().vector(name))
 
 
 class ScaleChange(base.Change):
@@ -56,6 +62,7 @@ class IA3(base.AdapterMethod):
     """Three scaling vectors per block."""
 
     summary = "learned scaling of keys, values and the feed-forward activation"
+    not_stacked = None
     Config = IA3Config
     config: IA3Config
 

@@ -9,6 +9,7 @@ context is the same function class, plus an offset for norms without bias (RMSNo
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,13 @@ class NormDelta(base.Delta):
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
         """``g ⊙ y + o``."""
-        return value_BTD * self.scale.to(value_BTD.dtype) + self.offset.to(value_BTD.dtype)
+        dtype = value_BTD.dtype
+        return value_BTD * self.vector("scale").to(dtype) + self.vector("offset").to(dtype)
+
+    def vector(self, name: str) -> Tensor:
+        """``g`` or ``o``; of stacked groups the product of both scales, the sum of both offsets."""
+        join = torch.mul if name == "scale" else torch.add
+        return reduce(join, (delta.vector(name) for delta in self.below), super().vector(name))
 
     def merge(self, weight_OI: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias, both (O,), of a norm equivalent to the given norm with this delta.
@@ -53,7 +60,8 @@ class NormDelta(base.Delta):
             UserError: the norm does not multiply by its weight.
         """
         one = self._added_to_weight()
-        return (weight_OI + one) * self.scale - one, bias_O * self.scale + self.offset
+        scale_O = self.vector("scale")
+        return (weight_OI + one) * scale_O - one, bias_O * scale_O + self.vector("offset")
 
     @torch.no_grad()
     def _added_to_weight(self) -> float:
@@ -86,6 +94,7 @@ class LNTuning(base.AdapterMethod):
     """Scale and offset after every norm."""
 
     summary = "a trainable scale and offset on every norm's output"
+    not_stacked = None
 
     @property
     def name(self) -> str:

@@ -62,7 +62,7 @@ class LoRAConfig(base.Config):
 
 
 class LoRADelta(base.Delta):
-    """One low-rank pair. Shapes: R rank, S rank of the update: R, or 2 R if an initial pair is subtracted.
+    """One low-rank pair. Shapes: R rank, S rank of its update: R, or 2 R if an initial pair is subtracted.
 
     Args:
         target: the layer.
@@ -99,7 +99,14 @@ class LoRADelta(base.Delta):
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (S, I) and B (O, S) of the update ``scale · B A x``.
+        """A (S, I) and B (O, S) of the update ``scale · B A x``; of stacked groups the pairs of both, so 2 S for S."""
+        if not self.below:
+            return self.own_factors()
+        pairs = [delta.own_factors() for delta in (*self.below, self)]
+        return torch.cat([A_SI for A_SI, _ in pairs]), torch.cat([B_OS for _, B_OS in pairs], dim=1)
+
+    def own_factors(self) -> tuple[Tensor, Tensor]:
+        """The pair of this group alone.
 
         With an initial pair it is ``B A - B₀ A₀ = (B - B₀) A + B₀ (A - A₀)``, whose terms are exactly zero at first.
         """
@@ -182,6 +189,7 @@ class LoRA(base.AdapterMethod):
     """Low-rank adaptation of every linear layer in the chosen roles."""
 
     summary = "low-rank update of the linear layers: W x + (alpha / r) B A x"
+    not_stacked = None
     Config = LoRAConfig
     config: LoRAConfig
 

@@ -223,6 +223,7 @@ class MokA(base.AdapterMethod):
 
     summary = "low-rank update with an A per group, low-rank cross-attention to text, one shared B"
     joins_groups = True
+    not_stacked = "its groups already share B, and attend to each other's states"
     Config = MokAConfig
     config: MokAConfig
 

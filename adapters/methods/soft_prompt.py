@@ -220,6 +220,7 @@ class SoftPrompt(base.AdapterMethod):
 
     summary = "soft prompts: trained vectors before the sequence, attended to by the group's own tokens"
     identity_at_start = False
+    not_stacked = "a token attends to one prompt, and two prompts have no sum"
     Config = SoftPromptConfig
     config: SoftPromptConfig
 

@@ -60,12 +60,16 @@ class VeRADelta(base.Delta):
     def use(self, projections: Projections) -> None:
         """Set the shared projections. Kept in a tuple so that they are not a submodule, and saved only once."""
         self._projections = (projections,)
+        for delta in self.below:
+            delta.use(projections)
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
-        """``y + b ⊙ B (d ⊙ A dropout(x))``."""
+        """``y + b ⊙ B (d ⊙ A dropout(x))``; of stacked groups the updates of both."""
         (projections,) = self._projections
         pair = projections.vera_A, projections.vera_B
-        return self.add(x_BTI, value_BTD, (self.vera_lambda_d, self.vera_lambda_b), pair)
+        for delta in (*self.below, self):
+            value_BTD = delta.add(x_BTI, value_BTD, (delta.vera_lambda_d, delta.vera_lambda_b), pair)
+        return value_BTD
 
     def add(
         self, x_BTI: Tensor, value_BTD: Tensor, vectors: tuple[Tensor, Tensor], pair: tuple[Tensor, Tensor]
@@ -89,7 +93,9 @@ class VeRADelta(base.Delta):
         """``W + diag(b) B diag(d) A``."""
         (projections,) = self._projections
         a_RI, b_OR = self._sliced(projections.vera_A, projections.vera_B)
-        return weight_OI + (self.vera_lambda_b[:, None] * b_OR) @ (self.vera_lambda_d[:, None] * a_RI), bias_O
+        for delta in (*self.below, self):
+            weight_OI = weight_OI + (delta.vera_lambda_b[:, None] * b_OR) @ (delta.vera_lambda_d[:, None] * a_RI)
+        return weight_OI, bias_O
 
     def _sliced(self, a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
         return a_RI[:, : self.in_features], b_OR[: self.out_features]
@@ -111,10 +117,13 @@ class VeRAChange(base.Change):
         return self._projections[0]
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
-        """``y + b_c ⊙ B (d_c ⊙ A dropout(x))``."""
-        dtype = value_BTD.dtype
+        """``y + b_c ⊙ B (d_c ⊙ A dropout(x))``; of stacked groups also the update that all tokens share."""
+        dtype, first = value_BTD.dtype, self.delta(self.groups[0])
         vectors = tuple(self.vector(name, layout, 0.0, dtype) for name in ("vera_lambda_d", "vera_lambda_b"))
-        changed_BTD: Tensor = self.delta(self.groups[0]).add(x_BTI, value_BTD, vectors, self._pair(layout, dtype))
+        pair = self._pair(layout, dtype)
+        for delta in first.below:
+            value_BTD = delta.add(x_BTI, value_BTD, (delta.vera_lambda_d, delta.vera_lambda_b), pair)
+        changed_BTD: Tensor = first.add(x_BTI, value_BTD, vectors, pair)
         return changed_BTD
 
     def _pair(self, layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -134,6 +143,7 @@ class VeRA(base.AdapterMethod):
     """Vector-based random matrix adaptation."""
 
     summary = "frozen random projections shared by all layers, two trained vectors per layer"
+    not_stacked = None
     Config = VeRAConfig
     config: VeRAConfig
 

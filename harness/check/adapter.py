@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from adapters.base import AdapterMethod
+from harness.core.contexts import STACKED
 from harness.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ class AdapterSubject:
     @property
     def groupings(self) -> dict[str, Any]:
         """The groupings to check; a method without groups takes only the default one."""
-        return GROUPINGS if self.method.grouped else {"agnostic": "agnostic"}
+        stacked = {STACKED: STACKED} if self.method.not_stacked is None else {}
+        return GROUPINGS | stacked if self.method.grouped else {"agnostic": "agnostic"}
 
     def adapted(self, grouping: Any = "specific", scale: float = 0.2, seed: int = 0) -> Any:
         """A tiny model with the adapter, whose parameters are moved away from their initialisation by ``scale``."""
@@ -347,6 +349,28 @@ def equal_groups_are_one(subject: AdapterSubject) -> Iterator[str]:
             yield f"{gap} between two groups with equal weights and one group"
 
 
+def stacked_groups_are_the_sum_of_their_parts(subject: AdapterSubject) -> Iterator[str]:
+    """If `not_stacked` is None: a new shared group leaves the others as they are, and they leave it."""
+    import torch
+
+    if subject.method.not_stacked is not None or not subject.method.grouped:
+        return
+    fresh = subject.adapted(STACKED, scale=0.0).adapters.state_dict()
+    for part, grouping in (("group_shared", "agnostic"), ("", "specific")):
+        stacked, plain = subject.adapted(STACKED), subject.adapted(grouping)
+        names = {n: n.replace("group_all", part) for n in plain.adapters.state_dict()}
+        own = stacked.adapters.state_dict()
+        if unknown := [name for name in names.values() if name not in own]:
+            yield f"{STACKED} lacks a parameter {unknown[0]}, which the grouping {grouping} has"
+            return
+        kept = {other: own[other] for other in names.values()}
+        stacked.adapters.load_state_dict(fresh | kept)
+        plain.adapters.load_state_dict({name: own[other] for name, other in names.items()})
+        with torch.no_grad():
+            if gap := _apart(_logits(stacked, _embeds(), _rows()), _logits(plain, _embeds(), _rows())):
+                yield f"{gap} between {STACKED} with the parameters of {grouping} alone, and {grouping}"
+
+
 def merging_keeps_the_output(subject: AdapterSubject) -> Iterator[str]:
     """Where it can be merged into the weights, the merged model computes the same."""
     import torch
@@ -441,6 +465,7 @@ THEN: Sequence[Any] = (
     absent_groups_have_zero_gradients,
     groups_are_isolated,
     equal_groups_are_one,
+    stacked_groups_are_the_sum_of_their_parts,
     merging_keeps_the_output,
     saving_keeps_the_output,
     padding_has_no_effect,

@@ -14,9 +14,10 @@ from harness.core.naming import flatten
 # Not options: plugins, and what follows from other columns; method, grouping, learning rate and seed have short names.
 _LEFT_OUT = re.compile(
     r"task\.(plugin|modalities|metrics|contexts)(\..*)?|adapter\.(plugins|label|method|grouping_name|learning_rate)"
-    r"|optimizer\.learning_rate|seed|relative_to"
+    r"|adapter\.groups\.\w+\.plugins|optimizer\.learning_rate|seed|relative_to"
 )
-_CONFIG = re.compile(r"^(task|adapter)\.config\.")  # options of the task and the method, beside its other keys
+# Options of the task and the method, beside its other keys; of a group, where groups differ.
+_CONFIG = re.compile(r"^(task|adapter|adapter\.groups\.\w+)\.config\.")
 
 
 def options_of(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from harness.core.errors import UserError, did_you_mean
 
 AGNOSTIC_GROUP = "all"
+STACKED, SHARED_GROUP = "shared+specific", "shared"  # the grouping, and the group that all of its tokens have
 TEXT_CONTEXT = "text"  # known to be text by its name; no context is taken for text by its place
 
 
@@ -32,20 +33,38 @@ class Span(NamedTuple):
     group: str | None
 
 
-def resolve_grouping(grouping: Any, contexts: Sequence[str]) -> tuple[dict[str, str | None], str]:
-    """Resolve ``agnostic``, ``specific`` or a mapping context → group to (mapping of all contexts, display name).
+class Grouping(NamedTuple):
+    """Which groups act on the tokens of each context.
+
+    ``shared`` acts on every token beside the token's own group; None: there is no such group.
+    """
+
+    of_context: dict[str, str | None]
+    name: str  # for display
+    shared: str | None = None
+
+
+def resolve_grouping(grouping: Any, contexts: Sequence[str]) -> Grouping:
+    """Resolve ``agnostic``, ``specific``, ``shared+specific`` or a mapping context → group.
 
     Raises:
         UserError: neither a known name nor a mapping of every context to a group or None.
     """
     if grouping == "agnostic":
-        return dict.fromkeys(contexts, AGNOSTIC_GROUP), "agnostic"
+        return Grouping(dict.fromkeys(contexts, AGNOSTIC_GROUP), "agnostic")
+    specific: dict[str, str | None] = {context: context for context in contexts}
     if grouping == "specific":
-        return {context: context for context in contexts}, "specific"
+        return Grouping(specific, "specific")
+    if grouping == STACKED:
+        if SHARED_GROUP in contexts:
+            raise UserError(
+                f"found {STACKED!r}, whose common group has the name of the context {SHARED_GROUP!r}; allowed: "
+                "agnostic, specific, or a mapping context → group"
+            )
+        return Grouping(specific, STACKED, SHARED_GROUP)
     if not isinstance(grouping, Mapping):
-        raise UserError(
-            f"found {grouping!r}; {did_you_mean(str(grouping), ['agnostic', 'specific'])}, or a mapping context → group"
-        )
+        near = did_you_mean(str(grouping), ["agnostic", "specific", STACKED])
+        raise UserError(f"found {grouping!r}; {near}, or a mapping context → group")
     for context in grouping:
         if context not in contexts:
             raise UserError(f"unknown context {context!r}; {did_you_mean(str(context), contexts)}")
@@ -60,4 +79,4 @@ def resolve_grouping(grouping: Any, contexts: Sequence[str]) -> tuple[dict[str, 
     if all(group is None for group in grouping.values()):
         raise UserError("no context has a group; to train without adapters, use the method 'none'")
     resolved = {context: grouping[context] for context in contexts}
-    return resolved, " ".join(f"{context}={group or '-'}" for context, group in resolved.items())
+    return Grouping(resolved, " ".join(f"{context}={group or '-'}" for context, group in resolved.items()))

@@ -49,7 +49,15 @@ def _adapter_options(adapter: Mapping[str, Any]) -> dict[str, Any]:
     sources = adapter.get("init_from") or {}
     named = ", ".join(f"{group}={PurePath(o['trial']).name}:{o['group']}" for group, o in sources.items())
     plugins = " ".join(identity(adapter.get("plugins", ())))
-    return {**adapter["config"], **({"init_from": named} if named else {}), **({"plugin": plugins} if plugins else {})}
+    extras = {"init_from": named, "plugin": plugins}
+    return method_options(adapter) | {name: value for name, value in extras.items() if value}
+
+
+def method_options(adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of an adapter's method: ``rank``; where groups differ, those of each: ``image.rank``."""
+    groups = adapter.get("groups") or {}
+    of_groups = {f"{group}.{key}": value for group, own in groups.items() for key, value in own["config"].items()}
+    return {**adapter.get("config", {}), **of_groups}
 
 
 def settings(specs: Mapping[str, Spec], without: Sequence[str] = ()) -> dict[str, str]:

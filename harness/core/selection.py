@@ -20,6 +20,7 @@ from harness.core.errors import UserError, did_you_mean
 from harness.core.record import Plan, PlannedTrial
 
 NAMED = ("trial_id", "setting", "label", "method", "grouping", "learning_rate", "seed")  # fields of a planned trial
+_OF_GROUPS = "adapter.groups."
 _LONGEST = 2000  # characters; nested parentheses are parsed by recursion
 _SHOWN = 100  # characters of the text in a message
 _ORDER: Mapping[str, Callable[[float, float], bool]] = {
@@ -166,6 +167,8 @@ def _full_name(name: str, known: Collection[str], where: str) -> str:
     if name in known:
         return name
     found = [column for column in known if column.endswith(f".{name}")]
+    # What all groups have in common comes before what one of them has: rank before groups.image.rank.
+    found = [column for column in found if not column.startswith(_OF_GROUPS)] or found
     if len(found) == 1:
         return found[0]
     if found:

@@ -19,7 +19,7 @@ from harness.core.files import digest_of
 from harness.core.paths import locate
 from harness.core.record import TrialRecord, read_record
 from harness.core.validation import check
-from harness.experiment.sections import AdapterChoice, InitSource, Section
+from harness.experiment.sections import AdapterChoice, GroupChoice, InitSource, Section
 
 WEIGHTS = "best.safetensors"  # in the folder of a trial
 Shapes = dict[str, tuple[int, ...]]
@@ -46,7 +46,7 @@ def find_init_sources(given: Any, choice: AdapterChoice, where: Cursor, start: P
     """
     if not isinstance(given, Mapping) or not given:
         raise UserError(f"{where}: found {given!r}; allowed: group → folder of a finished trial")
-    groups = [group for group in dict.fromkeys(choice.grouping.values()) if group is not None]
+    groups = choice.group_names
     if not groups:
         raise UserError(f"{where}: {choice.method} has no adapter groups to initialise; leave 'init_from' out")
     sources = {}
@@ -60,21 +60,22 @@ def find_init_sources(given: Any, choice: AdapterChoice, where: Cursor, start: P
         contexts = [context for context, own in choice.grouping.items() if own == group]
         try:
             folder = locate(wanted.trial, start, explain=True).absolute()
-            sources[group] = _source(folder, wanted.group or group, choice, contexts)
+            sources[group] = _source(folder, wanted.group or group, choice.of_group(group), contexts)
         except (UserError, ValueError) as error:
             raise UserError(f"{here}: {error}") from None
     return sources
 
 
-def _source(folder: Path, group: str, choice: AdapterChoice, contexts: list[str]) -> InitSource:
+def _source(folder: Path, group: str, choice: GroupChoice, contexts: list[str]) -> InitSource:
     record = finished_record(folder)
-    adapter = read_section(AdapterChoice, folder, record.spec["adapter"])
-    if adapter.method != choice.method:
-        raise UserError(f"{folder}: trained with method {adapter.method}; allowed: {choice.method}")
-    check_equal(folder, _options(choice), _options(adapter))
-    groups = {name for name in adapter.grouping.values() if name is not None}
-    if group not in groups:
-        raise UserError(f"{folder}: that trial has no adapter group {group!r}; {did_you_mean(group, groups)}")
+    adapter: AdapterChoice = read_section(AdapterChoice, folder, record.spec["adapter"])
+    if group not in adapter.group_names:
+        near = did_you_mean(group, adapter.group_names)
+        raise UserError(f"{folder}: that trial has no adapter group {group!r}; {near}")
+    theirs = adapter.of_group(group)
+    if theirs.method != choice.method:
+        raise UserError(f"{folder}: trained with method {theirs.method}; allowed: {choice.method}")
+    check_equal(folder, _options(choice), _options(theirs))
     weights = folder / WEIGHTS
     projected = {name.split(".")[1] for name in shapes_of(weights) if name.startswith("projectors.")}
     return InitSource(
@@ -85,7 +86,7 @@ def _source(folder: Path, group: str, choice: AdapterChoice, contexts: list[str]
     )
 
 
-def _options(choice: AdapterChoice) -> dict[str, Any]:
+def _options(choice: GroupChoice) -> dict[str, Any]:
     return {**choice.config, "plugin": " ".join(plugin.id for plugin in choice.plugins)}
 
 

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.registry import ADAPTERS, choose
+from adapters.registry import ADAPTERS, check_stacked, choose
 from harness.core.contexts import resolve_grouping
 from harness.core.cursor import Cursor
 from harness.core.errors import UserError, did_you_mean
 from harness.core.paths import relative_to
 from harness.core.validation import check
 from harness.experiment.axes import NO_AXIS, axes
+from harness.experiment.groups import adapter_of_groups, group_variants, one_value_each
 from harness.experiment.init_sources import find_init_sources
 from harness.experiment.search import SearchDefaults, with_rates
 from harness.experiment.sections import AdapterChoice, RateSearch, TaskChoice
@@ -105,10 +106,11 @@ def choose_adapters(
     """
     for index, entry in enumerate(entries):
         section, search = with_rates(entry, searches, where / index)
-        # A mapping under `grouping` is one value, not a section with axes of its own.
-        fixed = {"grouping": [section["grouping"]]} if isinstance(section.get("grouping"), dict) else {}
-        if _is_list_of_roles(section.get("where")):  # [q, v] is one value; [A, F] is an axis with two values
-            fixed["where"] = [section["where"]]
+        fixed = one_value_each(section)
+        if isinstance(section.get("grouping"), dict):  # one value, not a section with axes of its own
+            fixed["grouping"] = [section["grouping"]]
+        if "groups" in section:
+            fixed["groups"] = group_variants(section["groups"], where / index, task.contexts)
         if "tried_learning_rates" in section:  # the whole list belongs to every variant
             fixed["tried_learning_rates"] = [section["tried_learning_rates"]]
         for variant in axes({**section, **fixed}, where / index):
@@ -116,36 +118,53 @@ def choose_adapters(
             yield index, choice.model_copy(update={"search": search})
 
 
-def _is_list_of_roles(where: Any) -> bool:
-    from adapters.placement.roles import ROLES
-
-    return isinstance(where, list) and bool(where) and all(isinstance(role, str) and role in ROLES for role in where)
-
-
 def _adapter(variant: dict[str, Any], where: Cursor, contexts: tuple[str, ...], folder: Path) -> AdapterChoice:
     options = dict(variant)
     search = check(RateSearch, {key: options.pop(key) for key in RateSearch.model_fields if key in options}, where)
-    grouping, init_from = options.pop("grouping", None), options.pop("init_from", None)
-    also = ("grouping", *RateSearch.model_fields, "search", "init_from")
-    chosen = choose(options, where, also, relative_to(folder, explain=True))
-    method = chosen.method
-    if grouping is not None and not method.grouped:
-        raise UserError(f"{where / 'grouping'}: {chosen.name} has no adapter groups; leave 'grouping' out")
-    try:
-        resolved, grouping_name = resolve_grouping("agnostic" if grouping is None else grouping, contexts)
-    except UserError as error:
-        raise UserError(f"{where / 'grouping'}: {error}") from None
-    choice = AdapterChoice(
-        method=chosen.name,
-        plugins=chosen.plugins,
-        grouping=resolved if method.grouped else dict.fromkeys(contexts),
-        grouping_name=grouping_name if method.grouped else "",
-        config=method.config.model_dump(mode="json"),
-        label=method.label(),
-        learning_rate=search.learning_rate,
-        tried_learning_rates=search.tried_learning_rates,
-    )
+    init_from = options.pop("init_from", None)
+    also = (*RateSearch.model_fields, "search", "init_from")
+    read = _of_groups if "groups" in options else _of_one_method
+    choice = read(options, where, contexts, folder, also).model_copy(update=dict(search))
     if init_from is None:
         return choice
     sources = find_init_sources(init_from, choice, where / "init_from", folder)
     return choice.model_copy(update={"init_from": sources, "label": f"{choice.label} assembled"})
+
+
+def _of_one_method(
+    options: dict[str, Any], where: Cursor, contexts: tuple[str, ...], folder: Path, also: tuple[str, ...]
+) -> AdapterChoice:
+    given = options.pop("grouping", None)
+    chosen = choose(options, where, ("grouping", "groups", *also), relative_to(folder, explain=True))
+    method = chosen.method
+    if given is not None and not method.grouped:
+        raise UserError(f"{where / 'grouping'}: {chosen.name} has no adapter groups; leave 'grouping' out")
+    try:
+        grouping = resolve_grouping("agnostic" if given is None else given, contexts)
+        if grouping.shared is not None:
+            check_stacked(chosen)
+    except UserError as error:
+        raise UserError(f"{where / 'grouping'}: {error}") from None
+    return AdapterChoice(
+        method=chosen.name,
+        plugins=chosen.plugins,
+        grouping=grouping.of_context if method.grouped else dict.fromkeys(contexts),
+        grouping_name=grouping.name if method.grouped else "",
+        config=method.config.model_dump(mode="json"),
+        label=method.label(),
+        shared_group=grouping.shared,
+    )
+
+
+def _of_groups(
+    options: dict[str, Any], where: Cursor, contexts: tuple[str, ...], folder: Path, also: tuple[str, ...]
+) -> AdapterChoice:
+    groups = options.pop("groups")
+    for key in options:
+        if key == "grouping":
+            raise UserError(f"{where / key}: 'groups' gives each context its own group; allowed: one of the two")
+        if key == "method":
+            raise UserError(f"{where / key}: 'groups' gives each context its own method; allowed: one of the two")
+        allowed = did_you_mean(key, ["groups", *also])
+        raise UserError(f"{where / key}: unknown key {key!r} beside 'groups'; {allowed}; options go into a group")
+    return adapter_of_groups(groups, where / "groups", contexts, folder)

@@ -215,20 +215,53 @@ class RateSearch(Section):
     tried_learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = ()
 
 
-class AdapterChoice(Section):
-    """One adapter, with all axes expanded."""
+class GroupChoice(Section):
+    """What one adapter group has: a method with its options."""
 
     method: str  # registry name, such as "lora" or "lora+bitfit"
     plugins: tuple[Plugin, ...]  # the method, or the methods that are combined
+    config: dict[str, Any]  # the method's options, with defaults
+
+
+class AdapterChoice(Section):
+    """One adapter, with all axes expanded."""
+
+    method: str  # registry name, such as "lora" or "lora+bitfit"; "lora/bitfit" where groups differ
+    plugins: tuple[Plugin, ...]  # the method, or the methods that are combined, or of all groups
     grouping: dict[str, str | None]  # context → group; None: no adapter on that context
     grouping_name: str  # "agnostic", "specific", "image=vision text=language"; "" if the method has no groups
-    config: dict[str, Any]  # the method's options, with defaults
+    config: dict[str, Any]  # the method's options, with defaults; empty where groups differ
     label: str
+    # Where groups differ, what each has; left out if they do not.
+    groups: dict[str, GroupChoice] = Field(default_factory=dict)
+    # The group that acts on every token beside the token's own; left out if there is none.
+    shared_group: str | None = None
     learning_rate: float | None = None
     tried_learning_rates: tuple[float, ...] = ()  # before this experiment; they count as search effort
     # How the learning rate was proposed; in the plan, but not in specs: it affects no result.
     search: Search | None = Field(default=None, exclude=True)
     init_from: dict[str, InitSource] = Field(default_factory=dict)  # by group; other groups are initialised at random
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without later keys where they are not set: ids and records of such trials are as before there were these."""
+        content: dict[str, Any] = dump(self)
+        return {key: value for key, value in content.items() if value or key not in {"groups", "shared_group"}}
+
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """All groups, the shared one first."""
+        own = [group for group in dict.fromkeys(self.grouping.values()) if group is not None]
+        return (*((self.shared_group,) if self.shared_group else ()), *own)
+
+    def of_group(self, group: str) -> GroupChoice:
+        """What a group has."""
+        return self.groups.get(group) or GroupChoice(method=self.method, plugins=self.plugins, config=self.config)
+
+    @property
+    def choices(self) -> tuple[GroupChoice, ...]:
+        """What all groups have, or the method without groups."""
+        return tuple(self.of_group(group) for group in self.group_names) or (self.of_group(""),)
 
 
 class TaskChoice(Section):

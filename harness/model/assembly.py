@@ -7,6 +7,7 @@ when they are loaded.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def _check_separable(spec: TrialSpec, model: ContextModel, seed: int) -> None:
     method = spec.adapter.method
     if any(p.requires_grad for p in model.language_model.parameters()):
         raise UserError(f"{method} trains the language model itself, so its groups cannot be loaded separately")
-    groups = {f"group_{group}" for group in model.router.groups}
+    groups = {f"group_{group}" for group in model.adapters.groups}
     for name, parameter in model.adapters.named_parameters():
         if parameter.requires_grad and not groups & set(name.split(".")):
             raise UserError(f"{method}: all groups share {name}, so they cannot be loaded separately")
@@ -140,11 +141,19 @@ def _select(names: Shapes, group: str, source: InitSource) -> Iterator[tuple[str
     """The tensors of a group and of the source's projectors, as pairs (name without the group's name, name)."""
     prefixes = tuple(f"projectors.{context}." for context in source.projectors)
     for name in names:
-        parts = name.split(".")
-        if f"group_{group}" in parts:
-            yield ".".join("group" if part == f"group_{group}" else part for part in parts), name
+        if f"group_{group}" in name.split("."):
+            yield _of_any_group(name, group), name
         elif name.startswith(prefixes):
             yield name, name
+
+
+_SECOND = re.compile(r"(?<=\.changes\.)([^.]+?)_\d+(?=\.)")  # "lora_2", where groups have LoRA of other ranks
+
+
+def _of_any_group(name: str, group: str) -> str:
+    """The name of a group's tensor without what depends on the group, and on the methods of the other groups."""
+    parts = _SECOND.sub(r"\1", name).split(".")
+    return ".".join("group" if part == f"group_{group}" else part for part in parts)
 
 
 def load(spec: TrialSpec, model: ContextModel) -> None:
@@ -175,12 +184,14 @@ def _check_frozen(spec: TrialSpec, model: ContextModel, group: str, source: Init
     record = finished_record(Path(source.trial))
     adapter: AdapterChoice = read_section(AdapterChoice, Path(source.trial), record.spec["adapter"])
     router = Router(adapter.grouping)
-    methods = dict.fromkeys(router.groups, method_of(adapter, record.spec.get("relative_to")))
-    theirs = Adapters(model.language_model, methods, router, record.seed, roles=spec.backbone.roles).state_dict()
+    methods = method_of(adapter, record.spec.get("relative_to")).for_groups(adapter.group_names)
+    built = Adapters(
+        model.language_model, methods, router, record.seed, roles=spec.backbone.roles, shared_group=adapter.shared_group
+    )
+    theirs = {_of_any_group(name, source.group): tensor for name, tensor in built.state_dict().items()}
     ours = model.adapters.state_dict()
     for name in _frozen(model.adapters):
-        parts = name.split(".")
-        if not {f"group_{other}" for other in model.router.groups if other != group} & set(parts):
-            there = ".".join(f"group_{source.group}" if part == f"group_{group}" else part for part in parts)
+        if not {f"group_{other}" for other in model.adapters.groups if other != group} & set(name.split(".")):
+            there = _of_any_group(name, group)
             if there not in theirs or not torch.equal(ours[name], theirs[there]):
                 raise UserError(f"{source.trial}: the frozen weights that {adapter.method} drew differ here ({name})")

@@ -403,8 +403,8 @@ def assemble(spec: TrialSpec, language_model: Any, feature_widths: Mapping[str, 
     # have their own generators.
     torch.manual_seed(spec.seed)
     ungrouped = None if method.grouped else method
-    methods = dict.fromkeys(router.groups, method)
-    adapters = Adapters(language_model, methods, router, spec.seed, ungrouped, spec.backbone.roles)
+    methods, shared = method.for_groups(spec.adapter.group_names), spec.adapter.shared_group
+    adapters = Adapters(language_model, methods, router, spec.seed, ungrouped, spec.backbone.roles, shared)
     adapters.attach(language_model)
     width = language_model.get_input_embeddings().embedding_dim
     projectors = {context: Projector(own, width, spec.backbone) for context, own in feature_widths.items()}

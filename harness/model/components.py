@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from adapters.base import AdapterMethod
+from adapters.methods.per_group import PerGroup
 from adapters.registry import ADAPTERS
 from harness.core.errors import UserError
 from harness.core.paths import relative_to
 from harness.core.registry import plugins_in
 from harness.experiment.plan import TrialSpec
-from harness.experiment.sections import AdapterChoice, Backbone
+from harness.experiment.sections import AdapterChoice, Backbone, GroupChoice
 from tasks.base import Modality, Task
 from tasks.encoder import Encoder
 from tasks.registry import ENCODERS, METRICS, MODALITIES, TASKS
@@ -27,7 +28,16 @@ def make_task(spec: TrialSpec) -> Task:
 
 
 def method_of(choice: AdapterChoice, start: str | None = None) -> AdapterMethod:
-    """The adapter method with its options; relative paths in them start from the folder ``start``."""
+    """The adapter method with its options; relative paths in them start from the folder ``start``.
+
+    Where groups differ, all of their methods as one.
+    """
+    if choice.groups:
+        return PerGroup({group: _method_of(own, start) for group, own in choice.groups.items()})
+    return _method_of(choice.of_group(""), start)
+
+
+def _method_of(choice: GroupChoice, start: str | None) -> AdapterMethod:
     method_class = ADAPTERS.load(*(plugin.target for plugin in choice.plugins))
     # Through JSON, as in validation: options that are lists there are tuples here.
     method: AdapterMethod = method_class(

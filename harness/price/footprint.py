@@ -100,7 +100,9 @@ def _traced_on(spec: TrialSpec, batch: Batch, resources: Resources) -> tuple[Tra
 
 
 def _key(spec: TrialSpec, batch: Batch, resources: Resources) -> str:
-    adapter = spec.adapter.model_dump(mode="json", include={"method", "plugins", "grouping", "config"})
+    adapter = spec.adapter.model_dump(
+        mode="json", include={"method", "plugins", "grouping", "config", "groups", "shared_group"}
+    )
     geometry = [
         list(batch.token_ids_BT.shape),
         _digest(batch.targets.row_N, batch.targets.source_N, batch.targets.place_N),

@@ -265,10 +265,9 @@ def _data_key(spec: TrialSpec) -> str:
 
 def _prompt_positions(spec: TrialSpec) -> int:
     """The positions of soft prompts, which come before those of a row."""
-    if "soft_prompt" not in spec.adapter.method.split("+"):
-        return 0
+    configs = [own.config for own in spec.adapter.choices if "soft_prompt" in own.method.split("+")]
     return max(
-        (n for key, n in flatten(spec.adapter.config) if key.rpartition(".")[2] == "num_virtual_tokens"), default=0
+        (n for own in configs for key, n in flatten(own) if key.rpartition(".")[2] == "num_virtual_tokens"), default=0
     )
 
 

@@ -29,6 +29,7 @@ _SHORT = {
 # … and values that follow from other params, or are tags because they may change, are not params.
 _NO_PARAM = re.compile(
     r"task\.(plugin|modalities|metrics)\..*|adapter\.(plugins|label|learning_rate|tried_learning_rates)"
+    r"|adapter\.groups\.\w+\.plugins"
     r"|eval\.(primary_metric|equivalence_margin)|relative_to"
 )
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from harness.core.naming import method_options
 from harness.trained.folder import Description
 
 
@@ -49,8 +50,8 @@ def _facts(found: Description) -> dict[str, str]:
         "language model": spec["backbone"]["language_model"],
         **{f"encoder of {modality}": name for modality, name in spec["backbone"]["encoders"].items()},
         "contexts": ", ".join(spec["task"]["contexts"]),
-        "groups": ", ".join(f"{c}: {g or 'no adapter'}" for c, g in spec["adapter"]["grouping"].items()),
-        "options": ", ".join(f"{key}={value}" for key, value in spec["adapter"]["config"].items()),
+        "groups": ", ".join(f"{c}: {_groups(spec['adapter'], g)}" for c, g in spec["adapter"]["grouping"].items()),
+        "options": ", ".join(f"{key}={value}" for key, value in method_options(spec["adapter"]).items()),
         "training examples": "" if found.examples is None else f"{found.examples:,}",
         "epochs": str(spec["budget"]["epochs"]),
         "seed": str(spec["seed"]),
@@ -60,6 +61,11 @@ def _facts(found: Description) -> dict[str, str]:
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(found.versions.items())),
     }
     return {name: value for name, value in rows.items() if value}
+
+
+def _groups(adapter: dict[str, Any], own: str | None) -> str:
+    """``image``, or ``shared + image`` where a group acts on all tokens."""
+    return " + ".join(group for group in (adapter.get("shared_group"), own) if group) or "no adapter"
 
 
 def _table(rows: dict[str, str]) -> str:

@@ -10,6 +10,7 @@ import safetensors.torch
 
 from adapters.library.adapted_model import AdaptedModel
 from adapters.library.spec import resolve
+from harness.core.contexts import STACKED
 from harness.core.errors import UserError
 from harness.core.files import atomic, digest_of, write_atomically
 from harness.experiment import init_sources
@@ -133,11 +134,12 @@ def _write_adapter(spec: TrialSpec, weights: Path, folder: Path, peft: bool, mer
 
 def _adapted(spec: TrialSpec, language_model: LanguageModel) -> AdaptedModel:
     choice = spec.adapter
-    grouped = any(group is not None for group in choice.grouping.values())
+    grouping: Any = dict(choice.grouping) if choice.group_names else "agnostic"
     wanted = resolve(
-        {"method": choice.method, **choice.config},
+        {group: {"method": own.method, **own.config} for group, own in choice.groups.items()}
+        or {"method": choice.method, **choice.config},
         list(choice.grouping),
-        dict(choice.grouping) if grouped else "agnostic",
+        STACKED if choice.shared_group else grouping,
         spec.seed,
         spec.backbone.roles,
     )

@@ -165,7 +165,7 @@ def _places(row: Row) -> dict[str, Any]:
     """Method, grouping, the adapter's options, and the conditions of the setting, by their keys in the experiment."""
     record: TrialRecord = row.finished[0]
     conditions = naming.flatten(naming.conditions(record.spec))
-    options = record.spec.get("adapter", {}).get("config", {})
+    options = naming.method_options(record.spec.get("adapter", {}))
     kept = {key: value for key, value in conditions if not key.startswith(naming.FINGERPRINTS)}
     grouping = {GROUPING: row.grouping} if row.grouping else {}
     return {"method": row.method, **grouping, **options, **kept}

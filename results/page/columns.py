@@ -10,6 +10,7 @@ from typing import Any, Literal
 from markupsafe import Markup, escape
 
 from harness.core.durations import duration
+from harness.core.naming import method_options
 from harness.core.profile import Measured, ProfileEntry
 from harness.core.record import MetricInfo
 from results.leaderboard import format as text
@@ -303,8 +304,7 @@ def row_id(row: Row) -> str:
 
 def options_of(row: Row) -> dict[str, Any]:
     """The options of a row's adapter, as its records resolved them; empty without a finished trial."""
-    found: dict[str, Any] = row.finished[0].spec.get("adapter", {}).get("config", {}) if row.finished else {}
-    return found
+    return method_options(row.finished[0].spec.get("adapter", {})) if row.finished else {}
 
 
 def _options(rows: Sequence[Row]) -> list[Column]:

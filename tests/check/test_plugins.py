@@ -25,7 +25,7 @@ from harness.core.errors import UserError
 from harness.core.registry import Entry
 from tasks.modalities.series import Series
 from tasks.registry import METRICS, MODALITIES, TASKS
-from tests.support.broken_adapters import ADAPTER_CASES, GoodAdapter
+from tests.support.broken_adapters import ADAPTER_CASES, GoodAdapter, StackedAdapter
 from tests.support.broken_plugins import METRIC_CASES, MODALITY_CASES, TASK_CASES, GoodMetric, GoodTask
 
 ROOT = Path(__file__).parents[2]
@@ -147,8 +147,9 @@ def test_a_broken_contract_is_reported(
         (modality_checks, Series),
         (metric_checks, GoodMetric),
         (adapter_checks, GoodAdapter),
+        (adapter_checks, StackedAdapter),
     ],
-    ids=["task", "modality", "metric", "adapter"],
+    ids=["task", "modality", "metric", "adapter", "adapter that can be stacked"],
 )
 def test_a_correct_plugin_passes_every_check(module: Any, plugin: type, tmp_path: Path) -> None:
     results = list(run_checks(module.FIRST, module.THEN, subject_of(plugin, tmp_path)))

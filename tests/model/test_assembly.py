@@ -122,6 +122,38 @@ def test_groups_without_a_source_are_initialised_as_usual(sources: tuple[Path, P
     assert taken == sum("image" in name for name in scenes)
 
 
+def test_groups_that_differ_are_assembled_of_trials_of_different_methods(
+    sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """LoRA of rank 3 comes first, so that of rank 2 has another name here than in its own trial."""
+    (tmp_path / "bitfit").mkdir()
+    bitfit = save_as_finished(made(tmp_path / "bitfit", SCENES, {"method": "bitfit", "learning_rate": 1e-2}), tmp_path)
+    lora = {"method": "lora", "rank": 2}
+    groups = {"image": {"method": "lora", "rank": 3}, "series": lora, "text": {"method": "bitfit"}}
+    entry = {"groups": groups, "learning_rate": 1e-2}
+    origin = {"series": str(sources[1]), "text": {"trial": str(bitfit), "group": "all"}}
+    spec = made(tmp_path, MIXTURE, {**entry, "init_from": origin})
+    model, trends = build(spec, CPU).model, weights(sources[1])
+    loaded = {name: p for name, p in model.named_parameters() if "group_series" in name}
+    assert len(loaded) == len([name for name in trends if "group_series" in name])
+    for name, p in loaded.items():
+        assert torch.equal(p, trends[name.replace("changes.lora_2.", "changes.lora.")]), name
+    assert not any(p.any() for name, p in model.named_parameters() if "group_text" in name)  # saved as zeros
+    with pytest.raises(UserError, match=r"init_from\.image: .*different options: rank=2 \(here 3\)"):
+        made(tmp_path, MIXTURE, {**entry, "init_from": {"image": str(sources[0])}})
+    with pytest.raises(UserError, match=r"init_from\.text: .*trained with method lora; allowed: bitfit"):
+        made(tmp_path, MIXTURE, {**entry, "init_from": {"text": str(sources[0])}})
+
+
+def test_a_shared_group_is_initialised_from_a_trial_with_one_group(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    stacked = {**LORA, "grouping": "shared+specific"}
+    origin = {"shared": {"trial": str(sources[0]), "group": "image"}, "text": str(sources[0])}
+    model, scenes = build(made(tmp_path, SCENES, {**stacked, "init_from": origin}), CPU).model, weights(sources[0])
+    for name, p in model.named_parameters():
+        if p.requires_grad and "group_image" not in name and not name.startswith("projectors."):
+            assert torch.equal(p, scenes[name.replace("group_shared", "group_image")]), name
+
+
 def test_images_are_described_as_in_the_source_trial(built: Built, sources: Any, tmp_path: Path) -> None:
     source, fresh = build(made(tmp_path, SCENES), CPU), build(made(tmp_path, MIXTURE), CPU)
     load_weights(sources[0] / "best.safetensors", {n: p for n, p in source.model.named_parameters() if p.requires_grad})

@@ -16,6 +16,7 @@ from adapters.attach import Adapters
 from adapters.methods.bitfit import BitFit
 from adapters.methods.ia3 import IA3
 from adapters.methods.lora import LoRA
+from adapters.methods.per_group import PerGroup
 from adapters.placement.router import Router
 from harness.model.batch import Batch
 from harness.model.build import shared_copy
@@ -26,12 +27,14 @@ from tests.support.batches import batch_of, model_of, ungroup
 from tests.support.families import OPTIONS, tiny
 
 SPECIFIC = {"image": "image", "text": "text"}
-MEMBERS: list[tuple[Any, dict[str, str | None]]] = [
+MEMBERS: list[tuple[Any, Any]] = [
     (LoRA(LoRA.Config(rank=2, where="AF")), {"image": "all", "text": "all"}),
     (LoRA(LoRA.Config(rank=3, where="A")), SPECIFIC),
     (None, {"image": None, "text": None}),
     (IA3(IA3.Config(where="F")), SPECIFIC),
     (BitFit(BitFit.Config()), {"image": "vision", "text": None}),
+    (PerGroup({"image": LoRA(LoRA.Config(rank=3)), "text": BitFit(BitFit.Config())}), SPECIFIC),
+    (LoRA(LoRA.Config(rank=2)), "shared+specific"),
 ]
 
 
@@ -44,9 +47,11 @@ def batch(dtype: torch.dtype = torch.float64) -> Batch:
 def members_of(base: Any) -> list[ContextModel]:
     found = []
     for number, (method, grouping) in enumerate(MEMBERS):
-        language_model, router = shared_copy(base), Router(grouping)
-        methods = {} if method is None else dict.fromkeys(router.groups, method)
-        adapters = Adapters(language_model, methods, router, seed=number)
+        shared = "shared" if grouping == "shared+specific" else None
+        language_model, router = shared_copy(base), Router(SPECIFIC if shared else grouping)
+        groups = [*([shared] if shared else []), *router.groups]
+        methods = {} if method is None else method.for_groups(groups)
+        adapters = Adapters(language_model, methods, router, seed=number, shared_group=shared)
         adapters.attach(language_model)
         torch.manual_seed(number)
         model = model_of(language_model, {"image": 6}, adapters, router).to(base.dtype)
@@ -74,7 +79,7 @@ def test_every_model_computes_what_it_computes_alone(family: str, alike: bool) -
     models, given = members_of(base), batch() if alike else ungroup(batch())
     expected = [alone(model, given) for model in models]
     joint = JointModel(base)
-    for chosen in ([0, 1, 2, 3, 4], [3, 0], [2]):  # members leave
+    for chosen in ([0, 1, 2, 3, 4, 5, 6], [3, 0], [6, 5], [2]):  # members leave
         part = [models[index] for index in chosen]
         scores = joint.score(given, part, [nullcontext] * len(part))
         gradients = torch.autograd.grad(

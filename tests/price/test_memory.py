@@ -22,6 +22,10 @@ MARGIN = 0.15  # of the sum of all kinds
 AGNOSTIC = {**LORA, "grouping": "agnostic"}
 GROUPED = {"budget": {"references": "grouped"}}
 BY_LENGTH = {"optimizer": {"train_sampling_strategy": "group_by_length"}}
+STACKED = {**LORA, "grouping": "shared+specific"}
+PER_CONTEXT = {
+    "groups": {"image": {"method": "lora", "rank": 6}, "text": {"method": "ia3+bitfit"}}, "learning_rate": 1e-2
+}  # fmt: skip
 NONE, IA3 = {"method": "none", "learning_rate": 3e-3}, {"method": "ia3", "learning_rate": 0.2}
 
 
@@ -47,6 +51,8 @@ def measured(spec: TrialSpec, folder: Path, resources: Resources) -> tuple[Memor
         (AGNOSTIC, 8, {}, {}),
         (BITFIT, 8, {}, {}),
         (IA3, 8, {}, {}),
+        (STACKED, 8, {}, {}),
+        (PER_CONTEXT, 8, {}, {}),
         (FULL, 8, {}, {}),
         (FULL, 2, {"optimizer": {"bf16": True}}, {}),
         (LORA, 8, {}, {"zero_stage": 2}),

@@ -139,8 +139,22 @@ class CountsPositions(Scale):
         return super().forward(x_BTI, value_BTD) + torch.arange(value_BTD.shape[-2])[:, None] / 10
 
 
+class Stacks(Scale):
+    """Both groups' scales, as a method must that says it can be stacked."""
+
+    def forward(self, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
+        for delta in self.below:
+            value_BTD = value_BTD * delta.gamma
+        return super().forward(x_BTI, value_BTD)
+
+
 def _method(made: type[Scale] = Scale, **attributes: Any) -> type[GoodAdapter]:
     return type(f"{made.__name__}Method", (GoodAdapter,), {"made": made, **attributes})
+
+
+class StackedAdapter(GoodAdapter):
+    not_stacked = None
+    made = Stacks
 
 
 ADAPTER_CASES: dict[Any, list[tuple[type, str]]] = {
@@ -157,6 +171,9 @@ ADAPTER_CASES: dict[Any, list[tuple[type, str]]] = {
     checks.rows_do_not_depend_on_the_batch: [(_method(MixesRows), r"row \d: a difference .* to the same row alone")],
     checks.absent_groups_have_zero_gradients: [(_method(NoGradient), "gradient of .*gamma is not finite")],
     checks.groups_are_isolated: [(_method(Leaks), "layer q: parameters of the group image change tokens")],
+    checks.stacked_groups_are_the_sum_of_their_parts: [
+        (_method(not_stacked=None), "between shared\\+specific with the parameters of agnostic alone, and agnostic"),
+    ],
     checks.equal_groups_are_one: [(_method(CountsGroups), "between two groups with equal weights and one group")],
     checks.merging_keeps_the_output: [(_method(MergesTwice), "a difference of up to .* after merge")],
     checks.saving_keeps_the_output: [(_method(Unsaved), "other logits after save and load_adapter")],

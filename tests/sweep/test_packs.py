@@ -46,6 +46,15 @@ def test_rates_ranks_and_methods_of_one_seed_share_a_process(tmp_path: Path) -> 
     assert packed(trials, pack=1) == packed(trials, pack="off") == [str(place) for place in range(12)]
 
 
+@pytest.mark.quick
+def test_groups_that_differ_and_stacked_groups_share_a_process_with_others(tmp_path: Path) -> None:
+    per_context = {"groups": {"image": {"method": "lora", "rank": [2, 4]}, "text": {"method": "ia3"}}}
+    stacked = {"method": "lora", "rank": 2, "grouping": "shared+specific"}
+    with_prompt = {"groups": {"image": {"method": "soft_prompt"}, "text": {"method": "ia3"}}}
+    trials = trials_of(tmp_path, RATES, per_context, stacked, with_prompt, seeds=[0])
+    assert packed(trials, pack=8) == ["0 1 2 3 4 5", "6"]
+
+
 @pytest.mark.parametrize("method", ["full", "llava", "soft_prompt", "mmca", "lora+soft_prompt"])
 def test_a_method_that_changes_more_than_layers_trains_alone(tmp_path: Path, method: str) -> None:
     trials = trials_of(tmp_path, {"method": method}, RATES, seeds=[0], budget={"examples": 8, "epochs": 2})

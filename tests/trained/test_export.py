@@ -20,6 +20,7 @@ from harness.trained.folder import read_description, spec_of
 from tests.support.trials import BITFIT, FULL, LORA, examples_of, run
 from tests.support.trials import spec_of as trial_spec
 
+PER_CONTEXT = {"image": {"method": "lora", "rank": 3}, "text": {"method": "lora+bitfit", "rank": 2}}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": LORA,
     "full": FULL,
@@ -29,6 +30,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "soft prompt": {"method": "soft_prompt", "learning_rate": 1e-2},
     "mmca": {"method": "mmca+lora", "rank": 2, "learning_rate": 1e-2},
     "combination": {"method": "ia3+bitfit", "grouping": "specific", "learning_rate": 1e-2},
+    "another method per context": {"groups": PER_CONTEXT, "learning_rate": 1e-2},
+    "stacked groups": {"method": "lora", "rank": 2, "grouping": "shared+specific", "learning_rate": 1e-2},
 }
 ONE_EPOCH = {"budget": {"examples": 16, "epochs": 1}}
 
@@ -60,6 +63,26 @@ def test_a_loaded_model_writes_what_its_trial_wrote(name: str, tmp_path: Path) -
     assert trained.files == ("image",)
     assert trained.predict([{"image": path} for path, _ in written.values()]) == [text for _, text in written.values()]
     assert not any(p.requires_grad for p in trained.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "options"),
+    [
+        ("another method per context", "image: image, text: text", "image.rank=3"),
+        ("stacked groups", "image: shared + image, text: shared + text", "rank=2"),
+    ],
+)
+def test_what_has_several_groups_is_described_and_is_no_checkpoint_of_one(
+    name: str, groups: str, options: str, tmp_path: Path
+) -> None:
+    trial, _ = trained_by(METHODS[name], tmp_path)
+    for form, message in (("peft", f"the contexts differ: {groups}; name one"), ("merge", f"found {groups} ")):
+        with pytest.raises(UserError, match=re.escape(message)):
+            harness.export_trial(trial, tmp_path / form, **{form: True})
+        assert not (tmp_path / form).exists()
+    text = (harness.export_trial(trial, tmp_path / "model") / "README.md").read_text(encoding="utf-8")
+    assert f"| groups | {groups} |" in text
+    assert options in text
 
 
 def test_a_fresh_process_captions_pictures_as_the_trial_did(lora: Any, exported: Path, tmp_path: Path) -> None:

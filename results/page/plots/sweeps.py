@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from harness.core.naming import method_options
 from harness.core.record import MetricInfo
 from results.leaderboard.rows import Row
 from results.leaderboard.sweeps import Curve, Sweep
@@ -98,7 +99,7 @@ def option_sweeps(board: Leaderboard) -> Iterator[OptionSweep]:
         families: dict[tuple[str, str], dict[tuple[str, str], list[tuple[int, Row]]]] = {}
         for row in board.of(setting):
             adapter = row.finished[0].spec.get("adapter", {}) if metric in row.metrics else {}
-            config = adapter.get("config", {})
+            config = method_options(adapter)
             for option, value in config.items():
                 if isinstance(value, int) and not isinstance(value, bool):
                     others = {key: other for key, other in config.items() if key != option}

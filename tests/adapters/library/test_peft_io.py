@@ -140,6 +140,46 @@ def test_one_of_several_groups_is_exported_by_its_name_or_its_contexts(tmp_path:
 
 
 @pytest.mark.parametrize(
+    "spec",
+    [
+        {"method": "lora", "rank": 3, "alpha": 5.0},
+        {"method": "lora", "rank": 4, "alpha": 6.0, "use_rslora": True},
+        {"method": "lora", "rank": 3, "init_lora_weights": "olora"},
+        {"method": "ia3"},
+    ],
+    ids=str,
+)
+def test_two_stacked_groups_are_one_checkpoint_where_their_sum_or_product_is_one(
+    spec: dict[str, Any], tmp_path: Path
+) -> None:
+    adapted = adapted_by_us(tiny_llama(), spec, grouping="shared+specific")
+    for number, group in enumerate(("image", "text")):
+        adapted.export_peft(tmp_path / group, group)
+        theirs: Any = peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path / group)).eval()
+        alone_BTV = logits(adapted, context_ids=torch.full((11,), number))
+        assert relative(logits(theirs), alone_BTV) < 1e-5
+    adapted.export_peft(tmp_path / "shared", "shared")
+    shared: Any = peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "shared")).eval()
+    for name, p in adapted.adapters.named_parameters():
+        if "group_image" in name:
+            start = harness.adapt(tiny_llama(), spec, grouping="shared+specific").adapters.get_parameter(name)
+            p.data.copy_(start)
+    assert relative(logits(shared), logits(adapted, context_ids=torch.zeros(11).long())) < 1e-4
+
+
+def test_stacked_groups_that_one_checkpoint_cannot_carry(tmp_path: Path) -> None:
+    adapted = adapted_by_us(tiny_llama(), {"method": "vera", "rank": 4}, grouping="shared+specific")
+    with pytest.raises(UserError, match=r"contexts differ: image: shared \+ image, text: shared \+ text; name one"):
+        adapted.export_peft(tmp_path / "out")
+    with pytest.raises(
+        UserError, match=r"vera: two stacked groups act on these tokens, .*allowed: the shared group alone"
+    ):
+        adapted.export_peft(tmp_path / "out", "image")
+    assert not (tmp_path / "out").exists()
+    adapted.export_peft(tmp_path / "out", "shared")
+
+
+@pytest.mark.parametrize(
     ("spec", "grouping", "group", "message"),
     [
         ({"method": "lora"}, "specific", None, "contexts differ: image: image, text: text; name one: group='image'"),

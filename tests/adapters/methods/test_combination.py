@@ -68,7 +68,7 @@ def test_it_counts_what_its_parts_do_together(experiment_file: Write) -> None:
         (
             "{method: bitfit+ia3, rank: 4}",
             "rank",
-            "unknown key 'rank'; allowed: grouping, init_from, learning_rate, method, search, tried_learning_rates, ",
+            "unknown key 'rank'; allowed: grouping, groups, init_from, learning_rate, method, search, tried_learning",
         ),
         ("{method: lora+nope}", "method", "unknown adapter 'nope'; allowed: bitfit, .*; did you mean 'none'?"),
         ("{method: lora+}", "method", "unknown adapter ''; allowed: bitfit, "),
