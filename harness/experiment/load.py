@@ -209,6 +209,30 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+_OF_PARTS = (
+    *("language_model", "encoders", "start_token"),
+    *("projector", "projector_dropout", "projector_boundary_tokens", "projector_positions"),
+)
+
+
+def _check_model_keys(variant: Mapping[str, Any], where: Cursor) -> None:
+    """Check that keys of a backbone that is put together are not given with a whole model, nor the other way.
+
+    Raises:
+        UserError: one is.
+    """
+    if variant.get("model") is None:
+        if "connector" in variant:
+            raise UserError(f"{where / 'connector'}: it is that of backbone.model, which is missing")
+        return
+    for key in _OF_PARTS:
+        if key in variant:
+            raise UserError(
+                f"{where / key}: found with backbone.model, which has a language model, an encoder and a projector of "
+                "its own (connector); leave one out"
+            )
+
+
 def _backbones(section: Mapping[str, Any], where: Cursor, folder: Path) -> Iterator[Backbone]:
     # A mapping under `roles` is one value, not a section with axes of its own.
     fixed = {"roles": [section["roles"]]} if isinstance(section.get("roles"), dict) else {}
@@ -216,8 +240,9 @@ def _backbones(section: Mapping[str, Any], where: Cursor, folder: Path) -> Itera
         if "encoder_plugins" in variant:
             allowed = did_you_mean("encoder_plugins", sorted(Backbone.model_fields.keys() - {"encoder_plugins"}))
             raise UserError(f"{where / 'encoder_plugins'}: unknown key; {allowed}")
+        _check_model_keys(variant, where)
         backbone = check(Backbone, variant, where)
-        models = {"language_model": backbone.language_model}
+        models = {"language_model" if backbone.model is None else "model": backbone.language_model}
         for key, name in (models | {f"encoders.{m}": name for m, name in backbone.encoders.items()}).items():
             try:
                 check_model(name, folder)

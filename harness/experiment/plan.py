@@ -64,7 +64,12 @@ class TrialSpec(BaseModel):
             for m, name in backbone.encoders.items()
         }
         return backbone.model_copy(
-            update={"language_model": language_model, "revision": revision, "encoders": encoders}
+            update={
+                "model": backbone.model and language_model,
+                "language_model": language_model,
+                "revision": revision,
+                "encoders": encoders,
+            }
         )
 
     @property
@@ -77,6 +82,7 @@ class TrialSpec(BaseModel):
         return sha256_of(self, _IN_ID, _NOT_IN_ID)[:12]
 
 
+_OF_MODEL = "image"  # the modality that a vision-language model reads
 _NOT_IN_ID: dict[str, dict[str, Any]] = {
     "adapter": {
         "label": True,
@@ -117,7 +123,7 @@ def expand(experiment: Experiment, earlier: Earlier | None = None) -> list[Trial
     known: dict[tuple[str, str | None], str | None] = {}
     for task, choices in zip(experiment.tasks, experiment.adapters, strict=True):
         for given in experiment.backbones:
-            backbone = _with_encoders(given, task)
+            backbone = _with_encoders(given, task, experiment)
             sections = itertools.product(experiment.budgets, experiment.optimizers, choices)
             first = TrialSpec(
                 task=task,
@@ -174,8 +180,21 @@ def _rates(spec: TrialSpec, seeds: Sequence[int], earlier: Earlier) -> list[floa
     return list(rates)
 
 
-def _with_encoders(backbone: Backbone, task: TaskChoice) -> Backbone:
-    """The backbone with an encoder for each modality of the task: the configured one, else the modality's default."""
+def _with_encoders(backbone: Backbone, task: TaskChoice, experiment: Experiment) -> Backbone:
+    """The backbone with an encoder for each modality of the task: the configured one, else the modality's default.
+
+    Raises:
+        UserError: a vision-language model cannot read a modality of the task.
+    """
+    if backbone.model is not None:
+        if wrong := sorted(set(task.modalities) - {_OF_MODEL}):
+            raise UserError(
+                f"{experiment.top / 'backbone' / 'model'}: found {backbone.model!r}, which reads images and text, but "
+                f"task {task.name} has {', '.join(wrong)}; allowed: a task of images and text, or language_model and "
+                "encoders"
+            )
+        found = dict.fromkeys(task.modalities, backbone.pinned_language_model)
+        return backbone.model_copy(update={"encoders": found, "encoder_plugins": {}})
     encoders = {
         modality: backbone.encoders.get(modality) or MODALITIES.load(plugin.target).default_encoder
         for modality, plugin in task.modalities.items()

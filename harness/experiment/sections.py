@@ -13,6 +13,7 @@ from pydantic import (
     ValidationInfo,
     field_validator,
     model_serializer,
+    model_validator,
 )
 
 from harness.core import hub
@@ -26,12 +27,18 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-_LATER = frozenset({"encoder_plugins", "start_token", "prompt", "chat_template", "dtype"})  # keys that came later
+# Keys that came later.
+_LATER = frozenset({"model", "connector", "encoder_plugins", "start_token", "prompt", "chat_template", "dtype"})
 
 
 class Backbone(Section):
     """The frozen models, each a built-in name, a local folder or a Hugging Face hub id."""
 
+    # A vision-language model: its decoder is the language model, its vision tower the encoder of images. Left out if
+    # unset; else language_model and encoders.image name it too.
+    model: str | None = None
+    # Of ``model``: between its tower and its decoder. frozen: a part of the encoder; trained: it is the projector.
+    connector: Literal["frozen", "trained"] = "frozen"  # left out if frozen
     language_model: str = "builtin/tiny-llama"
     revision: str | None = None  # of the language model on the hub: branch, tag or commit; of an encoder: id@revision
     encoders: dict[str, str] = Field(default_factory=dict)  # by modality; others use the modality's default
@@ -44,7 +51,8 @@ class Backbone(Section):
     add_prefix_space: bool = False  # before every target: BPE vocabularies have most words only with a leading space
     start_token: str | None = None  # begins every row; left out if unset: the tokenizer's bos_token, else its eos_token
     prompt: str | None = None  # text between the inputs and every target; left out if unset
-    chat_template: bool = False  # the inputs and the prompt as a turn of the user; left out if false
+    # The inputs and the prompt as a turn of the user. Left out if unset: false; of ``model``, true where it has one.
+    chat_template: bool | None = None
     # Of the frozen language model; adapters and projectors stay in fp32. auto: that of its checkpoint. Left out if
     # unset: fp32.
     dtype: Literal["fp32", "bf16", "auto"] | None = None
@@ -56,7 +64,18 @@ class Backbone(Section):
     def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without later keys where they are not set: ids and records of such trials are as before there were these."""
         content: dict[str, Any] = dump(self)
-        return {key: value for key, value in content.items() if value or key not in _LATER}
+        kept = {key: value for key, value in content.items() if key not in _LATER or (value and value != "frozen")}
+        if self.model is not None and self.chat_template is False:
+            kept["chat_template"] = False
+        return kept
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_one_model(cls, given: Any) -> Any:
+        """The language model of ``model``, which has no projector of ours."""
+        if isinstance(given, dict) and given.get("model") is not None:
+            return {"projector_dropout": 0.0, "language_model": given["model"], **given}
+        return given
 
     @property
     def pinned_language_model(self) -> str:

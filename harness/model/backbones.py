@@ -15,19 +15,21 @@ import torch
 from harness.core import hub
 from harness.core.errors import UserError, did_you_mean
 from harness.experiment.sections import Backbone
+from harness.model import vision_language
 from harness.model.components import errors_at
+from harness.model.vision_language import DTYPES
 
 TINY_LLAMA = "builtin/tiny-llama"
-_DTYPES = {None: torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "auto": "auto"}
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A causal LM with its tokenizer."""
+    """A causal LM with its tokenizer; of a vision-language model also its processor."""
 
     model: Any
     tokenizer: Any
     tokens: dict[str, list[int]] = field(default_factory=dict)  # ids of texts that have been tokenised
+    processor: Any = None
 
     @property
     def quantised(self) -> bool:
@@ -56,13 +58,28 @@ def load_language_model(backbone: Backbone) -> LanguageModel:
     from transformers import AutoModelForCausalLM
 
     name = backbone.pinned_language_model
+    if backbone.model is not None:
+        whole = vision_language.load(backbone)
+        return with_processor(vision_language.decoder_of(whole), backbone)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            hub.resolve(name), dtype=_DTYPES[backbone.dtype], **_options(backbone)
+            hub.resolve(name), dtype=DTYPES[backbone.dtype], **_options(backbone)
         ).eval()
     except (OSError, ValueError) as error:
         raise UserError(hub.load_error(name, error)) from error
     return LanguageModel(model, load_tokenizer(backbone))
+
+
+def with_processor(model: Any, backbone: Backbone) -> LanguageModel:
+    """A language model, with weights or without, with its tokenizer or its processor.
+
+    Raises:
+        UserError: one of these could not be loaded.
+    """
+    if backbone.model is None:
+        return LanguageModel(model, load_tokenizer(backbone))
+    processor = vision_language.load_processor(backbone)
+    return LanguageModel(model, processor.tokenizer, processor=processor)
 
 
 def load_tokenizer(backbone: Backbone) -> Any:
@@ -74,6 +91,8 @@ def load_tokenizer(backbone: Backbone) -> Any:
     from transformers import AutoTokenizer
 
     name = backbone.pinned_language_model
+    if backbone.model is not None:
+        return vision_language.load_processor(backbone).tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(hub.resolve(name), **_options(backbone))
     except (OSError, ValueError) as error:
@@ -138,7 +157,10 @@ def check_backbone(backbone: Backbone) -> None:
         for m, name in backbone.encoders.items()
         if not hub.is_builtin(name) and m not in backbone.encoder_plugins
     }
-    for key, name in {"language_model": backbone.pinned_language_model, **encoders}.items():
+    models = {"language_model": backbone.pinned_language_model, **encoders}
+    if backbone.model is not None:
+        models = {"model": backbone.pinned_language_model}
+    for key, name in models.items():
         with errors_at(key):
             hub.check_reachable(name, backbone.trust_remote_code)
 
@@ -158,9 +180,11 @@ def build_empty(backbone: Backbone, device: str = "meta") -> Any:
     name, trust = backbone.pinned_language_model, backbone.trust_remote_code
     _check_kind(name)
     with torch.device(device):
+        if backbone.model is not None:
+            return vision_language.decoder_of(vision_language.empty(backbone))
         with errors_at("language_model"):
             config = copy.deepcopy(hub.load_config(name, trust))  # a model keeps it, and adapters may change it
-        wanted = _DTYPES[backbone.dtype]
+        wanted = DTYPES[backbone.dtype]
         dtype = (config.dtype or torch.float32) if wanted == "auto" else wanted
         try:
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)

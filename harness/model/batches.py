@@ -23,8 +23,10 @@ from harness.model.batch import Batch, Items, Targets
 from harness.model.budget import Draw, leading_inputs
 from harness.model.checks import check_ids
 from harness.model.features import Features
-from harness.model.frame import frame_of
+from harness.model.frame import Frame, frame_of
+from harness.model.image_encoder import ImageEncoder, Written
 from harness.model.shared_prefix import MOST_TARGETS, arranged, fits
+from harness.model.turn import Turn
 from tasks.base import Example
 
 
@@ -61,7 +63,9 @@ class BatchMaker:
         self.features, self.language_model, self.budget = features, language_model, budget
         self.backbone = backbone or Backbone()
         self.contexts = features.task.contexts
-        self._frame = frame_of(language_model.tokenizer, self.backbone)
+        whole = language_model.processor is not None
+        self._turn = Turn(language_model.processor, self.backbone) if whole else None
+        self._frame = Frame((), ()) if whole else frame_of(language_model.tokenizer, self.backbone)
         self._max_positions = language_model.max_positions
         self.cut_targets: set[int] = set()
         self.cut_inputs: set[int] = set()
@@ -124,8 +128,10 @@ class BatchMaker:
             inputs = [_Chunk(self.target_context(example), 1, ids[:1])]
             for context in self.contexts:
                 if context in self.features.task.modalities:
-                    features_ND = torch.randn(3, self.features.width(context), generator=generator)
-                    length = 3 + 2 * self.backbone.projector_boundary_tokens
+                    encoder = self.features.encoders[self.features.task.modalities[context]]
+                    each, tile = (encoder.each, encoder.rows) if isinstance(encoder, ImageEncoder) else (1, 3)
+                    features_ND = torch.randn(tile, self.features.width(context), generator=generator)
+                    length = tile // each + 2 * self.backbone.projector_boundary_tokens
                     inputs.append(_Chunk(context, length, features_ND=features_ND))
                 else:
                     inputs.append(_Chunk(context, 3, [ids.pop() for _ in range(3)]))
@@ -170,6 +176,8 @@ class BatchMaker:
 
     def prompt_length(self, example: Example) -> int:
         """Positions that the frame and the input texts of a row take; those of its files come on top."""
+        if self._turn is not None:
+            return sum(len(piece.ids or ()) for piece in self._turn.pieces(example.inputs, self._texts(example)))
         inputs = [value for _, value in example.inputs if isinstance(value, str)]
         return self._frame.length + sum(
             len(self._encode(value, self.budget.max_input_length, self.cut_inputs)) for value in inputs
@@ -179,6 +187,11 @@ class BatchMaker:
         """Positions before the target of each example's row. Texts that are cut are not noted."""
         found = []
         for example, features in zip(examples, self.features.of(examples), strict=True):
+            if self._turn is not None:
+                pieces = self._turn.pieces(example.inputs, self._texts(example, note=False))
+                pictures = (len(Written.of(rows_ND).ids) for rows_ND in features)
+                found.append(sum(len(piece.ids or ()) for piece in pieces) + sum(pictures))
+                continue
             files = (len(features_ND) + 2 * self.backbone.projector_boundary_tokens for features_ND in features)
             texts = (self._count(v, self.budget.max_input_length) for _, v in example.inputs if isinstance(v, str))
             found.append(self._frame.length + sum(files) + sum(texts))
@@ -223,7 +236,11 @@ class BatchMaker:
     def _inputs(self, examples: Sequence[Example], views: Sequence[int] | None) -> list[list[_Chunk]]:
         """The chunks before a target: the frame and the inputs, for each example."""
         rows = []
+        pictures: dict[int, list[_Chunk]] = {}  # by the identity of their features, so that they stay the same tensors
         for example, features in zip(examples, self.features.of(examples, views), strict=True):
+            if self._turn is not None:
+                rows.append(self._in_turn(self._turn, example, features, pictures))
+                continue
             encoded = iter(features)
             row = [_Chunk(self.target_context(example), len(self._frame.before), self._frame.before)]
             for context, value in example.inputs:
@@ -238,6 +255,36 @@ class BatchMaker:
                 row.append(_Chunk(self.target_context(example), len(self._frame.after), self._frame.after))
             rows.append(row)
         return rows
+
+    def _in_turn(
+        self, turn: Turn, example: Example, features: Sequence[Tensor], pictures: dict[int, list[_Chunk]]
+    ) -> list[_Chunk]:
+        """The chunks of a vision-language model's turn."""
+        files = [number for number, part in enumerate(example.inputs) if not isinstance(part.value, str)]
+        row = []
+        for piece in turn.pieces(example.inputs, self._texts(example)):
+            context = self.target_context(example) if piece.input is None else example.inputs[piece.input].context
+            if piece.ids is not None:
+                row.append(_Chunk(context, len(piece.ids), piece.ids))
+                continue
+            assert piece.input is not None  # noqa: S101 - a picture is an input
+            own = features[files.index(piece.input)]
+            if id(own) not in pictures:
+                pictures[id(own)] = _written(context, own)
+            row += pictures[id(own)]
+        return row
+
+    def _texts(self, example: Example, note: bool = True) -> list[str]:
+        """The input texts of an example, cut where they are too long, which is noted."""
+        assert self._turn is not None  # noqa: S101 - only asked then
+        found = []
+        for _, value in example.inputs:
+            if isinstance(value, str):
+                text = self._turn.cut(value, self.budget.max_input_length)
+                if text != value and note:
+                    self.cut_inputs.add(text_key(value))
+                found.append(text)
+        return found
 
     def _pad(self, rows: Sequence[Sequence[_Chunk]], targets: Sequence[str], left: bool, once: bool = False) -> Batch:
         lengths = [sum(chunk.length for chunk in row) for row in rows]
@@ -297,6 +344,14 @@ class BatchMaker:
             positions_P=torch.from_numpy(positions),
             projected_P=projected_P,
         )
+
+
+def _written(context: str, rows_ND: Tensor) -> list[_Chunk]:
+    """What stands at the place of a vision-language model's picture."""
+    return [
+        _Chunk(context, len(ids), ids) if own_FD is None else _Chunk(context, len(ids), features_ND=own_FD)
+        for ids, own_FD in Written.of(rows_ND).runs()
+    ]
 
 
 _Item = tuple[Example, list[_Chunk], list[int]]  # an example, the chunks of its inputs with BOS, its target with EOS

@@ -30,6 +30,7 @@ from harness.model.budget import Order, Shares, by_member, choose
 from harness.model.components import check_files, empty_encoders, make_encoder, make_modalities, make_task, method_of
 from harness.model.context_model import ContextModel
 from harness.model.features import Features
+from harness.model.image_encoder import Connector, ImageEncoder
 from harness.model.kept import Kept, Key, bytes_of
 from harness.model.on_disk import OnDisk
 from harness.model.projector import Projector
@@ -108,7 +109,7 @@ def common_of(
     kept = kept or Kept(0)
     data, language_model = read_data(spec, device, kept, disk), load_language_model(spec, kept)
     compute_as(language_model.model, resources or Resources())
-    return Common(data, language_model, BatchMaker(data.features, language_model, spec.budget, spec.backbone))
+    return Common(data, language_model, BatchMaker(data.features, language_model, spec.budget, spec.pinned_backbone))
 
 
 def shared_copy(language_model: Any) -> Any:
@@ -219,14 +220,14 @@ def build(
     features = data.features
     if common:
         loaded, batches = common.language_model, common.batches
-        language_model = LanguageModel(shared_copy(loaded.model), loaded.tokenizer, loaded.tokens)
+        language_model = replace(loaded, model=shared_copy(loaded.model))
     else:
         language_model = load_language_model(spec, kept)
         compute_as(language_model.model, resources or Resources())
-        batches = BatchMaker(features, language_model, spec.budget, spec.backbone)
+        batches = BatchMaker(features, language_model, spec.budget, spec.pinned_backbone)
     widths = {context: features.width(context) for context in data.task.modalities}
     with during(f"adapter {spec.adapter.method} on {spec.backbone.language_model}"):
-        model = assemble(spec, language_model.model, widths)
+        model = assemble(spec, language_model.model, widths, connector_of(features.encoders))
     assembly.load(spec, model)
     model.to(device)
     return Built(
@@ -257,7 +258,8 @@ def load_language_model(spec: TrialSpec, kept: Kept) -> LanguageModel:
     backbone, fingerprint = spec.pinned_backbone, spec.fingerprints.get("language_model")
     if fingerprint is None or backbone.trust_remote_code:
         return backbones.load_language_model(backbone)
-    key: Key = ("language model", backbone.pinned_language_model, fingerprint, backbone.dtype)
+    whole = backbone.model is not None
+    key: Key = ("language model", backbone.pinned_language_model, fingerprint, backbone.dtype, whole)
     kept.forget("language model", but=key)
     method = method_of(spec.adapter, spec.relative_to)
 
@@ -270,7 +272,7 @@ def load_language_model(spec: TrialSpec, kept: Kept) -> LanguageModel:
     if key not in kept:
         return loaded
     model = copy.deepcopy(loaded.model) if trains(loaded) else _with_own_parameters(loaded.model)
-    return LanguageModel(model, loaded.tokenizer, loaded.tokens)
+    return replace(loaded, model=model)
 
 
 def compute_as(language_model: Any, resources: Resources) -> None:
@@ -362,7 +364,8 @@ def _encoder_key(spec: TrialSpec, modality: str, device: torch.device) -> Key | 
     if backbone.trust_remote_code or (fingerprint is None and not hub.is_builtin(name)):
         return None
     known = "" if fingerprint is not None and fingerprint.startswith(FOLDER) else name  # one folder is like another
-    return (f"encoder of {modality}", spec.task.modalities[modality].id, known, fingerprint, str(device))
+    key: Key = (f"encoder of {modality}", spec.task.modalities[modality].id, known, fingerprint, str(device))
+    return key if backbone.model is None else (*key, "of a model", backbone.connector, backbone.dtype)
 
 
 def _encoder(
@@ -380,13 +383,26 @@ def _encoder(
         return kept.of(key, load, bytes_of, device.type)
 
 
-def assemble(spec: TrialSpec, language_model: Any, feature_widths: Mapping[str, int]) -> ContextModel:
+def connector_of(encoders: Mapping[str, Encoder]) -> Connector | None:
+    """The connector of a vision-language model, to be trained or not; None: each context has a projector of ours."""
+    own = next((encoder for encoder in encoders.values() if isinstance(encoder, ImageEncoder)), None)
+    if own is None:
+        return None
+    if not own.apart:
+        return Connector()
+    return Connector(copy.deepcopy(own.connector).float().requires_grad_(True), own.rows)
+
+
+def assemble(
+    spec: TrialSpec, language_model: Any, feature_widths: Mapping[str, int], connector: Connector | None = None
+) -> ContextModel:
     """Assemble the model, and set ``requires_grad`` of its parameters.
 
     Args:
         spec: for the adapter and the seed of the initialisation.
         language_model: a Hugging Face causal LM.
         feature_widths: context → width of its encoder's features, for every context that is not text.
+        connector: of a vision-language model, at the place of the projectors.
     """
     method = method_of(spec.adapter, spec.relative_to)
     language_model.requires_grad_(False)
@@ -407,8 +423,16 @@ def assemble(spec: TrialSpec, language_model: Any, feature_widths: Mapping[str, 
     adapters = Adapters(language_model, methods, router, spec.seed, ungrouped, spec.backbone.roles, shared)
     adapters.attach(language_model)
     width = language_model.get_input_embeddings().embedding_dim
-    projectors = {context: Projector(own, width, spec.backbone) for context, own in feature_widths.items()}
-    return ContextModel(language_model, projectors, adapters, router)
+    projectors: dict[str, nn.Module] = {
+        context: connector or Projector(own, width, spec.backbone) for context, own in feature_widths.items()
+    }
+    model = ContextModel(language_model, projectors, adapters, router)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(
+            "it trains nothing: the language model and the connector of backbone.model are frozen; allowed: "
+            "backbone: {connector: trained}, or a method that trains something"
+        )
+    return model
 
 
 def count_parameters(spec: TrialSpec) -> Parameters:
@@ -436,6 +460,8 @@ def empty_model(spec: TrialSpec, encoders: Mapping[str, Encoder], device: str = 
     widths = {context: encoders[modality].width for context, modality in make_task(spec).modalities.items()}
     try:
         with torch.device(device):
-            return assemble(spec, language_model, widths)
+            connector = connector_of(encoders)
+            connector = connector and connector.to_empty(device=device)
+            return assemble(spec, language_model, widths, connector)
     except UserError as error:
         raise UserError(f"adapters: {spec.adapter.label} on {spec.backbone.language_model}: {error}") from None

@@ -56,7 +56,8 @@ class ContextModel(nn.Module):
         rows = embeds_BTD.flatten(0, 1)
         for context, projector in self.projectors.items():
             items = batch.items[context]
-            features_MD = items.features_MD.to(next(projector.parameters()).dtype)
+            weight = next(projector.parameters(), None)
+            features_MD = items.features_MD if weight is None else items.features_MD.to(weight.dtype)
             projected_PD = projector(features_MD, items.lengths).to(rows.dtype)
             if items.projected_P is not None:
                 projected_PD = projected_PD.index_select(0, items.projected_P)

@@ -17,7 +17,7 @@ from torch import Tensor
 from harness.core.errors import UserError
 from harness.core.paths import relative_to
 from harness.experiment.plan import TrialSpec
-from harness.model.backbones import LanguageModel, build_empty, load_tokenizer
+from harness.model.backbones import build_empty, with_processor
 from harness.model.batch import Batch
 from harness.model.batches import BatchMaker
 from harness.model.budget import Order
@@ -62,17 +62,19 @@ class FeatureSizes(Features):
 
     def __init__(self, task: Task, spec: TrialSpec) -> None:
         super().__init__(task, make_modalities(spec), empty_encoders(spec), torch.device("meta"))
-        self._shapes: dict[tuple[str, Path], torch.Size] = {}
+        self._sizes: dict[tuple[str, Path], Tensor] = {}
 
     def of(self, examples: Sequence[Example], views: Sequence[int] | None = None) -> list[list[Tensor]]:
         """Zeros of the shape that the encoders would return."""
         wanted = [[(self.task.modalities[context], path) for context, path in example.files] for example in examples]
-        new = dict.fromkeys(want for wants in wanted for want in wants if want not in self._shapes)
+        new = dict.fromkeys(want for wants in wanted for want in wants if want not in self._sizes)
         for modality in {modality for modality, _ in new}:
             paths = [path for own, path in new if own == modality]
             found = self.encoders[modality].encode([self.modalities[modality].load(path) for path in paths])
-            self._shapes |= {(modality, path): x_ND.shape for path, x_ND in zip(paths, found, strict=True)}
-        made = {want: torch.zeros(self._shapes[want]) for wants in wanted for want in wants}  # of a file one tensor
+            self._sizes |= {(modality, path): x_ND for path, x_ND in zip(paths, found, strict=True)}
+        sizes = {want: self._sizes[want] for wants in wanted for want in wants}
+        # Of a file one tensor. An encoder that says more than how many tokens there are says it without weights too.
+        made = {want: torch.zeros(x_ND.shape) if x_ND.is_meta else x_ND for want, x_ND in sizes.items()}
         return [[made[want] for want in wants] for wants in wanted]
 
 
@@ -109,26 +111,23 @@ def rows_of(spec: TrialSpec, train: Sequence[Example] | None, workers: int = 1, 
         first, other = (max(found, key=lambda batch: batch.token_ids_BT.numel()) for found in (batches, alone))
         looked_at = [(examples[draw.example], draw.reference) for draw in draws[:_LOOKED_AT]]
         texts_positions = (maker.text_positions(example, example.references[n]) for example, n in looked_at)
-        files = max(n for batch in alone for n in _file_positions(batch))
+        files = max(n for batch in alone for n in _file_positions(batch, task))
         rows, length = first.token_ids_BT.shape
         longest = files + max(texts_positions)
         # A batch of longer rows has fewer of them.
         return Rows(first, other, max(length, longest // rows if by_length else longest), train is None)
 
 
-def _file_positions(batch: Batch) -> list[int]:
-    """Positions of encoded files in each row."""
-    rows, length = batch.token_ids_BT.shape
-    taken = torch.zeros(rows * length, dtype=torch.long)
-    for items in batch.items.values():
-        taken[items.positions_P] = 1
-    return [int(n) for n in taken.view(rows, length).sum(dim=1)]
+def _file_positions(batch: Batch, task: Task) -> list[int]:
+    """Positions of encoded files in each row, with the marks around them."""
+    contexts = [number for number, context in enumerate(task.contexts) if context in task.modalities]
+    return [int(n) for n in torch.isin(batch.context_ids_BT, torch.tensor(contexts)).sum(dim=1)]
 
 
 def _maker(spec: TrialSpec, task: Task) -> BatchMaker:
     backbone = spec.pinned_backbone
-    language_model = LanguageModel(build_empty(backbone), load_tokenizer(backbone))
-    return BatchMaker(FeatureSizes(task, spec), language_model, spec.budget, spec.backbone)
+    language_model = with_processor(build_empty(backbone), backbone)
+    return BatchMaker(FeatureSizes(task, spec), language_model, spec.budget, backbone)
 
 
 @contextmanager

@@ -33,6 +33,8 @@ from harness.model.components import empty_encoders, make_modalities, make_task,
 from harness.model.frame import frame_of
 from harness.model.inputs import Inputs, Reader
 from harness.model.on_disk import cache_of
+from harness.model.turn import Turn
+from harness.model.vision_language import load_processor
 from harness.price.disk import FeatureSpace
 from harness.sweep.placement import per_worker, this_machine
 from harness.sweep.ray_folder import check_length, temporary_folder
@@ -121,7 +123,10 @@ def check_models(specs: Sequence[TrialSpec], resources: Resources | None = None)
     kinds = distinct(specs, "backbone", "fingerprints", "relative_to")
     for backbone in {(own := spec.pinned_backbone).model_dump_json(): own for spec in kinds}.values():
         check_backbone(backbone)
-        frame_of(load_tokenizer(backbone), backbone)
+        if backbone.model is None:
+            frame_of(load_tokenizer(backbone), backbone)
+        else:
+            Turn(load_processor(backbone), backbone)
         compute_as(build_empty(backbone), resources or Resources())
     for spec in distinct(specs, "task", "backbone", "adapter"):
         count_parameters(spec)

@@ -96,7 +96,11 @@ def _portable(spec: TrialSpec) -> dict[str, Any]:
     task = spec.task.model_copy(update={"metrics": {}})
     adapter = spec.adapter.model_copy(update={"init_from": {}})
     backbone = spec.backbone.model_copy(
-        update={"language_model": spec.pinned_backbone.language_model, "encoders": _located(spec)}
+        update={
+            "model": spec.pinned_backbone.model,
+            "language_model": spec.pinned_backbone.language_model,
+            "encoders": _located(spec),
+        }
     )
     return spec.model_copy(update={"task": task, "adapter": adapter, "backbone": backbone}).model_dump(mode="json")
 

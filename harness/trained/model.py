@@ -14,7 +14,7 @@ from harness.core.weights import check_unchanged
 from harness.experiment.plan import TrialSpec
 from harness.model.backbones import load_language_model
 from harness.model.batches import BatchMaker
-from harness.model.build import assemble
+from harness.model.build import assemble, connector_of
 from harness.model.components import make_encoder, make_modalities, make_task
 from harness.model.context_model import ContextModel
 from harness.model.features import Features
@@ -129,7 +129,8 @@ def load_trained(
     encoders = {name: make_encoder(backbone, name, modality) for name, modality in modalities.items()}
     features = Features(task, modalities, encoders, where)
     language_model = load_language_model(backbone)
-    model = assemble(spec, language_model.model, {context: features.width(context) for context in task.modalities})
+    widths = {context: features.width(context) for context in task.modalities}
+    model = assemble(spec, language_model.model, widths, connector_of(encoders))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     try:
         load_weights(folder / WEIGHTS, trained)
@@ -138,4 +139,4 @@ def load_trained(
     if spec.optimizer.bf16:
         model.bfloat16()
     model.to(where).eval().requires_grad_(False)
-    return Trained(found, spec, task, model, BatchMaker(features, language_model, spec.budget, spec.backbone))
+    return Trained(found, spec, task, model, BatchMaker(features, language_model, spec.budget, spec.pinned_backbone))

@@ -1,0 +1,204 @@
+"""The encoder of a vision-language model: its vision tower, and its connector where that is frozen.
+
+What it returns for a picture has the tokens too that the model's processor writes for it: in some classes there are
+marks around an image, its tiles and its rows. They are embedded by the language model, so ids are kept, not embeddings.
+
+Shapes: N rows of a picture, H of them its head, F features, D width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from harness.core.errors import UserError
+from harness.experiment.sections import Backbone
+from harness.model import vision_language
+from tasks.encoder import Encoder
+
+_AT_ONCE = 8  # pictures: of each there may be a dozen tiles
+IMAGE = -1  # in the ids of a picture: a feature is there
+
+
+@dataclass(frozen=True)
+class Written:
+    """What stands at an image's place in a row.
+
+    Attributes:
+        ids: of the tokens, ``IMAGE`` where a feature is.
+        features_FD: one for each of these, or several where a connector that is trained makes one of them.
+    """
+
+    ids: tuple[int, ...]
+    features_FD: Tensor
+
+    def packed(self) -> Tensor:
+        """All of it as rows (H + F, D), in fp32: the caches of features know tensors alone."""
+        width = self.features_FD.shape[1]
+        head = torch.tensor([0.0, len(self.ids), *self.ids])
+        head = torch.cat([head, head.new_zeros(-len(head) % width)]).view(-1, width)
+        head[0, 0] = len(head)
+        return torch.cat([head.to(self.features_FD.device), self.features_FD.float()])
+
+    @classmethod
+    def of(cls, rows_ND: Tensor) -> Written:
+        """What ``packed`` returned; its features are a view."""
+        head, count = int(rows_ND[0, 0]), int(rows_ND.flatten()[1])
+        ids = rows_ND[:head].flatten()[2 : 2 + count].long().tolist()
+        return cls(tuple(ids), rows_ND[head:])
+
+    def runs(self) -> list[tuple[tuple[int, ...], Tensor | None]]:
+        """Consecutive tokens, and consecutive features with as many places, in their order."""
+        found: list[tuple[tuple[int, ...], Tensor | None]] = []
+        places = self.ids.count(IMAGE)
+        each, start, at = len(self.features_FD) // max(places, 1), 0, 0
+        while start < len(self.ids):
+            stop = start
+            while stop < len(self.ids) and (self.ids[stop] == IMAGE) == (self.ids[start] == IMAGE):
+                stop += 1
+            if self.ids[start] == IMAGE:
+                taken = (stop - start) * each
+                found.append(((0,) * (stop - start), self.features_FD[at : at + taken]))
+                at += taken
+            else:
+                found.append((self.ids[start:stop], None))
+            start = stop
+        return found
+
+
+class ImageEncoder(Encoder):
+    """A vision-language model without its language model, and its processor.
+
+    Args:
+        model: the whole model; its language model is removed.
+        processor: of the model.
+        backbone: for ``connector``.
+        weights: whether it has some; else what ``encode`` returns has features of zeros.
+    """
+
+    modality: ClassVar = "image"
+
+    def __init__(self, model: Any, processor: Any, backbone: Backbone, weights: bool) -> None:
+        super().__init__()
+        self.kind, self.config = vision_language.kind_of(backbone)
+        self.processor, self.apart, self._weights = processor, backbone.connector == "trained", weights
+        self.text_width = int(model.get_input_embeddings().embedding_dim)
+        inner, decoder = model.model, model.get_decoder()
+        for name, child in list(inner.named_children()):
+            if child is decoder:
+                setattr(inner, name, nn.Module())
+        self.model = inner
+        self._takes = set(inspect.signature(inner.get_image_features).parameters)
+        self.width = self.text_width
+        if self.apart:
+            if self.kind.rows is None:
+                raise UserError(
+                    f"backbone.connector: that of {self.config.model_type!r} needs the size of each picture, so it "
+                    "cannot be trained apart from its vision tower; allowed: frozen"
+                )
+            self.width = self.kind.width(self.config)
+
+    @property
+    def connector(self) -> Any:
+        """Maps features of the tower to the width of the language model."""
+        return self.model.get_submodule(self.kind.connector)
+
+    @property
+    def rows(self) -> int:
+        """Features of the tower that the connector reads at once."""
+        return 1 if self.kind.rows is None else self.kind.rows(self.config)
+
+    @property
+    def each(self) -> int:
+        """Features that become one position."""
+        return self.rows // self.kind.tokens(self.config) if self.apart else 1
+
+    @torch.no_grad()
+    def encode(self, items: Sequence[Any]) -> list[Tensor]:
+        """What stands at the place of each picture, as ``Written.packed``."""
+        made = [self._process(item) for item in items]
+        found: list[Tensor] = []
+        for start in range(0, len(made), _AT_ONCE):
+            part = made[start : start + _AT_ONCE]
+            counts = [ids.count(IMAGE) * self.each for ids, _ in part]
+            features = self._features([pixels for _, pixels in part], counts)
+            found += [Written(ids, own_FD).packed() for (ids, _), own_FD in zip(part, features, strict=True)]
+        return found
+
+    def _process(self, item: Any) -> tuple[tuple[int, ...], dict[str, Tensor]]:
+        """The tokens of a picture, and what the tower reads of it."""
+        place = getattr(self.processor, self.kind.image_place)
+        read = self.processor(images=[item], text=[place], add_special_tokens=False, return_tensors="pt")
+        ids = [IMAGE if token == self.processor.image_token_id else token for token in read["input_ids"][0].tolist()]
+        return tuple(ids), {name: value for name, value in read.items() if name in self._takes}
+
+    def _features(self, pixels: Sequence[dict[str, Tensor]], counts: Sequence[int]) -> list[Tensor]:
+        """The features (F, D) of pictures, in one pass where their tensors have the same shapes."""
+        if not self._weights:
+            return [torch.zeros(count, self.width) for count in counts]
+        shapes = {tuple((name, value.shape[1:]) for name, value in own.items()) for own in pixels}
+        if len(shapes) > 1:
+            return [self._features([own], [count])[0] for own, count in zip(pixels, counts, strict=True)]
+        joined = {name: torch.cat([own[name] for own in pixels]).to(self.device) for name in pixels[0]}
+        into: list[Tensor] = []
+        handle = self.connector.register_forward_pre_hook(lambda _, args: into.append(args[0]))
+        try:
+            made = self.model.get_image_features(**joined).pooler_output
+        finally:
+            handle.remove()
+        rows = into if self.apart else [made] if isinstance(made, Tensor) else list(made)
+        flat_FD = torch.cat([x.reshape(-1, x.shape[-1]) for x in rows])
+        if len(flat_FD) != sum(counts):
+            raise ValueError(
+                f"the model makes {len(flat_FD):,} features of pictures for which its processor writes {sum(counts):,} "
+                "tokens: the processor is that of another model"
+            )
+        return list(torch.split(flat_FD, list(counts)))
+
+
+def make(backbone: Backbone, weights: bool) -> ImageEncoder:
+    """The encoder of ``backbone.model``.
+
+    Args:
+        backbone: that names it.
+        weights: whether they are loaded; else it is on the ``meta`` device.
+
+    Raises:
+        UserError: the model or its processor could not be loaded, or its connector cannot be trained apart.
+    """
+    processor = vision_language.load_processor(backbone)
+    if weights:
+        return ImageEncoder(vision_language.load(backbone), processor, backbone, weights=True)
+    with torch.device("meta"):
+        return ImageEncoder(vision_language.empty(backbone), processor, backbone, weights=False)
+
+
+class Connector(nn.Module):
+    """At a projector's place: the features of an encoder that ends with its connector pass through.
+
+    Args:
+        module: the model's connector, which is trained; None: it is part of the encoder.
+        rows: features that it reads at once.
+    """
+
+    def __init__(self, module: nn.Module | None = None, rows: int = 1) -> None:
+        super().__init__()
+        self.module, self.rows = module, rows
+
+    def forward(self, features_MD: Tensor, lengths: Sequence[int]) -> Tensor:
+        """The positions (P, D) of items.
+
+        Args:
+            features_MD: features of all items, concatenated.
+            lengths: of the items; they sum to M.
+        """
+        if self.module is None:
+            return features_MD
+        x_KRD = features_MD.view(-1, self.rows, features_MD.shape[1])
+        made: Tensor = self.module(x_KRD)
+        return made.flatten(0, 1)

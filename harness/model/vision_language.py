@@ -1,0 +1,305 @@
+"""Vision-language models as backbones: which classes are right here, and which of their modules is the language model.
+
+Such a model is a vision tower, a connector, and a decoder over embeddings. The decoder becomes the language model of a
+trial (``Decoder``), the tower its encoder (``harness/model/image_encoder.py``). The logits of a row are those of the
+class's own ``forward`` on what its processor makes of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.core import hub
+from harness.core.errors import UserError
+from harness.experiment.sections import Backbone
+
+DTYPES: Mapping[str | None, Any] = {  # of the key backbone.dtype
+    None: torch.float32,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "auto": "auto",
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A class of vision-language models.
+
+    Attributes:
+        connector: its module that maps features of the tower to the width of the language model.
+        rows: features of the tower that the connector reads at once, by the configuration; None: what the class does
+            with them depends on more than these, so the connector cannot be trained apart.
+        tokens: what it makes of them.
+        width: of each of them.
+        image_place: attribute of the processor: the text at whose place it writes an image.
+    """
+
+    connector: str = "multi_modal_projector"
+    rows: Callable[[Any], int] | None = None
+    tokens: Callable[[Any], int] = lambda _: 1
+    width: Callable[[Any], int] = lambda config: int(config.vision_config.hidden_size)
+    image_place: str = "image_token"
+
+
+def _one(_config: Any) -> int:
+    return 1
+
+
+def _patches(config: Any) -> int:
+    """Patches of a tile."""
+    return int((config.vision_config.image_size // config.vision_config.patch_size) ** 2)
+
+
+def _width_of_layers(config: Any) -> int:
+    layers = config.vision_feature_layer
+    return int(config.vision_config.hidden_size) * (1 if isinstance(layers, int) else len(layers))
+
+
+def _width_of_square(config: Any) -> int:
+    """Of the patches that are put together to one."""
+    return int(config.vision_config.hidden_size) * int(1 / config.downsample_ratio) ** 2
+
+
+_IDEFICS = Kind("connector", _patches, lambda config: _patches(config) // config.scale_factor**2)
+_VIDEO = "video_processor"
+# transformers' model_type → how it is read. Each is compared with its class's own forward in
+# tests/model/test_vision_language.py.
+KINDS: Mapping[str, Kind] = {
+    "llava": Kind(rows=_one, width=_width_of_layers),
+    "llava_next": Kind(),
+    "llava_onevision": Kind(),
+    "idefics3": _IDEFICS,
+    "smolvlm": _IDEFICS,
+    "internvl": Kind(rows=_one, width=_width_of_square),
+    "mistral3": Kind(),
+}
+# model_type → why its rows would be others than those of its class.
+REFUSED: Mapping[str, str] = {}
+
+
+def kind_of(backbone: Backbone) -> tuple[Kind, Any]:
+    """The class of ``backbone.model``, and its configuration.
+
+    Raises:
+        UserError: it cannot be loaded, is no vision-language model, or one of a class that would not be exact.
+    """
+    name = backbone.pinned_language_model
+    config = hub.load_config(name, backbone.trust_remote_code)
+    if kind := KINDS.get(config.model_type):
+        return kind, config
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
+
+    found = f"backbone.model: {name!r} is of the class {config.model_type!r}"
+    allowed = f"allowed: {', '.join(sorted(KINDS))}"
+    if reason := REFUSED.get(config.model_type):
+        raise UserError(f"{found}: {reason}; {allowed}")
+    if config.model_type in KNOWN:
+        raise UserError(f"{found}, whose rows were never compared with its own forward; {allowed}")
+    raise UserError(
+        f"{found}, which is no vision-language model; {allowed}; a language model is backbone.language_model"
+    )
+
+
+def load(backbone: Backbone) -> Any:
+    """The whole model with its weights, in evaluation mode.
+
+    Raises:
+        UserError: it could not be loaded, or its weights are those of other shapes.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    kind_of(backbone)
+    name = backbone.pinned_language_model
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            hub.resolve(name),
+            revision=hub.revision_of(name),
+            trust_remote_code=backbone.trust_remote_code,
+            dtype=DTYPES[backbone.dtype],
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below, by name
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise UserError(hub.load_error(name, error)) from error
+    if others := sorted(report["mismatched_keys"]):
+        key, found, wanted = others[0]
+        raise UserError(
+            f"backbone.model: {name!r}: {key} has the shape {tuple(found)} in its weights, but {tuple(wanted)} by its "
+            f"config.json ({len(others)} tensors differ); allowed: weights and config.json of one model"
+        )
+    if missing := sorted(report["missing_keys"]):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(f"backbone.model: {name!r}: weights are missing: {', '.join(missing[:3])}{more}")
+    return model.eval()
+
+
+def empty(backbone: Backbone) -> Any:
+    """The whole model without weights, on the device of the context.
+
+    Raises:
+        UserError: as in ``kind_of``, or its configuration does not fit its class.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    _, known = kind_of(backbone)
+    config = copy.deepcopy(known)  # a model keeps it, and adapters may change it
+    wanted = DTYPES[backbone.dtype]
+    dtype = (config.dtype or torch.float32) if wanted == "auto" else wanted
+    try:
+        return AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, trust_remote_code=backbone.trust_remote_code
+        ).eval()
+    except (ValueError, ImportError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"backbone.model: {backbone.pinned_language_model!r}: {reason}") from error
+
+
+def load_processor(backbone: Backbone) -> Any:
+    """The model's processor, whose pictures are read by Pillow.
+
+    Raises:
+        UserError: it could not be loaded, or it names no token that stands for an image.
+    """
+    from transformers import AutoProcessor, PreTrainedTokenizerFast
+
+    kind, config = kind_of(backbone)
+    name = backbone.pinned_language_model
+    options: dict[str, Any] = {
+        "revision": hub.revision_of(name),
+        "trust_remote_code": backbone.trust_remote_code,
+        "backend": "pil",
+    }
+    try:
+        own = _of_pictures(hub.resolve(name), config.model_type, options["revision"]) or AutoProcessor
+        found = own.from_pretrained(hub.resolve(name), **options)
+    except ImportError as error:
+        raise UserError(f"backbone.model: {name!r}: {' '.join(str(error).split())[:300]}") from error
+    except Exception as error:  # each processor has its own, for a file that is missing
+        raise UserError(hub.load_error(name, error)) from error
+    place = getattr(found, kind.image_place, None)
+    if not isinstance(place, str) or not isinstance(getattr(found, "image_token_id", None), int):
+        raise UserError(
+            f"backbone.model: {name!r}: its processor ({type(found).__name__}) has no image token; allowed: the "
+            "processor that the model was published with"
+        )
+    if not isinstance(found.tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"backbone.model: {name!r}: its tokenizer ({type(found.tokenizer).__name__}) does not say from where in a "
+            "text a token is; allowed: a fast tokenizer (tokenizer.json)"
+        )
+    return found
+
+
+class _NoVideo(dict[str, Any]):
+    """At the place of a video processor; SmolVLM's chat template asks for its attributes."""
+
+    num_frames = fps = None
+
+
+def _of_pictures(place: str, model_type: str, revision: str) -> Any:
+    """The class of a processor of pictures and videos, without the videos; None: it has none of these.
+
+    Videos are read by torchvision, whose builds for CPUs are in no index that pip asks by itself.
+    """
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
+    from transformers.processing_utils import ProcessorMixin
+
+    try:
+        named = ProcessorMixin.get_processor_dict(place, revision=revision)[0].get("processor_class")
+    except OSError:  # older models have no processor_config.json
+        named = None
+    kind = processor_class_from_name(named or PROCESSOR_MAPPING_NAMES.get(model_type))
+    if kind is None or _VIDEO not in getattr(kind, "get_attributes", list)():
+        return None
+
+    own = kind.get_attributes()
+    reads: Any = type(
+        kind.__name__, (kind,), {"get_attributes": classmethod(lambda _: [a for a in own if a != _VIDEO])}
+    )
+
+    def arguments(_: Any, *args: Any, **options: Any) -> list[Any]:
+        found: list[Any] = reads._get_arguments_from_pretrained(*args, **options)
+        found.insert(own.index(_VIDEO), _NoVideo())
+        return found
+
+    def check(self: Any, name: str, value: Any) -> Any:
+        return None if name == _VIDEO else kind.check_argument_for_proper_class(self, name, value)
+
+    changed = {"_get_arguments_from_pretrained": classmethod(arguments), "check_argument_for_proper_class": check}
+    return type(kind.__name__, (kind,), changed)
+
+
+def decoder_of(model: Any) -> Any:
+    """The language model of a vision-language model, with the names of its layers in a plain causal LM.
+
+    It shares the modules of the model, which is left as it is.
+    """
+    from transformers import GenerationMixin, PreTrainedModel
+
+    text = model.get_decoder()
+    own = next(kind for kind in type(text).__mro__ if PreTrainedModel in kind.__bases__)
+    kind = type(f"{type(model).__name__}Decoder", (Decoder, own, GenerationMixin), {})
+    decoder = kind(text, model.get_output_embeddings())
+    with suppress(AttributeError):
+        decoder.generation_config = model.generation_config
+    return decoder.eval()
+
+
+class Decoder:
+    """A causal LM of a vision-language model's decoder and output layer; embeddings of images are among its inputs.
+
+    It is joined with the pretrained base class of the decoder (``decoder_of``).
+    """
+
+    model: Any
+    lm_head: Any
+
+    def __init__(self, text: Any, head: Any) -> None:
+        super().__init__(text.config)  # type: ignore[call-arg]  # of the pretrained base class
+        self.model, self.lm_head = text, head
+
+    def get_input_embeddings(self) -> Any:
+        """The table of the tokens."""
+        return self.model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> Any:
+        """The output layer."""
+        return self.lm_head
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **options: Any,
+    ) -> Any:
+        """As ``forward`` of the causal LMs of transformers."""
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        found = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **options,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return CausalLMOutputWithPast(
+            logits=self.lm_head(found.last_hidden_state[:, kept, :]),
+            past_key_values=found.past_key_values,
+            hidden_states=found.hidden_states,
+            attentions=found.attentions,
+        )

@@ -1,0 +1,272 @@
+"""Vision-language models: the logits of a trial's rows are those of each class's own forward."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from harness.core.errors import UserError
+from harness.experiment.plan import TrialSpec
+from harness.experiment.sections import Backbone
+from harness.model import vision_language
+from harness.model.backbones import build_empty, load_language_model
+from harness.model.build import Built, build, count_parameters
+from harness.model.components import make_encoder
+from harness.model.image_encoder import IMAGE, Written
+from harness.model.sharing import why_not_shared
+from harness.model.turn import Turn
+from tasks.base import Example, Part
+from tasks.modalities.image import Image as ImageModality
+from tests.support.adapters import disturb
+from tests.support.trials import spec_of
+from tests.support.vision_language import KINDS, each_kind, save
+
+NONE = {"method": "none", "learning_rate": 1e-3}
+LORA = {"method": "lora", "rank": 2, "grouping": "specific", "learning_rate": 6e-3}
+PROMPT = "What is in the picture?"
+CAPTIONS = ["a red circle", "a square and a blue circle", "yes"]
+
+
+def make(tmp_path: Path, kind: str, adapter: Mapping[str, Any] = NONE, **backbone: Any) -> tuple[TrialSpec, Built]:
+    """A trial's model on a saved one."""
+    folder = tmp_path / kind
+    if not folder.exists():
+        save(kind, folder)
+    spec = spec_of(tmp_path, adapter, backbone={"model": str(folder), **backbone})
+    return spec, build(spec, torch.device("cpu"))
+
+
+def picture(path: Path, width: int, height: int) -> Path:
+    noise = np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    return path
+
+
+def read_by_its_processor(folder: Path, image: Path, prompt: str) -> Any:
+    """The ids and pixels of a whole turn."""
+    processor = vision_language.load_processor(Backbone(model=str(folder)))
+    content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    turn = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return processor(images=[Image.open(image)], text=[turn], return_tensors="pt")
+
+
+def expected_nll(folder: Path, image: Path, prompt: str, caption: str) -> Tensor:
+    """By the class's own forward."""
+    model = hf.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    read = read_by_its_processor(folder, image, prompt)
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    target = [*tokenizer(caption, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    length = read["input_ids"].shape[1]
+    ids = torch.cat([read["input_ids"], torch.tensor([target])], dim=1)
+    extra = {name: x for name, x in read.items() if name not in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits[0, length - 1 : -1]
+    return F.cross_entropy(logits, torch.tensor(target), reduction="sum")
+
+
+def pictures(folder: Path) -> list[Path]:
+    sizes = ((44, 30), (30, 44), (20, 20))
+    return [picture(folder / f"{n}.png", *size) for n, size in enumerate(sizes)]
+
+
+def examples_of(paths: list[Path]) -> list[Example]:
+    return [Example(str(n), (Part("image", path),), (CAPTIONS[n],)) for n, path in enumerate(paths)]
+
+
+@each_kind(KINDS)
+def test_a_row_has_the_likelihood_that_the_class_gives_it(kind: str, tmp_path: Path) -> None:
+    _, built = make(tmp_path, kind, LORA, prompt=PROMPT)  # an adapter that is not trained changes nothing
+    paths = pictures(tmp_path)
+    built.model.eval()
+    with torch.no_grad():
+        found_R, _ = built.model(built.batches.make(examples_of(paths), CAPTIONS))
+    pairs = zip(paths, CAPTIONS, strict=True)
+    expected_R = torch.stack([expected_nll(tmp_path / kind, path, PROMPT, caption) for path, caption in pairs])
+    torch.testing.assert_close(found_R, expected_R, atol=1e-5, rtol=1e-5)
+
+
+@each_kind(kind for kind in KINDS if vision_language.KINDS[kind].rows)
+def test_a_connector_that_is_trained_begins_as_that_of_the_model(kind: str, tmp_path: Path) -> None:
+    examples = examples_of(pictures(tmp_path))
+    losses = []
+    for connector in ("frozen", "trained"):
+        _, built = make(tmp_path, kind, LORA, connector=connector)
+        nll_R, _ = built.model.eval()(built.batches.make(examples, CAPTIONS))
+        losses.append(nll_R)
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-5)
+    losses[1].sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in built.model.projectors.parameters())
+
+
+@each_kind(KINDS)
+def test_rows_that_share_a_picture_have_the_same_likelihoods(kind: str, tmp_path: Path) -> None:
+    _, built = make(tmp_path, kind, LORA)
+    disturb(built.model.adapters.parameters())
+    first, second, _ = examples_of(pictures(tmp_path))
+    built.model.eval()
+    rows = [[(first, "a red circle"), (first, "yes")], [(second, "no"), (second, "a square")]]
+    with torch.no_grad():
+        shared_R, _ = built.model(built.batches.make_shared(rows))
+        alone = [pair for row in rows for pair in row]
+        alone_R, _ = built.model(built.batches.make([e for e, _ in alone], [text for _, text in alone]))
+    torch.testing.assert_close(shared_R, alone_R, atol=1e-5, rtol=1e-5)
+    assert why_not_shared(built.model, built.batches) is None
+
+
+@each_kind(KINDS)
+def test_texts_are_those_that_the_class_generates(kind: str, tmp_path: Path) -> None:
+    _, built = make(tmp_path, kind, LORA, prompt=PROMPT)
+    folder, paths = tmp_path / kind, pictures(tmp_path)
+    built.model.eval()
+    prompts = built.batches.prompts(examples_of(paths))
+    eos = built.batches.language_model.eos_id
+    found_BN = built.model.generate(prompts, "text", 8, eos)
+    beams_BN = built.model.generate(prompts, "text", 8, eos, num_beams=2)
+    model = hf.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    for number, path in enumerate(paths):
+        read = read_by_its_processor(folder, path, PROMPT)
+        for beams, ids_BN in ((1, found_BN), (2, beams_BN)):
+            with torch.no_grad():
+                ids = model.generate(**read, max_new_tokens=8, do_sample=False, num_beams=beams, eos_token_id=eos)
+            expected = ids[0, read["input_ids"].shape[1] :].tolist()
+            found = ids_BN[number].tolist()
+            assert found[: len(expected)] == expected
+            assert set(found[len(expected) :]) <= {eos}
+
+
+def test_a_question_within_a_turn_has_a_context_of_its_own(tmp_path: Path) -> None:
+    folder = save("idefics3", tmp_path / "idefics3")
+    backbone = Backbone(model=str(folder), prompt="Answer:")
+    turn = Turn(vision_language.load_processor(backbone), backbone)
+    path = picture(tmp_path / "0.png", 44, 30)
+    pieces = turn.pieces((Part("image", path), Part("question", "Is it red?")), ["Is it red?"])
+    assert [piece.input for piece in pieces] == [None, 0, None, 1, None]
+    read = turn.tokenizer.decode
+    assert [read(piece.ids) for piece in pieces if piece.ids] == ["USER: ", "\n", "Is it red?", "\nAnswer: ASSISTANT:"]
+    (rows_ND,) = make_encoder(backbone, "image", ImageModality()).encode([ImageModality().load(path)])
+    image = Written.of(rows_ND).ids
+    marks = [turn.processor.image_token_id if token == IMAGE else token for token in image]
+    ids = [token for piece in pieces for token in (marks if piece.ids is None else piece.ids)]
+    content = [{"type": "image"}, {"type": "text", "text": "Is it red?"}, {"type": "text", "text": "Answer:"}]
+    turned = turn.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    assert ids == turn.processor(images=[Image.open(path)], text=[turned])["input_ids"][0]
+    assert turn.cut("Is it red?", 2) == turn.tokenizer.decode(turn.tokenizer("Is it red?")["input_ids"][:2])
+
+
+@each_kind(KINDS)
+def test_what_stands_at_a_pictures_place_is_known_without_weights(kind: str, tmp_path: Path) -> None:
+    backbone = Backbone(model=str(save(kind, tmp_path / kind)))
+    items = [ImageModality().load(path) for path in pictures(tmp_path)]
+    for connector in ("frozen", "trained"):
+        if connector == "trained" and not vision_language.KINDS[kind].rows:
+            continue
+        own = backbone.model_copy(update={"connector": connector})
+        full = make_encoder(own, "image", ImageModality()).encode(items)
+        empty = make_encoder(own, "image", ImageModality(), weights=False).encode(items)
+        assert [Written.of(x).ids for x in full] == [Written.of(x).ids for x in empty]
+        assert [x.shape for x in full] == [x.shape for x in empty]
+
+
+@each_kind(KINDS)
+def test_every_parameter_is_counted_once(kind: str, tmp_path: Path) -> None:
+    spec, built = make(tmp_path, kind, LORA)
+    model = hf.AutoModelForImageTextToText.from_pretrained(tmp_path / kind)
+    counted = built.parameters
+    connector = model.model.get_submodule(vision_language.KINDS[kind].connector)
+    assert counted == count_parameters(spec)
+    assert counted.projector == sum(p.numel() for p in connector.parameters())
+    assert counted.total - counted.adapter == sum(p.numel() for p in model.parameters())
+    text = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
+    assert counted.language_model == sum(p.numel() for p in text)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("swinv2", "is of the class 'vit', which is no vision-language model; allowed: .*a language model is"),
+        ("blip", "is of the class 'blip', whose rows were never compared with its own forward; allowed: "),
+    ],
+)
+def test_a_model_of_another_kind_is_refused(name: str, message: str, tmp_path: Path) -> None:
+    config = hf.ViTConfig() if name == "swinv2" else hf.BlipConfig()
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        build_empty(Backbone(model=str(tmp_path)))
+
+
+def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:
+    folder = save("llava", tmp_path / "llava")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["intermediate_size"] = 64
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match=r"down_proj\.weight has the shape \(32, 48\) in its weights, but \(32, 64\) by"
+    ):
+        load_language_model(Backbone(model=str(folder)))
+
+
+def test_a_checkpoint_without_its_tower_is_refused(tmp_path: Path) -> None:
+    folder = save("llava", tmp_path / "llava")
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: x for name, x in tensors.items() if "vision" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"weights are missing: model\.vision_tower.* and \d+ more"):
+        load_language_model(Backbone(model=str(folder)))
+
+
+def test_a_processor_without_an_image_token_is_refused(tmp_path: Path) -> None:
+    folder = save("llava", tmp_path / "llava")
+    for name in ("processor_config.json", "chat_template.jinja"):
+        (folder / name).unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(UserError, match="backbone"):
+        vision_language.load_processor(Backbone(model=str(folder)))
+
+
+def test_a_processor_of_another_model_is_refused(tmp_path: Path) -> None:
+    folder = save("llava", tmp_path / "llava")
+    settings = json.loads((folder / "processor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps(settings | {"patch_size": 8}))
+    encoder = make_encoder(Backbone(model=str(folder)), "image", ImageModality())
+    with pytest.raises(ValueError, match="makes 16 features of pictures for which its processor writes 4 tokens"):
+        encoder.encode([Image.new("RGB", (20, 20))])
+
+
+def test_keys_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+    def refused(message: str, **backbone: Any) -> None:
+        with pytest.raises(UserError, match=message):
+            spec_of(tmp_path, NONE, backbone=backbone)
+
+    folder = str(save("llava", tmp_path / "llava", template=False))
+    refused("backbone.language_model: found with backbone.model", model=folder, language_model="builtin/tiny-llama")
+    refused("backbone.projector: found with backbone.model", model=folder, projector="mlp")
+    refused("backbone.connector: it is that of backbone.model, which is missing", connector="trained")
+    with pytest.raises(UserError, match=r"backbone\.model: found .*reads images and text, but task trends has series"):
+        spec_of(tmp_path, NONE, backbone={"model": folder}, task="trends")
+    nothing = spec_of(tmp_path, NONE, backbone={"model": folder})
+    with pytest.raises(UserError, match=r"it trains nothing: .*allowed: backbone: \{connector: trained\}"):
+        count_parameters(nothing)
+    templated = Backbone(model=folder, chat_template=True)
+    with pytest.raises(UserError, match="has no chat template; allowed: false"):
+        Turn(vision_language.load_processor(templated), templated)
+
+
+def test_a_trials_id_tells_whether_the_connector_is_trained(tmp_path: Path) -> None:
+    folder = str(save("llava", tmp_path / "llava"))
+    plain, same, other, untemplated = (
+        spec_of(tmp_path, LORA, backbone={"model": folder, **extra}).trial_id
+        for extra in ({}, {"connector": "frozen"}, {"connector": "trained"}, {"chat_template": False})
+    )
+    assert plain == same
+    assert len({plain, other, untemplated}) == 3

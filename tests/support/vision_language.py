@@ -1,0 +1,243 @@
+"""Vision-language models of every class that the harness takes, saved with random weights and a small processor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers as hf
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from tasks.drawing.scene import COLOURS
+
+TEXT = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "initializer_range": 0.2, "tie_word_embeddings": False,
+}  # fmt: skip
+TOWER = {
+    "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16,
+    "patch_size": 4,
+}  # fmt: skip
+_PINPOINTS = [[16, 32], [32, 16], [32, 32]]
+SQUARE = {"height": 16, "width": 16}
+_SAID = ["A chat between a user and an assistant.", "What is in the picture? Describe it.", "ASSISTANT: USER: yes no"]
+TURNS = (
+    "{% for m in messages %}{{ m.role | upper }}: {% for part in m.content %}{% if part.type == 'image' %}"
+    "PLACE{% else %}{{ '\n' + part.text }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
+
+
+class Kind(NamedTuple):
+    """A class of models.
+
+    Attributes:
+        tokens: special ones, besides those that begin and end texts.
+        model: makes one, of the tokenizer.
+        processor: makes its processor, of the tokenizer; or its image processor and the options of a class whose
+            processor needs torchvision for videos, which is not installed.
+        place: what stands for a picture in the chat template.
+    """
+
+    tokens: tuple[str, ...]
+    model: Callable[[Any], Any]
+    processor: Callable[[Any], Any]
+    place: str
+    named: Mapping[str, str] = {}  # attributes of the tokenizer that are special tokens
+
+
+def tokenizer(kind: Kind) -> Any:
+    """A byte-level BPE of a few words, with the special tokens of a class."""
+    own = Tokenizer(models.BPE())
+    own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    own.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=["<s>", "</s>", "<pad>"],
+    )  # fmt: skip
+    own.train_from_iterator([*_SAID, *(f"a {colour} circle and a square" for colour in COLOURS)], trainer)
+    own.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in kind.tokens])
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=own,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens=dict(kind.named),
+    )
+
+
+def _needs(name: str) -> list[pytest.MarkDecorator]:
+    """Skips a class whose processor needs a library that is not installed."""
+    library = {"mistral3": "torchvision", "smolvlm": "num2words"}.get(name)
+    missing = library is not None and find_spec(library) is None
+    return [pytest.mark.skipif(missing, reason=f"the processor of {name} needs {library}, which is not installed")]
+
+
+def each_kind(names: Iterable[str]) -> pytest.MarkDecorator:
+    """A test of each class."""
+    return pytest.mark.parametrize("kind", [pytest.param(name, marks=_needs(name)) for name in names])
+
+
+def save(name: str, folder: Path, template: bool = True) -> Path:
+    """Save a model of a class with its processor."""
+    kind = KINDS[name]
+    made = tokenizer(kind)
+    torch.manual_seed(0)
+    model = kind.model(made).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.normal_(0, 0.15)
+    model.save_pretrained(folder)
+    processor = kind.processor(made)
+    turns = TURNS.replace("PLACE", kind.place) if template else None
+    if not isinstance(processor, tuple):
+        processor.chat_template = turns
+        processor.save_pretrained(folder)
+        return folder
+    pixels, options = processor
+    pixels.save_pretrained(folder)
+    made.save_pretrained(folder)
+    (folder / "processor_config.json").write_text(json.dumps(options))
+    video = options["processor_class"].replace("Processor", "VideoProcessor")
+    (folder / "video_preprocessor_config.json").write_text(json.dumps({"video_processor_type": video}))
+    if turns:
+        (folder / "chat_template.jinja").write_text(turns)
+    return folder
+
+
+def _text(kind: str, made: Any, **options: Any) -> dict[str, Any]:
+    return {"model_type": kind, "vocab_size": len(made), **_special(made), **TEXT, **options}
+
+
+def _special(made: Any) -> dict[str, int]:
+    return {"bos_token_id": made.bos_token_id, "eos_token_id": made.eos_token_id, "pad_token_id": made.pad_token_id}
+
+
+def _id(made: Any, token: str) -> int:
+    found: int = made.convert_tokens_to_ids(token)
+    return found
+
+
+def _llava(made: Any) -> Any:
+    config = hf.LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **TOWER}, text_config=_text("llama", made),
+        image_token_id=_id(made, "<image>"), vision_feature_layer=-2, vision_feature_select_strategy="default",
+        image_seq_length=16,
+    )  # fmt: skip
+    return hf.LlavaForConditionalGeneration(config)
+
+
+def _llava_processor(made: Any) -> Any:
+    pixels = hf.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=SQUARE)
+    return hf.LlavaProcessor(
+        pixels, made, patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+
+
+_IDEFICS_TOKENS = (
+    "<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>",
+    *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
+)  # fmt: skip
+
+
+def _idefics(config: Any, model: Any, tower: Mapping[str, Any]) -> Callable[[Any], Any]:
+    def make(made: Any) -> Any:
+        return model(
+            config(
+                vision_config=dict(tower), text_config=_text("llama", made), image_token_id=_id(made, "<image>"),
+                scale_factor=2, pad_token_id=made.pad_token_id, tie_word_embeddings=False,
+            )
+        )  # fmt: skip
+
+    return make
+
+
+_TILES = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}, "do_image_splitting": True}
+
+
+def _idefics_processor(made: Any) -> Any:
+    return hf.Idefics3Processor(hf.Idefics3ImageProcessorPil(**_TILES), made, image_seq_len=4)
+
+
+def _smolvlm_processor(_: Any) -> Any:
+    return hf.SmolVLMImageProcessorPil(**_TILES), {"processor_class": "SmolVLMProcessor", "image_seq_len": 4}
+
+
+def _internvl(made: Any) -> Any:
+    tower = {**TOWER, "image_size": [16, 16], "patch_size": [4, 4]}
+    config = hf.InternVLConfig(
+        vision_config={"model_type": "internvl_vision", **tower}, text_config=_text("qwen2", made),
+        image_token_id=_id(made, "<IMG_CONTEXT>"), image_seq_length=4, downsample_ratio=0.5, vision_feature_layer=-1,
+    )  # fmt: skip
+    return hf.InternVLForConditionalGeneration(config)
+
+
+def _internvl_processor(_: Any) -> Any:
+    pixels = hf.GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=True, min_patches=1, max_patches=4)
+    return pixels, {"processor_class": "InternVLProcessor", "image_seq_length": 4}
+
+
+def _mistral3(made: Any) -> Any:
+    tower = {**TOWER, "model_type": "pixtral", "image_size": 24, "head_dim": 6}
+    config = hf.Mistral3Config(
+        vision_config=tower, text_config=_text("mistral", made, head_dim=8, sliding_window=None),
+        image_token_id=_id(made, "[IMG]"), spatial_merge_size=2, vision_feature_layer=-1,
+    )  # fmt: skip
+    return hf.Mistral3ForConditionalGeneration(config)
+
+
+def _mistral3_processor(made: Any) -> Any:
+    pixels = hf.PixtralImageProcessorPil(size={"longest_edge": 24}, patch_size={"height": 4, "width": 4})
+    return hf.PixtralProcessor(pixels, made, patch_size=4, spatial_merge_size=2)
+
+
+def _onevision(made: Any) -> Any:
+    config = hf.LlavaOnevisionConfig(
+        vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **TOWER},
+        text_config=_text("qwen2", made), image_token_id=_id(made, "<image>"), video_token_id=_id(made, "<video>"),
+        vision_feature_layer=-1, vision_feature_select_strategy="full", image_grid_pinpoints=_PINPOINTS,
+    )  # fmt: skip
+    return hf.LlavaOnevisionForConditionalGeneration(config)
+
+
+def _onevision_processor(_: Any) -> Any:
+    pixels = hf.LlavaOnevisionImageProcessorPil(size=SQUARE, image_grid_pinpoints=_PINPOINTS)
+    options = {"num_image_tokens": 16, "vision_feature_select_strategy": "full"}
+    return pixels, {"processor_class": "LlavaOnevisionProcessor", **options}
+
+
+KINDS = {
+    "llava": Kind(("<image>",), _llava, _llava_processor, "<image>"),
+    "idefics3": Kind(
+        _IDEFICS_TOKENS,
+        _idefics(hf.Idefics3Config, hf.Idefics3ForConditionalGeneration, TOWER),
+        _idefics_processor,
+        "<image>",
+    ),
+    "smolvlm": Kind(
+        _IDEFICS_TOKENS,
+        _idefics(hf.SmolVLMConfig, hf.SmolVLMForConditionalGeneration, TOWER),
+        _smolvlm_processor,
+        "<image>",
+    ),
+    "internvl": Kind(
+        ("<img>", "</img>", "<IMG_CONTEXT>", "<video>"),
+        _internvl,
+        _internvl_processor,
+        "<IMG_CONTEXT>",
+        {
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        },
+    ),
+    "mistral3": Kind(("[IMG]", "[IMG_BREAK]", "[IMG_END]"), _mistral3, _mistral3_processor, "[IMG]"),
+    "llava_onevision": Kind(("<image>", "<video>"), _onevision, _onevision_processor, "<image>"),
+}
