@@ -82,6 +82,14 @@ class AudioCaptions(FileTask):
                 csv.writer(file).writerows(rows)
         return {"root": str(folder)}
 
+    def annotation_files(self) -> list[Path] | None:
+        """The tables of every split; None where clips are left out, which is told each time."""
+        if self.config.missing == "skip":
+            return None
+        tables = self.root / self.config.csv_folder
+        layout = self.config.layout if self.config.layout != "auto" else find_layout(tables)
+        return [or_compressed(tables / _csv_name(layout, name)) for name in _NAMES[layout].values()]
+
     def read_splits(self, problems: ProblemList) -> Mapping[Split, list[Example]]:
         """The clips of a split in the order of their first captions."""
         require_folder(self.root, "captions and recordings")

@@ -26,7 +26,7 @@ from pydantic import Field, model_validator
 from harness.core.errors import ProblemList, UserError, did_you_mean
 from harness.core.paths import ExperimentPath
 from tasks.base import Config, Example, Split
-from tasks.formats.coco import read_captioned, read_captions, write_annotations
+from tasks.formats.coco import captions_file, read_captioned, read_captions, write_annotations
 from tasks.formats.hub_datasets import DatasetSource, materialise
 from tasks.formats.karpathy import read_karpathy
 from tasks.modalities.augmentation import Augmentation
@@ -96,6 +96,18 @@ class CocoCaptions(FileTask):
     def augment(self, context: str, item: Image.Image, rng: np.random.Generator) -> Image.Image:
         """Change a picture as configured by ``augmentation``."""
         return self.config.augmentation.apply(item, rng)
+
+    def annotation_files(self) -> list[Path]:
+        """The captions of every split."""
+        config = self.config
+        if config.karpathy is not None:
+            found = [config.karpathy]
+        else:
+            names = (config.train, config.validation) if config.dataset is None else tuple(config.dataset.splits)
+            found = [captions_file(self.root, name) for name in names]
+        if config.test is not None:
+            found.append(captions_file(config.test_root or self.root, config.test))
+        return [Path(path) for path in found]
 
     def read_splits(self, problems: ProblemList) -> Splits:
         """The images of a split in the order of its annotation file.

@@ -95,6 +95,11 @@ class Speech(FileTask):
                 write_tone(folder / "recordings" / f"{digit}_{speaker}_0.wav", 300 + 200 * digit + 20 * number)
         return {"root": str(folder)}
 
+    def annotation_files(self) -> list[Path] | None:
+        """The tables of an audiofolder; in the other layouts folders and small files say what there is."""
+        layout = self.config.layout if self.config.layout != "auto" else find_layout(self.root)
+        return _tables(self.root) if layout == "audiofolder" else None
+
     def read_splits(self, problems: ProblemList) -> Splits:
         """The recordings of a split in the order of their table, or of their names."""
         require_folder(self.root, "recordings")

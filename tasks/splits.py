@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import get_args
@@ -12,6 +13,7 @@ from typing import get_args
 from harness.core.errors import ProblemList, UserError
 from tasks.base import Example, Split, Task
 from tasks.containers.text_files import unicode_problem
+from tasks.parsed import parsed_once
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 
@@ -31,13 +33,29 @@ class FileTask(Task):
             OSError: a file or folder could not be read.
         """
 
+    def annotation_files(self) -> Sequence[Path] | None:
+        """The files that the examples are read from, besides the names of their inputs: they are parsed once a machine.
+
+        None, by default: not known, so they are parsed by every trial.
+
+        Raises:
+            UserError: they cannot be found, which ``read_splits`` says again.
+        """
+        return None
+
     @property
     def root(self) -> Path:
         """The folder of the data, which messages name: the option ``root``."""
         return Path(self.config.root)
 
     @cached_property
-    def _splits(self) -> Mapping[Split, tuple[Example, ...]]:
+    def _splits(self) -> Mapping[Split, Sequence[Example]]:
+        files: Sequence[Path] | None = None
+        with suppress(UserError, OSError):  # reading says what is wrong
+            files = self.annotation_files()
+        return parsed_once(self, files, self._read_and_check)
+
+    def _read_and_check(self) -> Mapping[Split, Sequence[Example]]:
         problems = ProblemList()
         splits: Mapping[Split, Sequence[Example]] = {}
         try:

@@ -71,6 +71,11 @@ class Text(FileTask):
             (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         return {"root": str(folder), "validation": "validation.jsonl", "test": "test.jsonl"}
 
+    def annotation_files(self) -> list[Path]:
+        """The files of every split."""
+        names = filter(None, (self.config.train, self.config.validation, self.config.test))
+        return [path for name in names for path in _find(self.root, name, ProblemList())]
+
     def read_splits(self, problems: ProblemList) -> dict[Split, tuple[Example, ...]]:
         """The lines of a split, in the order of the file names and of the lines."""
         root = self.root

@@ -27,7 +27,7 @@ from harness.core.errors import ProblemList
 from harness.core.paths import ExperimentPath
 from tasks.base import Config, Example, Part, Split
 from tasks.formats.data_files import require_folder
-from tasks.formats.vqa import FORMATS, Question, detect
+from tasks.formats.vqa import FORMATS, Question, detect, files_of
 from tasks.splits import FileTask, check_disjoint, in_test_half
 
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # part of a file name: cannot lead out of the root
@@ -66,6 +66,12 @@ class VQA(FileTask):
         _write_vqav2(folder, "train2014", range(1, 5), questions=2)
         _write_vqav2(folder, "val2014", range(15, 23), questions=1)
         return {"root": str(folder)}
+
+    def annotation_files(self) -> list[Path]:
+        """The questions and annotations of every split."""
+        form = FORMATS[self.config.format or detect(self.root)]
+        names = [self.config.train or form.train, self.config.validation or form.validation, self.config.test]
+        return [path for name in names if name is not None for path in files_of(self.root, form, name)]
 
     def read_splits(self, problems: ProblemList) -> dict[Split, tuple[Example, ...]]:
         """The questions of a split in the order of its file."""

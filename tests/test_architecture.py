@@ -21,7 +21,7 @@ FLOORS = (
     ("harness.core",),
     ("adapters.placement", "tasks.encoder", "tasks.cache_folder", "tasks.containers", "results.statistics", "clusters"),
     ("adapters.base", "tasks.base", "results.leaderboard"),
-    ("adapters.one_input",),
+    ("adapters.one_input", "tasks.parsed"),
     ("adapters.attach", "tasks.registry", "tasks.splits", "tasks.modalities.encoders", "tasks.metrics.coco"),
     ("adapters.methods", "tasks.formats", "tasks.drawing", "tasks.modalities", "tasks.metrics", "results.page.plots"),
     ("adapters.registry", "tasks", "results.page", "results.export"),

@@ -20,6 +20,7 @@ from harness.core.errors import UserError
 from harness.model import buckets
 from harness.model.workers import Workers
 from tasks.base import Example
+from tasks.parsed import ParsedExamples
 
 References = Literal["one", "all", "grouped"]
 _BATCHES = 1 << 62  # of the seeds of the order of batches, apart from those of the items of an epoch
@@ -64,21 +65,30 @@ def choose(
     Raises:
         UserError: ``count`` is larger than the split, or a member has fewer examples than its share.
     """
-    ranked = sorted(examples, key=lambda example: _rank(seed, example.id))
+    order = _ranked(examples, seed)
     if count == "all":
-        return ranked
+        return [examples[i] for i in order]
     if count > len(examples):
         raise UserError(
             f"{what}: requests {count:,} examples, but there are {len(examples):,}; allowed: at most {len(examples):,}"
         )
-    indices = by_member(ranked)
-    shares = shares or {member: len(own) / len(ranked) for member, own in indices.items()}
+    members = examples.members if isinstance(examples, ParsedExamples) else [example.member for example in examples]
+    indices: dict[str, list[int]] = {}
+    for place, index in enumerate(order):
+        indices.setdefault(members[index], []).append(place)
+    shares = shares or {member: len(own) / len(order) for member, own in indices.items()}
     wanted = apportion(count, shares)
     for member, number in wanted.items():
         if number > len(indices.get(member, ())):
             found = len(indices.get(member, ()))
             raise UserError(f"{what}: {number:,} of {count:,} examples would come from {member!r}, which has {found:,}")
-    return [ranked[i] for i in sorted(i for member, number in wanted.items() for i in indices[member][:number])]
+    return [examples[order[i]] for i in sorted(i for member, own in wanted.items() for i in indices[member][:own])]
+
+
+def _ranked(examples: Sequence[Example], seed: int) -> list[int]:
+    """Indices in an order that depends only on the seed and the ids."""
+    ids = examples.ids if isinstance(examples, ParsedExamples) else [example.id for example in examples]
+    return sorted(range(len(ids)), key=lambda i: _rank(seed, ids[i]))
 
 
 def leading_inputs(example: Example) -> Leading:

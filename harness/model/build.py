@@ -37,6 +37,7 @@ from harness.model.projector import Projector
 from harness.model.row_lengths import RowLengths
 from tasks.base import Example, Modality, Split, Task
 from tasks.encoder import Encoder
+from tasks.parsed import ParsedExamples
 from tasks.splits import SPLITS
 
 _MOST_TEXTS = 100_000  # whose tokens are kept from one trial for the next
@@ -343,10 +344,11 @@ def _read_task(spec: TrialSpec) -> tuple[Task, dict[Split, Sequence[Example]]]:
 
 
 def _bytes_of(splits: Iterable[Sequence[Example]]) -> int:
-    """About the memory of examples."""
+    """About the memory of examples; those that are mapped are made when they are asked for."""
     return sum(
         _EXAMPLE_BYTES + sum(map(len, example.references)) + sum(len(str(value)) for _, value in example.inputs)
         for examples in splits
+        if not isinstance(examples, ParsedExamples)
         for example in examples
     )
 

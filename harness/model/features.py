@@ -246,23 +246,26 @@ class Features:
             planned = {want: self._planned.get((modality, want.path)) if want.view is None else None for want in wants}
             alone = [want for want, call in planned.items() if call is None]
             for call in (*dict.fromkeys(filter(None, planned.values())), *self._calls(modality, alone)):
-                for want, x_ND in zip(call, self._of_call(modality, call), strict=True):
+                own, mapped = self._of_call(modality, call)
+                for want, x_ND in zip(call, own, strict=True):
                     found[want.path, want.view] = x_ND
                     if want.view is None:
-                        self._store((modality, want.path), x_ND)
+                        self._store((modality, want.path), x_ND, mapped)
             rows |= {want: found[want.path, want.view] for want in wants}
         return rows
 
-    def _of_call(self, modality: str, call: _Call) -> list[Tensor]:
+    def _of_call(self, modality: str, call: _Call) -> tuple[list[Tensor], bool]:
+        """The features of a call, and whether they are mapped, so that they take no memory."""
         shelf = self._shelves.get(modality)
         if shelf is None:
-            return self._encode(modality, call)
+            return self._encode(modality, call), False
         key = self._key(call)
         found = shelf.get(key)
-        if found is None:
-            found = self._encode(modality, call)
-            shelf.keep(key, found)
-        return found
+        if found is not None:
+            return found, True
+        found = self._encode(modality, call)
+        shelf.keep(key, found)
+        return found, False
 
     def _key(self, call: _Call) -> str:
         """What the features of a call depend on, besides the encoder: the content of its files, and their views."""
@@ -276,8 +279,7 @@ class Features:
             items.append([self._digests[want.path], want.path.suffix.lower(), *augmented])
         return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:32]
 
-    def _store(self, key: tuple[str, Path], x_ND: Tensor) -> None:
-        mapped = key[0] in self._shelves
+    def _store(self, key: tuple[str, Path], x_ND: Tensor, mapped: bool = False) -> None:
         if (mapped or self._bytes < CACHE_BYTES) and key not in self._cache:
             self._cache[key] = x_ND
             self._bytes += 0 if mapped else x_ND.nbytes

@@ -28,6 +28,7 @@ PIECE_BYTES = 32 << 20
 _MOST_HEADER_BYTES = 64 << 20
 _WAIT_S = 0.2
 _SUFFIX = ".safetensors"
+_VIEWS = "v"  # the bucket of what was encoded on the way
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -113,16 +114,15 @@ class Shelf:
     def flush(self) -> None:
         """Write what was kept and is not written yet."""
         pending, self._pending = self._pending, {}
-        for bucket in sorted({key[0] for key in pending}):
-            try:
-                with self.cache.lock(self._prefix(bucket)):
-                    self._refresh(bucket)
-                    new = {k: found for k, found in pending.items() if k[0] == bucket and k not in self._places}
-                    self._write(bucket, new)
-            except CacheFullError as error:
-                logger.warning("augmented views are not kept from here on: %s", error)
-                self._full = True
-                return
+        if not pending:
+            return
+        try:
+            with self.cache.lock(self._prefix(_VIEWS)):
+                self._refresh(_VIEWS)
+                self._write(_VIEWS, {key: found for key, found in pending.items() if key not in self._places})
+        except CacheFullError as error:
+            logger.warning("augmented views are not kept from here on: %s", error)
+            self._full = True
 
     def _fill(
         self,
@@ -170,7 +170,7 @@ class Shelf:
 
     def _refresh(self, bucket: str) -> None:
         """Read the headers of files that are new, of a bucket or of all ("")."""
-        for one in bucket or "0123456789abcdef":
+        for one in bucket or f"0123456789abcdef{_VIEWS}":
             for path in self.cache.files(self._prefix(one)):
                 if path not in self._known:
                     self._add(path)

@@ -72,7 +72,7 @@ def read_captioned(root: Path, name: str) -> tuple[Captioned, ...]:
     Raises:
         UserError: as ``read_captions``.
     """
-    path = or_compressed(root / "annotations" / f"captions_{name}.json")
+    path = captions_file(root, name)
     try:
         if not path.parent.exists() and (hint := folder_looks_like(root)):
             raise UserError(f"{path.parent}: the folder of annotations does not exist{hint}")
@@ -83,6 +83,11 @@ def read_captioned(root: Path, name: str) -> tuple[Captioned, ...]:
         return _combine(path, content, root, name)
     except OSError as error:  # no permission, a file system that is gone
         raise UserError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from error
+
+
+def captions_file(root: Path, name: str) -> Path:
+    """The annotation file of an image folder, which may be compressed."""
+    return or_compressed(root / "annotations" / f"captions_{name}.json")
 
 
 def _combine(path: Path, content: _CaptionFile, root: Path, name: str) -> tuple[Captioned, ...]:

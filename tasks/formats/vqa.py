@@ -30,6 +30,7 @@ class Format(NamedTuple):
     """One data set's layout: ``read`` finds the split called NAME below the root."""
 
     question_file: str  # with {name} for NAME
+    other_files: tuple[str, ...]
     train: str  # the official names
     validation: str
     read: Callable[[Path, str, ProblemList], list[Question]]
@@ -135,9 +136,14 @@ def read_gqa(root: Path, name: str, problems: ProblemList) -> list[Question]:
 
 
 FORMATS: Mapping[str, Format] = {
-    "vqav2": Format(_QUESTIONS, "train2014", "val2014", read_vqav2),
-    "gqa": Format(_GQA, "train_balanced", "val_balanced", read_gqa),
+    "vqav2": Format(_QUESTIONS, (_ANNOTATIONS,), "train2014", "val2014", read_vqav2),
+    "gqa": Format(_GQA, (), "train_balanced", "val_balanced", read_gqa),
 }
+
+
+def files_of(root: Path, form: Format, name: str) -> list[Path]:
+    """The files that a split is read from."""
+    return [or_compressed(root / pattern.format(name=name)) for pattern in (form.question_file, *form.other_files)]
 
 
 def detect(root: Path) -> str:

@@ -212,13 +212,16 @@ def test_what_a_trial_uses_is_not_evicted_and_the_next_one_has_room(tmp_path: Pa
     check(build(shelf_in(tmp_path, 8000, name="cd" * 16), Encoding(), KEYS[:16]))
 
 
-def test_views_are_kept_as_long_as_there_is_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    shelf = shelf_in(tmp_path, 1000)
+def test_views_are_kept_as_long_as_there_is_room(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PIECE_BYTES", 200)
+    shelf = shelf_in(tmp_path, 3000)
     for key in KEYS:
         shelf.keep(key, Encoding()(key))
-    assert shelf.get(KEYS[0]) is not None
-    shelf.flush()
     shelf.flush()
     assert caplog.text.count("augmented views are not kept from here on") == 1
-    kept = [key for key in KEYS if shelf_in(tmp_path, 1000).get(key) is not None]
+    kept = [key for key in KEYS if shelf_in(tmp_path, 3000).get(key) is not None]
+    assert kept == KEYS[: len(kept)]
     assert 0 < len(kept) < len(KEYS)
+    check({key: shelf.get(key) or [] for key in kept})
