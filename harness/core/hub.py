@@ -106,8 +106,8 @@ def _timm_names(name: str) -> list[str]:
 
 
 @cache
-def load_config(name: str, trust_remote_code: bool = False) -> Any:
-    """Load the ``transformers`` configuration of a model, without weights.
+def load_config(name: str, trust_remote_code: bool = False, gguf_file: str | None = None) -> Any:
+    """Load the ``transformers`` configuration of a model, without weights; of a GGUF file that which it describes.
 
     The hub's local cache and ``KNOWN_CONFIGS`` take precedence over the network.
 
@@ -122,12 +122,13 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
     known = json.loads(KNOWN_CONFIGS.read_text(encoding="utf-8"))
     place, revision = resolve(name), revision_of(name)
     trust = {"trust_remote_code": trust_remote_code, "revision": revision}
+    trust |= {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         return AutoConfig.from_pretrained(place, **trust, local_files_only=True)
     except ImportError as error:
         raise UserError(_lacks_library(name, error)) from error
     except (OSError, ValueError) as error:
-        if place in known:
+        if place in known and gguf_file is None:
             return AutoConfig.for_model(**known[place])
         ask_hub(name, error)
     try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import datetime
+import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any, TypeVar, get_args
@@ -100,8 +102,18 @@ def _message(
         return f"{place}: this key is required"
     same = [e["msg"] for e in error.errors() if e["loc"][:1] == first["loc"][:1]]
     text = " or ".join(dict.fromkeys(message[:1].lower() + message[1:] for message in same))
-    found = f"{place}: {text.replace('value error, ', '')}; found {first['input']!r}"
+    found = f"{place}: {text.replace('value error, ', '')}; found {first['input']!r}{_nearest(first)}"
     return f"{found}; {hint}" if hint and isinstance(first["input"], list) else found
+
+
+def _nearest(problem: Any) -> str:
+    """Which of the allowed words is near the one that was found."""
+    if problem["type"] != "literal_error" or not isinstance(problem["input"], str):
+        return ""
+    near = difflib.get_close_matches(
+        problem["input"], re.findall(r"'([^']*)'", problem["ctx"]["expected"]), n=1, cutoff=0.5
+    )
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _inner(model: type[BaseModel], location: Iterable[int | str]) -> type[BaseModel]:

@@ -231,6 +231,11 @@ def _check_model_keys(variant: Mapping[str, Any], where: Cursor) -> None:
                 f"{where / key}: found with backbone.model, which has a language model, an encoder and a projector of "
                 "its own (connector); leave one out"
             )
+    if variant.get("quantization") is not None:
+        raise UserError(
+            f"{where / 'quantization'}: found {variant['quantization']!r} with backbone.model, whose layers are not "
+            "read in packed form yet; allowed: backbone.language_model, or no quantization"
+        )
 
 
 def _backbones(section: Mapping[str, Any], where: Cursor, folder: Path) -> Iterator[Backbone]:

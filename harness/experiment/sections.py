@@ -28,7 +28,9 @@ class Section(BaseModel):
 
 
 # Keys that came later.
-_LATER = frozenset({"model", "connector", "encoder_plugins", "start_token", "prompt", "chat_template", "dtype"})
+_LATER = frozenset(
+    {"model", "connector", "encoder_plugins", "start_token", "prompt", "chat_template", "dtype", "quantization"}
+)
 
 
 class Backbone(Section):
@@ -56,6 +58,8 @@ class Backbone(Section):
     # Of the frozen language model; adapters and projectors stay in fp32. auto: that of its checkpoint. Left out if
     # unset: fp32.
     dtype: Literal["fp32", "bf16", "auto"] | None = None
+    # Of the frozen language model: weights in 4 or 8 bits (bitsandbytes), or from a GGUF file. Left out if unset.
+    quantization: Literal["nf4", "int8", "gguf"] | None = None
     trust_remote_code: bool = False
     # Path pattern → role, for architectures that adapters/placement/families.py does not know.
     roles: dict[str, Any] | None = None

@@ -17,6 +17,17 @@ from harness.core.errors import UserError, did_you_mean
 from harness.experiment.sections import Backbone
 from harness.model import vision_language
 from harness.model.components import errors_at
+from harness.model.quantisation import (
+    GGUF,
+    PACKED,
+    check_checkpoint,
+    check_libraries,
+    check_not_quantised,
+    gguf_file,
+    loading_options,
+    pack,
+    pack_empty,
+)
 from harness.model.vision_language import DTYPES
 
 TINY_LLAMA = "builtin/tiny-llama"
@@ -30,11 +41,6 @@ class LanguageModel:
     tokenizer: Any
     tokens: dict[str, list[int]] = field(default_factory=dict)  # ids of texts that have been tokenised
     processor: Any = None
-
-    @property
-    def quantised(self) -> bool:
-        """Whether layers hold quantised weights."""
-        return getattr(self.model, "hf_quantizer", None) is not None
 
     @property
     def max_positions(self) -> int | None:
@@ -57,17 +63,17 @@ def load_language_model(backbone: Backbone) -> LanguageModel:
     """
     from transformers import AutoModelForCausalLM
 
-    name = backbone.pinned_language_model
+    name, quantised = backbone.pinned_language_model, loading_options(backbone)
     if backbone.model is not None:
         whole = vision_language.load(backbone)
         return with_processor(vision_language.decoder_of(whole), backbone)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            hub.resolve(name), dtype=DTYPES[backbone.dtype], **_options(backbone)
+            hub.resolve(name), dtype=DTYPES[backbone.dtype], **quantised, **_options(backbone)
         ).eval()
     except (OSError, ValueError) as error:
         raise UserError(hub.load_error(name, error)) from error
-    return LanguageModel(model, load_tokenizer(backbone))
+    return LanguageModel(pack(model) if backbone.quantization in PACKED else model, load_tokenizer(backbone))
 
 
 def with_processor(model: Any, backbone: Backbone) -> LanguageModel:
@@ -94,7 +100,7 @@ def load_tokenizer(backbone: Backbone) -> Any:
     if backbone.model is not None:
         return vision_language.load_processor(backbone).tokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(hub.resolve(name), **_options(backbone))
+        tokenizer = AutoTokenizer.from_pretrained(hub.resolve(name), **_in_gguf(backbone), **_options(backbone))
     except (OSError, ValueError) as error:
         raise UserError(hub.load_error(name, error)) from error
     if tokenizer.eos_token_id is None:
@@ -117,7 +123,7 @@ def _special_token(backbone: Backbone, tokenizer: Any, key: str) -> str | None:
     name, found = backbone.pinned_language_model, []
     with suppress(OSError, ValueError):
         found.append(GenerationConfig.from_pretrained(hub.resolve(name), revision=hub.revision_of(name)))
-    found.append(hub.load_config(name, backbone.trust_remote_code))
+    found.append(_config(backbone))
     for config in found:
         ids = getattr(config, key, None)
         first = ids[0] if isinstance(ids, list | tuple) and ids else ids
@@ -130,6 +136,21 @@ def _special_token(backbone: Backbone, tokenizer: Any, key: str) -> str | None:
 def _options(backbone: Backbone) -> dict[str, Any]:
     revision = hub.revision_of(backbone.pinned_language_model)
     return {"revision": revision, "trust_remote_code": backbone.trust_remote_code}
+
+
+def _in_gguf(backbone: Backbone) -> dict[str, str]:
+    """The argument that names a GGUF file, where there is one."""
+    file = gguf_file(backbone)
+    return {} if file is None else {"gguf_file": file}
+
+
+def _config(backbone: Backbone) -> Any:
+    """The configuration of the language model.
+
+    Raises:
+        UserError: it could not be loaded.
+    """
+    return hub.load_config(backbone.pinned_language_model, backbone.trust_remote_code, gguf_file(backbone))
 
 
 def max_positions(model: Any) -> int | None:
@@ -151,6 +172,9 @@ def check_backbone(backbone: Backbone) -> None:
         UserError: a model is not built in, not a folder, and neither in the hub's local cache nor on the hub.
     """
     _check_kind(backbone.language_model)
+    if backbone.quantization is not None:
+        check_libraries(backbone.quantization)
+    check_checkpoint(backbone)
     # Built-in encoders are checked by their modality: some have no weights, so no folder.
     encoders = {
         f"encoders.{m}": name
@@ -161,8 +185,10 @@ def check_backbone(backbone: Backbone) -> None:
     if backbone.model is not None:
         models = {"model": backbone.pinned_language_model}
     for key, name in models.items():
-        with errors_at(key):
-            hub.check_reachable(name, backbone.trust_remote_code)
+        if key != "language_model" or backbone.quantization != GGUF:
+            with errors_at(key):
+                hub.check_reachable(name, backbone.trust_remote_code)
+    check_not_quantised(backbone)
 
 
 def build_empty(backbone: Backbone, device: str = "meta") -> Any:
@@ -183,13 +209,14 @@ def build_empty(backbone: Backbone, device: str = "meta") -> Any:
         if backbone.model is not None:
             return vision_language.decoder_of(vision_language.empty(backbone))
         with errors_at("language_model"):
-            config = copy.deepcopy(hub.load_config(name, trust))  # a model keeps it, and adapters may change it
+            config = copy.deepcopy(_config(backbone))  # a model keeps it, and adapters may change it
         wanted = DTYPES[backbone.dtype]
         dtype = (config.dtype or torch.float32) if wanted == "auto" else wanted
         try:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
         except ValueError as error:
             raise UserError(f"backbone.language_model: {name!r} is not a causal language model") from error
+    return pack_empty(model, backbone.quantization) if backbone.quantization in PACKED else model
 
 
 def _check_kind(name: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +32,7 @@ from harness.model.features import Features
 from harness.model.image_encoder import Connector, ImageEncoder
 from harness.model.kept import Kept, Key, bytes_of
 from harness.model.on_disk import OnDisk
+from harness.model.packed import packed_layers
 from harness.model.projector import Projector
 from harness.model.row_lengths import RowLengths
 from tasks.base import Example, Modality, Split, Task
@@ -41,6 +41,7 @@ from tasks.parsed import ParsedExamples
 from tasks.splits import SPLITS
 
 _MOST_TEXTS = 100_000  # whose tokens are kept from one trial for the next
+_PARTITIONED = 3  # the ZeRO stage that partitions weights
 _EXAMPLE_BYTES = 1000  # about, of the objects of one, besides its texts
 
 
@@ -250,8 +251,7 @@ def _lengths(spec: TrialSpec, batches: BatchMaker, splits: Splits) -> RowLengths
 def load_language_model(spec: TrialSpec, kept: Kept) -> LanguageModel:
     """The language model of a trial: with parameters of its own, whose values are the kept ones where it is frozen.
 
-    Code from the hub may make models that cannot be copied, and a quantised layer holds more than tensors: these are
-    loaded for each trial.
+    Code from the hub may make models that cannot be copied: these are loaded for each trial.
 
     Raises:
         UserError: it could not be loaded.
@@ -259,15 +259,15 @@ def load_language_model(spec: TrialSpec, kept: Kept) -> LanguageModel:
     backbone, fingerprint = spec.pinned_backbone, spec.fingerprints.get("language_model")
     if fingerprint is None or backbone.trust_remote_code:
         return backbones.load_language_model(backbone)
-    whole = backbone.model is not None
-    key: Key = ("language model", backbone.pinned_language_model, fingerprint, backbone.dtype, whole)
+    form = (backbone.dtype, backbone.quantization, backbone.model is not None)
+    key: Key = ("language model", backbone.pinned_language_model, fingerprint, *form)
     kept.forget("language model", but=key)
     method = method_of(spec.adapter, spec.relative_to)
 
     def trains(loaded: LanguageModel) -> bool:
         return any(True for _ in method.trained(loaded.model))
 
-    loaded = kept.of(key, lambda: backbones.load_language_model(backbone), _size_of, spare=trains)
+    loaded = kept.of(key, lambda: backbones.load_language_model(backbone), lambda of: bytes_of(of.model), spare=trains)
     if len(loaded.tokens) > _MOST_TEXTS:
         loaded.tokens.clear()
     if key not in kept:
@@ -280,8 +280,14 @@ def compute_as(language_model: Any, resources: Resources) -> None:
     """Set how a language model computes: results are the same up to rounding.
 
     Raises:
-        UserError: it has no gradient checkpointing, or not this implementation of attention.
+        UserError: it has no gradient checkpointing, or not this implementation of attention, or its weights are packed
+            and would be partitioned.
     """
+    if resources.zero_stage == _PARTITIONED and packed_layers(language_model):
+        raise UserError(
+            f"resources.zero_stage: found {_PARTITIONED}, which spreads weights over the workers; quantised ones stay "
+            "whole; allowed: 0, 1 or 2"
+        )
     if resources.attn_implementation is not None:
         try:
             language_model.set_attn_implementation(resources.attn_implementation)
@@ -306,11 +312,6 @@ def _with_own_parameters(language_model: Any) -> Any:
     """
     parameters = {id(p): nn.Parameter(p.data, requires_grad=False) for p in language_model.parameters()}
     return copy.deepcopy(language_model, parameters | {id(x): x.detach() for x in language_model.buffers()})
-
-
-def _size_of(language_model: LanguageModel) -> int:
-    """Bytes of a language model that can be copied; of others more than is ever kept."""
-    return sys.maxsize if language_model.quantised else bytes_of(language_model.model)
 
 
 def read_data(spec: TrialSpec, device: torch.device, kept: Kept | None = None, disk: OnDisk | None = None) -> TrialData:
@@ -408,7 +409,15 @@ def assemble(
     """
     method = method_of(spec.adapter, spec.relative_to)
     language_model.requires_grad_(False)
-    for parameter in method.trained(language_model):
+    trained = list(method.trained(language_model))
+    if trained and spec.backbone.quantization is not None:
+        raise UserError(
+            f"backbone.quantization: {spec.adapter.label} trains the language model's own weights, which "
+            f"{spec.backbone.quantization} has rounded: steps are smaller than its rounding, and what would be trained "
+            "is no longer that form; allowed: adapters or none (the projector alone, LLaVA's first stage), or no "
+            "quantization"
+        )
+    for parameter in trained:
         parameter.requires_grad_(True)
         if parameter.dtype in (torch.bfloat16, torch.float16) and not spec.optimizer.bf16:
             raise UserError(

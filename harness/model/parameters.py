@@ -9,6 +9,7 @@ from torch import nn
 from harness.core.record import Parameters
 from harness.model.context_model import ContextModel
 from harness.model.image_encoder import ImageEncoder
+from harness.model.packed import count
 
 
 def count_parameters(model: ContextModel, encoders: Iterable[nn.Module]) -> Parameters:
@@ -17,20 +18,16 @@ def count_parameters(model: ContextModel, encoders: Iterable[nn.Module]) -> Para
     The connector of a vision-language model counts as its projector, whether it is trained or not.
     """
     encoders = list(encoders)
-    connector = sum(_count(own.connector) for own in encoders if isinstance(own, ImageEncoder))
-    encoder = sum(_count(module) for module in encoders) - connector
-    if any(_count(projector) for projector in model.projectors.values()):
+    connector = sum(count(own.connector) for own in encoders if isinstance(own, ImageEncoder))
+    encoder = sum(count(module) for module in encoders) - connector
+    if any(count(projector) for projector in model.projectors.values()):
         connector = 0  # it is one of the projectors
     return Parameters(
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        adapter=_count(model.adapters),
-        projector=_count(model.projectors) + connector,
-        language_model=_count(model.language_model),
+        adapter=count(model.adapters),
+        projector=count(model.projectors) + connector,
+        language_model=count(model.language_model),
         encoder=encoder,
-        total=_count(model) + encoder + connector,
+        total=count(model) + encoder + connector,
         by_group=model.adapters.parameters_by_group(),
     )
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())

@@ -23,6 +23,7 @@ from harness.experiment.sections import Resources
 from harness.model.batch import Batch
 from harness.model.build import compute_as, empty_model
 from harness.model.components import empty_encoders, method_of
+from harness.model.packed import count, packed_layers, scale_bytes
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def _to_bf16(model: nn.Module) -> None:
 def _traced(model: nn.Module, batch: Batch) -> Traced:
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
-    alive, saved = _Alive(parameters), _Saved(parameters)
+    held = [*parameters, *(x for layer in packed_layers(model) for x in layer.buffers())]
+    alive, saved = _Alive(held), _Saved(held)
     flops = FlopCounterMode(display=False)
     with flops, alive:
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda x: x):
@@ -119,10 +121,10 @@ def _traced(model: nn.Module, batch: Batch) -> Traced:
         loss.backward()
     gradients = sum(p.grad.numel() * p.grad.element_size() for p in trained if p.grad is not None)
     return Traced(
-        weights=sum(p.numel() for p in parameters),
+        weights=count(model),
         trained=sum(p.numel() for p in trained),
         tensors=len(trained),
-        weights_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        weights_bytes=sum(p.numel() * p.element_size() for p in parameters) + scale_bytes(model),
         trained_bytes=sum(p.numel() * p.element_size() for p in trained),
         activations_bytes=saved.bytes,
         working_bytes=max(saved.bytes, alive.most - gradients),

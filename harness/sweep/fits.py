@@ -16,6 +16,7 @@ from harness.experiment.shared import alike
 from harness.model.build import count_parameters
 
 _BF16, _FP32 = 2, 4  # bytes of a weight
+_PACKED = {"nf4": 0.5, "int8": 1.0}  # of most weights of a language model; the others have more
 _PARTITIONED = 3  # the ZeRO stage that spreads weights over the workers
 
 
@@ -28,12 +29,10 @@ def device_bytes(profile: Profile) -> int | None:
     return None
 
 
-def _in_bf16(spec: TrialSpec) -> bool:
-    return _element_bytes(spec) == _BF16
-
-
-def _element_bytes(spec: TrialSpec) -> int:
+def _element_bytes(spec: TrialSpec) -> float:
     """Of the language model, at least."""
+    if spec.backbone.quantization in _PACKED:
+        return _PACKED[spec.backbone.quantization]
     return _BF16 if spec.optimizer.bf16 or spec.backbone.dtype in ("bf16", "auto") else _FP32
 
 
@@ -53,11 +52,11 @@ def check_weights(specs: Sequence[TrialSpec], resources: Resources, holds: int |
         return
     workers = resources.workers if resources.zero_stage == _PARTITIONED else 1
     # The largest of a backbone: in fp32, where some are in bf16.
-    by_model = {alike(spec, "task", "backbone", "adapter"): spec for spec in sorted(specs, key=_in_bf16, reverse=True)}
+    by_model = {alike(spec, "task", "backbone", "adapter"): spec for spec in sorted(specs, key=_element_bytes)}
     for spec in by_model.values():
         counted = count_parameters(spec)
         rest = counted.total - counted.encoder - counted.language_model
-        size = (counted.language_model * _element_bytes(spec) + rest * (2 if spec.optimizer.bf16 else 4)) // workers
+        size = int(counted.language_model * _element_bytes(spec) + rest * (2 if spec.optimizer.bf16 else 4)) // workers
         if size > holds:
             raise UserError(
                 f"{where / 'backbone' / 'language_model'}: {spec.backbone.language_model}: its weights alone take "

@@ -48,6 +48,7 @@ def _facts(found: Description) -> dict[str, str]:
     spec = found.spec
     rows = {
         "language model": spec["backbone"]["language_model"],
+        "quantization": spec["backbone"].get("quantization", ""),
         **{f"encoder of {modality}": name for modality, name in spec["backbone"]["encoders"].items()},
         "contexts": ", ".join(spec["task"]["contexts"]),
         "groups": ", ".join(f"{c}: {_groups(spec['adapter'], g)}" for c, g in spec["adapter"]["grouping"].items()),

@@ -29,6 +29,7 @@ from harness.core.files import atomic
 from harness.core.record import Memory
 from harness.core.weight_decay import parameter_groups
 from harness.experiment.sections import Optimizer
+from harness.model.packed import scale_bytes
 from harness.model.workers import joined
 from harness.trial.measure import PeakMemory
 from harness.trial.short_step import reading, shorten
@@ -313,7 +314,8 @@ class Engine:
         owned = {p.data_ptr() for p in self.model.parameters()}
         parts = self.workers.count if self.zero_stage >= _GRADIENTS_STAGE else 1
         own = Memory(
-            weights_bytes=sum(_held(p, self.workers.count) * p.element_size() for p in self.model.parameters()),
+            weights_bytes=sum(_held(p, self.workers.count) * p.element_size() for p in self.model.parameters())
+            + scale_bytes(self.model),
             gradients_bytes=sum(-(-_numel(p) // parts) * p.element_size() for p in self._trainable.values()),
             optimizer_bytes=sum(x.numel() * x.element_size() for x in state)
             + sum(x.numel() * x.element_size() for x in masters if x.data_ptr() not in owned),

@@ -39,7 +39,7 @@ PACKAGES = (
     "rouge-score",
     "context-peft-harness",
 )
-OPTIONAL = ("peft",)  # recorded where they are installed
+OPTIONAL = ("peft", "bitsandbytes", "gguf")  # recorded where they are installed
 
 
 class PeakMemory:

@@ -315,3 +315,16 @@ def test_steps_are_taken_together_only_if_that_is_faster(
         assert record.pack is not None
         assert record.pack.alone == (None if kept else "a step of 2 trials takes 1.02 of the time of 2 steps alone")
         assert record.phases_s["train"] == pytest.approx(3 + (share * 5 if kept else share * 4 + 1))
+
+
+def test_trials_on_packed_weights_share_them_too(tmp_path: Path, together: list[int]) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
+    backbone, methods = {"quantization": "nf4"}, ("lora", "inputs")
+    (tmp_path / "alone").mkdir()
+    lone = [
+        (run(spec, tmp_path / "alone"), tmp_path / "alone") for spec in specs_of(tmp_path, methods, backbone=backbone)
+    ]
+    records = run_packed(specs_of(tmp_path, methods, backbone=backbone), tmp_path)
+    assert together == [2] * 5
+    for record, one in zip(records, lone, strict=True):
+        assert_close(record, tmp_path, one)

@@ -76,12 +76,12 @@ class Ended:
         return (self.folder / job.name / "trials" / job.trial_id / LOG).read_text(encoding="utf-8")
 
 
-def small(folder: Path, kind: Mapping[str, Any], **optimizer: Any) -> TrialSpec:
+def small(folder: Path, kind: Mapping[str, Any], quantization: str | None = None, **optimizer: Any) -> TrialSpec:
     folder.mkdir(parents=True, exist_ok=True)
     return spec_of(
         folder,
         kind,
-        backbone={"projector_dropout": 0.0},
+        backbone={"projector_dropout": 0.0, "quantization": quantization},
         budget={"examples": 29, "epochs": 2},
         optimizer={"per_device_train_batch_size": 7, **optimizer},
         eval={"max_new_tokens": 6, "per_device_eval_batch_size": 5},
@@ -238,6 +238,25 @@ def test_other_ways_of_training_agree_too(others: Others, name: str, tolerance: 
     for mine, theirs in zip(two.history, one.history, strict=True):
         assert mine.train_loss == pytest.approx(theirs.train_loss, rel=tolerance)
         assert mine.validation_perplexity == pytest.approx(theirs.validation_perplexity, rel=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_two_workers_on_packed_weights_leave_what_one_does(form: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
+    spec = small(tmp_path / "one", LORA, form)
+    one = run(spec, tmp_path / "one")
+    jobs = [Job(f"zero{stage}", spec.model_dump_json(), {"zero_stage": stage}) for stage in range(4)]
+    ended = run_two(tmp_path, jobs)
+    for job in jobs[:3]:
+        assert ended.outcomes[job.name][0]["status"] == "finished", ended.outcomes[job.name]
+        two = ended.record(job)
+        close(two, one, 1e-5)
+        assert two.memory is not None
+        assert one.memory is not None
+        assert two.memory.weights_bytes == one.memory.weights_bytes
+    refused = ended.outcomes["zero3"][0]
+    assert (refused["status"], "quantised ones stay whole" in refused["reason"]) == ("failed", True)
 
 
 @pytest.mark.slow
