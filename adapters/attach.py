@@ -22,6 +22,7 @@ from adapters.placement.checkpointing import Checkpointing
 from adapters.placement.first_pass import Passes, check_axes, input_of
 from adapters.placement.offload import device_of, dtype_of
 from adapters.placement.own_forward import OwnForward, is_bare_linear
+from adapters.placement.parts import check_part, targets_of_part
 from adapters.placement.roles import Target, find_targets
 from adapters.placement.router import Layout, Router
 from adapters.placement.row_order import check_row_order
@@ -34,9 +35,15 @@ class AdaptedLayer(nn.Module):
     rows_D: Tensor | None
 
     def __init__(
-        self, target: Target, changes: Mapping[str, Change], router: Router, passes: Passes | None = None
+        self,
+        target: Target,
+        changes: Mapping[str, Change],
+        router: Router,
+        passes: Passes | None = None,
+        owner: str | None = None,
     ) -> None:
         super().__init__()
+        self.owner = owner  # in a tower or connector, the group of all its tokens
         self.changes = nn.ModuleDict(changes)
         self.router = router
         self.passes = passes or Passes(())
@@ -86,9 +93,11 @@ class AdaptedLayer(nn.Module):
 
     def _layout(self, x_BTI: Tensor) -> Layout:
         """The layout of the pass, which must fit the layer's input, (B, T, I) or flattened (B × T, I)."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and self.owner is None:
             return self.router.layout
         try:
+            if self.owner is not None:
+                return self.router.of_one_group(self.owner, x_BTI.shape[1], x_BTI.device)
             layout = self.router.layout
         except UserError as error:
             raise UserError(f"layer {self.target.path}: {error}") from None
@@ -98,6 +107,13 @@ class AdaptedLayer(nn.Module):
 
     def _change(self, module: Any, acts_on: str, x_BTI: Tensor, value_BTD: Tensor | None) -> Tensor:
         """The changed value; None: the output that the layer has yet to compute."""
+        axes = x_BTI.shape[:-1]
+        if self.owner is not None and len(axes) != 2:  # Qwen's towers have the tokens of all pictures in one axis
+            if self.one_input is not None and len(self.one_input.parts) > 1:
+                self.reads(OneInput([self.part(module)]), 0)  # layers that read the same do not get the same view of it
+            x_BTI = x_BTI.reshape(1, -1, x_BTI.shape[-1])
+            value_BTD = None if value_BTD is None else value_BTD.reshape(1, -1, value_BTD.shape[-1])
+            return self._changed(module, acts_on, x_BTI, value_BTD, self._layout(x_BTI)).view(*axes, -1)
         layout = self._layout(x_BTI)
         if x_BTI.dim() > 2:
             return self._changed(module, acts_on, x_BTI, value_BTD, layout)
@@ -158,9 +174,10 @@ class Adapters(nn.Module):
         ungrouped: a method without groups (full fine-tuning, another attention), instead of ``methods``.
         roles: path pattern → role, for an architecture that is not in the table of known families.
         shared_group: of ``methods``, the group that acts on every token beside the token's own; None: there is none.
+        medium_group: the group of the tokens of a vision or audio tower, where ``where`` names parts; None: none.
 
     Raises:
-        UserError: the architecture is unknown, lacks a role that the user named, or a method acts on no layer.
+        UserError: the architecture is unknown, lacks a role or part that the user named, or a method acts on no layer.
     """
 
     def __init__(
@@ -172,6 +189,7 @@ class Adapters(nn.Module):
         ungrouped: AdapterMethod | None = None,
         roles: Mapping[str, Any] | None = None,
         shared_group: str | None = None,
+        medium_group: str | None = None,
     ) -> None:
         super().__init__()
         self.router = router
@@ -181,17 +199,17 @@ class Adapters(nn.Module):
         uses = _uses(methods, ungrouped)
         targets: dict[str, Target] = {}
         deltas: dict[tuple[str, str], dict[str, Delta]] = {}  # (layer, method) → group → delta
-        of_method: dict[str, list[Target]] = {}
+        of_method: dict[str, dict[str, Target]] = {}
+        for use in uses.values():
+            _check_parts(language_model, use, medium_group)
         for name, group in [(name, group) for name, use in uses.items() for group in use.groups]:
             method = uses[name].method
-            found = find_targets(language_model, method.roles(), roles, method.named_roles()) if method.roles() else []
-            of_method[name] = found
-            for target in of_method[name]:
-                targets[target.key] = target
+            for target in _targets(language_model, method, roles, group in (medium_group, shared_group)):
+                targets[target.key] = of_method.setdefault(name, {})[target.key] = target
                 deltas.setdefault((target.key, name), {})[group] = method.delta(target, generator)
-        shared = {name: uses[name].method.shared(found, generator) for name, found in of_method.items() if found}
+        shared = {name: uses[name].method.shared([*found.values()], generator) for name, found in of_method.items()}
         self.shared = nn.ModuleDict({name: module for name, module in shared.items() if module is not None})
-        self.passes = Passes(target.path for target in targets.values())
+        self.passes = Passes(target.path for target in targets.values() if target.part == "language")
         self.layers = nn.ModuleDict()
         for key, target in targets.items():
             changes: dict[str, Change] = {}
@@ -204,14 +222,16 @@ class Adapters(nn.Module):
                     changes[name] = use.method.change(target, own, shared.get(name), generator)
                 if shared_group and common is not None:
                     changes[name].add_shared(shared_group, common)
-            self.layers[key] = AdaptedLayer(target, changes, router, self.passes)
+            owner = None if target.part == "language" else medium_group
+            self.layers[key] = AdaptedLayer(target, changes, router, self.passes, owner)
         built = {
             name: use.method.model_change(language_model, tuple(use.groups), router, shared.get(name), generator)
             for name, use in uses.items()
         }
         self.model_changes = nn.ModuleDict({name: change for name, change in built.items() if change is not None})
         for name, use in uses.items():
-            if use.groups and not use.method.roles() and name not in self.model_changes:
+            acts = any(there.roles() for there in use.method.by_part().values())
+            if use.groups and not acts and name not in self.model_changes:
                 raise UserError(
                     f"{use.method.label()} acts on no layer with these options: {use.method.config!r}; "
                     "'where' must include a role that the method acts on"
@@ -310,10 +330,47 @@ class Adapters(nn.Module):
         counts: dict[str, int] = {}
         for layer in self.layers.values():
             assert isinstance(layer, AdaptedLayer)  # noqa: S101
-            role = layer.target.role
+            part = layer.target.part
+            role = layer.target.role if part == "language" else f"{part} {layer.target.role}"
             counts[role] = counts.get(role, 0) + count_trainable(layer)
         elsewhere = count_trainable(self.shared) + count_trainable(self.model_changes)
         return {**counts, "model": elsewhere} if elsewhere else counts
+
+
+def _targets(language_model: nn.Module, method: AdapterMethod, roles: Any, of_medium: bool) -> list[Target]:
+    """The layers that a method acts on for one group, which may be that of the tower's tokens."""
+    found: list[Target] = []
+    for part, there in method.by_part().items():
+        if part == "language" and there.roles():
+            found += find_targets(language_model, there.roles(), roles, there.named_roles())
+        elif part != "language" and of_medium:
+            found += targets_of_part(language_model, part, there.roles(), there.named_roles())
+    return found
+
+
+def _check_parts(model: nn.Module, use: _Use, medium_group: str | None) -> None:
+    """Check that a method can act on the towers and connectors that it is asked for.
+
+    Raises:
+        UserError: it cannot, the model has no such part, or no group of the method's owns its tokens.
+    """
+    for part, there in use.method.by_part().items():
+        if part == "language":
+            continue
+        medium = check_part(model, part)
+        if use.method.joins_groups:
+            raise UserError(
+                f"where: {part}: {use.method.label()} joins the tokens of several contexts, and those of this part are "
+                "of one; allowed: language"
+            )
+        if not there.roles():
+            raise UserError(f"where: {part}: {use.method.label()} acts on no layer there; leave it out")
+        if medium_group not in use.groups:
+            found = f"no adapter of {use.method.label()}" if medium_group is None else f"the group {medium_group!r}"
+            raise UserError(
+                f"where: {part}: its tokens have {found}; name their context in contexts_from ({medium.token}), and "
+                "give its group this method"
+            )
 
 
 def _copied_with_the_model(undo: Callable[[], None]) -> Callable[[], None]:

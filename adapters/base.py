@@ -10,22 +10,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from adapters.placement.offload import device_of, dtype_of
 from adapters.placement.order import order_of, sort, unsort
-from adapters.placement.roles import ATTENTION, FEED_FORWARD, Target
+from adapters.placement.roles import Target
 from adapters.placement.router import Layout, Router
+from adapters.where import Parts, Place, Role, Where, place_label, places_of, roles_of
 from harness.core.errors import UserError
 
-Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
-Where = Literal["A", "F", "AF"] | Annotated[tuple[Role, ...], Field(min_length=1)]
+__all__ = ["Place", "Role", "Where", "place_label", "places_of", "roles_of"]  # what the methods' options take
 _PREFIX = "group_"
 
 
@@ -326,6 +326,16 @@ class AdapterMethod(ABC):
         where = getattr(self.config, "where", None)
         return frozenset(where) & self.roles() if isinstance(where, tuple) else frozenset()
 
+    def by_part(self) -> dict[str, AdapterMethod]:
+        """Part of the model → this method with the ``where`` of that part; without parts, the language model's."""
+        where = getattr(self.config, "where", None)
+        if not isinstance(where, Parts):
+            return {"language": self}
+        return {part: self._at(place) for part, place in where.named().items()}
+
+    def _at(self, place: Place) -> AdapterMethod:
+        return type(self)(self.config.model_copy(update={"where": place}))
+
     def delta(self, target: Target, generator: torch.Generator) -> Delta:
         """One group's parameters for one layer, initialised from ``generator``."""
         raise NotImplementedError(f"{type(self).__name__} has roles but does not override delta()")
@@ -372,17 +382,3 @@ def check_rank(rank: int, target: Target) -> None:
             f"rank {rank} is larger than layer {target.path} ({target.role}), which has "
             f"{target.in_features} inputs and {target.out_features} outputs; allowed: 1 to {largest}"
         )
-
-
-def roles_of(where: Where) -> frozenset[str]:
-    """The roles that ``where`` selects. A: attention, F: feed-forward, AF: both (Context-PEFT, Table 1); or a list."""
-    if isinstance(where, tuple):
-        return frozenset(where)
-    return {"A": ATTENTION, "F": FEED_FORWARD, "AF": ATTENTION | FEED_FORWARD}[where]
-
-
-def place_label(where: Where) -> str:
-    """Suffix of a label: empty for AF, `` A``, `` q,v``."""
-    if isinstance(where, tuple):
-        return " " + ",".join(where)
-    return "" if where == "AF" else f" {where}"

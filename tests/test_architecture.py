@@ -20,6 +20,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 80
 FLOORS = (
     ("harness.core",),
     ("adapters.placement", "tasks.encoder", "tasks.cache_folder", "tasks.containers", "results.statistics", "clusters"),
+    ("adapters.where",),
     ("adapters.base", "tasks.base", "results.leaderboard"),
     ("adapters.one_input", "tasks.parsed"),
     ("adapters.attach", "tasks.registry", "tasks.splits", "tasks.modalities.encoders", "tasks.metrics.coco"),

@@ -31,6 +31,7 @@ from adapters.library.state import own_tensors, without_frozen_base
 from adapters.library.token_contexts import check_takes_tokens, contexts_of_tokens
 from adapters.placement.generation import layouts_while_generating
 from adapters.placement.offload import is_offloaded
+from adapters.placement.parts import medium_context
 from adapters.placement.router import Router
 from harness.core.errors import UserError, did_you_mean
 
@@ -149,8 +150,11 @@ class AdaptedModel(AsBase):
         self.router = Router(spec.grouping)
         own = dict(base_model.named_parameters())
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in own.values()) else torch.float32
+        medium = spec.grouping.get(medium_context(base_model, spec.contexts_from, spec.grouping) or "")
         with _default_dtype(dtype):
-            self.adapters = Adapters(base_model, methods, self.router, spec.seed, ungrouped, spec.roles, spec.shared)
+            self.adapters = Adapters(
+                base_model, methods, self.router, spec.seed, ungrouped, spec.roles, spec.shared, medium
+            )
         self.adapters.place(base_model)
         self.train(base_model.training)  # before the base becomes a submodule, which keeps its own flags
         self.base_model = base_model

@@ -49,10 +49,13 @@ class BottleneckConfig(base.Config):
     @field_validator("where")
     @classmethod
     def _where_it_can_be(cls, where: base.Where, others: ValidationInfo) -> base.Where:
-        if others.data.get("placement") == "parallel" and where not in ("F", "AF"):
-            raise ValueError("a parallel bottleneck acts on the feed-forward block only; allowed: F, AF")
-        if isinstance(where, tuple) and not set(where) <= _SERIAL:
-            raise ValueError("a serial bottleneck acts on the last layer of a block; allowed: A, F, AF, [o], [down]")
+        for place in base.places_of(where).values():
+            if others.data.get("placement") == "parallel" and place not in ("F", "AF", "all"):
+                raise ValueError("a parallel bottleneck acts on the feed-forward block only; allowed: F, AF")
+            if isinstance(place, tuple) and not set(place) <= _SERIAL:
+                raise ValueError(
+                    "a serial bottleneck acts on the last layer of a block; allowed: A, F, AF, [o], [down]"
+                )
         return where
 
 

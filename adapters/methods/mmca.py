@@ -68,13 +68,21 @@ class MultiModalAttention(base.ModelChange):
         Raises:
             UserError: the architecture does not use transformers' attention registry.
         """
-        before = language_model.config._attn_implementation
-        language_model.set_attn_implementation(NAME)
-        if language_model.config._attn_implementation != NAME:
+        of_parts = language_model.config.get_text_config() is not language_model.config
+        inner = language_model.get_decoder() if of_parts else language_model  # a vision tower keeps its own attention
+        before = inner.config._attn_implementation
+        inner.set_attn_implementation(NAME)
+        if inner.config._attn_implementation != NAME:
             raise UserError(f"mmca cannot replace the attention of a {language_model.config.model_type} model")
-        for module in language_model.modules():
+        if getattr(inner.config, "attn_logit_softcapping", None) is not None:
+            _restore(inner, before)
+            raise UserError(
+                f"mmca cannot replace the attention of a {language_model.config.model_type} model, "
+                "which caps its logits"
+            )
+        for module in inner.modules():
             vars(module)[_ATTENTION] = self  # not by setattr, which would register a submodule
-        return partial(_restore, language_model, before)
+        return partial(_restore, inner, before)
 
     def weights(self, scores_BHTK: Tensor, allowed_BHTK: Tensor, layout: Layout) -> Tensor:
         """Attention weights (B, H, T, K): the sum over sources of a softmax over the source's keys.

@@ -31,6 +31,8 @@ from adapters.placement.offload import tensor_of
 from adapters.placement.router import Layout, Router, to_device
 from harness.core.errors import UserError
 
+_OWN_MASK = ("gemma3", "paligemma")  # models whose mask is that of their own positions
+
 
 class SoftPromptConfig(base.Config):
     """Options, named as in Hugging Face PEFT where it has them."""
@@ -76,9 +78,9 @@ class SoftPrompts(base.ModelChange):
         decoder = language_model.get_decoder()
         takes = inspect.signature(decoder.forward).parameters
         lacks = [name for name in ("inputs_embeds", "attention_mask", "position_ids") if name not in takes]
-        if lacks or getattr(decoder.config, "alibi", False):
-            why = f"{type(decoder).__name__} takes no {', '.join(lacks)}" if lacks else "positions are biases (alibi)"
-            raise UserError(f"soft_prompt cannot be used with a {decoder.config.model_type} model: {why}")
+        why = f"{type(decoder).__name__} takes no {', '.join(lacks)}" if lacks else _why_not(language_model, decoder)
+        if why is not None:
+            raise UserError(f"soft_prompt cannot be used with a {language_model.config.model_type} model: {why}")
         if any(
             isinstance(getattr(hook, "__self__", None), SoftPrompts) for hook in decoder._forward_pre_hooks.values()
         ):
@@ -180,6 +182,17 @@ class SoftPrompts(base.ModelChange):
         positions_XT = position_ids + self.length
         own_N = torch.arange(self.length, device=device).repeat(added // self.length)
         return torch.cat([own_N.expand(len(positions_XT), -1), positions_XT], dim=1)
+
+
+def _why_not(language_model: Any, decoder: Any) -> str | None:
+    """Why positions cannot be put before those of a model; None: they can."""
+    if getattr(decoder.config, "alibi", False):
+        return "positions are biases (alibi)"
+    if "mrope_section" in (getattr(decoder.config, "rope_parameters", None) or {}):
+        return "its positions have three axes"
+    if language_model.config.model_type in _OWN_MASK:
+        return "it makes a mask of its own, in which the tokens of a picture see each other"
+    return None
 
 
 def _remove(handles: Sequence[RemovableHandle]) -> None:

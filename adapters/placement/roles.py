@@ -43,6 +43,7 @@ class Target:
     out_features: int
     rows: tuple[int, ...] | None = None  # indices of the fused layer's outputs that belong to this role; None: all
     layer: nn.Module | None = field(default=None, repr=False, compare=False)
+    part: str = "language"  # of the model: one of adapters.placement.parts.PARTS
 
     @property
     def key(self) -> str:
@@ -87,7 +88,7 @@ def find_targets(
             of ``named``, adapters cannot act on layers of these roles, or ``explicit`` does not fit it.
     """
     known = _family(language_model) if explicit is None else Discovery(parse_roles(explicit))
-    found = _matches(language_model, known.table)
+    found = matches(language_model, known.table)
     found = [match for match in found if not known.paths or match[0] in known.paths]
     if explicit is not None:
         _check_fit(language_model, known.table, found)
@@ -97,7 +98,7 @@ def find_targets(
     has |= {role for _, _, fused in found if isinstance(fused, Fused) for role in fused.roles}
     _check_roles(language_model, roles, named, has, known)
     config = getattr(language_model, "config", None)
-    return [target for path, layer, role in found for target in _targets(path, layer, role, roles, config)]
+    return [target for path, layer, role in found for target in targets_at(path, layer, role, roles, config)]
 
 
 def _check_roles(
@@ -128,7 +129,7 @@ def _check_roles(
         warnings.warn(f"the {_model_type(language_model)} model is adapted without these layers:{why}", stacklevel=2)
 
 
-def _matches(language_model: nn.Module, table: Table) -> list[tuple[str, nn.Module, str | Fused]]:
+def matches(language_model: nn.Module, table: Table) -> list[tuple[str, nn.Module, str | Fused]]:
     """Path, layer and role of every layer that matches the table, in the model's order."""
     patterns = [(re.compile(re.escape(path).replace(r"\*", "[0-9]+")), role) for path, role in table.items()]
     return [
@@ -139,7 +140,19 @@ def _matches(language_model: nn.Module, table: Table) -> list[tuple[str, nn.Modu
     ]
 
 
-def _targets(path: str, layer: nn.Module, role: str | Fused, wanted: frozenset[str], config: Any) -> list[Target]:
+def targets_at(path: str, layer: nn.Module, role: str | Fused, wanted: frozenset[str], config: Any) -> list[Target]:
+    """A layer as a target, or as one of each of its roles that is wanted; none: it has no wanted role.
+
+    Args:
+        path: of the layer.
+        layer: it.
+        role: its role.
+        wanted: roles.
+        config: for the numbers of heads of a fused layer; None: its roles have equal shares.
+
+    Raises:
+        UserError: the layer cannot have that role.
+    """
     inside, outside = _features(path, layer, role)
     if isinstance(role, str):
         return [Target(path, role, inside, outside, layer=layer)] if role in wanted else []
@@ -288,7 +301,7 @@ def _check_fit(language_model: nn.Module, table: Table, found: Sequence[tuple[st
     """
     patterns_of: dict[str, list[str]] = {}
     for pattern in table:
-        paths = [path for path, _, _ in _matches(language_model, {pattern: table[pattern]})]
+        paths = [path for path, _, _ in matches(language_model, {pattern: table[pattern]})]
         if not paths:
             known = {with_stars(path) for path, _ in language_model.named_modules() if path}
             raise UserError(
@@ -305,4 +318,4 @@ def _check_fit(language_model: nn.Module, table: Table, found: Sequence[tuple[st
         reason = why_not(language_model, path)
         if reason is not None:
             raise UserError(f"layer roles: {path} cannot have the role {_text(role)}: {reason}")
-        _targets(path, layer, role, ROLES, config)
+        targets_at(path, layer, role, ROLES, config)

@@ -234,6 +234,21 @@ class Router:
         self.use(self._layout(context_ids_XT, past_context_ids_XK, host_XT))
 
     @not_compiled
+    def of_one_group(self, group: str, length: int, device: torch.device) -> Layout:
+        """The layout of ``length`` positions that one group owns, in the pass in progress: those of a vision tower.
+
+        Raises:
+            UserError: there is no pass.
+        """
+        layout = self.layout
+        return layout.keep((group, length, device), lambda: self._of_one_group(group, length, device))
+
+    def _of_one_group(self, group: str, length: int, device: torch.device) -> Layout:
+        context = list(self.grouping.values()).index(group)
+        ids_1T = torch.full((1, length), context, device=device)
+        return self._of_groups(ids_1T, np.full((1, length), self.groups.index(group), dtype=np.int64), ids_1T)
+
+    @not_compiled
     def prepend(self, layout: Layout, context_ids: Sequence[int]) -> None:
         """Set ``layout`` (of a pass without past) with positions before its own, of the given contexts in all rows."""
         rows = layout.context_ids_XK.shape[0]

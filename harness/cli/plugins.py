@@ -70,15 +70,16 @@ def _allowed(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     """A readable form of a JSON schema, such as ``integer > 0 or null``."""
     if "$ref" in schema:
         return _allowed(definitions[schema["$ref"].rpartition("/")[2]], definitions)
-    if "anyOf" in schema:
-        return " or ".join(_allowed(part, definitions) for part in schema["anyOf"])
+    for either in ("anyOf", "oneOf"):
+        if either in schema:
+            return " or ".join(_allowed(part, definitions) for part in schema[either])
     if "enum" in schema or "const" in schema:
         values = schema.get("enum", [schema.get("const")])
         return ", ".join(value if isinstance(value, str) else json.dumps(value) for value in values)
     if schema.get("type") == "array":
         return f"a list of {_allowed(schema.get('items', {}), definitions)}"
     if schema.get("type") == "object":
-        return "a mapping"
+        return f"a mapping of {', '.join(schema['properties'])}" if "properties" in schema else "a mapping"
     limits = [f"{sign}{schema[key]:,}" for key, sign in _LIMITS.items() if key in schema]
     return " ".join([_TYPES.get(schema.get("type", ""), "anything"), ", ".join(limits)]).rstrip()
 

@@ -1,19 +1,16 @@
 """``harness.adapt`` on a small model of every vision- and audio-language class, called as its users call it.
 
-The reference is a masked product by hand in float64: the update of every group for every token, of which a one-hot
-matrix of contexts selects one. Shapes: B rows, T positions, V vocabulary.
+Shapes: B rows, T positions, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
@@ -22,73 +19,24 @@ import harness
 from harness.core.errors import UserError
 from tests.support.adapters import disturb
 from tests.support.models import tiny_llama
-from tests.support.vlms import BOS, EOS, MEDIA, VLMS, inputs, small
-
-LORA = {"method": "lora", "rank": 2}
-ROWS = [(2, 3), (1, 5)]  # different, so the first is padded on the left
-NEVER = [MEDIA, MEDIA + 1]  # a placeholder that is generated has no vector, and any model fails
-GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": NEVER, "eos_token_id": None}
-FAST = ("qwen2_5_vl", "smolvlm", "gemma3", "qwen2_audio")
-SOME_SLOW = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in VLMS]
-every_class = pytest.mark.parametrize("name", VLMS)
-each_class = pytest.mark.parametrize("name", SOME_SLOW)
-# The prompt of a PaliGemma sees itself as a whole: one that is longer by a token is another for all of them.
-causal = pytest.mark.parametrize(
-    "name", [one for one, name in zip(SOME_SLOW, VLMS, strict=True) if name != "paligemma"]
+from tests.support.vlm_adapters import (
+    GREEDY,
+    LORA,
+    NEVER,
+    ROWS,
+    adapted,
+    adapted_layers,
+    by_one_hot,
+    causal,
+    each_class,
+    every_class,
+    language_model_of,
+    linear_layers,
+    logits,
+    real,
+    refused,
 )
-
-
-def adapted(name: str, spec: Any = None, model: Any = None, grouping: Any = "specific") -> harness.AdaptedModel:
-    """An adapted model whose adapters are not the identity, with contexts from its placeholder tokens."""
-    medium = VLMS[name].context
-    base = small(name) if model is None else model
-    contexts_from = {MEDIA: medium}
-    found = harness.adapt(base, spec or LORA, (medium, "text"), grouping, contexts_from=contexts_from)
-    disturb(found.adapters.parameters(), scale=0.2)
-    return found
-
-
-def logits(model: Any, given: dict[str, Any], **more: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(**given, **more).logits
-    return found
-
-
-def real(given: dict[str, Any]) -> Tensor:
-    """Where there is no padding."""
-    found: Tensor = given["attention_mask"].bool()
-    return found
-
-
-@contextmanager
-def by_one_hot(base: Any, model: harness.AdaptedModel, given: dict[str, Any]) -> Iterator[None]:
-    """The updates of a LoRA on the inner language model's linear layers, selected by a one-hot matrix of contexts."""
-    medium_BT = given["input_ids"] == MEDIA
-    one_hot = {model.contexts[0]: medium_BT.double(), "text": (~medium_BT).double()}
-    decoder, pairs = base.get_decoder(), dict(model.adapters.named_parameters())
-    prefix = next(path for path, module in base.named_modules() if module is decoder)
-    handles = []
-    for path, layer in decoder.named_modules(prefix=prefix):
-        if isinstance(layer, nn.Linear):
-            key = f"layers.{path.replace('.', '/')}.changes.lora.deltas.group_"
-
-            def add(_module: Any, args: tuple[Tensor, ...], y_BTO: Tensor, key: str = key) -> Tensor:
-                for context, mask_BT in one_hot.items():
-                    A_RI, B_OR = (pairs[f"{key}{context}.{which}"] for which in ("lora_A", "lora_B"))
-                    new_B1 = torch.full_like(mask_BT[:, :1], context == "text")
-                    own_BT1 = (mask_BT if y_BTO.shape[1] > 1 else new_B1)[..., None]
-                    y_BTO = y_BTO + own_BT1 * F.linear(F.linear(args[0], A_RI), B_OR)
-                return y_BTO
-
-            handles.append(layer.register_forward_hook(add))
-    assert {key.rpartition("/")[0] for key in pairs} == {
-        f"layers.{path.replace('.', '/')}".rpartition("/")[0]
-        for path, layer in decoder.named_modules(prefix=prefix)
-        if isinstance(layer, nn.Linear)
-    }  # no adapter is anywhere else
-    yield
-    for handle in handles:
-        handle.remove()
+from tests.support.vlms import BOS, EOS, MEDIA, VLMS, inputs, small
 
 
 @every_class
@@ -112,6 +60,7 @@ def test_each_token_gets_the_update_of_its_context(name: str) -> None:
         expected_BTV = logits(base, given, use_cache=False)
     assert (expected_BTV - plain_BTV)[real(given)].abs().amax() > 0.1
     torch.testing.assert_close(found_BTV[real(given)], expected_BTV[real(given)], rtol=1e-9, atol=1e-9)
+    assert adapted_layers(model) == linear_layers(base, language_model_of(base))
 
 
 @each_class
@@ -226,15 +175,6 @@ def test_trainer_trains_it(name: str, tmp_path: Path) -> None:
     trainer.train()
     changed = {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}
     assert changed == {key for key in before if key.startswith("adapters.")}
-
-
-def refused(match: str, **options: Any) -> None:
-    base = options.pop("model", None) or small("llava")
-    before = set(base.state_dict())
-    with pytest.raises(UserError, match=match):
-        harness.adapt(base, **{"spec": LORA, "contexts": ("image", "text"), "grouping": "specific", **options})
-    assert set(base.state_dict()) == before
-    assert not hasattr(base, "_context_peft_adapted")
 
 
 @pytest.mark.parametrize(

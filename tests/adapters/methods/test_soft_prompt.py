@@ -283,8 +283,11 @@ def test_a_decoder_whose_positions_are_biases_is_refused() -> None:
         adapt(small("falcon", alibi=True))
 
 
-def test_masks_of_a_model_around_the_decoder_are_refused() -> None:
+def test_masks_of_a_model_around_the_decoder_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small("gemma3")
+    with pytest.raises(UserError, match="soft_prompt cannot be used with a gemma3 model: it makes a mask of its own"):
+        harness.adapt(model, {"method": "soft_prompt"}, grouping="specific")
+    monkeypatch.setattr("adapters.methods.soft_prompt._OWN_MASK", ())  # as of a model that is not known to
     adapted = harness.adapt(model, {"method": "soft_prompt"}, grouping="specific")
     with pytest.raises(UserError, match="soft_prompt: this model makes a mask for each kind of layer"):
         adapted(input_ids=torch.randint(3, 60, (2, 7)), context_ids=torch.tensor([0] * 3 + [1] * 4), use_cache=False)
