@@ -79,7 +79,7 @@ def _allowed(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     if schema.get("type") == "array":
         return f"a list of {_allowed(schema.get('items', {}), definitions)}"
     if schema.get("type") == "object":
-        return f"a mapping of {', '.join(schema['properties'])}" if "properties" in schema else "a mapping"
+        return "a mapping"
     limits = [f"{sign}{schema[key]:,}" for key, sign in _LIMITS.items() if key in schema]
     return " ".join([_TYPES.get(schema.get("type", ""), "anything"), ", ".join(limits)]).rstrip()
 

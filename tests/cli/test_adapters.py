@@ -73,7 +73,8 @@ def test_one_method_in_detail(adapters: Harness) -> None:
     assert (outcome.code, outcome.err) == (0, "")
     lines = [line.rstrip() for line in outcome.out.splitlines()]
     assert lines[0] == f"lora  {ADAPTERS.load('adapters.methods.lora:LoRA').summary}"
-    rows = [re.split(r" {2,}", line.strip()) for line in lines if line.startswith("    ") and ": " not in line]
+    wrapped = re.sub(r"\n {10,}", " ", "\n".join(lines)).splitlines()
+    rows = [re.split(r" {2,}", line.strip()) for line in wrapped if line.startswith("    ") and ": " not in line]
     assert rows == [
         [o.name, o.default, o.allowed] for o in options_of(ADAPTERS.load("adapters.methods.lora:LoRA").Config)
     ]

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from adapters.placement.discovery import Discovery, discover
 from adapters.placement.families import FAMILIES
+from tests.support import vlm_zoo
 
 FAMILIES_PAGE = Path(__file__).parent.parent.parent / "docs" / "families.md"
 # Set in any config that has them.
@@ -150,7 +151,7 @@ def page() -> str:
         unknown=len(rows) - len(known),
     )
     lines = (f"| {_name(model_type)} | {' | '.join(cells or _UNKNOWN)} |\n" for model_type, cells in rows.items())
-    return head + "".join(lines)
+    return head + "".join(lines) + vlm_zoo.section()
 
 
 def _name(model_type: str) -> str:
