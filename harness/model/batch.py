@@ -107,11 +107,11 @@ class Parts:
     """What sees what in rows of several targets."""
 
     parts_BT: Tensor  # int64: 0 for the inputs, the number of the target in its row from 1, -1 for padding
-    positions_BT: Tensor  # int64: for the language model's position embedding
+    positions_BT: Tensor  # int64: for the language model's position embedding; (3, B, T) where they tell a grid
 
     def repeated(self, times: int) -> Parts:
         """The parts of all rows, one block after the other."""
-        return Parts(self.parts_BT.repeat(times, 1), self.positions_BT.repeat(times, 1))
+        return Parts(self.parts_BT.repeat(times, 1), _rows_repeated(self.positions_BT, times))
 
     def to(self, device: torch.device) -> Parts:
         """The parts on another device."""
@@ -130,6 +130,7 @@ class Batch:
     targets: Targets  # for generation without tokens
     parts: Parts | None = None  # of rows of several targets; None: each row has one, and ends with its last token
     host_context_ids_BT: Ids | None = None  # context_ids_BT on the host, where it is known; else it is read from there
+    positions_3BT: Tensor | None = None  # int64: where positions tell a grid, and rows have no parts; None: in order
     stand_in: bool = False  # of a worker without a row of its own
     host_tokens: int | None = None  # positions without padding, where they are known; else the mask is read
 
@@ -165,6 +166,7 @@ class Batch:
             mask_BT=self.mask_BT.repeat(times, 1),
             targets=self.targets.repeated(times, self.token_ids_BT.shape[0]),
             parts=None if self.parts is None else self.parts.repeated(times),
+            positions_3BT=None if self.positions_3BT is None else _rows_repeated(self.positions_3BT, times),
             host_context_ids_BT=host_ids_BT,
             host_tokens=None if self.host_tokens is None else times * self.host_tokens,
         )
@@ -174,4 +176,10 @@ class Batch:
         moved = {name: getattr(self, name).to(device) for name in ("token_ids_BT", "context_ids_BT", "mask_BT")}
         parts = None if self.parts is None else self.parts.to(device)
         items = {context: items.to(device) for context, items in self.items.items()}
-        return replace(self, items=items, targets=self.targets.to(device), parts=parts, **moved)
+        positions_3BT = None if self.positions_3BT is None else self.positions_3BT.to(device)
+        targets = self.targets.to(device)
+        return replace(self, items=items, targets=targets, parts=parts, positions_3BT=positions_3BT, **moved)
+
+
+def _rows_repeated(positions: Tensor, times: int) -> Tensor:
+    return positions.repeat(*(1,) * (positions.dim() - 2), times, 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from harness.model.budget import Draw, leading_inputs
 from harness.model.checks import check_ids
 from harness.model.features import Features
 from harness.model.frame import Frame, frame_of
+from harness.model.grid_positions import Grid, positions_of
 from harness.model.image_encoder import ImageEncoder, Written
 from harness.model.shared_prefix import MOST_TARGETS, arranged, fits
 from harness.model.turn import Turn
@@ -39,6 +40,7 @@ class _Chunk:
     token_ids: Sequence[int] = ()
     features_ND: Tensor | None = None
     is_target: bool = False
+    grid: Grid | None = None  # of features, where positions tell it
 
 
 def text_key(text: str) -> int:
@@ -148,19 +150,30 @@ class BatchMaker:
     def _shared(self, rows: Sequence[Sequence[_Item]], once: bool = False) -> Batch:
         made: list[list[_Chunk]] = []
         layouts: list[tuple[int, list[tuple[int, list[int]]]]] = []
+        positions: list[np.ndarray] = []
         for row in rows:
             context, common = self.target_context(row[0][0]), _common(row)
             chunks = row[0][1][:common]
-            branches = []
+            prefix, following = _positions(chunks)
+            branches, places = [], [prefix]
             for _, inputs, target in row:
                 rest = inputs[common:]
                 branches.append((sum(chunk.length for chunk in rest), target))
                 # The last token of a target is only predicted.
-                chunks = [*chunks, *rest, _Chunk(context, len(target) - 1, target[:-1])]
+                branch = [*rest, _Chunk(context, len(target) - 1, target[:-1])]
+                places.append(_positions(branch, following)[0])
+                chunks = [*chunks, *branch]
             layouts.append((sum(chunk.length for chunk in row[0][1][:common]), branches))
             made.append(_joined(chunks))
+            positions.append(np.concatenate(places, axis=1))
         padded = self._pad(made, [self.target_context(row[0][0]) for row in rows], left=False, once=once)
-        return arranged(padded, layouts)
+        found = arranged(padded, layouts)
+        if found.positions_3BT is None or found.parts is None:
+            return found
+        positions_3BT = torch.zeros_like(found.positions_3BT)
+        for number, own in enumerate(positions):
+            positions_3BT[:, number, : own.shape[1]] = torch.from_numpy(own)
+        return replace(found, parts=replace(found.parts, positions_BT=positions_3BT), positions_3BT=None)
 
     def prompts(self, examples: Sequence[Example]) -> Batch:
         """A batch with one row per example, without targets, padded on the left for generation."""
@@ -298,9 +311,13 @@ class BatchMaker:
         ids, contexts = np.zeros(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
         mask, tokens = np.zeros(shape, dtype=bool), list[list[tuple[int, int, int]]]()
         items: dict[str, list[tuple[Tensor, np.ndarray]]] = {context: [] for context in self.features.task.modalities}
+        gridded = any(chunk.grid for row in rows for chunk in row)
+        positions_3BT = torch.zeros(3, *shape, dtype=torch.long) if gridded else None
         for number, (row, target) in enumerate(zip(rows, targets, strict=True)):
             contexts[number] = self.contexts.index(target)
             start = shape[1] - lengths[number] if left else 0
+            if positions_3BT is not None:
+                positions_3BT[:, number, start : start + lengths[number]] = torch.from_numpy(_positions(row)[0])
             mask[number, start : start + lengths[number]] = True
             tokens.append([])
             for chunk in row:
@@ -321,6 +338,7 @@ class BatchMaker:
             items={context: self._items(context, found, once) for context, found in items.items()},
             segments=_common_segments(rows, shape[1]),
             targets=Targets.of(tokens),
+            positions_3BT=positions_3BT,
             host_context_ids_BT=contexts,
             host_tokens=sum(lengths),
         )
@@ -348,10 +366,18 @@ class BatchMaker:
 
 def _written(context: str, rows_ND: Tensor) -> list[_Chunk]:
     """What stands at the place of a vision-language model's picture."""
+    written = Written.of(rows_ND)
     return [
-        _Chunk(context, len(ids), ids) if own_FD is None else _Chunk(context, len(ids), features_ND=own_FD)
-        for ids, own_FD in Written.of(rows_ND).runs()
+        _Chunk(context, len(ids), ids)
+        if own_FD is None
+        else _Chunk(context, len(ids), features_ND=own_FD, grid=written.grid)
+        for ids, own_FD in written.runs()
     ]
+
+
+def _positions(chunks: Sequence[_Chunk], start: int = 0) -> tuple[np.ndarray, int]:
+    """The positions (3, N) of chunks, and the one that follows."""
+    return positions_of(((chunk.length, chunk.grid) for chunk in chunks), start)
 
 
 _Item = tuple[Example, list[_Chunk], list[int]]  # an example, the chunks of its inputs with BOS, its target with EOS

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from adapters.attach import Adapters
 from adapters.placement.generation import layouts_while_generating
 from adapters.placement.router import Router
+from harness.core.errors import UserError
 from harness.model.batch import IGNORED, Batch
 from harness.model.shared_prefix import attention_mask
 from harness.model.target_logits import nll_in_chunks, nll_of, target_logits, wants_chunks
@@ -87,6 +88,8 @@ class ContextModel(nn.Module):
         if batch.parts is not None:
             mask = attention_mask(batch.parts, embeds_BTD.dtype)
             options = {"attention_mask": mask, "position_ids": batch.parts.positions_BT}
+        elif batch.positions_3BT is not None:
+            options = {"position_ids": batch.positions_3BT[..., : batch.length]}
         nll_N = self._nll_in_chunks(batch, embeds_BTD, options)
         if nll_N is None:
             with self.router.one_pass():
@@ -140,8 +143,13 @@ class ContextModel(nn.Module):
         with self.router.one_pass():
             self._set_layout(prompt, embeds_BTD.shape[1])
             if num_beams == 1 and not synced_gpus and decodes(self.language_model):
-                model, mask_BT = self.language_model, prompt.mask_BT
-                return greedy(model, self.router, embeds_BTD, mask_BT, target_context, max_new_tokens, eos_id)
+                model, mask_BT, given = self.language_model, prompt.mask_BT, prompt.positions_3BT
+                return greedy(model, self.router, embeds_BTD, mask_BT, target_context, max_new_tokens, eos_id, given)
+            if prompt.positions_3BT is not None:
+                raise UserError(
+                    "the language model's positions tell where a feature is in its picture, which beams and processes "
+                    "that share a model (zero_stage: 3) do not know; allowed: eval.num_beams: 1, zero_stage: 0, 1 or 2"
+                )
             return self._generate(
                 embeds_BTD,
                 prompt,

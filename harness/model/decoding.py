@@ -85,6 +85,7 @@ def greedy(
     target_context: str,
     max_new_tokens: int,
     eos_id: int,
+    positions_3BT: Tensor | None = None,
 ) -> Tensor:
     """Generate the likeliest token, one after the other. Set the prompt's layout before.
 
@@ -96,6 +97,7 @@ def greedy(
         target_context: context of the generated tokens.
         max_new_tokens: the most for a row.
         eos_id: token that ends a row.
+        positions_3BT: of the prompts, where they tell a grid; None: in order.
 
     Returns:
         Token ids (B, at most max_new_tokens), those of a row padded with ``eos_id``.
@@ -125,8 +127,8 @@ def greedy(
 
     with router.one_generation():
         router.set_context_ids(seen_XK)
-        next_L = likeliest(positions_BT, inputs_embeds=embeds_BTD)
-        positions_L1 = positions_BT[:, -1:]
+        next_L = likeliest(positions_BT if positions_3BT is None else positions_3BT, inputs_embeds=embeds_BTD)
+        positions_L1 = positions_BT[:, -1:] if positions_3BT is None else positions_3BT.amax(0).amax(1, keepdim=True)
         for number in range(max_new_tokens):
             next_L = next_L.masked_fill(~going_L, eos_id)
             found_BN[rows_L, number] = next_L

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from harness.core.errors import UserError
 from harness.experiment.sections import Backbone
 from harness.model import vision_language
+from harness.model.grid_positions import Grid
 from tasks.encoder import Encoder
 
 _AT_ONCE = 8  # pictures: of each there may be a dozen tiles
@@ -32,15 +33,17 @@ class Written:
     Attributes:
         ids: of the tokens, ``IMAGE`` where a feature is.
         features_FD: one for each of these, or several where a connector that is trained makes one of them.
+        grid: rows and columns of the features, where positions tell it.
     """
 
     ids: tuple[int, ...]
     features_FD: Tensor
+    grid: Grid | None = None
 
     def packed(self) -> Tensor:
         """All of it as rows (H + F, D), in fp32: the caches of features know tensors alone."""
         width = self.features_FD.shape[1]
-        head = torch.tensor([0.0, len(self.ids), *self.ids])
+        head = torch.tensor([0.0, len(self.ids), *(self.grid or (0, 0)), *self.ids])
         head = torch.cat([head, head.new_zeros(-len(head) % width)]).view(-1, width)
         head[0, 0] = len(head)
         return torch.cat([head.to(self.features_FD.device), self.features_FD.float()])
@@ -48,9 +51,9 @@ class Written:
     @classmethod
     def of(cls, rows_ND: Tensor) -> Written:
         """What ``packed`` returned; its features are a view."""
-        head, count = int(rows_ND[0, 0]), int(rows_ND.flatten()[1])
-        ids = rows_ND[:head].flatten()[2 : 2 + count].long().tolist()
-        return cls(tuple(ids), rows_ND[head:])
+        length = int(rows_ND[0, 0])
+        _, count, rows, columns, *ids = rows_ND[:length].flatten().long().tolist()
+        return cls(tuple(ids[:count]), rows_ND[length:], (rows, columns) if rows else None)
 
     def runs(self) -> list[tuple[tuple[int, ...], Tensor | None]]:
         """Consecutive tokens, and consecutive features with as many places, in their order."""
@@ -127,7 +130,8 @@ class ImageEncoder(Encoder):
             part = made[start : start + _AT_ONCE]
             counts = [ids.count(IMAGE) * self.each for ids, _ in part]
             features = self._features([pixels for _, pixels in part], counts)
-            found += [Written(ids, own_FD).packed() for (ids, _), own_FD in zip(part, features, strict=True)]
+            for (ids, pixels), own_FD in zip(part, features, strict=True):
+                found.append(Written(ids, own_FD, self._grid(pixels)).packed())
         return found
 
     def _process(self, item: Any) -> tuple[tuple[int, ...], dict[str, Tensor]]:
@@ -136,6 +140,14 @@ class ImageEncoder(Encoder):
         read = self.processor(images=[item], text=[place], add_special_tokens=False, return_tensors="pt")
         ids = [IMAGE if token == self.processor.image_token_id else token for token in read["input_ids"][0].tolist()]
         return tuple(ids), {name: value for name, value in read.items() if name in self._takes}
+
+    def _grid(self, pixels: dict[str, Tensor]) -> Grid | None:
+        """Rows and columns of a picture's features; None: positions do not tell them."""
+        if not self.kind.grid:
+            return None
+        _, rows, columns = pixels["image_grid_thw"][0].tolist()
+        size = self.config.vision_config.spatial_merge_size
+        return rows // size, columns // size
 
     def _features(self, pixels: Sequence[dict[str, Tensor]], counts: Sequence[int]) -> list[Tensor]:
         """The features (F, D) of pictures, in one pass where their tensors have the same shapes."""

@@ -38,6 +38,7 @@ class Kind:
             with them depends on more than these, so the connector cannot be trained apart.
         tokens: what it makes of them.
         width: of each of them.
+        grid: whether positions tell where a feature is in its picture (``harness/model/grid_positions.py``).
         image_place: attribute of the processor: the text at whose place it writes an image.
     """
 
@@ -45,6 +46,7 @@ class Kind:
     rows: Callable[[Any], int] | None = None
     tokens: Callable[[Any], int] = lambda _: 1
     width: Callable[[Any], int] = lambda config: int(config.vision_config.hidden_size)
+    grid: bool = False
     image_place: str = "image_token"
 
 
@@ -79,9 +81,17 @@ KINDS: Mapping[str, Kind] = {
     "smolvlm": _IDEFICS,
     "internvl": Kind(rows=_one, width=_width_of_square),
     "mistral3": Kind(),
+    "qwen2_vl": Kind("visual.merger", grid=True),
+    "qwen2_5_vl": Kind("visual.merger", grid=True),
 }
 # model_type → why its rows would be others than those of its class.
-REFUSED: Mapping[str, str] = {}
+_BOTH_WAYS = "its attention within {} goes both ways, and rows here are causal"
+REFUSED: Mapping[str, str] = {
+    "paligemma": _BOTH_WAYS.format("a picture and its prompt"),
+    "gemma3": _BOTH_WAYS.format("a picture"),
+    "qwen3_vl": "features of inner layers of its tower are added in layers of its language model (deepstack)",
+    "qwen3_vl_moe": "features of inner layers of its tower are added in layers of its language model (deepstack)",
+}
 
 
 def kind_of(backbone: Backbone) -> tuple[Kind, Any]:

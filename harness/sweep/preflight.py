@@ -34,7 +34,7 @@ from harness.model.frame import frame_of
 from harness.model.inputs import Inputs, Reader
 from harness.model.on_disk import cache_of
 from harness.model.turn import Turn
-from harness.model.vision_language import load_processor
+from harness.model.vision_language import kind_of, load_processor
 from harness.price.disk import FeatureSpace
 from harness.sweep.placement import per_worker, this_machine
 from harness.sweep.ray_folder import check_length, temporary_folder
@@ -128,11 +128,29 @@ def check_models(specs: Sequence[TrialSpec], resources: Resources | None = None)
         else:
             Turn(load_processor(backbone), backbone)
         compute_as(build_empty(backbone), resources or Resources())
+    for spec in distinct(specs, "backbone", "eval"):
+        _check_generation(spec, resources or Resources())
     for spec in distinct(specs, "task", "backbone", "adapter"):
         count_parameters(spec)
     sources = "task", "backbone", "adapter", "fingerprints", "seed"
     for spec in distinct((spec for spec in specs if spec.adapter.init_from), *sources):
         assembly.check(spec, empty_model(spec, empty_encoders(spec)))
+
+
+def _check_generation(spec: TrialSpec, resources: Resources) -> None:
+    """Check that a model whose positions tell a grid is not asked for texts in a way that does not know them.
+
+    Raises:
+        UserError: it is.
+    """
+    if spec.backbone.model is None or not kind_of(spec.pinned_backbone)[0].grid:
+        return
+    wrong = {"eval.num_beams": spec.eval.num_beams > 1, "resources.zero_stage": resources.zero_stage == 3}
+    for key in (key for key, is_wrong in wrong.items() if is_wrong):
+        raise UserError(
+            f"{key}: texts of {spec.backbone.model!r} are generated with positions that tell where a feature is in its "
+            "picture, which neither beams nor ZeRO-3 know; allowed: num_beams: 1, zero_stage: 0, 1 or 2"
+        )
 
 
 def check_fingerprints(specs: Sequence[TrialSpec], where: str) -> None:

@@ -23,6 +23,7 @@ from harness.model import vision_language
 from harness.model.backbones import build_empty, load_language_model
 from harness.model.build import Built, build, count_parameters
 from harness.model.components import make_encoder
+from harness.model.grid_positions import positions_of
 from harness.model.image_encoder import IMAGE, Written
 from harness.model.sharing import why_not_shared
 from harness.model.turn import Turn
@@ -70,6 +71,8 @@ def expected_nll(folder: Path, image: Path, prompt: str, caption: str) -> Tensor
     length = read["input_ids"].shape[1]
     ids = torch.cat([read["input_ids"], torch.tensor([target])], dim=1)
     extra = {name: x for name, x in read.items() if name not in ("input_ids", "attention_mask")}
+    if "mm_token_type_ids" in extra:  # Qwen's: 1 for images
+        extra["mm_token_type_ids"] = F.pad(extra["mm_token_type_ids"], (0, len(target)))
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits[0, length - 1 : -1]
     return F.cross_entropy(logits, torch.tensor(target), reduction="sum")
@@ -132,17 +135,32 @@ def test_texts_are_those_that_the_class_generates(kind: str, tmp_path: Path) -> 
     prompts = built.batches.prompts(examples_of(paths))
     eos = built.batches.language_model.eos_id
     found_BN = built.model.generate(prompts, "text", 8, eos)
-    beams_BN = built.model.generate(prompts, "text", 8, eos, num_beams=2)
+    found = {1: found_BN}
+    if vision_language.KINDS[kind].grid:
+        with pytest.raises(UserError, match=r"which beams and .* do not know; allowed: eval\.num_beams: 1"):
+            built.model.generate(prompts, "text", 8, eos, num_beams=2)
+    else:
+        found[2] = built.model.generate(prompts, "text", 8, eos, num_beams=2)
     model = hf.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     for number, path in enumerate(paths):
         read = read_by_its_processor(folder, path, PROMPT)
-        for beams, ids_BN in ((1, found_BN), (2, beams_BN)):
+        for beams, ids_BN in found.items():
             with torch.no_grad():
                 ids = model.generate(**read, max_new_tokens=8, do_sample=False, num_beams=beams, eos_token_id=eos)
             expected = ids[0, read["input_ids"].shape[1] :].tolist()
-            found = ids_BN[number].tolist()
-            assert found[: len(expected)] == expected
-            assert set(found[len(expected) :]) <= {eos}
+            own = ids_BN[number].tolist()
+            assert own[: len(expected)] == expected
+            assert set(own[len(expected) :]) <= {eos}
+
+
+def test_positions_tell_rows_and_columns_and_go_on_after_the_larger_side() -> None:
+    found, following = positions_of([(2, None), (6, (2, 3)), (1, None)])
+    assert found.tolist() == [
+        [0, 1, 2, 2, 2, 2, 2, 2, 5],
+        [0, 1, 2, 2, 2, 3, 3, 3, 5],
+        [0, 1, 2, 3, 4, 2, 3, 4, 5],
+    ]
+    assert following == 6
 
 
 def test_a_question_within_a_turn_has_a_context_of_its_own(tmp_path: Path) -> None:
@@ -194,13 +212,14 @@ def test_every_parameter_is_counted_once(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("swinv2", "is of the class 'vit', which is no vision-language model; allowed: .*a language model is"),
+        ("vit", "is of the class 'vit', which is no vision-language model; allowed: .*a language model is"),
+        ("gemma3", "is of the class 'gemma3': its attention within a picture goes both ways"),
         ("blip", "is of the class 'blip', whose rows were never compared with its own forward; allowed: "),
     ],
 )
 def test_a_model_of_another_kind_is_refused(name: str, message: str, tmp_path: Path) -> None:
-    config = hf.ViTConfig() if name == "swinv2" else hf.BlipConfig()
-    config.save_pretrained(tmp_path)
+    configs = {"vit": hf.ViTConfig, "blip": hf.BlipConfig, "gemma3": hf.Gemma3Config}
+    configs[name]().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=message):
         build_empty(Backbone(model=str(tmp_path)))
 

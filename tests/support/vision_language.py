@@ -212,7 +212,87 @@ def _onevision_processor(_: Any) -> Any:
     return pixels, {"processor_class": "LlavaOnevisionProcessor", **options}
 
 
+def _next(made: Any) -> Any:
+    config = hf.LlavaNextConfig(
+        vision_config={"model_type": "clip_vision_model", **TOWER}, text_config=_text("mistral", made),
+        image_token_id=_id(made, "<image>"), vision_feature_layer=-2, image_grid_pinpoints=_PINPOINTS,
+        image_seq_length=16,
+    )  # fmt: skip
+    return hf.LlavaNextForConditionalGeneration(config)
+
+
+def _next_processor(made: Any) -> Any:
+    pixels = hf.LlavaNextImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size=SQUARE, image_grid_pinpoints=_PINPOINTS
+    )
+    return hf.LlavaNextProcessor(
+        pixels, made, patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+
+
+def _qwen(config: Any, model: Any, tower: Mapping[str, Any]) -> Callable[[Any], Any]:
+    def make(made: Any) -> Any:
+        text = _text("", made, rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4})
+        del text["model_type"]
+        ids = {f"{name}_id": _id(made, f"<|{token}|>") for name, token in _QWEN_NAMES.items()}
+        vision = {
+            "depth": 2,
+            "num_heads": 3,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            **tower,
+        }
+        return model(config(vision_config=vision, text_config=text, tie_word_embeddings=False, **ids))
+
+    return make
+
+
+_QWEN_NAMES = {
+    "image_token": "image_pad", "video_token": "video_pad", "vision_start_token": "vision_start",
+    "vision_end_token": "vision_end",
+}  # fmt: skip
+_QWEN_TOKENS = tuple(f"<|{name}|>" for name in _QWEN_NAMES.values())
+_QWEN_PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def _qwen_processor(named: str) -> Callable[[Any], Any]:
+    def make(_: Any) -> Any:
+        pixels = hf.Qwen2VLImageProcessorPil(
+            patch_size=4, merge_size=2, temporal_patch_size=2,
+            size={"shortest_edge": 256, "longest_edge": 1024},
+        )  # fmt: skip
+        return pixels, {"processor_class": named}
+
+    return make
+
+
 KINDS = {
+    "llava_next": Kind(("<image>",), _next, _next_processor, "<image>"),
+    "qwen2_vl": Kind(
+        _QWEN_TOKENS,
+        _qwen(
+            hf.Qwen2VLConfig, hf.Qwen2VLForConditionalGeneration, {"embed_dim": 24, "hidden_size": 32, "mlp_ratio": 2}
+        ),
+        _qwen_processor("Qwen2VLProcessor"),
+        _QWEN_PLACE,
+    ),
+    "qwen2_5_vl": Kind(
+        _QWEN_TOKENS,
+        _qwen(
+            hf.Qwen2_5_VLConfig,
+            hf.Qwen2_5_VLForConditionalGeneration,
+            {
+                "hidden_size": 24,
+                "intermediate_size": 32,
+                "out_hidden_size": 32,
+                "window_size": 16,
+                "fullatt_block_indexes": [1],
+            },
+        ),
+        _qwen_processor("Qwen2_5_VLProcessor"),
+        _QWEN_PLACE,
+    ),
     "llava": Kind(("<image>",), _llava, _llava_processor, "<image>"),
     "idefics3": Kind(
         _IDEFICS_TOKENS,
