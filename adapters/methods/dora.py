@@ -15,8 +15,9 @@ Shapes: B rows, T positions, I and O input and output features, R rank.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
-from typing import Annotated, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple, cast
 
 import torch
 from pydantic import Field, PositiveInt
@@ -81,6 +82,16 @@ class DoRADelta(base.Delta):
             norm_O = _row_norms(sum_OI).to(magnitude_O.dtype)
         return magnitude_O / norm_O
 
+    def written(self) -> _Written | None:
+        """What ``ratio`` depends on, as it is now; None: a weight may change without a sign (offloaded, a part)."""
+        weight = getattr(self.target.layer, "weight", None)
+        tensors: tuple[Any, ...] = (self.lora_A, self.lora_B, self.lora_magnitude_vector, weight)
+        if not all(
+            isinstance(x, Tensor) and not (x.is_meta or x.is_inference() or hasattr(x, "ds_id")) for x in tensors
+        ):
+            return None
+        return _Written(tensors, tuple((x.data_ptr(), x._version) for x in tensors))
+
     def merge(self, weight_OI: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor]:
         """``ratio ⊙ (W + s B A)``; scales what an earlier method merged into the bias, but not the layer's own bias."""
         ratio_O, own_O = self.ratio(), self.layer_bias()
@@ -115,16 +126,41 @@ class _Scaled(NamedTuple):
     B_OR: Tensor
 
 
+class _Written(NamedTuple):
+    """Tensors, and of each where its numbers are and how often they were written."""
+
+    tensors: tuple[Any, ...]
+    state: tuple[tuple[int, int], ...]
+
+    def same(self, other: _Written) -> bool:
+        """Whether they are the same tensors, and none was written in between."""
+        return self.state == other.state and all(map(operator.is_, self.tensors, other.tensors))
+
+
+class _Kept(dict[str, tuple[_Written, Tensor]]):
+    """Group → its ratio (O,), and what that was computed from. A copy of it (deepcopy, pickle) is empty."""
+
+    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
+        return _Kept, ()
+
+
 class DoRAChange(base.Change):
     """Scales the layer's output by each token's ratio, then adds LoRA with ``ratio ⊙ B`` in one of its forms.
 
-    The norm, which costs the same for one token as for all, is computed once per pass, and once in a generation.
+    The norm, which costs the same for one token as for all, is computed once per pass, and once in a generation. A loop
+    that decodes with a KV cache of its own uses that of its first pass, as long as no tensor was written.
     """
+
+    def __init__(self, deltas: Mapping[str, base.Delta]) -> None:
+        super().__init__(deltas)
+        self._kept = _Kept()
 
     def forward(self, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
         """``y + (ratio_c - 1) ⊙ (y - b) + s · (ratio_c ⊙ B_c) A_c dropout(x)``."""
         if torch._C._are_functorch_transforms_active():  # torch.func does not see through the forms' own backward
             return super().forward(x_BTI, value_BTD, layout)
+        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or not layout.past):
+            self._kept.clear()  # of all groups: DeepSpeed and others write through `.data`, which no counter sees
         first: DoRADelta = self.delta(self.groups[0])
         if first.dropout and first.training:
             x_BTI = F.dropout(x_BTI, first.dropout)
@@ -148,9 +184,22 @@ class DoRAChange(base.Change):
     def _scaled(self, group: str, layout: Layout) -> _Scaled:
         delta: DoRADelta = self.delta(group)
         if torch.compiler.is_compiling() or layout.has_tokens_of(group):
-            return layout.constant((self, group), lambda: _scaled(delta, delta.ratio()))
+            return layout.constant((self, group), lambda: _scaled(delta, self._ratio(group, layout)))
         # A group without tokens stays in the graph (see Change), where its zero gradients need no norm.
         return _scaled(delta, delta.lora_magnitude_vector)
+
+    def _ratio(self, group: str, layout: Layout) -> Tensor:
+        delta: DoRADelta = self.delta(group)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return delta.ratio()
+        written, kept = delta.written(), self._kept.get(group)
+        # Only passes that continue a sequence use what an earlier one of it computed.
+        if layout.past and written and kept and written.same(kept[0]):
+            return kept[1]
+        ratio_O = delta.ratio()
+        if written:
+            self._kept[group] = written, ratio_O
+        return ratio_O
 
 
 def _scaled(delta: DoRADelta, ratio_O: Tensor) -> _Scaled:

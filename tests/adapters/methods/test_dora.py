@@ -5,6 +5,7 @@ Shapes: B rows, T positions, I and O input and output features of a layer.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 from unittest.mock import patch
 
@@ -20,6 +21,7 @@ from adapters.methods.dora import DoRA, DoRAConfig, DoRADelta
 from adapters.placement.roles import Target
 from adapters.placement.router import Router
 from harness.core.errors import UserError
+from tests.support.adapted import adapted_model, logits
 from tests.support.adapters import adapt, disturb, embeds
 from tests.support.models import tiny_llama, with_biases
 from tests.support.peft import MODULES, check_equal
@@ -97,6 +99,85 @@ def test_each_groups_norm_is_computed_once_however_many_spans_it_has(grad: bool)
         adapters.router.set_context_ids(torch.tensor([[1, 0, 1, 0, 1, 0]]))
         model(inputs_embeds=embeds(3, 6), use_cache=False)
         assert ratio.call_count == 2 * 2
+
+
+def decode(adapted: Any, tokens: int, past: Any = None, write: Any = None) -> tuple[Tensor, Any]:
+    """Decode given tokens one by one with a KV cache, outside of ``generate``: their logits, and the cache."""
+    ids_BT = torch.randint(64, (2, 4 + tokens), generator=torch.Generator().manual_seed(4))
+    found: list[Tensor] = []
+    for start, stop in ((0, 4), *((n, n + 1) for n in range(4, 4 + tokens))):
+        output = adapted(
+            ids_BT[:, start:stop], context_ids=torch.ones(stop - start).long(), past_key_values=past, use_cache=True
+        )
+        past = output.past_key_values
+        found.append(output.logits[:, -1].detach())
+        if write is not None and stop == 6:
+            write()
+    return torch.stack(found), past
+
+
+def test_a_decoding_loop_of_the_callers_own_computes_the_norm_once_per_sequence() -> None:
+    adapted = adapted_model(tiny_llama(), {"method": "dora", "rank": 3})
+    layers = 14
+    with torch.no_grad(), patch.object(DoRADelta, "ratio", autospec=True, side_effect=DoRADelta.ratio) as ratio:
+        found, _ = decode(adapted, 5)
+        assert ratio.call_count == layers  # of the group text, in the pass over the prompt
+        decode(adapted, 5)
+        assert ratio.call_count == 2 * layers  # another sequence: anew
+    whole = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(4))
+    expected = logits(adapted, adapted.base_model.get_input_embeddings()(whole), torch.ones(9).long())
+    torch.testing.assert_close(found[-1], expected[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def named(module: nn.Module, part: str) -> list[nn.Parameter]:
+    return [p for name, p in module.named_parameters() if part in name]
+
+
+def move(p: nn.Parameter) -> None:
+    p.data = p.data * 1.2
+
+
+WRITES: dict[str, Any] = {
+    "a matrix": lambda adapted: [p.mul_(1.5) for p in named(adapted.adapters, "lora_B")],
+    "a magnitude": lambda adapted: [p.mul_(2) for p in named(adapted.adapters, "magnitude")],
+    "the layers' weights": lambda adapted: [p.mul_(1.2) for p in named(adapted.base_model, "proj")],
+    "their place": lambda adapted: [move(p) for p in named(adapted.base_model, "proj")],
+    "weights that are loaded": lambda adapted: adapted.load_state_dict(
+        {name: 1.3 * tensor for name, tensor in adapted.state_dict().items()}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRITES)
+def test_what_is_written_while_decoding_is_seen_by_the_next_token(what: str) -> None:
+    """Against a model that keeps nothing between passes."""
+    adapted = adapted_model(tiny_llama(), {"method": "dora", "rank": 3})
+    other = copy.deepcopy(adapted)
+    with torch.no_grad():
+        found, _ = decode(adapted, 5, write=lambda: WRITES[what](adapted))
+        with patch.object(DoRADelta, "written", return_value=None):
+            expected, _ = decode(other, 5, write=lambda: WRITES[what](other))
+        assert torch.equal(found, expected)
+        unwritten, _ = decode(adapted_model(tiny_llama(), {"method": "dora", "rank": 3}), 5)
+    assert torch.equal(found[:3], unwritten[:3])
+    assert not torch.equal(found[3:], unwritten[3:])
+
+
+def test_what_no_counter_sees_is_seen_by_the_next_sequence_and_after_a_training_pass() -> None:
+    """DeepSpeed writes through ``.data``; so does whoever loads weights so."""
+    adapted = adapted_model(tiny_llama(), {"method": "dora", "rank": 3})
+    with torch.no_grad():
+        _, past = decode(adapted, 2)
+    adapted(torch.ones(2, 3).long(), context_ids=torch.zeros(3).long()).logits.sum().backward()  # of the other group
+    for name, p in adapted.adapters.named_parameters():
+        if name.endswith("lora_B"):
+            p.data.mul_(1.5)
+    again = copy.deepcopy(adapted)
+    with torch.no_grad(), patch.object(DoRADelta, "ratio", autospec=True, side_effect=DoRADelta.ratio) as ratio:
+        found = adapted(torch.ones(2, 1).long(), context_ids=torch.ones(1).long(), past_key_values=past).logits
+        assert ratio.call_count == 14  # though it continues a sequence
+        assert torch.equal(decode(adapted, 3)[0], decode(again, 3)[0])
+    assert found.isfinite().all()
 
 
 def test_on_a_bf16_base_it_equals_the_plain_path_in_float64() -> None:
