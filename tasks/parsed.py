@@ -48,22 +48,24 @@ Splits = Mapping[Split, Sequence[Example]]
 logger = logging.getLogger(__name__)
 
 
-class _Texts:
-    """Lists of texts of a column; equal texts are one object."""
+class _Pool:
+    """The different texts of a column; equal texts are one object."""
 
     def __init__(self, column: Any) -> None:
-        self._offsets = column.offsets.to_numpy()
-        flat = column.values
-        self._numbers, self._texts = flat.indices.to_numpy(zero_copy_only=False), flat.dictionary
+        self._numbers, self._texts = column.indices.fill_null(-1).to_numpy(zero_copy_only=False), column.dictionary
         self._made: dict[int, str] = {}
 
-    def __getitem__(self, row: int) -> list[str]:
-        return [self._text(int(n)) for n in self._numbers[self._offsets[row] : self._offsets[row + 1]]]
+    def __getitem__(self, places: slice) -> list[str]:
+        made, found = self._made, []
+        for number in self._numbers[places].tolist():
+            if number not in made:
+                made[number] = self._texts[number].as_py()
+            found.append(made[number])
+        return found
 
-    def _text(self, number: int) -> str:
-        if number not in self._made:
-            self._made[number] = self._texts[number].as_py()
-        return self._made[number]
+    def one(self, place: int) -> str | None:
+        """The text at a place, if there is one."""
+        return self[place : place + 1][0] if self._numbers[place] >= 0 else None
 
 
 class _Rows:
@@ -73,21 +75,30 @@ class _Rows:
         self._use = use  # as long as the table is mapped
         columns = {name: table.column(name).chunk(0) for name in _SCHEMA.names}
         self.ids = columns["id"]
-        self._one = {name: columns[name] for name in ("target", "member", "cluster")}
-        self._references, self._contexts, self._values = (
-            _Texts(columns[name]) for name in ("references", "contexts", "values")
+        self._targets, self._members, self._clusters = (
+            _Pool(columns[name]) for name in ("target", "member", "cluster")
         )
-        self._are_files = columns["are_files"]
+        self._references, self._contexts, self._values = (
+            _Pool(columns[name].values) for name in ("references", "contexts", "values")
+        )
+        self._reference_ends, self._input_ends = (columns[name].offsets.to_numpy() for name in ("references", "values"))
+        self._are_files = columns["are_files"].values.to_numpy(zero_copy_only=False)
         self._paths: dict[str, Path] = {}
 
     def member(self, row: int) -> str:
-        return str(self._one["member"][row].as_py())
+        return self._members.one(row) or ""
 
     def __getitem__(self, row: int) -> Example:
-        target, member, cluster = (self._one[name][row].as_py() for name in ("target", "member", "cluster"))
-        kinds = zip(self._contexts[row], self._values[row], self._are_files[row].as_py(), strict=True)
-        parts = tuple(Part(context, self._path(value) if is_file else value) for context, value, is_file in kinds)
-        return Example(self.ids[row].as_py(), parts, tuple(self._references[row]), target, member, cluster)
+        references, inputs = (slice(*ends[row : row + 2].tolist()) for ends in (self._reference_ends, self._input_ends))
+        kinds = zip(self._contexts[inputs], self._values[inputs], self._are_files[inputs].tolist(), strict=True)
+        return Example(
+            self.ids[row].as_py(),
+            tuple(Part(context, self._path(value) if is_file else value) for context, value, is_file in kinds),
+            tuple(self._references[references]),
+            self._targets.one(row),
+            self.member(row),
+            self._clusters.one(row),
+        )
 
     def _path(self, value: str) -> Path:
         if value not in self._paths:
