@@ -31,7 +31,7 @@ def card(found: Description, merged: bool, peft: bool) -> str:
         + _scores(found.metrics),
         "## Use\n\n```\nharness predict . FILE...\n```\n\n```python\nimport harness\n\ntrained = "
         'harness.load_trained(".")\ntrained.predict([' + str(_example(spec)) + "])\n```",
-        _files(merged, peft),
+        _files(merged, peft, whole=bool(spec["backbone"].get("model"))),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -85,11 +85,12 @@ def _example(spec: dict[str, Any]) -> dict[str, str]:
     return dict.fromkeys(inputs or [answer], "...")
 
 
-def _files(merged: bool, peft: bool) -> str:
+def _files(merged: bool, peft: bool, whole: bool) -> str:
     lines = [
         "- `trained.json`, `weights.safetensors`: for `harness predict`; the models above are needed as well.",
-        "- `adapter/`: the adapters alone, for `harness.load_adapter(language_model, folder)`.",
     ]
+    if not whole:
+        lines.append("- `adapter/`: the adapters alone, for `harness.load_adapter(language_model, folder)`.")
     if peft:
         lines.append("- `peft/`: the same as a checkpoint of the peft library.")
     if merged:

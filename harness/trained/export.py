@@ -112,7 +112,18 @@ def _located(spec: TrialSpec) -> dict[str, str]:
 
 
 def _write_adapter(spec: TrialSpec, weights: Path, folder: Path, peft: bool, merge: bool) -> None:
-    """Write the adapters alone, on the bare language model."""
+    """Write the adapters alone, on the bare language model; of a vision-language model there is none to load them onto.
+
+    Raises:
+        UserError: the method cannot be written in that form.
+    """
+    if spec.backbone.model is not None:
+        if peft or merge:
+            raise UserError(
+                f"{spec.adapter.label}: trained inside {spec.backbone.model!r}, a vision-language model, whose layers "
+                "have other names outside a trial; allowed: an export without peft and merge, for harness predict"
+            )
+        return
     tensors = {
         name.replace("language_model.", "base_model.", 1) if name.startswith("language_model.") else name: tensor
         for name, tensor in safetensors.torch.load_file(weights).items()

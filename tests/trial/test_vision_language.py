@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 
+from harness.core.errors import UserError
 from harness.core.record import TrialRecord
 from harness.experiment.plan import TrialSpec
 from harness.model.build import count_parameters
 from harness.price.rows import rows_of
 from harness.trained.export import export_trial
 from harness.trained.model import load_trained
+from harness.trial.engine import Engine
+from tests.support.parity import assert_same_result
 from tests.support.trials import examples_of, run, spec_of
 from tests.support.vision_language import save
 
@@ -53,6 +56,7 @@ def test_a_trial_learns_and_what_it_learned_can_be_used(
     exported = load_trained(export_trial(run_folder / "trials" / record.trial_id, folder / f"exported-{name}"))
     shown = found[found.split == "test"].head(3)
     paths = {example.id: example.files[0][1] for example in exported.task.examples("test")}
+    assert not (folder / f"exported-{name}" / "adapter").exists()
     texts = exported.predict([{"image": paths[key]} for key in shown.example_id])
     assert texts == list(shown.prediction)
 
@@ -64,3 +68,27 @@ def test_a_trial_without_an_adapter_trains_the_connector(folder: Path) -> None:
     assert record.parameters.trainable == record.parameters.projector > 0
     assert record.history[-1].train_loss < record.history[0].train_loss
     assert rows_of(spec, None).longest >= rows_of(spec, None).first.token_ids_BT.shape[1]
+
+
+def test_an_export_in_a_form_that_names_layers_is_refused(folder: Path) -> None:
+    _, record, run_folder = trial(folder, "agnostic", AGNOSTIC)
+    with pytest.raises(UserError, match="whose layers have other names outside a trial; allowed: an export without"):
+        export_trial(run_folder / "trials" / record.trial_id, folder / "merged", merge=True)
+    assert not (folder / "merged").exists()
+
+
+def test_a_stopped_trial_goes_on_to_the_same_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, whole, _ = trial(folder, "whole", SPECIFIC, connector="trained")
+    taken = 0
+    step = Engine.train_step
+
+    def counted(engine: Engine, batch: Any) -> float:
+        nonlocal taken
+        taken += 1
+        return step(engine, batch)
+
+    monkeypatch.setattr(Engine, "train_step", counted)
+    again = folder / "again"
+    assert run(spec, again, stop=lambda: taken == 3).status == "cancelled"
+    resumed = run(spec, again)
+    assert_same_result(resumed, again, whole, folder / "whole")
