@@ -81,7 +81,12 @@ def settings(specs: Mapping[str, Spec], without: Sequence[str] = ()) -> dict[str
 
 
 def _varies(key: str, trials: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a key has several values; for the fingerprint of a model, several in trials that name the same model."""
+    """Whether a key has several values; for the fingerprint of a model, several in trials that name the same model.
+
+    A key of a section that is left out where it is unset has two if some trials have it and others do not.
+    """
+    if _LEFT_OUT_UNSET.fullmatch(key) and not all(key in values for values in trials):
+        return True
     model = key.removeprefix(FINGERPRINTS)
     named = (f"backbone.{model}", "backbone.revision") if model != key else ()
     groups: dict[str, set[str]] = {}
@@ -89,6 +94,10 @@ def _varies(key: str, trials: Sequence[Mapping[str, Any]]) -> bool:
         if key in values:
             groups.setdefault(repr([values.get(name) for name in named]), set()).add(repr(values[key]))
     return any(len(found) > 1 for found in groups.values())
+
+
+# Keys of sections whose fields are the same for all trials; options of a task are those of that task.
+_LEFT_OUT_UNSET = re.compile(r"(backbone|budget|optimizer)\.\w+")
 
 
 def _setting(key: str, value: Any) -> str:

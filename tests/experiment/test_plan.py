@@ -263,6 +263,21 @@ def test_settings_name_what_varies_besides_adapter_and_seed(
     assert settings(plan(BASE.replace(old, new))) == expected
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "name"),
+    [
+        ("tiny-llama}", "tiny-llama, quantization: [null, nf4]}", "quantization=nf4"),
+        ("tiny-llama}", "tiny-llama, dtype: [null, bf16]}", "dtype=bf16"),
+        ("tiny-llama}", "tiny-llama, chat_template: [false, true]}", "chat_template=True"),
+        ("epochs: 2}", "epochs: 2, patience: [null, 1]}", "patience=1"),
+    ],
+)
+def test_a_key_that_is_left_out_where_it_is_unset_tells_rows_apart(
+    plan: MakePlan, old: str, new: str, name: str
+) -> None:
+    assert settings(plan(BASE.replace(old, new))) == ["", name]
+
+
 def test_settings_join_what_varies_and_leave_the_learning_rate_out(plan: MakePlan) -> None:
     text = BASE.replace(", learning_rate: 6e-3", "").replace(
         "optimizer: {", "optimizer: {learning_rate: [1e-3, 1e-4], weight_decay: [0.0, 0.1], "
