@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 from harness.core.forecast import GIB, MemoryForecast
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
+from harness.model.quantisation import PACKED
 
 Needs = Callable[[TrialSpec, Resources], MemoryForecast]
 _WORKERS = (2, 4, 8)
+_PARTITIONED = 3  # the ZeRO stage that spreads weights over the workers
 
 
 def remedies(spec: TrialSpec, resources: Resources, device_bytes: int, needs: Needs) -> tuple[str, ...]:
@@ -24,6 +26,8 @@ def remedies(spec: TrialSpec, resources: Resources, device_bytes: int, needs: Ne
     found = []
     for kind in (_recomputed, _offloaded, _spread, _smaller, _bf16):
         for text, changed, other in kind(spec, resources):
+            if other.zero_stage == _PARTITIONED and spec.backbone.quantization in PACKED:
+                continue  # packed weights stay whole
             if (memory := needs(changed, other)).device_bytes <= device_bytes:
                 found.append(f"{text} ({memory.device_bytes / GIB:.3g} GiB)")
                 break

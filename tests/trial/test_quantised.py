@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 import harness
 from harness.core import hub
 from harness.core.errors import UserError
+from harness.core.forecast import MemoryForecast
 from harness.core.record import TrialRecord
 from harness.experiment.load import Experiment
 from harness.experiment.plan import TrialSpec, expand
@@ -23,6 +24,7 @@ from harness.model.components import make_task
 from harness.model.kept import Kept
 from harness.price.footprint import Footprints
 from harness.price.memory import memory_of
+from harness.price.remedies import remedies
 from harness.sweep.preflight import check_models
 from tests.support.gguf_files import write_gguf
 from tests.support.parity import assert_same_result
@@ -200,6 +202,26 @@ def test_weights_are_not_partitioned(gguf: Path, tmp_path: Path) -> None:
     ):
         check_models([spec_on("nf4", gguf, tmp_path)], Resources(zero_stage=3))
     check_models([spec_on("gguf", gguf, tmp_path)], Resources(zero_stage=3))
+
+
+def test_what_would_make_a_trial_fit_leaves_packed_weights_whole(gguf: Path, tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def needs(_changed: TrialSpec, resources: Resources) -> MemoryForecast:
+        asked.append(resources.zero_stage)
+        return MemoryForecast(
+            weights_bytes=9,
+            gradients_bytes=0,
+            optimizer_bytes=0,
+            activations_bytes=0,
+            working_bytes=0,
+            offloaded_bytes=0,
+        )
+
+    remedies(spec_on("nf4", gguf, tmp_path), Resources(), 1, needs)
+    assert set(asked) == {0, 1, 2}
+    remedies(spec_on("gguf", gguf, tmp_path), Resources(), 1, needs)
+    assert 3 in asked
 
 
 def test_trials_of_a_worker_share_the_packed_weights(gguf: Path, tmp_path: Path) -> None:
