@@ -50,6 +50,7 @@ OPTIONS = Optimizer(
     max_grad_norm=0.5, lr_scheduler_type="cosine",
 )  # fmt: skip
 GROUPED = [name for name, entry in ADAPTERS.entries().items() if ADAPTERS.load(entry.target).grouped]
+STACKED = [f"stacked {name}" for name in ("lora", "vera", "bottleneck", "ia3")]
 
 
 class Job(NamedTuple):
@@ -104,13 +105,15 @@ def image_first(batch: Batch) -> Batch:
 
 def model_of(name: str) -> ContextModel:
     """Context-specific; the same weights at every call. ``all forms``: every way in which a change reads parameters."""
+    shared = "shared" if name in STACKED else None
     method_class = combine((LoRA, SlicedLoRA, IA3, BitFit)) if name == "all forms" else ADAPTERS.load(
-        ADAPTERS.find(name).target
+        ADAPTERS.find(name.removeprefix("stacked ")).target
     )  # fmt: skip
     method = method_class(method_class.Config(**({"rank": 3, "where": ("v", "down")} if name == "all forms" else {})))
     language_model = tiny_llama()
     router = Router(resolve_grouping("specific", ("image", "text"))[0])
-    adapters = Adapters(language_model, dict.fromkeys(router.groups, method), router, seed=0)
+    groups = [*([shared] if shared else []), *router.groups]
+    adapters = Adapters(language_model, method.for_groups(groups), router, seed=0, shared_group=shared)
     adapters.attach(language_model)
     torch.manual_seed(3)
     return context_model_of(language_model, {"image": 20}, adapters, router).train()
@@ -256,13 +259,13 @@ def test_gradients_in_different_orders_would_be_wrong(trained: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained_by_every_method(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    jobs = [Job(name, stage) for name in GROUPED for stage in (2, 3)]
+    jobs = [Job(name, stage) for name in [*GROUPED, *STACKED] for stage in (2, 3)]
     return run(jobs, tmp_path_factory.mktemp("methods"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.parametrize("name", [*GROUPED, *STACKED])
 def test_every_method_trains_right_where_one_process_lacks_a_context(
     trained_by_every_method: Path, name: str, stage: int
 ) -> None:
