@@ -20,7 +20,7 @@ ANY = Plugin(name="any", distribution="any", result_version=1, target="any:Any")
 
 def spec_of(entry: Entry) -> TrialSpec:
     method = method_of(entry)
-    grouping, name = resolve_grouping("specific", CONTEXTS)
+    grouping, name, _ = resolve_grouping("specific", CONTEXTS)
     return TrialSpec(
         task=TaskChoice(name="any", plugin=ANY, contexts=CONTEXTS, modalities={}, metrics={}, config={}),
         backbone=Backbone(),
