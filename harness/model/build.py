@@ -386,14 +386,24 @@ def _encoder(
         return kept.of(key, load, bytes_of, device.type)
 
 
-def connector_of(encoders: Mapping[str, Encoder]) -> Connector | None:
-    """The connector of a vision-language model, to be trained or not; None: each context has a projector of ours."""
+def connector_of(encoders: Mapping[str, Encoder], empty_on: str | None = None) -> Connector | None:
+    """The connector of a vision-language model, to be trained or not; None: each context has a projector of ours.
+
+    Args:
+        encoders: by modality.
+        empty_on: the device of a copy without values; None: it has those of the model.
+    """
     own = next((encoder for encoder in encoders.values() if isinstance(encoder, ImageEncoder)), None)
     if own is None:
         return None
     if not own.apart:
         return Connector()
-    return Connector(copy.deepcopy(own.connector).float().requires_grad_(True), own.rows)
+    module = copy.deepcopy(own.connector, {id(p): p for p in own.connector.parameters()})
+    for part in module.modules():
+        for name, p in part.named_parameters(recurse=False):
+            value = p.detach().float().clone() if empty_on is None else torch.empty(p.shape, device=empty_on)
+            part._parameters[name] = nn.Parameter(value)
+    return Connector(module, own.rows)
 
 
 def assemble(
@@ -471,8 +481,6 @@ def empty_model(spec: TrialSpec, encoders: Mapping[str, Encoder], device: str = 
     widths = {context: encoders[modality].width for context, modality in make_task(spec).modalities.items()}
     try:
         with torch.device(device):
-            connector = connector_of(encoders)
-            connector = connector and connector.to_empty(device=device)
-            return assemble(spec, language_model, widths, connector)
+            return assemble(spec, language_model, widths, connector_of(encoders, empty_on=device))
     except UserError as error:
         raise UserError(f"adapters: {spec.adapter.label} on {spec.backbone.language_model}: {error}") from None

@@ -12,6 +12,7 @@ from harness.core.record import TrialRecord
 from harness.experiment.plan import TrialSpec
 from harness.model.build import count_parameters
 from harness.price.rows import rows_of
+from harness.price.trace import trace
 from harness.trained.export import export_trial
 from harness.trained.model import load_trained
 from harness.trial.engine import Engine
@@ -67,7 +68,11 @@ def test_a_trial_without_an_adapter_trains_the_connector(folder: Path) -> None:
     assert record.parameters is not None
     assert record.parameters.trainable == record.parameters.projector > 0
     assert record.history[-1].train_loss < record.history[0].train_loss
-    assert rows_of(spec, None).longest >= rows_of(spec, None).first.token_ids_BT.shape[1]
+    rows = rows_of(spec, None)
+    assert rows.longest >= rows.first.token_ids_BT.shape[1]
+    for _ in range(2):  # a model is built without values again for each method of a plan
+        (traced,) = trace(spec, rows.first)
+        assert traced.trained == record.parameters.trainable
 
 
 def test_an_export_in_a_form_that_names_layers_is_refused(folder: Path) -> None:
