@@ -108,7 +108,7 @@ class LiveTable:
         row.validation_perplexity = progress.get("validation_perplexity") or row.validation_perplexity
         if not self._shows_live and time.monotonic() - self._printed >= QUIET_S:
             running = [row for row in self._rows.values() if row.runs]
-            states = ", ".join(f"{self._names[r.trial.trial_id]}: {r.phase} {r.fraction:.0%}" for r in running)
+            states = ", ".join(f"{self._names[r.trial.trial_id]}: {_where(r)}" for r in running)
             self._print(f"[{self._done}/{len(self._rows)}] {self._left()}; running: {states}")
 
     def ended(self, record: TrialRecord) -> None:
@@ -199,6 +199,11 @@ def trial_names(trials: Sequence[PlannedTrial]) -> dict[str, str]:
 
 def _trials(count: int) -> str:
     return f"{count} trial{'s' * (count != 1)}"
+
+
+def _where(row: _Row) -> str:
+    """How far a trial is; encoding says that itself, and no step has been taken then."""
+    return row.phase if "%" in row.phase else f"{row.phase} {row.fraction:.0%}"
 
 
 def _outcome(record: TrialRecord) -> str:

@@ -145,6 +145,17 @@ def test_without_a_terminal_progress_is_printed_only_while_nothing_ends(monkeypa
     assert lines[2:] == ["[1/4] about 2 min 28 s left; running: LoRA r=0 specific seed 0: train 80%"]
 
 
+def test_encoding_says_itself_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("harness.sweep.live.time.monotonic", lambda: now[0])
+    live = table(1, terminal=False)
+    with live:
+        live.opened(Path("runs/x"), 1)
+        now[0] += QUIET_S
+        running(live, 0, 0.0, phase="encode image 40%, 12.0 s left")
+    assert output(live.console).splitlines()[-1].endswith("seed 0: encode image 40%, 12.0 s left")
+
+
 def test_the_learning_rate_is_named_where_trials_differ_only_in_it() -> None:
     same: dict[str, Any] = {"label": "LoRA"}
     trials = [planned(n, **same, learning_rate=rate) for n, rate in enumerate((0.006, 0.012))]
