@@ -95,7 +95,8 @@ class Features:
         self._shelves: dict[str, Shelf] = {}
         for name, key in keys.items():
             if disk is not None and key is not None:
-                self._shelves[name] = Shelf(disk.cache, shelf_name(key, device), self.encoders[name].width)
+                encoder = self.encoders[name]
+                self._shelves[name] = Shelf(disk.cache, shelf_name(key, device, type(encoder)), encoder.width)
         self.progress = ""
 
     def width(self, context: str) -> int:

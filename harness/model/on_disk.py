@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import math
 import os
@@ -17,12 +18,13 @@ import torch
 
 from harness.core.disk_cache import DiskCache
 from harness.core.errors import UserError
-from harness.core.files import cache_folder
+from harness.core.files import cache_folder, digests_of
 from harness.core.forecast import GIB
 from harness.experiment.sections import Resources
 from harness.model.inputs import Inputs
 from harness.model.kept import Key
 
+_ROOT = Path(__file__).resolve().parents[2]
 SIZE_VARIABLE, DEFAULT_GIB = "HARNESS_FEATURE_CACHE_GIB", 100.0
 # What decodes files and computes features, besides what an encoder's fingerprint says.
 _LIBRARIES = (
@@ -86,12 +88,12 @@ def _size_of_environment() -> float:
     return size_gib
 
 
-def shelf_name(key: Key, device: torch.device) -> str:
-    """A digest of what features depend on besides the items of a call: the encoder, and what computes here."""
+def shelf_name(key: Key, device: torch.device, encoder: type) -> str:
+    """A digest of what features depend on besides the items of a call: the encoder with its code, and what computes."""
     on_gpu = device.type == "cuda"
     place = torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability()
     threads = 0 if on_gpu else torch.get_num_threads()
-    content = [[str(part) for part in key], place, threads, _libraries()]
+    content = [[str(part) for part in key], place, threads, _libraries(), _code(encoder)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
@@ -102,3 +104,13 @@ def _libraries() -> tuple[str, ...]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found.append(f"{name} {importlib.metadata.version(name)}")
     return tuple(found)
+
+
+@cache
+def _code(encoder: type) -> list[str]:
+    """Digests of the harness's code that reads files and makes features: another version may make others."""
+    folders = {_ROOT / "tasks" / "modalities", _ROOT / "tasks" / "containers"}
+    with suppress(TypeError, OSError):  # a class without a file
+        source = Path(inspect.getfile(encoder)).resolve()
+        folders |= {source.parent} if source.is_relative_to(_ROOT / "harness") else set()
+    return digests_of(sorted(path for folder in folders for path in folder.rglob("*.py")))
