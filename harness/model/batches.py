@@ -26,6 +26,7 @@ from harness.model.features import Features
 from harness.model.frame import Frame, frame_of
 from harness.model.grid_positions import Grid, positions_of
 from harness.model.image_encoder import ImageEncoder, Written
+from harness.model.past import Past
 from harness.model.shared_prefix import MOST_TARGETS, arranged, fits
 from harness.model.turn import Turn
 from tasks.base import Example
@@ -175,6 +176,42 @@ class BatchMaker:
             positions_3BT[:, number, : own.shape[1]] = torch.from_numpy(own)
         return replace(found, parts=replace(found.parts, positions_BT=positions_3BT), positions_3BT=None)
 
+    @property
+    def writes_turns(self) -> bool:
+        """Whether a vision-language model's processor arranges prompts, whose inputs then are not one stretch each."""
+        return self._turn is not None
+
+    def prompt_rows(self, examples: Sequence[Example]) -> list[list[_Chunk]]:
+        """The stretches of each example's prompt: the frame's beginning, its inputs, and what the frame ends with."""
+        return self._inputs(examples, None)
+
+    def of_rows(self, rows: Sequence[Sequence[_Chunk]], examples: Sequence[Example], past: Past | None) -> Batch:
+        """A batch of stretches, without targets, padded on the right.
+
+        Args:
+            rows: the stretches.
+            examples: whose rows these are.
+            past: what they go on from; None: they begin.
+        """
+        contexts = [self.target_context(example) for example in examples]
+        return self._pad(rows, contexts, left=False, before=past.lengths if past else None)
+
+    def going_on(self, examples: Sequence[Example], texts: Sequence[str], past: Past) -> Batch:
+        """A batch with one target per row, after the last position of its prompt, whose embedding the past has.
+
+        Args:
+            examples: for the context of the target.
+            texts: the targets.
+            past: the prompts without their last positions.
+        """
+        rows = []
+        for example, text, last in zip(examples, texts, past.last_context_ids, strict=True):
+            ids = self._target(text)
+            target = _Chunk(self.target_context(example), len(ids), ids, is_target=True)
+            rows.append([_Chunk(self.contexts[last], 1, [0]), target])
+        contexts = [self.target_context(example) for example in examples]
+        return self._pad(rows, contexts, left=False, before=past.lengths)
+
     def prompts(self, examples: Sequence[Example]) -> Batch:
         """A batch with one row per example, without targets, padded on the left for generation."""
         return self._pad(self._inputs(examples, None), [self.target_context(e) for e in examples], left=True)
@@ -299,12 +336,20 @@ class BatchMaker:
                 found.append(text)
         return found
 
-    def _pad(self, rows: Sequence[Sequence[_Chunk]], targets: Sequence[str], left: bool, once: bool = False) -> Batch:
+    def _pad(
+        self,
+        rows: Sequence[Sequence[_Chunk]],
+        targets: Sequence[str],
+        left: bool,
+        once: bool = False,
+        before: Sequence[int] | None = None,
+    ) -> Batch:
         lengths = [sum(chunk.length for chunk in row) for row in rows]
         shape = (len(rows), max(lengths))
-        if self._max_positions is not None and shape[1] > self._max_positions:
+        longest = max(map(sum, zip(lengths, before or [0] * len(rows), strict=True)))
+        if self._max_positions is not None and longest > self._max_positions:
             raise UserError(
-                f"a row takes {shape[1]} positions, but the language model has {self._max_positions} "
+                f"a row takes {longest} positions, but the language model has {self._max_positions} "
                 "(max_position_embeddings); lower budget.max_input_length or budget.max_target_length, or use an "
                 "encoder with fewer tokens per item"
             )

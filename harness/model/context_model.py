@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from adapters.placement.generation import layouts_while_generating
 from adapters.placement.router import Router
 from harness.core.errors import UserError
 from harness.model.batch import IGNORED, Batch
+from harness.model.past import Past, Prefix, prefixes_in
 from harness.model.shared_prefix import attention_mask
 from harness.model.target_logits import nll_in_chunks, nll_of, target_logits, wants_chunks
 
@@ -48,7 +50,9 @@ class ContextModel(nn.Module):
         self.adapters = adapters
         self.router = router
         self.projectors = nn.ModuleDict(projectors)
-        self.shares_prefixes: bool | None = None  # whether shared rows are right with this model; None: not yet tried
+        # Whether shared rows, and rows that go on from a cached prompt, are right with this model; None: not yet tried.
+        self.shares_prefixes: bool | None = None
+        self.goes_on: bool | None = None
 
     def embed(self, batch: Batch) -> Tensor:
         """Embed tokens and project items; returns (B, T, D)."""
@@ -65,18 +69,81 @@ class ContextModel(nn.Module):
             rows = rows.index_copy(0, items.positions_P, projected_PD)
         return rows.view(shape)
 
-    def _set_layout(self, batch: Batch, length: int) -> None:
-        if batch.segments is None:
-            known_BT = batch.host_context_ids_BT
+    def _set_layout(self, batch: Batch, length: int, past: Past | None = None) -> None:
+        if batch.segments is None or past is not None:
+            known_BT, ids_BT = batch.host_context_ids_BT, batch.context_ids_BT[:, :length]
             self.router.set_context_ids(
-                batch.context_ids_BT[:, :length], host_XT=None if known_BT is None else known_BT[:, :length]
+                ids_BT,
+                None if past is None else past.context_ids(ids_BT.device),
+                host_XT=None if known_BT is None else known_BT[:, :length],
             )
         else:
             cut = [s._replace(stop=min(s.stop, length)) for s in batch.segments if s.start < length]
             self.router.set_layout(cut, batch.token_ids_BT.device)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _going_on(self, past: Past, new_BT: Tensor) -> dict[str, Any]:
+        """Options of the language model's ``forward`` for new positions after a past.
+
+        Args:
+            past: of the rows.
+            new_BT: bool: False for padding.
+        """
+        from transformers.cache_utils import DynamicCache  # slow to import
+
+        cache = DynamicCache(config=self.language_model.config)
+        past.fill(cache)
+        return {
+            "attention_mask": past.mask(new_BT).long(),
+            "position_ids": past.new_positions(new_BT.shape[1], new_BT.device),
+            "past_key_values": cache,
+        }
+
+    @torch.no_grad()
+    def read(self, batch: Batch, past: Past | None = None) -> list[Prefix]:
+        """Read the beginnings of rows, for what goes on from them.
+
+        Args:
+            batch: rows without targets, padded on the right.
+            past: what they go on from; None: they begin.
+
+        Raises:
+            ValueError: the model's cache does not have the positions that it has read, such as with soft prompts.
+        """
+        from transformers.cache_utils import DynamicCache  # slow to import
+
+        embeds_BTD, mask_BT = self.embed(batch), batch.mask_BT
+        if past is None:
+            positions_BT = torch.arange(mask_BT.shape[1], device=mask_BT.device).expand(mask_BT.shape)
+            cache: Any = DynamicCache(config=self.language_model.config)
+            options: dict[str, Any] = {"attention_mask": mask_BT.long(), "position_ids": positions_BT}
+        else:
+            options = self._going_on(past, mask_BT)
+            cache = options.pop("past_key_values")
+        with self.router.one_pass():
+            self._set_layout(batch, embeds_BTD.shape[1], past)
+            self.language_model(
+                inputs_embeds=embeds_BTD, past_key_values=cache, use_cache=True, logits_to_keep=1, **options
+            )
+        longest = max(past.lengths) if past else 0
+        if cache.get_seq_length() != longest + embeds_BTD.shape[1]:
+            raise ValueError("the cache has other positions than were read")
+        new_B = mask_BT.sum(dim=1).tolist()
+        before = past.lengths if past else [0] * len(new_B)
+        known_BT = batch.host_context_ids_BT
+        assert known_BT is not None  # noqa: S101 - a BatchMaker's batches have it
+        ids = [own[:n].copy() for own, n in zip(known_BT, new_B, strict=True)]
+        if past:
+            ids = [np.concatenate([p.context_ids, own]) for p, own in zip(past.prefixes, ids, strict=True)]
+        last_BD = embeds_BTD[torch.arange(len(new_B)), torch.tensor(new_B) - 1]
+        rows = [(longest - n, longest + new) for n, new in zip(before, new_B, strict=True)]
+        return prefixes_in(cache, rows, ids, last_BD)
+
+    def forward(self, batch: Batch, past: Past | None = None) -> tuple[Tensor, Tensor]:
         """Score the targets.
+
+        Args:
+            batch: with the targets.
+            past: the prompts of the rows, which go on with the last position of the prompt; None: rows are whole.
 
         Returns:
             Negative log likelihood in nats, summed over each target's tokens (R,), in fp32 or better, and their number
@@ -85,27 +152,32 @@ class ContextModel(nn.Module):
         embeds_BTD = self.embed(batch)[:, : batch.length]
         # Without parts no attention mask is needed: the model is causal and padding is on the right.
         options: dict[str, Any] = {}
-        if batch.parts is not None:
+        if past is not None:
+            embeds_BTD = torch.cat([past.last_embeds[:, None], embeds_BTD[:, 1:]], dim=1)
+            options = self._going_on(past, batch.mask_BT[:, : batch.length])
+        elif batch.parts is not None:
             mask = attention_mask(batch.parts, embeds_BTD.dtype)
             options = {"attention_mask": mask, "position_ids": batch.parts.positions_BT}
         elif batch.positions_3BT is not None:
             options = {"position_ids": batch.positions_3BT[..., : batch.length]}
-        nll_N = self._nll_in_chunks(batch, embeds_BTD, options)
+        nll_N = self._nll_in_chunks(batch, embeds_BTD, options, past)
         if nll_N is None:
             with self.router.one_pass():
-                self._set_layout(batch, batch.length)
+                self._set_layout(batch, batch.length, past)
                 logits_NV = target_logits(self.language_model, embeds_BTD, batch.targets, **options)
             nll_N = nll_of(logits_NV, batch.targets.label_N)
         return batch.targets.sums(nll_N), batch.targets.sums((batch.targets.label_N != IGNORED).long())
 
-    def _nll_in_chunks(self, batch: Batch, embeds_BTD: Tensor, options: Mapping[str, Any]) -> Tensor | None:
+    def _nll_in_chunks(
+        self, batch: Batch, embeds_BTD: Tensor, options: Mapping[str, Any], past: Past | None
+    ) -> Tensor | None:
         """The NLL of each target token where its logits are computed in chunks; None where they are not."""
         if not self.chunked_loss or not wants_chunks(self.language_model, batch.targets):
             return None
         on_gpu = embeds_BTD.device.type == "cuda"
         states = torch.get_rng_state(), torch.cuda.get_rng_state() if on_gpu else None
         with self.router.one_pass():
-            self._set_layout(batch, batch.length)
+            self._set_layout(batch, batch.length, past)
             nll_N = nll_in_chunks(self.language_model, embeds_BTD, batch.targets, **options)
         if nll_N is None:  # once: what its family does with its logits is known now
             self.chunked_loss = False
@@ -113,6 +185,30 @@ class ContextModel(nn.Module):
             if states[1] is not None:
                 torch.cuda.set_rng_state(states[1])
         return nll_N
+
+    @torch.no_grad()
+    def generate_after(self, past: Past, target_context: str, max_new_tokens: int, eos_id: int) -> Tensor:
+        """Generate continuations greedily; the language model is one that ``decodes`` (decoding.py).
+
+        Args:
+            past: the prompts, without their last positions.
+            target_context: context of the generated tokens.
+            max_new_tokens: maximum number of generated tokens.
+            eos_id: token that ends a text.
+
+        Returns:
+            As ``generate``.
+        """
+        from harness.model.decoding import greedy  # imports transformers' generation: a second
+
+        embeds_B1D = past.last_embeds[:, None]
+        mask_BK = past.mask(torch.ones(embeds_B1D.shape[:2], dtype=torch.bool, device=embeds_B1D.device))
+        host_B1 = np.array(past.last_context_ids, dtype=np.int64)[:, None]
+        new_B1, past_XP = torch.from_numpy(host_B1).to(mask_BK.device), past.context_ids(mask_BK.device)
+        with self.router.one_pass():
+            self.router.set_context_ids(new_B1, past_XP, host_B1)
+            made = self.language_model, self.router, embeds_B1D, mask_BK
+            return greedy(*made, target_context, max_new_tokens, eos_id, past=past)
 
     @torch.no_grad()
     def generate(

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import GenerationMixin
 
 from adapters.placement.router import Router, on_host
+from harness.model.past import Past
 
 # Settings of a model's ``generation_config`` that have no effect on greedy decoding to a given length and end.
 _WITHOUT_EFFECT = {
@@ -63,15 +64,20 @@ class _AllocatedLayer(DynamicLayer):  # type: ignore[misc]
 
 def decodes(language_model: Any) -> bool:
     """Whether ``greedy`` gives the tokens of the language model's own ``generate``."""
+    if not has_plain_cache(language_model):
+        return False
+    if any(getattr(type(language_model), name) is not getattr(GenerationMixin, name) for name in _OWN_WAYS):
+        return False
+    settings = language_model.generation_config.to_diff_dict()
+    return not {name for name, value in settings.items() if value not in (None, False)} - _WITHOUT_EFFECT
+
+
+def has_plain_cache(language_model: Any) -> bool:
+    """Whether a language model goes on from the keys and values of all positions before."""
     kind = type(language_model)
     if not isinstance(language_model, GenerationMixin) or kind._is_stateful:
         return False
-    if any(getattr(kind, name) is not getattr(GenerationMixin, name) for name in _OWN_WAYS):
-        return False
     if not set(inspect.signature(kind.forward).parameters) >= _NEEDED:
-        return False
-    settings = language_model.generation_config.to_diff_dict()
-    if {name for name, value in settings.items() if value not in (None, False)} - _WITHOUT_EFFECT:
         return False
     layers = DynamicCache(config=language_model.config).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
@@ -86,28 +92,32 @@ def greedy(
     max_new_tokens: int,
     eos_id: int,
     positions_3BT: Tensor | None = None,
+    past: Past | None = None,
 ) -> Tensor:
     """Generate the likeliest token, one after the other. Set the prompt's layout before.
 
     Args:
         language_model: one that ``decodes``.
         router: of its adapters.
-        embeds_BTD: the prompts, padded on the left.
-        mask_BT: bool: False for padding.
+        embeds_BTD: the prompts, padded on the left; of a past their last positions alone.
+        mask_BT: bool: False for padding; of a past and these positions.
         target_context: context of the generated tokens.
         max_new_tokens: the most for a row.
         eos_id: token that ends a row.
         positions_3BT: of the prompts, where they tell a grid; None: in order.
+        past: what the model has read of the prompts.
 
     Returns:
         Token ids (B, at most max_new_tokens), those of a row padded with ``eos_id``.
     """
     cache = DynamicCache(config=language_model.config)
-    cache.layers = [_AllocatedLayer(max_new_tokens) for _ in cache.layers]
-    seen_XK = router.layout.context_ids_XK
+    cache.layers = [_AllocatedLayer(max_new_tokens + (past is not None)) for _ in cache.layers]
+    if past is not None:
+        past.fill(cache)
+    seen_XK, before = router.layout.context_ids_XK, router.layout.past
     new_11 = seen_XK.new_full((1, 1), router.contexts.index(target_context))
     host_11 = on_host(new_11)
-    positions_BT = (mask_BT.long().cumsum(dim=1) - 1).clamp(min=0)
+    positions_BT = (mask_BT.long().cumsum(dim=1) - 1).clamp(min=0)[:, before:]
     mask_LK = None if mask_BT.all() else mask_BT.long()
     found_BN = torch.full((len(embeds_BTD), max_new_tokens), eos_id, device=embeds_BTD.device)
     rows_L = torch.arange(len(embeds_BTD), device=embeds_BTD.device)
@@ -126,7 +136,7 @@ def greedy(
         return tokens_L
 
     with router.one_generation():
-        router.set_context_ids(seen_XK)
+        router.set_context_ids(seen_XK[:, before:], seen_XK[:, :before] if before else None)
         next_L = likeliest(positions_BT if positions_3BT is None else positions_3BT, inputs_embeds=embeds_BTD)
         positions_L1 = positions_BT[:, -1:] if positions_3BT is None else positions_3BT.amax(0).amax(1, keepdim=True)
         for number in range(max_new_tokens):

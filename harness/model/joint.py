@@ -21,6 +21,7 @@ from adapters.placement.own_forward import OwnForward
 from harness.model.batch import Batch
 from harness.model.build import shared_copy
 from harness.model.context_model import ContextModel
+from harness.model.past import Past
 
 Turn = Callable[[], AbstractContextManager[None]]
 
@@ -76,9 +77,9 @@ class JointModel(ContextModel):
                 blocks.append(model.embed(self._own(batch)))
         return torch.cat(blocks)
 
-    def _set_layout(self, batch: Batch, length: int) -> None:
+    def _set_layout(self, batch: Batch, length: int, past: Past | None = None) -> None:
         for model in self.models:
-            model._set_layout(self._own(batch), length)
+            model._set_layout(self._own(batch), length, past)
 
     def _own(self, _repeated: Batch) -> Batch:
         assert self._rows is not None  # noqa: S101 - set by `score`

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from harness.model.batch import Batch
 from harness.model.batches import BatchMaker
 from harness.model.budget import by_member
 from harness.model.context_model import ContextModel
+from harness.model.past import Past, Prefix
+from harness.model.prefixes import Prefixes
 from harness.model.shared_prefix import MOST_TARGETS, agrees, fits
 from harness.model.workers import ALONE, Workers
 from tasks.base import Example
@@ -105,7 +108,7 @@ class _Target:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates a model on examples, batch by batch.
+    """Evaluates a model on examples, batch by batch; its weights do not change as long as this lives.
 
     Several workers share the examples; all of them get all results.
 
@@ -116,7 +119,8 @@ class Evaluator:
         device: of the model.
         tick: called after every batch, for progress.
         workers: of the trial.
-        shared_prefix: whether the references of an example share one row, where the model allows it.
+        shared_prefix: whether a prompt is read once for all texts that go on from it, where the model allows it; or at
+            least once for the references of an example, which then share a row.
         synced: every worker takes part in every batch, also without a row of its own, because the model is spread over
             them (ZeRO-3).
     """
@@ -138,6 +142,8 @@ class Evaluator:
             shown: for the inputs, one per example; None: each example's own inputs.
         """
         shown = examples if shown is None else shown
+        if self._goes_on(examples, shown):
+            return self._after_prompts(examples, shown)
         rows, most = self._rows(examples, shown)
         targets = [target for row in rows for target in row]
         starts = np.cumsum([0, *map(len, rows)])
@@ -153,11 +159,88 @@ class Evaluator:
                 at = np.concatenate([np.arange(starts[number], starts[number + 1]) for number in own])
                 nll_P[at], tokens_P[at] = nll_B, tokens_B.astype(int)
             self.tick()
+        return self._summed(nll_P, tokens_P, targets, examples)
+
+    @cached_property
+    def _prefixes(self) -> Prefixes:
+        return Prefixes(self.model, self.batches, self.device, self.options.per_device_eval_batch_size)
+
+    def _goes_on(self, examples: Sequence[Example], shown: Sequence[Example]) -> bool:
+        """Whether texts go on from cached prompts; found out with two examples, and told where they do not."""
+        if not self.shared_prefix or self.synced or not examples or self.batches.writes_turns:
+            return False
+        if self.model.goes_on is None:
+            from harness.model.decoding import has_plain_cache  # imports transformers' generation: a second
+
+            self.model.goes_on = has_plain_cache(self.model.language_model) and self._tried(examples, shown)
+        return self.model.goes_on
+
+    def _tried(self, examples: Sequence[Example], shown: Sequence[Example]) -> bool:
+        targets = [_Target(i, 0, examples[i].references[0]) for i in dict.fromkeys((0, len(examples) - 1))]
+        own = [shown[target.example] for target in targets]
+        reason = "it gives other likelihoods"
+        with during("evaluation", (examples[target.example].id for target in targets)), self._without_gradients():
+            alone_P = self._score_alone([targets], shown)[0]
+            try:
+                found_P = self._score_after(targets, own, Prefixes(self.model, self.batches, self.device, 2).of(own))[0]
+                if agrees(found_P, alone_P, self.model.language_model.dtype):
+                    return True
+            except (TypeError, ValueError, RuntimeError, UserError) as error:
+                reason = str(error)
+        logger.info("prompts are read again for every text: %s", reason)
+        return False
+
+    def _after_prompts(self, examples: Sequence[Example], shown: Sequence[Example]) -> Likelihood:
+        """The likelihoods of references that go on from cached prompts; each worker has its share of the examples."""
+        starts = np.cumsum([0, *(len(example.references) for example in examples)])
+        targets = [_Target(i, n, text) for i, one in enumerate(examples) for n, text in enumerate(one.references)]
+        nll_P, tokens_P = np.zeros(len(targets)), np.zeros(len(targets), dtype=int)
+        order = sorted(range(len(examples)), key=lambda i: self.batches.prompt_length(shown[i]))
+        own = list(self.workers.share(order))
+        size = self.options.per_device_eval_batch_size
+        while own:
+            at_once = self._prefixes.at_once
+            block, own = own[:at_once], own[at_once:]
+            with during("evaluation", (examples[i].id for i in block)), self._without_gradients():
+                prefixes = dict(zip(block, self._prefixes.of([shown[i] for i in block]), strict=True))
+            places = [p for i in block for p in range(starts[i], starts[i + 1])]
+            places.sort(key=lambda p: self.batches.target_length(targets[p].text))  # padding is computed too
+            for first in range(0, len(places), size):
+                at = places[first : first + size]
+                part = [targets[p] for p in at]
+                with during("evaluation", dict.fromkeys(examples[target.example].id for target in part)):
+                    with self._without_gradients():
+                        inputs = [shown[target.example] for target in part]
+                        scores = self._score_after(part, inputs, [prefixes[target.example] for target in part])
+                        nll_B, tokens_B = (x.double().cpu().numpy() for x in scores)
+                    if self.workers.count == 1:
+                        _check_finite(nll_B)
+                nll_P[at], tokens_P[at] = nll_B, tokens_B.astype(int)
+                self.tick()
+        return self._summed(nll_P, tokens_P, targets, examples)
+
+    def _score_after(
+        self, targets: Sequence[_Target], shown: Sequence[Example], prefixes: Sequence[Prefix]
+    ) -> tuple[Tensor, Tensor]:
+        """NLL and number of tokens of targets, each after its prompt."""
+        past = self._past(shown, prefixes)
+        batch = self.batches.going_on(shown, [target.text for target in targets], past)
+        scores: tuple[Tensor, Tensor] = self.model(batch.to(self.device), past)
+        return scores
+
+    def _past(self, examples: Sequence[Example], prefixes: Sequence[Prefix]) -> Past:
+        padding = self.batches.contexts.index(self.batches.target_context(examples[0]))
+        return Past(prefixes, again=True, padding=padding)
+
+    def _summed(
+        self, nll_P: np.ndarray, tokens_P: np.ndarray, targets: Sequence[_Target], examples: Sequence[Example]
+    ) -> Likelihood:
+        """What all workers have found together, by example."""
         nll_P, tokens_P = self.workers.sum(nll_P), self.workers.sum(tokens_P)
-        wrong = dict.fromkeys(examples[targets[p].example].id for p in np.flatnonzero(~np.isfinite(nll_P)))
+        wrong = dict.fromkeys(examples[targets[int(p)].example].id for p in np.flatnonzero(~np.isfinite(nll_P)))
         with during("evaluation", wrong):
             _check_finite(nll_P)
-        return _summed(nll_P, tokens_P, targets, len(examples))
+        return _by_example(nll_P, tokens_P, targets, len(examples))
 
     def _rows(self, examples: Sequence[Example], shown: Sequence[Example]) -> tuple[list[list[_Target]], int]:
         """The references that share a row, rows of similar lengths beside each other, and the most in one row."""
@@ -223,10 +306,16 @@ class Evaluator:
             if own or self.synced:
                 yield own, own or [start]
 
+    def _decodes(self) -> bool:
+        from harness.model.decoding import decodes  # imports transformers' generation: a second
+
+        return decodes(self.model.language_model)
+
     def generate(self, examples: Sequence[Example]) -> dict[str, str]:
         """Generate a text for every example, by greedy or beam search; returns texts by example id."""
         predictions: dict[str, str] = {}
         options, eos_id = self.options, self.batches.language_model.eos_id
+        after = options.num_beams == 1 and self._goes_on(examples, examples) and self._decodes()
         by_target: dict[str, list[Example]] = {}
         for example in examples:  # generated tokens of a batch belong to one context
             by_target.setdefault(self.batches.target_context(example), []).append(example)
@@ -235,10 +324,14 @@ class Evaluator:
             for own, rows in self._shares(len(group), options.per_device_eval_batch_size):
                 part = [group[row] for row in rows]
                 with during("generation", (example.id for example in part)):
-                    prompt = self.batches.prompts(part).to(self.device)
-                    ids_BT = self.model.generate(
-                        prompt, target, options.max_new_tokens, eos_id, options.num_beams, self.synced
-                    )
+                    if after:
+                        past = self._past(part, self._prefixes.of(part))
+                        ids_BT = self.model.generate_after(past, target, options.max_new_tokens, eos_id)
+                    else:
+                        prompt = self.batches.prompts(part).to(self.device)
+                        ids_BT = self.model.generate(
+                            prompt, target, options.max_new_tokens, eos_id, options.num_beams, self.synced
+                        )
                 if own:
                     texts = self.batches.decode(ids_BT)
                     predictions.update(zip([example.id for example in part], texts, strict=True))
@@ -248,7 +341,7 @@ class Evaluator:
         return {example.id: predictions[example.id] for example in examples}
 
 
-def _summed(nll_P: np.ndarray, tokens_P: np.ndarray, targets: Sequence[_Target], examples: int) -> Likelihood:
+def _by_example(nll_P: np.ndarray, tokens_P: np.ndarray, targets: Sequence[_Target], examples: int) -> Likelihood:
     """Sum over the references of each example."""
     nll, tokens, first_nll, first_tokens = (np.zeros(examples, dtype) for dtype in (float, int, float, int))
     rows = [target.example for target in targets]

@@ -6,6 +6,7 @@ Shapes: B rows, T positions, D width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +259,46 @@ def test_targets_may_begin_with_a_space_but_predictions_do_not(examples: list[Ex
     assert spaced.make(examples[4:], [" six"]).token_ids_BT.tolist() == ids
     assert plain.make(examples[4:], ["six"]).token_ids_BT.tolist() != ids
     assert spaced.decode(torch.tensor(ids)[:, 1:]) == ["six"]
+
+
+# ── Questions about one picture, and turns
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> list[Example]:
+    folder = tmp_path_factory.mktemp("asked")
+    for number in range(2):
+        noise = np.random.default_rng(number).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{number}.png")
+    first, second = (Part("image", folder / f"{number}.png") for number in range(2))
+    turn = (first, Part("question", "what is left?"), Part("answer", " a cup"), Part("question", "and right of it?"))
+    return [
+        Example("a", (first, Part("question", "how many circles are there?")), (" two", " two of them", " 2")),
+        Example("b", (first, Part("question", "what?")), (" a star", " one")),
+        Example("c", turn, (" nothing",)),
+        Example("d", (second, Part("question", "what is above the red one?")), (" a square",)),
+        Example("e", (Part("question", "why?"), second), (" because",)),
+        Example("f", (Part("question", "without a picture?"),), (" yes", " no")),
+        Example("g", (first,), (" a picture",)),
+    ]
+
+
+@each_method
+@pytest.mark.parametrize("options", [{}, {"prompt": "Answer:"}], ids=["plain", "prompt"])
+def test_questions_about_one_picture_go_on_from_it(
+    asked: list[Example], method: AdapterMethod, options: dict[str, Any]
+) -> None:
+    model, batches = made(method, **options)
+    ready, plain = evaluator(model, batches), replace(evaluator(model, batches, 1), shared_prefix=False)
+    expected = [plain.likelihood([example]) for example in asked]
+    read: list[tuple[int, ...]] = []
+    handle = model.language_model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: read.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    found = ready.likelihood(asked)
+    handle.remove()
+    assert model.goes_on
+    np.testing.assert_allclose(found.nll, [one.nll[0] for one in expected], rtol=2e-5)
+    np.testing.assert_array_equal(found.tokens, [one.tokens[0] for one in expected])
+    assert (1, 17) in read  # BOS and the first picture, for all that is asked about it
+    assert {**ready.generate(asked)} == {k: v for e in asked for k, v in plain.generate([e]).items()}

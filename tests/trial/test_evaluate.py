@@ -69,7 +69,7 @@ def test_likelihood_sums_over_references_for_any_batch_size(built: Built, expect
     np.testing.assert_allclose(found.nll, expected_nll, rtol=1e-5)
     assert found.tokens.tolist() == expected_tokens
     assert found.perplexity == pytest.approx(math.exp(sum(expected_nll) / sum(expected_tokens)), rel=1e-5)
-    assert len(ticks) == (5 * len(examples) if batch_size == 1 else math.ceil(len(examples) / (batch_size // 5)))
+    assert len(ticks) == math.ceil(5 * len(examples) / batch_size)
 
 
 def test_with_wrong_inputs_only_the_images_change(built: Built) -> None:
@@ -104,6 +104,7 @@ def test_references_in_one_row_score_as_in_rows_of_their_own(
     ready = build(spec_of(tmp_path, adapter | {"learning_rate": 1e-3}), CPU)
     disturb(ready.model.adapters.parameters(), scale=0.05)
     ready.model.eval()
+    ready.model.goes_on = False
     sizes: list[int] = []
     ready.model.language_model.register_forward_pre_hook(
         lambda _m, _a, kwargs: sizes.append(len(kwargs["inputs_embeds"])), with_kwargs=True
@@ -130,6 +131,7 @@ def test_a_model_without_position_ids_gets_rows_of_one_reference(built: Built, m
 
     expected = evaluator(built, shared_prefix=False).likelihood(built.splits.test)
     monkeypatch.setattr(built.model, "shares_prefixes", None)
+    monkeypatch.setattr(built.model, "goes_on", False)
     monkeypatch.setattr(built.model.language_model, "forward", forward)
     found = evaluator(built).likelihood(built.splits.test)
     assert built.model.shares_prefixes is False
@@ -141,6 +143,7 @@ def test_a_model_that_ignores_the_mask_gets_rows_of_one_reference(
 ) -> None:
     plain = built.model.language_model.forward
     monkeypatch.setattr(built.model, "shares_prefixes", None)
+    monkeypatch.setattr(built.model, "goes_on", False)
     monkeypatch.setattr(
         built.model.language_model, "forward", lambda *args, **kwargs: plain(*args, **kwargs | {"attention_mask": None})
     )
@@ -153,6 +156,7 @@ def test_a_model_that_ignores_the_mask_gets_rows_of_one_reference(
 def test_two_rows_tell_whether_a_model_can_share(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the first batch, which has 16: the shortest and the longest."""
     monkeypatch.setattr(built.model, "shares_prefixes", None)
+    monkeypatch.setattr(built.model, "goes_on", False)
     sizes: list[int] = []
     handle = built.model.language_model.register_forward_pre_hook(
         lambda _m, _a, kwargs: sizes.append(len(kwargs["inputs_embeds"])), with_kwargs=True
@@ -164,6 +168,7 @@ def test_two_rows_tell_whether_a_model_can_share(built: Built, monkeypatch: pyte
 
 def test_rows_longer_than_a_sliding_window_are_not_shared(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(built.model, "shares_prefixes", None)
+    monkeypatch.setattr(built.model, "goes_on", False)
     monkeypatch.setattr(built.model.language_model.config, "sliding_window", 64, raising=False)
     evaluator(built).likelihood(built.splits.test)
     assert built.model.shares_prefixes is None
