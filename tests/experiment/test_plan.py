@@ -270,6 +270,11 @@ def test_settings_name_what_varies_besides_adapter_and_seed(
         ("tiny-llama}", "tiny-llama, dtype: [null, bf16]}", "dtype=bf16"),
         ("tiny-llama}", "tiny-llama, chat_template: [false, true]}", "chat_template=True"),
         ("epochs: 2}", "epochs: 2, patience: [null, 1]}", "patience=1"),
+        (
+            "size: 32",
+            "size: 32, train_sampling_strategy: [random, group_by_length]",
+            "train_sampling_strategy=group_by_length",
+        ),
     ],
 )
 def test_a_key_that_is_left_out_where_it_is_unset_tells_rows_apart(
