@@ -20,6 +20,7 @@ from adapters.base import AdapterMethod, Change, Delta, ModelChange
 from adapters.one_input import ROLES, OneInput
 from adapters.placement.checkpointing import Checkpointing
 from adapters.placement.first_pass import Passes, check_axes, input_of
+from adapters.placement.four_bit import FourBit
 from adapters.placement.offload import device_of, dtype_of
 from adapters.placement.own_forward import OwnForward, is_bare_linear
 from adapters.placement.parts import check_part, targets_of_part
@@ -254,11 +255,13 @@ class Adapters(nn.Module):
         """Register the hooks on the model.
 
         Raises:
-            UserError: a layer whose role is given explicitly has positions before rows.
+            UserError: a layer whose role is given explicitly has positions before rows, or gradients could not pass
+                through a 4-bit layer.
         """
         if self._named:
             paths = {layer.target.path for layer in self.layers.values() if isinstance(layer, AdaptedLayer)}
             self.passes.unordered = frozenset(check_row_order(language_model, paths))
+        self._undo.append(FourBit(language_model).undo)
         self._undo.append(Checkpointing(language_model, self.router).undo)
         self._undo += [handle.remove for handle in self.passes.attach(language_model)]
         for layer in self.layers.values():

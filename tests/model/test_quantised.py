@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from adapters.attach import Adapters
 from adapters.base import AdapterMethod
 from adapters.methods.lora import LoRA, LoRAConfig
+from adapters.placement.four_bit import FourBit
 from adapters.placement.roles import ROLES, find_targets
 from harness.core.contexts import Segment
 from harness.core.errors import UserError
@@ -84,19 +85,28 @@ def far(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
+def not_repacked(model: Any) -> Tensor:
+    """The logits without adapters, by the operators that they leave to 4-bit layers."""
+    as_adapters_do = FourBit(model)
+    try:
+        return logits(model)
+    finally:
+        as_adapters_do.undo()
+
+
 @each_kind
 @each_method
 def test_at_initialisation_it_is_the_quantised_model_bit_for_bit(saved: Path, kind: str, method: AdapterMethod) -> None:
     model = load(saved, kind)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     with torch.no_grad():
-        bare_BTV = logits(model)
+        bare_BTV = not_repacked(model)
         adapters = start(model, method)
         assert torch.equal(logits(model), bare_BTV)
         disturb(adapters.parameters())
         assert (logits(model) != bare_BTV).any(dim=-1).all()
         adapters.detach()
-        assert torch.equal(logits(model), bare_BTV)
+        assert torch.equal(not_repacked(model), bare_BTV)
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
 
 
@@ -116,6 +126,33 @@ def test_training_equals_that_on_the_dequantised_weights(saved: Path, kind: str,
         assert p.grad is not None
         assert far(p.grad, expected.get_parameter(name).grad) < 1e-4, name  # type: ignore[arg-type]
     assert all(p.grad is None for p in model.parameters())
+
+
+@each_method
+def test_training_after_an_evaluation_has_the_same_gradients(saved: Path, method: AdapterMethod) -> None:
+    model = load(saved, "4bit")
+    plain = dequantised(model)
+    found, expected = adapt(model, method), adapt(plain, method)
+    expected.load_state_dict(found.state_dict())
+    with torch.no_grad():
+        logits(model.eval())
+    for one in (model, plain):
+        logits(one.train()).square().mean().backward()
+    for name, p in found.named_parameters():
+        assert p.grad is not None
+        assert far(p.grad, expected.get_parameter(name).grad) < 1e-4, name  # type: ignore[arg-type]
+
+
+def test_a_4_bit_model_that_was_evaluated_before_is_refused_where_its_gradients_would_be_wrong(saved: Path) -> None:
+    model = load(saved, "4bit")
+    layer = model.model.layers[0].mlp.up_proj
+    if not layer.support_avx512bf16_for_cpu:
+        pytest.skip("bitsandbytes repacks weights on CPUs with AVX512-BF16 alone")
+    with torch.no_grad():
+        logits(model)
+    with pytest.raises(UserError, match=r"layer model.layers.0.self_attn.q_proj: .* load the model again and adapt it"):
+        adapt(model, LoRA(LoRAConfig()))
+    assert model.model.layers[0].mlp.up_proj.support_avx512bf16_for_cpu
 
 
 @each_method

@@ -53,7 +53,7 @@ def test_a_run_with_nothing_left_to_do_checks_and_writes_nothing(runs: Path, mon
     files = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()}
     monkeypatch.setattr(run, "_conclude", lambda *_: pytest.fail("the report was written again"))
     found, shown = again(runs)
-    assert shown == "all 1 trials have already finished; nothing to compute\n"
+    assert shown == "the trial has already finished; nothing to compute\n"
     assert (found.settled, found.complete, found.tracking_problem, len(found.trials)) == (True, True, None, 1)
     assert found.report == runs / "grid" / "report" / "index.html"
     assert str(found.tracking_link).startswith("#/experiments/")

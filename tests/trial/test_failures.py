@@ -178,7 +178,7 @@ def test_an_encoder_that_is_wrong_is_named_with_the_examples(
 ) -> None:
     encode = TinyVision.encode
     monkeypatch.setattr(TinyVision, "encode", lambda self, items: spoil(encode(self, items)))
-    record = run(spec_of(tmp_path), tmp_path)
+    record = run(spec_of(tmp_path), tmp_path, feature_cache=str(tmp_path / "features"))
     assert record.status == "failed"
     assert re.search(message + r".*\(encoder of modality image; .*examples \d+, .* more; log: ", record.reason or "")
 
