@@ -191,6 +191,7 @@ def test_without_real_models_a_row_says_so(monkeypatch: pytest.MonkeyPatch, tmp_
     assert (row.met, row.ratio) == (None, "not measured: REAL_MODELS and FLICKR_ROOT not set")
 
 
+@pytest.mark.slow
 def test_real_models_are_compared_on_the_same_captions(
     specs: dict[str, TrialSpec], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -64,7 +64,10 @@ def vision(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["built-in", "pretrained"])
+@pytest.mark.parametrize(
+    "own",
+    [pytest.param(False, id="built-in"), pytest.param(True, id="pretrained", marks=pytest.mark.slow)],
+)
 def test_a_trial_is_the_same_with_the_cache_on_off_cold_and_warm(own: bool, encoded: list[int], tmp_path: Path) -> None:
     sections: dict[str, Any] = {"backbone": {"encoders": {"image": str(vision(tmp_path / "vit"))}}} if own else {}
     folder, cache = tmp_path / "run", tmp_path / "cache"
@@ -95,6 +98,7 @@ def test_a_second_trial_and_a_second_run_encode_nothing(encoded: list[int], tmp_
     ).read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_other_seeds_and_budgets_encode_what_they_add(encoded: list[int], tmp_path: Path) -> None:
     """An encoder that takes one item at a time."""
     backbone: dict[str, Any] = {"backbone": {"encoders": {"image": str(vision(tmp_path / "vit"))}}}

@@ -88,7 +88,8 @@ def test_what_is_counted_is_what_any_stage_trains_and_measured_in_the_last(llava
     assert files == {"record.json", "examples.parquet", "log.txt", "best.safetensors"}
 
 
-@pytest.mark.parametrize("stage", [pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)] + [3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_zero_stage_does_not_change_the_result(llava: Any, stage: int, tmp_path: Path) -> None:
     """Different summation order: 1e-3 relative after 12 steps."""
     record, _ = llava
@@ -174,7 +175,8 @@ def test_a_killed_trial_resumes_in_its_stage(
     assert resumed.data == expected.data
 
 
-@pytest.mark.parametrize("adapter", [pytest.param(LORA, marks=pytest.mark.slow), LLAVA], ids=lambda a: a["method"])
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [LORA, LLAVA], ids=lambda a: a["method"])
 def test_no_checkpoint_is_saved_between_accumulated_gradients_and_their_step(
     adapter: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
