@@ -10,9 +10,9 @@ from tests.support.vlm_adapters import linear_layers
 from tests.support.vlms import MEDIA, VLMS, small
 
 _HEAD = """
-## Vision- and audio-language models
+## Vision-language and audio-language models
 
-What [`harness.adapt`](adapters.md#vision--and-audio-language-models) does with each class, from a small model of it. In
+What [`harness.adapt`](adapters.md#vision-language-and-audio-language-models) does with each class, from a small model of it. In
 the inner language model every one has the roles q k v o and gate up down. `placeholder` is the config's name for the
 token id that `contexts_from` maps to the medium's context. A tower's roles are those of its blocks. `paligemma` is a
 PaliGemma 2, on Gemma 2. Of classes that are not here the part `language` alone is known.
