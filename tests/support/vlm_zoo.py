@@ -12,10 +12,10 @@ from tests.support.vlms import MEDIA, VLMS, small
 _HEAD = """
 ## Vision-language and audio-language models
 
-What [`harness.adapt`](adapters.md#vision-language-and-audio-language-models) does with each class, from a small model of it. In
-the inner language model every one has the roles q k v o and gate up down. `placeholder` is the config's name for the
-token id that `contexts_from` maps to the medium's context. A tower's roles are those of its blocks. `paligemma` is a
-PaliGemma 2, on Gemma 2. Of classes that are not here the part `language` alone is known.
+What [`harness.adapt`](adapters.md#vision-language-and-audio-language-models) does with each class, from a small model
+of it. In the inner language model every one has the roles q k v o and gate up down. `placeholder` is the config's
+name for the token id that `contexts_from` maps to the medium's context. A tower's roles are those of its blocks.
+`paligemma` is a PaliGemma 2, on Gemma 2. Of classes that are not here the part `language` alone is known.
 
 | model type | placeholder | tower | its roles | layers of the connector | `mmca` | `moka` | `soft_prompt` |
 |---|---|---|---|---|---|---|---|
