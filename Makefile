@@ -28,7 +28,7 @@ test: venv  ## the fast tests
 test-browser: venv  ## the reports in Chromium; skipped if it is not installed
 	$(BIN)/python -m pytest -m browser tests/browser
 
-test-e2e: venv  ## whole runs with Ray: the documentation's script, a plugin's package
+test-e2e: venv  ## whole runs with Ray, and tests of several whole trials: packs, killed trials
 	$(BIN)/python -m pytest -m "e2e and not slow"
 
 test-faults: venv  ## kills processes, fills disks, stops servers: nothing computed may be lost

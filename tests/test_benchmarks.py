@@ -73,6 +73,7 @@ def test_a_case_leaves_the_model_as_it_found_it(bench: Bench) -> None:
     assert bench.embeds_BTD.grad is None
 
 
+@pytest.mark.e2e
 def test_quick_measures_every_row_and_reports_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

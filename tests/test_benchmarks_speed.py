@@ -98,6 +98,7 @@ def same(ours: str, theirs: str) -> bool:
     return f"layers/{number}/" in ours and f"/{layer}" in ours and ours.endswith(kind)
 
 
+@pytest.mark.e2e
 def test_the_comparator_trains_on_the_harness_s_rows_and_scores_them(
     specs: dict[str, TrialSpec], tmp_path: Path
 ) -> None:
@@ -254,6 +255,7 @@ def test_ratios_are_medians_of_rounds_and_stand_between_the_markers(tmp_path: Pa
         table.write(path, "text")
 
 
+@pytest.mark.e2e
 def test_a_part_adds_its_results_to_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "deep" / "speed.json"
     for name in ("REAL_MODELS", "FLICKR_ROOT"):

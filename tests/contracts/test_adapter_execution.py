@@ -127,6 +127,7 @@ def test_sdpa_and_eager_attention_agree(entry: Entry) -> None:
 
 # Up to 24 s each.
 @every_plugin_and("lora")
+@pytest.mark.e2e
 def test_a_compiled_model_computes_the_same(entry: Entry) -> None:
     """Captured by dynamo and AOT autograd, run by their eager backend: what needs no compiler on the machine."""
     torch._dynamo.reset()

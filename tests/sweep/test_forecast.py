@@ -85,6 +85,7 @@ def test_a_second_plan_knows_what_was_probed(tmp_path: Path) -> None:
     assert lora.trial.source == "arithmetic"
 
 
+@pytest.mark.e2e
 def test_what_does_not_fit_and_what_would_make_it_fit(tmp_path: Path) -> None:
     prepared = prepare(harness.Experiment(**SECTIONS), tmp_path)
     whole = forecast_of(prepared, Profile(name="local", kind="local")).shapes[0].memory

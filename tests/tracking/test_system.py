@@ -51,6 +51,7 @@ def samplers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if "_sample" in thread.name]
 
 
+@pytest.mark.e2e
 def test_trials_one_after_another_in_a_process_each_sample_their_own_run(
     grid: Grid, client: MlflowClient, runs: Path, trials: list[Trial], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,6 +85,7 @@ def sampler(add: Callable[..., Any]) -> SystemMetrics:
     return SystemMetrics(add, int(time.time() * 1000))
 
 
+@pytest.mark.e2e
 def test_collectors_that_hang_or_fail_do_not_delay_the_trial(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

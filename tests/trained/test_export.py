@@ -56,7 +56,10 @@ def exported(lora: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -
     return harness.export_trial(lora[0], tmp_path_factory.mktemp("exported") / "model")
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("lora", "full") else pytest.param(name, marks=pytest.mark.e2e) for name in METHODS],
+)
 def test_a_loaded_model_writes_what_its_trial_wrote(name: str, tmp_path: Path) -> None:
     trial, written = trained_by(METHODS[name], tmp_path)
     trained = harness.load_trained(harness.export_trial(trial, tmp_path / "model"))
@@ -85,6 +88,7 @@ def test_what_has_several_groups_is_described_and_is_no_checkpoint_of_one(
     assert options in text
 
 
+@pytest.mark.e2e
 def test_a_fresh_process_captions_pictures_as_the_trial_did(lora: Any, exported: Path, tmp_path: Path) -> None:
     shown = list(lora[1].values())[:3]
     assert len({text for _, text in lora[1].values()}) > 1, "texts that do not depend on the picture test nothing"

@@ -103,6 +103,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("adapter", "sections", "zero_stage", "kills"), CASES)
+@pytest.mark.e2e
 def test_a_trial_killed_after_any_batch_ends_as_one_that_was_not(
     adapter: dict[str, Any], sections: dict[str, Any], zero_stage: int, kills: int, steps: Steps, tmp_path: Path
 ) -> None:

@@ -98,7 +98,7 @@ def test_a_second_trial_and_a_second_run_encode_nothing(encoded: list[int], tmp_
     ).read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
+@pytest.mark.e2e
 def test_other_seeds_and_budgets_encode_what_they_add(encoded: list[int], tmp_path: Path) -> None:
     """An encoder that takes one item at a time."""
     backbone: dict[str, Any] = {"backbone": {"encoders": {"image": str(vision(tmp_path / "vit"))}}}

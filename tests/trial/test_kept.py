@@ -45,6 +45,7 @@ def state_of(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+@pytest.mark.e2e
 def test_a_trial_after_others_is_that_trial_alone(tmp_path: Path) -> None:
     # Paths of examples are in the records, so all trials have one folder's data.
     run_folder, kept = tmp_path / "run", Kept()

@@ -24,6 +24,8 @@ from harness.trial.trial import Progress, never
 from tests.support.parity import assert_same_result
 from tests.support.trials import BITFIT, LORA, Recorder, examples_of, run, spec_of
 
+pytestmark = pytest.mark.e2e  # each has several whole trials
+
 BUDGET = {"examples": 32, "epochs": 2}  # eight steps, of which three are alone
 METHODS: dict[str, dict[str, Any]] = {
     "lora": LORA,
@@ -200,7 +202,6 @@ class Kill:
             raise KeyboardInterrupt("killed")
 
 
-@pytest.mark.slow
 def test_a_killed_pack_goes_on_where_all_have_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("lora", "rank and dropout", "some tokens")
     folders = [tmp_path / name for name in ("whole", "killed")]
@@ -318,7 +319,6 @@ def test_steps_are_taken_together_only_if_that_is_faster(
         assert record.phases_s["train"] == pytest.approx(3 + (share * 5 if kept else share * 4 + 1))
 
 
-@pytest.mark.slow
 def test_trials_on_packed_weights_share_them_too(tmp_path: Path, together: list[int]) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
     backbone, methods = {"quantization": "nf4"}, ("lora", "inputs")

@@ -18,6 +18,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrialRecord, Pat
     return finished_trial(tmp_path_factory.mktemp("finished"))
 
 
+@pytest.mark.e2e
 def test_a_paused_trial_goes_on_to_the_same_result(finished: Any, tmp_path: Path) -> None:
     whole, folder, _, _ = finished
     spec, tracker = spec_of(tmp_path), Recorder()

@@ -26,7 +26,7 @@ def weights(trial: Trial) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.slow
+@pytest.mark.e2e
 def test_a_lane_takes_the_steps_of_its_trial_in_turn_with_another(tmp_path: Path) -> None:
     """After an epoch beside another model, the weights are exactly those of the trial's own loop."""
     spec, other = spec_of(tmp_path, LORA, budget=SMALL), spec_of(tmp_path, FULL, budget=SMALL)
@@ -77,7 +77,7 @@ def test_a_slower_method_is_measured_as_slower(tmp_path: Path, monkeypatch: pyte
     assert one.stages[0].step_j is None or one.stages[0].step_j[0] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.e2e
 def test_rounds_end_early_where_they_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = spec_of(tmp_path, LORA, budget=SMALL)
     for narrow, rounds in ((1e9, 8), (0.0, 15)):
@@ -113,6 +113,7 @@ def test_intervals_of_simulated_rounds_cover_the_ratio(spread: float) -> None:
     assert 0 < np.mean(early) < 1
 
 
+@pytest.mark.e2e
 def test_a_method_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "ROUNDS", 6)
     spec = spec_of(tmp_path, LORA, budget=SMALL)

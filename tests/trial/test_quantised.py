@@ -131,6 +131,7 @@ def test_memory_is_that_of_packed_weights_and_the_plan_knows_it(trained: Trained
     assert count_parameters(spec) == record.parameters
 
 
+@pytest.mark.e2e
 def test_a_trial_that_was_stopped_goes_on_to_the_same_bytes(trained: Trained, tmp_path: Path) -> None:
     _, spec, record, folder = trained
     taken = 0
@@ -234,6 +235,7 @@ def test_trials_of_a_worker_share_the_packed_weights(gguf: Path, tmp_path: Path)
     assert whole.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
 
 
+@pytest.mark.e2e
 def test_gradient_checkpointing_gives_the_same_numbers(gguf: Path, tmp_path: Path) -> None:
     for name in ("plain", "recomputed"):
         (tmp_path / name).mkdir()

@@ -70,6 +70,7 @@ def test_the_memory_of_recomputed_layers_is_predicted(tmp_path: Path) -> None:
     assert found[0].startswith("resources: {gradient_checkpointing: true}")
 
 
+@pytest.mark.e2e
 def test_attention_can_be_chosen(tmp_path: Path) -> None:
     plain = trained(tmp_path / "plain", LORA)
     eager = trained(tmp_path / "eager", LORA, attn_implementation="eager")

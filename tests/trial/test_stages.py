@@ -151,6 +151,7 @@ def test_the_best_epoch_may_be_in_the_first_stage(tmp_path: Path, monkeypatch: p
         pytest.param(1, 3, False, 3, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.e2e
 def test_a_killed_trial_resumes_in_its_stage(
     llava: Any, projector_epochs: int, killed_in: int, bf16: bool, zero_stage: int, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

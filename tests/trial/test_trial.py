@@ -208,6 +208,7 @@ def counted(read: list[int]) -> Callable[[Any, Any], float]:
 
 
 @pytest.mark.parametrize(("method", "shares"), [("lora", True), ("moka", False)])
+@pytest.mark.e2e
 def test_a_trial_on_rows_that_share_their_picture_is_one_on_rows_of_one_caption(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, method: str, shares: bool
 ) -> None:

@@ -82,6 +82,7 @@ def test_an_export_in_a_form_that_names_layers_is_refused(folder: Path) -> None:
     assert not (folder / "merged").exists()
 
 
+@pytest.mark.e2e
 def test_a_stopped_trial_goes_on_to_the_same_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, whole, _ = trial(folder, "whole", SPECIFIC, connector="trained")
     taken = 0

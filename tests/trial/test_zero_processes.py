@@ -248,10 +248,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.folder)
+@pytest.mark.e2e
 def test_two_processes_train_as_one_does(trained: Path, job: Job) -> None:
     check(trained, job)
 
 
+@pytest.mark.e2e
 def test_gradients_in_different_orders_would_be_wrong(trained: Path) -> None:
     """ZeRO-2 adds up what comes first in one process and what comes first in the other."""
     assert difference(found(trained, UNORDERED)[1], expected(UNORDERED)[1]) > 1e-3

@@ -61,6 +61,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> No
 # ── What comes back
 
 
+@pytest.mark.e2e
 def test_a_fresh_process_computes_the_same_logits(saved: tuple[Path, Tensor], tmp_path: Path) -> None:
     script = (
         "import sys, harness; from safetensors.torch import save_file\n"
