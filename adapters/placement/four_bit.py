@@ -1,7 +1,7 @@
 """4-bit layers of bitsandbytes on a CPU keep a form of their weights that gradients pass through.
 
-On CPUs with AVX512-BF16 they repack their weights in the first evaluation without gradients, for good; from then on the
-operator that training calls (bitsandbytes 0.50) gives a part of the gradient of its input, without any error.
+On CPUs with AVX512-BF16 they repack their weights in the first evaluation without gradients, for good; from then on
+they call an operator without a backward (bitsandbytes 0.50): their input gets no gradient, and torch only warns.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ from harness.model.backbones import build_empty, load_language_model
 from harness.model.build import shared_copy
 from harness.model.kept import bytes_of
 from harness.model.packed import NF4Linear, PackedLinear, count, packed_layers, scale_bytes
-from tests.support.adapters import adapt, each_method
+from tests.support.adapters import each_method
+from tests.support.quantised import check_training, embeds, far, logits
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
 
@@ -88,19 +89,6 @@ def plain(model: Any) -> Any:
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
     made.load_state_dict(weights | {f"{name}.weight": layer.unpacked(torch.float64) for name, layer in layers.items()})
     return made.eval()
-
-
-def embeds(dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(3, 11, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-def logits(model: Any) -> Tensor:
-    found_BTV: Tensor = model(inputs_embeds=embeds(model.dtype), use_cache=False).logits
-    return found_BTV
-
-
-def far(found: Tensor, expected: Tensor) -> float:
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 @each_form
@@ -177,17 +165,7 @@ def test_logits_and_gradients_are_those_of_the_unpacked_weights(
 ) -> None:
     """In float64; up to the rounding of fp32."""
     model = load(saved[family], form)
-    reference = plain(model)
-    found, expected = adapt(model.train(), method), adapt(reference.train(), method)
-    expected.double().load_state_dict(found.state_dict())
-    found_BTV, expected_BTV = logits(model), logits(reference)
-    assert far(found_BTV, expected_BTV) < 1e-5
-    for logits_BTV in (found_BTV, expected_BTV):
-        logits_BTV.square().mean().backward()
-    for name, p in found.named_parameters():
-        assert p.grad is not None
-        assert far(p.grad, expected.get_parameter(name).grad) < 1e-4, name  # type: ignore[arg-type]
-    assert all(p.grad is None for p in model.parameters())
+    check_training(model, plain(model), method)
 
 
 @each_form

@@ -21,6 +21,7 @@ from adapters.placement.roles import ROLES, find_targets
 from harness.core.contexts import Segment
 from harness.core.errors import UserError
 from tests.support.adapters import adapt, disturb, each_method
+from tests.support.quantised import check_training, far, logits
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
 
@@ -64,25 +65,12 @@ def dequantised(model: Any) -> Any:
     return plain.eval()
 
 
-def embeds(dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(3, 11, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-def logits(model: Any) -> Tensor:
-    found_BTV: Tensor = model(inputs_embeds=embeds(model.dtype), use_cache=False).logits
-    return found_BTV
-
-
 def start(model: nn.Module, method: AdapterMethod) -> Adapters:
     """Attached at its initialisation."""
     adapters = adapt(model, method)
     fresh = Adapters(model, dict.fromkeys(adapters.router.groups, method), adapters.router, seed=0)
     adapters.load_state_dict(fresh.state_dict())
     return adapters
-
-
-def far(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
 
 
 def not_repacked(model: Any) -> Tensor:
@@ -115,32 +103,13 @@ def test_at_initialisation_it_is_the_quantised_model_bit_for_bit(saved: Path, ki
 def test_training_equals_that_on_the_dequantised_weights(saved: Path, kind: str, method: AdapterMethod) -> None:
     """In training mode, in which bitsandbytes' CPU layers do not quantise activations: float32 rounding only."""
     model = load(saved, kind)
-    plain = dequantised(model)
-    found, expected = adapt(model.train(), method), adapt(plain.train(), method)
-    expected.load_state_dict(found.state_dict())
-    found_BTV, expected_BTV = logits(model), logits(plain)
-    assert far(found_BTV, expected_BTV) < 1e-5
-    for logits_BTV in (found_BTV, expected_BTV):
-        logits_BTV.square().mean().backward()
-    for name, p in found.named_parameters():
-        assert p.grad is not None
-        assert far(p.grad, expected.get_parameter(name).grad) < 1e-4, name  # type: ignore[arg-type]
-    assert all(p.grad is None for p in model.parameters())
+    check_training(model, dequantised(model), method)
 
 
 @each_method
 def test_training_after_an_evaluation_has_the_same_gradients(saved: Path, method: AdapterMethod) -> None:
     model = load(saved, "4bit")
-    plain = dequantised(model)
-    found, expected = adapt(model, method), adapt(plain, method)
-    expected.load_state_dict(found.state_dict())
-    with torch.no_grad():
-        logits(model.eval())
-    for one in (model, plain):
-        logits(one.train()).square().mean().backward()
-    for name, p in found.named_parameters():
-        assert p.grad is not None
-        assert far(p.grad, expected.get_parameter(name).grad) < 1e-4, name  # type: ignore[arg-type]
+    check_training(model, dequantised(model), method, evaluated=True)
 
 
 def test_a_4_bit_model_that_was_evaluated_before_is_refused_where_its_gradients_would_be_wrong(saved: Path) -> None:

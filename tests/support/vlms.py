@@ -93,6 +93,17 @@ def _without(options: dict[str, Any], *names: str) -> dict[str, Any]:
 _GEMMA = _TEXT | {"hidden_activation": "gelu_pytorch_tanh"}
 _ROTATED = _without(_TEXT, "head_dim") | {"rope_parameters": _THIRDS}
 
+
+def _idefics() -> dict[str, Any]:
+    return {
+        "text_config": _TEXT | {"model_type": "llama"},
+        "vision_config": _SEES | _SIXTEEN,
+        "image_token_id": MEDIA,
+        "scale_factor": 2,
+        "pad_token_id": PAD,
+    }
+
+
 VLMS: dict[str, VLM] = {
     "qwen2_vl": VLM(
         lambda: hf.Qwen2VLConfig(
@@ -128,23 +139,11 @@ VLMS: dict[str, VLM] = {
         *(4, _patches, "mm_token_type_ids"),
     ),
     "smolvlm": VLM(
-        lambda: hf.SmolVLMConfig(
-            text_config=_TEXT | {"model_type": "llama"},
-            vision_config=_SEES | _SIXTEEN,
-            image_token_id=MEDIA,
-            scale_factor=2,
-            pad_token_id=PAD,
-        ),
+        lambda: hf.SmolVLMConfig(**_idefics()),
         *(4, _listed_pictures),
     ),
     "idefics3": VLM(
-        lambda: hf.Idefics3Config(
-            text_config=_TEXT | {"model_type": "llama"},
-            vision_config=_SEES | _SIXTEEN,
-            image_token_id=MEDIA,
-            scale_factor=2,
-            pad_token_id=PAD,
-        ),
+        lambda: hf.Idefics3Config(**_idefics()),
         *(4, _listed_pictures),
     ),
     "llava": VLM(
