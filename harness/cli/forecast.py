@@ -31,7 +31,7 @@ def _table(found: Forecast) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", title_justify="left")
     sizes = [shape.memory.device_bytes for shape in found.shapes if shape.memory]
     unit, one = next(((unit, one) for unit, one in _UNITS if max(sizes, default=0) >= one), _UNITS[-1])
-    table.title = f"predicted: {unit} of memory in a worker, and time"
+    table.title = f"predicted: {unit} of memory in a worker, ms of a step, and time of a trial"
     for heading in ("method", "setting") if with_setting else ("method",):
         table.add_column(heading)
     for heading in ("weights", "gradients", "optimizer", "activations", "peak", "step", "trial"):
@@ -48,7 +48,7 @@ def _cells(shape: ShapeForecast, unit: int) -> list[str]:
     kinds = (memory.weights_bytes, memory.gradients_bytes, memory.optimizer_bytes, memory.activations_bytes)
     sizes = [number(size / unit) for size in (*kinds, memory.device_bytes)]
     sizes[-1] += " !" if shape.fits is False else ""
-    step = ABSENT if shape.step_s is None else f"{shape.step_s.middle_s:.3g} s"
+    step = ABSENT if shape.step_s is None else number(1000 * shape.step_s.middle_s)
     return [*sizes, step, ABSENT if shape.trial is None else _about(shape.trial.middle_s)]
 
 

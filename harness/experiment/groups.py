@@ -73,13 +73,15 @@ def _variants(given: Any, where: Cursor) -> Iterator[dict[str, Any] | None]:
 
 def one_value_each(section: Mapping[str, Any]) -> dict[str, list[Any]]:
     """The keys of a section whose list is one value, not an axis, as an axis with this value."""
-    # [q, v] is one value; [A, F] is an axis with two values.
-    return {"where": [section["where"]]} if _is_list_of_roles(section.get("where")) else {}
+    # [q, v] is one value, and so is {vision: [q, v]}; [A, F] is an axis with two values.
+    return {"where": [section["where"]]} if _is_one_place(section.get("where")) else {}
 
 
-def _is_list_of_roles(where: Any) -> bool:
+def _is_one_place(where: Any) -> bool:
     from adapters.placement.roles import ROLES
 
+    if isinstance(where, Mapping):
+        return True
     return isinstance(where, list) and bool(where) and all(isinstance(role, str) and role in ROLES for role in where)
 
 

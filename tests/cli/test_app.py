@@ -90,6 +90,7 @@ WRONG = {
     "unknown built-in encoder": (ONE + "backbone: {encoders: {image: builtin/tiny-vison}}\n", "did you mean 'builtin/tiny-vision'?"),
     "backbone folder missing": (ONE + "backbone: {language_model: /no/such/folder}\n", "'/no/such/folder': no such folder"),
     "unknown hub id": (ONE + "backbone: {language_model: facebok/opt-125m}\n", "backbone.language_model: 'facebok/opt-125m' could not be loaded from a folder or from the hub"),
+    "a part that the model lacks": (ONE.replace("rank: 4", "rank: 4, where: {language: AF, vision: [q, v]}"), "where: vision: the llama model has no such part that is known"),
     "encoder of an unknown modality": (ONE + "backbone: {encoders: {imag: builtin/tiny-vision}}\n", "image"),
     "encoder as language model": (ONE + "backbone: {language_model: builtin/tiny-vision}\n", "builtin/tiny-vision"),
     "language model as encoder": (ONE + "backbone: {encoders: {image: builtin/tiny-llama}}\n", "builtin/tiny-llama"),

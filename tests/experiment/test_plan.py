@@ -231,6 +231,11 @@ def test_labels_add_nothing_where_rank_or_grouping_suffices(plan: MakePlan) -> N
     assert labels(plan(text)) == ["LoRA r=4", "LoRA r=4", "LoRA r=8", "LoRA r=8"]
 
 
+def test_the_places_of_a_model_s_parts_are_one_value(plan: MakePlan) -> None:
+    text = BASE.replace("rank: 4, grouping: specific", "rank: 4, where: {language: AF, vision: [q, v]}")
+    assert labels(plan(text)) == ["LoRA r=4 language AF, vision q,v"]
+
+
 def test_no_two_rows_of_the_leaderboard_have_one_name(plan: MakePlan) -> None:
     text = BASE.replace(
         "rank: 4, grouping: specific, learning_rate: 6e-3",
