@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,10 @@ if TYPE_CHECKING:  # the same names, for type checkers and editors
     from tasks.base import Config as TaskConfig
     from tasks.base import Example, Metric, Modality, Part, Preview, Scores, Split, Task
     from tasks.encoder import Encoder
+
+# Whatever imports it (DeepSpeed, peft), bitsandbytes warns on a CPU that a kernel of its own layers is missing: the
+# first line of every trial's log.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _PUBLIC = {
     "AdaptedModel": "adapters.library.adapted_model:AdaptedModel",

@@ -8,7 +8,6 @@ not the output layer). A ``gguf`` file is unpacked when it is read: its weights 
 from __future__ import annotations
 
 import importlib.util
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +95,6 @@ def loading_options(backbone: Backbone) -> dict[str, Any]:
 def _config(form: str) -> Any:
     from transformers import BitsAndBytesConfig
 
-    # While it looks for kernels that only its own layers use, it warns that there are none.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if form == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,3 +28,12 @@ def test_another_error_of_a_line_is_shown(tmp_path: Path, capsys: pytest.Capture
     handler.handle(logging.LogRecord("harness", logging.INFO, "file.py", 1, "%d", ("no number",), None))
     handler.close()
     assert "--- Logging error ---" in capsys.readouterr().err
+
+
+def test_bitsandbytes_does_not_warn_of_kernels_that_nothing_here_uses() -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed")
+    done = subprocess.run(
+        [sys.executable, "-c", "import harness, bitsandbytes"], check=True, capture_output=True, text=True, timeout=120
+    )
+    assert (done.stdout, done.stderr) == ("", "")
