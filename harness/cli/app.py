@@ -120,7 +120,7 @@ def plan_command(
     """
     from clusters.profiles import load_profile
     from harness.cli.forecast import show_forecast
-    from harness.cli.plan import SHOWN_ROWS, UNBOUNDED, plan_table
+    from harness.cli.plan import SHOWN_ROWS, UNBOUNDED, numbered_settings, plan_table
     from harness.experiment.load import Experiment
     from harness.sweep.choice import Choice
     from harness.sweep.counts import PlannedData, check_counts
@@ -133,9 +133,12 @@ def plan_command(
     parameters, notes = _parameters(planned)
     data = PlannedData()
     unchecked = check_counts(planned.specs, data)
-    table = plan_table(planned.plan, parameters, planned.states(), None if every_row else SHOWN_ROWS)
     # In a file a row is one line, however wide.
-    console.print(table, crop=False, width=None if console.is_terminal else UNBOUNDED)
+    wide = console if console.is_terminal else Terminal(file=console.file, width=UNBOUNDED)
+    names = numbered_settings(planned.plan) if console.is_terminal else {}
+    wide.print(plan_table(planned.plan, parameters, planned.states(), None if every_row else SHOWN_ROWS, names))
+    for setting, number in names.items():
+        console.print(f"# {number}: {_escape(setting)}", highlight=False, soft_wrap=True)
     if only:
         console.print(f"{len(planned.specs)} of {len(whole.specs)} trials selected", highlight=False)
     for note in notes:
@@ -151,7 +154,7 @@ def plan_command(
         console.print(f"[yellow]number of examples not checked:[/] {_escape(note)}", highlight=False, soft_wrap=True)
     limit_s = None if every_row or probe else LONGEST_S
     forecast = forecast_of(planned, load_profile(profile), console, probe=probe, limit_s=limit_s, data=data)
-    show_forecast(forecast, console)
+    show_forecast(forecast, wide, names)
     console.print(f"run folder: {planned.folder}", highlight=False, soft_wrap=True)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -17,27 +17,28 @@ _UNITS = (("TiB", 1 << 40), ("GiB", GIB), ("MiB", 1 << 20), ("KiB", 1 << 10))
 _SHOWN = 40  # shapes of a table; a grid may have thousands
 
 
-def show_forecast(found: Forecast, console: Console) -> None:
-    """Print the shapes, what will not fit, and the totals."""
-    console.print(_table(found))
+def show_forecast(found: Forecast, console: Console, names: Mapping[str, str] | None = None) -> None:
+    """Print the shapes, what will not fit, and the totals; ``names`` are those of settings, as in ``plan_table``."""
+    console.print(_table(found, names or {}))
     if (more := len(found.shapes) - _SHOWN) > 0:
         console.print(f"… and {more} more")
     for line in (*_problems(found), *_totals(found)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _table(found: Forecast) -> Table:
+def _table(found: Forecast, names: Mapping[str, str]) -> Table:
     with_setting = any(shape.setting for shape in found.shapes)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", title_justify="left")
     sizes = [shape.memory.device_bytes for shape in found.shapes if shape.memory]
     unit, one = next(((unit, one) for unit, one in _UNITS if max(sizes, default=0) >= one), _UNITS[-1])
     table.title = f"predicted: {unit} of memory in a worker, ms of a step, and time of a trial"
-    for heading in ("method", "setting") if with_setting else ("method",):
+    for heading in ("method", "#" if names else "setting") if with_setting else ("method",):
         table.add_column(heading)
     for heading in ("weights", "gradients", "optimizer", "activations", "peak", "step", "trial"):
         table.add_column(heading, justify="right", no_wrap=True)
     for shape in found.shapes[:_SHOWN]:
-        table.add_row(shape.name, *([shape.setting] if with_setting else []), *_cells(shape, one))
+        setting = [names.get(shape.setting, shape.setting)] if with_setting else []
+        table.add_row(shape.name, *setting, *_cells(shape, one))
     return table
 
 

@@ -13,10 +13,23 @@ from harness.core.record import Parameters, Plan, PlannedTrial
 
 SHOWN_ROWS = 500  # of a plan; a terminal takes a millisecond for each
 UNBOUNDED = 1_000  # characters: wider than any row
+_LONG = 20  # characters of a setting that leave a terminal no room for the names of methods
+
+
+def numbered_settings(plan: Plan) -> dict[str, str]:
+    """Settings as tables name them in a terminal: by numbers if one of them is long, otherwise an empty mapping."""
+    settings = list(dict.fromkeys(setting for _, _, setting in plan.rows()))
+    if max(map(len, settings), default=0) <= _LONG:
+        return {}
+    return {setting: str(number) for number, setting in enumerate(settings, start=1)}
 
 
 def plan_table(
-    plan: Plan, parameters: Mapping[str, Parameters | None], states: Mapping[str, str], most: int | None = None
+    plan: Plan,
+    parameters: Mapping[str, Parameters | None],
+    states: Mapping[str, str],
+    most: int | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> Table:
     """The rows of a plan, one line each, with their learning rates, seeds and numbers of parameters.
 
@@ -26,13 +39,14 @@ def plan_table(
             loaded.
         states: by trial id: "finished", "failed", "to run".
         most: how many rows are shown; None: all.
+        names: of settings, where they are shown by other ones than their own.
     """
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", title_justify="left")
     table.title = f"{plan.experiment}: {len(plan.trials):,} trial{'s' * (len(plan.trials) != 1)}"
     rows = plan.rows()
     with_setting = any(setting for _, _, setting in rows)
     with_rates = any(len({trial.learning_rate for trial in trials}) > 1 for trials in rows.values())
-    headings = {"method": True, "setting": with_setting, "learning rates": with_rates, "seeds": True}
+    headings = {"method": True, "#" if names else "setting": with_setting, "learning rates": with_rates, "seeds": True}
     for heading in (name for name, shown in headings.items() if shown):
         table.add_column(heading, no_wrap=heading in {"learning rates", "seeds"})
     for heading in ("trainable", "adapter", "projector", "total"):
@@ -43,7 +57,8 @@ def plan_table(
         numbers = (counts.trainable, counts.adapter, counts.projector, counts.total) if counts else ()
         cells = [f"{n:,}" for n in numbers] or ["unknown"] * 4
         name = f"{label} {grouping}".rstrip()
-        varying = [*([setting] if with_setting else []), *([_rates(trials)] if with_rates else [])]
+        shown = (names or {}).get(setting, setting)
+        varying = [*([shown] if with_setting else []), *([_rates(trials)] if with_rates else [])]
         states_of = ", ".join(
             f"{count:,} {state}" for state, count in Counter(states[t.trial_id] for t in trials).items()
         )

@@ -268,6 +268,17 @@ def test_the_last_screen_counts_the_trials_that_did_not_run(tmp_path: Path) -> N
     assert text.count("not run") == 1
 
 
+def test_in_a_file_a_row_of_a_plan_is_one_line(
+    harness: Harness, experiment_file: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "console", Console(width=80))
+    experiment = ONE + "backbone: {projector_dropout: [0, 0.125], add_prefix_space: [false, true]}\n"
+    lines = [line.split() for line in harness("plan", experiment_file(experiment)).out.splitlines()]
+    rows = [line for line in lines if line[:2] == ["LoRA", "r=4"]]
+    assert len([row for row in rows if row[-2:] == ["to", "run"]]) == 4
+    assert all(any("projector_dropout=0" in cell for cell in row) for row in rows)
+
+
 @pytest.mark.quick
 def test_the_plan_of_the_quickstart(harness: Harness) -> None:
     outcome = harness("plan", ROOT / "experiments" / "quickstart.yaml")

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from harness.cli.plan import plan_table, seed_ranges
+from harness.cli.plan import numbered_settings, plan_table, seed_ranges
 from harness.core.record import Parameters, Plan
 from tests.support.runs import fake_plan
 from tests.support.screens import shown
@@ -33,6 +33,17 @@ def test_the_plan_shows_settings_where_they_vary() -> None:
     text = shown(plan_table(plan, dict.fromkeys(ids), dict.fromkeys(ids, "to run")), width=120)
     assert re.search(r"LoRA r=4 agnostic +examples=64 +0, 1", text)
     assert re.search(r"LoRA r=4 agnostic +examples=128 +0, 1", text)
+
+
+def test_long_settings_are_numbers_in_a_terminal() -> None:
+    plan = fake_plan(settings=("audio=builtin/tiny-audio", "audio=openai/whisper-tiny.en"))
+    names = numbered_settings(plan)
+    assert names == {"audio=builtin/tiny-audio": "1", "audio=openai/whisper-tiny.en": "2"}
+    ids = [trial.trial_id for trial in plan.trials]
+    text = shown(plan_table(plan, dict.fromkeys(ids), dict.fromkeys(ids, "to run"), names=names), width=80)
+    assert re.search(r"^ ?LoRA r=4 agnostic +1 +0, 1 +unknown", text, re.MULTILINE)
+    assert "…" not in text
+    assert numbered_settings(fake_plan(settings=("examples=64", "examples=128"))) == {}
 
 
 def test_seeds_are_ranges() -> None:
