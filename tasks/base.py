@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -174,6 +175,8 @@ class Modality(ABC):
     # The modality's own encoders: a name that begins with "builtin/" → what makes the encoder, with its weights (True)
     # or without them, by its configuration alone (False).
     built_in: ClassVar[Mapping[str, Callable[[bool], Encoder]]] = {}
+    # What an experiment may say of an encoder of ``pretrained`` beside its name. By default nothing.
+    EncoderConfig: ClassVar[type[Config]] = Config
 
     @classmethod
     def files(cls) -> Sequence[Path]:
@@ -194,34 +197,46 @@ class Modality(ABC):
     def pretrained(self, name: str, weights: bool, trust_remote_code: bool) -> Encoder:
         """An encoder from a local folder or the hub; by default there are none.
 
+        A modality with an ``EncoderConfig`` of its own has one more argument: such options, if some are given.
+
         Raises:
             UserError: it could not be loaded, or is not an encoder of this modality.
         """
         kind = type(self).__name__
         raise UserError(f"backbone.encoders: {name!r} is not an encoder of {kind}; {did_you_mean(name, self.built_in)}")
 
-    def encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
-        """Load a frozen encoder (one of the modality's own, a local folder, or a hub id), in fp32, evaluation mode.
+    def encoder(
+        self, name: str, trust_remote_code: bool = False, options: Mapping[str, Any] = MappingProxyType({})
+    ) -> Encoder:
+        """Load a frozen encoder (one of the modality's own, a local folder, or a hub id), in evaluation mode.
+
+        Args:
+            name: of the encoder.
+            trust_remote_code: whether code of its repository may run.
+            options: the fields of ``EncoderConfig`` that differ from their defaults.
 
         Raises:
             UserError: it could not be loaded, or is not an encoder of this modality.
         """
-        return self._encoder(name, True, trust_remote_code)
+        return self._encoder(name, True, trust_remote_code, options)
 
-    def empty_encoder(self, name: str, trust_remote_code: bool = False) -> Encoder:
+    def empty_encoder(
+        self, name: str, trust_remote_code: bool = False, options: Mapping[str, Any] = MappingProxyType({})
+    ) -> Encoder:
         """The same without weights: to count its parameters, to ``check`` items and for the shapes of features.
 
         Raises:
             UserError: as ``encoder`` does.
         """
-        return self._encoder(name, False, trust_remote_code)
+        return self._encoder(name, False, trust_remote_code, options)
 
-    def _encoder(self, name: str, weights: bool, trust_remote_code: bool) -> Encoder:
+    def _encoder(self, name: str, weights: bool, trust_remote_code: bool, options: Mapping[str, Any]) -> Encoder:
         if name in self.built_in:
             return self.built_in[name](weights).eval()
         if hub.is_builtin(name):
             return Modality.pretrained(self, name, weights, trust_remote_code)  # which rejects it
-        return self.pretrained(name, weights, trust_remote_code).eval()
+        given = [self.EncoderConfig.model_validate(options)] if options else []
+        return self.pretrained(name, weights, trust_remote_code, *given).eval()
 
     def preview(self, item: Any) -> Preview | None:
         """What the report shows of a decoded item, in at most 1 MiB; None, by default: only the file's name."""

@@ -18,9 +18,15 @@ _LEFT_OUT = re.compile(
 )
 # Options of the task and the method, beside its other keys; of a group, where groups differ.
 _CONFIG = re.compile(r"^(task|adapter|adapter\.groups\.\w+)\.config\.")
+_OF_ENCODERS = "backbone.encoder_options."
 
 
 def options_of(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The axes and options of a spec, or of some of its sections, by name."""
-    named = ((_CONFIG.sub(r"\1.", path), value) for path, value in flatten(spec))
+    named = ((_key(path), value) for path, value in flatten(spec))
     return {name: value for name, value in named if not _LEFT_OUT.fullmatch(name)}
+
+
+def _key(path: str) -> str:
+    """The key of the experiment file that says what a record has under ``path``."""
+    return _CONFIG.sub(r"\1.", path).replace(_OF_ENCODERS, "backbone.encoders.")

@@ -97,7 +97,7 @@ def _varies(key: str, trials: Sequence[Mapping[str, Any]]) -> bool:
 
 
 # Keys of sections whose fields are the same for all trials; options of a task are those of that task.
-_LEFT_OUT_UNSET = re.compile(r"(backbone|budget|optimizer)\.\w+")
+_LEFT_OUT_UNSET = re.compile(r"(backbone|budget|optimizer)\.\w+|backbone\.encoder_options\.\w+\.\w+")
 
 
 def _setting(key: str, value: Any) -> str:

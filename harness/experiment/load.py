@@ -37,7 +37,7 @@ from harness.experiment.sections import (
     TaskChoice,
     Tracking,
 )
-from tasks.registry import ENCODERS
+from tasks.registry import ENCODERS, MODALITIES
 
 _NO_AXIS_OF_RUN = "it limits the whole run, so it has no axis"
 
@@ -171,6 +171,7 @@ class Experiment:
         self.tracking = check(Tracking, given.tracking, top / "tracking", hint=NO_AXIS)
         self._check_learning_rates()
         self._check_encoders()
+        self.backbones = tuple(map(self._with_checked_options, self.backbones))
         self.halving = searches.halving
         if given.search or any("search" in entry for entry in given.adapters):
             for own in found:
@@ -190,6 +191,21 @@ class Experiment:
             if of != modality:
                 where = self.top / "backbone" / "encoders" / modality
                 raise UserError(f"{where}: {name!r} is an encoder of {of!r}; allowed: one of {modality!r}")
+
+    def _with_checked_options(self, backbone: Backbone) -> Backbone:
+        """The backbone with the options of its encoders as their modalities know them, without defaults."""
+        plugins = {name: plugin for task in self.tasks for name, plugin in task.modalities.items()}
+        found = {}
+        for modality, given in backbone.encoder_options.items():
+            where, name = self.top / "backbone" / "encoders" / modality, backbone.encoders[modality]
+            if given and (hub.is_builtin(name) or name in ENCODERS.entries()):
+                raise UserError(
+                    f"{where / next(iter(given))}: {name!r} has no options; allowed: model alone, or a folder or hub id"
+                )
+            known = MODALITIES.load(plugins[modality].target).EncoderConfig
+            found[modality] = check(known, given, where, also=("model",)).model_dump(exclude_defaults=True)
+        kept = {modality: own for modality, own in found.items() if own}
+        return backbone.model_copy(update={"encoder_options": kept})
 
     def _check_learning_rates(self) -> None:
         without = [c.label for choices in self.adapters for c in choices if c.learning_rate is None and not c.search]
@@ -238,15 +254,35 @@ def _check_model_keys(variant: Mapping[str, Any], where: Cursor) -> None:
         )
 
 
+_NOT_GIVEN = {"encoder_plugins", "encoder_options"}  # fields that ``encoders`` says
+
+
+def _with_names(variant: Mapping[str, Any], where: Cursor) -> dict[str, Any]:
+    """The section with the names of encoders under ``encoders``; what is said beside them has a field of its own."""
+    encoders = variant.get("encoders")
+    if not isinstance(encoders, dict):
+        return dict(variant)
+    names, options = {}, {}
+    for modality, given in encoders.items():
+        if not isinstance(given, dict):
+            names[modality] = given
+            continue
+        if "model" not in given:
+            raise UserError(f"{where / modality / 'model'}: this key is required; allowed: a folder or a hub id")
+        names[modality] = given["model"]
+        options[modality] = {key: value for key, value in given.items() if key != "model"}
+    return {**variant, "encoders": names, "encoder_options": options}
+
+
 def _backbones(section: Mapping[str, Any], where: Cursor, folder: Path) -> Iterator[Backbone]:
     # A mapping under `roles` is one value, not a section with axes of its own.
     fixed = {"roles": [section["roles"]]} if isinstance(section.get("roles"), dict) else {}
     for variant in axes({**section, **fixed}, where):
-        if "encoder_plugins" in variant:
-            allowed = did_you_mean("encoder_plugins", sorted(Backbone.model_fields.keys() - {"encoder_plugins"}))
-            raise UserError(f"{where / 'encoder_plugins'}: unknown key; {allowed}")
+        for key in _NOT_GIVEN & variant.keys():
+            allowed = did_you_mean(key, sorted(Backbone.model_fields.keys() - _NOT_GIVEN))
+            raise UserError(f"{where / key}: unknown key; {allowed}")
         _check_model_keys(variant, where)
-        backbone = check(Backbone, variant, where)
+        backbone = check(Backbone, _with_names(variant, where / "encoders"), where)
         models = {"language_model" if backbone.model is None else "model": backbone.language_model}
         for key, name in (models | {f"encoders.{m}": name for m, name in backbone.encoders.items()}).items():
             try:

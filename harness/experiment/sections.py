@@ -29,7 +29,10 @@ class Section(BaseModel):
 
 # Keys that came later.
 _LATER = frozenset(
-    {"model", "connector", "encoder_plugins", "start_token", "prompt", "chat_template", "dtype", "quantization"}
+    {
+        *("model", "connector", "encoder_plugins", "encoder_options", "start_token", "prompt", "chat_template"),
+        *("dtype", "quantization"),
+    }
 )
 
 
@@ -46,6 +49,8 @@ class Backbone(Section):
     encoders: dict[str, str] = Field(default_factory=dict)  # by modality; others use the modality's default
     # By modality: of encoders that are plugins. No experiment sets them: a name in ``encoders`` does.
     encoder_plugins: dict[str, Plugin] = Field(default_factory=dict)
+    # By modality: what ``encoders: {image: {model: NAME, layer: -2}}`` says beside the name, without defaults.
+    encoder_options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     projector: Literal["linear", "mlp"] = "linear"  # linear as in the paper; mlp: linear, GELU, linear (LLaVA 1.5)
     projector_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # before the projector, as in the paper
     projector_boundary_tokens: bool = False  # a learned token before and after every item

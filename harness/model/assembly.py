@@ -61,7 +61,10 @@ def _options(backbone: Backbone, source: InitSource, spec: TrialSpec) -> dict[st
     """The options that must be equal: the language model, and the encoders and options of the loaded projectors."""
     options = backbone.model_dump(include={"language_model", "roles"})
     if source.projectors:
-        options |= {f"encoders.{name}": backbone.encoders.get(name) for name in _modalities(source, spec)}
+        for modality in _modalities(source, spec):
+            options[f"encoders.{modality}"] = backbone.encoders.get(modality)
+            own = backbone.encoder_options.get(modality, {})
+            options |= {f"encoders.{modality}.{key}": value for key, value in own.items()}
         options |= {name: value for name, value in backbone.model_dump().items() if name.startswith("projector")}
     return options
 

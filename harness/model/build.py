@@ -368,6 +368,8 @@ def _encoder_key(spec: TrialSpec, modality: str, device: torch.device) -> Key | 
         return None
     known = "" if fingerprint is not None and fingerprint.startswith(FOLDER) else name  # one folder is like another
     key: Key = (f"encoder of {modality}", spec.task.modalities[modality].id, known, fingerprint, str(device))
+    if options := backbone.encoder_options.get(modality):
+        key = (*key, json.dumps(options, sort_keys=True))
     return key if backbone.model is None else (*key, "of a model", backbone.connector, backbone.dtype)
 
 

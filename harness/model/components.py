@@ -103,7 +103,7 @@ def make_encoder(backbone: Backbone, name: str, modality: Modality, weights: boo
         own: Encoder = ENCODERS.load(backbone.encoder_plugins[name].target).make(weights)
         return own
     make = modality.encoder if weights else modality.empty_encoder
-    return make(backbone.encoders[name], backbone.trust_remote_code)
+    return make(backbone.encoders[name], backbone.trust_remote_code, backbone.encoder_options.get(name, {}))
 
 
 _SECTION = re.compile(r"^backbone(\.encoders)?(: | )")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -42,7 +43,7 @@ class FeatureSpace:
     @property
     def size_bytes(self) -> int | None:
         """Of all; None: not known, because an encoder needs its weights to say."""
-        sizes = [self._each[key[:2]] for key in self._files]
+        sizes = [self._each[key[:3]] for key in self._files]
         if None in sizes:
             return None
         return round(sum(len(own) * (each or 0) for own, each in zip(self._files.values(), sizes, strict=True)))
@@ -61,7 +62,8 @@ class FeatureSpace:
         for name, own in files.items():
             if not own:
                 continue
-            key: tuple[str, ...] = (name, spec.backbone.encoders[name])
+            options = json.dumps(spec.backbone.encoder_options.get(name, {}), sort_keys=True)
+            key: tuple[str, ...] = (name, spec.backbone.encoders[name], options)
             if key not in self._each:
                 self._each[key] = _features_of(spec, name, sorted(own))
             if encoders[name].items_per_call > 1:

@@ -49,7 +49,7 @@ def _facts(found: Description) -> dict[str, str]:
     rows = {
         "language model": spec["backbone"]["language_model"],
         "quantization": spec["backbone"].get("quantization", ""),
-        **{f"encoder of {modality}": name for modality, name in spec["backbone"]["encoders"].items()},
+        **{f"encoder of {modality}": _encoder(spec["backbone"], modality) for modality in spec["backbone"]["encoders"]},
         "contexts": ", ".join(spec["task"]["contexts"]),
         "groups": ", ".join(f"{c}: {_groups(spec['adapter'], g)}" for c, g in spec["adapter"]["grouping"].items()),
         "options": ", ".join(f"{key}={value}" for key, value in method_options(spec["adapter"]).items()),
@@ -62,6 +62,12 @@ def _facts(found: Description) -> dict[str, str]:
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(found.versions.items())),
     }
     return {name: value for name, value in rows.items() if value}
+
+
+def _encoder(backbone: dict[str, Any], modality: str) -> str:
+    """The name, and what the experiment said beside it."""
+    options = backbone.get("encoder_options", {}).get(modality, {})
+    return ", ".join([backbone["encoders"][modality], *(f"{key}={value}" for key, value in options.items())])
 
 
 def _groups(adapter: dict[str, Any], own: str | None) -> str:

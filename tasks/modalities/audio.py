@@ -19,6 +19,7 @@ from harness.core import hub
 from harness.core.errors import UserError
 from tasks.base import Modality, Preview
 from tasks.containers.audio_streams import Stream, streams
+from tasks.modalities.encoders.options import LAST_LAYER, EncoderOptions
 from tasks.modalities.encoders.recording import SAMPLING_RATE, Recording
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Audio(Modality):
 
     default_encoder: ClassVar = TINY
     built_in: ClassVar = {TINY: _tiny_audio}
+    EncoderConfig: ClassVar = EncoderOptions
 
     def load(self, path: Path) -> Recording:
         """Decode the whole recording.
@@ -93,15 +95,17 @@ class Audio(Modality):
             raise UserError(f"{path}: has samples that are NaN or infinite")
         return Recording(_resample(samples_SC.mean(axis=1), rate), rate, channels)
 
-    def pretrained(self, name: str, weights: bool, trust_remote_code: bool) -> Encoder:
+    def pretrained(
+        self, name: str, weights: bool, trust_remote_code: bool, options: EncoderOptions = LAST_LAYER
+    ) -> Encoder:
         """Whisper's encoder, or the Audio Spectrogram Transformer.
 
         Raises:
-            UserError: it could not be loaded, or is not an audio encoder.
+            UserError: it could not be loaded, is not an audio encoder, or has no such layer.
         """
         from tasks.modalities.encoders import pretrained_audio
 
-        return (pretrained_audio.load if weights else pretrained_audio.empty)(name, trust_remote_code)
+        return (pretrained_audio.load if weights else pretrained_audio.empty)(name, trust_remote_code, options)
 
     def preview(self, item: Recording) -> Preview:
         """The first ten seconds as the encoders get them, as 16-bit integers."""

@@ -17,6 +17,7 @@ from harness.core import hub
 from harness.core.errors import UserError
 from tasks.base import Modality, Preview
 from tasks.containers.picture_metadata import without_metadata
+from tasks.modalities.encoders.options import ALL_TOKENS, VisionOptions
 
 if TYPE_CHECKING:
     from tasks.encoder import Encoder
@@ -39,6 +40,7 @@ class Image(Modality):
 
     default_encoder: ClassVar = TINY
     built_in: ClassVar = {TINY: _tiny_vision}
+    EncoderConfig: ClassVar = VisionOptions
 
     def load(self, path: Path) -> PilImage.Image:
         """Decode the whole picture.
@@ -71,15 +73,17 @@ class Image(Modality):
         remark: str | None = item.info.get(_REMARK)
         return remark
 
-    def pretrained(self, name: str, weights: bool, trust_remote_code: bool) -> Encoder:
+    def pretrained(
+        self, name: str, weights: bool, trust_remote_code: bool, options: VisionOptions = ALL_TOKENS
+    ) -> Encoder:
         """Swin V2, ViT, CLIP, SigLIP, DINOv2 and whatever else ``AutoModel`` and ``AutoImageProcessor`` load.
 
         Raises:
-            UserError: it could not be loaded, or is not a vision encoder.
+            UserError: it could not be loaded, is not a vision encoder, or has no such layer, class token or map.
         """
         from tasks.modalities.encoders import pretrained_vision
 
-        return (pretrained_vision.load if weights else pretrained_vision.empty)(name, trust_remote_code)
+        return (pretrained_vision.load if weights else pretrained_vision.empty)(name, trust_remote_code, options)
 
 
 def _decoded(path: Path, file: Path | io.BytesIO) -> PilImage.Image:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tasks.encoder import Encoder
-from tasks.modalities.encoders.pretrained_vision import PretrainedVision
+from tasks.modalities.encoders.pretrained_vision import PretrainedVision, grid_shape
 from tasks.modalities.encoders.tiny_vision import TinyVision
 
 Floats = NDArray[np.float64]
@@ -41,11 +41,12 @@ def grid_of(encoder: Encoder, item: Any, tokens: int) -> Grid | None:
     if seen is None:
         return None
     height, width, box = seen
+    if isinstance(encoder, PretrainedVision) and (pooled := encoder.options.grid) is not None:
+        return Grid(tokens - pooled[0] * pooled[1], *pooled, box)
     registers = getattr(encoder.model.config, "num_register_tokens", 0) if isinstance(encoder, PretrainedVision) else 0
     for leading in sorted({0, 1, 2, 1 + registers}):  # none, a class token, two (DeiT distilled), registers (DINOv2)
-        rows = round(max(tokens - leading, 0) ** 0.5 * (height / width) ** 0.5)
-        if rows and (tokens - leading) % rows == 0 and (tokens - leading) // rows * height == rows * width:
-            return Grid(leading, rows, (tokens - leading) // rows, box)
+        if shape := grid_shape(tokens - leading, height, width):
+            return Grid(leading, *shape, box)
     return None
 
 

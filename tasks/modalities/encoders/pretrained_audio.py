@@ -14,12 +14,15 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from harness.core import hub
 from harness.core.errors import UserError
 from tasks.encoder import Encoder
+from tasks.modalities.encoders.layers import DTYPES, dtype_without_weights, features_of, hidden_states_of
+from tasks.modalities.encoders.options import LAST_LAYER, EncoderOptions
 from tasks.modalities.encoders.recording import SAMPLING_RATE, Recording
 
 
@@ -29,13 +32,14 @@ class PretrainedAudio(Encoder):
     Args:
         model: with or without weights; on the ``meta`` device, ``encode`` tells the shape of features.
         read_extractor: reads the model's own feature extractor.
+        options: which layer's features are taken.
     """
 
     items_per_call = 1  # large, so it is as fast, and a file's features depend on no other file
 
-    def __init__(self, model: Any, read_extractor: Callable[[], Any]) -> None:
+    def __init__(self, model: Any, read_extractor: Callable[[], Any], options: EncoderOptions = LAST_LAYER) -> None:
         super().__init__()
-        self.model, self._read_extractor = model, read_extractor
+        self.model, self._read_extractor, self._layer = model, read_extractor, options.layer
         self.width = int(model.config.hidden_size)
 
     @cached_property
@@ -49,7 +53,8 @@ class PretrainedAudio(Encoder):
         samples = [item.samples for item in items]
         inputs = self.extractor(samples, sampling_rate=SAMPLING_RATE, return_tensors="pt")
         weight = next(self.model.parameters())
-        features_BND = self.model(inputs[self.extractor.model_input_names[0]].to(weight)).last_hidden_state
+        made = self.model(inputs[self.extractor.model_input_names[0]].to(weight), **hidden_states_of(self._layer))
+        features_BND = features_of(made, self._layer)
         return [features_ND[: self.tokens(item)] for features_ND, item in zip(features_BND, items, strict=True)]
 
     def check(self, item: Recording) -> str | None:
@@ -109,40 +114,45 @@ _KINDS: dict[str, type[PretrainedAudio]] = {
 }
 
 
-def load(name: str, trust_remote_code: bool) -> PretrainedAudio:
+def load(name: str, trust_remote_code: bool, options: EncoderOptions = LAST_LAYER) -> PretrainedAudio:
     """Load weights and feature extractor.
 
     Raises:
-        UserError: one of them could not be loaded, or the model is not a known audio encoder.
+        UserError: one of them could not be loaded, or the model is not a known audio encoder, or has no such layer.
     """
     from transformers import AutoModel
 
-    kind = _kind(name, trust_remote_code)
+    kind = type(empty(name, trust_remote_code, options))
     place, revision = hub.resolve(name), hub.revision_of(name)
     try:
         model = AutoModel.from_pretrained(
-            place, revision=revision, dtype=torch.float32, trust_remote_code=trust_remote_code
+            place, revision=revision, dtype=DTYPES[options.dtype], trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise UserError(hub.load_error(name, error)) from error
-    encoder = kind(_half(model), partial(_extractor, name, trust_remote_code)).eval()
+    encoder = kind(_half(model), partial(_extractor, name, trust_remote_code), options).eval()
     _ = encoder.extractor  # one of another sampling rate is refused here
     return encoder
 
 
-def empty(name: str, trust_remote_code: bool) -> PretrainedAudio:
+def empty(name: str, trust_remote_code: bool, options: EncoderOptions = LAST_LAYER) -> PretrainedAudio:
     """The encoder on the ``meta`` device.
 
     Raises:
-        UserError: there is no such configuration, or it is not an audio encoder's.
+        UserError: there is no such configuration, it is not an audio encoder's, or it has no such layer.
     """
     from transformers import AutoModel
 
     kind = _kind(name, trust_remote_code)
     config = hub.load_config(name, trust_remote_code)
     with torch.device("meta"):
-        model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
-    return kind(_half(model), partial(_extractor, name, trust_remote_code))
+        model = AutoModel.from_config(
+            config, dtype=dtype_without_weights(options, config), trust_remote_code=trust_remote_code
+        )
+    encoder = kind(_half(model), partial(_extractor, name, trust_remote_code), options).eval()
+    if options.layer is not None:  # one that is not there is refused here
+        encoder.encode([Recording(np.zeros(SAMPLING_RATE, dtype=np.float32))])
+    return encoder
 
 
 def _extractor(name: str, trust_remote_code: bool) -> Any:

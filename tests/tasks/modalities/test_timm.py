@@ -59,6 +59,40 @@ for architecture, tokens in {
     else:
         torch.testing.assert_close(features_ND, own, rtol=1e-4, atol=1e-5)
 """
+INNER_LAYERS = """
+import sys
+import torch
+from PIL import Image as Pictures
+from harness.core.errors import UserError
+from transformers import TimmWrapperConfig, TimmWrapperModel
+from tasks.modalities.image import Image
+
+cfg = {"input_size": [3, 224, 224], "interpolation": "bicubic", "crop_pct": 0.9, "mean": [0.5] * 3, "std": [0.5] * 3}
+picture = Pictures.linear_gradient("L").convert("RGB")
+for architecture, leading in {"swin_tiny_patch4_window7_224": 0, "vit_tiny_patch16_224": 1, "resnet10t": 0}.items():
+    folder = f"{sys.argv[1]}/{architecture}"
+    model = TimmWrapperModel(TimmWrapperConfig(architecture=architecture, pretrained_cfg=cfg, num_labels=10)).eval()
+    model.save_pretrained(folder)
+    for layer in (0, -2):
+        encoder, empty = (make(folder, options={"layer": layer}) for make in (Image().encoder, Image().empty_encoder))
+        (features_ND,), (shape_ND,) = encoder.encode([picture]), empty.encode([picture])
+        pixels_BCHW = encoder.processor(images=picture, return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            _, maps = model.timm_model.forward_intermediates(pixels_BCHW)
+        torch.testing.assert_close(features_ND, maps[layer][0].flatten(1).mT, rtol=1e-4, atol=1e-5)
+        assert features_ND.shape == shape_ND.shape and encoder.width == empty.width == features_ND.shape[1]
+    whole_ND, pooled_ND = (Image().encoder(folder, options=o).encode([picture])[0] for o in ({}, {"pooling": "1x1"}))
+    mean_D = whole_ND[leading:].double().mean(0)
+    torch.testing.assert_close(pooled_ND[leading:].double(), mean_D[None], rtol=1e-4, atol=1e-5)
+    assert torch.equal(pooled_ND[:leading], whole_ND[:leading])
+    half_ND = Image().encoder(folder, options={"dtype": "bf16"}).encode([picture])[0]
+    assert half_ND.dtype == torch.bfloat16 and (half_ND.float() - whole_ND).norm() / whole_ND.norm() < 0.03
+    try:
+        found = Image().encoder(folder, options={"select_strategy": "default"}).encode([picture])[0]
+        assert leading and torch.equal(found, whole_ND[leading:])
+    except UserError as error:
+        assert not leading and "there is no class token" in str(error)
+"""
 TYPO = """
 from harness.core.hub import load_error
 print(load_error("timm/resnet50.a1_in1", OSError("not found")))
@@ -95,6 +129,12 @@ def test_pretrained_weights_see_each_picture_as_timm_alone_does(models: Path) ->
 @pytest.mark.real_data
 def test_grids_and_sequences_of_timm_become_tokens(models: Path, tmp_path: Path) -> None:
     done = run(EVERY_LAYOUT, models, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.real_data
+def test_inner_layers_of_timm_are_its_own_intermediates(models: Path, tmp_path: Path) -> None:
+    done = run(INNER_LAYERS, models, str(tmp_path))
     assert done.returncode == 0, done.stderr
 
 
