@@ -63,6 +63,29 @@ def _escape(text: str) -> str:
     return escape(text)
 
 
+def _print_version(wanted: bool) -> None:
+    """Print the version, and the commit where the code is of a checkout: ``harness 0.1.0 (6546a66f1c2d)``."""
+    if not wanted:
+        return
+    from importlib.metadata import version
+
+    from harness.core.revisions import git_revision
+
+    revision = git_revision(Path(__file__).parent)
+    typer.echo(" ".join(["harness", version("context-peft-harness"), *([f"({revision})"] if revision else [])]))
+    raise typer.Exit
+
+
+@app.callback(help=__doc__)
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print version and commit, and exit."),
+    ] = False,
+) -> None:
+    """Options without a command."""
+
+
 @app.command(rich_help_panel=EXPERIMENTS)
 def run(
     file: ExperimentFile,

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,8 +17,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from harness.cli import results
+from harness.cli import app, results
 from harness.core.record import PlannedTrial, TrialRecord, read_run
+from harness.core.revisions import git_revision
 from harness.sweep.lock import exclusive
 from results.leaderboard.table import build_leaderboard
 from results.report import write_exports
@@ -84,6 +86,26 @@ def test_help_lists_every_command_without_loading_what_computes() -> None:
     assert done.stderr == "[]\n"
     listed = re.findall(r"^│ (\w+) ", done.stdout, re.MULTILINE)
     assert listed == [*COMMANDS, "check", "score", "backbones"]
+
+
+def test_the_version_is_told_without_slow_imports(harness: Harness) -> None:
+    script = (
+        "import sys; sys.argv = ['harness', '--version']\n"
+        "from harness.cli.app import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    revision = git_revision(Path(app.__file__).parent)
+    assert done.stdout == f"harness {version('context-peft-harness')} ({revision})\n"
+    assert harness("--version").out == done.stdout
+
+
+def test_a_version_without_a_checkout_has_no_commit(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.core.revisions.git_revision", lambda _: None)
+    assert harness("--version").out == f"harness {version('context-peft-harness')}\n"
 
 
 def test_report_of_one_run_and_of_several(harness: Harness, run: Path, tmp_path: Path) -> None:
