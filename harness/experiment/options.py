@@ -110,7 +110,7 @@ def choose_adapters(
         if isinstance(section.get("grouping"), dict):  # one value, not a section with axes of its own
             fixed["grouping"] = [section["grouping"]]
         if "groups" in section:
-            fixed["groups"] = group_variants(section["groups"], where / index, task.contexts)
+            fixed["groups"] = group_variants(section["groups"], where / index, task.contexts, section.get("grouping"))
         if "tried_learning_rates" in section:  # the whole list belongs to every variant
             fixed["tried_learning_rates"] = [section["tried_learning_rates"]]
         for variant in axes({**section, **fixed}, where / index):
@@ -159,12 +159,10 @@ def _of_one_method(
 def _of_groups(
     options: dict[str, Any], where: Cursor, contexts: tuple[str, ...], folder: Path, also: tuple[str, ...]
 ) -> AdapterChoice:
-    groups = options.pop("groups")
+    groups, of_context = options.pop("groups"), options.pop("grouping", None)
     for key in options:
-        if key == "grouping":
-            raise UserError(f"{where / key}: 'groups' gives each context its own group; allowed: one of the two")
         if key == "method":
-            raise UserError(f"{where / key}: 'groups' gives each context its own method; allowed: one of the two")
-        allowed = did_you_mean(key, ["groups", *also])
+            raise UserError(f"{where / key}: 'groups' gives each group its own method; allowed: one of the two")
+        allowed = did_you_mean(key, ["grouping", "groups", *also])
         raise UserError(f"{where / key}: unknown key {key!r} beside 'groups'; {allowed}; options go into a group")
-    return adapter_of_groups(groups, where / "groups", contexts, folder)
+    return adapter_of_groups(groups, where / "groups", contexts, folder, of_context)

@@ -109,6 +109,47 @@ def test_groups_that_do_not_differ_are_the_trial_of_their_grouping(trials: Trial
         trials(f"{{groups: {groups}}}", f"{{{plain}}}")
 
 
+THREE = "{name: mixture, tasks: [{name: scenes}, {name: trends}]}"  # image, series, text
+SEEN = "grouping: {image: seen, series: seen, text: words}"
+
+
+def test_contexts_may_share_a_group_that_differs_from_others(trials: Trials) -> None:
+    specs = trials(f"{{{SEEN}, groups: {{seen: {{method: lora, rank: [4, 8]}}, words: {{method: ia3}}}}}}", task=THREE)
+    assert named(specs) == [
+        "LoRA r=4 on seen, IA3 on words | image=seen series=seen text=words",
+        "LoRA r=8 on seen, IA3 on words | image=seen series=seen text=words",
+    ]
+    (adapter, _) = (spec.adapter for spec in specs)
+    assert adapter.grouping == {"image": "seen", "series": "seen", "text": "words"}
+    assert {group: own.method for group, own in adapter.groups.items()} == {"seen": "lora", "words": "ia3"}
+    assert adapter.group_names == ("seen", "words")
+    assert len({spec.trial_id for spec in specs}) == 2
+
+
+@pytest.mark.parametrize(
+    ("groups", "plain"),
+    [
+        ("{seen: {method: ia3}, words: {method: ia3}}", f"method: ia3, {SEEN}"),
+        ("{seen: {method: ia3}, words: null}", "method: ia3, grouping: {image: seen, series: seen, text: null}"),
+    ],
+)
+def test_shared_groups_that_do_not_differ_are_the_trial_of_their_grouping(
+    trials: Trials, groups: str, plain: str
+) -> None:
+    (of_groups,), (of_grouping,) = (
+        trials(f"{{{SEEN}, groups: {groups}}}", task=THREE),
+        trials(f"{{{plain}}}", task=THREE),
+    )
+    assert of_groups.trial_id == of_grouping.trial_id
+
+
+def test_a_group_of_each_context_is_the_same_with_and_without_a_grouping(trials: Trials) -> None:
+    (without,), (written,) = (
+        trials(f"{{groups: {MIXED}{more}}}") for more in ("", ", grouping: {image: image, text: text}")
+    )
+    assert written.adapter == without.adapter
+
+
 def test_ids_depend_on_what_each_group_has_and_on_nothing_new_elsewhere(trials: Trials) -> None:
     one, again = (
         trials(f"{{groups: {MIXED}}}"),
@@ -205,9 +246,15 @@ WRONG: dict[str, tuple[str, str, str]] = {
     "a seed of a group": (groups("{image: {method: lora, seed: 3}, text: {method: bitfit}}"), "groups.image.seed", "a trial has one seed; allowed: seeds, at the top level"),
     "a grouping of a group": (groups("{image: {method: lora, grouping: specific}, text: {method: bitfit}}"), "groups.image.grouping", "a group has no groups of its own"),
     "init_from of a group": (groups("{image: {method: lora, init_from: x}, text: {method: bitfit}}"), "groups.image.init_from", "allowed beside 'groups'"),
-    "a grouping beside groups": (groups(MIXED, ", grouping: specific"), "grouping", "'groups' gives each context its own group; allowed: one of the two"),
-    "a method beside groups": (groups(MIXED, ", method: lora"), "method", "'groups' gives each context its own method; allowed: one of the two"),
-    "an option beside groups": (groups(MIXED, ", rank: 4"), "rank", "unknown key 'rank' beside 'groups'; allowed: groups, init_from, learning_rate, search, tried_learning_rates; options go into a group"),
+    "a grouping by name beside groups": (groups(MIXED, ", grouping: specific"), "grouping", "found 'specific'; allowed beside 'groups': a mapping context → group, or nothing"),
+    "several groupings beside groups": (groups(MIXED, ", grouping: [agnostic, {image: a, text: a}]"), "grouping", "found ['agnostic', {'image': 'a', 'text': 'a'}]; allowed beside 'groups': a mapping context → group"),
+    "a context without a group": (groups("{a: {method: lora}}", ", grouping: {image: a}"), "grouping", "context 'text' is missing; set it to a group"),
+    "a context instead of its group": (groups(MIXED, ", grouping: {image: a, text: b}"), "groups.image", "unknown group 'image'; allowed: a, b"),
+    "a group nearly": (groups("{seen: {method: lora}, txt: {method: ia3}}", ", grouping: {image: seen, text: text}"), "groups.txt", "unknown group 'txt'; allowed: seen, text; did you mean 'text'?"),
+    "a group without an entry": (groups("{a: {method: lora}}", ", grouping: {image: a, text: b}"), "groups", "group 'b' is missing; give it a method, or null for no adapter (groups of 'grouping': a, b)"),
+    "no method of any group": (groups("{a: null}", ", grouping: {image: a, text: null}"), "groups", "no group has a method; to train without adapters, use the method 'none'"),
+    "a method beside groups": (groups(MIXED, ", method: lora"), "method", "'groups' gives each group its own method; allowed: one of the two"),
+    "an option beside groups": (groups(MIXED, ", rank: 4"), "rank", "unknown key 'rank' beside 'groups'; allowed: grouping, groups, init_from, learning_rate, search, tried_learning_rates; options go into a group"),
     "a method without groups": (groups("{image: {method: full}, text: {method: bitfit}}"), "groups.image.method", "full has no adapter groups, so it is a method alone; null means no adapter"),
     "a method of all tokens": (groups("{image: {method: mmca+lora}, text: {method: lora}}"), "groups.image.method", "mmca has no adapter groups and acts on all tokens, but text does not have it"),
     "no method at all": (groups("{image: null, text: null}"), "groups", "no context has a method; to train without adapters, use the method 'none'"),
