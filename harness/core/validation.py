@@ -5,18 +5,25 @@ from __future__ import annotations
 import copy
 import datetime
 import difflib
+import itertools
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import PurePath
 from typing import Any, TypeVar, get_args
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from harness.core.cursor import Cursor
 from harness.core.errors import UserError, did_you_mean
 
 M = TypeVar("M", bound=BaseModel)
+# Pydantic's errors where a container was expected.
+_LISTS = frozenset({"list_type", "tuple_type", "set_type", "frozen_set_type"})
+_MAPPINGS = frozenset({"dict_type", "mapping_type", "model_type", "model_attributes_type"})
+_MOST_COUNTED = 5  # a number is shown as a list of so many at most
 
 
 def check(
@@ -100,10 +107,81 @@ def _message(
         return f"{place}: unknown key {key!r}; {did_you_mean(key, allowed)}"
     if missing:
         return f"{place}: this key is required"
-    same = [e["msg"] for e in error.errors() if e["loc"][:1] == first["loc"][:1]]
-    text = " or ".join(dict.fromkeys(message[:1].lower() + message[1:] for message in same))
-    found = f"{place}: {text.replace('value error, ', '')}; found {first['input']!r}{_nearest(first)}"
+    same = [e for e in error.errors() if e["loc"][:1] == first["loc"][:1]]
+    text = " or ".join(dict.fromkeys(_expected(e) for e in same)).replace("value error, ", "")
+    examples = _containers(model, data, location, first["input"], {e["type"] for e in same})
+    such_as = f", such as {' or '.join(map(_as_yaml, examples))}" if examples else ""
+    found = f"{place}: {text}{such_as}; found {_found(first['input'])}{_nearest(first)}"
     return f"{found}; {hint}" if hint and isinstance(first["input"], list) else found
+
+
+def _expected(problem: Any) -> str:
+    """What was expected, in the words of YAML rather than JSON."""
+    if problem["type"] in _LISTS:
+        return "input should be a list"
+    if problem["type"] in _MAPPINGS:
+        return "input should be a mapping (key: value)"
+    message: str = problem["msg"]
+    return message[:1].lower() + message[1:]
+
+
+def _found(value: Any) -> str:
+    return "null" if value is None else repr(value)
+
+
+def _as_yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False).strip()
+
+
+def _containers(
+    model: type[BaseModel], data: Any, location: Sequence[int | str], found: Any, problems: Set[str]
+) -> list[Any]:
+    """Lists or mappings that contain what was found instead of them, and are right there."""
+    if not location or problems.isdisjoint(_LISTS | _MAPPINGS):
+        return []
+    candidates: list[Any] = []
+    if not problems.isdisjoint(_LISTS):
+        candidates.append([found])
+        if type(found) is int and 0 < found <= _MOST_COUNTED:  # perhaps meant as a number of them
+            candidates.append([*range(found)])
+    inner = _inner(model, location)
+    if not problems.isdisjoint(_MAPPINGS) and inner is not model:
+        # A key that has a value of its own is more likely to be meant than one that may be left out.
+        names = sorted(inner.model_fields, key=lambda name: inner.model_fields[name].default is None)
+        with_keys = ({name: found} for name in names)
+        candidates += itertools.islice((one for one in with_keys if _is_right(model, data, location, one)), 1)
+    right = [one for one in candidates if _is_right(model, data, location, one)]
+    if inner is model and (not right or (type(found) is int and len(right) == 1)):
+        known = _examples(model.model_fields.get(str(location[0])), found)
+        right += [one for one in known if _is_right(model, data, location, one)][:1]
+    return [one for number, one in enumerate(right) if one not in right[:number]]
+
+
+def _examples(field: Any, found: Any) -> Iterator[Any]:
+    """The examples of a field; mappings with what was found in them where it is of the same type, and in a list too."""
+    for example in getattr(field, "examples", None) or ():
+        if isinstance(example, dict):
+            ((key, value),) = example.items()
+            own = {key: found if type(found) is type(value) else value}
+            yield from (own, [own])
+        else:
+            yield example
+
+
+def _is_right(model: type[BaseModel], data: Any, location: Sequence[int | str], value: Any) -> bool:
+    """Whether a value would be valid at a location, as it is written, whatever is wrong elsewhere."""
+    replaced = copy.deepcopy(dict(data))
+    holder: Any = replaced
+    try:
+        for part in location[:-1]:
+            holder = holder[part]
+        holder[location[-1]] = value
+        model.model_validate_json(json.dumps(replaced, default=_as_text), strict=True)
+    except ValidationError as error:
+        return all(e["loc"][: len(location)] != tuple(location) for e in error.errors())
+    except (LookupError, TypeError, UserError):  # what validators need is not there
+        return False
+    return True
 
 
 def _nearest(problem: Any) -> str:

@@ -60,21 +60,24 @@ class Sections(TypedDict, total=False):
 
 
 class _TopLevel(Section):
-    """The top-level keys; sections are checked one by one after their axes are expanded."""
+    """The top-level keys; sections are checked one by one after their axes are expanded.
+
+    The examples are for messages where something else is found.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
-    task: str | dict[str, Any]
-    adapters: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    backbone: dict[str, Any] = Field(default_factory=dict)
-    budget: dict[str, Any] = Field(default_factory=dict)
+    task: Annotated[str | dict[str, Any], Field(examples=[{"name": "scenes"}])]
+    adapters: Annotated[list[dict[str, Any]], Field(min_length=1, examples=[{"method": "lora"}])]
+    backbone: dict[str, Any] = Field(default_factory=dict, examples=[{"language_model": "builtin/tiny-llama"}])
+    budget: dict[str, Any] = Field(default_factory=dict, examples=[{"examples": 1000}])
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = Field(
-        default_factory=lambda: [0]
+        default_factory=lambda: [0], examples=[[0, 1]]
     )
-    optimizer: dict[str, Any] = Field(default_factory=dict)
-    search: dict[str, Any] = Field(default_factory=dict)
-    eval: dict[str, Any] = Field(default_factory=dict)
-    resources: dict[str, Any] = Field(default_factory=dict)
-    tracking: dict[str, Any] = Field(default_factory=dict)
+    optimizer: dict[str, Any] = Field(default_factory=dict, examples=[{"learning_rate": 1e-3}])
+    search: dict[str, Any] = Field(default_factory=dict, examples=[{"learning_rate": [1e-3, 3e-3]}])
+    eval: dict[str, Any] = Field(default_factory=dict, examples=[{"test_examples": 1000}])
+    resources: dict[str, Any] = Field(default_factory=dict, examples=[{"workers": 1}])
+    tracking: dict[str, Any] = Field(default_factory=dict, examples=[{"mlflow_uri": "http://localhost:5000"}])
     plugins: list[str] = Field(default_factory=list)  # Python files
 
 

@@ -46,7 +46,8 @@ class Backbone(Section):
     connector: Literal["frozen", "trained"] = "frozen"  # left out if frozen
     language_model: str = "builtin/tiny-llama"
     revision: str | None = None  # of the language model on the hub: branch, tag or commit; of an encoder: id@revision
-    encoders: dict[str, str] = Field(default_factory=dict)  # by modality; others use the modality's default
+    # By modality; others use the modality's default.
+    encoders: dict[str, str] = Field(default_factory=dict, examples=[{"image": "google/siglip2-base-patch16-224"}])
     # By modality: of encoders that are plugins. No experiment sets them: a name in ``encoders`` does.
     encoder_plugins: dict[str, Plugin] = Field(default_factory=dict)
     # By modality: what ``encoders: {image: {model: NAME, layer: -2}}`` says beside the name, without defaults.
@@ -67,7 +68,7 @@ class Backbone(Section):
     quantization: Literal["nf4", "int8", "gguf"] | None = None
     trust_remote_code: bool = False
     # Path pattern → role, for architectures that adapters/placement/families.py does not know.
-    roles: dict[str, Any] | None = None
+    roles: Annotated[dict[str, Any] | None, Field(examples=[{"model.layers.*.attn.out": "o"}])] = None
 
     @model_serializer(mode="wrap")
     def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -152,7 +153,8 @@ class Evaluation(Section):
     per_device_eval_batch_size: PositiveInt = 128
     max_new_tokens: PositiveInt = 32
     num_beams: PositiveInt = 1  # 1: greedy
-    metrics: tuple[str, ...] = ()  # registry names, in addition to those of the task
+    # Registry names, in addition to those of the task.
+    metrics: Annotated[tuple[str, ...], Field(examples=[["bleu"]])] = ()
     primary_metric: str = "perplexity"  # the leaderboard is ordered by it
     # Scores that differ by no more are as good as equal: 0.01 is 1 % of a perplexity, and 0.01 of any other score.
     equivalence_margin: Annotated[float, Field(gt=0, lt=1)] = 0.01

@@ -305,7 +305,7 @@ def test_an_experiment_gives_roles_by_hand(experiment_file: Write, tmp_path: Pat
             r"experiment.yaml.*backbone\.roles: layer roles: a\.\*\.b: found .*several of",
         ),
         ("{}", r"experiment.yaml.*backbone\.roles: layer roles: .*a mapping"),
-        ("q", r"experiment.yaml.*backbone\.roles: input should be an object; found 'q'"),
+        ("q", r"experiment.yaml.*backbone\.roles: input should be a mapping \(key: value\), such as .*: q}; found 'q'"),
     ],
 )
 def test_wrong_roles_in_an_experiment_are_named_with_their_place(
