@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -33,6 +33,13 @@ class Config(BaseModel):
     """Base class of a method's options: typed and frozen; unknown keys are an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    later: ClassVar[frozenset[str]] = frozenset()  # options that a released method did not have, left out where None
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without later options where they are not set: ids of such trials are as before there were these."""
+        content: dict[str, Any] = dump(self)
+        return {key: value for key, value in content.items() if value is not None or key not in self.later}
 
 
 class Delta(nn.Module, ABC):
@@ -332,6 +339,10 @@ class AdapterMethod(ABC):
         if not isinstance(where, Parts):
             return {"language": self}
         return {part: self._at(place) for part, place in where.named().items()}
+
+    def reaches(self) -> frozenset[str]:
+        """The parts of a vision-language model that it changes or trains."""
+        return frozenset(self.by_part())
 
     def _at(self, place: Place) -> AdapterMethod:
         return type(self)(self.config.model_copy(update={"where": place}))

@@ -38,6 +38,10 @@ class Combination(base.AdapterMethod):
         """The roles of all parts."""
         return frozenset().union(*(part.roles() for part in self.parts))
 
+    def reaches(self) -> frozenset[str]:
+        """What any part reaches."""
+        return frozenset().union(*(part.reaches() for part in self.parts))
+
     def trained(self, language_model: nn.Module) -> Iterable[nn.Parameter]:
         """The base's parameters that any part trains."""
         return [p for part in self.parts for p in part.trained(language_model)]
@@ -63,6 +67,8 @@ def combine(classes: tuple[type[base.AdapterMethod], ...]) -> type[Combination]:
             other = fields.setdefault(name, (field.annotation, field))[1]
             if (other.annotation, other.default) != (field.annotation, field.default):
                 raise UserError(f"{_names(classes)} cannot be combined: they define the option {name!r} differently")
+    config = create_model("CombinationConfig", __base__=base.Config, **fields)
+    config.later = frozenset().union(*(cls.Config.later for cls in classes))
     return type(
         "Combination",
         (Combination,),
@@ -73,7 +79,7 @@ def combine(classes: tuple[type[base.AdapterMethod], ...]) -> type[Combination]:
             "joins_groups": any(cls.joins_groups for cls in classes),
             "not_stacked": next((cls.not_stacked for cls in classes if cls.grouped and cls.not_stacked), None),
             "identity_at_start": all(cls.identity_at_start for cls in classes),
-            "Config": create_model("CombinationConfig", __base__=base.Config, **fields),
+            "Config": config,
             "__doc__": f"{_names(classes)}, each acting on the previous one's result.",
         },
     )

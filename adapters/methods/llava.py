@@ -34,8 +34,8 @@ class LLaVA(Full):
     config: LLaVAConfig
 
     def label(self) -> str:
-        """``LLaVA two-stage``, plus a note if the embeddings stay frozen."""
-        return "LLaVA two-stage" if self.config.embeddings else "LLaVA two-stage, embeddings frozen"
+        """``LLaVA two-stage``, plus the parts where they are named, and a note if the embeddings stay frozen."""
+        return f"LLaVA two-stage{self._which()}"
 
     def stages(self, epochs: int) -> tuple[base.Stage, ...]:
         """The projector's epochs, then the remaining ones.

@@ -49,6 +49,10 @@ class PerGroup(base.AdapterMethod):
         """The roles of all groups."""
         return frozenset().union(*(method.roles() for method in self.methods.values()))
 
+    def reaches(self) -> frozenset[str]:
+        """What any group's method reaches."""
+        return frozenset().union(*(method.reaches() for method in self.methods.values()))
+
     def trained(self, language_model: nn.Module) -> Iterable[nn.Parameter]:
         """The base's parameters that any group's method trains."""
         return [p for method in self.methods.values() for p in method.trained(language_model)]

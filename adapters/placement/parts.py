@@ -46,7 +46,7 @@ _IDEFICS = _vision("model.vision_model", "model.connector")
 _QWEN = _vision("model.visual", "model.visual.merger")
 # transformers' model_type → where its parts are
 MEDIA: dict[str, Medium] = {
-    **dict.fromkeys(("llava", "llava_onevision", "paligemma", "gemma3", "internvl", "mistral3"), _LLAVA),
+    **dict.fromkeys(("llava", "llava_next", "llava_onevision", "paligemma", "gemma3", "internvl", "mistral3"), _LLAVA),
     **dict.fromkeys(("smolvlm", "idefics3"), _IDEFICS),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), _QWEN),
     "qwen3_vl": _vision("model.visual", "model.visual.merger", "model.visual.deepstack_merger_list"),
@@ -179,6 +179,30 @@ def targets_of_part(model: nn.Module, part: str, roles: frozenset[str], named: f
     return [replace(target, part=part) for target in targets]
 
 
+def parameters_of_part(model: Any, part: str) -> list[nn.Parameter]:
+    """The parameters of a part, each once; of a tower without those of a connector in it.
+
+    Those of layers that nothing reads are left out, as far as ``vision_feature_layer`` tells.
+
+    Args:
+        model: a vision- or audio-language model; any causal LM for ``language``.
+        part: one of ``PARTS``.
+
+    Raises:
+        UserError: the model has no such part.
+    """
+    if part == "language":
+        medium = medium_of(model)
+        modules = [model] if medium is None else [model.get_decoder(), model.get_output_embeddings()]
+        return list({id(p): p for module in modules for p in module.parameters()}.values())
+    medium = check_part(model, part)
+    connector = {id(p): p for path in medium.connector for p in model.get_submodule(path).parameters()}
+    if part == "connector":
+        return list(connector.values())
+    tower = model.get_submodule(medium.tower).named_parameters(prefix=medium.tower)
+    return [p for path, p in tower if id(p) not in connector and _is_read(model, path)]
+
+
 def _connector(model: nn.Module, medium: Medium, kind: str) -> dict[str, str | Fused]:
     inside = {
         path: layer for at in medium.connector for path, layer in model.get_submodule(at).named_modules(prefix=at)
@@ -197,7 +221,10 @@ def _is_read(model: Any, path: str) -> bool:
     read = getattr(model.config, "vision_feature_layer", None)
     if read is None:
         return True
-    stack, number, _ = re.split(r"\.([0-9]+)\.", path, maxsplit=1)
+    found = re.split(r"\.([0-9]+)\.", path, maxsplit=1)
+    if len(found) == 1:  # beside the blocks
+        return True
+    stack, number, _ = found
     count = len(model.get_submodule(stack))
     hidden = [read] if isinstance(read, int) else read  # indices of the states before, between and after the blocks
     return int(number) < max(index if index >= 0 else count + 1 + index for index in hidden)

@@ -90,15 +90,17 @@ def _variants(given: Any, where: Cursor) -> Iterator[dict[str, Any] | None]:
 def one_value_each(section: Mapping[str, Any]) -> dict[str, list[Any]]:
     """The keys of a section whose list is one value, not an axis, as an axis with this value."""
     # [q, v] is one value, and so is {vision: [q, v]}; [A, F] is an axis with two values.
-    return {"where": [section["where"]]} if _is_one_place(section.get("where")) else {}
+    return {key: [section[key]] for key in ("where", "parts") if _is_one_place(section.get(key))}
 
 
-def _is_one_place(where: Any) -> bool:
+def _is_one_place(given: Any) -> bool:
+    from adapters.placement.parts import PARTS
     from adapters.placement.roles import ROLES
 
-    if isinstance(where, Mapping):
+    if isinstance(given, Mapping):
         return True
-    return isinstance(where, list) and bool(where) and all(isinstance(role, str) and role in ROLES for role in where)
+    names = {*ROLES, *PARTS}
+    return isinstance(given, list) and bool(given) and all(isinstance(name, str) and name in names for name in given)
 
 
 def adapter_of_groups(

@@ -25,6 +25,7 @@ from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import AdapterChoice, Backbone, InitSource
 from harness.model.components import make_task, method_of
 from harness.model.context_model import ContextModel
+from harness.model.tower import group_of_pictures, whole_of
 
 _SHOWN = 3
 
@@ -101,7 +102,8 @@ def _check_separable(spec: TrialSpec, model: ContextModel, seed: int) -> None:
         UserError: they share some, or the seeds differ.
     """
     method = spec.adapter.method
-    if any(p.requires_grad for p in model.language_model.parameters()):
+    base = whole_of(model.language_model, next(iter(model.projectors.values()), None))
+    if any(True for _ in method_of(spec.adapter, spec.relative_to).trained(base)):
         raise UserError(f"{method} trains the language model itself, so its groups cannot be loaded separately")
     groups = {f"group_{group}" for group in model.adapters.groups}
     for name, parameter in model.adapters.named_parameters():
@@ -188,9 +190,10 @@ def _check_frozen(spec: TrialSpec, model: ContextModel, group: str, source: Init
     adapter: AdapterChoice = read_section(AdapterChoice, Path(source.trial), record.spec["adapter"])
     router = Router(adapter.grouping)
     methods = method_of(adapter, record.spec.get("relative_to")).for_groups(adapter.group_names)
-    built = Adapters(
-        model.language_model, methods, router, record.seed, roles=spec.backbone.roles, shared_group=adapter.shared_group
-    )
+    base = whole_of(model.language_model, next(iter(model.projectors.values()), None))
+    medium = None if base is model.language_model else group_of_pictures(adapter.grouping, model.projectors)
+    shared = adapter.shared_group
+    built = Adapters(base, methods, router, record.seed, None, spec.backbone.roles, shared, medium)
     theirs = {_of_any_group(name, source.group): tensor for name, tensor in built.state_dict().items()}
     ours = model.adapters.state_dict()
     for name in _frozen(model.adapters):

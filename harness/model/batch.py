@@ -16,6 +16,7 @@ from torch import Tensor
 
 from adapters.placement.router import Ids
 from harness.core.contexts import Segment
+from harness.model.tower import Tensors
 
 IGNORED = -100  # label of a target token that does not count, as in torch's cross_entropy
 
@@ -29,6 +30,7 @@ class Items:
     positions_P: Tensor  # int64: index of each token into the concatenated rows (B·T), with boundary tokens
     # int64: index of each of them into the projected tokens, where several rows have the same item; None: in order
     projected_P: Tensor | None = None
+    tensors: tuple[Tensors, ...] = ()  # of the items, where a tower in the step reads them
 
     def to(self, device: torch.device) -> Items:
         """The items on another device."""

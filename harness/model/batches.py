@@ -9,7 +9,7 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from harness.model.grid_positions import Grid, positions_of
 from harness.model.image_encoder import ImageEncoder, Written
 from harness.model.past import Past
 from harness.model.shared_prefix import MOST_TARGETS, arranged, fits
+from harness.model.tower import Tensors
 from harness.model.turn import Turn
 from tasks.base import Example
 
@@ -42,6 +43,8 @@ class _Chunk:
     features_ND: Tensor | None = None
     is_target: bool = False
     grid: Grid | None = None  # of features, where positions tell it
+    tensors: Tensors | None = None  # what the features are, where a tower in the step reads them: of the whole picture
+    goes_on: bool = False  # with the features of the chunk before of its context: marks stand within the picture
 
 
 def text_key(text: str) -> int:
@@ -132,6 +135,9 @@ class BatchMaker:
             for context in self.contexts:
                 if context in self.features.task.modalities:
                     encoder = self.features.encoders[self.features.task.modalities[context]]
+                    if isinstance(encoder, ImageEncoder) and encoder.in_step:
+                        inputs += _written(context, encoder.encode([encoder.blank])[0])
+                        continue
                     each, tile = (encoder.each, encoder.rows) if isinstance(encoder, ImageEncoder) else (1, 3)
                     features_ND = torch.randn(tile, self.features.width(context), generator=generator)
                     length = tile // each + 2 * self.backbone.projector_boundary_tokens
@@ -355,7 +361,7 @@ class BatchMaker:
             )
         ids, contexts = np.zeros(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
         mask, tokens = np.zeros(shape, dtype=bool), list[list[tuple[int, int, int]]]()
-        items: dict[str, list[tuple[Tensor, np.ndarray]]] = {context: [] for context in self.features.task.modalities}
+        items: dict[str, list[_Placed]] = {context: [] for context in self.features.task.modalities}
         gridded = any(chunk.grid for row in rows for chunk in row)
         positions_3BT = torch.zeros(3, *shape, dtype=torch.long) if gridded else None
         for number, (row, target) in enumerate(zip(rows, targets, strict=True)):
@@ -371,7 +377,9 @@ class BatchMaker:
                 if chunk.features_ND is None:
                     ids[number, start:stop] = chunk.token_ids
                 else:
-                    items[chunk.context].append((chunk.features_ND, number * shape[1] + np.arange(start, stop)))
+                    own, places = items[chunk.context], number * shape[1] + np.arange(start, stop)
+                    before_P = own.pop().places_P if chunk.goes_on else np.empty(0, dtype=np.int64)
+                    own.append(_Placed(chunk.features_ND, np.concatenate([before_P, places]), chunk.tensors))
                 if chunk.is_target:
                     tokens[-1] += [(number, start - 1 + n, label) for n, label in enumerate(chunk.token_ids)]
                 start = stop
@@ -388,36 +396,47 @@ class BatchMaker:
             host_tokens=sum(lengths),
         )
 
-    def _items(self, context: str, found: Sequence[tuple[Tensor, np.ndarray]], once: bool) -> Items:
+    def _items(self, context: str, found: Sequence[_Placed], once: bool) -> Items:
         """The items of a context; ``once``: an item that several rows have is projected once, with one dropout."""
-        positions = np.concatenate([np.empty(0, dtype=np.int64), *(at for _, at in found)])
-        own, projected_P = [features_ND for features_ND, _ in found], None
-        if once and len({id(features_ND) for features_ND in own}) < len(own):
+        positions = np.concatenate([np.empty(0, dtype=np.int64), *(item.places_P for item in found)])
+        own, projected_P = list(found), None
+        # A tower computes what it reads once: it has no dropout of its own.
+        once = once or any(item.tensors for item in found)
+        if once and len({id(item.features_ND) for item in own}) < len(own):
             starts: dict[int, int] = {}
-            unique, total = [], 0
-            for features_ND, at in found:
-                if id(features_ND) not in starts:
-                    starts[id(features_ND)], total = total, total + len(at)
-                    unique.append(features_ND)
-            places = [starts[id(features_ND)] + np.arange(len(at)) for features_ND, at in found]
-            own, projected_P = unique, torch.from_numpy(np.concatenate(places))
+            own, total = [], 0
+            for item in found:
+                if id(item.features_ND) not in starts:
+                    starts[id(item.features_ND)], total = total, total + len(item.places_P)
+                    own.append(item)
+            places = [starts[id(item.features_ND)] + np.arange(len(item.places_P)) for item in found]
+            projected_P = torch.from_numpy(np.concatenate(places))
+        features = [item.features_ND for item in own]
         return Items(
-            features_MD=torch.cat(own) if own else torch.zeros(0, self.features.width(context)),
-            lengths=tuple(len(features_ND) for features_ND in own),
+            features_MD=torch.cat(features) if own else torch.zeros(0, self.features.width(context)),
+            lengths=tuple(map(len, features)),
             positions_P=torch.from_numpy(positions),
             projected_P=projected_P,
+            tensors=tuple(item.tensors for item in own if item.tensors is not None),
         )
+
+
+class _Placed(NamedTuple):
+    """An item of a batch, and its places in the concatenated rows."""
+
+    features_ND: Tensor
+    places_P: np.ndarray
+    tensors: Tensors | None
 
 
 def _written(context: str, rows_ND: Tensor) -> list[_Chunk]:
     """What stands at the place of a vision-language model's picture."""
-    written = Written.of(rows_ND)
-    return [
-        _Chunk(context, len(ids), ids)
-        if own_FD is None
-        else _Chunk(context, len(ids), features_ND=own_FD, grid=written.grid)
-        for ids, own_FD in written.runs()
-    ]
+    written, found = Written.of(rows_ND), list[_Chunk]()
+    for ids, own_FD in written.runs():
+        goes_on = written.tensors is not None and any(chunk.features_ND is not None for chunk in found)
+        more = (None, None, False) if own_FD is None else (written.grid, written.tensors, goes_on)
+        found.append(_Chunk(context, len(ids), ids, own_FD, False, *more))
+    return found
 
 
 def _positions(chunks: Sequence[_Chunk], start: int = 0) -> tuple[np.ndarray, int]:

@@ -26,15 +26,24 @@ from harness.model import assembly, backbones, parameters
 from harness.model.backbones import LanguageModel
 from harness.model.batches import BatchMaker
 from harness.model.budget import Order, Shares, by_member, choose
-from harness.model.components import check_files, empty_encoders, make_encoder, make_modalities, make_task, method_of
+from harness.model.components import (
+    check_files,
+    empty_encoders,
+    make_encoder,
+    make_modalities,
+    make_task,
+    method_of,
+    tower_in_step,
+)
 from harness.model.context_model import ContextModel
 from harness.model.features import Features
-from harness.model.image_encoder import Connector, ImageEncoder
+from harness.model.image_encoder import Connector, ImageEncoder, connector_of
 from harness.model.kept import Kept, Key, bytes_of
 from harness.model.on_disk import OnDisk
 from harness.model.packed import packed_layers
 from harness.model.projector import Projector
 from harness.model.row_lengths import RowLengths
+from harness.model.tower import Tower, group_of_pictures, whole_of
 from tasks.base import Example, Modality, Split, Task
 from tasks.encoder import Encoder
 from tasks.parsed import ParsedExamples
@@ -218,6 +227,8 @@ def build(
             that the adapter acts on.
     """
     kept = kept or Kept(0)
+    if data is not None and _in_step(data.features.encoders) != tower_in_step(spec):
+        data = None  # the other trial reads other features
     data = common.data if common else data or read_data(spec, device, kept, disk)
     features = data.features
     if common:
@@ -230,6 +241,9 @@ def build(
     widths = {context: features.width(context) for context in data.task.modalities}
     with during(f"adapter {spec.adapter.method} on {spec.backbone.language_model}"):
         model = assemble(spec, language_model.model, widths, connector_of(features.encoders))
+    for tower in model.projectors.modules():
+        if isinstance(tower, Tower):
+            tower.with_own_values()
     assembly.load(spec, model)
     model.to(device)
     return Built(
@@ -265,6 +279,8 @@ def load_language_model(spec: TrialSpec, kept: Kept) -> LanguageModel:
     method = method_of(spec.adapter, spec.relative_to)
 
     def trains(loaded: LanguageModel) -> bool:
+        if tower_in_step(spec):  # parts of the model are found in all of it
+            return "language" in method.reaches() and not method.only_changes_layers
         return any(True for _ in method.trained(loaded.model))
 
     loaded = kept.of(key, lambda: backbones.load_language_model(backbone), lambda of: bytes_of(of.model), spare=trains)
@@ -370,7 +386,9 @@ def _encoder_key(spec: TrialSpec, modality: str, device: torch.device) -> Key | 
     key: Key = (f"encoder of {modality}", spec.task.modalities[modality].id, known, fingerprint, str(device))
     if options := backbone.encoder_options.get(modality):
         key = (*key, json.dumps(options, sort_keys=True))
-    return key if backbone.model is None else (*key, "of a model", backbone.connector, backbone.dtype)
+    if backbone.model is None:
+        return key
+    return (*key, "of a model", "in the step" if tower_in_step(spec) else backbone.connector, backbone.dtype)
 
 
 def _encoder(
@@ -379,7 +397,7 @@ def _encoder(
     backbone = spec.pinned_backbone
 
     def load() -> Encoder:
-        return make_encoder(backbone, name, modality).to(device)
+        return make_encoder(backbone, name, modality, in_step=tower_in_step(spec)).to(device)
 
     with during(f"encoder of modality {name}"):
         if key is None:
@@ -388,28 +406,12 @@ def _encoder(
         return kept.of(key, load, bytes_of, device.type)
 
 
-def connector_of(encoders: Mapping[str, Encoder], empty_on: str | None = None) -> Connector | None:
-    """The connector of a vision-language model, to be trained or not; None: each context has a projector of ours.
-
-    Args:
-        encoders: by modality.
-        empty_on: the device of a copy without values; None: it has those of the model.
-    """
-    own = next((encoder for encoder in encoders.values() if isinstance(encoder, ImageEncoder)), None)
-    if own is None:
-        return None
-    if not own.apart:
-        return Connector()
-    module = copy.deepcopy(own.connector, {id(p): p for p in own.connector.parameters()})
-    for part in module.modules():
-        for name, p in part.named_parameters(recurse=False):
-            value = p.detach().float().clone() if empty_on is None else torch.empty(p.shape, device=empty_on)
-            part._parameters[name] = nn.Parameter(value)
-    return Connector(module, own.rows)
+def _in_step(encoders: Mapping[str, Encoder]) -> bool:
+    return any(isinstance(encoder, ImageEncoder) and encoder.in_step for encoder in encoders.values())
 
 
 def assemble(
-    spec: TrialSpec, language_model: Any, feature_widths: Mapping[str, int], connector: Connector | None = None
+    spec: TrialSpec, language_model: Any, feature_widths: Mapping[str, int], connector: Connector | Tower | None = None
 ) -> ContextModel:
     """Assemble the model, and set ``requires_grad`` of its parameters.
 
@@ -417,11 +419,12 @@ def assemble(
         spec: for the adapter and the seed of the initialisation.
         language_model: a Hugging Face causal LM.
         feature_widths: context → width of its encoder's features, for every context that is not text.
-        connector: of a vision-language model, at the place of the projectors.
+        connector: of a vision-language model, at the place of the projectors; or its tower too.
     """
     method = method_of(spec.adapter, spec.relative_to)
     language_model.requires_grad_(False)
-    trained = list(method.trained(language_model))
+    base = whole_of(language_model, connector)
+    trained = list(method.trained(base))
     if trained and spec.backbone.quantization is not None:
         raise UserError(
             f"backbone.quantization: {spec.adapter.label} trains the language model's own weights, which "
@@ -443,8 +446,14 @@ def assemble(
     torch.manual_seed(spec.seed)
     ungrouped = None if method.grouped else method
     methods, shared = method.for_groups(spec.adapter.group_names), spec.adapter.shared_group
-    adapters = Adapters(language_model, methods, router, spec.seed, ungrouped, spec.backbone.roles, shared)
-    adapters.attach(language_model)
+    group = None if base is language_model else group_of_pictures(spec.adapter.grouping, feature_widths)
+    adapters = Adapters(base, methods, router, spec.seed, ungrouped, spec.backbone.roles, shared, group)
+    if base is not language_model and adapters.model_changes:
+        raise UserError(
+            f"where: {spec.adapter.label} changes the language model as a whole too, which is not done beside a tower; "
+            "allowed: where of the language model alone, or another method"
+        )
+    adapters.attach(base)
     width = language_model.get_input_embeddings().embedding_dim
     projectors: dict[str, nn.Module] = {
         context: connector or Projector(own, width, spec.backbone) for context, own in feature_widths.items()

@@ -81,11 +81,20 @@ def empty_encoders(spec: TrialSpec) -> dict[str, Encoder]:
     found = {}
     for name, modality in make_modalities(spec).items():
         with errors_at(f"encoders.{name}"):
-            found[name] = make_encoder(backbone, name, modality, weights=False)
+            found[name] = make_encoder(backbone, name, modality, weights=False, in_step=tower_in_step(spec))
     return found
 
 
-def make_encoder(backbone: Backbone, name: str, modality: Modality, weights: bool = True) -> Encoder:
+def tower_in_step(spec: TrialSpec) -> bool:
+    """Whether a trial's adapter acts on more of a vision-language model than on its language model."""
+    if spec.backbone.model is None:
+        return False
+    return bool(method_of(spec.adapter, spec.relative_to).reaches() - {"language"})
+
+
+def make_encoder(
+    backbone: Backbone, name: str, modality: Modality, weights: bool = True, in_step: bool = False
+) -> Encoder:
     """The frozen encoder of a modality: of a plugin, or one that the modality knows, a folder or a hub id.
 
     Args:
@@ -93,12 +102,13 @@ def make_encoder(backbone: Backbone, name: str, modality: Modality, weights: boo
         name: of the modality.
         modality: reads its files.
         weights: whether they are loaded; else only shapes and checks are there.
+        in_step: whether the tower of ``backbone.model`` runs in the training step.
 
     Raises:
         UserError: it could not be loaded.
     """
     if backbone.model is not None:
-        return image_encoder.make(backbone, weights)
+        return image_encoder.make(backbone, weights, in_step)
     if name in backbone.encoder_plugins:
         own: Encoder = ENCODERS.load(backbone.encoder_plugins[name].target).make(weights)
         return own

@@ -25,6 +25,7 @@ from harness.model.batch import IGNORED, Batch
 from harness.model.past import Past, Prefix, prefixes_in
 from harness.model.shared_prefix import attention_mask
 from harness.model.target_logits import nll_in_chunks, nll_of, target_logits, wants_chunks
+from harness.model.tower import Tower
 
 
 class ContextModel(nn.Module):
@@ -63,7 +64,12 @@ class ContextModel(nn.Module):
             items = batch.items[context]
             weight = next(projector.parameters(), None)
             features_MD = items.features_MD if weight is None else items.features_MD.to(weight.dtype)
-            projected_PD = projector(features_MD, items.lengths).to(rows.dtype)
+            if isinstance(projector, Tower):  # its adapters ask for a layout
+                with self.router.one_pass():
+                    self._set_layout(batch, shape[1])
+                    projected_PD = projector(features_MD, items.lengths, items.tensors).to(rows.dtype)
+            else:
+                projected_PD = projector(features_MD, items.lengths).to(rows.dtype)
             if items.projected_P is not None:
                 projected_PD = projected_PD.index_select(0, items.projected_P)
             rows = rows.index_copy(0, items.positions_P, projected_PD)

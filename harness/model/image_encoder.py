@@ -1,5 +1,6 @@
 """The encoder of a vision-language model: its vision tower, and its connector where that is frozen.
 
+Where the tower is part of the training step, the encoder is the model's processor alone (``harness/model/tower.py``).
 What it returns for a picture has the tokens too that the model's processor writes for it: in some classes there are
 marks around an image, its tiles and its rows. They are embedded by the language model, so ids are kept, not embeddings.
 
@@ -8,18 +9,21 @@ Shapes: N rows of a picture, H of them its head, F features, D width.
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from harness.core.errors import UserError
 from harness.experiment.sections import Backbone
 from harness.model import vision_language
 from harness.model.grid_positions import Grid
+from harness.model.tower import VALUES, Tensors, Tower, copy_of, features_of
 from tasks.encoder import Encoder
 
 _AT_ONCE = 8  # pictures: of each there may be a dozen tiles
@@ -32,18 +36,23 @@ class Written:
 
     Attributes:
         ids: of the tokens, ``IMAGE`` where a feature is.
-        features_FD: one for each of these, or several where a connector that is trained makes one of them.
+        features_FD: one for each of these, or several where a connector that is trained makes one of them; or what the
+            tower reads, in rows.
         grid: rows and columns of the features, where positions tell it.
+        tensors: what these rows are, where they are what the tower reads.
     """
 
     ids: tuple[int, ...]
     features_FD: Tensor
     grid: Grid | None = None
+    tensors: Tensors | None = None
 
     def packed(self) -> Tensor:
         """All of it as rows (H + F, D), in fp32: the caches of features know tensors alone."""
         width = self.features_FD.shape[1]
-        head = torch.tensor([0.0, len(self.ids), *(self.grid or (0, 0)), *self.ids])
+        tensors = [] if self.tensors is None else self.tensors.numbers()
+        numbers = [0, len(self.ids), len(tensors), *(self.grid or (0, 0)), *self.ids, *tensors]
+        head = torch.tensor(numbers, dtype=torch.float32)
         head = torch.cat([head, head.new_zeros(-len(head) % width)]).view(-1, width)
         head[0, 0] = len(head)
         return torch.cat([head.to(self.features_FD.device), self.features_FD.float()])
@@ -52,11 +61,15 @@ class Written:
     def of(cls, rows_ND: Tensor) -> Written:
         """What ``packed`` returned; its features are a view."""
         length = int(rows_ND[0, 0])
-        _, count, rows, columns, *ids = rows_ND[:length].flatten().long().tolist()
-        return cls(tuple(ids[:count]), rows_ND[length:], (rows, columns) if rows else None)
+        _, count, more, rows, columns, *numbers = rows_ND[:length].flatten().long().tolist()
+        tensors = Tensors.of(numbers[count : count + more]) if more else None
+        return cls(tuple(numbers[:count]), rows_ND[length:], (rows, columns) if rows else None, tensors)
 
     def runs(self) -> list[tuple[tuple[int, ...], Tensor | None]]:
-        """Consecutive tokens, and consecutive features with as many places, in their order."""
+        """Consecutive tokens, and consecutive features with as many places, in their order.
+
+        Of what a tower reads, all rows are with the places of every run.
+        """
         found: list[tuple[tuple[int, ...], Tensor | None]] = []
         places = self.ids.count(IMAGE)
         each, start, at = len(self.features_FD) // max(places, 1), 0, 0
@@ -66,7 +79,8 @@ class Written:
                 stop += 1
             if self.ids[start] == IMAGE:
                 taken = (stop - start) * each
-                found.append(((0,) * (stop - start), self.features_FD[at : at + taken]))
+                own_FD = self.features_FD if self.tensors else self.features_FD[at : at + taken]
+                found.append(((0,) * (stop - start), own_FD))
                 at += taken
             else:
                 found.append((self.ids[start:stop], None))
@@ -82,22 +96,26 @@ class ImageEncoder(Encoder):
         processor: of the model.
         backbone: for ``connector``.
         weights: whether it has some; else what ``encode`` returns has features of zeros.
+        in_step: whether the tower runs in the training step, so that what it reads is encoded.
     """
 
     modality: ClassVar = "image"
 
-    def __init__(self, model: Any, processor: Any, backbone: Backbone, weights: bool) -> None:
+    def __init__(self, model: Any, processor: Any, backbone: Backbone, weights: bool, in_step: bool = False) -> None:
         super().__init__()
         self.kind, self.config = vision_language.kind_of(backbone)
-        self.processor, self.apart, self._weights = processor, backbone.connector == "trained", weights
+        self.processor, self.in_step, self._weights = processor, in_step, weights
+        self.trained = backbone.connector == "trained"
+        self.apart = self.trained and not in_step
         self.text_width = int(model.get_input_embeddings().embedding_dim)
         inner, decoder = model.model, model.get_decoder()
         for name, child in list(inner.named_children()):
             if child is decoder:
                 setattr(inner, name, nn.Module())
+                self._text = name
         self.model = inner
-        self._takes = set(inspect.signature(inner.get_image_features).parameters)
-        self.width = self.text_width
+        self._takes = sorted(set(inspect.signature(inner.get_image_features).parameters))
+        self.width = VALUES if in_step else self.text_width
         if self.apart:
             if self.kind.rows is None:
                 raise UserError(
@@ -125,6 +143,8 @@ class ImageEncoder(Encoder):
     def encode(self, items: Sequence[Any]) -> list[Tensor]:
         """What stands at the place of each picture, as ``Written.packed``."""
         made = [self._process(item) for item in items]
+        if self.in_step:
+            return [self._read(*one) for one in made]
         found: list[Tensor] = []
         for start in range(0, len(made), _AT_ONCE):
             part = made[start : start + _AT_ONCE]
@@ -133,6 +153,33 @@ class ImageEncoder(Encoder):
             for (ids, pixels), own_FD in zip(part, features, strict=True):
                 found.append(Written(ids, own_FD, self._grid(pixels)).packed())
         return found
+
+    @property
+    def blank(self) -> Any:
+        """A grey picture."""
+        return Image.new("RGB", (64, 48), "grey")
+
+    def read_blank(self) -> None:
+        """Process the grey picture, which needs values: a tower may be made where tensors have none."""
+        self._grey = self._process(self.blank)
+
+    def tower(self) -> Tower:
+        """The tower and the connector, for the training step.
+
+        Raises:
+            ValueError: the processor is that of another model.
+        """
+        ids, pixels = self._grey
+        if self._weights:
+            with torch.no_grad():
+                own = {name: x.to(self.device) for name, x in pixels.items()}
+                _check_counts(features_of(self.model, [own]), [ids.count(IMAGE)])
+        return Tower(self.model, self._text, self.kind.connector, self._takes, pixels)
+
+    def _read(self, ids: tuple[int, ...], pixels: dict[str, Tensor]) -> Tensor:
+        """What the tower reads of a picture."""
+        tensors, values_MW = Tensors.packed(pixels, self._takes)
+        return Written(ids, values_MW, self._grid(pixels), tensors).packed()
 
     def _process(self, item: Any) -> tuple[tuple[int, ...], dict[str, Tensor]]:
         """The tokens of a picture, and what the tower reads of it."""
@@ -165,29 +212,43 @@ class ImageEncoder(Encoder):
             handle.remove()
         rows = into if self.apart else [made] if isinstance(made, Tensor) else list(made)
         flat_FD = torch.cat([x.reshape(-1, x.shape[-1]) for x in rows])
-        if len(flat_FD) != sum(counts):
-            raise ValueError(
-                f"the model makes {len(flat_FD):,} features of pictures for which its processor writes {sum(counts):,} "
-                "tokens: the processor is that of another model"
-            )
+        _check_counts(flat_FD, counts)
         return list(torch.split(flat_FD, list(counts)))
 
 
-def make(backbone: Backbone, weights: bool) -> ImageEncoder:
+def _check_counts(features_FD: Tensor, counts: Sequence[int]) -> None:
+    """Check that a model makes as many features of pictures as its processor writes tokens for them.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if len(features_FD) != sum(counts):
+        raise ValueError(
+            f"the model makes {len(features_FD):,} features of pictures for which its processor writes {sum(counts):,} "
+            "tokens: the processor is that of another model"
+        )
+
+
+def make(backbone: Backbone, weights: bool, in_step: bool = False) -> ImageEncoder:
     """The encoder of ``backbone.model``.
 
     Args:
         backbone: that names it.
         weights: whether they are loaded; else it is on the ``meta`` device.
+        in_step: see ``ImageEncoder``.
 
     Raises:
         UserError: the model or its processor could not be loaded, or its connector cannot be trained apart.
     """
     processor = vision_language.load_processor(backbone)
     if weights:
-        return ImageEncoder(vision_language.load(backbone), processor, backbone, weights=True)
-    with torch.device("meta"):
-        return ImageEncoder(vision_language.empty(backbone), processor, backbone, weights=False)
+        found = ImageEncoder(vision_language.load(backbone), processor, backbone, weights=True, in_step=in_step)
+    else:
+        with torch.device("meta"):
+            found = ImageEncoder(vision_language.empty(backbone), processor, backbone, weights=False, in_step=in_step)
+    if in_step:
+        found.read_blank()
+    return found
 
 
 class Connector(nn.Module):
@@ -214,3 +275,27 @@ class Connector(nn.Module):
         x_KRD = features_MD.view(-1, self.rows, features_MD.shape[1])
         made: Tensor = self.module(x_KRD)
         return made.flatten(0, 1)
+
+
+def connector_of(encoders: Mapping[str, Encoder], empty_on: str | None = None) -> Connector | Tower | None:
+    """The connector of a vision-language model, to be trained or not; None: each context has a projector of ours.
+
+    Where the tower runs in the step, both.
+
+    Args:
+        encoders: by modality.
+        empty_on: the device of a copy without values; None: it has those of the model.
+    """
+    own = next((encoder for encoder in encoders.values() if isinstance(encoder, ImageEncoder)), None)
+    if own is None:
+        return None
+    if own.in_step:
+        return copy_of(own.tower(), own.trained, empty_on)
+    if not own.apart:
+        return Connector()
+    module = copy.deepcopy(own.connector, {id(p): p for p in own.connector.parameters()})
+    for part in module.modules():
+        for name, p in part.named_parameters(recurse=False):
+            value = p.detach().float().clone() if empty_on is None else torch.empty(p.shape, device=empty_on)
+            part._parameters[name] = nn.Parameter(value)
+    return Connector(module, own.rows)

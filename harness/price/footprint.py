@@ -108,7 +108,7 @@ def _key(spec: TrialSpec, batch: Batch, resources: Resources) -> str:
         _digest(batch.targets.row_N, batch.targets.source_N, batch.targets.place_N),
         batch.parts is not None and _digest(batch.parts.parts_BT),
         [list(segment) for segment in batch.segments or ()],
-        {context: items.lengths for context, items in batch.items.items()},
+        {context: [items.lengths, items.tensors] for context, items in batch.items.items()},
     ]
     if batch.segments is None:
         geometry.append(_digest(batch.context_ids_BT))

@@ -12,7 +12,7 @@ from typing import Any
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.experiment.shared import shared_dump
-from harness.model.components import method_of
+from harness.model.components import method_of, tower_in_step
 from harness.sweep.members import Planned
 
 MOST = 8  # trials of a pack, where their number is chosen here
@@ -95,4 +95,5 @@ def _alike(spec: TrialSpec) -> str:
     """What the trials of a pack have in common."""
     dump = shared_dump(spec)
     optimizer = {name: value for name, value in dump["optimizer"].items() if name != "learning_rate"}
-    return repr({name: value for name, value in dump.items() if name != "adapter"} | {"optimizer": optimizer})
+    own = {"optimizer": optimizer, "tower in the step": tower_in_step(spec)}
+    return repr({name: value for name, value in dump.items() if name != "adapter"} | own)

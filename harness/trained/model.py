@@ -14,10 +14,11 @@ from harness.core.weights import check_unchanged
 from harness.experiment.plan import TrialSpec
 from harness.model.backbones import load_language_model
 from harness.model.batches import BatchMaker
-from harness.model.build import assemble, connector_of
-from harness.model.components import make_encoder, make_modalities, make_task
+from harness.model.build import assemble
+from harness.model.components import make_encoder, make_modalities, make_task, tower_in_step
 from harness.model.context_model import ContextModel
 from harness.model.features import Features
+from harness.model.image_encoder import connector_of
 from harness.trained.folder import WEIGHTS, Description, read_description, spec_of
 from harness.trial.engine import load_weights
 from harness.trial.evaluate import Evaluator
@@ -126,7 +127,8 @@ def load_trained(
     check_unchanged(backbone.model_dump(), spec.fingerprints)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     task, modalities = make_task(spec), make_modalities(spec)
-    encoders = {name: make_encoder(backbone, name, modality) for name, modality in modalities.items()}
+    in_step = tower_in_step(spec)
+    encoders = {name: make_encoder(backbone, name, one, in_step=in_step) for name, one in modalities.items()}
     features = Features(task, modalities, encoders, where)
     language_model = load_language_model(backbone)
     widths = {context: features.width(context) for context in task.modalities}

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -17,49 +15,34 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from harness.core.errors import UserError
-from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Backbone
 from harness.model import vision_language
 from harness.model.backbones import build_empty, load_language_model
-from harness.model.build import Built, build, count_parameters
+from harness.model.build import count_parameters
 from harness.model.components import make_encoder
 from harness.model.grid_positions import positions_of
 from harness.model.image_encoder import IMAGE, Written
 from harness.model.sharing import why_not_shared
 from harness.model.turn import Turn
-from tasks.base import Example, Part
+from tasks.base import Part
 from tasks.modalities.image import Image as ImageModality
 from tests.support.adapters import disturb
 from tests.support.trials import spec_of
-from tests.support.vision_language import KINDS, each_kind, save
+from tests.support.vision_language import (
+    CAPTIONS,
+    KINDS,
+    NONE,
+    PROMPT,
+    each_kind,
+    examples_of,
+    make,
+    picture,
+    pictures,
+    read_by_its_processor,
+    save,
+)
 
-NONE = {"method": "none", "learning_rate": 1e-3}
 LORA = {"method": "lora", "rank": 2, "grouping": "specific", "learning_rate": 6e-3}
-PROMPT = "What is in the picture?"
-CAPTIONS = ["a red circle", "a square and a blue circle", "yes"]
-
-
-def make(tmp_path: Path, kind: str, adapter: Mapping[str, Any] = NONE, **backbone: Any) -> tuple[TrialSpec, Built]:
-    """A trial's model on a saved one."""
-    folder = tmp_path / kind
-    if not folder.exists():
-        save(kind, folder)
-    spec = spec_of(tmp_path, adapter, backbone={"model": str(folder), **backbone})
-    return spec, build(spec, torch.device("cpu"))
-
-
-def picture(path: Path, width: int, height: int) -> Path:
-    noise = np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(path)
-    return path
-
-
-def read_by_its_processor(folder: Path, image: Path, prompt: str) -> Any:
-    """The ids and pixels of a whole turn."""
-    processor = vision_language.load_processor(Backbone(model=str(folder)))
-    content = [{"type": "image"}, {"type": "text", "text": prompt}]
-    turn = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return processor(images=[Image.open(image)], text=[turn], return_tensors="pt")
 
 
 def expected_nll(folder: Path, image: Path, prompt: str, caption: str) -> Tensor:
@@ -76,15 +59,6 @@ def expected_nll(folder: Path, image: Path, prompt: str, caption: str) -> Tensor
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits[0, length - 1 : -1]
     return F.cross_entropy(logits, torch.tensor(target), reduction="sum")
-
-
-def pictures(folder: Path) -> list[Path]:
-    sizes = ((44, 30), (30, 44), (20, 20))
-    return [picture(folder / f"{n}.png", *size) for n, size in enumerate(sizes)]
-
-
-def examples_of(paths: list[Path]) -> list[Example]:
-    return [Example(str(n), (Part("image", path),), (CAPTIONS[n],)) for n, path in enumerate(paths)]
 
 
 @each_kind(KINDS)

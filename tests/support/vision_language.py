@@ -8,12 +8,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
+from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from harness.experiment.plan import TrialSpec
+from harness.experiment.sections import Backbone
+from harness.model import vision_language
+from harness.model.build import Built, build
+from tasks.base import Example, Part
 from tasks.drawing.scene import COLOURS
+from tests.support.trials import spec_of
 
 TEXT = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -24,6 +32,9 @@ TOWER = {
     "patch_size": 4,
 }  # fmt: skip
 _PINPOINTS = [[16, 32], [32, 16], [32, 32]]
+NONE = {"method": "none", "learning_rate": 1e-3}
+PROMPT = "What is in the picture?"
+CAPTIONS = ["a red circle", "a square and a blue circle", "yes"]
 SQUARE = {"height": 16, "width": 16}
 _SAID = ["A chat between a user and an assistant.", "What is in the picture? Describe it.", "ASSISTANT: USER: yes no"]
 TURNS = (
@@ -109,6 +120,38 @@ def save(name: str, folder: Path, template: bool = True) -> Path:
     if turns:
         (folder / "chat_template.jinja").write_text(turns)
     return folder
+
+
+def make(tmp_path: Path, kind: str, adapter: Mapping[str, Any] = NONE, **backbone: Any) -> tuple[TrialSpec, Built]:
+    """A trial's model on a saved one."""
+    folder = tmp_path / kind
+    if not folder.exists():
+        save(kind, folder)
+    spec = spec_of(tmp_path, adapter, backbone={"model": str(folder), **backbone})
+    return spec, build(spec, torch.device("cpu"))
+
+
+def picture(path: Path, width: int, height: int) -> Path:
+    noise = np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    return path
+
+
+def read_by_its_processor(folder: Path, image: Path, prompt: str) -> Any:
+    """The ids and pixels of a whole turn."""
+    processor = vision_language.load_processor(Backbone(model=str(folder)))
+    content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    turn = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return processor(images=[Image.open(image)], text=[turn], return_tensors="pt")
+
+
+def pictures(folder: Path) -> list[Path]:
+    sizes = ((44, 30), (30, 44), (20, 20))
+    return [picture(folder / f"{n}.png", *size) for n, size in enumerate(sizes)]
+
+
+def examples_of(paths: list[Path]) -> list[Example]:
+    return [Example(str(n), (Part("image", path),), (CAPTIONS[n],)) for n, path in enumerate(paths)]
 
 
 def _text(kind: str, made: Any, **options: Any) -> dict[str, Any]:

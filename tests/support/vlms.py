@@ -154,6 +154,15 @@ VLMS: dict[str, VLM] = {
         ),
         *(4, _pictures),
     ),
+    "llava_next": VLM(
+        lambda: hf.LlavaNextConfig(
+            text_config=_TEXT | {"model_type": "llama"},
+            vision_config=_SEES | _FOUR | {"model_type": "clip_vision_model", "projection_dim": 32},
+            image_token_index=MEDIA,
+            image_grid_pinpoints=[[16, 16]],
+        ),
+        *(10, _tiled_pictures),
+    ),
     "llava_onevision": VLM(
         lambda: hf.LlavaOnevisionConfig(
             text_config=_TEXT | {"model_type": "qwen2"},

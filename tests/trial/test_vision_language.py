@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from harness.core.errors import UserError
 from harness.core.record import TrialRecord
 from harness.experiment.plan import TrialSpec
-from harness.model.build import count_parameters
+from harness.experiment.sections import Resources
+from harness.model.build import build, count_parameters
 from harness.price.rows import rows_of
 from harness.price.trace import trace
+from harness.sweep.packs import packs_of
 from harness.trained.export import export_trial
 from harness.trained.model import load_trained
 from harness.trial.engine import Engine
+from harness.trial.pack import Wanted, run_pack
 from tests.support.parity import assert_same_result
-from tests.support.trials import examples_of, run, spec_of
+from tests.support.trials import Recorder, examples_of, run, spec_of
 from tests.support.vision_language import save
 
 NONE = {"method": "none", "learning_rate": 1e-2}
 SPECIFIC = {"method": "lora", "rank": 2, "grouping": "specific", "learning_rate": 6e-3}
 AGNOSTIC = {**SPECIFIC, "grouping": "agnostic"}
 FULL = {"method": "full", "learning_rate": 3e-3}
+ALL = {"language": "AF", "vision": "all", "connector": "all"}
+PARTS = {**SPECIFIC, "where": ALL}
+FULL_PARTS = {**FULL, "parts": list(ALL)}
 SECTIONS: dict[str, Any] = {"budget": {"examples": 16, "epochs": 2}, "eval": {"max_new_tokens": 6, "test_examples": 6}}
 
 
@@ -42,13 +51,20 @@ def trial(folder: Path, name: str, adapter: dict[str, Any], **backbone: Any) -> 
 
 @pytest.mark.parametrize(
     ("adapter", "backbone"),
-    [(AGNOSTIC, {}), (SPECIFIC, {"connector": "trained"}), (FULL, {"connector": "trained"}), (FULL, {})],
-    ids=["agnostic", "specific", "full_with_connector", "full"],
+    [
+        (AGNOSTIC, {}),
+        (SPECIFIC, {"connector": "trained"}),
+        (FULL, {"connector": "trained"}),
+        (FULL, {}),
+        (PARTS, {}),
+        (FULL_PARTS, {}),
+    ],
+    ids=["agnostic", "specific", "full_with_connector", "full", "parts", "full_of_parts"],
 )
 def test_a_trial_learns_and_what_it_learned_can_be_used(
     adapter: dict[str, Any], backbone: dict[str, Any], folder: Path
 ) -> None:
-    name = f"{adapter['method']}-{adapter.get('grouping')}-{bool(backbone)}"
+    name = f"{adapter['method']}-{adapter.get('grouping')}-{bool(backbone)}-{bool({'where', 'parts'} & set(adapter))}"
     spec, record, run_folder = trial(folder, name, adapter, **backbone)
     assert record.status == "finished"
     assert record.parameters == count_parameters(spec)
@@ -98,3 +114,61 @@ def test_a_stopped_trial_goes_on_to_the_same_result(folder: Path, monkeypatch: p
     assert run(spec, again, stop=lambda: taken == 3).status == "cancelled"
     resumed = run(spec, again)
     assert_same_result(resumed, again, whole, folder / "whole")
+
+
+@pytest.mark.parametrize("adapter", [PARTS, FULL_PARTS], ids=["parts", "full_of_parts"])
+def test_a_step_with_the_tower_is_foretold(adapter: dict[str, Any], folder: Path) -> None:
+    spec = spec_of(folder, adapter, backbone={"model": "model", "prompt": "Describe it."}, **SECTIONS)
+    rows = rows_of(spec, None)
+    (traced,) = trace(spec, rows.first)
+    alone = spec_of(folder, SPECIFIC, backbone={"model": "model", "prompt": "Describe it."}, **SECTIONS)
+    (other,) = trace(alone, rows_of(alone, None).first)
+    counted = count_parameters(spec)
+    assert traced.trained == counted.trainable
+    assert traced.weights == counted.total
+    assert traced.step_flops > other.step_flops
+    assert traced.activations_bytes > other.activations_bytes
+
+
+def test_trials_with_the_tower_in_the_step_are_packed_apart(folder: Path) -> None:
+    adapters = [PARTS, {**PARTS, "rank": 3}, SPECIFIC, AGNOSTIC]
+    planned = [
+        (spec := spec_of(folder, one, backbone={"model": "model"}, **SECTIONS), SimpleNamespace(trial_id=spec.trial_id))
+        for one in adapters
+    ]
+    packs: Any = packs_of(planned, Resources(pack=4), 0.0, 1)  # type: ignore[arg-type]
+    assert [[spec.trial_id for spec, _ in pack] for pack in packs] == [
+        [spec.trial_id for spec, _ in planned[:2]], [spec.trial_id for spec, _ in planned[2:]]
+    ]  # fmt: skip
+
+
+def test_packed_trials_with_towers_are_as_alone(folder: Path) -> None:
+    specs = [
+        spec_of(folder, {**PARTS, "rank": rank}, backbone={"model": "model", "prompt": "Describe it."}, **SECTIONS)
+        for rank in (2, 3)
+    ]
+    alone = [run(spec, folder / "alone") for spec in specs]
+    wanted = [Wanted(spec, Recorder(), lambda _: None) for spec in specs]
+    packed = run_pack(wanted, "unit", folder / "packed", Resources(pack=2))
+    for one, other in zip(packed, alone, strict=True):
+        assert one.status == other.status == "finished"
+        assert one.pack is not None
+        assert one.pack.model_dump() == {"members": 2, "alone": None}
+        losses = [[epoch.train_loss for epoch in record.history] for record in (one, other)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_group_starts_from_the_tower_of_another_trial(folder: Path) -> None:
+    """VeRA also draws frozen weights, which must be those of the other trial."""
+    vera = {"method": "vera", "rank": 4, "where": ALL, "grouping": "specific", "learning_rate": 1e-2}
+    _, record, run_folder = trial(folder, "vera", vera)
+    source = run_folder / "trials" / record.trial_id
+    spec = spec_of(folder, {**vera, "init_from": {"image": str(source)}}, backbone={"model": "model"}, **SECTIONS)
+    adapters = dict(build(spec, torch.device("cpu")).model.adapters.named_parameters())
+    saved = {
+        name.removeprefix("adapters."): x for name, x in load_file(source / "best.safetensors").items()
+        if "group_image" in name
+    }  # fmt: skip
+    assert any("vision_tower" in name for name in saved)
+    for name, x in saved.items():
+        assert torch.equal(adapters[name], x)

@@ -1,0 +1,186 @@
+"""``where`` by part in a trial: the tower in the step computes what ``harness.adapt`` makes of the class itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+from torch.nn import functional as F
+
+import harness
+from harness.core.errors import UserError
+from harness.model.build import Built, count_parameters
+from harness.model.sharing import why_not_shared
+from harness.model.tower import Tower
+from tasks.base import Example
+from tests.support.adapters import disturb
+from tests.support.trials import spec_of
+from tests.support.vision_language import (
+    CAPTIONS,
+    KINDS,
+    PROMPT,
+    each_kind,
+    examples_of,
+    make,
+    pictures,
+    read_by_its_processor,
+    save,
+)
+
+ALL = {"language": "AF", "vision": "all", "connector": "all"}
+LORA = {"method": "lora", "rank": 2, "where": ALL, "grouping": "specific", "learning_rate": 6e-3}
+FULL = {"method": "full", "parts": ["language", "vision", "connector"], "learning_rate": 3e-3}
+
+
+def adapted(folder: Path, built: Built, spec: dict[str, Any]) -> harness.AdaptedModel:
+    """The class itself with the adapters of a trial."""
+    whole = hf.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    token = {whole.config.image_token_id: "image"}
+    found = harness.adapt(whole, spec, ("image", "text"), "specific", contexts_from=token)
+    found.adapters.load_state_dict(built.model.adapters.state_dict())
+    return found
+
+
+def expected_nll(model: harness.AdaptedModel, folder: Path, image: Path, caption: str, context_ids_T: Tensor) -> Tensor:
+    """By the class's own forward on what its processor makes of a picture."""
+    read = read_by_its_processor(folder, image, PROMPT)
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    target = [*tokenizer(caption, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    length = read["input_ids"].shape[1]
+    ids = torch.cat([read["input_ids"], torch.tensor([target])], dim=1)
+    extra = {name: x for name, x in read.items() if name not in ("input_ids", "attention_mask")}
+    if "mm_token_type_ids" in extra:
+        extra["mm_token_type_ids"] = F.pad(extra["mm_token_type_ids"], (0, len(target)))
+    contexts = {"context_ids": context_ids_T[None, : ids.shape[1]]}
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **contexts, **extra).logits
+    return F.cross_entropy(logits[0, length - 1 : -1], torch.tensor(target), reduction="sum")
+
+
+@each_kind(KINDS)
+def test_a_row_has_the_likelihood_of_the_adapted_class(kind: str, tmp_path: Path) -> None:
+    spec, built = make(tmp_path, kind, LORA, prompt=PROMPT)
+    disturb(built.model.adapters.parameters(), scale=0.2)
+    paths = pictures(tmp_path)
+    built.model.eval()
+    batch = built.batches.make(examples_of(paths), CAPTIONS)
+    nll_R, _ = built.model(batch)
+    model = adapted(tmp_path / kind, built, {"method": "lora", "rank": 2, "where": ALL})
+    expected = [
+        expected_nll(model, tmp_path / kind, path, caption, ids_T)
+        for path, caption, ids_T in zip(paths, CAPTIONS, batch.context_ids_BT, strict=True)
+    ]
+    torch.testing.assert_close(nll_R, torch.stack(expected), atol=2e-5, rtol=2e-5)
+    nll_R.sum().backward()
+    assert [name for name, p in built.model.adapters.named_parameters() if p.grad is None] == []
+    assert {name for name, p in built.model.named_parameters() if p.grad is not None} == {
+        f"adapters.{name}" for name, _ in built.model.adapters.named_parameters()
+    }
+    assert built.parameters == count_parameters(spec)
+
+
+@each_kind(KINDS)
+def test_rows_that_share_a_picture_have_the_same_likelihoods(kind: str, tmp_path: Path) -> None:
+    _, built = make(tmp_path, kind, LORA)
+    disturb(built.model.adapters.parameters())
+    first, second, _ = examples_of(pictures(tmp_path))
+    built.model.eval()
+    rows = [[(first, "a red circle"), (first, "yes")], [(second, "no"), (second, "a square")]]
+    with torch.no_grad():
+        shared_R, _ = built.model(built.batches.make_shared(rows))
+        alone = [pair for row in rows for pair in row]
+        alone_R, _ = built.model(built.batches.make([e for e, _ in alone], [text for _, text in alone]))
+    torch.testing.assert_close(shared_R, alone_R, atol=1e-5, rtol=1e-5)
+    assert why_not_shared(built.model, built.batches) is None
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl"])
+def test_full_fine_tuning_of_the_same_parts_trains_all_of_them(kind: str, tmp_path: Path) -> None:
+    spec, built = make(tmp_path, kind, FULL)
+    nll_R, _ = built.model(built.batches.make(examples_of(pictures(tmp_path)), CAPTIONS))
+    nll_R.sum().backward()
+    whole = hf.AutoModelForImageTextToText.from_pretrained(tmp_path / kind)
+    unread = {
+        name for name, _ in whole.named_parameters() if kind == "llava" and "vision_tower.encoder.layers.1" in name
+    }
+    trained = sum(p.numel() for name, p in whole.named_parameters() if name not in unread)
+    assert built.parameters.trainable == trained
+    assert built.parameters.total == sum(p.numel() for p in whole.parameters())
+    assert built.parameters == count_parameters(spec)
+    assert [name for name, p in built.model.named_parameters() if p.requires_grad and p.grad is None] == []
+    encoder = built.batches.features.encoders["image"]
+    known = {p.data_ptr() for p in encoder.parameters()}
+    assert not known & {p.data_ptr() for p in built.model.parameters() if p.requires_grad}  # others read these
+
+
+def test_a_connector_that_is_trained_beside_a_tower_with_adapters(tmp_path: Path) -> None:
+    where = {"language": "AF", "vision": ["q", "v"]}
+    spec, built = make(tmp_path, "llava_onevision", {**LORA, "where": where}, connector="trained")
+    nll_R, _ = built.model(built.batches.make(examples_of(pictures(tmp_path)), CAPTIONS))
+    nll_R.sum().backward()
+    (tower,) = {own for own in built.model.modules() if isinstance(own, Tower)}
+    assert all(p.grad is not None and p.grad.any() for p in tower.connector.parameters())
+    assert built.parameters.trainable == built.parameters.adapter + built.parameters.projector
+    assert built.parameters == count_parameters(spec)
+
+
+def test_a_batch_without_a_picture_has_gradients_too(tmp_path: Path) -> None:
+    _, built = make(tmp_path, "idefics3", LORA)
+    disturb(built.model.adapters.parameters())
+    nll_R, _ = built.model(built.batches.make([Example("0", (), ("yes",))], ["yes"]))
+    nll_R.sum().backward()
+    grads = {name: p.grad for name, p in built.model.adapters.named_parameters()}
+    assert [name for name, grad in grads.items() if grad is None] == []
+    assert not any(grad.any() for name, grad in grads.items() if "vision_model" in name and grad is not None)
+
+
+def test_a_tower_in_bf16_has_adapters_in_fp32(tmp_path: Path) -> None:
+    _, built = make(tmp_path, "llava", LORA, dtype="bf16")
+    nll_R, _ = built.model(built.batches.make(examples_of(pictures(tmp_path)), CAPTIONS))
+    nll_R.sum().backward()
+    (tower,) = {own for own in built.model.modules() if isinstance(own, Tower)}
+    assert {p.dtype for p in tower.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in built.model.adapters.parameters()} == {torch.float32}
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in built.model.adapters.parameters())
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (
+            {"where": {"audio": "all"}},
+            "where: audio: the llava model has no such part; allowed: connector, language, vision",
+        ),
+        ({"where": {"vision": ["gate"]}}, "where: vision: this part .* no layer with the role gate"),
+        ({"method": "moka", "where": {"vision": "AF"}}, "where: vision: .* joins the tokens of several contexts"),
+        (
+            {"method": "lora+soft_prompt", "where": {"vision": "AF"}},
+            "changes the language model as a whole too, which is not done beside a tower; allowed: ",
+        ),
+        ({"grouping": {"image": None, "text": "text"}}, r"where: vision: its tokens have no adapter of .*LoRA"),
+    ],
+)
+def test_parts_that_cannot_have_the_adapter_are_refused(adapter: dict[str, Any], message: str, tmp_path: Path) -> None:
+    save("llava", tmp_path / "llava")
+    with pytest.raises(UserError, match=message):
+        count_parameters(spec_of(tmp_path, {**LORA, **adapter}, backbone={"model": "llava"}))
+
+
+def test_parts_are_those_of_a_whole_model(tmp_path: Path) -> None:
+    for adapter in (LORA, FULL):
+        with pytest.raises(UserError, match="where: vision: the llama model has no such part that is known"):
+            count_parameters(spec_of(tmp_path, adapter))
+
+
+def test_ids_tell_the_parts_of_full_fine_tuning_and_are_as_before_without_them(tmp_path: Path) -> None:
+    plain = spec_of(tmp_path, {"method": "full", "learning_rate": 3e-3})
+    assert plain.adapter.config == {"embeddings": True}
+    assert plain.adapter.label == "full fine-tuning"
+    save("llava", tmp_path / "llava")
+    parts = spec_of(tmp_path, FULL, backbone={"model": "llava"})
+    assert parts.adapter.config == {"embeddings": True, "parts": ["language", "vision", "connector"]}
+    assert parts.adapter.label == "full fine-tuning of language, vision, connector"
