@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from adapters.attach import Adapters
 from adapters.placement.generation import layouts_while_generating
@@ -58,6 +59,8 @@ class ContextModel(nn.Module):
     def embed(self, batch: Batch) -> Tensor:
         """Embed tokens and project items; returns (B, T, D)."""
         embeds_BTD: Tensor = self.language_model.get_input_embeddings()(batch.token_ids_BT)
+        if more := getattr(self.language_model, "more_width", 0):  # what inner layers add, of images alone
+            embeds_BTD = F.pad(embeds_BTD, (0, more))
         shape = embeds_BTD.shape
         rows = embeds_BTD.flatten(0, 1)
         for context, projector in self.projectors.items():

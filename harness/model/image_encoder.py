@@ -107,7 +107,8 @@ class ImageEncoder(Encoder):
         self.processor, self.in_step, self._weights = processor, in_step, weights
         self.trained = backbone.connector == "trained"
         self.apart = self.trained and not in_step
-        self.text_width = int(model.get_input_embeddings().embedding_dim)
+        levels = self.kind.levels(self.config)
+        self.text_width = (1 + levels) * int(model.get_input_embeddings().embedding_dim)
         inner, decoder = model.model, model.get_decoder()
         for name, child in list(inner.named_children()):
             if child is decoder:
@@ -116,6 +117,11 @@ class ImageEncoder(Encoder):
         self.model = inner
         self._takes = sorted(set(inspect.signature(inner.get_image_features).parameters))
         self.width = VALUES if in_step else self.text_width
+        if self.trained and levels:
+            raise UserError(
+                f"backbone.connector: {self.config.model_type!r} has one for each of its {1 + levels} levels of "
+                "features, which are not trained apart from its vision tower; allowed: frozen"
+            )
         if self.apart:
             if self.kind.rows is None:
                 raise UserError(
@@ -200,18 +206,15 @@ class ImageEncoder(Encoder):
         """The features (F, D) of pictures, in one pass where their tensors have the same shapes."""
         if not self._weights:
             return [torch.zeros(count, self.width) for count in counts]
-        shapes = {tuple((name, value.shape[1:]) for name, value in own.items()) for own in pixels}
-        if len(shapes) > 1:
-            return [self._features([own], [count])[0] for own, count in zip(pixels, counts, strict=True)]
-        joined = {name: torch.cat([own[name] for own in pixels]).to(self.device) for name in pixels[0]}
+        placed = [{name: x.to(self.device) for name, x in own.items()} for own in pixels]
         into: list[Tensor] = []
         handle = self.connector.register_forward_pre_hook(lambda _, args: into.append(args[0]))
         try:
-            made = self.model.get_image_features(**joined).pooler_output
+            flat_FD = features_of(self.model, placed)
         finally:
             handle.remove()
-        rows = into if self.apart else [made] if isinstance(made, Tensor) else list(made)
-        flat_FD = torch.cat([x.reshape(-1, x.shape[-1]) for x in rows])
+        if self.apart:
+            flat_FD = torch.cat([x.reshape(-1, x.shape[-1]) for x in into])
         _check_counts(flat_FD, counts)
         return list(torch.split(flat_FD, list(counts)))
 

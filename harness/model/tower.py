@@ -97,9 +97,15 @@ def features_of(model: Any, pictures: Sequence[Mapping[str, Tensor]]) -> Tensor:
     if len({tuple((name, x.shape[1:]) for name, x in own.items()) for own in pictures}) > 1:
         return torch.cat([features_of(model, [own]) for own in pictures])
     joined = {name: torch.cat([own[name] for own in pictures]) for name in pictures[0]}
-    made = model.get_image_features(**joined).pooler_output
-    rows = [made] if isinstance(made, Tensor) else list(made)
-    return torch.cat([x.reshape(-1, x.shape[-1]) for x in rows])
+    made = model.get_image_features(**joined)
+    # With those that inner layers of the language model add.
+    levels = [made.pooler_output, *(getattr(made, "deepstack_features", None) or ())]
+    return torch.cat([_flat(level) for level in levels], dim=-1)
+
+
+def _flat(rows: Tensor | Sequence[Tensor]) -> Tensor:
+    """Features of all pictures (F, D), of a class that returns them in one tensor or in several."""
+    return torch.cat([x.reshape(-1, x.shape[-1]) for x in ([rows] if isinstance(rows, Tensor) else rows)])
 
 
 class Tower(nn.Module):

@@ -40,6 +40,8 @@ class Kind:
         width: of each of them.
         grid: whether positions tell where a feature is in its picture (``harness/model/grid_positions.py``).
         image_place: attribute of the processor: the text at whose place it writes an image.
+        levels: how many further features of each position layers of the language model add to their outputs (DeepStack,
+            arXiv 2406.04334), by the configuration.
     """
 
     connector: str = "multi_modal_projector"
@@ -48,6 +50,7 @@ class Kind:
     width: Callable[[Any], int] = lambda config: int(config.vision_config.hidden_size)
     grid: bool = False
     image_place: str = "image_token"
+    levels: Callable[[Any], int] = lambda _: 0
 
 
 def _one(_config: Any) -> int:
@@ -83,14 +86,15 @@ KINDS: Mapping[str, Kind] = {
     "mistral3": Kind(),
     "qwen2_vl": Kind("visual.merger", grid=True),
     "qwen2_5_vl": Kind("visual.merger", grid=True),
+    "qwen3_vl": Kind(
+        "visual.merger", grid=True, levels=lambda config: len(config.vision_config.deepstack_visual_indexes)
+    ),
 }
 # model_type → why its rows would be others than those of its class.
 _BOTH_WAYS = "its attention within {} goes both ways, and rows here are causal"
 REFUSED: Mapping[str, str] = {
     "paligemma": _BOTH_WAYS.format("a picture and its prompt"),
     "gemma3": _BOTH_WAYS.format("a picture"),
-    "qwen3_vl": "features of inner layers of its tower are added in layers of its language model (deepstack)",
-    "qwen3_vl_moe": "features of inner layers of its tower are added in layers of its language model (deepstack)",
 }
 
 
@@ -256,7 +260,8 @@ def decoder_of(model: Any) -> Any:
     text = model.get_decoder()
     own = next(kind for kind in type(text).__mro__ if PreTrainedModel in kind.__bases__)
     kind = type(f"{type(model).__name__}Decoder", (Decoder, own, GenerationMixin), {})
-    decoder = kind(text, model.get_output_embeddings())
+    levels = KINDS[model.config.model_type].levels(model.config) if model.config.model_type in KINDS else 0
+    decoder = kind(text, model.get_output_embeddings(), levels)
     with suppress(AttributeError):
         decoder.generation_config = model.generation_config
     return decoder.eval()
@@ -266,14 +271,20 @@ class Decoder:
     """A causal LM of a vision-language model's decoder and output layer; embeddings of images are among its inputs.
 
     It is joined with the pretrained base class of the decoder (``decoder_of``).
+
+    Args:
+        text: the decoder.
+        head: the output layer.
+        levels: how many vectors of an embedding's width follow it, each of which a layer adds to its output.
     """
 
     model: Any
     lm_head: Any
 
-    def __init__(self, text: Any, head: Any) -> None:
+    def __init__(self, text: Any, head: Any, levels: int) -> None:
         super().__init__(text.config)  # type: ignore[call-arg]  # of the pretrained base class
         self.model, self.lm_head = text, head
+        self.more_width = levels * int(text.get_input_embeddings().embedding_dim)
 
     def get_input_embeddings(self) -> Any:
         """The table of the tokens."""
@@ -297,6 +308,14 @@ class Decoder:
         """As ``forward`` of the causal LMs of transformers."""
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
+        if inputs_embeds is not None and self.more_width:
+            width = self.model.get_input_embeddings().embedding_dim
+            inputs_embeds, *more = torch.split(inputs_embeds, width, dim=-1)
+            if more:
+                # The class adds them where a mask says. An index of all rows takes the same way, and nothing waits for
+                # the device to count; to what is no image nothing is added.
+                options["visual_pos_masks"] = torch.arange(len(inputs_embeds), device=inputs_embeds.device)
+                options["deepstack_visual_embeds"] = more
         found = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -255,6 +255,12 @@ def test_keys_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
         Turn(vision_language.load_processor(templated), templated)
 
 
+def test_a_connector_of_several_levels_is_not_trained_apart(tmp_path: Path) -> None:
+    save("qwen3_vl", tmp_path / "model")
+    with pytest.raises(UserError, match=r"backbone\.connector: 'qwen3_vl' has one for each of its 2 levels .* frozen"):
+        count_parameters(spec_of(tmp_path, LORA, backbone={"model": "model", "connector": "trained"}))
+
+
 def test_a_trials_id_tells_whether_the_connector_is_trained(tmp_path: Path) -> None:
     folder = str(save("llava", tmp_path / "llava"))
     plain, same, other, untemplated = (

@@ -275,7 +275,10 @@ def _next_processor(made: Any) -> Any:
 
 def _qwen(config: Any, model: Any, tower: Mapping[str, Any]) -> Callable[[Any], Any]:
     def make(made: Any) -> Any:
-        text = _text("", made, rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4})
+        rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+        if config is hf.Qwen3VLConfig:
+            rope |= {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+        text = _text("", made, rope_parameters=rope, head_dim=8)
         del text["model_type"]
         ids = {f"{name}_id": _id(made, f"<|{token}|>") for name, token in _QWEN_NAMES.items()}
         vision = {
@@ -334,6 +337,22 @@ KINDS = {
             },
         ),
         _qwen_processor("Qwen2_5_VLProcessor"),
+        _QWEN_PLACE,
+    ),
+    "qwen3_vl": Kind(
+        _QWEN_TOKENS,
+        _qwen(
+            hf.Qwen3VLConfig,
+            hf.Qwen3VLForConditionalGeneration,
+            {
+                "hidden_size": 24,
+                "intermediate_size": 32,
+                "out_hidden_size": 32,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0],
+            },
+        ),
+        _qwen_processor("Qwen3VLProcessor"),
         _QWEN_PLACE,
     ),
     "llava": Kind(("<image>",), _llava, _llava_processor, "<image>"),
