@@ -26,6 +26,8 @@ TINY = "builtin/tiny-vision"
 MAX_PIXELS = 89_478_485  # the limit at which Pillow only warns: 256 MiB of RGB
 _PREVIEW_PIXELS = 240
 _REMARK = "harness_remark"  # key in a picture's info: what was converted
+_JPEG_END, _JPEG_PIXELS = b"\xff\xd9", b"\xff\xda"  # markers: end of image, start of scan
+_BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF
 _MODES = {"1": "black and white", "L": "grey-scale", "P": "palette of colours"}  # names of Pillow's modes
 
 
@@ -94,7 +96,21 @@ def _decoded(path: Path, file: Path | io.BytesIO) -> PilImage.Image:
         if picture.mode in ("I", "F"):
             raise UserError(f"{path}: pixel mode {picture.mode} (32 bits) has no fixed range; save it with 8 or 16")
         picture.load()
+        if picture.format in ("JPEG", "MPO") and not _has_an_end(path):
+            raise UserError(f"{path}: truncated: it has no end of a JPEG picture (a download that was broken off?)")
         return _rgb(picture)
+
+
+def _has_an_end(path: Path) -> bool:
+    """Whether the marker that ends a JPEG comes after its pixels: zeros in the place of the rest decode as grey."""
+    with path.open("rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(max(size - 2, 0))
+        if file.read() == _JPEG_END:
+            return True
+        file.seek(0)
+        data = file.read()
+    return data.rfind(_JPEG_END) > data.rfind(_JPEG_PIXELS)
 
 
 def _without_metadata(path: Path) -> PilImage.Image | None:
@@ -118,6 +134,12 @@ def _without_metadata(path: Path) -> PilImage.Image | None:
     return None
 
 
+def _grey_of_tiff(picture: PilImage.Image) -> tuple[int, bool]:
+    """Bits of a grey value, and whether zero is white, which Pillow applies up to 8 bits only."""
+    tags = getattr(picture, "tag_v2", {})
+    return int(tags.get(_BITS, (16,))[0]), tags.get(_PHOTOMETRIC, 1) == 0
+
+
 def _rgb(picture: PilImage.Image) -> PilImage.Image:
     """The upright RGB picture; what had to be converted is noted in its ``info``."""
     upright = ImageOps.exif_transpose(picture)
@@ -127,8 +149,10 @@ def _rgb(picture: PilImage.Image) -> PilImage.Image:
         remarks.append("several frames, only the first is used")
     if upright.mode.startswith("I;16"):
         # Pillow's own conversion clips at 255: nearly every 16-bit picture would turn white.
-        found = PilImage.fromarray((np.asarray(upright) >> 8).astype(np.uint8)).convert("RGB")
-        remarks.append("16-bit grey-scale, read as 8-bit RGB")
+        bits, white_is_zero = _grey_of_tiff(picture)
+        found = PilImage.fromarray((np.asarray(upright) >> (bits - 8)).astype(np.uint8))
+        found = (ImageOps.invert(found) if white_is_zero else found).convert("RGB")
+        remarks.append(f"{bits}-bit grey-scale, read as 8-bit RGB")
     elif upright.has_transparency_data:
         # The colour stored under a transparent pixel is arbitrary; people see what is behind it.
         layer = upright.convert("RGBA")

@@ -62,6 +62,26 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
     assert [_load(path).getpixel((x, 0)) for x in range(3)] == [(0, 0, 0), (128, 128, 128), (255, 255, 255)]
 
 
+@pytest.mark.parametrize(("bits", "photometric", "expected"), [(12, 1, [0, 128, 255]), (16, 0, [255, 127, 0])])
+def test_grey_values_of_a_tiff_have_its_bits_and_its_white(
+    tmp_path: Path, bits: int, photometric: int, expected: list[int]
+) -> None:
+    """Pillow gives 12 bits as they are, and inverts values whose zero is white up to 8 bits only."""
+    most = 2**bits - 1
+    values = (0, 2 ** (bits - 1), most, most)
+    packed = int("".join(f"{value:0{bits}b}" for value in values), 2).to_bytes(bits // 2, "big")
+    if bits == 16:
+        packed = struct.pack("<4H", *values)
+    entries = {256: 4, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1, 279: len(packed)}
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
+    (tmp_path / "deep.tiff").write_bytes(
+        b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + struct.pack("<H", len(entries)) + directory + bytes(4)
+    )
+    picture = _load(tmp_path / "deep.tiff")
+    assert [picture.getpixel((x, 0)) for x in range(3)] == [(value,) * 3 for value in expected]
+    assert Image().remark(picture) == f"{bits}-bit grey-scale, read as 8-bit RGB"
+
+
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     picture = PilImage.new("RGB", (40, 20), "white")
     picture.paste((0, 0, 0), (0, 0, 20, 20))  # black on the left as stored
@@ -81,6 +101,19 @@ def test_truncated_picture_is_refused_by_name(tmp_path: Path) -> None:
     cut.write_bytes(whole.read_bytes()[:600])
     with pytest.raises(UserError, match=r"cut\.jpg: cannot be decoded as a picture: .*truncated"):
         Image().load(cut)
+
+
+def test_zeros_in_the_place_of_a_jpegs_rest_are_refused(tmp_path: Path) -> None:
+    """A download into a file of the full size: libjpeg decodes the zeros, as grey."""
+    path = tmp_path / "half.jpg"
+    pixels = np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)
+    PilImage.fromarray(pixels).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"what a camera writes behind the picture")
+    assert _load(path).size == (200, 200)
+    path.write_bytes(whole[: len(whole) // 2].ljust(len(whole), b"\0"))
+    with pytest.raises(UserError, match=r"half\.jpg: truncated: it has no end of a JPEG picture"):
+        Image().load(path)
 
 
 def test_what_is_no_picture_is_refused_by_name(tmp_path: Path) -> None:
