@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from harness.core.errors import ProblemList, UserError, did_you_mean
 from tasks.containers.text_files import looks_like, read_text, unicode_problem
 from tasks.formats.data_files import DataFiles
+from tasks.formats.json_file import unique_keys
 
 
 class Row(NamedTuple):
@@ -103,7 +104,7 @@ def _jsonl(path: Path, text: str, columns: Sequence[str], problems: ProblemList)
             continue
         where = f"{path}: line {number}"
         try:
-            values = json.loads(line)
+            values = json.loads(line, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             problems.add(f"{where}: broken JSON: {error}; found {line[:80]!r}")
             continue

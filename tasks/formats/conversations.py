@@ -10,6 +10,7 @@ from typing import Any
 
 from harness.core.errors import ProblemList, UserError, did_you_mean
 from tasks.containers.text_files import looks_like, read_utf8, unicode_problem
+from tasks.formats.json_file import unique_keys
 
 ROLES = ("system", "user", "assistant")
 Turn = tuple[str, str]  # role, text
@@ -30,6 +31,13 @@ _OTHER_FORMS = {
     ("inputs", "targets"): "FLAN's (inputs, targets); name them prompt and completion",
     ("text",): "plain text to continue; write prompt and completion",
 }
+# What changes the meaning of a line where it is filled, and is not read → what to write instead.
+_UNREAD = {
+    **dict.fromkeys(("system", "system_prompt"), "write messages that begin with a system message"),
+    "history": "write messages that begin with the earlier turns",
+    **dict.fromkeys(("tools", "documents"), "write what the model shall see of them as a system message"),
+}
+_UNREAD_OF_MESSAGE = ("tool_calls", "function_call")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +117,9 @@ class _Line:
         turns = self._turns(record)
         if len(self.problems.messages) == known:
             self._check_order([role for role, _ in turns])
+        for key, instead in _UNREAD.items():
+            if record.get(key) not in (None, "", []):
+                self.complain(f"{key}: found {_shown(record[key])}, which would not be read; {instead}")
         references = self._references(record)
         if len(self.problems.messages) > known:
             return None
@@ -118,7 +129,7 @@ class _Line:
 
     def _parse(self, raw: bytes) -> dict[str, Any] | None:
         try:
-            record = json.loads(raw.decode("utf-8"))
+            record = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
         except UnicodeDecodeError as error:
             self.complain(f"byte {error.start + 1} is not UTF-8: {raw[error.start : error.start + 1]!r}")
         except json.JSONDecodeError as error:
@@ -172,6 +183,9 @@ class _Line:
             role = message.get("role")
             if role not in ROLES:
                 self.complain(f"{where}.role: unknown role {_shown(role)}; {did_you_mean(str(role), ROLES)}")
+            for unread in _UNREAD_OF_MESSAGE:
+                if message.get(unread) not in (None, "", [], {}):
+                    self.complain(f"{where}.{unread}: found {_shown(message[unread])}; allowed: messages of text alone")
             turns.append((str(role), self._text(message, "content", f"{where}.")))
         return turns
 

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from harness.core.errors import Problems, UserError
+from harness.core.errors import ProblemList, Problems, UserError
 from tasks.base import Example, Part
+from tasks.formats.conversations import read_lines
 from tasks.text import Text
 
 GOOD = {"prompt": "The sky is", "completion": " blue."}
@@ -234,6 +235,13 @@ def test_splits_without_files_are_made_by_a_hash_of_the_question(tmp_path: Path)
         ({"question": "a", "answer": "b"}, r"; this looks like a question and its answer; write prompt and completion"),
         ({"chosen": [1], "rejected": [2]}, r"; this looks like a preference pair"),
         ({"text": "a"}, r"; this looks like plain text to continue"),
+        ({"system": "s", "instruction": "a", "output": "b"}, r"system: found 's', which would not be read; write mes"),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, r"history: found .*, which would not be read"),
+        ({**chat("user: a", "assistant: b"), "tools": [{"name": "t"}]}, r"tools: found .*, which would not be read"),
+        (
+            {"messages": [chat("user: a")["messages"][0], {"role": "assistant", "content": "b", "tool_calls": [1]}]},
+            r"messages\[1\]\.tool_calls: found \[1\]; allowed: messages of text alone",
+        ),
         ({}, r"found no keys; allowed: "),
         ([1], r"train\.jsonl: is a JSON array; one object per line is needed"),
         (5, r"an object is needed; found 5"),
@@ -242,6 +250,25 @@ def test_splits_without_files_are_made_by_a_hash_of_the_question(tmp_path: Path)
 def test_a_wrong_line_is_refused_with_the_place(tmp_path: Path, record: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read(tmp_path, record)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt": "a", "prompt": "b", "completion": "c"}',
+        '{"messages": [{"role": "user", "content": "a", "role": "system"}]}',
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path, line: str) -> None:
+    (tmp_path / "train.jsonl").write_text(line)
+    problems = ProblemList()
+    assert read_lines(tmp_path / "train.jsonl", "train.jsonl", problems) == []
+    assert "line 1: cannot be read: the key '" in problems.messages[0]
+    assert problems.messages[0].endswith("is there twice")
+
+
+def test_what_is_not_read_may_be_there_empty(tmp_path: Path) -> None:
+    read(tmp_path, {"system": "", "history": [], "tools": None, "instruction": "a", "output": "b", "id": 5})
 
 
 def test_all_problems_of_all_files_come_at_once_with_their_lines(tmp_path: Path) -> None:

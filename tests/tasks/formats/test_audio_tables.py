@@ -65,6 +65,10 @@ def test_a_broken_csv(tmp_path: Path, content: bytes, problem: str) -> None:
         ('["a", "b"]', "line 2: found '[\"a\", \"b\"]'; an object is needed: {'file_name': …}"),
         ('{"file_name": "a", "txt": "b"}', "line 2: no key 'text'; allowed: file_name, txt; did you mean 'txt'?"),
         ("[" * 100_000, "line 2: broken JSON"),
+        (
+            '{"file_name": "a", "file_name": "b", "text": "c"}',
+            "line 2: broken JSON: the key 'file_name' is there twice",
+        ),
     ],
 )
 def test_a_broken_line_of_json_loses_no_other_line(tmp_path: Path, line: str, problem: str) -> None:
