@@ -56,6 +56,12 @@ def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
 for _name, _form, _first in _SCHEMA:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(_TAG + _name, re.compile(f"^{_form}$"), _first)
+# Only the types of the schema: YAML 1.1's dates, sets, binaries and ordered maps are none of an experiment's.
+_Loader.yaml_constructors = {
+    tag: build
+    for tag, build in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.removeprefix(_TAG) in {"null", "bool", "str", "seq", "map"}
+}
 _Loader.add_constructor(_TAG + "int", _int)
 _Loader.add_constructor(_TAG + "float", _float)
 
@@ -107,7 +113,7 @@ def read_yaml(path: Path) -> tuple[Any, Cursor]:
         _substitute(loader, node, top, texts, set())
         return loader.construct_document(node), top
     except RecursionError:
-        raise UserError(f"{path}: an alias (*name) refers to a value that contains it") from None
+        raise UserError(f"{path}: nested too deeply, or an alias (*name) refers to a value that contains it") from None
     except (yaml.YAMLError, ValueError, KeyError) as error:  # an explicit tag that does not fit: !!int x, !!bool x
         raise UserError(f"{path}: not valid YAML: {error}") from error
     finally:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from harness.core.errors import UserError
-from harness.core.source import read_yaml, write_yaml
+from harness.core.source import read_value, read_yaml, write_yaml
 from harness.experiment.load import Experiment
 from harness.experiment.plan import expand
 from tests.support.refused import check_refused
@@ -118,6 +118,16 @@ def test_scalars_follow_the_core_schema_of_yaml_1_2(experiment_file: Write, writ
     for text in (f"key: {written}\n", f"- {written}\n"):
         (found,) = content.values() if isinstance(content := read_yaml(experiment_file(text))[0], dict) else content
         assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    "written", ["!!timestamp 2020-01-01", "!!timestamp x", "!!set {a}", "!!binary YQ==", "!!omap [a: 1]"]
+)
+def test_types_that_are_not_in_the_core_schema_are_refused(experiment_file: Write, written: str) -> None:
+    with pytest.raises(UserError, match=r"(?s)not valid YAML: could not determine a constructor for the tag"):
+        read_yaml(experiment_file(f"key: {written}\n"))
+    with pytest.raises(UserError, match="not valid YAML: could not determine a constructor"):
+        read_value(written)
 
 
 @pytest.mark.parametrize(
