@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import harness
 from adapters.attach import AdaptedLayer
@@ -100,6 +103,40 @@ def test_a_layer_that_reads_something_else_is_computed_alone(monkeypatch: pytest
             assert (found[key] - value).abs().max() <= 1e-5 * value.abs().max(), key
         assert (3 in calls) == computes_all
         calls.clear()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["specific", "before another"])
+@pytest.mark.parametrize("checkpointed", ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"])
+def test_one_of_the_layers_in_a_checkpointed_function(checkpointed: str, name: str, reentrant: bool) -> None:
+    """Its output is not that of a layer outside, which would have no gradient, or one that backward cannot repeat."""
+    adapted = adapted_of(name)
+    expected = gradients(adapted, together=False)
+    for block in adapted.base_model.model.layers:
+        for module in (block.self_attn, block.mlp):
+            layer = getattr(module, checkpointed, None)
+            if layer is not None:
+                own = layer.forward
+                layer.forward = partial(checkpoint, own, use_reentrant=reentrant)
+    for _ in range(2):
+        found = gradients(adapted, together=True)
+        for key, value in expected.items():
+            assert (found[key] - value).abs().max() <= 1e-5 * value.abs().max(), key
+
+
+def test_a_pass_keeps_no_input_of_layers_that_have_run() -> None:
+    adapted, alive = adapted_of("specific"), []
+    inputs: list[Any] = []
+
+    def count(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        alive.append(sum(kept() is not None for kept in inputs))
+        inputs.append(weakref.ref(args[0]))
+
+    for block in adapted.base_model.model.layers:
+        block.self_attn.q_proj.register_forward_pre_hook(count)
+    with torch.no_grad():
+        adapted(input_ids=IDS_T[None], context_ids=IDS_T, use_cache=False)
+    assert alive == [0] * adapted.base_model.config.num_hidden_layers
 
 
 def forwards(model: nn.Module) -> list[str]:
