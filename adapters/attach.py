@@ -6,7 +6,7 @@ Shapes: B rows, T positions, I input features, O output features, D whichever of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
@@ -208,6 +208,7 @@ class Adapters(nn.Module):
             for target in _targets(language_model, method, roles, group in (medium_group, shared_group)):
                 targets[target.key] = of_method.setdefault(name, {})[target.key] = target
                 deltas.setdefault((target.key, name), {})[group] = method.delta(target, generator)
+        _check_not_behind_an_encoder(language_model, (target.path for target in targets.values()))
         shared = {name: uses[name].method.shared([*found.values()], generator) for name, found in of_method.items()}
         self.shared = nn.ModuleDict({name: module for name, module in shared.items() if module is not None})
         self.passes = Passes(target.path for target in targets.values() if target.part == "language")
@@ -349,6 +350,24 @@ def _targets(language_model: nn.Module, method: AdapterMethod, roles: Any, of_me
         elif part != "language" and of_medium:
             found += targets_of_part(language_model, part, there.roles(), there.named_roles())
     return found
+
+
+def _check_not_behind_an_encoder(model: Any, paths: Iterable[str]) -> None:
+    """Check that layers see the tokens of ``input_ids``: those of a decoder that has an encoder see its own.
+
+    Raises:
+        UserError: one does not.
+    """
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return
+    decoder = set(model.get_decoder().modules())
+    behind = next((path for path in paths if model.get_submodule(path) in decoder), None)
+    if behind is not None:
+        raise UserError(
+            f"layer {behind}: the decoder of a {type(model).__name__} has tokens of its own, of which context_ids, "
+            "those of the encoder's, do not tell; allowed: a causal language model, or explicit roles of the encoder's "
+            "layers"
+        )
 
 
 def _check_parts(model: nn.Module, use: _Use, medium_group: str | None) -> None:

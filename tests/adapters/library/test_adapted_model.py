@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache
+from transformers import BartConfig, BartForCausalLM, BartForConditionalGeneration, DynamicCache
 
 import harness
 from adapters.methods.lora import LoRA, LoRAConfig
@@ -329,3 +329,22 @@ def test_what_is_no_kv_cache_is_refused() -> None:
     for name in ("cache_params", "state"):
         with pytest.raises(UserError, match=f"{name}: a state of earlier tokens .* which moka needs; pass the whole"):
             logits(adapted, embeds(), IDS_T, **{name: object()})
+
+
+def test_the_decoder_behind_an_encoder_is_refused() -> None:
+    """Its tokens are not those of context_ids, also where there are as many."""
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
+    )  # fmt: skip
+    model = BartForConditionalGeneration(config).eval()
+    with pytest.raises(
+        UserError, match=r"layer model\.decoder\.layers\.0\.\S+: the decoder of a BartForConditionalGen"
+    ):
+        harness.adapt(model, LORA, grouping="specific")
+    roles = {"model.encoder.layers.*.self_attn.q_proj": "q"}
+    adapted = harness.adapt(model, {"method": "lora", "where": ["q"]}, grouping="specific", roles=roles)
+    ids_BT = torch.randint(3, 60, (2, 7))
+    assert adapted(input_ids=ids_BT, decoder_input_ids=ids_BT[:, :4], context_ids=IDS_T[:7]).logits.shape[1] == 4
+    harness.adapt(BartForCausalLM(config).eval(), LORA, grouping="specific")
