@@ -287,6 +287,7 @@ class AdapterMethod(ABC):
     grouped: ClassVar[bool] = True  # has separate parameters per adapter group
     identity_at_start: ClassVar[bool] = True  # before training, the model computes what the base computes
     joins_groups: ClassVar[bool] = False  # a token's change depends on tokens of other groups too (MokA)
+    reads_past: ClassVar[bool] = False  # it depends on the contexts of the tokens in a KV cache (MMCA)
     # Why two groups, one that all tokens share and the token's own, cannot act on a token together; None: they can,
     # because deltas take ``Delta.below`` into account.
     not_stacked: ClassVar[str | None] = "it does not say what two groups do to one token together"

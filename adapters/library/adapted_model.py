@@ -160,7 +160,8 @@ class AdaptedModel(AsBase):
         self.base_model = base_model
         self.takes_what_the_base_takes()
         self._required_grad = {name: p.requires_grad for name, p in own.items()}
-        self._caches = CacheContexts()
+        parts = [part for choice in spec.choices for part in choice.method.parts]
+        self._caches = CacheContexts(any(part.reads_past for part in parts))
         trained = [p for choice in spec.choices for p in choice.method.trained(base_model)]
         if any(p.is_meta for p in trained) and is_offloaded(base_model):
             raise UserError("the base model is offloaded, and weights that are offloaded cannot be trained")

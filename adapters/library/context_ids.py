@@ -105,34 +105,63 @@ def check_no_state(given: Mapping[str, Any], methods: Iterable[AdapterMethod]) -
             )
 
 
-class CacheContexts:
-    """The contexts of the tokens in each KV cache, kept with the cache itself: a copy of it has them too."""
+class _Seen(NamedTuple):
+    """The contexts (X, K) of a cache, and its first keys, which tell whether its rows were exchanged since."""
 
-    def __init__(self) -> None:
+    ids_XK: Tensor
+    keys: Tensor | None
+
+
+class CacheContexts:
+    """The contexts of the tokens in each KV cache, kept with the cache itself: a copy of it has them too.
+
+    Args:
+        rows_matter: whether a method reads them, so that the rows of a cache must still be those of the contexts.
+    """
+
+    def __init__(self, rows_matter: bool = False) -> None:
+        self._rows_matter = rows_matter
         self._name = f"_context_peft_{uuid.uuid4().hex}"  # of this model
 
-    def __reduce__(self) -> tuple[type[CacheContexts], tuple[()]]:
-        return CacheContexts, ()  # a copy of the model does not know the caches that the original filled
+    def __reduce__(self) -> tuple[type[CacheContexts], tuple[bool]]:
+        return CacheContexts, (self._rows_matter,)  # a copy does not know the caches that the original filled
 
     def remember(self, cache: Any, context_ids_XK: Tensor) -> None:
         """Store the context ids (X, K) of a cache after a pass; does nothing if the pass used no KV cache."""
         if hasattr(cache, "get_seq_length"):  # not RWKV's state, which is a list
-            setattr(cache, self._name, context_ids_XK)
+            keys = _first_keys(cache) if self._rows_matter and context_ids_XK.shape[0] > 1 else None
+            setattr(cache, self._name, _Seen(context_ids_XK, keys))
 
     def of(self, cache: Any, rows: int) -> Tensor | None:
         """Context ids (X, K) of the positions in a cache; None if it is empty.
 
         Raises:
-            UserError: another model filled it, or its number of rows has changed.
+            UserError: another model filled it, its number of rows has changed, or their order where that matters.
         """
         cached = cached_positions(cache)
         if not cached:
             return None
-        seen_XK: Tensor | None = getattr(cache, self._name, None)
-        known = 0 if seen_XK is None else seen_XK.shape[1]
-        if seen_XK is None or known < cached or seen_XK.shape[0] not in (1, rows):
+        seen: _Seen | None = getattr(cache, self._name, None)
+        known = 0 if seen is None else seen.ids_XK.shape[1]
+        if seen is None or known < cached or seen.ids_XK.shape[0] not in (1, rows):
             raise UserError(
                 f"past_key_values: found {cached} positions for {rows} rows, {known} of them from this adapted model; "
                 "allowed: the cache of an earlier pass of this model over the same rows"
             )
-        return seen_XK[:, :cached]  # the cache may have been cropped
+        if seen.keys is not None and not _same_storage(seen.keys, _first_keys(cache)):
+            raise UserError(
+                "past_key_values: its rows were exchanged (reorder_cache, batch_select_indices) after the pass that "
+                "filled it, and the contexts of the cached tokens did not follow; allowed: the same order, rows "
+                "that all have the same contexts, or adapted.generate"
+            )
+        return seen.ids_XK[:, :cached]  # the cache may have been cropped
+
+
+def _first_keys(cache: Any) -> Tensor | None:
+    found = (getattr(layer, "keys", None) for layer in getattr(cache, "layers", ()))
+    return next((keys for keys in found if isinstance(keys, Tensor)), None)
+
+
+def _same_storage(one: Tensor, other: Tensor | None) -> bool:
+    """Whether two tensors are the same numbers or a part of them, as those of a cropped cache are."""
+    return other is not None and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

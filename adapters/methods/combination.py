@@ -77,6 +77,7 @@ def combine(classes: tuple[type[base.AdapterMethod], ...]) -> type[Combination]:
             "summary": " and ".join(cls.summary for cls in classes),
             "grouped": any(cls.grouped for cls in classes),
             "joins_groups": any(cls.joins_groups for cls in classes),
+            "reads_past": any(cls.reads_past for cls in classes),
             "not_stacked": next((cls.not_stacked for cls in classes if cls.grouped and cls.not_stacked), None),
             "identity_at_start": all(cls.identity_at_start for cls in classes),
             "Config": config,

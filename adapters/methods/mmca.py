@@ -205,6 +205,7 @@ class MMCA(base.AdapterMethod):
 
     summary = "multi-modal causal attention: one softmax per source modality, summed"
     grouped = False
+    reads_past = True
     identity_at_start = False
     Config = MMCAConfig
     config: MMCAConfig

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapters import base
+from adapters.placement.packed_rows import sequences_of
 from adapters.placement.roles import Target
 from adapters.placement.router import Layout, Router, not_compiled, to_device
 from harness.core.contexts import TEXT_CONTEXT
@@ -141,7 +142,9 @@ class CrossModal(nn.Module):
             )
         mask = layout.attention_mask
         if mask is not None and mask.dim() != 2:
-            raise UserError(f"moka: attention_mask: found {mask.dim()} dimensions; allowed: 2, (rows, positions)")
+            raise UserError(
+                f"moka: attention_mask: found {mask.dim()} dimensions; allowed: 2, (rows, positions), no static cache"
+            )
         device = layout.group_ids_XT.device
         queries_Q, keys_S = (
             to_device(np.flatnonzero(some_XT.any(axis=0)), device) for some_XT in (host_query_XT, host_key_XT)
@@ -154,6 +157,11 @@ class CrossModal(nn.Module):
             # Soft prompts come before the caller's positions.
             key_XT = key_XT & F.pad(attended_BT, (layout.length - attended_BT.shape[1], 0), value=True)
         mask_XQS = query_XT[:, queries_Q, None] & key_XT[:, None, keys_S]
+        if layout.sequence_XT is not None:
+            prompts = layout.length - layout.sequence_XT.shape[1]
+            sequence_XT = F.pad(layout.sequence_XT.to(device), (prompts, 0), value=-1)
+            same_XQS = sequence_XT[:, queries_Q, None] == sequence_XT[:, None, keys_S]
+            mask_XQS = mask_XQS & (same_XQS | (keys_S < prompts))
         if not instruction:
             mask_XQS = mask_XQS & (keys_S < queries_Q[:, None])
         return Visible(queries_Q, keys_S, ~mask_XQS, mask_XQS.any(dim=-1, keepdim=True))
@@ -202,7 +210,7 @@ class MokAChange(base.Change):
 
 
 class PaddingMask(base.ModelChange):
-    """Passes the model's ``attention_mask`` to the layers' cross-attention, with the layout of the pass."""
+    """Passes the ``attention_mask``, and which sequences are packed in a row, to the layers' cross-attention."""
 
     def __init__(self, router: Router) -> None:
         super().__init__()
@@ -212,10 +220,11 @@ class PaddingMask(base.ModelChange):
         """Read the model's arguments before every pass, without changing them."""
         return language_model.register_forward_pre_hook(self._before, with_kwargs=True).remove
 
-    def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _before(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         # The second positional argument of every causal LM, or a keyword.
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        self.router.use(self.router.layout.with_mask(mask))
+        sequence_XT = sequences_of(module.config.get_text_config(), {**kwargs, "attention_mask": mask})
+        self.router.use(self.router.layout.with_mask(mask, sequence_XT))
 
 
 class MokA(base.AdapterMethod):

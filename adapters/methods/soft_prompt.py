@@ -7,7 +7,7 @@ the tokens' positions are shifted by n. With one group this is prompt tuning as 
 
 The hooks are on the model's decoder, before the output layer: logits, labels and ``logits_to_keep`` refer to the
 caller's positions. ``hidden_states`` are cut to these positions, ``attentions`` are not. Adapted layers treat a group's
-prompt as tokens of that group (of its first context).
+prompt as tokens of that group (of its first context). Sequences that are packed in a row share its prompts.
 
 Shapes: B rows, T the caller's positions of this pass, S positions including the KV cache, N positions of all prompts, P
 those of one prompt, D width, X 1 or B rows.
@@ -28,6 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from adapters import base
 from adapters.placement.offload import tensor_of
+from adapters.placement.packed_rows import sequences_of
 from adapters.placement.router import Layout, Router, to_device
 from harness.core.errors import UserError
 
@@ -105,7 +106,8 @@ class SoftPrompts(base.ModelChange):
         past = cached - self.length * len(prompts) if cached else 0  # cached positions without the prompts
         layout = self._callers_layout(length)
         padding_BS, device = given.get("attention_mask"), embeds_BTD.device
-        mask_XKK = self._mask(layout, past, padding_BS, device)
+        _check_grows(cache)
+        mask_XKK = self._mask(layout, past, padding_BS, device, sequences_of(decoder.config, given))
         positions_XT = self._positions(past, length, padding_BS, given.get("position_ids"), added, device)
         if not cached:
             embeds_BTD = torch.cat([*(prompt(rows, embeds_BTD.dtype) for prompt in prompts), embeds_BTD], dim=1)
@@ -141,7 +143,14 @@ class SoftPrompts(base.ModelChange):
         """Include the prompts, for adapted layers."""
         self.router.prepend(layout, [i for i in self._context_ids for _ in range(self.length)])
 
-    def _mask(self, layout: Layout, past: int, attention_mask: Tensor | None, device: torch.device) -> Tensor:
+    def _mask(
+        self,
+        layout: Layout,
+        past: int,
+        attention_mask: Tensor | None,
+        device: torch.device,
+        sequence_XT: Tensor | None = None,
+    ) -> Tensor:
         """Attention mask, True where attended: (X, N + T, N + S) in the first pass, (X, T, N + S) later."""
         if isinstance(attention_mask, Mapping):
             raise UserError("soft_prompt: this model makes a mask for each kind of layer, which it cannot replace")
@@ -156,6 +165,8 @@ class SoftPrompts(base.ModelChange):
         if attention_mask is not None:
             # Padding attends to itself: a softmax over no keys would be undefined.
             earlier_XTS = earlier_XTS & attention_mask.to(device, torch.bool)[:, None] | (place_S == place_T[:, None])
+        if sequence_XT is not None:
+            earlier_XTS = earlier_XTS & (sequence_XT[:, :, None] == sequence_XT[:, None])
         own_XTN = layout.group_ids_XT[..., None] == group_N
         rows = max(len(own_XTN), len(earlier_XTS))
         mask_XTK = torch.cat([own_XTN.expand(rows, -1, -1), earlier_XTS.expand(rows, -1, -1)], dim=-1)
@@ -193,6 +204,19 @@ def _why_not(language_model: Any, decoder: Any) -> str | None:
     if language_model.config.model_type in _OWN_MASK:
         return "it makes a mask of its own, in which the tokens of a picture see each other"
     return None
+
+
+def _check_grows(cache: Any) -> None:
+    """Check that a cache is not of a fixed size: that would be the caller's positions, without the prompts.
+
+    Raises:
+        UserError: it is.
+    """
+    if any(hasattr(layer, "max_cache_len") and not layer.is_sliding for layer in getattr(cache, "layers", ())):
+        raise UserError(
+            f"soft_prompt: past_key_values: found a {type(cache).__name__}, of a fixed size without room for prompts; "
+            "allowed: a DynamicCache (generate without cache_implementation)"
+        )
 
 
 def _remove(handles: Sequence[RemovableHandle]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adapters.placement.router import Ids, Router, on_host
 
@@ -34,18 +34,23 @@ def layouts_while_generating(
     host_prompt_XT = on_host(prompt_XT) if prompt_host_XT is None else prompt_host_XT
     new_id = router.contexts.index(new_token_context)
     seen = 0  # positions of the sequence up to the end of the latest pass
+    before_XN: Tensor | None = None  # contexts of positions in the cache that are not the caller's: soft prompts
 
     def set_layout(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = kwargs.get("inputs_embeds")
         new = given if given is not None else kwargs.get("input_ids", args[0] if args else None)
         assert new is not None  # noqa: S101 - generate passes one of the two
-        nonlocal seen
+        nonlocal seen, before_XN
         cache = kwargs.get("past_key_values")
+        latest = router.layout
+        if latest.of_caller is not None:
+            before_XN = latest.context_ids_XK[:, : latest.length - latest.of_caller.length]
+        in_front = 0 if cache is None or before_XN is None else before_XN.shape[1]
         rows, length = new.shape[0], new.shape[1]
         # Without a cache every pass covers the whole sequence, which grows. A pass that is no longer than what was seen
         # continues a state that the model keeps in another form (Mamba's cache_params, RWKV's state).
         without = 0 if length > seen else seen
-        cached = without if cache is None else int(cache.get_seq_length())
+        cached = without if cache is None else max(int(cache.get_seq_length()) - in_front, 0)
         seen = cached + length
         repeats = 1 if prompt_XT.shape[0] == 1 else rows // prompt_XT.shape[0]
         first_XT = prompt_XT if repeats == 1 else prompt_XT.repeat_interleave(repeats, 0)
@@ -58,6 +63,9 @@ def layouts_while_generating(
         tail_XT = torch.full((first_XT.shape[0], new_tokens), new_id, device=new.device)
         all_XT = torch.cat([first_XT, tail_XT], dim=1)
         past_XK = all_XT[:, :cached] if cached else None
+        if in_front and past_XK is not None and before_XN is not None:
+            rows = max(len(before_XN), len(past_XK))
+            past_XK = torch.cat([before_XN.expand(rows, -1), past_XK.expand(rows, -1)], dim=1)
         router.set_context_ids(all_XT[:, cached : cached + length], past_XK, host_XT)
 
     # Before the hooks of methods that add to the layout (moka's padding mask).

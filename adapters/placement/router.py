@@ -60,6 +60,7 @@ class Layout:
     positions: Mapping[str, Tensor]  # group → its positions in the concatenated rows; empty if all rows are alike
     owner: str | None = None  # the group that owns every position, if rows are alike and there is one
     attention_mask: Tensor | None = None  # of the pass (B, K), where a method needs it
+    sequence_XT: Tensor | None = None  # which of the sequences packed in its row a position is of, where one needs it
     of_caller: Layout | None = None  # the caller's, if a method has put positions before the caller's (soft prompts)
     _kept: dict[Any, Any] = field(default_factory=dict)
     _constants: dict[Any, Any] | None = None  # of the generation that the pass belongs to
@@ -91,10 +92,10 @@ class Layout:
         unowned_XT1 = ~owner_XTG.any(dim=-1, keepdim=True)
         return Lookup(owner_XTG, torch.cat([owner_XTG, unowned_XT1], dim=-1).int().argmax(dim=-1))
 
-    def with_mask(self, attention_mask: Tensor | None) -> Layout:
-        """This layout with the ``attention_mask`` of the pass."""
+    def with_mask(self, attention_mask: Tensor | None, sequence_XT: Tensor | None = None) -> Layout:
+        """This layout with the ``attention_mask`` of the pass, and the sequences that are packed in its rows."""
         lookups = {key: kept for key, kept in self._kept.items() if isinstance(kept, Lookup)}
-        return replace(self, attention_mask=attention_mask, _kept=lookups)
+        return replace(self, attention_mask=attention_mask, sequence_XT=sequence_XT, _kept=lookups)
 
     def keep(self, key: Any, make: Callable[[], T]) -> T:
         """What ``make`` returns, computed once per layout: all layers of a pass need the same."""
@@ -136,6 +137,7 @@ class Layout:
             context_ids_XK=self.context_ids_XK.to(device),
             positions={group: where_M.to(device) for group, where_M in self.positions.items()},
             attention_mask=None if self.attention_mask is None else self.attention_mask.to(device),
+            sequence_XT=None if self.sequence_XT is None else self.sequence_XT.to(device),
             _kept={},
         )
 
@@ -259,7 +261,8 @@ class Router:
             [np.broadcast_to(self._group_of[host_N], (rows, len(host_N))), layout.host_ids_XT], axis=1
         )
         extended = self._of_groups(ids_XT, host_groups_XT, ids_XT)
-        self.use(replace(extended, attention_mask=layout.attention_mask, of_caller=layout))
+        extended = replace(extended, attention_mask=layout.attention_mask, sequence_XT=layout.sequence_XT)
+        self.use(replace(extended, of_caller=layout))
 
     def _layout(self, ids_XT: Tensor, past_context_ids_XK: Tensor | None, host_XT: Ids | None) -> Layout:
         if host_XT is None:

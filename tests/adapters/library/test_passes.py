@@ -240,3 +240,26 @@ def test_a_copied_cache_goes_on() -> None:
     other = harness.adapt(tiny_llama(), LORA, grouping="specific")
     with pytest.raises(UserError, match="past_key_values: found 6 positions"):
         logits(other, embeds()[:, 6:], ROWS_BT[:, 6:], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_that_a_caller_exchanges_are_refused_where_their_contexts_matter() -> None:
+    """A beam search of the caller's own: mmca would take the cached tokens' contexts for those of other rows."""
+    order = torch.tensor([1, 0, 2])
+    for spec, refused in ((LORA, False), ({"method": "mmca+lora"}, True)):
+        adapted = adapted_model(tiny_llama(), spec)
+        x_BTD, ids_BT = embeds()[:3], ROWS_BT[:3].clone()
+        ids_BT[:, :6] = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 0, 0, 1, 1], [0, 1, 0, 1, 0, 1]])[: len(x_BTD)]
+        expected_BTV = logits(adapted, x_BTD, ids_BT)
+        cache = adapted(inputs_embeds=x_BTD[:, :6], context_ids=ids_BT[:, :6], use_cache=True).past_key_values
+        cache.crop(-1)
+        again_BTV = logits(adapted, x_BTD[:, 5:6], ids_BT[:, 5:6], past_key_values=cache)
+        torch.testing.assert_close(again_BTV, expected_BTV[:, 5:6], rtol=1e-5, atol=1e-5)
+        rows = order[: len(x_BTD)]
+        cache.reorder_cache(rows)
+        if refused:
+            with pytest.raises(UserError, match="past_key_values: its rows were exchanged"):
+                logits(adapted, x_BTD[rows, 6:], ids_BT[rows, 6:], past_key_values=cache)
+        else:
+            rest_BTV = logits(adapted, x_BTD[rows, 6:], ids_BT[rows, 6:], past_key_values=cache)
+            torch.testing.assert_close(rest_BTV, expected_BTV[rows, 6:], rtol=1e-5, atol=1e-5)

@@ -174,6 +174,40 @@ def test_generation_from_left_padded_rows_equals_one_row_at_a_time(make_model: A
         assert torch.equal(together[row], alone)
 
 
+@pytest.mark.parametrize("method", ["soft_prompt", "soft_prompt+mmca", "soft_prompt+lora"])
+@torch.no_grad()
+def test_a_prompt_that_is_read_in_chunks(method: str) -> None:
+    """The logits of every step are those of a pass over the whole sequence: the cache has the prompts' places too."""
+    adapted = harness.adapt(tiny_llama(), {"method": method, "num_virtual_tokens": P}, grouping="specific")
+    disturb(adapted.adapters.parameters())
+    prompt_BT = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(3))
+    options = {
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        "attention_mask": torch.ones_like(prompt_BT),
+    }
+    found = adapted.generate(
+        input_ids=prompt_BT, context_ids=IDS, new_token_context="text", max_new_tokens=4, prefill_chunk_size=3,
+        output_logits=True, return_dict_in_generate=True, **options,
+    )  # fmt: skip
+    ids_BT = torch.cat([IDS, torch.ones(2, 4).long()], dim=1)
+    whole_BTV = adapted(input_ids=found.sequences, context_ids=ids_BT, use_cache=False).logits
+    for step, logits_BV in enumerate(found.logits):
+        torch.testing.assert_close(logits_BV, whole_BTV[:, 6 + step], rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_of_a_fixed_size_is_refused() -> None:
+    adapted = harness.adapt(tiny_llama(), {"method": "soft_prompt"}, grouping="specific")
+    with pytest.raises(
+        UserError, match="past_key_values: found a StaticCache, of a fixed size without room for prompts"
+    ):
+        adapted.generate(
+            input_ids=torch.ones(1, 7).long(), context_ids=IDS[0], new_token_context="text", max_new_tokens=20,
+            cache_implementation="static", do_sample=False,
+        )  # fmt: skip
+
+
 @torch.no_grad()
 def test_token_ids_and_a_cache_filled_by_hand() -> None:
     model = tiny_llama()
