@@ -196,12 +196,20 @@ def load_processor(backbone: Backbone) -> Any:
     except ImportError as error:
         raise UserError(f"backbone.model: {name!r}: {' '.join(str(error).split())[:300]}") from error
     except Exception as error:  # each processor has its own, for a file that is missing
-        raise UserError(hub.load_error(name, error)) from error
+        raise UserError(
+            f"backbone.model: {name!r}: its processor could not be loaded: {' '.join(str(error).split())[:300]}; "
+            "allowed: the processor that the model was published with"
+        ) from error
     place = getattr(found, kind.image_place, None)
     if not isinstance(place, str) or not isinstance(getattr(found, "image_token_id", None), int):
         raise UserError(
             f"backbone.model: {name!r}: its processor ({type(found).__name__}) has no image token; allowed: the "
             "processor that the model was published with"
+        )
+    if found.image_token_id != config.image_token_id:
+        raise UserError(
+            f"backbone.model: {name!r}: its processor writes token {found.image_token_id} for an image, and its "
+            f"config.json names {config.image_token_id}; allowed: the processor that the model was published with"
         )
     if not isinstance(found.tokenizer, PreTrainedTokenizerFast):
         raise UserError(

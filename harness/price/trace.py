@@ -7,23 +7,26 @@ and types only, by the rules of a CPU. So the result is exact for any model and 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from harness.core.errors import UserError
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.model.batch import Batch
 from harness.model.build import compute_as, empty_model
 from harness.model.components import empty_encoders, method_of
 from harness.model.packed import count, packed_layers, scale_bytes
+from harness.model.tower import Tower
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def _traced(model: nn.Module, batch: Batch) -> Traced:
     alive, saved = _Alive(held), _Saved(held)
     flops = FlopCounterMode(display=False)
     with flops, alive:
-        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda x: x), _values_needed_by(model):
             nll_B, tokens_B = model(batch)
             loss = nll_B.sum() / tokens_B.sum()
         forward, drawn = (flops.get_total_flops(), alive.operations), alive.drawn
@@ -136,6 +139,25 @@ def _traced(model: nn.Module, batch: Batch) -> Traced:
         row_positions=batch.token_ids_BT.shape[1],
         drawn=drawn,
     )
+
+
+@contextmanager
+def _values_needed_by(model: nn.Module) -> Iterator[None]:
+    """Say of a tower in the step that it looks at values, which are not there.
+
+    Raises:
+        UserError: it does.
+    """
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        tower = next((own for own in model.modules() if isinstance(own, Tower)), None)
+        if tower is None:
+            raise
+        raise UserError(
+            f"what a step of {type(tower.model).__name__} takes with its tower in it depends on the pictures, not on "
+            "their shapes alone; harness profile measures it"
+        ) from error
 
 
 class _Saved:

@@ -220,10 +220,22 @@ def test_a_checkpoint_without_its_tower_is_refused(tmp_path: Path) -> None:
 
 def test_a_processor_without_an_image_token_is_refused(tmp_path: Path) -> None:
     folder = save("llava", tmp_path / "llava")
-    for name in ("processor_config.json", "chat_template.jinja"):
-        (folder / name).unlink()
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    with pytest.raises(UserError, match="backbone"):
+    settings = json.loads((folder / "processor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps(settings | {"image_token": "<picture>"}))
+    with pytest.raises(UserError, match=r"its processor writes token \d+ for an image, and its config\.json names \d+"):
+        vision_language.load_processor(Backbone(model=str(folder)))
+    hf.CLIPProcessor(hf.CLIPImageProcessorPil(), hf.AutoTokenizer.from_pretrained(folder)).save_pretrained(
+        folder
+    )  # of another class
+    with pytest.raises(UserError, match=r"its processor \(CLIPProcessor\) has no image token; allowed: the processor"):
+        vision_language.load_processor(Backbone(model=str(folder)))
+
+
+def test_a_model_without_its_processor_is_refused(tmp_path: Path) -> None:
+    folder = save("llava", tmp_path / "llava")
+    (folder / "processor_config.json").unlink()
+    message = "its processor could not be loaded: Can't load image processor .*; allowed: the processor that the model"
+    with pytest.raises(UserError, match=message):
         vision_language.load_processor(Backbone(model=str(folder)))
 
 

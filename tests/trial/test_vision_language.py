@@ -130,6 +130,13 @@ def test_a_step_with_the_tower_is_foretold(adapter: dict[str, Any], folder: Path
     assert traced.activations_bytes > other.activations_bytes
 
 
+def test_a_step_that_depends_on_pictures_is_not_foretold(tmp_path: Path) -> None:
+    save("qwen2_vl", tmp_path / "model")
+    spec = spec_of(tmp_path, PARTS, backbone={"model": "model"}, **SECTIONS)
+    with pytest.raises(UserError, match=r"a step of Qwen2VLModel takes with its tower in it depends on the pictures"):
+        trace(spec, rows_of(spec, None).first)
+
+
 def test_trials_with_the_tower_in_the_step_are_packed_apart(folder: Path) -> None:
     adapters = [PARTS, {**PARTS, "rank": 3}, SPECIFIC, AGNOSTIC]
     planned = [
