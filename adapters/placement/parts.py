@@ -222,8 +222,8 @@ def _is_read(model: Any, path: str) -> bool:
     if read is None:
         return True
     found = re.split(r"\.([0-9]+)\.", path, maxsplit=1)
-    if len(found) == 1:  # beside the blocks
-        return True
+    if len(found) == 1:  # beside the blocks; hidden states are those before what follows the last one
+        return not {"post_layernorm", "head"} & set(path.split("."))
     stack, number, _ = found
     count = len(model.get_submodule(stack))
     hidden = [read] if isinstance(read, int) else read  # indices of the states before, between and after the blocks

@@ -151,11 +151,7 @@ class Tower(nn.Module):
             for own, values in zip(pictures, torch.split(values_MW, list(lengths)), strict=True)
         ]
         made_PD = features_of(self.model, read or [self._like(values_MW)])
-        if not read:
-            made_PD = made_PD[:0]
-        # Of what is trained too, some may be read by nothing: CLIP's last norm.
-        trained = [p.sum() for p in self.parameters() if p.requires_grad]
-        return made_PD + 0.0 * torch.stack(trained).sum().to(made_PD.dtype) if trained else made_PD
+        return made_PD if read else made_PD[:0]
 
     def _like(self, values_MW: Tensor) -> dict[str, Tensor]:
         """The grey picture, on the device and in the dtype of values."""
