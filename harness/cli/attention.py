@@ -34,7 +34,10 @@ from harness.core.record import PlannedTrial, Run, TrialRecord
 from harness.core.samples import draw_ids
 from harness.experiment.init_sources import WEIGHTS, finished_record, read_section
 from harness.experiment.plan import TrialSpec
+from harness.experiment.sections import Resources
 from harness.model.build import Built, build
+from harness.model.on_disk import disk_of
+from harness.sweep.profile import resources_of
 from harness.trial.engine import load_weights
 from results.leaderboard.join import read_runs
 from results.leaderboard.table import build_leaderboard
@@ -148,6 +151,7 @@ def _record(job: _Job, what: str, status: Status) -> tuple[int, int]:
             one, weights_LHCN = attention_of(built, by_id[example_id], caption)
             recorded.append(one)
             tensors[example_id] = weights_LHCN.half().contiguous()
+    built.batches.features.flush()
     if not recorded:
         raise UserError(f"{job.folder}: none of its {len(job.captions)} drawn examples has an encoded input")
     header = RecordedAttention(trial_id=job.record.trial_id, started_at=job.record.started_at, examples=tuple(recorded))
@@ -170,7 +174,9 @@ def restore(spec: TrialSpec, folder: Path) -> Built:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     # The initial weights of its groups no longer matter: everything that was trained is in the weights of the trial.
     adapter = spec.adapter.model_copy(update={"init_from": {}})
-    built = build(spec.model_copy(update={"adapter": adapter}), device)
+    run = folder.parents[1]
+    resources = resources_of(run) if (run / "experiment.yaml").is_file() else Resources()
+    built = build(spec.model_copy(update={"adapter": adapter}), device, disk=disk_of(resources, run))
     trained = {name: p for name, p in built.model.named_parameters() if p.requires_grad}
     try:
         load_weights(folder / WEIGHTS, trained)

@@ -162,7 +162,7 @@ class Use:
 
     def __init__(self, cache: DiskCache) -> None:
         self.cache = cache
-        self._path = cache.folder / _USES / uuid.uuid4().hex
+        self._path = Path()
         self._file: IO[str] | None = None
 
     def take(self, path: Path) -> bool:
@@ -171,7 +171,8 @@ class Use:
         Its content is read once, to compare its digest with its name.
         """
         with self.cache.lock("all"):
-            if self._file is None:
+            if self._file is None:  # named here, so that copies of a process do not share one
+                self._path = self.cache.folder / _USES / uuid.uuid4().hex
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self._path.open("w", encoding="utf-8")
                 fcntl.flock(self._file, fcntl.LOCK_EX)

@@ -344,7 +344,7 @@ def read_data(spec: TrialSpec, device: torch.device, kept: Kept | None = None, d
     check_unchanged(spec.pinned_backbone.model_dump(), spec.fingerprints)
     check_files(spec)
     modalities = make_modalities(spec)
-    keys = {name: _encoder_key(spec, name, device) for name in modalities}
+    keys = {name: encoder_key(spec, name, device) for name in modalities}
     encoders = {name: _encoder(spec, name, modality, device, kept, keys[name]) for name, modality in modalities.items()}
     if disk is not None:
         augmented = identity({"task": spec.task.plugin.model_dump(), "config": spec.task.config})
@@ -374,8 +374,8 @@ def _list_bytes(splits: Splits) -> int:
     return 8 * (len(splits.train) + len(splits.validation) + len(splits.test))
 
 
-def _encoder_key(spec: TrialSpec, modality: str, device: torch.device) -> Key | None:
-    """What an encoder depends on; None: it is not known, or code from the hub makes it."""
+def encoder_key(spec: TrialSpec, modality: str, device: torch.device) -> Key | None:
+    """What an encoder on a device depends on; None: it is not known, or code from the hub makes it."""
     backbone = spec.pinned_backbone
     name, fingerprint = backbone.encoders[modality], spec.fingerprints.get(f"encoders.{modality}")
     if modality in backbone.encoder_plugins:

@@ -19,6 +19,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -96,7 +97,9 @@ class Features:
         for name, key in keys.items():
             if disk is not None and key is not None:
                 encoder = self.encoders[name]
-                self._shelves[name] = Shelf(disk.cache, shelf_name(key, device, type(encoder)), encoder.width)
+                self._shelves[name] = Shelf(
+                    disk.cache, shelf_name(key, device, type(encoder), disk.threads), encoder.width
+                )
         self.progress = ""
 
     def width(self, context: str) -> int:
@@ -122,6 +125,13 @@ class Features:
         """Write what was encoded on the way into the cache on disk."""
         for shelf in self._shelves.values():
             shelf.flush()
+
+    def forget(self) -> None:
+        """Know nothing of the files any more: they may have changed."""
+        self._cache.clear()
+        self._planned.clear()
+        self._digests.clear()
+        self._bytes = 0
 
     def _wanted(self, examples: Sequence[Example], views: Sequence[int] | None = None) -> list[list[_Wanted]]:
         return [
@@ -289,7 +299,8 @@ class Features:
     def _encode(self, modality: str, wants: Sequence[_Wanted]) -> list[Tensor]:
         items = [self._load(modality, want) for want in wants]
         with during(f"encoder of modality {modality}", (want.example for want in wants)):
-            found = self.encoders[modality].encode(items)
+            with threads(self._disk.threads if self._disk is not None else None):
+                found = self.encoders[modality].encode(items)
             check_features(found, len(items), self.encoders[modality].width)
             # Cloned, because a view of the batch would keep the whole batch in memory.
             features = [x_ND.cpu().clone() for x_ND in found]
@@ -307,3 +318,17 @@ class Features:
 
     def _augments(self, example: Example, context: str) -> bool:
         return context in self._members[example.member].augmented
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Compute with so many threads of the CPU in the block; None: with as many as before."""
+    before = torch.get_num_threads()
+    if count in (None, before):
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

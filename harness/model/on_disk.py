@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import torch
 
 from harness.core.disk_cache import DiskCache
 from harness.core.errors import UserError
-from harness.core.files import cache_folder, digests_of
+from harness.core.files import cache_folder, digest_of, digests_of
 from harness.core.forecast import GIB
 from harness.experiment.sections import Resources
 from harness.model.inputs import Inputs
@@ -31,6 +32,7 @@ _LIBRARIES = (
     "torch", "torchvision", "transformers", "timm", "numpy", "scipy", "pillow", "soundfile", "soxr", "librosa",
 )  # fmt: skip
 Digest = Callable[[Path], str]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,13 @@ class OnDisk:
     Attributes:
         cache: its folder and size.
         digest: SHA-256 of a file's content.
+        threads: of the CPU, with which features are computed: rounding depends on their number.
         source: the task with its options: what augmentation depends on.
     """
 
     cache: DiskCache
     digest: Digest
+    threads: int
     source: str = ""
 
 
@@ -74,7 +78,7 @@ def disk_of(resources: Resources, run: Path) -> OnDisk | None:
         UserError: as ``cache_of``.
     """
     found = cache_of(resources)
-    return None if found is None else OnDisk(found, Inputs(run).digest)
+    return None if found is None else OnDisk(found, Inputs(run).digest, resources.cpus_per_worker)
 
 
 def _size_of_environment() -> float:
@@ -88,12 +92,27 @@ def _size_of_environment() -> float:
     return size_gib
 
 
-def shelf_name(key: Key, device: torch.device, encoder: type) -> str:
+def disk_of_process() -> OnDisk | None:
+    """The cache of features for what belongs to no run; None where there is none, or it cannot be written to.
+
+    Raises:
+        UserError: as ``cache_of``.
+    """
+    found = cache_of(Resources())
+    try:
+        if found is not None:
+            found.check()
+    except UserError as error:
+        logger.warning("features are not kept on disk: %s", error)
+        return None
+    return None if found is None else OnDisk(found, digest_of, torch.get_num_threads())
+
+
+def shelf_name(key: Key, device: torch.device, encoder: type, threads: int) -> str:
     """A digest of what features depend on besides the items of a call: the encoder with its code, and what computes."""
     on_gpu = device.type == "cuda"
     place = torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability()
-    threads = 0 if on_gpu else torch.get_num_threads()
-    content = [[str(part) for part in key], place, threads, _libraries(), _code(encoder)]
+    content = [[str(part) for part in key], place, 0 if on_gpu else threads, _libraries(), _code(encoder)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 

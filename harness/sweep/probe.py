@@ -64,7 +64,8 @@ def _probe(
 ) -> None:
     specs = tuple(shape.spec for shape in shapes)
     answered: set[int] = set()
-    for answer in worker.ask(Job(specs=specs, resources=resources, probe=tuple(range(len(specs))))):
+    encoding = resources.model_copy(update={"feature_cache_gib": 0.0})  # its time is measured
+    for answer in worker.ask(Job(specs=specs, resources=encoding, probe=tuple(range(len(specs))))):
         shape = shapes[answer.index]
         if answer.begun:
             progress.now(shape.name)

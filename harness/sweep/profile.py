@@ -290,6 +290,7 @@ class _Measuring:
         return Job(
             specs=tuple(entry.measurable for entry in asked),
             resources=self.resources,
+            run=str(self.known.path.parent),
             memory=numbers,
             speed=tuple(range(1, len(asked))) or (0,),
             at_once=max(1, min(most, self.resources.max_concurrent_trials or most)),

@@ -14,11 +14,12 @@ from harness.core.weights import check_unchanged
 from harness.experiment.plan import TrialSpec
 from harness.model.backbones import load_language_model
 from harness.model.batches import BatchMaker
-from harness.model.build import assemble
+from harness.model.build import assemble, encoder_key
 from harness.model.components import make_encoder, make_modalities, make_task, tower_in_step
 from harness.model.context_model import ContextModel
 from harness.model.features import Features
 from harness.model.image_encoder import connector_of
+from harness.model.on_disk import disk_of_process
 from harness.trained.folder import WEIGHTS, Description, read_description, spec_of
 from harness.trial.engine import load_weights
 from harness.trial.evaluate import Evaluator
@@ -78,7 +79,9 @@ class Trained:
         options = options.model_copy(update={name: value for name, value in given.items() if value is not None})
         examples = [self._example(str(number), one, member) for number, one in enumerate(inputs)]
         device = next(self.model.parameters()).device
+        self.batches.features.forget()  # a file may have changed since the last call
         texts = Evaluator(self.model, self.batches, options, device).generate(examples)
+        self.batches.features.flush()
         return [texts[example.id] for example in examples]
 
     def _example(self, name: str, given: Inputs, member: str) -> Example:
@@ -129,7 +132,8 @@ def load_trained(
     task, modalities = make_task(spec), make_modalities(spec)
     in_step = tower_in_step(spec)
     encoders = {name: make_encoder(backbone, name, one, in_step=in_step) for name, one in modalities.items()}
-    features = Features(task, modalities, encoders, where)
+    keys = {name: encoder_key(spec, name, where) for name in modalities}
+    features = Features(task, modalities, encoders, where, keys=keys, disk=disk_of_process())
     language_model = load_language_model(backbone)
     widths = {context: features.width(context) for context in task.modalities}
     model = assemble(spec, language_model.model, widths, connector_of(encoders))

@@ -48,6 +48,7 @@ class Job(Schema):
 
     specs: tuple[TrialSpec, ...]  # the first is the reference
     resources: Resources
+    run: str = ""  # its folder, which knows the digests of its files, for the features on disk
     memory: tuple[int, ...] = ()  # numbers of the specs whose memory is measured
     speed: tuple[int, ...] = ()  # of those whose speed is, in turn with the reference; 0: the reference alone
     at_once: int = 1  # processes that measure memory
@@ -148,6 +149,7 @@ class Lane:
 
     def close(self) -> None:
         """Free the model."""
+        self.data.features.flush()
         self.trial.stages.close()
         del self.trial
         gc.collect()  # DeepSpeed's engine has reference cycles

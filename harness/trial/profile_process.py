@@ -17,11 +17,13 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
 from harness.model.build import TrialData, read_data
+from harness.model.on_disk import disk_of
 from harness.trial.engine import import_libraries
 from harness.trial.measure import device_name
 from harness.trial.probe import probe
@@ -80,7 +82,7 @@ def _measure_in_copies(job: Job, tell: Tell) -> None:
     """Read the data, and measure it in copies of this process: memory several at a time, speed alone."""
     torch.set_num_threads(1)  # a pool of threads would not be in the copies, and they would wait for it
     try:
-        data = read_data(job.specs[0], torch.device("cpu"))
+        data = read_data(job.specs[0], torch.device("cpu"), disk=disk_of(job.resources, Path(job.run)))
     except Exception as error:
         for index in range(len(job.specs)):
             tell(failure(index, error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
@@ -174,3 +175,13 @@ def test_a_full_disk_is_told_and_leaves_what_is_whole(small_disk: Path) -> None:
     (small_disk / "other").write_bytes(bytes(small_disk.stat().st_blksize * 190))
     with pytest.raises(UserError, match=r"cannot be written: No space left on device; set HARNESS_CACHE"):
         cache.check()
+
+
+def test_copies_of_a_process_use_files_each_for_itself(tmp_path: Path) -> None:
+    """A profile's measuring processes are copies of one that has opened nothing yet."""
+    cache = cache_in(tmp_path)
+    path = cache.add("a", b"a", ".bin")
+    use = Use(cache)
+    copies = [copy.copy(use), copy.copy(use)]
+    assert [one.take(path) for one in copies] == [True, True]
+    assert len(list((tmp_path / "cache/.uses").iterdir())) == 2

@@ -13,7 +13,10 @@ import torch
 import transformers as hf
 
 from harness.core.record import TrialRecord
+from harness.experiment.sections import Resources
+from harness.model.build import read_data
 from harness.model.kept import Kept
+from harness.model.on_disk import disk_of
 from harness.trial.log import LOG
 from harness.trial.trial import Progress
 from tasks.modalities.encoders.pretrained_audio import WhisperEncoder
@@ -217,3 +220,24 @@ def test_whisper_hears_spoken_digits_once(encoded: list[int], tmp_path: Path) ->
     assert encoded == [1] * 24, "paid once"
     assert outcome(tmp_path / "one", one)[1:] == outcome(tmp_path / "two", two)[1:]
     print({name: record.phases_s["encode"] for name, record in (("first", one), ("second", two))})  # noqa: T201
+
+
+def test_an_encoder_computes_with_the_threads_that_its_features_are_named_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    plain = TinyVision.encode
+
+    def counted(self: Any, items: Sequence[Any]) -> Any:
+        seen.append(torch.get_num_threads())
+        return plain(self, items)
+
+    monkeypatch.setattr(TinyVision, "encode", counted)
+    before = torch.get_num_threads()
+    spec = spec_of(tmp_path, budget=BUDGET)
+    for threads in (1, 2):
+        asked = Resources(feature_cache=str(tmp_path / "cache"), cpus_per_worker=threads)
+        data = read_data(spec, torch.device("cpu"), disk=disk_of(asked, tmp_path))
+        data.features.of(data.splits.test[:1])
+        data.features.flush()
+    assert (seen, torch.get_num_threads()) == ([1, 2], before), "and neither is the other's"
