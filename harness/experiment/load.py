@@ -250,10 +250,10 @@ def _check_model_keys(variant: Mapping[str, Any], where: Cursor) -> None:
                 f"{where / key}: found with backbone.model, which has a language model, an encoder and a projector of "
                 "its own (connector); leave one out"
             )
-    if variant.get("quantization") is not None:
+    if variant.get("quantization") == "gguf":
         raise UserError(
-            f"{where / 'quantization'}: found {variant['quantization']!r} with backbone.model, whose layers are not "
-            "read in packed form yet; allowed: backbone.language_model, or no quantization"
+            f"{where / 'quantization'}: found 'gguf' with backbone.model, but a GGUF file has a language model alone; "
+            "allowed: nf4, int8, or no quantization"
         )
 
 

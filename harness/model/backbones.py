@@ -25,6 +25,7 @@ from harness.model.quantisation import (
     check_not_quantised,
     gguf_file,
     loading_options,
+    outside,
     pack,
     pack_empty,
 )
@@ -63,10 +64,9 @@ def load_language_model(backbone: Backbone) -> LanguageModel:
     """
     from transformers import AutoModelForCausalLM
 
-    name, quantised = backbone.pinned_language_model, loading_options(backbone)
     if backbone.model is not None:
-        whole = vision_language.load(backbone)
-        return with_processor(vision_language.decoder_of(whole), backbone)
+        return with_processor(_load_decoder(backbone), backbone)
+    name, quantised = backbone.pinned_language_model, loading_options(backbone)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             hub.resolve(name), dtype=DTYPES[backbone.dtype], **quantised, **_options(backbone)
@@ -74,6 +74,20 @@ def load_language_model(backbone: Backbone) -> LanguageModel:
     except (OSError, ValueError) as error:
         raise UserError(hub.load_error(name, error)) from error
     return LanguageModel(pack(model) if backbone.quantization in PACKED else model, load_tokenizer(backbone))
+
+
+def _load_decoder(backbone: Backbone) -> Any:
+    """The language model of a vision-language model, whose tower and connector are never quantised.
+
+    Raises:
+        UserError: the model could not be loaded.
+    """
+    if backbone.quantization is None:
+        return vision_language.decoder_of(vision_language.load(backbone))
+    with torch.device("meta"):
+        empty = vision_language.empty(backbone)
+    options = loading_options(backbone, outside(empty.get_decoder(), empty))
+    return vision_language.decoder_of(pack(vision_language.load(backbone, **options)))
 
 
 def with_processor(model: Any, backbone: Backbone) -> LanguageModel:
@@ -207,7 +221,10 @@ def build_empty(backbone: Backbone, device: str = "meta") -> Any:
     _check_kind(name)
     with torch.device(device):
         if backbone.model is not None:
-            return vision_language.decoder_of(vision_language.empty(backbone))
+            whole = vision_language.empty(backbone)
+            if backbone.quantization in PACKED:
+                pack_empty(whole, backbone.quantization, outside(whole.get_decoder(), whole))
+            return vision_language.decoder_of(whole)
         with errors_at("language_model"):
             config = copy.deepcopy(_config(backbone))  # a model keeps it, and adapters may change it
         wanted = DTYPES[backbone.dtype]

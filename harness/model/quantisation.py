@@ -8,6 +8,7 @@ not the output layer). A ``gguf`` file is unpacked when it is read: its weights 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,12 @@ def check_not_quantised(backbone: Backbone) -> None:
     )
 
 
-def loading_options(backbone: Backbone) -> dict[str, Any]:
+def loading_options(backbone: Backbone, whole: Sequence[str] | None = None) -> dict[str, Any]:
     """What ``from_pretrained`` of the model needs, besides its dtype.
+
+    Args:
+        backbone: that is loaded.
+        whole: paths of modules that are not quantised; None: the output layer, as transformers finds it.
 
     Raises:
         UserError: a library is missing, or not exactly one GGUF file is there.
@@ -89,15 +94,27 @@ def loading_options(backbone: Backbone) -> dict[str, Any]:
 
         return {"gguf_file": gguf_file(backbone), "quantization_config": GgufConfig(dequantize=True)}
     # Where the harness reads all models; a trial moves its own.
-    return {"quantization_config": _config(backbone.quantization), "device_map": {"": "cpu"}}
+    return {"quantization_config": _config(backbone.quantization, whole), "device_map": {"": "cpu"}}
 
 
-def _config(form: str) -> Any:
+def _config(form: str, whole: Sequence[str] | None) -> Any:
     from transformers import BitsAndBytesConfig
 
+    options: dict[str, Any] = {} if whole is None else {"llm_int8_skip_modules": [*whole]}
     if form == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        return BitsAndBytesConfig(load_in_8bit=True, **options)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, **options)
+
+
+def outside(part: nn.Module, model: nn.Module) -> list[str]:
+    """The paths of the modules of a model beside one of them: a tower, a connector, an output layer."""
+    names = next(name for name, module in model.named_modules() if module is part).split(".")
+    found = []
+    for depth, own in enumerate(names):
+        holder = ".".join(names[:depth])
+        children = (name for name, _ in model.get_submodule(holder).named_children())
+        found += [f"{holder}.{name}".lstrip(".") for name in children if name != own]
+    return found
 
 
 def gguf_file(backbone: Backbone) -> str | None:
@@ -147,8 +164,8 @@ def pack(model: Any) -> Any:
     return _unmarked(model)
 
 
-def pack_empty(model: Any, form: str) -> Any:
-    """A model without values, with the layers that it has when it is loaded in a form.
+def pack_empty(model: Any, form: str, whole: Sequence[str] | None = None) -> Any:
+    """A model without values, with the layers that it has when it is loaded in a form; ``whole`` as for loading it.
 
     Raises:
         UserError: bitsandbytes is not installed.
@@ -159,7 +176,7 @@ def pack_empty(model: Any, form: str) -> Any:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     kind = NF4Linear if form == "nf4" else Int8Linear
-    left = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    left = HfQuantizer.get_modules_to_not_convert(model, whole and [*whole], model._keep_in_fp32_modules)
     for name, layer in list(model.named_modules()):
         if (type(layer) is nn.Linear or isinstance(layer, Conv1D)) and should_convert_module(name, left):
             packed = kind.empty(*features_of(layer), layer.bias, layer.weight.device)

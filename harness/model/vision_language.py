@@ -121,8 +121,12 @@ def kind_of(backbone: Backbone) -> tuple[Kind, Any]:
     )
 
 
-def load(backbone: Backbone) -> Any:
+def load(backbone: Backbone, **options: Any) -> Any:
     """The whole model with its weights, in evaluation mode.
+
+    Args:
+        backbone: that names it.
+        options: of ``from_pretrained``, for its quantisation.
 
     Raises:
         UserError: it could not be loaded, or its weights are those of other shapes.
@@ -139,6 +143,7 @@ def load(backbone: Backbone) -> Any:
             dtype=DTYPES[backbone.dtype],
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported below, by name
+            **options,
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(hub.load_error(name, error)) from error

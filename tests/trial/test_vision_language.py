@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +15,14 @@ from harness.core.errors import UserError
 from harness.core.record import TrialRecord
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
-from harness.model.build import build, count_parameters
+from harness.model.build import build, choose_splits, count_parameters
+from harness.model.components import make_task
+from harness.price.footprint import Footprints
+from harness.price.memory import memory_of
 from harness.price.rows import rows_of
 from harness.price.trace import trace
 from harness.sweep.packs import packs_of
+from harness.sweep.preflight import check_models
 from harness.trained.export import export_trial
 from harness.trained.model import load_trained
 from harness.trial.engine import Engine
@@ -29,6 +34,7 @@ from tests.support.vision_language import save
 NONE = {"method": "none", "learning_rate": 1e-2}
 SPECIFIC = {"method": "lora", "rank": 2, "grouping": "specific", "learning_rate": 6e-3}
 AGNOSTIC = {**SPECIFIC, "grouping": "agnostic"}
+DORA = {"method": "dora", "learning_rate": 3e-3}
 FULL = {"method": "full", "learning_rate": 3e-3}
 ALL = {"language": "AF", "vision": "all", "connector": "all"}
 PARTS = {**SPECIFIC, "where": ALL}
@@ -76,6 +82,45 @@ def test_a_trial_learns_and_what_it_learned_can_be_used(
     assert not (folder / f"exported-{name}" / "adapter").exists()
     texts = exported.predict([{"image": paths[key]} for key in shown.example_id])
     assert texts == list(shown.prediction)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_a_trial_on_a_quantised_decoder_is_counted_planned_and_used(folder: Path) -> None:
+    plain = spec_of(folder, SPECIFIC, backbone={"model": "model", "prompt": "Describe it."}, **SECTIONS)
+    spec, record, run_folder = trial(folder, "nf4", SPECIFIC, quantization="nf4")
+    assert record.status == "finished", record.reason
+    assert record.trial_id != plain.trial_id
+    assert record.parameters == count_parameters(spec) == count_parameters(plain)
+    assert record.history[-1].train_loss < record.history[0].train_loss
+    splits = choose_splits(spec, make_task(spec))
+    found, whole = (Footprints().of(one, splits.train) for one in (spec, plain))
+    planned, needed = (memory_of(of.stages[-1], spec, Resources(), of.longest) for of in (found, whole))
+    assert record.memory is not None
+    assert (planned.weights_bytes, planned.gradients_bytes, planned.optimizer_bytes) == (
+        record.memory.weights_bytes, record.memory.gradients_bytes, record.memory.optimizer_bytes,
+    )  # fmt: skip
+    assert planned.weights_bytes < needed.weights_bytes
+    out = export_trial(run_folder / "trials" / record.trial_id, folder / "exported-nf4")
+    rows = examples_of(run_folder, record)
+    rows = rows[rows.split == "test"].head(3)
+    exported = load_trained(out)
+    paths = {example.id: example.files[0][1] for example in exported.task.examples("test")}
+    assert exported.predict([{"image": paths[key]} for key in rows.example_id]) == list(rows.prediction)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_what_needs_the_weights_of_a_quantised_decoder_is_refused_before_compute(folder: Path) -> None:
+    quantised = {"model": "model", "quantization": "int8"}
+    for adapter, reason in (
+        (FULL, "trains the language model's own weights, which int8 has rounded"),
+        (DORA, "no weight"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            check_models([spec_of(folder, adapter, backbone=quantised, **SECTIONS)])
+    with pytest.raises(
+        UserError, match=r"backbone\.quantization: found 'gguf' with backbone.model, .*allowed: nf4, int8"
+    ):
+        spec_of(folder, SPECIFIC, backbone={"model": "model", "quantization": "gguf"})
 
 
 def test_a_trial_without_an_adapter_trains_the_connector(folder: Path) -> None:
