@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from harness.core.errors import UserError
 from harness.core.forecast import GIB, MemoryForecast
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
@@ -24,11 +25,17 @@ def remedies(spec: TrialSpec, resources: Resources, device_bytes: int, needs: Ne
         needs: the memory of a changed trial.
     """
     found = []
-    for kind in (_recomputed, _offloaded, _spread, _smaller, _bf16):
+    for kind in (_recomputed, _offloaded, _spread, _smaller, _bf16, _quantised):
         for text, changed, other in kind(spec, resources):
-            if other.zero_stage == _PARTITIONED and spec.backbone.quantization in PACKED:
+            if other.zero_stage == _PARTITIONED and changed.backbone.quantization in PACKED:
                 continue  # packed weights stay whole
-            if (memory := needs(changed, other)).device_bytes <= device_bytes:
+            try:
+                memory = needs(changed, other)
+            except UserError:  # the method trains or reads the weights, or the libraries are missing
+                if changed.backbone == spec.backbone:
+                    raise
+                continue
+            if memory.device_bytes <= device_bytes:
                 found.append(f"{text} ({memory.device_bytes / GIB:.3g} GiB)")
                 break
     return tuple(found)
@@ -88,3 +95,11 @@ def _bf16(spec: TrialSpec, resources: Resources) -> Iterator[tuple[str, TrialSpe
     if not spec.optimizer.bf16:
         options = spec.optimizer.model_copy(update={"bf16": True})
         yield "optimizer: {bf16: true}", spec.model_copy(update={"optimizer": options}), resources
+
+
+def _quantised(spec: TrialSpec, resources: Resources) -> Iterator[tuple[str, TrialSpec, Resources]]:
+    """The frozen language model in fewer bits: first the form that is nearer to its weights."""
+    if spec.backbone.quantization is None:
+        for form in reversed(PACKED):
+            backbone = spec.backbone.model_copy(update={"quantization": form})
+            yield f"backbone: {{quantization: {form}}}", spec.model_copy(update={"backbone": backbone}), resources

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 import harness
 from harness.core import hub
 from harness.core.errors import UserError
-from harness.core.forecast import MemoryForecast
+from harness.core.forecast import GIB, MemoryForecast
 from harness.core.record import TrialRecord
 from harness.experiment.load import Experiment
 from harness.experiment.plan import TrialSpec, expand
@@ -223,6 +223,46 @@ def test_what_would_make_a_trial_fit_leaves_packed_weights_whole(gguf: Path, tmp
     assert set(asked) == {0, 1, 2}
     remedies(spec_on("gguf", gguf, tmp_path), Resources(), 1, needs)
     assert 3 in asked
+
+
+def test_a_quantised_base_is_named_where_a_trial_fits_with_it(gguf: Path, tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, LORA)
+    task = make_task(spec)
+    task.prepare()
+    train = choose_splits(spec, task).train
+
+    def needs(changed: TrialSpec, resources: Resources) -> MemoryForecast:
+        footprint = Footprints(resources).of(changed, train)
+        return memory_of(footprint.largest, changed, resources, footprint.longest)
+
+    def named(of: TrialSpec, holds: int) -> list[str]:
+        return [one for one in remedies(of, Resources(), holds, needs) if "quantization" in one]
+
+    forms = {form: spec.backbone.model_copy(update={"quantization": form}) for form in ("int8", "nf4")}
+    sizes = {
+        form: needs(spec.model_copy(update={"backbone": backbone}), Resources()).device_bytes
+        for form, backbone in forms.items()
+    }
+    assert sizes["nf4"] < sizes["int8"] < needs(spec, Resources()).device_bytes
+    assert named(spec, sizes["int8"]) == [f"backbone: {{quantization: int8}} ({sizes['int8'] / GIB:.3g} GiB)"]
+    assert named(spec, sizes["nf4"]) == [f"backbone: {{quantization: nf4}} ({sizes['nf4'] / GIB:.3g} GiB)"]
+    assert named(spec, sizes["nf4"] - 1) == []
+    assert named(spec_of(tmp_path, FULL), needs(spec_of(tmp_path, FULL), Resources()).device_bytes - 1) == []
+    assert named(spec_on("gguf", gguf, tmp_path), sizes["nf4"]) == []  # is quantised already
+
+
+def test_without_the_library_no_quantised_base_is_named(tmp_path: Path) -> None:
+    def needs(changed: TrialSpec, _: Resources) -> MemoryForecast:
+        if changed.backbone.quantization:
+            raise UserError(f"backbone.quantization: {changed.backbone.quantization} needs bitsandbytes")
+        return MemoryForecast(
+            weights_bytes=9, gradients_bytes=0, optimizer_bytes=0, activations_bytes=0, working_bytes=0,
+            offloaded_bytes=0,
+        )  # fmt: skip
+
+    found = remedies(spec_of(tmp_path, LORA), Resources(), 9, needs)
+    assert found
+    assert not any("quantization" in one for one in found)
 
 
 def test_trials_of_a_worker_share_the_packed_weights(gguf: Path, tmp_path: Path) -> None:
