@@ -42,6 +42,7 @@ from harness.model.kept import Kept, Key, bytes_of
 from harness.model.on_disk import OnDisk
 from harness.model.packed import packed_layers
 from harness.model.projector import Projector
+from harness.model.quantisation import check_frozen
 from harness.model.row_lengths import RowLengths
 from harness.model.tower import Tower, group_of_pictures, whole_of
 from tasks.base import Example, Modality, Split, Task
@@ -425,13 +426,8 @@ def assemble(
     language_model.requires_grad_(False)
     base = whole_of(language_model, connector)
     trained = list(method.trained(base))
-    if trained and spec.backbone.quantization is not None:
-        raise UserError(
-            f"backbone.quantization: {spec.adapter.label} trains the language model's own weights, which "
-            f"{spec.backbone.quantization} has rounded: steps are smaller than its rounding, and what would be trained "
-            "is no longer that form; allowed: adapters or none (the projector alone, LLaVA's first stage), or no "
-            "quantization"
-        )
+    if spec.backbone.quantization is not None:
+        check_frozen(spec.backbone.quantization, spec.adapter.label, language_model, trained)
     for parameter in trained:
         parameter.requires_grad_(True)
         if parameter.dtype in (torch.bfloat16, torch.float16) and not spec.optimizer.bf16:

@@ -8,7 +8,7 @@ not the output layer). A ``gguf`` file is unpacked when it is read: its weights 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,26 @@ def _files(name: str) -> list[str]:
         except Exception as error:  # the types depend on the HTTP library that huggingface_hub uses
             raise UserError(hub.load_error(name, error)) from error
     return [str(path.relative_to(snapshot)) for path in Path(snapshot).rglob("*.gguf")]
+
+
+def check_frozen(form: str, label: str, language_model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
+    """Check that a method trains none of a quantised language model's own weights.
+
+    Args:
+        form: of the quantisation.
+        label: of the method.
+        language_model: that is quantised.
+        trained: the base's parameters that the method trains, those of a tower too.
+
+    Raises:
+        UserError: it does.
+    """
+    if not {*map(id, trained)}.isdisjoint(map(id, language_model.parameters())):
+        raise UserError(
+            f"backbone.quantization: {label} trains the language model's own weights, which {form} has rounded: steps "
+            "are smaller than its rounding, and what would be trained is no longer that form; allowed: adapters or "
+            "none (the projector alone, LLaVA's first stage), or no quantization"
+        )
 
 
 def pack(model: Any) -> Any:

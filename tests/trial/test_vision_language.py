@@ -117,6 +117,7 @@ def test_what_needs_the_weights_of_a_quantised_decoder_is_refused_before_compute
     ):
         with pytest.raises(UserError, match=reason):
             check_models([spec_of(folder, adapter, backbone=quantised, **SECTIONS)])
+    check_models([spec_of(folder, {**FULL, "parts": ["vision", "connector"]}, backbone=quantised, **SECTIONS)])
     with pytest.raises(
         UserError, match=r"backbone\.quantization: found 'gguf' with backbone.model, .*allowed: nf4, int8"
     ):
