@@ -22,9 +22,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from adapters.placement.order import Order, Piece, order_of
-from adapters.placement.router import Layout
+from adapters.placement.router import Layout, Lookup
 
 # Measured on a CPU with 2,048 tokens of width 768; the masked form has groups × rank columns. Masking is fastest up to
 # FEW_COLUMNS. Slices are faster if runs have about SHORTEST_MEAN_SPAN positions or more. For shorter runs, masking is
@@ -62,15 +63,10 @@ def low_rank(
     """
     groups = tuple(pairs)
     factors = [*(A_RI for A_RI, _ in pairs.values()), *(B_OR for _, B_OR in pairs.values())]
-    if (
-        form is None and torch.compiler.is_compiling()
-    ):  # one graph for all layouts of one shape: nothing is taken from the spans
-        owned = layout.owned_by(groups)
-        pieces: tuple[Piece, ...] = (Piece(0, 0, layout.length),) if owned else ()
-        form = "whole" if owned else "masked"
-    else:
-        pieces = layout.keep((pieces_of, groups), lambda: pieces_of(layout, groups))
-        form = form or form_of(layout, pieces, len(groups) * factors[0].shape[0])
+    if form is None and torch.compiler.is_compiling():
+        return _compiled(x_BTI, value_BTO, None if layout.owned_by(groups) else layout.lookup(groups), factors, scale)
+    pieces = layout.keep((pieces_of, groups), lambda: pieces_of(layout, groups))
+    form = form or form_of(layout, pieces, len(groups) * factors[0].shape[0])
     changed: Tensor
     if form in {"whole", "masked"}:
         owner_TG = layout.lookup(groups).owner_XTG.flatten(0, 1) if form == "masked" else None
@@ -81,6 +77,23 @@ def low_rank(
     order = order_of(layout, groups, x_BTI.shape[0]) if form == "sorted" else None
     changed = _Pieces.apply(x_BTI, value_BTO, pieces, order, scale, *factors)  # type: ignore[no-untyped-call]
     return changed
+
+
+def _compiled(
+    x_BTI: Tensor, value_BTO: Tensor, lookup: Lookup | None, factors: Sequence[Tensor], scale: float
+) -> Tensor:
+    """The whole or, with a ``lookup``, the masked form in plain operations, whose backward torch.compile derives.
+
+    One graph serves all layouts of one shape, because nothing is taken from the spans; rows and positions stay two
+    axes, because products of unknown sizes are what a graph for all sizes is slow to make.
+    """
+    with _no_autocast(value_BTO.device):
+        A_KI, B_OK = joined(factors, None, value_BTO.dtype)
+        h_BTK = F.linear(x_BTI.to(value_BTO.dtype), A_KI)
+        if lookup is not None:
+            h_BTGR = h_BTK.view(*h_BTK.shape[:-1], len(factors) // 2, -1) * lookup.owner_XTG[..., None]
+            h_BTK = h_BTGR.flatten(-2)
+        return torch.add(value_BTO, F.linear(h_BTK, B_OK), alpha=scale)
 
 
 def whole(x_BTI: Tensor, value_BTO: Tensor, pair: tuple[Tensor, Tensor], scale: float) -> Tensor:

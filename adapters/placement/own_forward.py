@@ -12,6 +12,11 @@ def is_bare_linear(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and "forward" not in vars(layer) and not _has_hooks(layer)
 
 
+def is_taken_over(layer: nn.Module) -> bool:
+    """Whether a layer has another forward now."""
+    return isinstance(getattr(vars(layer).get("forward"), "__self__", None), OwnForward)
+
+
 def _has_hooks(layer: nn.Module) -> bool:
     return any((layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks))
 
@@ -26,9 +31,10 @@ class OwnForward:
 
     def __init__(self, layer: nn.Module, forward: Callable[..., Tensor]) -> None:
         self.layer, self.forward, self.removed = layer, forward, False
-        vars(layer)["forward"] = self
+        # A method rather than this object: torch.compile takes layers whose objects are alike for the same.
+        vars(layer)["forward"] = self.compute
 
-    def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    def compute(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """The layer's output, from one positional argument."""
         if self.removed:  # what has wrapped this forward still calls it
             return nn.Linear.forward(self.layer, *args, **kwargs)  # type: ignore[arg-type]
@@ -37,5 +43,5 @@ class OwnForward:
     def remove(self) -> None:
         """Give the layer its class's forward back."""
         self.removed = True
-        if vars(self.layer).get("forward") is self:
+        if vars(self.layer).get("forward") == self.compute:
             del vars(self.layer)["forward"]

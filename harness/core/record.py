@@ -228,7 +228,7 @@ class TrialRecord(Schema):
     throughput: Throughput | None = None
     data: Data | None = None
     wall_time_s: FiniteFloat  # of all phases, including those before a restart
-    phases_s: dict[str, FiniteFloat] = Field(default_factory=dict)  # "build", "train", "validate", "test"
+    phases_s: dict[str, FiniteFloat] = Field(default_factory=dict)  # "build", "train", "compile", "validate", "test"
     started_at: str  # ISO 8601, UTC
     versions: dict[str, str] = Field(default_factory=dict)
     git_revision: str | None = None

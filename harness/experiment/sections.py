@@ -185,6 +185,8 @@ class Resources(Section):
     # $HARNESS_FEATURE_CACHE_GIB, or 100.
     feature_cache_gib: Annotated[float, Field(ge=0)] | None = None
     gradient_checkpointing: bool = False  # layers are computed again in backward: less memory, more time
+    # Blocks of the language model are compiled for training: less time for a step, after seconds to minutes.
+    torch_compile: bool = False
     # As in transformers: eager, sdpa, flash_attention_2, …; null: the model's default.
     attn_implementation: str | None = None
     # A trial that reports no step, batch or phase for so long is stuck: it is ended, and its slot filled again. Two
@@ -210,6 +212,23 @@ class Resources(Section):
             raise ValueError(
                 "two workers of a trial cannot share a GPU, because NCCL refuses it; allowed: auto, 0 or 1, or a "
                 "part of a GPU with workers: 1"
+            )
+        return value
+
+    @field_validator("torch_compile")
+    @classmethod
+    def _check_torch_compile(cls, value: bool, info: ValidationInfo) -> bool:
+        workers, stage, pack = (info.data.get(name) for name in ("workers", "zero_stage", "pack"))
+        if value and workers is not None and workers > 1:
+            raise ValueError(f"found beside workers: {workers}, which exchange layer by layer; allowed: workers: 1")
+        if value and stage:
+            raise ValueError(
+                f"found beside zero_stage: {stage}, with which it was never compared; allowed: zero_stage: 0"
+            )
+        if value and isinstance(pack, int) and pack > 1:
+            raise ValueError(
+                f"found beside pack: {pack}; trials that take their steps together are not compiled; allowed: auto, "
+                "off or 1, with which each trains alone"
             )
         return value
 

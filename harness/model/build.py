@@ -26,6 +26,7 @@ from harness.model import assembly, backbones, parameters
 from harness.model.backbones import LanguageModel
 from harness.model.batches import BatchMaker
 from harness.model.budget import Order, Shares, by_member, choose
+from harness.model.compiled import blocks_of
 from harness.model.components import (
     check_files,
     empty_encoders,
@@ -297,8 +298,8 @@ def compute_as(language_model: Any, resources: Resources) -> None:
     """Set how a language model computes: results are the same up to rounding.
 
     Raises:
-        UserError: it has no gradient checkpointing, or not this implementation of attention, or its weights are packed
-            and would be partitioned.
+        UserError: it has no gradient checkpointing, or not this implementation of attention, or cannot be compiled, or
+            its weights are packed and would be partitioned.
     """
     if resources.zero_stage == _PARTITIONED and packed_layers(language_model):
         raise UserError(
@@ -320,6 +321,8 @@ def compute_as(language_model: Any, resources: Resources) -> None:
                 f"resources.gradient_checkpointing: {type(language_model).__name__} has none; allowed: false"
             )
         language_model.activation_checkpointing_enable({"use_reentrant": False})
+    if resources.torch_compile:
+        blocks_of(language_model)
 
 
 def _with_own_parameters(language_model: Any) -> Any:

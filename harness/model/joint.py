@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters.placement.own_forward import OwnForward
+from adapters.placement.own_forward import OwnForward, is_taken_over
 from harness.model.batch import Batch
 from harness.model.build import shared_copy
 from harness.model.context_model import ContextModel
@@ -94,9 +94,9 @@ class JointModel(ContextModel):
         theirs = [dict(model.language_model.named_modules()) for model in models]
         for path, module in own.items():
             modules = [named[path] for named in theirs]
-            taken = any(_taken(one) for one in modules)
+            taken = any(is_taken_over(one) for one in modules)
             hooked = taken or any(one._forward_pre_hooks or one._forward_hooks for one in modules)
-            if path and taken and not _taken(module):
+            if path and taken and not is_taken_over(module):
                 OwnForward(module, _OwnForwards(self, path, module.forward))
             if path and hooked and path not in self._hooked:
                 layers = _Blocks(self, path, {*module._forward_pre_hooks, *module._forward_hooks})
@@ -134,10 +134,6 @@ class _Routers:
             yield
 
 
-def _taken(layer: nn.Module) -> bool:
-    return isinstance(vars(layer).get("forward"), OwnForward)
-
-
 class _OwnForwards:
     """The forward of each model's layer, which its adapters may have taken over, on the model's block of rows.
 
@@ -152,7 +148,7 @@ class _OwnForwards:
 
     def __call__(self, x: Tensor) -> Tensor:
         layers = self._joint.layers(self._path)
-        if not any(_taken(layer) for layer, _ in layers):
+        if not any(is_taken_over(layer) for layer, _ in layers):
             return self._plain(x)
         blocks = []
         for (layer, turn), x_BTI in zip(layers, self._joint.blocks(x), strict=True):

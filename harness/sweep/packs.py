@@ -54,7 +54,8 @@ def packs_of(
 
 def makes_packs(resources: Resources, gpus: float) -> bool:
     """Whether a sweep may have packs at all; ``gpus`` are those of a worker."""
-    plain = resources.workers == 1 and resources.zero_stage == 0 and not resources.gradient_checkpointing
+    plain = resources.workers == 1 and resources.zero_stage == 0
+    plain = plain and not (resources.gradient_checkpointing or resources.torch_compile)
     return plain and (isinstance(resources.pack, int) or (resources.pack == "auto" and gpus > 0))
 
 

@@ -29,6 +29,7 @@ from harness.experiment.shared import distinct
 from harness.model import assembly
 from harness.model.backbones import build_empty, check_backbone, load_tokenizer, max_positions
 from harness.model.build import Splits, choose_splits, compute_as, count_parameters, empty_model, order_of
+from harness.model.compiled import check_compiler
 from harness.model.components import empty_encoders, make_modalities, make_task, method_of
 from harness.model.frame import frame_of
 from harness.model.inputs import Inputs, Reader
@@ -88,6 +89,8 @@ def check_resources(resources: Resources, where: Cursor, address: str | None = N
     ray = sys.modules.get("ray")
     if not (address or os.environ.get("RAY_ADDRESS") or (ray is not None and ray.is_initialized())):
         per_worker(resources, [this_machine()], where)
+        if resources.torch_compile:
+            check_compiler()
 
 
 def check_folder(folder: Path) -> None:

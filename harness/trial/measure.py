@@ -196,10 +196,15 @@ class StepClock:
         """Whether the next step is a warm-up step, which is not counted."""
         return self._skip > 0
 
-    def count(self, examples: int, tokens: int) -> None:
-        """Count the step that just ended, with the numbers of examples and tokens it processed."""
-        if self._skip:
-            self._skip -= 1
+    def count(self, examples: int, tokens: int, compiled: bool = False) -> None:
+        """Count the step that just ended.
+
+        Args:
+            examples, tokens: that it processed.
+            compiled: whether something was compiled in it, with which it is not counted.
+        """
+        if self._skip or compiled:
+            self._skip = max(0, self._skip - 1)
             return
         self.steps += 1
         self.examples += examples

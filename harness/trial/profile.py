@@ -104,6 +104,8 @@ class Lane:
     def __init__(
         self, spec: TrialSpec, stage: int, resources: Resources, folder: Path, data: TrialData | None = None
     ) -> None:
+        # Not compiled: that takes longer than what is measured here.
+        resources = resources.model_copy(update={"torch_compile": False})
         self.trial = Trial(spec, folder, resources, NoTracker(), lambda _: None)
         self.trial.build(data)
         stages = self.trial.stages

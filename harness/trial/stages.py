@@ -16,6 +16,7 @@ from harness.core.errors import UserError
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.model.build import Common, TrialData, build
+from harness.model.compiled import Compiled, blocks_of
 from harness.model.components import method_of
 from harness.model.kept import Kept
 from harness.model.on_disk import disk_of
@@ -66,6 +67,7 @@ class Stages:
 
     Attributes:
         shares_rows: whether training items whose inputs begin alike share a row.
+        compiled: the compiled blocks of the language model; None: they compute as they are.
 
     Raises:
         UserError: the method's stages do not fit the budget, or the model cannot be built.
@@ -89,6 +91,7 @@ class Stages:
         self.total_steps = self.ends[-1]
         self.shares_rows = resources.shared_prefix and self._can_share()
         self._open = False
+        self.compiled: Compiled | None = None
 
     def _can_share(self) -> bool:
         if not self.built.order.repeats_inputs:
@@ -131,10 +134,23 @@ class Stages:
         zero_stage, offload = self.resources.zero_stage, self.resources.offload
         fused = self.resources.fused_step
         model.adapters.compute_together(fused)
+        self.compiled = (
+            Compiled(blocks_of(model.language_model, adapted=True)) if self.resources.torch_compile else None
+        )
         self.engine = Engine(
             model, options, steps, zero_stage, keeps=trained, units=units, offload=offload, fused=fused
         )
         self._open = True
+
+    def compiling_s(self) -> float:
+        """Seconds that compiling has taken since this was asked last."""
+        return self.compiled.new_s() if self.compiled else 0.0
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """That the current stage is not compiled, though it was asked for."""
+        plain = self.compiled.why_plain if self.compiled else None
+        return (f"resources.torch_compile: not compiled: {plain}",) if plain else ()
 
     @property
     def starts(self) -> list[int]:
@@ -171,4 +187,6 @@ class Stages:
         """Free the engine's memory; further calls have no effect."""
         if self._open:
             self.engine.close()
+            if self.compiled is not None:
+                self.compiled.close()
         self._open = False

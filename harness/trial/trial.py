@@ -32,13 +32,7 @@ from harness.model.workers import ALONE, Workers
 from harness.tracking.tracker import Tracker
 from harness.trial import measure
 from harness.trial.best import evaluate_best
-from harness.trial.checkpoint import (
-    BEST,
-    BrokenCheckpointError,
-    Checkpoints,
-    Place,
-    Saved,
-)
+from harness.trial.checkpoint import BEST, BrokenCheckpointError, Checkpoints, Place, Saved
 from harness.trial.engine import PARTITIONED_STAGE, most_memory, prepare_process
 from harness.trial.evaluate import Evaluator, Likelihood
 from harness.trial.randomness import dropout_seed, random_states, set_random_states
@@ -339,7 +333,10 @@ class Trial:
         model = self.stages.built.model
         with measure.saved_for_backward(model) if measuring else nullcontext([0]) as saved, self.clock:
             loss = self.stages.engine.train_step(batch)
-        self.clock.count(batch.size, batch.positions)
+        self.clock.count(batch.size, batch.positions, compiled=(compiling_s := self.stages.compiling_s()) > 0)
+        if compiling_s:  # of the time that the step takes in all
+            self._spent("compile", compiling_s)
+            self._spent("train", -compiling_s)
         self.state.activations_bytes = max(self.state.activations_bytes, saved[0])
         self.state.step = self.stages.step
         return loss
@@ -387,7 +384,7 @@ class Trial:
             for kind, texts in self.cut.items()
             if texts
         ]
-        return (*cut, *self.notes)
+        return (*cut, *self.notes, *(self.stages.warnings if hasattr(self, "stages") else ()))
 
     def _save(self) -> None:
         """Make a checkpoint of the trial as it is, unless there is one."""

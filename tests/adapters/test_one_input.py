@@ -151,7 +151,7 @@ def test_detaching_gives_each_layer_its_forward_back() -> None:
     assert forwards(base) == []
     assert forwards(twin.base_model)
     q_proj = twin.base_model.model.layers[0].self_attn.q_proj
-    assert vars(q_proj)["forward"].layer is q_proj, "the copy computes the original's layer"
+    assert vars(q_proj)["forward"].__self__.layer is q_proj, "the copy computes the original's layer"
     layers = [layer for layer in twin.adapters.layers.values() if isinstance(layer, AdaptedLayer)]
     assert all(layer.one_input is not None for layer in layers)
     assert layers[0].one_input.parts[0][0] is q_proj  # type: ignore[union-attr]
