@@ -39,6 +39,7 @@ class FeatureSpace:
     def __init__(self) -> None:
         self._files: dict[tuple[str, ...], set[Path]] = {}
         self._each: dict[tuple[str, ...], float | None] = {}  # bytes of a file's features
+        self._file_s: dict[tuple[str, ...], float] = {}  # measured seconds of encoding a file
 
     @property
     def size_bytes(self) -> int | None:
@@ -47,6 +48,15 @@ class FeatureSpace:
         if None in sizes:
             return None
         return round(sum(len(own) * (each or 0) for own, each in zip(self._files.values(), sizes, strict=True)))
+
+    @property
+    def encoding_s(self) -> float:
+        """Seconds of encoding all files once, where an encoder's time was measured."""
+        return sum(len(own) * self._file_s.get(key[:3], 0.0) for key, own in self._files.items())
+
+    def measured(self, spec: TrialSpec, file_s: float) -> None:
+        """The encoders of a trial take so many seconds for a file."""
+        self._file_s |= {_encoder_of(spec, name): file_s for name in spec.task.modalities}
 
     def add(self, spec: TrialSpec, splits: Splits) -> None:
         """Add the files of a trial; those that others have too count once."""
@@ -62,13 +72,17 @@ class FeatureSpace:
         for name, own in files.items():
             if not own:
                 continue
-            options = json.dumps(spec.backbone.encoder_options.get(name, {}), sort_keys=True)
-            key: tuple[str, ...] = (name, spec.backbone.encoders[name], options)
+            key = _encoder_of(spec, name)
             if key not in self._each:
                 self._each[key] = _features_of(spec, name, sorted(own))
             if encoders[name].items_per_call > 1:
                 key = (*key, spec.model_dump_json(include={"task", "seed", "budget", "eval"}))
             self._files.setdefault(key, set()).update(own)
+
+
+def _encoder_of(spec: TrialSpec, modality: str) -> tuple[str, ...]:
+    options = json.dumps(spec.backbone.encoder_options.get(modality, {}), sort_keys=True)
+    return modality, spec.backbone.encoders[modality], options
 
 
 def _features_of(spec: TrialSpec, modality: str, files: Sequence[Path]) -> float | None:

@@ -21,6 +21,12 @@ def step_from(probed: Probed) -> Duration:
     return Duration(low_s=ordered[0], middle_s=statistics.median(ordered), high_s=ordered[-1], source="probe")
 
 
+def encoding_from(seconds: float) -> Duration:
+    """The time of encoding that was measured."""
+    low, high = (seconds * factor for factor in _PROBED)
+    return Duration(low_s=low, middle_s=seconds, high_s=high, source="probe")
+
+
 def trial_from(probed: Probed, spec: TrialSpec, amounts: Amounts) -> Duration:
     """The time of a trial, from its measured steps, scored references and generated texts."""
     training = training_s(statistics.median(probed.step_s), spec, amounts)

@@ -29,7 +29,13 @@ class Places:
     nodes: int | None
 
 
-def totals(shapes: Sequence[ShapeForecast], left: Mapping[str, int], places: Places, price: Price | None) -> Totals:
+def totals(
+    shapes: Sequence[ShapeForecast],
+    left: Mapping[str, int],
+    places: Places,
+    price: Price | None,
+    encoding: Duration | None = None,
+) -> Totals:
     """The totals of the trials that are left.
 
     Args:
@@ -37,6 +43,7 @@ def totals(shapes: Sequence[ShapeForecast], left: Mapping[str, int], places: Pla
         left: key of a shape → its trials without a finished record.
         places: where they run.
         price: of the machines.
+        encoding: of all input files, once for all trials, which share the work; None: it is in the trials' times.
     """
     count = sum(left.values())
     own = [shape for shape in shapes if left.get(shape.key)]
@@ -53,7 +60,7 @@ def totals(shapes: Sequence[ShapeForecast], left: Mapping[str, int], places: Pla
     if not own or None in times:
         return found
     each = [time.times(left[shape.key]) for time, shape in zip(times, own, strict=True) if time]
-    whole = _sum(each)
+    whole = _sum([*each, *([encoding] if encoding else [])])
     at_once = places.at_once
     longest = max(time.middle_s for time in times if time)
     wall = whole.times(max(1 / at_once, longest / whole.middle_s)) if at_once else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -38,7 +39,7 @@ from harness.price.footprint import Footprint, Footprints
 from harness.price.memory import memory_of
 from harness.price.remedies import remedies
 from harness.price.shapes import PlannedRun, Shape, fingerprint, shapes_of
-from harness.price.times import calibrated, recorded, step_from, trial_from
+from harness.price.times import calibrated, encoding_from, recorded, step_from, trial_from
 from harness.price.totals import Places, totals
 from harness.price.trace import Traced
 from harness.sweep.counts import PlannedData
@@ -154,9 +155,21 @@ class _Forecasting:
             on_gpu=self.places.gpus > 0,
             rate=self.rate.source if self.rate else "",
             shapes=tuple(found),
-            totals=totals(found, left, self.places, self.profile.price).model_copy(update=self._features()),
+            totals=totals(found, left, self.places, self.profile.price, self._encoding(found)).model_copy(
+                update=self._features()
+            ),
             notes=tuple(self.notes),
         )
+
+    def _encoding(self, found: Sequence[ShapeForecast]) -> Duration | None:
+        """The time of encoding all files, where it is in no trial's: those that have a probe's time."""
+        probed = any(one.trial is not None and one.trial.source == "probe" for one in found)
+        return encoding_from(self.space.encoding_s) if probed and self.space.encoding_s else None
+
+    def _kept_on_disk(self) -> bool:
+        with suppress(UserError):  # which is a note already
+            return cache_of(self.resources) is not None
+        return False
 
     def _features(self) -> dict[str, Any]:
         """What features take in the cache on disk."""
@@ -266,6 +279,9 @@ class _Forecasting:
     ) -> tuple[Duration | None, Duration | None]:
         measured = probes.known(key, this_device()) if self.here else None
         if measured:
+            if self._kept_on_disk():  # encoding is paid once, not in every trial
+                self.space.measured(spec, measured.file_s)
+                amounts = replace(amounts, files=0)
             return step_from(measured), trial_from(measured, spec, amounts)
         if self.rate is None:
             return None, None

@@ -60,3 +60,14 @@ def test_what_is_not_known_is_absent() -> None:
     unplaced = totals(SHAPES, LEFT, Places(None, 1, 1, None), Price(per_hour=1, per="node"))
     assert (unplaced.wall, unplaced.money) == (None, None)
     assert totals(SHAPES, {"one": 0, "two": 0}, Places(4, 1, 1, 1), None).trials == 0
+
+
+def test_encoding_is_paid_once_and_its_work_is_shared() -> None:
+    hour = Duration(low_s=HOUR_S, middle_s=HOUR_S, high_s=HOUR_S, source="probe")
+    places = Places(at_once=4, gpus=2, cpus=8, nodes=1)
+    without, found = totals(SHAPES, LEFT, places, None), totals(SHAPES, LEFT, places, None, hour)
+    assert without.slot is not None
+    assert found.slot is not None
+    assert found.wall is not None
+    assert found.slot.middle_s - without.slot.middle_s == pytest.approx(2 * HOUR_S)
+    assert found.wall.middle_s == pytest.approx((8 + 1) / 4 * HOUR_S)

@@ -18,6 +18,7 @@ from harness.core.forecast import GIB, read_forecast
 from harness.core.probed import Probed
 from harness.core.record import Memory
 from harness.experiment.sections import Resources
+from harness.model.components import make_task
 from harness.price.shapes import fingerprint
 from harness.sweep.forecast import forecast_of, keep_forecast
 from harness.sweep.run import prepare
@@ -83,6 +84,27 @@ def test_a_second_plan_knows_what_was_probed(tmp_path: Path) -> None:
     assert none.trial.middle_s > 5 * 3  # its steps alone
     assert lora.trial is not None
     assert lora.trial.source == "arithmetic"
+
+
+@pytest.mark.parametrize(("size_gib", "times"), [(None, 1), (0.0, 2)], ids=["cached", "not cached"])
+def test_encoding_that_was_measured_counts_once_where_features_are_kept(
+    size_gib: float | None, times: int, tmp_path: Path
+) -> None:
+    sections = SECTIONS | {"name": f"encoding{times}", "adapters": [{"method": "none", "learning_rate": 1e-2}]}
+    prepared = prepare(harness.Experiment(**sections, resources={"feature_cache_gib": size_gib}), tmp_path)
+    make_task(prepared.specs[0]).prepare()  # its pictures are files, which are counted
+    memory = Memory(weights_bytes=1, gradients_bytes=1, optimizer_bytes=1, activations_bytes=1)
+    slots = []
+    for file_s in (0.0, 1000.0):
+        measured = Probed(
+            device=this_device(), step_s=(1.0,), reference_s=0.0, text_s=0.0, file_s=file_s, build_s=0.0, memory=memory
+        )
+        resources = prepared.experiment.resources
+        probes.keep(fingerprint(prepared.specs[0], resources), measured)
+        found = forecast_of(prepared, Profile(name="local", kind="local"))
+        assert found.totals.slot is not None
+        slots.append(found.totals.slot.middle_s)
+    assert slots[1] - slots[0] == pytest.approx(times * 1000 * (32 + 8 + 8)), "of two trials"
 
 
 @pytest.mark.e2e
