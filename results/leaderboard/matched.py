@@ -26,6 +26,7 @@ _REASONS = {
     "steps": "number of optimizer steps differs",
     "started_from": "adapter groups trained before, on other data",
 }
+_OF_ALL_SEEDS = ("examples_fingerprint", "evaluation_fingerprint")  # the first where a budget is all examples
 _NAMED = 3  # keys of the spec; of further keys only the number is given
 _MISSING = "not recorded"
 Pairs = list[tuple[TrialRecord, TrialRecord]]
@@ -90,7 +91,8 @@ def exclude_unmatched(rows: Sequence[Row]) -> list[Row]:
     """The rows of one setting; those not trained, scored or searched for like the others carry the reason (``apart``).
 
     Each trial must match the anchor of its seed: the reference's trial, or without one the first trial of the most
-    common kind. A trial whose data are not recorded is never an anchor, and matches none.
+    common kind. A trial whose data are not recorded is never an anchor, and matches none. What all seeds have in common
+    must be that of most trials: a mean over seeds is of one evaluation set.
     """
     ended = sorted((row for row in rows if row.finished), key=lambda row: not row.is_reference)
     if not ended:
@@ -98,6 +100,7 @@ def exclude_unmatched(rows: Sequence[Row]) -> list[Row]:
     anchors = _anchors(ended)
     usual = Counter((row.effort, row.halving) for row in ended).most_common(1)[0][0]
     searched = ended[0] if ended[0].is_reference else next(r for r in ended if (r.effort, r.halving) == usual)
+    usual_data = {field: _usual(ended, field) for field in _OF_ALL_SEEDS}
     marked = []
     for row in rows:
         seeds: dict[str, list[int]] = {}
@@ -105,11 +108,30 @@ def exclude_unmatched(rows: Sequence[Row]) -> list[Row]:
             name, anchor = anchors.get(seed, (row.name, record))
             if reason := mismatch(record, anchor):
                 seeds.setdefault(f"{name}: {reason}", []).append(seed)
+            elif reason := _changed(record, usual_data):
+                seeds.setdefault(f"other seeds: {reason}", []).append(seed)
         reasons = [f"{_seeds(own, 'does', 'do')} not match {reason}" for reason, own in seeds.items()]
         if row.finished and (reason := effort_mismatch(row, searched)):
             reasons.append(reason)
         marked.append(replace(row, apart=tuple(reasons)))
     return marked
+
+
+def _of_all_seeds(record: TrialRecord, field: str) -> str | None:
+    """A fingerprint that is the same for all seeds; None: it is not recorded, or each seed has its own examples."""
+    own = field == "examples_fingerprint" and (record.spec.get("budget") or {}).get("examples") != "all"
+    return None if own or record.data is None else str(getattr(record.data, field))
+
+
+def _usual(ended: Sequence[Row], field: str) -> str | None:
+    found = [print_ for row in ended for record in row.finished if (print_ := _of_all_seeds(record, field))]
+    return Counter(found).most_common(1)[0][0] if found else None
+
+
+def _changed(record: TrialRecord, usual: Mapping[str, str | None]) -> str | None:
+    """Why a trial's data are not those that other seeds have under the same name; None: they are."""
+    differing = [_REASONS[field] for field, value in usual.items() if _of_all_seeds(record, field) not in (None, value)]
+    return f"{'; '.join(differing)} (data that changed under their name)" if differing else None
 
 
 def _by_planned_seed(row: Row) -> list[tuple[int, TrialRecord]]:

@@ -97,7 +97,7 @@ def _record(trial: PlannedTrial, spec: dict[str, Any], budget: int, trainable: i
     data = record.data.model_copy(
         update={
             "examples": budget,
-            "examples_fingerprint": f"e{trial.seed} {trial.setting}",
+            "examples_fingerprint": f"e{'' if spec['budget']['examples'] == 'all' else trial.seed} {trial.setting}",
             "order_fingerprint": f"o{trial.seed} {trial.setting}",
             "evaluation_fingerprint": spec["task"]["name"],
             "steps": budget * spec["budget"]["epochs"] // 16,

@@ -214,6 +214,26 @@ def test_reasons_of_several_seeds_are_one_sentence(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("field", "reason"), [("evaluation", "evaluation examples"), ("examples", "training examples")]
+)
+def test_a_seed_added_after_the_data_changed_is_not_averaged_with_the_others(
+    tmp_path: Path, field: str, reason: str
+) -> None:
+    """Trials of one seed match each other, so that only what is common to seeds shows it."""
+
+    def change(trial: PlannedTrial, record: TrialRecord) -> TrialRecord:
+        record = with_data(examples_fingerprint="all")(with_spec("budget", examples="all")(record))
+        return with_data(**{f"{field}_fingerprint": "new"})(record) if trial.seed == 2 else record
+
+    board = board_of(tmp_path, change=change)
+    for row in board.rows:
+        assert row.apart == (
+            f"seed 2 does not match other seeds: {reason} differ (data that changed under their name)",
+        )
+        assert row.rank is None
+
+
 def test_where_the_reference_is_the_odd_one_the_others_are_apart_with_its_name(tmp_path: Path) -> None:
     def change(trial: PlannedTrial, record: TrialRecord) -> TrialRecord:
         return with_data(steps=512)(record) if trial.method == "full" else record
