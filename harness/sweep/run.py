@@ -26,6 +26,7 @@ from harness.core.summaries import read_summaries
 from harness.core.terminal import Terminal
 from harness.experiment.load import Experiment
 from harness.experiment.plan import Earlier, TrialSpec, describe, expand
+from harness.sweep.changed_data import changes, state_of_data
 from harness.sweep.choice import Choice, Retry, archive
 from harness.sweep.folders import run_folder, stored_run
 from harness.sweep.halving import HalvedRows
@@ -217,7 +218,7 @@ def run_experiment(
         space = preflight.check_data(asked.specs, folder, console, experiment.halving)
         preflight.check_feature_cache(experiment.resources, space, cluster.cluster_address())
         _write_plan(prepared)
-        _say(console, *read_run(folder).foreign_lines, *choice.lines(prepared.unfinished(), prepared.plan, folder))
+        changed = _tell(prepared, choice, console)
         prepared.push()
         grid = open_grid(prepared.mlflow_uri, experiment.name, folder)
         if grid.problem:
@@ -237,7 +238,7 @@ def run_experiment(
         except SweepEndedError as error:
             console.print(f"{error}; {stopping.advice}", style="red", highlight=False, markup=False, soft_wrap=True)
         report, problem = _conclude(prepared, grid, console)
-        if whole and not problem:
+        if whole and not (problem or changed):  # what changed is told again by the next run
             _settle(prepared, measure, report.board.run, grid)
     ended: dict[str, Any] = {"stopped": stopping.reason, "selected": choice.selected(prepared.plan)}
     return Results((folder,), report.html, problem, grid.trials_link, known_board=report.board, **ended)
@@ -258,6 +259,15 @@ def _settle(prepared: Prepared, measure: bool, run: Run, grid: Grid) -> None:
         settle(prepared.folder, _said(prepared, measure), grid.trials_link)
 
 
+def _tell(prepared: Prepared, choice: Choice, console: Console) -> list[str]:
+    """Say what the run folder has and what is left to run; returns what was said of data that changed."""
+    found = read_run(prepared.folder)
+    changed = changes(prepared.specs, found.records, prepared.folder)
+    _say(console, *found.foreign_lines, *changed)
+    _say(console, *choice.lines(prepared.unfinished(), prepared.plan, prepared.folder))
+    return changed
+
+
 def _said(prepared: Prepared, measure: bool) -> tuple[str, ...]:
     """What a run was asked for, without what cannot change a finished one."""
     from harness.tracking.store import redacted, sqlite_path
@@ -266,7 +276,8 @@ def _said(prepared: Prepared, measure: bool) -> tuple[str, ...]:
     database = sqlite_path(uri)
     there = database is None or database.exists()
     profiled = measure and experiment.resources.profile
-    return prepared.plan.model_dump_json(), experiment.text, redacted(uri), f"{there} {profiled}"
+    data = state_of_data(prepared.specs, prepared.folder.parent)
+    return prepared.plan.model_dump_json(), experiment.text, redacted(uri), f"{there} {profiled}", *data
 
 
 def _conclude(prepared: Prepared, grid: Grid, console: Console) -> tuple[ReportPaths, str | None]:

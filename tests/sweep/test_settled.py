@@ -35,7 +35,8 @@ def runs(tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.MonkeyPatch)
     def finish_all(prepared: run.Prepared, *_: object) -> None:
         for spec, planned in prepared.unfinished():
             dump = spec.model_dump(mode="json")
-            write_record(prepared.folder, fake_record(planned, 1, 0.5).model_copy(update={"spec": dump}))
+            # Without data: those of the fake are not those of the task, which a run would say.
+            write_record(prepared.folder, fake_record(planned, 1, 0.5).model_copy(update={"spec": dump, "data": None}))
             write_examples(prepared.folder, spec.trial_id, ["a circle"], tmp_path)
 
     monkeypatch.setattr(run, "_run_unfinished", finish_all)
