@@ -73,10 +73,10 @@ def low_rank(
         alone = pieces[0].group if form == "whole" and pieces else None
         tokens = (x_BTI.flatten(0, 1), value_BTO.flatten(0, 1))
         changed = _Joint.apply(*tokens, owner_TG, alone, scale, *factors)  # type: ignore[no-untyped-call]
-        return changed.view_as(value_BTO)
-    order = order_of(layout, groups, x_BTI.shape[0]) if form == "sorted" else None
-    changed = _Pieces.apply(x_BTI, value_BTO, pieces, order, scale, *factors)  # type: ignore[no-untyped-call]
-    return changed
+    else:
+        order = order_of(layout, groups, x_BTI.shape[0]) if form == "sorted" else None
+        changed = _Pieces.apply(x_BTI, value_BTO, pieces, order, scale, *factors)  # type: ignore[no-untyped-call]
+    return changed.view_as(value_BTO)
 
 
 def _compiled(
@@ -229,7 +229,7 @@ def _cast(factors: Sequence[Tensor], pieces: Sequence[Piece], dtype: torch.dtype
 
 
 class _Pieces(torch.autograd.Function):
-    """Piece by piece: slices of every row, or, with an ``Order``, of the sorted tokens as one row."""
+    """Piece by piece: slices of every row; with an ``Order``, of the sorted tokens as one row, returned as (N, O)."""
 
     @staticmethod
     def forward(
@@ -238,6 +238,7 @@ class _Pieces(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         rank = factors[0].shape[0]
         ctx.pieces, ctx.order, ctx.scale = order.pieces if order else pieces, order, scale
+        ctx.shape = y_BTO.shape
         with _no_autocast(y_BTO.device):
             x_LMI = _sort(x_BTI.to(y_BTO.dtype), order)
             out_LMO = y_BTO.clone(memory_format=torch.contiguous_format) if order is None else _sort(y_BTO, order)
@@ -249,12 +250,13 @@ class _Pieces(torch.autograd.Function):
                     _add_product(h_LMR[:, start:stop], x_LMI[:, start:stop], A_RI.T, beta=0)
                     _add_product(out_LMO[:, start:stop], h_LMR[:, start:stop], B_OR.T, alpha=scale)
         ctx.save_for_backward(x_BTI, h_LMR, *factors)
-        return _unsort(out_LMO, order).view_as(y_BTO)
+        return _unsort(out_LMO, order)  # a view made here could not be changed in place
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g_BTO: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x_BTI, h_LMR, *factors = ctx.saved_tensors
+        g_BTO = g.reshape(ctx.shape)
         groups = len(factors) // 2
         grads = [torch.zeros_like(factor, dtype=g_BTO.dtype) for factor in factors]
         with _no_autocast(g_BTO.device):

@@ -72,7 +72,12 @@ def linear(x_BTI: Tensor, parts: Sequence[Part], layout: Layout, scale: float) -
     weights = [*(layer.weight for layer, _ in parts), *(layer.bias for layer, _ in parts)]
     flat = [factor for own in factors for factor in own]
     added: tuple[Tensor, ...] = _Added.apply(x_BTI, owner_G1N, plan, *weights, *flat)  # type: ignore[no-untyped-call]
-    return added
+    return _of_rows(added, x_BTI)
+
+
+def _of_rows(outputs: Sequence[Tensor], x_BTI: Tensor) -> tuple[Tensor, ...]:
+    """(N, O) → (B, T, O), outside the function: a view made inside of it cannot be changed in place (Llama 4 does)."""
+    return tuple(y_NO.view(*x_BTI.shape[:-1], -1) for y_NO in outputs)
 
 
 def _owner(layout: Layout, groups: tuple[str, ...], x_BTI: Tensor) -> Tensor:
@@ -110,7 +115,7 @@ def _folded(
     plan = _Plan(pieces, order, scale, len(layers), len(groups))
     flat = [factor for own in factors for factor in own]
     outputs: tuple[Tensor, ...] = _Folded.apply(x_BTI, kept_NI, plan, *weights, *flat)  # type: ignore[no-untyped-call]
-    return outputs
+    return _of_rows(outputs, x_BTI)
 
 
 def _can_read(layer: nn.Linear, x_BTI: Tensor) -> bool:
@@ -209,18 +214,17 @@ class _Folded(torch.autograd.Function):
                     else:
                         torch.addmm(bias_O, kept_NI[start:stop], own_IO, out=y_NO[start:stop])
                 y_NO = y_NO.index_select(0, plan.order.back_N)
-            outputs.append(y_NO.view(*ctx.axes, -1))
+            outputs.append(y_NO)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *g_BTO: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gs_NO: Tensor | None) -> tuple[Tensor | None, ...]:
         plan, (kept_NI, *tensors) = ctx.plan, ctx.saved_tensors
         weights, factors, order = tensors[: plan.layers], tensors[plan.layers :], plan.order
-        used = [layer for layer, g in enumerate(g_BTO) if g is not None]
-        gs = {layer: g.flatten(0, 1) for layer, g in enumerate(g_BTO) if g is not None}
+        gs = {layer: g for layer, g in enumerate(gs_NO) if g is not None}
         if order is not None:
-            gs = {layer: g_NO.index_select(0, order.sorted_N) for layer, g_NO in gs.items()}
+            gs = {layer: g.index_select(0, order.sorted_N) for layer, g in gs.items()}
         gx_NI = torch.empty_like(kept_NI) if ctx.needs_input_grad[0] else None
         grads: list[Tensor | None] = [None] * len(factors)
         for group, start, stop in plan.pieces:
@@ -228,8 +232,8 @@ class _Folded(torch.autograd.Function):
             x_MI = kept_NI if whole else kept_NI[start:stop]
             own = {layer: g_NO if whole else g_NO[start:stop] for layer, g_NO in gs.items()}
             if group is not None:
-                pairs = [plan.pair(factors, layer, group) for layer in used]
-                for layer, grad in zip(used, _grads(x_MI, list(own.values()), pairs, plan.scale), strict=True):
+                pairs = [plan.pair(factors, layer, group) for layer in gs]
+                for layer, grad in zip(gs, _grads(x_MI, list(own.values()), pairs, plan.scale), strict=True):
                     first = 2 * plan.groups * layer + group
                     grads[first], grads[first + plan.groups] = grad
             if gx_NI is not None:
@@ -288,17 +292,17 @@ class _Added(torch.autograd.Function):
         for place, weight_OI, bias_O, B_OK in zip(places, weights, biases, Bs_OK, strict=True):
             y_NO = F.linear(x_NI, weight_OI, bias_O)
             y_NO.addmm_(h_KN[place].T, B_OK.T, alpha=plan.scale)
-            outputs.append(y_NO.view(*x_BTI.shape[:-1], -1))
+            outputs.append(y_NO)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *g_BTO: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gs_NO: Tensor | None) -> tuple[Tensor | None, ...]:
         plan, owner_G1N, (x_BTI, h_KN, *tensors) = ctx.plan, ctx.owner_G1N, ctx.saved_tensors
         weights, factors = tensors[: plan.layers], tensors[plan.layers :]
         A_KI, Bs_OK = plan.joined(factors, x_BTI.dtype)
         x_NI, places = x_BTI.flatten(0, 1), _places(plan.layers, Bs_OK[0].shape[1])
-        gs = {layer: g.flatten(0, 1) for layer, g in enumerate(g_BTO) if g is not None}
+        gs = {layer: g for layer, g in enumerate(gs_NO) if g is not None}
         shape = plan.layers, plan.groups, -1, x_NI.shape[0]
         gh_KN = x_NI.new_empty(A_KI.shape[0], x_NI.shape[0])
         for layer, place in enumerate(places):

@@ -6,6 +6,7 @@ Each check yields problems; the first line of its docstring is what it requires.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -435,6 +436,25 @@ def checkpointing_keeps_the_gradients(subject: AdapterSubject) -> Iterator[str]:
             yield f"gradient of {name}: {gap} with activation checkpointing"
 
 
+def outputs_can_be_changed_in_place(subject: AdapterSubject) -> Iterator[str]:
+    """A layer's output can be changed in place, as by code of the model that follows it."""
+    import torch
+
+    for grouping, ids_BT in itertools.product(("agnostic", "specific"), (_rows(), _rows(0, 0))):
+        found = []
+        for change in (torch.add, torch.Tensor.add_):
+            model = subject.adapted(grouping)
+            for module in model.base_model.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.register_forward_hook(lambda _module, _args, y_BTO, change=change: change(y_BTO, 0.1))
+            logits_BTV = _logits(model, _embeds(len(ids_BT)), ids_BT)
+            grads = _gradients(model, logits_BTV, _weights()[: len(ids_BT)]) if _trains(model) else {}
+            found.append({"the output": logits_BTV.detach(), **{f"gradient of {name}": g for name, g in grads.items()}})
+        for name, expected in found[0].items():
+            if gap := _apart(found[1][name], expected, 1e-5):
+                yield f"{grouping}: {name}: {gap} to what changed copies of the outputs give"
+
+
 def generation_needs_no_cache(subject: AdapterSubject) -> Iterator[str]:
     """Generation with a KV cache computes what it computes without one."""
     import torch
@@ -470,5 +490,6 @@ THEN: Sequence[Any] = (
     saving_keeps_the_output,
     padding_has_no_effect,
     checkpointing_keeps_the_gradients,
+    outputs_can_be_changed_in_place,
     generation_needs_no_cache,
 )

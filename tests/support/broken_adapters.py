@@ -139,6 +139,13 @@ class CountsPositions(Scale):
         return super().forward(x_BTI, value_BTD) + torch.arange(value_BTD.shape[-2])[:, None] / 10
 
 
+class SavesItsOutput(Scale):
+    """The gradient of a hyperbolic tangent is computed from its value."""
+
+    def forward(self, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
+        return super().forward(x_BTI, value_BTD).tanh()
+
+
 class Stacks(Scale):
     """Both groups' scales, as a method must that says it can be stacked."""
 
@@ -180,5 +187,8 @@ ADAPTER_CASES: dict[Any, list[tuple[type, str]]] = {
     checks.decay_keeps_the_identity: [(_method(Decays), "specific: a difference of up to .* after one step of decay")],
     checks.checkpointing_keeps_the_gradients: [(_method(CountsCalls), "gradient of .*gamma: a difference .* with act")],
     checks.generation_needs_no_cache: [(_method(CountsPositions), "token 2: a difference .* with a KV cache and with")],
+    checks.outputs_can_be_changed_in_place: [
+        (_method(SavesItsOutput), "needed for gradient computation has been modified by an inplace operation")
+    ],
     checks.padding_has_no_effect: [(_method(CountsPositions), "padded on the (left|right): a difference")],
 }

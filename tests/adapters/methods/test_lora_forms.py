@@ -74,6 +74,22 @@ def possible(form: str, layout: Layout) -> bool:
     return layout.spans is not None if form == "spans" else form != "masked" or layout.length > 0
 
 
+@each_form
+@each_layout
+def test_the_output_can_be_changed_in_place(ids: Sequence[Sequence[int]], form: Form) -> None:
+    layout = layout_of(ids)
+    x_BTI, y_BTO, pairs = numbers(layout.length)
+    if not possible(form, layout):
+        pytest.skip("this form is not for such a layout")
+    grads = []
+    for change in (torch.mul, Tensor.mul_):
+        found_BTO = change(low_rank(x_BTI, y_BTO, layout, of_groups(pairs), 0.5, form), 2.0)
+        inputs = [x_BTI, y_BTO, *(factor for pair in pairs for factor in pair)]
+        grads.append(torch.autograd.grad(found_BTO.sin().sum(), inputs))
+    for mine, other in zip(*reversed(grads), strict=True):
+        assert torch.equal(mine, other)
+
+
 @each_layout
 @each_form
 @pytest.mark.parametrize("scale", [1.0, 0.4])

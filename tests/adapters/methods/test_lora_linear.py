@@ -97,8 +97,15 @@ def test_each_way_is_taken(times: int, rank: int) -> None:
     assert found is not None
     assert alone is not None
     many = rank > RANK
-    assert type(found[0].grad_fn).__name__ == ("_FoldedBackward" if many else "_AddedBackward")
-    assert type(alone[0].grad_fn).__name__ == ("_FoldedBackward" if times > 1 else "_AddedBackward")
+    assert way_of(found[0]) == ("_FoldedBackward" if many else "_AddedBackward")
+    assert way_of(alone[0]) == ("_FoldedBackward" if times > 1 else "_AddedBackward")
+
+
+def way_of(y_BTO: Tensor) -> str:
+    """The operation of which an output is a view."""
+    assert y_BTO.grad_fn is not None
+    source = y_BTO.grad_fn.next_functions[0][0]
+    return type(source).__name__
 
 
 @each_way
@@ -113,6 +120,23 @@ def test_one_output_alone_may_be_used(times: int, rank: int) -> None:
     for mine, other in zip((grads[0], *grads[5:]), expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-11)
     assert not any(grad.any() for grad in grads[1:5])
+
+
+@each_way
+@each_layout
+def test_outputs_can_be_changed_in_place(ids: Sequence[Sequence[int]], times: int, rank: int) -> None:
+    """As Llama 4 does with the output of a shared expert."""
+    layout = layout_of(ids, times)
+    x_BTI, parts, factors = made(layout, len(ids) * times, rank, torch.float64, True)
+    grads = []
+    for change in (torch.mul, Tensor.mul_):
+        found = linear(x_BTI, parts, layout, 1.0)
+        if found is None:
+            pytest.skip("many columns, and weights are larger than their tokens: the layer, then its adapter")
+        changed = [change(y_BTO, number) for number, y_BTO in enumerate(found, start=2)]
+        grads.append(torch.autograd.grad(sum(y_BTO.sin().sum() for y_BTO in changed), [x_BTI, *factors]))
+    for mine, other in zip(*reversed(grads), strict=True):
+        assert torch.equal(mine, other)
 
 
 @pytest.mark.parametrize("times", [1, 40])
@@ -139,7 +163,7 @@ def test_sixteen_bits_are_added_and_never_folded() -> None:
     ]
     found = linear(x_BTI, single, layout, 0.4)  # type: ignore[arg-type]
     assert found is not None
-    assert type(found[0].grad_fn).__name__ == "_AddedBackward"
+    assert way_of(found[0]) == "_AddedBackward"
     (layer, pairs), double = single[0], x_BTI.detach().double().requires_grad_()
     A_RI = pairs["image"][0]
     grads = torch.autograd.grad(found[0].sum(), [x_BTI, A_RI])
