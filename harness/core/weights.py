@@ -8,6 +8,7 @@ enter a trial's id, its record, and what must be equal for two trials to be comp
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,7 +24,8 @@ COMMIT = "commit:"
 FOLDER = "sha256:"
 _READ = {
     ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf",  # weights
-    ".json", ".model", ".txt", ".tiktoken", ".jinja", ".py",  # configurations, vocabularies, chat templates, code
+    ".json", ".jinja", ".py",  # configurations, chat templates, code
+    ".model", ".txt", ".tiktoken", ".spm", ".bpe", ".codes", ".vocab", ".tokenizer",  # vocabularies
 }  # fmt: skip
 # What training leaves next to a model: read by no from_pretrained.
 _NOT_READ = re.compile(
@@ -108,13 +110,23 @@ def check_unchanged(backbone: Mapping[str, Any], fingerprints: Mapping[str, str 
 def _digest_of_folder(folder: Path) -> str:
     files = sorted(
         path
-        for path in folder.iterdir()
+        for path in (*folder.iterdir(), *_in_subfolders(folder))
         if path.suffix.lower() in _READ and not _NOT_READ.fullmatch(path.name) and path.is_file()
     )
     total = hashlib.sha256()
     for path, digest in zip(files, digests_of(files), strict=True):
-        total.update(f"{path.name} {digest}\n".encode("utf-8", "surrogateescape"))
+        total.update(f"{path.relative_to(folder).as_posix()} {digest}\n".encode("utf-8", "surrogateescape"))
     return total.hexdigest()
+
+
+def _in_subfolders(folder: Path) -> set[Path]:
+    """Chat templates, and shards that an index names; not checkpoints of a training."""
+    found = set((folder / "additional_chat_templates").glob("*"))
+    for index in folder.glob("*.index.json"):
+        with suppress(ValueError, KeyError, TypeError, AttributeError):  # from_pretrained tells what is wrong with it
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            found |= {folder / shard for shard in shards if "/" in shard and not {"/", ".."} & {*Path(shard).parts}}
+    return found
 
 
 @cache

@@ -29,10 +29,15 @@ def write(path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "config.json", "tokenizer.json", "preprocessor_config.json", "modeling.py", "v.model"]
-)
+    "name",
+    [
+        "model.safetensors", "config.json", "tokenizer.json", "preprocessor_config.json", "modeling.py", "v.model",
+        "source.spm", "bpe.codes", "additional_chat_templates/tools.jinja",
+    ],
+)  # fmt: skip
 def test_whatever_from_pretrained_reads_changes_the_fingerprint(model: Path, name: str) -> None:
     before = weights.fingerprint(str(model))
+    (model / name).parent.mkdir(exist_ok=True)
     content = (model / name).read_bytes() if (model / name).exists() else b""
     write(model / name, content + b" ")
     assert weights.fingerprint(str(model)) != before
@@ -48,6 +53,19 @@ def test_a_copy_has_the_same_fingerprint_and_what_is_not_read_does_not_enter(mod
     assert weights.fingerprint(str(model)) == before == weights.fingerprint(str(copy))
     assert before == weights.fingerprint("builtin/tiny-llama")
     assert str(before).startswith("sha256:")
+
+
+def test_shards_in_a_subfolder_are_weights_and_those_of_a_checkpoint_are_not(model: Path) -> None:
+    for folder in ("shards", "checkpoint-5"):
+        (model / folder).mkdir()
+        write(model / folder / "model-00001-of-00001.safetensors", b"1")
+    shards = {"a": "shards/model-00001-of-00001.safetensors", "b": "../../away.safetensors", "c": "/away.safetensors"}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}), encoding="utf-8")
+    before = weights.fingerprint(str(model))
+    write(model / "checkpoint-5" / "model-00001-of-00001.safetensors", b"2")
+    assert weights.fingerprint(str(model)) == before
+    write(model / "shards" / "model-00001-of-00001.safetensors", b"2")
+    assert weights.fingerprint(str(model)) != before
 
 
 def test_weights_of_the_same_size_and_time_are_other_weights(model: Path) -> None:
