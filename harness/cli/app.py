@@ -6,6 +6,7 @@ budget.gpu_hours, 130 by Ctrl-C, 143 by SIGTERM.
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from pathlib import Path
@@ -50,6 +51,7 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Start over in a new run fo
 
 def main() -> None:
     """Entry point: run the command; a UserError becomes a message and exit code 2, a full disk one and exit code 1."""
+    gc.set_threshold(50_000, 20, 20)  # looking at what imports leave, every 700 objects, is a fifth of a command's time
     try:
         app()
     except (UserError, DiskFullError) as error:

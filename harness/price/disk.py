@@ -90,5 +90,5 @@ def _features_of(spec: TrialSpec, modality: str, files: Sequence[Path]) -> float
     own = files[:: -(-len(files) // _LOOKED_AT)]
     reader, encoder = make_modalities(spec)[modality], empty_encoders(spec)[modality]
     with suppress(Exception):  # an estimate is never in the way
-        return sum(encoder.encode([reader.load(path)])[0].nbytes for path in own) / len(own)
+        return sum(features.nbytes for features in encoder.encode([reader.load(path) for path in own])) / len(own)
     return None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from results.statistics.intervals import Difference, Estimate
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from results.statistics.intervals import Difference, Estimate
 
 ABSENT = "–"
 
@@ -53,6 +56,8 @@ def change_interval(difference: Difference) -> str:
 
 def estimate_text(estimate: Estimate | None, show_sign: bool = False) -> str:
     """Mean and interval on one line, a difference with its sign or as a ratio; a dash if nothing was measured."""
+    from results.statistics.intervals import Difference  # scipy, which `harness plan` has no use for
+
     if estimate is None:
         return ABSENT
     if isinstance(estimate, Difference):
