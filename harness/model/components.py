@@ -113,7 +113,8 @@ def make_encoder(
         own: Encoder = ENCODERS.load(backbone.encoder_plugins[name].target).make(weights)
         return own
     make = modality.encoder if weights else modality.empty_encoder
-    return make(backbone.encoders[name], backbone.trust_remote_code, backbone.encoder_options.get(name, {}))
+    options = backbone.encoder_options.get(name)  # of a plugin that knows of none, there are none
+    return make(backbone.encoders[name], backbone.trust_remote_code, *([options] if options else []))
 
 
 _SECTION = re.compile(r"^backbone(\.encoders)?(: | )")

@@ -93,7 +93,9 @@ def question_of(board: Leaderboard) -> str:
     settings = f" in {len(board.settings)} settings" if len(board.settings) > 1 else ""
     specs = [record.spec for row in rows for record in row.finished]
     model, task = _only(specs, "backbone", "language_model"), _only(specs, "task", "name")
-    what = f"{names} way{'s' if names != 1 else ''} to fine-tune {PurePath(model or 'a model').name}"
+    path = PurePath(model or "a model")
+    short = "/".join(path.parts[-2:]) if path.is_absolute() else path.name  # a folder is often called fp32
+    what = f"{names} way{'s' if names != 1 else ''} to fine-tune {short}"
     start = f"Which of {what}{f' for {task}' if task else ''}{settings}"
     return f"{start}? Test {board.primary.label} ({direction} is better), {_evidence(rows, board)}".rstrip(", ")
 

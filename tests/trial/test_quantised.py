@@ -225,6 +225,7 @@ def test_what_would_make_a_trial_fit_leaves_packed_weights_whole(gguf: Path, tmp
     assert 3 in asked
 
 
+@pytest.mark.slow
 def test_a_quantised_base_is_named_where_a_trial_fits_with_it(gguf: Path, tmp_path: Path) -> None:
     spec = spec_of(tmp_path, LORA)
     task = make_task(spec)
@@ -307,10 +308,3 @@ def test_an_unknown_form_is_told_the_nearest(tmp_path: Path) -> None:
         UserError, match=r"quantization: input should be 'nf4', 'int8' or 'gguf'; found 'nf5'; did you mean 'nf4'"
     ):
         spec_of(tmp_path, backbone={"quantization": "nf5"})
-
-
-def test_a_vision_language_model_is_not_quantised_yet(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"quantization: found 'nf4' with backbone.model, .*allowed: backbone.language_m"
-    ):
-        spec_of(tmp_path, backbone={"model": "org/model", "quantization": "nf4"})
