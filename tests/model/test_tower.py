@@ -14,7 +14,6 @@ from torch.nn import functional as F
 import harness
 from harness.core.errors import UserError
 from harness.model.build import Built, count_parameters
-from harness.model.sharing import why_not_shared
 from harness.model.tower import Tower
 from tasks.base import Example
 from tests.support.adapters import disturb
@@ -23,6 +22,7 @@ from tests.support.vision_language import (
     CAPTIONS,
     KINDS,
     PROMPT,
+    assert_shared_rows_are_rows_alone,
     each_kind,
     examples_of,
     make,
@@ -86,16 +86,7 @@ def test_a_row_has_the_likelihood_of_the_adapted_class(kind: str, tmp_path: Path
 @each_kind(KINDS)
 def test_rows_that_share_a_picture_have_the_same_likelihoods(kind: str, tmp_path: Path) -> None:
     _, built = make(tmp_path, kind, LORA)
-    disturb(built.model.adapters.parameters())
-    first, second, _ = examples_of(pictures(tmp_path))
-    built.model.eval()
-    rows = [[(first, "a red circle"), (first, "yes")], [(second, "no"), (second, "a square")]]
-    with torch.no_grad():
-        shared_R, _ = built.model(built.batches.make_shared(rows))
-        alone = [pair for row in rows for pair in row]
-        alone_R, _ = built.model(built.batches.make([e for e, _ in alone], [text for _, text in alone]))
-    torch.testing.assert_close(shared_R, alone_R, atol=1e-5, rtol=1e-5)
-    assert why_not_shared(built.model, built.batches) is None
+    assert_shared_rows_are_rows_alone(built, examples_of(pictures(tmp_path)))
 
 
 @each_kind(KINDS)

@@ -22,17 +22,16 @@ from harness.model.build import count_parameters
 from harness.model.components import make_encoder
 from harness.model.grid_positions import positions_of
 from harness.model.image_encoder import IMAGE, Written
-from harness.model.sharing import why_not_shared
 from harness.model.turn import Turn
 from tasks.base import Part
 from tasks.modalities.image import Image as ImageModality
-from tests.support.adapters import disturb
 from tests.support.trials import spec_of
 from tests.support.vision_language import (
     CAPTIONS,
     KINDS,
     NONE,
     PROMPT,
+    assert_shared_rows_are_rows_alone,
     each_kind,
     examples_of,
     make,
@@ -89,16 +88,7 @@ def test_a_connector_that_is_trained_begins_as_that_of_the_model(kind: str, tmp_
 @each_kind(KINDS)
 def test_rows_that_share_a_picture_have_the_same_likelihoods(kind: str, tmp_path: Path) -> None:
     _, built = make(tmp_path, kind, LORA)
-    disturb(built.model.adapters.parameters())
-    first, second, _ = examples_of(pictures(tmp_path))
-    built.model.eval()
-    rows = [[(first, "a red circle"), (first, "yes")], [(second, "no"), (second, "a square")]]
-    with torch.no_grad():
-        shared_R, _ = built.model(built.batches.make_shared(rows))
-        alone = [pair for row in rows for pair in row]
-        alone_R, _ = built.model(built.batches.make([e for e, _ in alone], [text for _, text in alone]))
-    torch.testing.assert_close(shared_R, alone_R, atol=1e-5, rtol=1e-5)
-    assert why_not_shared(built.model, built.batches) is None
+    assert_shared_rows_are_rows_alone(built, examples_of(pictures(tmp_path)))
 
 
 @each_kind(KINDS)

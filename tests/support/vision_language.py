@@ -19,8 +19,10 @@ from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Backbone
 from harness.model import vision_language
 from harness.model.build import Built, build
+from harness.model.sharing import why_not_shared
 from tasks.base import Example, Part
 from tasks.drawing.scene import COLOURS
+from tests.support.adapters import disturb
 from tests.support.trials import spec_of
 
 TEXT = {
@@ -152,6 +154,20 @@ def pictures(folder: Path) -> list[Path]:
 
 def examples_of(paths: list[Path]) -> list[Example]:
     return [Example(str(n), (Part("image", path),), (CAPTIONS[n],)) for n, path in enumerate(paths)]
+
+
+def assert_shared_rows_are_rows_alone(built: Built, examples: list[Example]) -> None:
+    """Rows of several targets of one picture have the likelihoods of rows of one target each."""
+    disturb(built.model.adapters.parameters())
+    first, second, _ = examples
+    built.model.eval()
+    rows = [[(first, "a red circle"), (first, "yes")], [(second, "no"), (second, "a square")]]
+    with torch.no_grad():
+        shared_R, _ = built.model(built.batches.make_shared(rows))
+        alone = [pair for row in rows for pair in row]
+        alone_R, _ = built.model(built.batches.make([e for e, _ in alone], [text for _, text in alone]))
+    torch.testing.assert_close(shared_R, alone_R, atol=1e-5, rtol=1e-5)
+    assert why_not_shared(built.model, built.batches) is None
 
 
 def _text(kind: str, made: Any, **options: Any) -> dict[str, Any]:
