@@ -67,6 +67,7 @@ def status(folder: RunFolder = None, only: Only = "") -> None:
     from harness.core.selection import select
     from harness.core.summaries import read_brief
     from harness.sweep.choice import stopped_trying
+    from harness.sweep.input_files import changed_files
     from results.leaderboard.progress import progress_of
 
     folder = folder or newest_run()
@@ -88,7 +89,7 @@ def status(folder: RunFolder = None, only: Only = "") -> None:
         _print(line)
     for message in run.broken:
         _print(f"could not be read: {message}")
-    for line in run.foreign_lines:
+    for line in (*run.foreign_lines, *changed_files(folder)):
         _print(line)
     if not any(record.status == "finished" for record in run.records.values()):
         return

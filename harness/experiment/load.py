@@ -112,6 +112,7 @@ class Experiment:
     adapters: tuple[tuple[AdapterChoice, ...], ...]
     budgets: tuple[Budget, ...]
     gpu_hours: float | None
+    plugins: tuple[Path, ...]
     seeds: tuple[int, ...]
     optimizers: tuple[Optimizer, ...]
     halving: Halving | None
@@ -145,10 +146,12 @@ class Experiment:
         given = check(_TopLevel, content, top, hint=NO_AXIS)
         if len(set(given.seeds)) != len(given.seeds):
             raise UserError(f"{top / 'seeds'}: a seed is given twice: {given.seeds}")
+        self.plugins = ()
         for number, plugin in enumerate(given.plugins):
             here = top / "plugins" / number
             try:
-                add_file(locate(plugin, folder, explain=True), str(here), REGISTRIES)
+                self.plugins += (locate(plugin, folder, explain=True),)
+                add_file(self.plugins[-1], str(here), REGISTRIES)
             except ValueError as error:
                 raise UserError(f"{here}: {error}") from None
         self.top, self.folder = top, folder

@@ -5,14 +5,12 @@ Trials of both are never compared (``results/leaderboard/matched.py``); here ``h
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.core.naming import flatten
 from harness.core.record import TrialRecord
-from harness.experiment.shared import distinct
+from harness.sweep.input_files import lines_of, named_paths
 
 if TYPE_CHECKING:
     from harness.experiment.plan import TrialSpec
@@ -25,28 +23,9 @@ def state_of_data(specs: Sequence[TrialSpec], runs: Path) -> Iterator[str]:
         specs: of the trials.
         runs: the parent of the run folder, which is no data.
     """
-    named: dict[Path, None] = {}
-    for spec in distinct(specs, "task", "relative_to"):
-        for _, value in flatten(spec.task.config):
-            if isinstance(value, str) and value:
-                named[spec.folder / value] = None
-    for path in named:
-        if path == path.parent:  # an option that is "/" and no path
-            continue
-        try:
-            found = [path] if path.is_file() else _files(path, runs.resolve()) if path.is_dir() else []
-        except (OSError, ValueError):  # no path: a template with a NUL, a text that is too long
-            continue
-        for file in found:
-            stat = file.stat()
-            yield f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
-
-
-def _files(folder: Path, runs: Path) -> Iterator[Path]:
-    for here, folders, files in os.walk(folder):
-        place = Path(here)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and (place / name).resolve() != runs)
-        yield from (place / name for name in sorted(files) if (place / name).exists())
+    for path, key in named_paths(specs).items():
+        if key.startswith("task."):
+            yield from lines_of(path, runs)
 
 
 def changes(specs: Iterable[TrialSpec], records: Mapping[str, TrialRecord], run: Path) -> list[str]:

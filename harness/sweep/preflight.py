@@ -23,6 +23,7 @@ from harness.core.inside import check_no_links
 from harness.core.naming import flatten
 from harness.core.search import Halving
 from harness.core.weights import models_of
+from harness.experiment.load import Experiment
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.experiment.shared import distinct
@@ -200,6 +201,25 @@ def _paths(value: Any) -> list[Path]:
     elif isinstance(value, Mapping):
         value = list(value.values())
     return [path for one in value for path in _paths(one)] if isinstance(value, list | tuple) else []
+
+
+def check_inputs(
+    specs: Sequence[TrialSpec], run: Path, console: Console, experiment: Experiment, address: str | None
+) -> None:
+    """Check all data of a run, and that encoders' features can be kept.
+
+    Args:
+        specs: of the trials.
+        run: the run folder.
+        console: for progress.
+        experiment: of the trials.
+        address: of a cluster that runs already.
+
+    Raises:
+        UserError: as in ``check_data`` and ``check_feature_cache``.
+    """
+    space = check_data(specs, run, console, experiment.halving)
+    check_feature_cache(experiment.resources, space, address)
 
 
 def check_data(specs: Sequence[TrialSpec], run: Path, console: Console, halving: Halving | None = None) -> FeatureSpace:

@@ -30,6 +30,7 @@ from harness.sweep.changed_data import changes, state_of_data
 from harness.sweep.choice import Choice, Retry, archive
 from harness.sweep.folders import run_folder, stored_run
 from harness.sweep.halving import HalvedRows
+from harness.sweep.input_files import keep_files, see_files
 from harness.sweep.lock import exclusive
 from harness.sweep.settled import read_settled, settle
 from harness.sweep.stopping import Stopping, stoppable
@@ -215,10 +216,10 @@ def run_experiment(
     _check(asked, cluster, left)
     with _run_folder_for(prepared, fresh, console) as lease, stoppable(folder) as stopping:
         check_grid(prepared.mlflow_uri, experiment.name, folder)
-        space = preflight.check_data(asked.specs, folder, console, experiment.halving)
-        preflight.check_feature_cache(experiment.resources, space, cluster.cluster_address())
+        seen = see_files(prepared.specs, experiment.plugins, folder)
+        preflight.check_inputs(asked.specs, folder, console, experiment, cluster.cluster_address())
         _write_plan(prepared)
-        changed = _tell(prepared, choice, console)
+        keep_files(folder, seen, changed := _tell(prepared, choice, console))
         prepared.push()
         grid = open_grid(prepared.mlflow_uri, experiment.name, folder)
         if grid.problem:

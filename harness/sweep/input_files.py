@@ -1,0 +1,194 @@
+"""The files that a run reads, as they were when it read them, so that ``harness status`` says which are others now.
+
+They are data that options of a task name, models, and plugins. Files are compared by size and time of change: whether
+the examples differ is known once they are read, which ``harness run`` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.core import hub
+from harness.core.files import write_atomically
+from harness.core.paths import locate_model
+from harness.core.schema import Schema, read_strictly
+from harness.core.weights import models_of
+from harness.experiment.shared import distinct
+
+if TYPE_CHECKING:
+    from harness.experiment.plan import TrialSpec
+
+FILE_NAME = "inputs.json"  # in the run folder
+_LIMIT_S = 1.0  # how long ``harness status`` looks at files
+_ASK = "`harness run` says whether examples, models or plugins are others"
+
+
+class Named(Schema):
+    """A file or a folder that the experiment names.
+
+    Attributes:
+        key: where it is named, such as ``task.root``.
+        path: absolute.
+        files: how many there are, of a folder with those below it.
+        digest: of their names, sizes and times of change.
+    """
+
+    key: str
+    path: str
+    files: int
+    digest: str
+
+
+class InputFiles(Schema):
+    """``inputs.json``.
+
+    Attributes:
+        host: the machine that read them.
+        named: each path once.
+    """
+
+    host: str
+    named: tuple[Named, ...]
+
+
+class _OutOfTimeError(Exception):
+    """Looking at files takes too long."""
+
+
+def named_paths(specs: Sequence[TrialSpec]) -> dict[Path, str]:
+    """By path the key of every file or folder that the trials name: data of their tasks, models, trained adapters."""
+    found: dict[Path, str] = {}
+    for spec in distinct(specs, "task", "backbone", "adapter", "relative_to"):
+        sources = {part: source.trial for part, source in spec.adapter.init_from.items()}
+        for key, value in _texts({"task": spec.task.config, "adapters.init_from": sources}):
+            found.setdefault(spec.folder / value, key)
+        for key, (name, _) in models_of(spec.backbone.model_dump(mode="json")).items():
+            folder = Path(hub.resolve(locate_model(name, spec.folder)))
+            if folder.is_absolute() and not hub.is_builtin(name):  # else the id of a model on the hub
+                found.setdefault(folder, f"backbone.{key}")
+    return {path: key for path, key in found.items() if path != path.parent and _exists(path)}  # "/" is no path
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in options, with its dotted key."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _texts(inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner, key)
+    elif isinstance(value, str) and value:
+        yield key, value
+
+
+def lines_of(path: Path, runs: Path, until: float | None = None) -> Iterator[str]:
+    """Path, size and time of change of a file, or of every file in a folder or below it, in order.
+
+    Args:
+        path: of the file or folder.
+        runs: the parent of the run folder, which is left out.
+        until: of ``time.monotonic()``, when to give up.
+
+    Raises:
+        OSError: it cannot be read.
+        _OutOfTimeError: ``until`` has come.
+    """
+    for file in [path] if path.is_file() else _files(path, runs.resolve()):
+        if until is not None and time.monotonic() > until:
+            raise _OutOfTimeError
+        stat = file.stat()
+        yield f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+
+
+def see_files(specs: Sequence[TrialSpec], plugins: Iterable[Path], run: Path) -> InputFiles:
+    """How the files are now.
+
+    Args:
+        specs: of the trials.
+        plugins: files and folders of plugins.
+        run: the run folder.
+    """
+    paths = {**{path.resolve(): "plugins" for path in plugins if _exists(path)}, **named_paths(specs)}
+    named: dict[str, Named] = {}
+    for path, key in paths.items():
+        files, digest = _state(path, run.parent)
+        named[str(path.resolve())] = Named(key=key, path=str(path.resolve()), files=files, digest=digest)
+    return InputFiles(host=socket.gethostname(), named=tuple(named.values()))
+
+
+def keep_files(run: Path, seen: InputFiles, changed: Sequence[str]) -> None:
+    """Write down how the files are that a run has read.
+
+    Args:
+        run: the run folder.
+        seen: before they were read.
+        changed: what was said of examples that differ from those of finished trials; if any, what was written for
+            these stays.
+    """
+    kept = _read(run).named if changed and (run / FILE_NAME).exists() else ()
+    before = {item.path: item for item in kept}
+    named = tuple(before.get(item.path, item) for item in seen.named)
+    write_atomically(run / FILE_NAME, seen.model_copy(update={"named": named}).model_dump_json(indent=1) + "\n")
+
+
+def changed_files(run: Path) -> list[str]:
+    """A line for each file or folder that is no longer as it was when the run read it; nothing is read but its state.
+
+    Args:
+        run: the run folder.
+    """
+    try:
+        known = _read(run)
+    except FileNotFoundError:  # nothing has been read yet, or by an earlier version
+        return []
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    elsewhere = "" if known.host == socket.gethostname() else f", or not on this machine: {known.host} read it"
+    lines, until = [], time.monotonic() + _LIMIT_S
+    for item in known.named:
+        path = Path(item.path)
+        what, which = (f"{path} has", "it") if path.is_file() else (f"files in {path} have", "them")
+        try:
+            if not _exists(path):
+                lines.append(f"{item.key}: {path} is gone{elsewhere}")
+            elif _state(path, run.parent, until) != (item.files, item.digest):
+                lines.append(f"{item.key}: {what} changed since this run read {which}; {_ASK}")
+        except _OutOfTimeError:
+            lines.append(f"{item.key}: {path}: {item.files} files take too long to look at; {_ASK}")
+        except OSError as error:
+            lines.append(f"{item.key}: {error}")
+    return lines
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.is_file() or path.is_dir()
+    except (OSError, ValueError):  # no path: a template with a NUL, a text that is too long
+        return False
+
+
+def _state(path: Path, runs: Path, until: float | None = None) -> tuple[int, str]:
+    """How many files, and the digest of their states."""
+    digest, count = hashlib.sha256(), 0
+    for line in lines_of(path, runs, until):
+        digest.update(f"{len(line)} {line}\n".encode("utf-8", "surrogatepass"))
+        count += 1
+    return count, digest.hexdigest()
+
+
+def _read(run: Path) -> InputFiles:
+    return read_strictly(InputFiles, run / FILE_NAME, "what a run has read")
+
+
+def _files(folder: Path, runs: Path) -> Iterator[Path]:
+    for here, folders, files in os.walk(folder):
+        place = Path(here)
+        read = (name for name in folders if not name.startswith((".", "__pycache__")))
+        folders[:] = sorted(name for name in read if (place / name).resolve() != runs)
+        yield from (place / name for name in sorted(files) if (place / name).exists())
