@@ -16,6 +16,7 @@ from PIL import Image as PilImage
 from harness.core import hub
 from harness.core.errors import UserError
 from tasks.base import Modality, Preview
+from tasks.containers.jpeg_scans import scans_of, with_other_bytes
 from tasks.containers.picture_metadata import without_metadata
 from tasks.modalities.encoders.options import ALL_TOKENS, VisionOptions
 
@@ -26,7 +27,7 @@ TINY = "builtin/tiny-vision"
 MAX_PIXELS = 89_478_485  # the limit at which Pillow only warns: 256 MiB of RGB
 _PREVIEW_PIXELS = 240
 _REMARK = "harness_remark"  # key in a picture's info: what was converted
-_JPEG_END, _JPEG_PIXELS = b"\xff\xd9", b"\xff\xda"  # markers: end of image, start of scan
+_GREY = range(125, 132)  # of 8 bits: what libjpeg puts in the place of missing pixels, as rounded in the corner
 _BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF
 _MODES = {"1": "black and white", "L": "grey-scale", "P": "palette of colours"}  # names of Pillow's modes
 
@@ -96,21 +97,30 @@ def _decoded(path: Path, file: Path | io.BytesIO) -> PilImage.Image:
         if picture.mode in ("I", "F"):
             raise UserError(f"{path}: pixel mode {picture.mode} (32 bits) has no fixed range; save it with 8 or 16")
         picture.load()
-        if picture.format in ("JPEG", "MPO") and not _has_an_end(path):
-            raise UserError(f"{path}: truncated: it has no end of a JPEG picture (a download that was broken off?)")
+        if picture.format in ("JPEG", "MPO"):
+            _check_whole(path, picture)
         return _rgb(picture)
 
 
-def _has_an_end(path: Path) -> bool:
-    """Whether the marker that ends a JPEG comes after its pixels: zeros in the place of the rest decode as grey."""
-    with path.open("rb") as file:
-        size = file.seek(0, io.SEEK_END)
-        file.seek(max(size - 2, 0))
-        if file.read() == _JPEG_END:
-            return True
-        file.seek(0)
-        data = file.read()
-    return data.rfind(_JPEG_END) > data.rfind(_JPEG_PIXELS)
+def _check_whole(path: Path, picture: PilImage.Image) -> None:
+    """Refuse a JPEG whose pixels end too early, which libjpeg decodes as grey or as a blurred picture.
+
+    Args:
+        path: of the file.
+        picture: decoded.
+    """
+    data = path.read_bytes()
+    scans = scans_of(data)
+    if scans is None:
+        raise UserError(f"{path}: truncated: it has no end of a JPEG picture (a download that was broken off?)")
+    corner = picture.crop((picture.width - 1, picture.height - 1, picture.width, picture.height))
+    grey = picture.mode not in ("L", "RGB") or corner.convert("L").getpixel((0, 0)) in _GREY
+    whole = scans.complete
+    if whole and scans.huffman and (grey or scans.count > 1):  # what is missing of a single scan is grey to the corner
+        with PilImage.open(io.BytesIO(with_other_bytes(data, scans))) as other:
+            whole = other.tobytes() == picture.tobytes()
+    if not whole:
+        raise UserError(f"{path}: truncated: a part of its pixels is missing before the end of the JPEG picture")
 
 
 def _without_metadata(path: Path) -> PilImage.Image | None:

@@ -116,6 +116,53 @@ def test_zeros_in_the_place_of_a_jpegs_rest_are_refused(tmp_path: Path) -> None:
         Image().load(path)
 
 
+JPEG_KINDS: list[dict[str, Any]] = [
+    {}, {"subsampling": 0}, {"progressive": True}, {"restart_marker_blocks": 4}, {"optimize": True, "quality": 30},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", JPEG_KINDS)
+def test_an_end_marker_does_not_make_a_part_of_a_jpeg_whole(tmp_path: Path, mode: str, options: dict[str, Any]) -> None:
+    """libjpeg fills what is missing with grey, or leaves details out, and says nothing."""
+    pixels = np.random.default_rng(0).integers(0, 255, (100, 130, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    PilImage.fromarray(pixels).convert(mode).save(buffer, "JPEG", **options)
+    whole, path = buffer.getvalue(), tmp_path / "part.jpg"
+    path.write_bytes(whole)
+    assert _load(path).size == (130, 100)
+    for share in (0.3, 0.6, 0.95):
+        path.write_bytes(whole[: int(share * len(whole))] + b"\xff\xd9")
+        with pytest.raises(UserError, match=r"part\.jpg: truncated: a part of its pixels is missing before the end"):
+            Image().load(path)
+
+
+@pytest.mark.parametrize("options", JPEG_KINDS)
+@pytest.mark.parametrize("colour", [(128, 128, 128), (127, 130, 127), (0, 0, 0)])
+def test_a_grey_jpeg_is_whole(tmp_path: Path, colour: tuple[int, int, int], options: dict[str, Any]) -> None:
+    """Its pixels are those that libjpeg puts in the place of missing ones; also with bytes behind or before the end."""
+    path = tmp_path / "grey.jpg"
+    PilImage.new("RGB", (61, 47), colour).save(path, exif=_turned(), **options)
+    whole = path.read_bytes()
+    for data in (whole, whole + b"\xff\xd8 a preview \xff", whole[:-2] + b"\0\0" + whole[-2:]):
+        path.write_bytes(data)
+        np.testing.assert_allclose(np.asarray(_load(path))[-1, -1], colour, atol=2)
+
+
+def test_a_jpeg_without_the_scan_of_a_colour_is_refused(tmp_path: Path) -> None:
+    """Of a progressive picture whose scans for red and blue were lost, a grey-scale one would be left."""
+    path = tmp_path / "colour.jpg"
+    PilImage.effect_mandelbrot((64, 64), (-2, -2, 2, 2), 50).convert("RGB").save(path, progressive=True)
+    data = path.read_bytes()
+    first = data.index(b"\xff\xda")
+    assert data[first + 4] == 3  # the first scan has all components: give it one, as encoders may
+    alone = data[first + 5 : first + 7] + data[first + 11 : first + 14]
+    second = data.index(b"\xff\xc4", first)
+    path.write_bytes(data[:first] + b"\xff\xda\0\x08\1" + alone + data[first + 14 : second] + b"\xff\xd9")
+    with pytest.raises(UserError, match=r"colour\.jpg: truncated: a part of its pixels is missing"):
+        Image().load(path)
+
+
 def test_what_is_no_picture_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "notes.jpg").write_text("not a picture")
     with pytest.raises(UserError, match=r"notes\.jpg: cannot be decoded"):
