@@ -2,8 +2,9 @@
 
 Scalars follow the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema), not YAML 1.1: ``010`` is
 ten, ``1:30``, ``yes``, ``off`` and ``2020-01-01`` are text, ``1e-3`` is a number, and only ``true`` and ``false`` are
-booleans. A key given twice is an error (YAML keeps the last silently). ``${NAME}`` or ``${NAME:-default}`` is taken
-from the environment, and a value made of it is read by the same schema.
+booleans. Lines end with a line feed or a carriage return, and not with the other breaks of Unicode. A key given twice
+is an error, also as ``1`` and ``0x1`` (YAML keeps the last silently). ``${NAME}`` or ``${NAME:-default}`` is taken from
+the environment, and a value made of it is read by the same schema.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from harness.core.errors import UserError
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 _MOST_VALUES = 100_000
+_NO_BREAKS = "\x85\u2028\u2029"  # of lines, in YAML 1.2 (section 5.4)
+_PRIVATE_USE = range(0xE000, 0xF900)
 _TAG = "tag:yaml.org,2002:"
 _SCHEMA = (  # tag, form, the characters that it may begin with
     ("null", r"(?:null|Null|NULL|~|)", ["n", "N", "~", ""]),
@@ -33,9 +36,25 @@ _SCHEMA = (  # tag, form, the characters that it may begin with
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the core schema of YAML 1.2."""
+    """SafeLoader with the core schema and the line breaks of YAML 1.2.
+
+    Args:
+        text: the file. Characters that break lines in YAML 1.1 alone are read as others, which are not in it.
+    """
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - replaces those of YAML 1.1
+
+    def __init__(self, text: str) -> None:
+        unused = (code for code in _PRIVATE_USE if chr(code) not in text)
+        stand_ins = dict(zip(map(ord, _NO_BREAKS), unused, strict=False))
+        self._originals = {code: original for original, code in stand_ins.items()}
+        super().__init__(text.translate(stand_ins))
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        compose: Callable[[Any], yaml.ScalarNode] = super().compose_scalar_node
+        node = compose(anchor)
+        node.value = node.value.translate(self._originals)
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -56,6 +75,14 @@ def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
 for _name, _form, _first in _SCHEMA:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(_TAG + _name, re.compile(f"^{_form}$"), _first)
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    quoted = any(character in text for character in _NO_BREAKS)  # PyYAML would break the line there
+    return dumper.represent_scalar(f"{_TAG}str", text, style='"' if quoted else None)
+
+
+_Dumper.add_representer(str, _text)
 # Only the types of the schema: YAML 1.1's dates, sets, binaries and ordered maps are none of an experiment's.
 _Loader.yaml_constructors = {
     tag: build
@@ -75,12 +102,9 @@ def read_value(text: str) -> Any:
     """One value of the command line, read as in a file.
 
     Raises:
-        UserError: it is not YAML.
+        UserError: it is not YAML, or has a duplicate key.
     """
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader subclass
-    except (yaml.YAMLError, ValueError, KeyError) as error:
-        raise UserError(f"not valid YAML: {error}") from error
+    return _read(text, Cursor("the value"), {}, None)
 
 
 def read_yaml(path: Path) -> tuple[Any, Cursor]:
@@ -103,25 +127,40 @@ def read_yaml(path: Path) -> tuple[Any, Cursor]:
     lines: dict[KeyPath, int] = {}
     texts: dict[KeyPath, str] = {}
     top = Cursor(str(path), (), lines, texts)
+    return _read(text, top, lines, texts), top
+
+
+def _read(text: str, top: Cursor, lines: dict[KeyPath, int], texts: dict[KeyPath, str] | None) -> Any:
+    """The content of a text.
+
+    Args:
+        text: in YAML.
+        top: for messages.
+        lines: receives the lines of keys.
+        texts: receives the texts of values from the environment; None: no variables are put in.
+    """
     loader: _Loader | None = None
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
-            return None, top
-        _collect_lines(node, top, lines)
-        _substitute(loader, node, top, texts, set())
-        return loader.construct_document(node), top
+            return None
+        _collect_lines(loader, node, top, lines)
+        if texts is not None:
+            _substitute(loader, node, top, texts, set())
+        return loader.construct_document(node)
     except RecursionError:
-        raise UserError(f"{path}: nested too deeply, or an alias (*name) refers to a value that contains it") from None
+        raise UserError(
+            f"{top.origin}: nested too deeply, or an alias (*name) refers to a value that contains it"
+        ) from None
     except (yaml.YAMLError, ValueError, KeyError) as error:  # an explicit tag that does not fit: !!int x, !!bool x
-        raise UserError(f"{path}: not valid YAML: {error}") from error
+        raise UserError(f"{top.origin}: not valid YAML: {error}") from error
     finally:
         if loader is not None:
             loader.dispose()
 
 
-def _collect_lines(node: yaml.Node, here: Cursor, lines: dict[KeyPath, int]) -> None:
+def _collect_lines(loader: _Loader, node: yaml.Node, here: Cursor, lines: dict[KeyPath, int]) -> None:
     lines.setdefault(here.path, node.start_mark.line + 1)
     if len(lines) > _MOST_VALUES:
         raise UserError(
@@ -129,15 +168,20 @@ def _collect_lines(node: yaml.Node, here: Cursor, lines: dict[KeyPath, int]) -> 
         )
     if isinstance(node, yaml.SequenceNode):
         for index, child in enumerate(node.value):
-            _collect_lines(child, here / index, lines)
+            _collect_lines(loader, child, here / index, lines)
     elif isinstance(node, yaml.MappingNode):
+        first: dict[Any, str] = {}  # by key as Python reads it
         for key, child in node.value:
             inner = here / str(key.value)
             line = key.start_mark.line + 1
             if inner.path in lines:
                 raise UserError(f"{here.origin}, line {line}, {inner.key}: duplicate key")
+            if isinstance(key, yaml.ScalarNode) and key.tag != f"{_TAG}merge":
+                same = first.setdefault(loader.construct_object(key), key.value)
+                if same != key.value:
+                    raise UserError(f"{here.origin}, line {line}, {inner.key}: duplicate key: it is that of {same!r}")
             lines[inner.path] = line
-            _collect_lines(child, inner, lines)
+            _collect_lines(loader, child, inner, lines)
 
 
 def _substitute(

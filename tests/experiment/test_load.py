@@ -120,6 +120,46 @@ def test_scalars_follow_the_core_schema_of_yaml_1_2(experiment_file: Write, writ
         assert (found, type(found)) == (value, type(value))
 
 
+@pytest.mark.parametrize("character", ["\x85", "\u2028", "\u2029"])
+def test_lines_are_broken_as_in_yaml_1_2(experiment_file: Write, character: str) -> None:
+    """In YAML 1.1 these characters break lines: the rest of a comment would be a key, the one of a text too."""
+    text = (
+        f"a: x{character}y\nb: 'x{character} y'\nc: 1 # see{character}d: 2\n{character}e: |\n"
+        f"  x{character}y\nf: \ue000{character}\ng: [z]\n"
+    )
+    content, top = read_yaml(experiment_file(text))
+    assert content == {
+        "a": f"x{character}y", "b": f"x{character} y", "c": 1, f"{character}e": f"x{character}y\n",
+        "f": f"\ue000{character}", "g": ["z"],
+    }  # fmt: skip
+    assert str(top / "g") == f"{top.origin}, line 7, g"
+    assert read_value(write_yaml(content)) == content
+    with pytest.raises(UserError, match="mapping values are not allowed here"):
+        read_yaml(experiment_file(f"a: x{character}b: 2\n"))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("1", "0x1"), ("1", "1.0"), ("true", "True"), ("null", "~"), ("1", "true"), ("010", "0o12")]
+)
+def test_keys_that_are_one_key_once_read_are_duplicates(experiment_file: Write, first: str, second: str) -> None:
+    text = f"{{{first}: x, {second}: y}}"
+    message = rf"key\.{second}: duplicate key: it is that of '{first}'"
+    with pytest.raises(UserError, match=message):
+        read_yaml(experiment_file(f"key: {text}\n"))
+    with pytest.raises(UserError, match=message):
+        read_value(f"{{key: {text}}}")
+
+
+def test_a_merged_key_may_be_given_again(experiment_file: Write) -> None:
+    content, _ = read_yaml(experiment_file("base: &base {1: x, a: 1}\nkey: {<<: *base, 0x1: y}\n"))
+    assert content["key"] == {1: "y", "a": 1}
+
+
+def test_a_value_of_the_command_line_has_each_key_once() -> None:
+    with pytest.raises(UserError, match="the value, line 1, a: duplicate key"):
+        read_value("{a: 1, a: 2}")
+
+
 @pytest.mark.parametrize(
     "written", ["!!timestamp 2020-01-01", "!!timestamp x", "!!set {a}", "!!binary YQ==", "!!omap [a: 1]"]
 )
