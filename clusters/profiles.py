@@ -122,7 +122,7 @@ class Price(_Section):
 
 Node = Mapping[str, float]  # "CPU", "GPU" → how many
 
-_SHARED: tuple[Kind, ...] = ("kuberay", "ray_up")  # kinds whose machines are gone after the run
+OWN_MACHINES: tuple[Kind, ...] = ("kuberay", "ray_up")  # with file systems of their own, gone after the run
 
 
 class Profile(_Section):
@@ -248,7 +248,7 @@ def _check_kind(profile: Profile, top: Cursor) -> None:
             if kind != profile.kind and getattr(profile, key) is not None:
                 raise UserError(f"{top / key}: for kind {kind}, but found kind {profile.kind!r}")
     needed = [key for key in own.get(profile.kind, ()) if key != "job_server"]
-    needed += ["storage"] if profile.kind in _SHARED else []
+    needed += ["storage"] if profile.kind in OWN_MACHINES else []
     for key in needed:
         if getattr(profile, key) is None:
             hint = ": a URL such as s3://bucket/runs, or a folder that all nodes share" if key == "storage" else ""

@@ -24,6 +24,7 @@ from harness.core.files import cache_folder, write_atomically
 
 FOLDER = "launch"  # in a run folder: rendered files, logs of drivers, the record
 RECORD = "launch.json"
+PROFILE = "profile.yaml"  # whatever the profile is called: no name of it is that of another rendered file
 # Of every Ray that a launcher starts. Who reaches a port of it needs its token. Without its memory monitor: where that
 # kills a worker, Tune does not handle the error and the whole sweep ends; if the kernel does, only that trial fails.
 RAY_SETTINGS = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0"}
@@ -55,7 +56,7 @@ class Job:
     @property
     def profile_file(self) -> Path:
         """The copy of the profile that the job reads."""
-        return self.folder / f"{self.profile.name}.yaml"
+        return self.folder / PROFILE
 
     @property
     def python(self) -> str:
@@ -113,6 +114,47 @@ class Launcher(Protocol):
 
     def log_command(self, launch: Launch, follow: bool) -> list[str] | None:
         """The command that prints the driver's output, where it is in no file."""
+
+
+def plain_name(name: str, longest: int) -> str:
+    """The name of a run folder as a label of DNS: lower-case letters, digits and hyphens, a letter first.
+
+    A name that had to be changed ends with a digest, so that those of two run folders are not the same.
+
+    Args:
+        name: of the run folder, such as ``quickstart`` or ``quickstart@2``.
+        longest: characters of the result, at least 16.
+    """
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    if not plain[:1].isalpha():
+        plain = f"run-{plain}".strip("-")
+    if plain == name and len(name) <= longest:
+        return name
+    return f"{plain[: longest - 7].strip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
+def brought(job: Job) -> dict[str, Path]:
+    """The files that a job brings to machines with other file systems.
+
+    Returns:
+        Their paths as the experiment has them, from its folder → where they are here; the experiment is the first.
+
+    Raises:
+        UserError: a plugin is not in the folder of the experiment or below it, or a file is called as the profile is.
+    """
+    folder = job.experiment.parent
+    found = {job.experiment.name: job.experiment}
+    for path in job.plugins:
+        plugin = Path(os.path.normpath(path))
+        if not plugin.is_relative_to(folder):
+            raise UserError(
+                f"{plugin}: a job of kind {job.profile.kind} brings plugins from the folder of the experiment only "
+                f"({folder}); move it there"
+            )
+        found[str(plugin.relative_to(folder))] = plugin
+    if PROFILE in found:
+        raise UserError(f"{found[PROFILE]}: the profile of the job is called {PROFILE}; rename this file")
+    return found
 
 
 def submitted(job: Job, job_id: str, log: Path | None = None, address: str = "") -> Launch:
@@ -211,14 +253,19 @@ def check_program(program: str, what: str) -> None:
         )
 
 
-def call(command: Sequence[str], timeout_s: float = 120.0) -> str:
+def call(command: Sequence[str], timeout_s: float = 120.0, given: str | None = None) -> str:
     """The standard output of a command.
+
+    Args:
+        command: the program and its arguments.
+        timeout_s: when it is given up.
+        given: its standard input; None: that of this process.
 
     Raises:
         UserError: it failed; the message has its words.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=timeout_s, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"{command[0]}: {error}") from error
     if done.returncode:

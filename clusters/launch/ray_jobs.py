@@ -13,10 +13,11 @@ import sys
 import time
 from dataclasses import dataclass
 
-from clusters.launch.job import Job, Launch, call, submitted
+from clusters.launch.job import Job, Launch, call, plain_name, submitted
 from harness.core.errors import UserError
 
 DESCRIPTION = "ray_job.json"
+_LONGEST_NAME = 100  # characters of a run folder's name in that of a job
 _RAY_JOB = (sys.executable, "-m", "ray.scripts.scripts", "job")
 
 
@@ -56,7 +57,7 @@ class RayJobLauncher:
             UserError: the job server cannot be reached or has refused it.
         """
         description = json.loads((job.folder / DESCRIPTION).read_text(encoding="utf-8"))
-        name = re.sub(r"[^A-Za-z0-9-]+", "-", job.folder.parent.name)
+        name = plain_name(job.folder.parent.name, _LONGEST_NAME)
         job_id, address = f"{name}-{time.time_ns() // 10**6}", description["address"]
         command = [*_RAY_JOB, "submit", "--address", address, "--no-wait", "--submission-id", job_id]
         command += ["--runtime-env-json", json.dumps(description["runtime_env"])]

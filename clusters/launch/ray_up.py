@@ -6,7 +6,6 @@ Keys: https://docs.ray.io/en/latest/cluster/vms/references/ray-cluster-configura
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import shlex
 import sys
@@ -19,7 +18,17 @@ from typing import Any
 
 import yaml
 
-from clusters.launch.job import RAY_SETTINGS, Job, Launch, call, check_program, submitted
+from clusters.launch.job import (
+    PROFILE,
+    RAY_SETTINGS,
+    Job,
+    Launch,
+    brought,
+    call,
+    check_program,
+    plain_name,
+    submitted,
+)
 from clusters.profiles import Machine, RayUp
 from harness.core.errors import UserError
 from harness.core.files import cache_folder
@@ -28,7 +37,9 @@ CLUSTER = "cluster.yaml"
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
 _CLONE = Path(__file__).resolve().parents[2]  # of the harness
 _UP_S = 3600.0  # machines start and install the harness
-_LOG = "harness.log"
+_LOG = "harness.log"  # in the home folder of the head, as the next one
+_PROCESS = "harness.pid"
+_LONGEST_NAME = 40  # characters of a run folder's name in that of the machines; clouds allow 63 for tags
 
 
 @dataclass(frozen=True)
@@ -63,8 +74,9 @@ class RayUpLauncher:
         cluster = str(job.folder / CLUSTER)
         _make_token(_token_file(job))
         call([*_RAY, "up", "--yes", "--no-config-cache", cluster], _UP_S)
-        driver = f"{_command(job)} > {_LOG} 2>&1"
-        call([*_RAY, "exec", "--tmux", cluster, driver], _UP_S)
+        # `exec`, so that the number is that of the driver.
+        driver = f"echo $$ > {_PROCESS}; exec env {_command(job)} > {_LOG} 2>&1"
+        call([*_RAY, "exec", "--tmux", cluster, f"bash -c {shlex.quote(driver)}"], _UP_S)
         return submitted(job, _name(job), address=cluster)
 
     def state(self, launch: Launch) -> str | None:
@@ -77,7 +89,7 @@ class RayUpLauncher:
         Raises:
             UserError: the head cannot be reached.
         """
-        call([*_RAY, "exec", launch.address, "pkill -TERM -f -- '[-]m harness run'"])
+        call([*_RAY, "exec", launch.address, f"kill -TERM $(cat {_PROCESS})"])
         return f"the driver got SIGTERM; `ray down {launch.address}` ends the machines"
 
     def log_command(self, launch: Launch, follow: bool) -> list[str] | None:
@@ -91,7 +103,7 @@ def _section(job: Job) -> RayUp:
 
 
 def _name(job: Job) -> str:
-    return "harness-" + re.sub(r"[^A-Za-z0-9-]+", "-", job.folder.parent.name)
+    return f"harness-{plain_name(job.folder.parent.name, _LONGEST_NAME)}"
 
 
 def _token_file(job: Job) -> Path:
@@ -106,11 +118,11 @@ def _make_token(path: Path) -> None:
 
 
 def _command(job: Job) -> str:
-    """The driver on the head: the experiment, its plugins and the profile are copied to ``~/experiment``."""
+    """The driver on the head, with its variables: what the job brings is copied to ``~/experiment``."""
     exports = _assigned({**RAY_SETTINGS, **job.profile.env})
     python = job.profile.python or "python"
-    experiment, profile = f"experiment/{job.experiment.name}", f"experiment/{job.profile_file.name}"
-    return f"RAY_ADDRESS=auto {exports} {job.command(python, experiment, profile)}"
+    command = job.command(python, f"experiment/{job.experiment.name}", f"experiment/{PROFILE}")
+    return f"RAY_ADDRESS=auto {exports} {command}"
 
 
 def _assigned(variables: Mapping[str, str]) -> str:
@@ -119,7 +131,7 @@ def _assigned(variables: Mapping[str, str]) -> str:
 
 def _cluster(job: Job) -> dict[str, Any]:
     ray_up = _section(job)
-    copied = [job.experiment, *job.plugins, job.profile_file]
+    copied = {**brought(job), PROFILE: job.profile_file}
     python = job.profile.python or "python"
     start = f"{_assigned(RAY_SETTINGS)} {python} -m ray.scripts.scripts start"
     cluster: dict[str, Any] = {
@@ -138,7 +150,7 @@ def _cluster(job: Job) -> dict[str, Any]:
         },
         "head_node_type": "head",
         "file_mounts": {
-            **{f"~/experiment/{path.name}": str(path) for path in copied},
+            **{f"~/experiment/{path}": str(file) for path, file in copied.items()},
             "~/harness": str(_CLONE),
             "~/.ray/auth_token": str(_token_file(job)),
         },

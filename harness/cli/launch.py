@@ -76,6 +76,7 @@ def launch(
 def _job(file: Path, profile: Profile, output: str | None, fresh: bool, options: tuple[str, ...]) -> Job:
     """The job of an experiment, which is checked as ``harness plan`` does."""
     from clusters.launch.job import FOLDER, Job
+    from clusters.profiles import OWN_MACHINES
     from harness.core.paths import locate
     from harness.core.source import read_yaml
     from harness.experiment.load import Experiment
@@ -84,8 +85,14 @@ def _job(file: Path, profile: Profile, output: str | None, fresh: bool, options:
     experiment = Experiment.from_yaml(file)
     plugins = read_yaml(file)[0].get("plugins", ())
     given = output or profile.storage or "runs"
-    # Machines of their own have other file systems than this one.
-    elsewhere = "://" in given or profile.kind in ("kuberay", "ray_up")
+    own_machines = profile.kind in OWN_MACHINES
+    elsewhere = "://" in given or own_machines
+    for plugin in plugins if own_machines else ():
+        if Path(plugin).expanduser().is_absolute():
+            raise UserError(
+                f"{file}, plugins: found {plugin!r}; for kind {profile.kind} they are brought from the folder of the "
+                "experiment, so their paths must be relative to it"
+            )
     here = Path("runs") if elsewhere else Path(given)
     run = prepare(experiment, here, fresh).folder
     return Job(

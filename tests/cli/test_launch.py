@@ -40,7 +40,7 @@ def test_render_only_prints_the_job_and_writes_nothing(
     shown = harness("launch", "grid.yaml", "--profile", "slurm", "--render-only", "--no-measure")
     assert (shown.code, shown.err) == (0, "")
     assert shown.out.startswith("#!/bin/bash\n#SBATCH --job-name=grid\n#SBATCH --partition=gpu\n")
-    assert f"-m harness run {tmp_path}/grid.yaml --profile {tmp_path}/runs/grid/launch/slurm.yaml" in shown.out
+    assert f"-m harness run {tmp_path}/grid.yaml --profile {tmp_path}/runs/grid/launch/profile.yaml" in shown.out
     assert "--no-measure" in shown.out
     assert not (tmp_path / "runs").exists()
 
@@ -135,7 +135,7 @@ def test_a_launched_process_is_followed_and_stopped(
     assert harness("stop", run).out == f"process {record.job_id} got SIGTERM\n"
     assert (run / REQUEST).exists()
     shown = harness("logs", run, "--follow")  # until the end
-    assert f"called -m harness run {tmp_path}/grid.yaml --profile {run}/launch/mine.yaml --output" in shown.out
+    assert f"called -m harness run {tmp_path}/grid.yaml --profile {run}/launch/profile.yaml --output" in shown.out
     assert shown.out.endswith("ended in order\n")
     for _ in range(50):
         if "local job" in (line := harness("status", run).out) and "ended" in line:

@@ -1,8 +1,8 @@
 """A typed subset of KubeRay's RayJob and of Kubernetes' pod template: the fields that the harness renders.
 
 Names, types and required fields as in KubeRay's API reference (https://ray-project.github.io/kuberay/reference/api/,
-ray.io/v1) and Kubernetes' (https://kubernetes.io/docs/reference/generated/kubernetes-api/v1.34/). The published CRD is
-in no package of PyPI, npm or Debian, so it is not what the manifest is checked against here.
+ray.io/v1) and Kubernetes' (https://kubernetes.io/docs/reference/generated/kubernetes-api/v1.34/). The published
+definition is in no package of PyPI, npm or Debian; tests/clusters/launch/test_crd.py takes a copy of it.
 """
 
 from __future__ import annotations
@@ -57,8 +57,14 @@ class _Claim(_Object):
     claimName: ConfigName
 
 
+class _Item(_Object):
+    key: Annotated[str, Field(pattern=r"^[-._a-zA-Z0-9]+$", max_length=253)]
+    path: Annotated[str, Field(pattern=r"^[^/]")]
+
+
 class _ConfigMap(_Object):
     name: ConfigName
+    items: list[_Item] = []
 
 
 class _Volume(_Object):
@@ -109,7 +115,8 @@ class _Spec(_Object):
 
 
 class _Metadata(_Object):
-    name: Annotated[Name, Field(max_length=47)]
+    # The operator's own rules, which its definition does not have: a letter first, and room for what it appends.
+    name: Annotated[Name, Field(pattern=r"^[a-z]", max_length=47)]
     namespace: Name
 
 

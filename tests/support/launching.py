@@ -16,6 +16,52 @@ budget: {examples: 24, epochs: 2}
 resources: {profile: false}
 """
 
+_SLURM = """\
+kind: slurm
+python: /shared/harness/.venv/bin/python
+env: {HF_HOME: /shared/hf cache}
+secrets: [HF_TOKEN]
+slurm:
+  partition: gpu
+  account: lab
+  nodes: 2
+  cpus_per_task: 16
+  gpus_per_node: 4
+  mem: 128G
+  time: "24:00:00"
+  options: [--exclusive]
+  setup: [module load cuda/12]
+"""
+_KUBERAY = """\
+kind: kuberay
+storage: s3://bucket/runs
+env: {AWS_REGION: us-west-2}
+secrets: [HF_TOKEN]
+kuberay:
+  image: registry/harness:0.1
+  namespace: peft
+  worker: {cpus: 8, memory: 32Gi, gpus: 1}
+  workers: 2
+  volume_claim: datasets
+  secret: harness
+  service_account: trainer
+  node_selector: {cloud.google.com/gke-accelerator: nvidia-l4}
+"""
+_RAY_UP = """\
+kind: ray_up
+storage: s3://bucket/runs
+python: harness/.venv/bin/python
+ray_up:
+  provider: {type: aws, region: us-west-2}
+  ssh_user: ubuntu
+  head: {node_config: {InstanceType: m5.2xlarge}}
+  worker: {node_config: {InstanceType: g5.xlarge}, min_workers: 1, max_workers: 4}
+  setup: [make -C harness venv]
+"""
+_RAY = "kind: ray\naddress: auto\njob_server: http://head:8265\npython: /shared/harness/.venv/bin/python\n"
+# One of each kind.
+PROFILES = {"slurm": _SLURM, "kuberay": _KUBERAY, "ray_up": _RAY_UP, "ray": _RAY, "local": "kind: local\n"}
+
 
 def written_profile(folder: Path, text: str, name: str = "mine") -> Path:
     path = folder / f"{name}.yaml"

@@ -46,7 +46,7 @@ def test_a_job_is_submitted_with_its_command_and_environment(called: list[list[s
     assert json.loads(words[words.index("--runtime-env-json") + 1]) == {"env_vars": {"HF_HOME": "/hf"}}
     command = words[words.index("--") + 1 :]
     assert command[1:5] == ["-m", "harness", "run", f"{tmp_path}/grid.yaml"]
-    assert f"{tmp_path}/my runs/grid@2/launch/mine.yaml" in command  # one word
+    assert f"{tmp_path}/my runs/grid@2/launch/profile.yaml" in command  # one word
     assert launcher.log_command(launch, follow=True) is not None
 
 

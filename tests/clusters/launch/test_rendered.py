@@ -17,53 +17,9 @@ from clusters.launch.launchers import LAUNCHERS
 from harness.core.errors import UserError
 from harness.core.files import cache_folder
 from tests.support.kuberay import RayJobManifest
-from tests.support.launching import EXPERIMENT, job, written_profile
+from tests.support.launching import EXPERIMENT, PROFILES, job, written_profile
 
 GOLDEN = Path(__file__).parent / "golden"
-SLURM = """\
-kind: slurm
-python: /shared/harness/.venv/bin/python
-env: {HF_HOME: /shared/hf cache}
-secrets: [HF_TOKEN]
-slurm:
-  partition: gpu
-  account: lab
-  nodes: 2
-  cpus_per_task: 16
-  gpus_per_node: 4
-  mem: 128G
-  time: "24:00:00"
-  options: [--exclusive]
-  setup: [module load cuda/12]
-"""
-KUBERAY = """\
-kind: kuberay
-storage: s3://bucket/runs
-env: {AWS_REGION: us-west-2}
-secrets: [HF_TOKEN]
-kuberay:
-  image: registry/harness:0.1
-  namespace: peft
-  worker: {cpus: 8, memory: 32Gi, gpus: 1}
-  workers: 2
-  volume_claim: datasets
-  secret: harness
-  service_account: trainer
-  node_selector: {cloud.google.com/gke-accelerator: nvidia-l4}
-"""
-RAY_UP = """\
-kind: ray_up
-storage: s3://bucket/runs
-python: harness/.venv/bin/python
-ray_up:
-  provider: {type: aws, region: us-west-2}
-  ssh_user: ubuntu
-  head: {node_config: {InstanceType: m5.2xlarge}}
-  worker: {node_config: {InstanceType: g5.xlarge}, min_workers: 1, max_workers: 4}
-  setup: [make -C harness venv]
-"""
-RAY = "kind: ray\naddress: auto\njob_server: http://head:8265\npython: /shared/harness/.venv/bin/python\n"
-PROFILES = {"slurm": SLURM, "kuberay": KUBERAY, "ray_up": RAY_UP, "ray": RAY, "local": "kind: local\n"}
 
 
 @pytest.fixture
@@ -112,7 +68,7 @@ def test_the_batch_script_is_valid_bash_and_names_secrets_only(
 def test_the_manifest_has_the_fields_of_kuberays_reference(rendered: tuple[Job, dict[str, str]]) -> None:
     config, manifest = yaml.safe_load_all(rendered[1]["rayjob.yaml"])
     RayJobManifest.model_validate(manifest)
-    assert config["data"]["grid.yaml"] == EXPERIMENT
+    assert config["data"]["1-grid.yaml"] == EXPERIMENT
     pods = [
         manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"],
         manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"],
@@ -126,7 +82,7 @@ def test_the_manifest_has_the_fields_of_kuberays_reference(rendered: tuple[Job, 
 
 
 def test_the_typed_subset_of_the_manifest_refuses_what_kubernetes_would(tmp_path: Path) -> None:
-    made = job(tmp_path, written_profile(tmp_path, KUBERAY), output="s3://bucket/runs")
+    made = job(tmp_path, written_profile(tmp_path, PROFILES["kuberay"]), output="s3://bucket/runs")
     _, manifest = yaml.safe_load_all(LAUNCHERS["kuberay"].render(made)["rayjob.yaml"])
 
     def changed(**spec: Any) -> dict[str, Any]:

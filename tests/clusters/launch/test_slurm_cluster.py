@@ -1,4 +1,4 @@
-"""A real Slurm on this machine: from sbatch to the leaderboard, through SIGTERM, a preemption and their requeues.
+"""A real Slurm on this machine: from sbatch to the leaderboard, through SIGTERM, a preemption and a time limit.
 
 ``make test-slurm``; as root, Debian's packages are installed if they are missing.
 """
@@ -33,6 +33,8 @@ eval: {max_new_tokens: 8}
 resources: {profile: false}
 """
 TRIALS = 6
+# One trial that takes longer than a job may: two minutes of training on two quiet cores.
+LONG = EXPERIMENT.replace("[2, 4, 8], grouping: [agnostic, specific]", "2").replace("epochs: 2", "epochs: 600")
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +67,9 @@ def call(configured: str, tmp_path: Path) -> Callable[..., str]:
     return run
 
 
-def launched(call: Callable[..., str], folder: Path, nodes: int, options: str = "[]") -> str:
+def launched(call: Callable[..., str], folder: Path, nodes: int, more: str = "") -> str:
     """Submit the experiment; the id of the job."""
-    section = f"{{partition: low, nodes: {nodes}, cpus_per_task: 1, options: {options}}}"
+    section = f"{{partition: low, nodes: {nodes}, cpus_per_task: 1{more}}}"
     written_profile(folder, f"kind: slurm\nslurm: {section}\n")
     text = call("harness", "launch", "grid.yaml", "--profile", "mine.yaml")
     assert text.startswith("submitted: slurm job ")
@@ -94,13 +96,13 @@ def records(folder: Path) -> dict[str, int]:
     return {name: (run / "trials" / name / "record.json").stat().st_mtime_ns for name in ids}
 
 
-def end(call: Callable[..., str], folder: Path, job: str) -> str:
+def end(call: Callable[..., str], folder: Path, job: str, trials: int = TRIALS, timeout_s: float = 500) -> str:
     """Wait for the end of the job; its log."""
-    wait_for(lambda: "exit code 0" in log_of(folder, job), folder, job)
+    wait_for(lambda: "exit code 0" in log_of(folder, job), folder, job, timeout_s)
     wait_for(lambda: "COMPLETED" in call("squeue", "--states=all", f"--jobs={job}", "--format=%T"), folder, job, 120)
-    assert len(records(folder)) == TRIALS
+    assert len(records(folder)) == trials
     board = (folder / "runs/grid/report/leaderboard.md").read_text(encoding="utf-8")
-    assert board.count("| LoRA r=") == TRIALS
+    assert board.count("| LoRA r=") == trials
     return log_of(folder, job)
 
 
@@ -134,6 +136,26 @@ def test_a_preempted_job_of_two_nodes_goes_on_when_it_gets_them_back(call: Calla
     assert " failed:" not in text
 
 
+@pytest.mark.timeout(1800)
+def test_a_trial_that_is_longer_than_the_time_limit_goes_on_in_the_next_job(
+    call: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "grid.yaml").write_text(LONG, encoding="utf-8")
+    # Slurm sends SIGUSR1 a minute before the limit, or up to a minute earlier; at the limit it would end the job.
+    job = launched(call, tmp_path, nodes=1, more=', time: "3", grace_s: 60')
+    assert "3:00" in call("squeue", f"--jobs={job}", "--format=%l")
+    text = end(call, tmp_path, job, trials=1, timeout_s=1500)
+    starts = text.count("queued again, to go on")
+    assert starts >= 1
+    assert text.count("harness ended with exit code 143") == starts
+    assert f"start {starts + 1}" in text
+    assert "DUE TO TIME LIMIT" not in text  # every job ended before it
+    assert " failed:" not in text
+    (record,) = read_run(tmp_path / "runs/grid").records.values()
+    assert [point.epoch for point in record.history] == list(range(1, 601))  # each epoch once
+    assert "resumed after epoch " in call("harness", "logs", "runs/grid", record.trial_id)
+
+
 def test_harness_stop_ends_a_job_for_good(call: Callable[..., str], tmp_path: Path) -> None:
     job = launched(call, tmp_path, nodes=1)
     wait_for(lambda: len(records(tmp_path)) >= 1, tmp_path, job)
@@ -142,6 +164,6 @@ def test_harness_stop_ends_a_job_for_good(call: Callable[..., str], tmp_path: Pa
     wait_for(lambda: "FAILED" in call("squeue", "--states=all", f"--jobs={job}", "--format=%T"), tmp_path, job, 60)
     assert "ended by harness stop: finished trials are kept" in log_of(tmp_path, job)
     call("harness", "stop", "runs/grid", code=2)  # nothing runs
-    waiting = launched(call, tmp_path, nodes=1, options="[--hold]")
+    waiting = launched(call, tmp_path, nodes=1, more=", options: [--hold]")
     assert f"slurm job {waiting}, PENDING; " in call("harness", "status", "runs/grid")
     assert f"job {waiting} was waiting and is cancelled" in call("harness", "stop", "runs/grid")

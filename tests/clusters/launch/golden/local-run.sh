@@ -1,2 +1,2 @@
 #!/bin/bash
-exec PYTHON -m harness run /home/me/grid.yaml --profile /shared/runs/grid/launch/mine.yaml --output /shared/runs
+exec PYTHON -m harness run /home/me/grid.yaml --profile /shared/runs/grid/launch/profile.yaml --output /shared/runs

@@ -42,7 +42,7 @@ wait -n || exit 2  # the end of the first of the two: Ray ends only if it fails
 cancelled=
 trap 'scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 trap 'cancelled=1' TERM
-srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" PYTHON -m harness run /home/me/grid.yaml --profile /shared/runs/grid/launch/mine.yaml --output /shared/runs &
+srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" PYTHON -m harness run /home/me/grid.yaml --profile /shared/runs/grid/launch/profile.yaml --output /shared/runs &
 driver=$!
 while true; do
   wait "$driver"
