@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -82,7 +83,7 @@ class Events(tune.Callback):  # type: ignore[misc]
         self.told = False  # of waiting for other jobs
         self.ended = 0  # trials with a record
         self.over: set[str] = set()  # their ids
-        self.asked = time.monotonic()
+        self.asked = -math.inf  # at the first step, so that the death of a node in the first seconds is told too
         self.alive: set[str] = set()  # ids of the nodes that were alive when Ray was asked
         self.hangs = hangs or Hangs(None)
         self.stuck: dict[str, str] = {}  # trials that were ended because they made no progress, and how

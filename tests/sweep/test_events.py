@@ -164,13 +164,10 @@ def test_a_sweep_whose_last_node_died_ends(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(module.ray, "nodes", lambda: asked.append(True) or nodes)
     display: Any = SimpleNamespace(noted=notes.append)
     events = module.Events(tmp_path, "x", display, {"CPU": 1.0})
-    events.on_step_begin(0, [])
-    assert not asked, "not at every step"
-    events.asked -= module._NODES_S
-    events.on_step_begin(1, [])
+    events.on_step_begin(1, [])  # the first step: a node may die before the next time
     nodes[0]["Alive"] = False
     events.on_step_begin(2, [])
-    assert len(asked) == 1
+    assert len(asked) == 1, "not at every step"
     events.asked -= module._NODES_S
     events.on_step_begin(3, [])
     assert notes == ["node 10.0.0.1 has died; its trials start again on another one"]
