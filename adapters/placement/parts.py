@@ -50,8 +50,10 @@ MEDIA: dict[str, Medium] = {
     **dict.fromkeys(("smolvlm", "idefics3"), _IDEFICS),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), _QWEN),
     "qwen3_vl": _vision("model.visual", "model.visual.merger", "model.visual.deepstack_merger_list"),
-    "qwen2_audio": _audio("model.audio_tower", "model.multi_modal_projector"),
-    "voxtral": _audio("model.audio_tower", "model.multi_modal_projector"),
+    **dict.fromkeys(
+        ("qwen2_audio", "voxtral", "glmasr", "audioflamingo3"),
+        _audio("model.audio_tower", "model.multi_modal_projector"),
+    ),
     "granite_speech": _audio("model.encoder", "model.projector"),
 }
 
@@ -73,7 +75,15 @@ _NORMS = ("norm1", "norm2")
 TOWERS: dict[str, Table] = {
     **dict.fromkeys(("CLIPVisionModel", "SiglipVisionModel"), _CLIP),
     **dict.fromkeys(("Idefics3VisionTransformer", "SmolVLMVisionTransformer"), _CLIP),
-    **dict.fromkeys(("Qwen2AudioEncoder", "VoxtralEncoder"), _WHISPER),
+    **dict.fromkeys(("Qwen2AudioEncoder", "VoxtralEncoder", "AudioFlamingo3Encoder"), _WHISPER),
+    "GlmAsrEncoder": _blocks(
+        "layers",
+        {
+            **{"self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "v", "self_attn.o_proj": "o"},
+            **{"mlp.fc1": "up", "mlp.fc2": "down", "mlp": "mlp"},
+        },
+        *("input_layernorm", "post_attention_layernorm"),
+    ),
     "Qwen2VisionTransformerPretrainedModel": _blocks("blocks", {**_FUSED, "mlp.fc1": "up", "mlp.fc2": "down"}, *_NORMS),
     "Qwen2_5_VisionTransformerPretrainedModel": _blocks(
         "blocks", {**_FUSED, "mlp.gate_proj": "gate", "mlp.up_proj": "up", "mlp.down_proj": "down"}, *_NORMS

@@ -82,7 +82,7 @@ class TrialSpec(BaseModel):
         return sha256_of(self, _IN_ID, _NOT_IN_ID)[:12]
 
 
-_OF_MODEL = "image"  # the modality that a vision-language model reads
+_OF_MODEL = {"image", "audio"}  # modalities that a model with an encoder of its own may read
 _NOT_IN_ID: dict[str, dict[str, Any]] = {
     "adapter": {
         "label": True,
@@ -184,14 +184,14 @@ def _with_encoders(backbone: Backbone, task: TaskChoice, experiment: Experiment)
     """The backbone with an encoder for each modality of the task: the configured one, else the modality's default.
 
     Raises:
-        UserError: a vision-language model cannot read a modality of the task.
+        UserError: no vision- or audio-language model can read a modality of the task.
     """
     if backbone.model is not None:
-        if wrong := sorted(set(task.modalities) - {_OF_MODEL}):
+        if wrong := sorted(set(task.modalities) - _OF_MODEL):
             raise UserError(
-                f"{experiment.top / 'backbone' / 'model'}: found {backbone.model!r}, which reads images and text, but "
-                f"task {task.name} has {', '.join(wrong)}; allowed: a task of images and text, or language_model and "
-                "encoders"
+                f"{experiment.top / 'backbone' / 'model'}: found {backbone.model!r}, which reads images or recordings, "
+                f"and text, but task {task.name} has {', '.join(wrong)}; allowed: a task of these, or language_model "
+                "and encoders"
             )
         found = dict.fromkeys(task.modalities, backbone.pinned_language_model)
         return backbone.model_copy(update={"encoders": found, "encoder_plugins": {}})

@@ -108,7 +108,7 @@ def make_encoder(
         UserError: it could not be loaded.
     """
     if backbone.model is not None:
-        return image_encoder.make(backbone, weights, in_step)
+        return image_encoder.make(backbone, name, weights, in_step)
     if name in backbone.encoder_plugins:
         own: Encoder = ENCODERS.load(backbone.encoder_plugins[name].target).make(weights)
         return own

@@ -10,24 +10,26 @@ Shapes: N rows of a picture, H of them its head, F features, D width.
 from __future__ import annotations
 
 import copy
-import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from harness.core.errors import UserError
 from harness.experiment.sections import Backbone
 from harness.model import vision_language
 from harness.model.grid_positions import Grid
+from harness.model.media import RECORDINGS
 from harness.model.tower import VALUES, Tensors, Tower, copy_of, features_of
 from tasks.encoder import Encoder
 
 _AT_ONCE = 8  # pictures: of each there may be a dozen tiles
-IMAGE = -1  # in the ids of a picture: a feature is there
+_SHORT_S = 0.5  # a recording that is not shorter has features
+_MASKS = ("feature_attention_mask", "input_features_mask")
+IMAGE = -1  # in the ids of a picture or recording: a feature is there
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Written:
 
 
 class ImageEncoder(Encoder):
-    """A vision-language model without its language model, and its processor.
+    """A vision- or audio-language model without its language model, and its processor.
 
     Args:
         model: the whole model; its language model is removed.
@@ -99,11 +101,10 @@ class ImageEncoder(Encoder):
         in_step: whether the tower runs in the training step, so that what it reads is encoded.
     """
 
-    modality: ClassVar = "image"
-
     def __init__(self, model: Any, processor: Any, backbone: Backbone, weights: bool, in_step: bool = False) -> None:
         super().__init__()
         self.kind, self.config = vision_language.kind_of(backbone)
+        self.medium = self.kind.medium
         self.processor, self.in_step, self._weights = processor, in_step, weights
         self.trained = backbone.connector == "trained"
         self.apart = self.trained and not in_step
@@ -115,7 +116,7 @@ class ImageEncoder(Encoder):
                 setattr(inner, name, nn.Module())
                 self._text = name
         self.model = inner
-        self._takes = sorted(set(inspect.signature(inner.get_image_features).parameters))
+        self._takes = self.medium.takes(inner)
         self.width = VALUES if in_step else self.text_width
         if self.trained and levels:
             raise UserError(
@@ -125,8 +126,8 @@ class ImageEncoder(Encoder):
         if self.apart:
             if self.kind.rows is None:
                 raise UserError(
-                    f"backbone.connector: that of {self.config.model_type!r} needs the size of each picture, so it "
-                    "cannot be trained apart from its vision tower; allowed: frozen"
+                    f"backbone.connector: that of {self.config.model_type!r} needs more than its features, such as the "
+                    "size of each picture, so it cannot be trained apart from its tower; allowed: frozen"
                 )
             self.width = self.kind.width(self.config)
 
@@ -162,12 +163,23 @@ class ImageEncoder(Encoder):
 
     @property
     def blank(self) -> Any:
-        """A grey picture."""
-        return Image.new("RGB", (64, 48), "grey")
+        """A grey picture, or a recording of faint noise."""
+        return self.medium.blank()
 
     def read_blank(self) -> None:
-        """Process the grey picture, which needs values: a tower may be made where tensors have none."""
-        self._grey = self._process(self.blank)
+        """Process it, which needs values: a tower may be made where tensors have none."""
+        self._blank = self._process(self.blank)
+
+    def check(self, item: Any) -> str | None:
+        """Reject recordings that the model would cut, and those of which it would read nothing."""
+        if self.medium is not RECORDINGS:
+            return None
+        longest_s = self.kind.longest_s(self.processor) if self.kind.longest_s else math.inf
+        if item.seconds > longest_s:
+            return f"{item.seconds:.1f} s long; {self.config.model_type} takes at most {longest_s:g} s"
+        if item.seconds < _SHORT_S and IMAGE not in self._process(item)[0]:
+            return f"{item.seconds * 1000:.1f} ms long; {self.config.model_type} makes no feature of it"
+        return None
 
     def tower(self) -> Tower:
         """The tower and the connector, for the training step.
@@ -175,7 +187,7 @@ class ImageEncoder(Encoder):
         Raises:
             ValueError: the processor is that of another model.
         """
-        ids, pixels = self._grey
+        ids, pixels = self._blank
         if self._weights:
             with torch.no_grad():
                 own = {name: x.to(self.device) for name, x in pixels.items()}
@@ -189,10 +201,11 @@ class ImageEncoder(Encoder):
 
     def _process(self, item: Any) -> tuple[tuple[int, ...], dict[str, Tensor]]:
         """The tokens of a picture, and what the tower reads of it."""
-        place = getattr(self.processor, self.kind.image_place)
-        read = self.processor(images=[item], text=[place], add_special_tokens=False, return_tensors="pt")
-        ids = [IMAGE if token == self.processor.image_token_id else token for token in read["input_ids"][0].tolist()]
-        return tuple(ids), {name: value for name, value in read.items() if name in self._takes}
+        place = getattr(self.processor, self.kind.place)
+        read = self.medium.read(self.processor, [item], place, add_special_tokens=False, return_tensors="pt")
+        own = vision_language.item_token(self.processor, self.kind)
+        ids = [IMAGE if token == own else token for token in read["input_ids"][0].tolist()]
+        return tuple(ids), {name: _tensor(name, value) for name, value in read.items() if name in self._takes}
 
     def _grid(self, pixels: dict[str, Tensor]) -> Grid | None:
         """Rows and columns of a picture's features; None: positions do not tell them."""
@@ -219,6 +232,11 @@ class ImageEncoder(Encoder):
         return list(torch.split(flat_FD, list(counts)))
 
 
+def _tensor(name: str, value: Tensor) -> Tensor:
+    """Of the processor; masks as such: some classes have numbers there, which would count as sizes."""
+    return value.bool() if name in _MASKS else value
+
+
 def _check_counts(features_FD: Tensor, counts: Sequence[int]) -> None:
     """Check that a model makes as many features of pictures as its processor writes tokens for them.
 
@@ -232,17 +250,25 @@ def _check_counts(features_FD: Tensor, counts: Sequence[int]) -> None:
         )
 
 
-def make(backbone: Backbone, weights: bool, in_step: bool = False) -> ImageEncoder:
+def make(backbone: Backbone, modality: str, weights: bool, in_step: bool = False) -> ImageEncoder:
     """The encoder of ``backbone.model``.
 
     Args:
         backbone: that names it.
+        modality: of the task, which it must read.
         weights: whether they are loaded; else it is on the ``meta`` device.
         in_step: see ``ImageEncoder``.
 
     Raises:
-        UserError: the model or its processor could not be loaded, or its connector cannot be trained apart.
+        UserError: the model or its processor could not be loaded, it reads another modality, or its connector cannot be
+            trained apart.
     """
+    kind, config = vision_language.kind_of(backbone)
+    if kind.medium.modality != modality:
+        raise UserError(
+            f"backbone.model: {backbone.model!r} ({config.model_type}) reads {kind.medium.modality}, but the task has "
+            f"{modality}; allowed: a task of {kind.medium.modality}, or language_model and encoders"
+        )
     processor = vision_language.load_processor(backbone)
     if weights:
         found = ImageEncoder(vision_language.load(backbone), processor, backbone, weights=True, in_step=in_step)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.core.errors import UserError
+from harness.model.vision_language import KINDS
 
 VALUES = 256  # in a row of what a picture's tensors have
 _FLOAT, _BOOL, _INTEGER = range(3)
@@ -97,15 +98,7 @@ def features_of(model: Any, pictures: Sequence[Mapping[str, Tensor]]) -> Tensor:
     if len({tuple((name, x.shape[1:]) for name, x in own.items()) for own in pictures}) > 1:
         return torch.cat([features_of(model, [own]) for own in pictures])
     joined = {name: torch.cat([own[name] for own in pictures]) for name in pictures[0]}
-    made = model.get_image_features(**joined)
-    # With those that inner layers of the language model add.
-    levels = [made.pooler_output, *(getattr(made, "deepstack_features", None) or ())]
-    return torch.cat([_flat(level) for level in levels], dim=-1)
-
-
-def _flat(rows: Tensor | Sequence[Tensor]) -> Tensor:
-    """Features of all pictures (F, D), of a class that returns them in one tensor or in several."""
-    return torch.cat([x.reshape(-1, x.shape[-1]) for x in ([rows] if isinstance(rows, Tensor) else rows)])
+    return KINDS[model.config.model_type].medium.features(model, joined)
 
 
 class Tower(nn.Module):
@@ -137,6 +130,17 @@ class Tower(nn.Module):
         for p in self.parameters():
             if p.requires_grad:
                 p.data = p.detach().clone()
+
+    def train(self, mode: bool = True) -> Tower:
+        """As of any module, but batch normalisation (Granite Speech) keeps its statistics.
+
+        With those of a batch, the features of an item would depend on the others.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
     def forward(self, values_MW: Tensor, lengths: Sequence[int], pictures: Sequence[Tensors]) -> Tensor:
         """The positions (P, D) of pictures.

@@ -1,4 +1,4 @@
-"""What a vision-language model reads before a target: the inputs of an example as a turn of the user.
+"""What a vision- or audio-language model reads before a target: the inputs of an example as a turn of the user.
 
 The text is that of the processor's chat template, and it is tokenised as the processor does it: as a whole, because a
 token may reach over the end of an input. A token belongs to the input in which it begins, else to the target's context.
@@ -11,23 +11,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from harness.core.errors import UserError
 from harness.experiment.sections import Backbone
 from harness.model import vision_language
 from tasks.base import Part
 
-_PLACE, _TEXT = "\x02image\x02", "\x02{}\x02"
-_MARK = re.compile("\x02(image|[0-9]+)\x02")
+_PLACE, _TEXT = "\x02file\x02", "\x02{}\x02"
+_MARK = re.compile("\x02(file|[0-9]+)\x02")
 
 
 class Piece(NamedTuple):
-    """Consecutive tokens of a turn, or a picture.
+    """Consecutive tokens of a turn, or a picture or recording.
 
     Attributes:
         input: number of the example's input that it is of; None: of the template, or the prompt.
-        ids: of the tokens; None: a picture.
+        ids: of the tokens; None: a picture or recording.
     """
 
     input: int | None
@@ -48,7 +46,7 @@ class Turn:
     def __init__(self, processor: Any, backbone: Backbone) -> None:
         self.processor, self.tokenizer, self._backbone = processor, processor.tokenizer, backbone
         self._kind, _ = vision_language.kind_of(backbone)
-        self._place = getattr(processor, self._kind.image_place)
+        self._place = getattr(processor, self._kind.place)
         self._templated = backbone.chat_template
         if self._templated is None:
             self._templated = bool(processor.chat_template)
@@ -88,7 +86,7 @@ class Turn:
         for mark in _MARK.finditer(turn):
             written += turn[last : mark.start()]
             last = mark.end()
-            if mark[1] == "image":
+            if mark[1] == "file":
                 number = _nth(pictures, len([piece for piece in found if piece.ids is None]))
                 found += self._tokens(written, spans, first)
                 found.append(Piece(number, None))
@@ -138,7 +136,8 @@ class Turn:
         return self._known[pictures]
 
     def _rendered(self, marks: Sequence[str], prompt: str) -> str:
-        content = [{"type": "image"} if mark == _PLACE else {"type": "text", "text": mark} for mark in marks]
+        what = self._kind.medium.modality
+        content = [{"type": what} if mark == _PLACE else {"type": "text", "text": mark} for mark in marks]
         content += [{"type": "text", "text": prompt}] if prompt else []
         try:
             turn = self.processor.apply_chat_template(
@@ -149,7 +148,7 @@ class Turn:
         return str(turn).replace(self._place, _PLACE)
 
     def _check(self) -> None:
-        """Compare what is assembled with what the processor makes of the same turn, on a grey picture.
+        """Compare what is assembled with what the processor makes of the same turn, on a blank item.
 
         Raises:
             UserError: they differ.
@@ -158,26 +157,27 @@ class Turn:
         turn = self._turn(pictures)
         text = turn.replace(_PLACE, self._place).replace(_TEXT.format(1), texts[0])
         special = not self._begun(text)
-        picture = Image.new("RGB", (64, 48), "grey")
+        medium = self._kind.medium
+        item = medium.blank()
 
         def read(own: str, add_special_tokens: bool) -> list[int]:
-            made = self.processor(images=[picture], text=[own], add_special_tokens=add_special_tokens)
+            made = medium.read(self.processor, [item], own, add_special_tokens=add_special_tokens)
             return [int(token) for token in made["input_ids"][0]]
 
         try:
             expected, image = read(text, special), read(self._place, False)
         except Exception as error:  # processors raise anything
             raise UserError(
-                f"backbone.model: the processor of {self._backbone.model!r} cannot read a picture: "
+                f"backbone.model: the processor of {self._backbone.model!r} cannot read {medium.named}: "
                 f"{' '.join(str(error).split())[:300]}"
             ) from error
         found = [token for piece in self._pieces(pictures, texts) for token in (piece.ids or image)]
         if found != expected:
             at = next((n for n, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), -1)
             raise UserError(
-                f"backbone.model: {self._backbone.model!r}: its processor writes {len(expected)} tokens for a picture "
-                f"and a question, the harness {len(found)}, which differ at position {at}: rows would not be those of "
-                "the model"
+                f"backbone.model: {self._backbone.model!r}: its processor writes {len(expected)} tokens for "
+                f"{medium.named} and a question, the harness {len(found)}, which differ at position {at}: rows would "
+                "not be those of the model"
             )
 
 

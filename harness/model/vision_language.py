@@ -1,6 +1,6 @@
-"""Vision-language models as backbones: which classes are right here, and which of their modules is the language model.
+"""Vision- and audio-language models as backbones: which classes are right here, and which module is the language model.
 
-Such a model is a vision tower, a connector, and a decoder over embeddings. The decoder becomes the language model of a
+Such a model is a tower, a connector, and a decoder over embeddings. The decoder becomes the language model of a
 trial (``Decoder``), the tower its encoder (``harness/model/image_encoder.py``). The logits of a row are those of the
 class's own ``forward`` on what its processor makes of it.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from harness.core import hub
 from harness.core.errors import UserError
 from harness.experiment.sections import Backbone
+from harness.model.media import PICTURES, RECORDINGS, Medium
 
 DTYPES: Mapping[str | None, Any] = {  # of the key backbone.dtype
     None: torch.float32,
@@ -30,16 +31,18 @@ DTYPES: Mapping[str | None, Any] = {  # of the key backbone.dtype
 
 @dataclass(frozen=True)
 class Kind:
-    """A class of vision-language models.
+    """A class of vision- or audio-language models.
 
     Attributes:
+        medium: what it reads.
+        longest_s: of recordings that read whole, seconds, by its processor; None: all.
         connector: its module that maps features of the tower to the width of the language model.
         rows: features of the tower that the connector reads at once, by the configuration; None: what the class does
             with them depends on more than these, so the connector cannot be trained apart.
         tokens: what it makes of them.
         width: of each of them.
         grid: whether positions tell where a feature is in its picture (``harness/model/grid_positions.py``).
-        image_place: attribute of the processor: the text at whose place it writes an image.
+        place: attribute of the processor: the text at whose place it writes an item.
         levels: how many further features of each position layers of the language model add to their outputs (DeepStack,
             arXiv 2406.04334), by the configuration.
     """
@@ -49,8 +52,10 @@ class Kind:
     tokens: Callable[[Any], int] = lambda _: 1
     width: Callable[[Any], int] = lambda config: int(config.vision_config.hidden_size)
     grid: bool = False
-    image_place: str = "image_token"
+    place: str = "image_token"
     levels: Callable[[Any], int] = lambda _: 0
+    medium: Medium = PICTURES
+    longest_s: Callable[[Any], float] | None = None
 
 
 def _one(_config: Any) -> int:
@@ -73,6 +78,7 @@ def _width_of_square(config: Any) -> int:
 
 
 _IDEFICS = Kind("connector", _patches, lambda config: _patches(config) // config.scale_factor**2)
+_HEARS = Kind(place="audio_token", medium=RECORDINGS)
 _VIDEO = "video_processor"
 # transformers' model_type → how it is read. Each is compared with its class's own forward in
 # tests/model/test_vision_language.py.
@@ -89,12 +95,18 @@ KINDS: Mapping[str, Kind] = {
     "qwen3_vl": Kind(
         "visual.merger", grid=True, levels=lambda config: len(config.vision_config.deepstack_visual_indexes)
     ),
+    # Its spectrograms have the length of Whisper's, and what is longer is cut.
+    "qwen2_audio": replace(_HEARS, longest_s=lambda processor: processor.feature_extractor.chunk_length),
+    "granite_speech": replace(_HEARS, connector="projector"),
+    "glmasr": replace(_HEARS, longest_s=lambda processor: processor.max_audio_len),
+    "audioflamingo3": replace(_HEARS, longest_s=lambda processor: processor.max_audio_len),
 }
 # model_type → why its rows would be others than those of its class.
 _BOTH_WAYS = "its attention within {} goes both ways, and rows here are causal"
 REFUSED: Mapping[str, str] = {
     "paligemma": _BOTH_WAYS.format("a picture and its prompt"),
     "gemma3": _BOTH_WAYS.format("a picture"),
+    "voxtral": "its processor reads recordings only as mistral-common arranges them",
 }
 
 
@@ -102,23 +114,42 @@ def kind_of(backbone: Backbone) -> tuple[Kind, Any]:
     """The class of ``backbone.model``, and its configuration.
 
     Raises:
-        UserError: it cannot be loaded, is no vision-language model, or one of a class that would not be exact.
+        UserError: it cannot be loaded, is neither a vision- nor an audio-language model, or of a class that would not
+            be exact.
     """
     name = backbone.pinned_language_model
     config = hub.load_config(name, backbone.trust_remote_code)
+    if getattr(config, "has_lora_adapter", False):  # Granite Speech 3
+        raise UserError(
+            f"backbone.model: {name!r} has a LoRA adapter of its own for recordings, which would be trained or lost; "
+            "allowed: a model whose config.json has has_lora_adapter: false"
+        )
     if kind := KINDS.get(config.model_type):
         return kind, config
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
+    from transformers.models.auto import modeling_auto
 
     found = f"backbone.model: {name!r} is of the class {config.model_type!r}"
     allowed = f"allowed: {', '.join(sorted(KINDS))}"
     if reason := REFUSED.get(config.model_type):
         raise UserError(f"{found}: {reason}; {allowed}")
-    if config.model_type in KNOWN:
+    known = (
+        modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    )
+    reads = any(hasattr(config, name) for name in ("vision_config", "audio_config", "encoder_config"))
+    if any(config.model_type in names for names in known) and reads:
         raise UserError(f"{found}, whose rows were never compared with its own forward; {allowed}")
     raise UserError(
-        f"{found}, which is no vision-language model; {allowed}; a language model is backbone.language_model"
+        f"{found}, which is no vision- or audio-language model; {allowed}; a language model is backbone.language_model"
     )
+
+
+def _class_of(config: Any) -> Any:
+    """The class of transformers that makes a model of a configuration."""
+    import transformers
+
+    known = type(config) in transformers.AutoModelForMultimodalLM._model_mapping
+    return transformers.AutoModelForMultimodalLM if known else transformers.AutoModelForSeq2SeqLM
 
 
 def load(backbone: Backbone, **options: Any) -> Any:
@@ -131,12 +162,10 @@ def load(backbone: Backbone, **options: Any) -> Any:
     Raises:
         UserError: it could not be loaded, or its weights are those of other shapes.
     """
-    from transformers import AutoModelForImageTextToText
-
-    kind_of(backbone)
+    _, config = kind_of(backbone)
     name = backbone.pinned_language_model
     try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
+        model, report = _class_of(config).from_pretrained(
             hub.resolve(name),
             revision=hub.revision_of(name),
             trust_remote_code=backbone.trust_remote_code,
@@ -165,16 +194,13 @@ def empty(backbone: Backbone) -> Any:
     Raises:
         UserError: as in ``kind_of``, or its configuration does not fit its class.
     """
-    from transformers import AutoModelForImageTextToText
-
     _, known = kind_of(backbone)
     config = copy.deepcopy(known)  # a model keeps it, and adapters may change it
     wanted = DTYPES[backbone.dtype]
     dtype = (config.dtype or torch.float32) if wanted == "auto" else wanted
     try:
-        return AutoModelForImageTextToText.from_config(
-            config, dtype=dtype, trust_remote_code=backbone.trust_remote_code
-        ).eval()
+        auto = _class_of(config)
+        return auto.from_config(config, dtype=dtype, trust_remote_code=backbone.trust_remote_code).eval()
     except (ValueError, ImportError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"backbone.model: {backbone.pinned_language_model!r}: {reason}") from error
@@ -184,7 +210,7 @@ def load_processor(backbone: Backbone) -> Any:
     """The model's processor, whose pictures are read by Pillow.
 
     Raises:
-        UserError: it could not be loaded, or it names no token that stands for an image.
+        UserError: it could not be loaded, or it names no token that stands for an item.
     """
     from transformers import AutoProcessor, PreTrainedTokenizerFast
 
@@ -205,22 +231,36 @@ def load_processor(backbone: Backbone) -> Any:
             f"backbone.model: {name!r}: its processor could not be loaded: {' '.join(str(error).split())[:300]}; "
             "allowed: the processor that the model was published with"
         ) from error
-    place = getattr(found, kind.image_place, None)
-    if not isinstance(place, str) or not isinstance(getattr(found, "image_token_id", None), int):
+    written, what = item_token(found, kind), kind.medium.modality
+    if written is None:
         raise UserError(
-            f"backbone.model: {name!r}: its processor ({type(found).__name__}) has no image token; allowed: the "
+            f"backbone.model: {name!r}: its processor ({type(found).__name__}) has no {what} token; allowed: the "
             "processor that the model was published with"
         )
-    if found.image_token_id != config.image_token_id:
+    if written != (wanted := getattr(config, kind.medium.placeholder)):
         raise UserError(
-            f"backbone.model: {name!r}: its processor writes token {found.image_token_id} for an image, and its "
-            f"config.json names {config.image_token_id}; allowed: the processor that the model was published with"
+            f"backbone.model: {name!r}: its processor writes token {written} for {kind.medium.named}, and its "
+            f"config.json names {wanted}; allowed: the processor that the model was published with"
         )
     if not isinstance(found.tokenizer, PreTrainedTokenizerFast):
         raise UserError(
             f"backbone.model: {name!r}: its tokenizer ({type(found.tokenizer).__name__}) does not say from where in a "
             "text a token is; allowed: a fast tokenizer (tokenizer.json)"
         )
+    return found
+
+
+def item_token(processor: Any, kind: Kind) -> int | None:
+    """The id of the token that a processor writes once for each feature; None: it has none.
+
+    Args:
+        processor: of a model.
+        kind: of the model.
+    """
+    place, own = getattr(processor, kind.place, None), getattr(processor, kind.medium.placeholder, None)
+    if not isinstance(place, str) or isinstance(own, int):
+        return own if isinstance(place, str) else None
+    found: int | None = processor.tokenizer.get_vocab().get(place)
     return found
 
 

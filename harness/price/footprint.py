@@ -20,11 +20,13 @@ from harness.core.registry import identity
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Resources
 from harness.model.batch import Batch
+from harness.model.components import tower_in_step
 from harness.price.rows import Rows, rows_of
 from harness.price.trace import Traced, trace
 from tasks.base import Example
 
 _ROOT = Path(__file__).resolve().parents[2]
+_RATE = {"optimizer": {"learning_rate"}}  # rows do not depend on it
 _CODE = ("adapters", "harness/model", "harness/price")  # on which a traced step depends
 
 
@@ -70,7 +72,7 @@ class Footprints:
             UserError: the model or the rows cannot be made from what is on this machine.
         """
         depends = {"task", "backbone", "seed", "budget", "optimizer"}
-        key = spec.model_dump_json(include=depends, exclude={"optimizer": {"learning_rate"}})
+        key = f"{tower_in_step(spec)} {spec.model_dump_json(include=depends, exclude=_RATE)}"
         if key not in self._rows:
             self._rows[key] = rows_of(spec, train, self._resources.workers, self._resources.shared_prefix)
         rows = self._rows[key]

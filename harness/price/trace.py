@@ -155,7 +155,7 @@ def _values_needed_by(model: nn.Module) -> Iterator[None]:
         if tower is None:
             raise
         raise UserError(
-            f"what a step of {type(tower.model).__name__} takes with its tower in it depends on the pictures, not on "
+            f"what a step of {type(tower.model).__name__} takes with its tower in it depends on its inputs, not on "
             "their shapes alone; harness profile measures it"
         ) from error
 

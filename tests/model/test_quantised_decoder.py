@@ -15,9 +15,9 @@ from harness.experiment.sections import Backbone
 from harness.model.backbones import build_empty, load_language_model
 from harness.model.image_encoder import make
 from harness.model.packed import count, packed_layers
-from harness.model.vision_language import KINDS
+from tests.support import audio_language
 from tests.support.quantised import far
-from tests.support.vision_language import each_kind, save
+from tests.support.vision_language import KINDS, each_kind, save
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
 
@@ -52,7 +52,7 @@ def paths_of(model: Any) -> list[str]:
 
 
 def check(kind: str, form: str, folder: Path) -> None:
-    place = str(save(kind, folder))
+    place = str((save if kind in KINDS else audio_language.save)(kind, folder))
     plain = Backbone.model_validate({"model": place})
     packed = plain.model_copy(update={"quantization": form})
     model, whole, empty = load_language_model(packed).model, load_language_model(plain).model, build_empty(packed)
@@ -78,9 +78,17 @@ def test_the_decoder_of_each_class_alone_is_quantised(kind: str, tmp_path: Path)
     check(kind, "nf4", tmp_path)
 
 
+@pytest.mark.slow
+@audio_language.each_kind(audio_language.KINDS)
+def test_the_decoder_of_each_class_that_hears_alone_is_quantised(kind: str, tmp_path: Path) -> None:
+    check(kind, "nf4", tmp_path)
+
+
 def test_the_tower_and_the_connector_are_those_of_the_plain_model(tmp_path: Path) -> None:
     plain = Backbone.model_validate({"model": str(save("llava", tmp_path))})
-    found, expected = (make(one, weights=True) for one in (plain.model_copy(update={"quantization": "nf4"}), plain))
+    found, expected = (
+        make(one, "image", weights=True) for one in (plain.model_copy(update={"quantization": "nf4"}), plain)
+    )
     assert not packed_layers(found)
     for mine, its in zip(found.state_dict().items(), expected.state_dict().items(), strict=True):
         assert mine[0] == its[0]

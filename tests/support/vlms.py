@@ -79,6 +79,10 @@ def _masked_recordings(rows: int, generator: torch.Generator) -> dict[str, Tenso
     return _recordings(rows, generator) | {"feature_attention_mask": torch.ones(rows, 16, dtype=torch.long)}
 
 
+def _marked_recordings(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return _recordings(rows, generator) | {"input_features_mask": torch.ones(rows, 16, dtype=torch.bool)}
+
+
 def _frames(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
     return {
         "input_features": _drawn(rows, 8, 8, generator=generator),
@@ -231,6 +235,24 @@ VLMS: dict[str, VLM] = {
         ),
         *(2, _recordings, None, "audio"),
     ),
+    "glmasr": VLM(
+        lambda: hf.GlmAsrConfig(
+            text_config=_TEXT | {"model_type": "llama"},
+            audio_config=_HEARS | {"model_type": "glmasr_encoder", "num_mel_bins": 8, "max_position_embeddings": 8},
+            audio_token_id=MEDIA,
+            tie_word_embeddings=False,
+        ),
+        *(2, _marked_recordings, None, "audio"),
+    ),
+    "audioflamingo3": VLM(
+        lambda: hf.AudioFlamingo3Config(
+            text_config=_TEXT | {"model_type": "qwen2"},
+            audio_config=_HEARS
+            | {"model_type": "audioflamingo3_encoder", "num_mel_bins": 8, "max_source_positions": 8},
+            audio_token_id=MEDIA,
+        ),
+        *(4, _marked_recordings, None, "audio"),
+    ),
     "granite_speech": VLM(
         lambda: hf.GraniteSpeechConfig(
             text_config=_without(_TEXT, "head_dim") | {"model_type": "granite"},
@@ -256,8 +278,8 @@ def small(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A small random model of a class, in eval mode."""
     torch.manual_seed(0)
     config = VLMS[name].config()
-    kind = hf.AutoModelForImageTextToText if VLMS[name].context == "image" else hf.AutoModelForMultimodalLM
-    model = kind.from_config(config)
+    known = type(config) in hf.AutoModelForMultimodalLM._model_mapping
+    model = (hf.AutoModelForMultimodalLM if known else hf.AutoModelForSeq2SeqLM).from_config(config)
     with torch.no_grad():
         for p in model.parameters():
             if not p.any():  # biases, and Gemma 3's connector, which would make every picture the same

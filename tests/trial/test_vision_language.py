@@ -174,12 +174,16 @@ def test_a_step_with_the_tower_is_foretold(adapter: dict[str, Any], folder: Path
     assert traced.weights == counted.total
     assert traced.step_flops > other.step_flops
     assert traced.activations_bytes > other.activations_bytes
+    known, splits = Footprints(), choose_splits(spec, make_task(spec))
+    (of_other,), (of_tower,) = (known.of(one, splits.train).stages for one in (alone, spec))  # of one plan, in turn
+    assert (of_tower.trained, of_other.trained) == (traced.trained, other.trained)
+    assert of_tower.step_flops > of_other.step_flops
 
 
 def test_a_step_that_depends_on_pictures_is_not_foretold(tmp_path: Path) -> None:
     save("qwen2_vl", tmp_path / "model")
     spec = spec_of(tmp_path, PARTS, backbone={"model": "model"}, **SECTIONS)
-    with pytest.raises(UserError, match=r"a step of Qwen2VLModel takes with its tower in it depends on the pictures"):
+    with pytest.raises(UserError, match=r"a step of Qwen2VLModel takes with its tower in it depends on its inputs"):
         trace(spec, rows_of(spec, None).first)
 
 
