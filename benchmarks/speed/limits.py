@@ -19,17 +19,12 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.speed import steps
 from benchmarks.speed.measure import Row, Say
+from harness.price.flops import FORMULAS
 
 MINUTES = 1.0
 MOST_OPERATIONS = 14  # in the profile
 METHODS = ("none", "LoRA r=4 agnostic", "LoRA r=4 specific", "full fine-tuning")
-# Attention on a CPU, which torch's registry lacks: its arguments begin alike.
-_AS = {
-    "aten._scaled_dot_product_flash_attention_for_cpu": torch.ops.aten._scaled_dot_product_flash_attention,
-    "aten._scaled_dot_product_flash_attention_for_cpu_backward": (
-        torch.ops.aten._scaled_dot_product_flash_attention_backward
-    ),
-}
+_FORMULAS = {**flop_registry, **FORMULAS}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -142,8 +137,7 @@ class _Counter(TorchDispatchMode):
         written = [x for x in outputs if x.untyped_storage().data_ptr() not in storages]
         if not written and not func._schema.is_mutable:
             return out  # a view
-        counted_as = _AS.get(str(packet), packet)
-        flops = flop_registry[counted_as](*args, **(kwargs or {}), out_val=out) if counted_as in flop_registry else 0
+        flops = _FORMULAS[packet](*args, **(kwargs or {}), out_val=out) if packet in _FORMULAS else 0
         size = sum(x.numel() * x.element_size() for x in (*inputs, *(written or outputs)))
         self.counted.calls.append((str(packet), int(flops), size))
         return out

@@ -27,6 +27,7 @@ from harness.model.build import compute_as, empty_model
 from harness.model.components import empty_encoders, method_of
 from harness.model.packed import count, packed_layers, scale_bytes
 from harness.model.tower import Tower
+from harness.price.flops import FORMULAS
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _traced(model: nn.Module, batch: Batch) -> Traced:
     trained = [p for p in parameters if p.requires_grad]
     held = [*parameters, *(x for layer in packed_layers(model) for x in layer.buffers())]
     alive, saved = _Alive(held), _Saved(held)
-    flops = FlopCounterMode(display=False)
+    flops = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     with flops, alive:
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda x: x), _values_needed_by(model):
             nll_B, tokens_B = model(batch)
