@@ -211,9 +211,10 @@ def test_real_models_are_compared_on_the_same_captions(
     monkeypatch.setattr(real, "REPEATS", 1)
     (tmp_path / "files").mkdir()
     found = real.measure(argparse.Namespace(references="all", rounds=1), tmp_path / "files", say())
-    assert [set(one["rounds"][0]) for one in found["encoders"].values()] == [{"all", "peft"}] * 2
-    short, long = real.rows(found)
+    assert [set(one["rounds"][0]) for one in found["encoders"].values()] == [{"all", "peft", real.SAME_ROWS}] * 2
+    short, same, long, _ = real.rows(found)
     assert "16 picture tokens" in short.what
+    assert "the same rows; 16 picture tokens" in same.what
     assert "64 tokens" in long.what
 
 

@@ -97,13 +97,13 @@ def _of_methods(specs: Sequence[TrialSpec], folder: Path, repeats: int) -> dict[
     return in_turn(cases, repeats)
 
 
-def built_trial(spec: TrialSpec, folder: Path, data: Any = None) -> Trial:
-    """A trial with its model, ready to train."""
+def built_trial(spec: TrialSpec, folder: Path, data: Any = None, **resources: Any) -> Trial:
+    """A trial with its model, ready to train; ``resources`` as in an experiment."""
     from harness.experiment.sections import Resources
     from harness.tracking.tracker import NoTracker
     from harness.trial.trial import Trial
 
-    trial = Trial(spec, folder, Resources(), NoTracker(), lambda _: None)
+    trial = Trial(spec, folder, Resources(**resources), NoTracker(), lambda _: None)
     trial.build(data)
     trial.stages.built.model.train()
     return trial
