@@ -6,45 +6,39 @@ Shapes: B rows, T positions, N tokens of an item, M feature vectors of all items
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from harness.core.contexts import Segment
 from harness.core.errors import UserError
 from harness.experiment.sections import Backbone, Budget
 from harness.model.backbones import LanguageModel
 from harness.model.batch import Batch, Items, Targets
 from harness.model.budget import Draw, leading_inputs
 from harness.model.checks import check_ids
+from harness.model.chunks import (
+    Chunk,
+    Item,
+    chunks_of_picture,
+    common_chunks,
+    common_segments,
+    in_rows,
+    joined,
+    length_of_row,
+    positions_in,
+)
 from harness.model.features import Features
 from harness.model.frame import Frame, frame_of
-from harness.model.grid_positions import Grid, positions_of
 from harness.model.image_encoder import ImageEncoder, Written
 from harness.model.past import Past
-from harness.model.shared_prefix import MOST_TARGETS, arranged, fits
+from harness.model.shared_prefix import arranged, fits
 from harness.model.tower import Tensors
 from harness.model.turn import Turn
 from tasks.base import Example
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Consecutive positions of one row: a text, or the tokens of one encoded file."""
-
-    context: str
-    length: int
-    token_ids: Sequence[int] = ()
-    features_ND: Tensor | None = None
-    is_target: bool = False
-    grid: Grid | None = None  # of features, where positions tell it
-    tensors: Tensors | None = None  # what the features are, where a tower in the step reads them: of the whole picture
-    goes_on: bool = False  # with the features of the chunk before of its context: marks stand within the picture
 
 
 def text_key(text: str) -> int:
@@ -75,6 +69,7 @@ class BatchMaker:
         self._max_positions = language_model.max_positions
         self.cut_targets: set[int] = set()
         self.cut_inputs: set[int] = set()
+        self._marks_images = getattr(language_model.model, "marks_images", False)
         # Read here, because ZeRO-3 partitions the table later.
         self._vocabulary = int(language_model.model.get_input_embeddings().num_embeddings)
 
@@ -112,12 +107,12 @@ class BatchMaker:
         items = [(example, row, self._target(text)) for example, row, text in zip(own, made, texts, strict=True)]
         once = self.budget.references == "grouped"
         if share:
-            alike: dict[object, list[_Item]] = {}
+            alike: dict[object, list[Item]] = {}
             for item, draw in zip(items, draws, strict=True):
                 key = leading_inputs(item[0]), draw.view if self.features.augments(item[0]) else None
                 alike.setdefault(key, []).append(item)
-            rows = [row for group in alike.values() for row in _in_rows(group)]
-            length = max(_length_of_row(row) for row in rows)
+            rows = [row for group in alike.values() for row in in_rows(group)]
+            length = max(length_of_row(row) for row in rows)
             alone = max(sum(chunk.length for chunk in row) + len(target) - 1 for _, row, target in items)
             config = self.language_model.model.config
             if len(rows) * length < len(items) * alone and fits(config, length):
@@ -129,49 +124,49 @@ class BatchMaker:
         generator = torch.Generator().manual_seed(0)
         ids = [int(n) for n in torch.randint(self._vocabulary, (64,), generator=generator)]
         examples = [Example(str(n), (), ("",)) for n in range(2)]
-        rows: list[list[_Item]] = []
+        rows: list[list[Item]] = []
         for example in examples:
-            inputs = [_Chunk(self.target_context(example), 1, ids[:1])]
+            inputs = [Chunk(self.target_context(example), 1, ids[:1])]
             for context in self.contexts:
                 if context in self.features.task.modalities:
                     encoder = self.features.encoders[self.features.task.modalities[context]]
                     if isinstance(encoder, ImageEncoder) and encoder.in_step:
-                        inputs += _written(context, encoder.encode([encoder.blank])[0])
+                        inputs += chunks_of_picture(context, encoder.encode([encoder.blank])[0])
                         continue
                     each, tile = (encoder.each, encoder.rows) if isinstance(encoder, ImageEncoder) else (1, 3)
                     features_ND = torch.randn(tile, self.features.width(context), generator=generator)
                     length = tile // each + 2 * self.backbone.projector_boundary_tokens
-                    inputs.append(_Chunk(context, length, features_ND=features_ND))
+                    inputs.append(Chunk(context, length, features_ND=features_ND))
                 else:
-                    inputs.append(_Chunk(context, 3, [ids.pop() for _ in range(3)]))
+                    inputs.append(Chunk(context, 3, [ids.pop() for _ in range(3)]))
             rows.append([(example, inputs, [ids.pop() for _ in range(length)]) for length in (3, 4)])
         return self._alone([item for row in rows for item in row]), self._shared(rows)
 
-    def _alone(self, items: Sequence[_Item], once: bool = False) -> Batch:
+    def _alone(self, items: Sequence[Item], once: bool = False) -> Batch:
         rows = [
-            [*row, _Chunk(self.target_context(example), len(target), target, is_target=True)]
+            [*row, Chunk(self.target_context(example), len(target), target, is_target=True)]
             for example, row, target in items
         ]
         return self._pad(rows, [self.target_context(example) for example, _, _ in items], left=False, once=once)
 
-    def _shared(self, rows: Sequence[Sequence[_Item]], once: bool = False) -> Batch:
-        made: list[list[_Chunk]] = []
+    def _shared(self, rows: Sequence[Sequence[Item]], once: bool = False) -> Batch:
+        made: list[list[Chunk]] = []
         layouts: list[tuple[int, list[tuple[int, list[int]]]]] = []
         positions: list[np.ndarray] = []
         for row in rows:
-            context, common = self.target_context(row[0][0]), _common(row)
+            context, common = self.target_context(row[0][0]), common_chunks(row)
             chunks = row[0][1][:common]
-            prefix, following = _positions(chunks)
+            prefix, following = positions_in(chunks)
             branches, places = [], [prefix]
             for _, inputs, target in row:
                 rest = inputs[common:]
                 branches.append((sum(chunk.length for chunk in rest), target))
                 # The last token of a target is only predicted.
-                branch = [*rest, _Chunk(context, len(target) - 1, target[:-1])]
-                places.append(_positions(branch, following)[0])
+                branch = [*rest, Chunk(context, len(target) - 1, target[:-1])]
+                places.append(positions_in(branch, following)[0])
                 chunks = [*chunks, *branch]
             layouts.append((sum(chunk.length for chunk in row[0][1][:common]), branches))
-            made.append(_joined(chunks))
+            made.append(joined(chunks))
             positions.append(np.concatenate(places, axis=1))
         padded = self._pad(made, [self.target_context(row[0][0]) for row in rows], left=False, once=once)
         found = arranged(padded, layouts)
@@ -187,11 +182,11 @@ class BatchMaker:
         """Whether a vision-language model's processor arranges prompts, whose inputs then are not one stretch each."""
         return self._turn is not None
 
-    def prompt_rows(self, examples: Sequence[Example]) -> list[list[_Chunk]]:
+    def prompt_rows(self, examples: Sequence[Example]) -> list[list[Chunk]]:
         """The stretches of each example's prompt: the frame's beginning, its inputs, and what the frame ends with."""
         return self._inputs(examples, None)
 
-    def of_rows(self, rows: Sequence[Sequence[_Chunk]], examples: Sequence[Example], past: Past | None) -> Batch:
+    def of_rows(self, rows: Sequence[Sequence[Chunk]], examples: Sequence[Example], past: Past | None) -> Batch:
         """A batch of stretches, without targets, padded on the right.
 
         Args:
@@ -213,8 +208,8 @@ class BatchMaker:
         rows = []
         for example, text, last in zip(examples, texts, past.last_context_ids, strict=True):
             ids = self._target(text)
-            target = _Chunk(self.target_context(example), len(ids), ids, is_target=True)
-            rows.append([_Chunk(self.contexts[last], 1, [0]), target])
+            target = Chunk(self.target_context(example), len(ids), ids, is_target=True)
+            rows.append([Chunk(self.contexts[last], 1, [0]), target])
         contexts = [self.target_context(example) for example in examples]
         return self._pad(rows, contexts, left=False, before=past.lengths)
 
@@ -289,44 +284,44 @@ class BatchMaker:
         ids = self._encode(self.spaced(text), self.budget.max_target_length, self.cut_targets)
         return [*ids, self.language_model.eos_id]
 
-    def _inputs(self, examples: Sequence[Example], views: Sequence[int] | None) -> list[list[_Chunk]]:
+    def _inputs(self, examples: Sequence[Example], views: Sequence[int] | None) -> list[list[Chunk]]:
         """The chunks before a target: the frame and the inputs, for each example."""
         rows = []
-        pictures: dict[int, list[_Chunk]] = {}  # by the identity of their features, so that they stay the same tensors
+        pictures: dict[int, list[Chunk]] = {}  # by the identity of their features, so that they stay the same tensors
         for example, features in zip(examples, self.features.of(examples, views), strict=True):
             if self._turn is not None:
                 rows.append(self._in_turn(self._turn, example, features, pictures))
                 continue
             encoded = iter(features)
-            row = [_Chunk(self.target_context(example), len(self._frame.before), self._frame.before)]
+            row = [Chunk(self.target_context(example), len(self._frame.before), self._frame.before)]
             for context, value in example.inputs:
                 if isinstance(value, str):
                     ids = self._encode(value, self.budget.max_input_length, self.cut_inputs)
-                    row.append(_Chunk(context, len(ids), ids))
+                    row.append(Chunk(context, len(ids), ids))
                 else:
                     features_ND = next(encoded)
                     length = len(features_ND) + 2 * self.backbone.projector_boundary_tokens
-                    row.append(_Chunk(context, length, features_ND=features_ND))
+                    row.append(Chunk(context, length, features_ND=features_ND))
             if self._frame.after:
-                row.append(_Chunk(self.target_context(example), len(self._frame.after), self._frame.after))
+                row.append(Chunk(self.target_context(example), len(self._frame.after), self._frame.after))
             rows.append(row)
         return rows
 
     def _in_turn(
-        self, turn: Turn, example: Example, features: Sequence[Tensor], pictures: dict[int, list[_Chunk]]
-    ) -> list[_Chunk]:
+        self, turn: Turn, example: Example, features: Sequence[Tensor], pictures: dict[int, list[Chunk]]
+    ) -> list[Chunk]:
         """The chunks of a vision-language model's turn."""
         files = [number for number, part in enumerate(example.inputs) if not isinstance(part.value, str)]
         row = []
         for piece in turn.pieces(example.inputs, self._texts(example)):
             context = self.target_context(example) if piece.input is None else example.inputs[piece.input].context
             if piece.ids is not None:
-                row.append(_Chunk(context, len(piece.ids), piece.ids))
+                row.append(Chunk(context, len(piece.ids), piece.ids))
                 continue
             assert piece.input is not None  # noqa: S101 - a picture is an input
             own = features[files.index(piece.input)]
             if id(own) not in pictures:
-                pictures[id(own)] = _written(context, own)
+                pictures[id(own)] = chunks_of_picture(context, own)
             row += pictures[id(own)]
         return row
 
@@ -344,7 +339,7 @@ class BatchMaker:
 
     def _pad(
         self,
-        rows: Sequence[Sequence[_Chunk]],
+        rows: Sequence[Sequence[Chunk]],
         targets: Sequence[str],
         left: bool,
         once: bool = False,
@@ -364,11 +359,12 @@ class BatchMaker:
         items: dict[str, list[_Placed]] = {context: [] for context in self.features.task.modalities}
         gridded = any(chunk.grid for row in rows for chunk in row)
         positions_3BT = torch.zeros(3, *shape, dtype=torch.long) if gridded else None
+        images_BT = torch.zeros(shape, dtype=torch.bool) if self._marks_images else None
         for number, (row, target) in enumerate(zip(rows, targets, strict=True)):
             contexts[number] = self.contexts.index(target)
             start = shape[1] - lengths[number] if left else 0
             if positions_3BT is not None:
-                positions_3BT[:, number, start : start + lengths[number]] = torch.from_numpy(_positions(row)[0])
+                positions_3BT[:, number, start : start + lengths[number]] = torch.from_numpy(positions_in(row)[0])
             mask[number, start : start + lengths[number]] = True
             tokens.append([])
             for chunk in row:
@@ -377,6 +373,8 @@ class BatchMaker:
                 if chunk.features_ND is None:
                     ids[number, start:stop] = chunk.token_ids
                 else:
+                    if images_BT is not None:
+                        images_BT[number, start:stop] = True
                     own, places = items[chunk.context], number * shape[1] + np.arange(start, stop)
                     before_P = own.pop().places_P if chunk.goes_on else np.empty(0, dtype=np.int64)
                     own.append(_Placed(chunk.features_ND, np.concatenate([before_P, places]), chunk.tensors))
@@ -389,9 +387,10 @@ class BatchMaker:
             context_ids_BT=torch.from_numpy(contexts),
             mask_BT=torch.from_numpy(mask),
             items={context: self._items(context, found, once) for context, found in items.items()},
-            segments=_common_segments(rows, shape[1]),
+            segments=common_segments(rows, shape[1]),
             targets=Targets.of(tokens),
             positions_3BT=positions_3BT,
+            images_BT=images_BT,
             host_context_ids_BT=contexts,
             host_tokens=sum(lengths),
         )
@@ -427,71 +426,3 @@ class _Placed(NamedTuple):
     features_ND: Tensor
     places_P: np.ndarray
     tensors: Tensors | None
-
-
-def _written(context: str, rows_ND: Tensor) -> list[_Chunk]:
-    """What stands at the place of a vision-language model's picture."""
-    written, found = Written.of(rows_ND), list[_Chunk]()
-    for ids, own_FD in written.runs():
-        goes_on = written.tensors is not None and any(chunk.features_ND is not None for chunk in found)
-        more = (None, None, False) if own_FD is None else (written.grid, written.tensors, goes_on)
-        found.append(_Chunk(context, len(ids), ids, own_FD, False, *more))
-    return found
-
-
-def _positions(chunks: Sequence[_Chunk], start: int = 0) -> tuple[np.ndarray, int]:
-    """The positions (3, N) of chunks, and the one that follows."""
-    return positions_of(((chunk.length, chunk.grid) for chunk in chunks), start)
-
-
-_Item = tuple[Example, list[_Chunk], list[int]]  # an example, the chunks of its inputs with BOS, its target with EOS
-
-
-def _common(row: Sequence[_Item]) -> int:
-    """How many chunks all inputs of a row begin with."""
-    first, *others = (inputs for _, inputs, _ in row)
-    common = min(map(len, (first, *others)))
-    for other in others:
-        common = next((n for n in range(common) if not _same(first[n], other[n])), common)
-    return common
-
-
-def _same(one: _Chunk, other: _Chunk) -> bool:
-    """Whether two chunks have the same content; the features of a file are one tensor in a batch."""
-    alike = one.context == other.context and one.features_ND is other.features_ND
-    return alike and list(one.token_ids) == list(other.token_ids)
-
-
-def _length_of_row(row: Sequence[_Item]) -> int:
-    """Positions of a shared row."""
-    common = _common(row)
-    branches = (sum(chunk.length for chunk in inputs[common:]) + len(target) - 1 for _, inputs, target in row)
-    return sum(chunk.length for chunk in row[0][1][:common]) + sum(branches)
-
-
-def _in_rows(group: Sequence[_Item]) -> list[list[_Item]]:
-    """Items with the same leading inputs in rows of about as many targets, up to the most that a row may have."""
-    count = -(-len(group) // MOST_TARGETS)
-    bounds = [len(group) * n // count for n in range(count + 1)]
-    return [list(group[start:stop]) for start, stop in itertools.pairwise(bounds)]
-
-
-def _joined(chunks: Sequence[_Chunk]) -> list[_Chunk]:
-    """The texts at the end of a row as one chunk, if they have one context: rows then differ in its length alone."""
-    last = len(chunks)
-    while last and chunks[last - 1].features_ND is None and chunks[last - 1].context == chunks[-1].context:
-        last -= 1
-    ids = [token for chunk in chunks[last:] for token in chunk.token_ids]
-    return [*chunks[:last], _Chunk(chunks[-1].context, len(ids), ids, is_target=True)]
-
-
-def _common_segments(rows: Sequence[Sequence[_Chunk]], length: int) -> tuple[Segment, ...] | None:
-    """The segments that all rows share; None if they differ. Lengths of targets may differ: only padding follows."""
-    layouts = {tuple((s.context, None if s.is_target else s.length) for s in row) for row in rows}
-    if len(layouts) > 1:
-        return None
-    segments: list[Segment] = []
-    for context, given in layouts.pop():
-        start = segments[-1].stop if segments else 0
-        segments.append(Segment(start, length if given is None else start + given, context))
-    return tuple(segments)

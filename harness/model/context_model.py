@@ -57,7 +57,7 @@ class ContextModel(nn.Module):
         self.goes_on: bool | None = None
 
     def embed(self, batch: Batch) -> Tensor:
-        """Embed tokens and project items; returns (B, T, D)."""
+        """Embed tokens and project items; returns (B, T, D), and behind it what the decoder's class needs to know."""
         embeds_BTD: Tensor = self.language_model.get_input_embeddings()(batch.token_ids_BT)
         if more := getattr(self.language_model, "more_width", 0):  # what inner layers add, of images alone
             embeds_BTD = F.pad(embeds_BTD, (0, more))
@@ -76,7 +76,9 @@ class ContextModel(nn.Module):
             if items.projected_P is not None:
                 projected_PD = projected_PD.index_select(0, items.projected_P)
             rows = rows.index_copy(0, items.positions_P, projected_PD)
-        return rows.view(shape)
+        if batch.images_BT is not None:
+            rows = torch.cat([rows, batch.images_BT.flatten()[:, None].to(rows.dtype)], dim=1)
+        return rows.view(*shape[:2], -1)
 
     def _set_layout(self, batch: Batch, length: int, past: Past | None = None) -> None:
         if batch.segments is None or past is not None:

@@ -203,8 +203,8 @@ class ImageEncoder(Encoder):
         """The tokens of a picture, and what the tower reads of it."""
         place = getattr(self.processor, self.kind.place)
         read = self.medium.read(self.processor, [item], place, add_special_tokens=False, return_tensors="pt")
-        own = vision_language.item_token(self.processor, self.kind)
-        ids = [IMAGE if token == own else token for token in read["input_ids"][0].tolist()]
+        written, feature = read["input_ids"][0].tolist(), vision_language.item_token(self.processor, self.kind)
+        ids = [IMAGE if token == feature else token for token in self.kind.item_in(self.processor, written)]
         return tuple(ids), {name: _tensor(name, value) for name, value in read.items() if name in self._takes}
 
     def _grid(self, pixels: dict[str, Tensor]) -> Grid | None:

@@ -47,6 +47,7 @@ class Turn:
         self.processor, self.tokenizer, self._backbone = processor, processor.tokenizer, backbone
         self._kind, _ = vision_language.kind_of(backbone)
         self._place = getattr(processor, self._kind.place)
+        self._around = self._kind.around(processor)
         self._templated = backbone.chat_template
         if self._templated is None:
             self._templated = bool(processor.chat_template)
@@ -79,6 +80,7 @@ class Turn:
 
     def _pieces(self, pictures: tuple[bool, ...], texts: Sequence[str]) -> list[Piece]:
         found: list[Piece] = []
+        before, after = self._around
         rest = iter(texts)
         written, spans = "", list[tuple[int, int, int]]()  # the text since the last picture, and where its inputs are
         first, last = True, 0
@@ -88,12 +90,12 @@ class Turn:
             last = mark.end()
             if mark[1] == "file":
                 number = _nth(pictures, len([piece for piece in found if piece.ids is None]))
-                found += self._tokens(written, spans, first)
+                found += self._tokens(written + before, [*spans, _span(written, before, number)], first)
                 found.append(Piece(number, None))
-                written, spans, first = "", [], False
+                written, spans, first = after, [_span("", after, number)], False
             else:
                 text = next(rest)
-                spans.append((len(written), len(written) + len(text), int(mark[1])))
+                spans.append(_span(written, text, int(mark[1])))
                 written += text
         return [*found, *self._tokens(written + turn[last:], spans, first)]
 
@@ -165,7 +167,8 @@ class Turn:
             return [int(token) for token in made["input_ids"][0]]
 
         try:
-            expected, image = read(text, special), read(self._place, False)
+            expected = read(text, special)
+            image = self._kind.item_in(self.processor, read(self._place, False))
         except Exception as error:  # processors raise anything
             raise UserError(
                 f"backbone.model: the processor of {self._backbone.model!r} cannot read {medium.named}: "
@@ -179,6 +182,11 @@ class Turn:
                 f"{medium.named} and a question, the harness {len(found)}, which differ at position {at}: rows would "
                 "not be those of the model"
             )
+
+
+def _span(written: str, text: str, number: int) -> tuple[int, int, int]:
+    """Where a text of an input is that follows what is written."""
+    return len(written), len(written) + len(text), number
 
 
 def _nth(pictures: Sequence[bool], n: int) -> int:

@@ -8,17 +8,17 @@ class's own ``forward`` on what its processor makes of it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from harness.core import hub
 from harness.core.errors import UserError
 from harness.experiment.sections import Backbone
+from harness.model.decoder import BothWays, Decoder
 from harness.model.media import PICTURES, RECORDINGS, Medium
 
 DTYPES: Mapping[str | None, Any] = {  # of the key backbone.dtype
@@ -43,6 +43,11 @@ class Kind:
         width: of each of them.
         grid: whether positions tell where a feature is in its picture (``harness/model/grid_positions.py``).
         place: attribute of the processor: the text at whose place it writes an item.
+        feature_id: attribute of the processor: the id of the token at whose place a feature is; None: as of the medium.
+        ends: attributes of the processor: the ids of the first and the last token of an item; None: an item is all
+            that the processor writes for it.
+        around: texts that the processor writes before and after these, which are tokenised with what is beside them.
+        both_ways: whether positions of one image see those that follow too.
         levels: how many further features of each position layers of the language model add to their outputs (DeepStack,
             arXiv 2406.04334), by the configuration.
     """
@@ -53,9 +58,27 @@ class Kind:
     width: Callable[[Any], int] = lambda config: int(config.vision_config.hidden_size)
     grid: bool = False
     place: str = "image_token"
+    feature_id: str | None = None
+    ends: tuple[str, str] | None = None
+    around: Callable[[Any], tuple[str, str]] = lambda _: ("", "")
+    both_ways: bool = False
     levels: Callable[[Any], int] = lambda _: 0
     medium: Medium = PICTURES
     longest_s: Callable[[Any], float] | None = None
+
+    def item_in(self, processor: Any, ids: Sequence[int]) -> list[int]:
+        """The tokens of an item, of those that a processor writes for it alone."""
+        if self.ends is None:
+            return list(ids)
+        first, last = (_attribute(processor, name) for name in self.ends)
+        return list(ids[ids.index(first) : len(ids) - list(reversed(ids)).index(last)])
+
+
+def _attribute(processor: Any, path: str) -> Any:
+    found = processor
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
 
 
 def _one(_config: Any) -> int:
@@ -77,6 +100,12 @@ def _width_of_square(config: Any) -> int:
     return int(config.vision_config.hidden_size) * int(1 / config.downsample_ratio) ** 2
 
 
+def _lines_around(processor: Any) -> tuple[str, str]:
+    """Of Gemma 3: line breaks around the marks of an image."""
+    before, _, rest = processor.full_image_sequence.partition(processor.boi_token)
+    return before, rest.rpartition(processor.tokenizer.eoi_token)[2]
+
+
 _IDEFICS = Kind("connector", _patches, lambda config: _patches(config) // config.scale_factor**2)
 _HEARS = Kind(place="audio_token", medium=RECORDINGS)
 _VIDEO = "video_processor"
@@ -90,6 +119,14 @@ KINDS: Mapping[str, Kind] = {
     "smolvlm": _IDEFICS,
     "internvl": Kind(rows=_one, width=_width_of_square),
     "mistral3": Kind(),
+    "gemma3": Kind(
+        rows=_patches,
+        tokens=lambda config: int(config.mm_tokens_per_image),
+        feature_id="tokenizer.image_token_id",
+        ends=("tokenizer.boi_token_id", "tokenizer.eoi_token_id"),
+        around=_lines_around,
+        both_ways=True,
+    ),
     "qwen2_vl": Kind("visual.merger", grid=True),
     "qwen2_5_vl": Kind("visual.merger", grid=True),
     "qwen3_vl": Kind(
@@ -102,10 +139,8 @@ KINDS: Mapping[str, Kind] = {
     "audioflamingo3": replace(_HEARS, longest_s=lambda processor: processor.max_audio_len),
 }
 # model_type → why its rows would be others than those of its class.
-_BOTH_WAYS = "its attention within {} goes both ways, and rows here are causal"
 REFUSED: Mapping[str, str] = {
-    "paligemma": _BOTH_WAYS.format("a picture and its prompt"),
-    "gemma3": _BOTH_WAYS.format("a picture"),
+    "paligemma": "its attention within a picture and its prompt goes both ways, and prompts here are causal",
     "voxtral": "its processor reads recordings only as mistral-common arranges them",
 }
 
@@ -189,18 +224,22 @@ def load(backbone: Backbone, **options: Any) -> Any:
 
 
 def empty(backbone: Backbone) -> Any:
-    """The whole model without weights, on the device of the context.
+    """The whole model without weights, on the device of the context, where tensors may have no values.
 
     Raises:
         UserError: as in ``kind_of``, or its configuration does not fit its class.
     """
+    from transformers.initialization import no_init_weights
+
     _, known = kind_of(backbone)
     config = copy.deepcopy(known)  # a model keeps it, and adapters may change it
     wanted = DTYPES[backbone.dtype]
     dtype = (config.dtype or torch.float32) if wanted == "auto" else wanted
     try:
-        auto = _class_of(config)
-        return auto.from_config(config, dtype=dtype, trust_remote_code=backbone.trust_remote_code).eval()
+        with no_init_weights():  # SigLIP's looks at values
+            model = _class_of(config).from_config(config, dtype=dtype, trust_remote_code=backbone.trust_remote_code)
+        model.tie_weights()
+        return model.eval()
     except (ValueError, ImportError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"backbone.model: {backbone.pinned_language_model!r}: {reason}") from error
@@ -257,7 +296,8 @@ def item_token(processor: Any, kind: Kind) -> int | None:
         processor: of a model.
         kind: of the model.
     """
-    place, own = getattr(processor, kind.place, None), getattr(processor, kind.medium.placeholder, None)
+    own = _attribute(processor, kind.feature_id or kind.medium.placeholder)
+    place = getattr(processor, kind.place, None)
     if not isinstance(place, str) or isinstance(own, int):
         return own if isinstance(place, str) else None
     found: int | None = processor.tokenizer.get_vocab().get(place)
@@ -312,76 +352,12 @@ def decoder_of(model: Any) -> Any:
 
     text = model.get_decoder()
     own = next(kind for kind in type(text).__mro__ if PreTrainedModel in kind.__bases__)
-    kind = type(f"{type(model).__name__}Decoder", (Decoder, own, GenerationMixin), {})
-    levels = KINDS[model.config.model_type].levels(model.config) if model.config.model_type in KINDS else 0
-    decoder = kind(text, model.get_output_embeddings(), levels)
+    known = KINDS.get(model.config.model_type, Kind())
+    base = BothWays if known.both_ways else Decoder
+    kind = type(f"{type(model).__name__}Decoder", (base, own, GenerationMixin), {})
+    decoder = kind(text, model.get_output_embeddings(), known.levels(model.config))
+    if known.both_ways:
+        decoder.masks_of_class = type(model).create_masks_for_generate
     with suppress(AttributeError):
         decoder.generation_config = model.generation_config
     return decoder.eval()
-
-
-class Decoder:
-    """A causal LM of a vision-language model's decoder and output layer; embeddings of images are among its inputs.
-
-    It is joined with the pretrained base class of the decoder (``decoder_of``).
-
-    Args:
-        text: the decoder.
-        head: the output layer.
-        levels: how many vectors of an embedding's width follow it, each of which a layer adds to its output.
-    """
-
-    model: Any
-    lm_head: Any
-
-    def __init__(self, text: Any, head: Any, levels: int) -> None:
-        super().__init__(text.config)  # type: ignore[call-arg]  # of the pretrained base class
-        self.model, self.lm_head = text, head
-        self.more_width = levels * int(text.get_input_embeddings().embedding_dim)
-
-    def get_input_embeddings(self) -> Any:
-        """The table of the tokens."""
-        return self.model.get_input_embeddings()
-
-    def get_output_embeddings(self) -> Any:
-        """The output layer."""
-        return self.lm_head
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Any = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **options: Any,
-    ) -> Any:
-        """As ``forward`` of the causal LMs of transformers."""
-        from transformers.modeling_outputs import CausalLMOutputWithPast
-
-        if inputs_embeds is not None and self.more_width:
-            width = self.model.get_input_embeddings().embedding_dim
-            inputs_embeds, *more = torch.split(inputs_embeds, width, dim=-1)
-            if more:
-                # The class adds them where a mask says. An index of all rows takes the same way, and nothing waits for
-                # the device to count; to what is no image nothing is added.
-                options["visual_pos_masks"] = torch.arange(len(inputs_embeds), device=inputs_embeds.device)
-                options["deepstack_visual_embeds"] = more
-        found = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **options,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return CausalLMOutputWithPast(
-            logits=self.lm_head(found.last_hidden_state[:, kept, :]),
-            past_key_values=found.past_key_values,
-            hidden_states=found.hidden_states,
-            attentions=found.attentions,
-        )

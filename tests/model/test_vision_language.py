@@ -11,8 +11,6 @@ import torch
 import transformers as hf
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.nn import functional as F
 
 from harness.core.errors import UserError
 from harness.experiment.sections import Backbone
@@ -35,6 +33,7 @@ from tests.support.vision_language import (
     each_kind,
     examples_of,
     make,
+    nll_by_class,
     picture,
     pictures,
     read_by_its_processor,
@@ -42,22 +41,6 @@ from tests.support.vision_language import (
 )
 
 LORA = {"method": "lora", "rank": 2, "grouping": "specific", "learning_rate": 6e-3}
-
-
-def expected_nll(folder: Path, image: Path, prompt: str, caption: str) -> Tensor:
-    """By the class's own forward."""
-    model = hf.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    read = read_by_its_processor(folder, image, prompt)
-    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
-    target = [*tokenizer(caption, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    length = read["input_ids"].shape[1]
-    ids = torch.cat([read["input_ids"], torch.tensor([target])], dim=1)
-    extra = {name: x for name, x in read.items() if name not in ("input_ids", "attention_mask")}
-    if "mm_token_type_ids" in extra:  # Qwen's: 1 for images
-        extra["mm_token_type_ids"] = F.pad(extra["mm_token_type_ids"], (0, len(target)))
-    with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits[0, length - 1 : -1]
-    return F.cross_entropy(logits, torch.tensor(target), reduction="sum")
 
 
 @each_kind(KINDS)
@@ -68,7 +51,8 @@ def test_a_row_has_the_likelihood_that_the_class_gives_it(kind: str, tmp_path: P
     with torch.no_grad():
         found_R, _ = built.model(built.batches.make(examples_of(paths), CAPTIONS))
     pairs = zip(paths, CAPTIONS, strict=True)
-    expected_R = torch.stack([expected_nll(tmp_path / kind, path, PROMPT, caption) for path, caption in pairs])
+    model = hf.AutoModelForImageTextToText.from_pretrained(tmp_path / kind, dtype=torch.float32).eval()
+    expected_R = torch.stack([nll_by_class(model, tmp_path / kind, path, PROMPT, caption) for path, caption in pairs])
     torch.testing.assert_close(found_R, expected_R, atol=1e-5, rtol=1e-5)
 
 
@@ -177,12 +161,12 @@ def test_every_parameter_is_counted_once(kind: str, tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("vit", "is of the class 'vit', which is no vision- or audio-language model; allowed: .*a language model is"),
-        ("gemma3", "is of the class 'gemma3': its attention within a picture goes both ways"),
+        ("paligemma", "is of the class 'paligemma': its attention within a picture and its prompt goes both ways"),
         ("blip", "is of the class 'blip', whose rows were never compared with its own forward; allowed: "),
     ],
 )
 def test_a_model_of_another_kind_is_refused(name: str, message: str, tmp_path: Path) -> None:
-    configs = {"vit": hf.ViTConfig, "blip": hf.BlipConfig, "gemma3": hf.Gemma3Config}
+    configs = {"vit": hf.ViTConfig, "blip": hf.BlipConfig, "paligemma": hf.PaliGemmaConfig}
     configs[name]().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=message):
         build_empty(Backbone(model=str(tmp_path)))

@@ -14,6 +14,8 @@ import torch
 import transformers as hf
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn import functional as F
 
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import Backbone
@@ -33,6 +35,7 @@ TOWER = {
     "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16,
     "patch_size": 4,
 }  # fmt: skip
+_LINES = ("\n\n", "\n\n\n")  # each one token, as Gemma's tokenizer has them
 _PINPOINTS = [[16, 32], [32, 16], [32, 32]]
 NONE = {"method": "none", "learning_rate": 1e-3}
 PROMPT = "What is in the picture?"
@@ -74,7 +77,7 @@ def tokenizer(kind: Kind) -> Any:
         special_tokens=["<s>", "</s>", "<pad>"],
     )  # fmt: skip
     own.train_from_iterator([*_SAID, *(f"a {colour} circle and a square" for colour in COLOURS)], trainer)
-    own.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in kind.tokens])
+    own.add_tokens([AddedToken(token, normalized=False, special=not token.isspace()) for token in kind.tokens])
     return hf.PreTrainedTokenizerFast(
         tokenizer_object=own,
         bos_token="<s>",
@@ -145,6 +148,21 @@ def read_by_its_processor(folder: Path, image: Path, prompt: str) -> Any:
     content = [{"type": "image"}, {"type": "text", "text": prompt}]
     turn = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     return processor(images=[Image.open(image)], text=[turn], return_tensors="pt")
+
+
+def nll_by_class(model: Any, folder: Path, image: Path, prompt: str, caption: str, **more: Any) -> Tensor:
+    """The negative log likelihood of a caption by the class's own forward on what its processor makes of a picture."""
+    read = read_by_its_processor(folder, image, prompt)
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    target = [*tokenizer(caption, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    length = read["input_ids"].shape[1]
+    ids = torch.cat([read["input_ids"], torch.tensor([target])], dim=1)
+    extra = {name: x for name, x in read.items() if name not in ("input_ids", "attention_mask")}
+    for name in {"mm_token_type_ids", "token_type_ids"} & set(extra):  # 1 for images
+        extra[name] = F.pad(extra[name], (0, len(target)))
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra, **more).logits[0, length - 1 : -1]
+    return F.cross_entropy(logits, torch.tensor(target), reduction="sum")
 
 
 def pictures(folder: Path) -> list[Path]:
@@ -254,6 +272,21 @@ def _mistral3(made: Any) -> Any:
 def _mistral3_processor(made: Any) -> Any:
     pixels = hf.PixtralImageProcessorPil(size={"longest_edge": 24}, patch_size={"height": 4, "width": 4})
     return hf.PixtralProcessor(pixels, made, patch_size=4, spatial_merge_size=2)
+
+
+def _gemma3(made: Any) -> Any:
+    text = _text("gemma3_text", made, head_dim=8, sliding_window=24, query_pre_attn_scalar=8)
+    text |= {"layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": True}
+    config = hf.Gemma3Config(
+        vision_config={**TOWER, "vision_use_head": False}, text_config=text, mm_tokens_per_image=4,
+        image_token_id=_id(made, "<image_soft_token>"), boi_token_index=_id(made, "<start_of_image>"),
+        eoi_token_index=_id(made, "<end_of_image>"),
+    )  # fmt: skip
+    return hf.Gemma3ForConditionalGeneration(config)
+
+
+def _gemma3_processor(made: Any) -> Any:
+    return hf.Gemma3Processor(hf.Gemma3ImageProcessorPil(size=SQUARE), made, image_seq_length=4)
 
 
 def _onevision(made: Any) -> Any:
@@ -395,6 +428,13 @@ KINDS = {
             "context_image_token": "<IMG_CONTEXT>",
             "video_token": "<video>",
         },
+    ),
+    "gemma3": Kind(
+        ("<start_of_image>", "<image_soft_token>", "<end_of_image>", *_LINES),
+        _gemma3,
+        _gemma3_processor,
+        "{{ '\n' }}<start_of_image>",
+        {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"},
     ),
     "mistral3": Kind(("[IMG]", "[IMG_BREAK]", "[IMG_END]"), _mistral3, _mistral3_processor, "[IMG]"),
     "llava_onevision": Kind(("<image>", "<video>"), _onevision, _onevision_processor, "<image>"),

@@ -84,6 +84,24 @@ def test_a_trial_learns_and_what_it_learned_can_be_used(
     assert texts == list(shown.prediction)
 
 
+@pytest.mark.parametrize("kind", ["gemma3"])
+@pytest.mark.parametrize("where", ["AF", {"language": "AF", "vision": "all"}], ids=["language", "parts"])
+def test_a_trial_of_pictures_that_see_themselves_learns_and_is_used(kind: str, where: Any, tmp_path: Path) -> None:
+    save(kind, tmp_path / "model")
+    budget = {"budget": {**SECTIONS["budget"], "references": "grouped"}}
+    backbone = {"model": "model", "prompt": "Describe it.", "connector": "trained"}
+    spec = spec_of(tmp_path, {**SPECIFIC, "where": where}, backbone=backbone, **SECTIONS | budget)
+    record = run(spec, tmp_path / "run")
+    assert record.status == "finished", record.reason
+    assert record.parameters == count_parameters(spec)
+    assert record.history[-1].train_loss < record.history[0].train_loss
+    rows = examples_of(tmp_path / "run", record)
+    rows = rows[rows.split == "test"].head(3)
+    exported = load_trained(export_trial(tmp_path / "run" / "trials" / record.trial_id, tmp_path / "exported"))
+    paths = {example.id: example.files[0][1] for example in exported.task.examples("test")}
+    assert exported.predict([{"image": paths[key]} for key in rows.example_id]) == list(rows.prediction)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_a_trial_on_a_quantised_decoder_is_counted_planned_and_used(folder: Path) -> None:
     plain = spec_of(folder, SPECIFIC, backbone={"model": "model", "prompt": "Describe it."}, **SECTIONS)
