@@ -70,12 +70,12 @@ def problems_of(check: Check[S], subject: S) -> tuple[str, ...]:
     found: list[str] = []
     try:
         found += check(subject)
-    except Exception as error:  # third-party code
+    except (Exception, SystemExit) as error:  # third-party code
         found.append(_describe(error, subject.plugin))
     return tuple(found)
 
 
-def _describe(error: Exception, plugin: type) -> str:
+def _describe(error: BaseException, plugin: type) -> str:
     """The type of an exception, the first line of its message, and the line of the plugin that raised it."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]

@@ -50,13 +50,23 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Start over in a new run fo
 
 
 def main() -> None:
-    """Entry point: run the command; a UserError becomes a message and exit code 2, a full disk one and exit code 1."""
+    """Entry point: run the command; an error of the input or of a plugin becomes a message and exit code 2, a full disk
+    one and exit code 1.
+    """
     gc.set_threshold(50_000, 20, 20)  # looking at what imports leave, every 700 objects, is a fifth of a command's time
     try:
         app()
     except (UserError, DiskFullError) as error:
         errors.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except Exception as error:
+        from harness.core.origin import blamed
+        from harness.experiment.options import REGISTRIES
+
+        if (line := blamed(error, REGISTRIES)) is None:
+            raise
+        errors.print(f"[bold red]error:[/] {_escape(line)}", highlight=False, soft_wrap=True)
+        sys.exit(2)
 
 
 def _escape(text: str) -> str:

@@ -5,7 +5,8 @@ class that moves to another module is the same plugin, with the same trial ids a
 (``target``) is stored beside the identity, because workers may have the code without its entry points.
 
 An experiment can also list Python files (``plugins:``), whose classes are registered for the process. Their
-distribution is the file's name and their result version a digest of its content.
+distribution is the file's name and their result version a digest of its content, and of the modules that it imports
+from its folder.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import inspect
 import os
 import re
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +30,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from harness.core.beside import modules_beside
 from harness.core.errors import UserError, did_you_mean
 from harness.core.files import digests_of
 from harness.core.revisions import distribution_revision
@@ -280,8 +284,17 @@ def import_target(target: str, kind: str) -> Any:
         if module_name.endswith(".py"):
             return getattr(_load_file(Path(module_name)), attribute)
         return getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:  # importing a plugin's module runs arbitrary code
-        raise UserError(f"{kind} {target}: cannot be imported: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # importing a plugin's module runs arbitrary code
+        raise UserError(f"{kind} {target}: cannot be imported: {_told(error)}") from error
+
+
+def _told(error: BaseException) -> str:
+    """An error of an import, with the line that raised it: the innermost one that is no library's."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<frozen ")
+    own = [frame for frame in frames if not frame.filename.startswith(libraries)]
+    place = "" if isinstance(error, SyntaxError) or not own else f" ({own[-1].filename}:{own[-1].lineno})"
+    return f"{type(error).__name__}: {error}{place}"
 
 
 def _place(path: Path) -> str:
@@ -307,6 +320,7 @@ def _load_file(path: Path) -> ModuleType:
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None  # noqa: S101 - true of every file called *.py
         module = importlib.util.module_from_spec(spec)
+        _forget_changed(modules_beside(path))
         sys.modules[name] = module  # before it runs, because dataclasses and pydantic look up their module
         try:
             spec.loader.exec_module(module)  # type: ignore[union-attr]
@@ -316,8 +330,27 @@ def _load_file(path: Path) -> ModuleType:
     return sys.modules[name]
 
 
+_loaded: dict[str, bytes] = {}  # by path of a module beside a plugin file: its digest when it was last imported
+
+
+def _forget_changed(modules: Iterable[Path]) -> None:
+    """Let modules whose files have changed be imported anew."""
+    for path in modules:
+        place, digest = os.path.realpath(path), hashlib.sha256(path.read_bytes()).digest()
+        if _loaded.setdefault(place, digest) != digest:
+            _loaded[place] = digest
+            for name, module in list(sys.modules.items()):
+                if os.path.realpath(getattr(module, "__file__", None) or "") == place:
+                    del sys.modules[name]
+
+
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    """Of a plugin file's content, with that of the modules that it imports from its folder."""
+    found = hashlib.sha256(path.read_bytes())
+    for module in modules_beside(path):
+        content = hashlib.sha256(module.read_bytes()).hexdigest()
+        found.update(f"\n{module.relative_to(path.parent).as_posix()} {content}".encode("utf-8", "surrogateescape"))
+    return found.hexdigest()[:12]
 
 
 def add_file(path: Path, where: str, registries: Iterable[Registry[Any]]) -> None:
@@ -336,8 +369,8 @@ def add_file(path: Path, where: str, registries: Iterable[Registry[Any]]) -> Non
         raise UserError(f"{where}: found {str(path)!r}; allowed: a Python file")
     try:
         module = _load_file(path)
-    except Exception as error:
-        raise UserError(f"{where}: {path}: cannot be imported: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{where}: {path}: cannot be imported: {_told(error)}") from error
     found = False
     for registry in registries:
         for plugin in filter(registry.accepts, _defined_in(module, registry.contract())):

@@ -14,6 +14,7 @@ from torch import nn
 
 from adapters.attach import Adapters
 from adapters.placement.router import Router
+from harness.check.returned import check_examples
 from harness.core import hub
 from harness.core.errors import UserError
 from harness.core.origin import during
@@ -145,7 +146,9 @@ def read_splits(spec: TrialSpec, task: Task) -> dict[Split, Sequence[Example]]:
     Raises:
         UserError: they cannot be read, or two reads differ.
     """
-    return {split: _read_twice(task, spec.task.name, split) for split in SPLITS}
+    splits = {split: _read_twice(task, spec.task.name, split) for split in SPLITS}
+    check_examples(splits, spec.task.name)
+    return splits
 
 
 def choose_from(spec: TrialSpec, task: Task, examples: Mapping[Split, Sequence[Example]]) -> Splits:
@@ -173,7 +176,7 @@ def _read_twice(task: Task, name: str, split: Split) -> Sequence[Example]:
     """
     with during(f"task {name}, split {split}"):
         first, second = task.examples(split), task.examples(split)
-    if first is not second and list(first) != list(second):
+    if isinstance(first, Sequence) and first is not second and list(first) != list(second):  # else: check_examples
         pairs = enumerate(itertools.zip_longest(first, second))
         number, (one, other) = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
         found = " and then ".join("no example" if e is None else f"example {e.id!r}" for e in (one, other))

@@ -298,17 +298,18 @@ class Features:
     @torch.no_grad()
     def _encode(self, modality: str, wants: Sequence[_Wanted]) -> list[Tensor]:
         items = [self._load(modality, want) for want in wants]
-        with during(f"encoder of modality {modality}", (want.example for want in wants)):
+        encoder = self.encoders[modality]
+        with during(f"encoder of modality {modality}", (want.example for want in wants), of=encoder):
             with threads(self._disk.threads if self._disk is not None else None):
-                found = self.encoders[modality].encode(items)
-            check_features(found, len(items), self.encoders[modality].width)
+                found = encoder.encode(items)
+            check_features(found, len(items), encoder.width)
             # Cloned, because a view of the batch would keep the whole batch in memory.
             features = [x_ND.cpu().clone() for x_ND in found]
             check_finite(features)
         return features
 
     def _load(self, modality: str, want: _Wanted) -> Any:
-        with during(f"modality {modality}: {want.path}", [want.example]):
+        with during(f"modality {modality}: {want.path}", [want.example], of=self.modalities[modality]):
             item = self.modalities[modality].load(want.path)
         if want.view is None:
             return item

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from harness.check.returned import check_examples
 from harness.core.errors import UserError
 from harness.experiment.plan import TrialSpec
 from harness.experiment.shared import distinct
@@ -42,7 +43,7 @@ class PlannedData:
         if key not in self._tasks:
             task = make_task(spec)
             try:
-                self._tasks[key] = task, readable_splits(task)
+                self._tasks[key] = task, readable_splits(task, spec.task.name)
             except UnreadableError as error:
                 self._tasks[key] = f"task {spec.task.name}: {error}"
         found = self._tasks[key]
@@ -86,14 +87,21 @@ def check_counts(specs: Sequence[TrialSpec], data: PlannedData) -> list[str]:
     return list(unchecked)
 
 
-def readable_splits(task: Task) -> Splits:
+def readable_splits(task: Task, name: str) -> Splits:
     """The examples of each split, or as many others where they would have to be drawn first.
+
+    Args:
+        task: whose.
+        name: of the task.
 
     Raises:
         UnreadableError: the data of a task is not here.
+        UserError: what a task returned is wrong, as in ``check_examples``.
     """
     if not isinstance(task, Mixture):
-        return {split: _examples(task, split) for split in SPLITS}
+        splits: Splits = {split: _examples(task, split) for split in SPLITS}
+        check_examples(splits, name)
+        return splits
     return {
         split: [
             replace(example, id=f"{member}/{example.id}", member=member)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.core import hub
+from harness.core.beside import modules_beside
 from harness.core.files import write_atomically
 from harness.core.paths import locate_model
 from harness.core.schema import Schema, read_strictly
@@ -111,10 +112,11 @@ def see_files(specs: Sequence[TrialSpec], plugins: Iterable[Path], run: Path) ->
 
     Args:
         specs: of the trials.
-        plugins: files and folders of plugins.
+        plugins: plugin files; the modules that they import from their folders are seen too.
         run: the run folder.
     """
-    paths = {**{path.resolve(): "plugins" for path in plugins if _exists(path)}, **named_paths(specs)}
+    code = [file for path in plugins if path.is_file() for file in (path, *modules_beside(path))]
+    paths = {**{path.resolve(): "plugins" for path in code}, **named_paths(specs)}
     named: dict[str, Named] = {}
     for path, key in paths.items():
         files, digest = _state(path, run.parent)

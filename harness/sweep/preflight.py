@@ -21,6 +21,7 @@ from harness.core.errors import ProblemList, UserError
 from harness.core.files import cache_folder
 from harness.core.inside import check_no_links
 from harness.core.naming import flatten
+from harness.core.origin import during
 from harness.core.search import Halving
 from harness.core.weights import models_of
 from harness.experiment.load import Experiment
@@ -245,7 +246,8 @@ def check_data(specs: Sequence[TrialSpec], run: Path, console: Console, halving:
     # Trials that differ only in the adapter use the same data.
     for spec in {_data_key(spec): spec for spec in specs}.values():
         task = make_task(spec)
-        task.prepare()
+        with during(f"preparation of task {spec.task.name}"):
+            task.prepare()
         splits = choose_splits(spec, task)
         check_positions(spec, splits)
         chosen.append((spec, splits))

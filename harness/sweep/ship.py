@@ -1,7 +1,7 @@
 """Puts our packages and the plugins of a sweep into one folder, which Ray sends to its workers as ``working_dir``.
 
 Plugins that are packages come whole, with their data. Plugin files are in ``shipped_plugins/``, in a folder named by
-the path they have here, by which ``harness.core.registry`` finds them; data files beside them come too.
+the path they have here, by which ``harness.core.registry`` finds them; modules and data files beside them come too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from harness.core.beside import modules_beside
 from harness.core.errors import UserError
 from harness.core.registry import Plugin, import_target, plugins_in, shipped_place
 from harness.experiment.plan import TrialSpec
@@ -59,6 +60,10 @@ def collect(plugins: Sequence[Plugin], folder: Path) -> None:
         place = folder / shipped_place(path)
         place.parent.mkdir(parents=True)
         shutil.copy2(path, place)
+        for beside in modules_beside(path):
+            to = place.parent / beside.relative_to(path.parent)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(beside, to)
     for plugin in plugins:
         module = plugin.target.rpartition(":")[0]
         if module.endswith(".py"):

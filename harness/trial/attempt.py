@@ -8,6 +8,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
 
 from harness.core.exhaustion import is_out_of_memory
 from harness.core.origin import describe
@@ -106,23 +109,32 @@ def steps_of_attempt(trial: Trial, experiment: str) -> Steps[Attempt]:
         status = "out_of_memory" if is_out_of_memory(error) else "failed"
         reason, problem = describe(error, plugins, trial.folder / LOG), error
         logger.exception("out of memory" if status == "out_of_memory" else "the trial failed")
-    record = TrialRecord(
-        trial_id=spec.trial_id,
-        experiment=experiment,
-        status=status,
-        reason=reason,
-        spec=spec.model_dump(mode="json"),
-        seed=spec.seed,
-        wall_time_s=sum(trial.state.phases_s.values()) or time.monotonic() - clock,
-        phases_s=trial.state.phases_s,
-        history=tuple(trial.state.history),
-        best_epoch=trial.state.best_epoch,
-        started_at=started.isoformat(timespec="seconds"),
-        versions=dict(measure.versions()),
-        git_revision=git_revision(Path(__file__).parent.parent),
-        mlflow_run_id=tracker.run_id,
-        warnings=(*trial.warnings, *tracker.warnings),
-        workers=trial.workers.count,
-        **trial.measured,
-    )
+
+    def record_of(measured: dict[str, Any]) -> TrialRecord:
+        return TrialRecord(
+            trial_id=spec.trial_id,
+            experiment=experiment,
+            status=status,
+            reason=reason,
+            spec=spec.model_dump(mode="json"),
+            seed=spec.seed,
+            wall_time_s=sum(trial.state.phases_s.values()) or time.monotonic() - clock,
+            phases_s=trial.state.phases_s,
+            history=tuple(trial.state.history),
+            best_epoch=trial.state.best_epoch,
+            started_at=started.isoformat(timespec="seconds"),
+            versions=dict(measure.versions()),
+            git_revision=git_revision(Path(__file__).parent.parent),
+            mlflow_run_id=tracker.run_id,
+            warnings=(*trial.warnings, *tracker.warnings),
+            workers=trial.workers.count,
+            **measured,
+        )
+
+    try:
+        record = record_of(trial.measured)
+    except ValidationError as error:  # the reason must not be lost with the worker process
+        status, reason, problem = "failed", describe(error, plugins, trial.folder / LOG), error
+        logger.exception("what was measured is no record")
+        record = record_of({})
     return Attempt(record, problem)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from harness.check.returned import checked_scores
 from harness.core.files import atomic
 from harness.core.naming import metric_name
 from harness.core.origin import during
@@ -68,9 +69,10 @@ def score_members(
     for member, indices in by_member(examples).items():
         references = {examples[i].id: examples[i].references for i in indices}
         for plugin in metrics[member].values():
-            with during(f"metric {metric_name(member, plugin.name)}"):
-                metric: Metric = METRICS.load(plugin.target)()
-                scores = metric.score({key: predictions[key] for key in references}, references)
+            metric: type[Metric] = METRICS.load(plugin.target)
+            with during(f"metric {metric_name(member, plugin.name)}", of=metric):
+                returned = metric().score({key: predictions[key] for key in references}, references)
+                scores = checked_scores(returned, metric, references.keys())
             corpus |= {metric_name(member, name): value for name, value in scores.corpus.items()}
             for key, values in scores.per_example.items():
                 per_example[key] |= {metric_name(member, name): value for name, value in values.items()}

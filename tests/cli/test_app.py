@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from harness.cli import app
 from harness.cli.leaderboard import print_last_screen
 from harness.core.errors import UserError
 from harness.core.record import PlannedTrial, TrialRecord
+from harness.experiment.options import REGISTRIES
 from harness.sweep import run
 from harness.tracking import store
 from harness.tracking.grid import open_grid
@@ -385,3 +387,65 @@ def test_a_command_that_does_not_exist(harness: Harness) -> None:
     outcome = harness("rnu")
     assert outcome.code == 2
     assert "No such command 'rnu'" in outcome.err
+
+
+BROKEN_TASK = """
+from harness import Example, Part, Task, TaskConfig
+
+
+class BrokenConfig(TaskConfig):
+    where: str
+
+
+class Broken(Task):
+    contexts = ("question", "answer")
+    modalities = {}
+    metrics = ("exact_match",)
+    Config = BrokenConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.at("making")
+
+    @classmethod
+    def sample(cls, folder):
+        return {}
+
+    def prepare(self):
+        self.at("prepare")
+
+    def examples(self, split):
+        self.at("examples")
+        return [Example(f"{split} 1", (Part("question", "a"),), ("b",))]
+
+    def at(self, place):
+        if self.config.where == place:
+            raise KeyError("[/red] no such word")
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "step"),
+    [
+        ("making", ""),
+        ("prepare", "preparation of task broken; "),
+        ("examples", "task broken, split train; "),
+    ],
+)
+def test_an_error_of_a_plugin_before_any_trial_names_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: str, step: str
+) -> None:
+    """Through the entry point itself, which makes a message of it."""
+    for registry in REGISTRIES:
+        monkeypatch.setattr(registry, "added", [])
+    monkeypatch.chdir(tmp_path)
+    Path("broken.py").write_text(BROKEN_TASK, encoding="utf-8")
+    task = f"plugins: [broken.py]\ntask: {{name: broken, where: {where}}}\n"
+    Path("e.yaml").write_text(task + "adapters: [{method: lora, learning_rate: 1e-3}]\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["harness", "run", "e.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        app.main()
+    assert ended.value.code == 2
+    line = BROKEN_TASK.splitlines().index('            raise KeyError("[/red] no such word")') + 1
+    place = f"plugin broken (broken.py), {tmp_path}/broken.py:{line} in at)"
+    assert capsys.readouterr().err.endswith(f"error: KeyError: '[/red] no such word' ({step}{place}\n")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from harness.core.errors import UserError
 from harness.core.origin import describe, during, shown
-from harness.core.registry import Plugin
+from harness.core.registry import Plugin, import_target
 
 pytestmark = pytest.mark.quick
 
@@ -79,3 +80,40 @@ def test_paths_below_the_working_directory_are_relative(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert shown(tmp_path / "runs" / "log.txt") == "runs/log.txt"
     assert shown(Path("/elsewhere/log.txt")) == "/elsewhere/log.txt"
+
+
+def test_who_returned_what_is_wrong_is_named_by_its_class(tmp_path: Path) -> None:
+    (path := tmp_path / "theirs.py").write_text("x = 1\n\n\nclass Made:\n    pass\n", encoding="utf-8")
+    made = import_target(f"{path}:Made", "metric")
+    with pytest.raises(ValueError, match="it returned 7") as found, during("scoring", of=made()):
+        raise ValueError("it returned 7")
+    text = describe(found.value, [plugin(f"{path}:Made")], Path("log"))
+    assert text == f"ValueError: it returned 7 (scoring; plugin mine (theirs), {path}:4 class Made; log: log)"
+
+
+def test_leaving_the_process_is_an_error_with_its_place(tmp_path: Path) -> None:
+    def leave() -> None:
+        with during("scoring", ["a"]):
+            sys.exit(3)
+
+    with pytest.raises(RuntimeError, match=r"sys\.exit\(3\) was called, which would end the process") as found:
+        leave()
+    text = describe(found.value, [plugin(f"{__file__}:Mine")], tmp_path)
+    assert re.search(rf"\(scoring; plugin mine \(theirs\), {re.escape(__file__)}:\d+ in leave; example a; log: ", text)
+
+
+def test_ray_may_ask_a_worker_to_leave() -> None:
+    space = {"__name__": "ray._private.worker", "SystemExit": SystemExit}
+    exec("def leave():\n    raise SystemExit(1)", space)
+    with pytest.raises(SystemExit), during("scoring"):
+        space["leave"]()  # type: ignore[operator]
+
+
+def test_an_error_that_a_generator_makes_of_another_keeps_its_step() -> None:
+    def steps() -> Iterator[int]:
+        with during("encoding", ["a"]):
+            next(iter([]))
+        yield 1
+
+    text = describe(caught(lambda: list(steps())), [plugin(f"{__file__}:Mine")], Path("log"))
+    assert re.match(r"RuntimeError: generator .* \(encoding; plugin mine .*; example a; log: ", text)

@@ -12,7 +12,7 @@ import pytest
 
 from adapters.registry import ADAPTERS
 from harness.core.errors import UserError, did_you_mean
-from harness.core.registry import Entry, Registry
+from harness.core.registry import Entry, Registry, add_file
 from tasks.registry import METRICS, MODALITIES, TASKS
 from tests.support.installed import replace_entry_points
 
@@ -217,3 +217,21 @@ def test_listing_imports_no_plugin(installed: list[EntryPoint]) -> None:
 def test_did_you_mean_suggests_no_distant_name() -> None:
     assert did_you_mean("qqq", ["lora", "ia3"]) == "allowed: ia3, lora"
     assert did_you_mean("lorra", ["lora", "ia3"]) == "allowed: ia3, lora; did you mean 'lora'?"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import json\nx = json.loads('{')\n", r"JSONDecodeError: .* \({}:2\)"),
+        ("import sys\n\nsys.exit(2)\n", r"SystemExit: 2 \({}:3\)"),
+        ("import argparse\nargparse.ArgumentParser().parse_args(['--nope'])\n", r"SystemExit: 2 \({}:2\)"),
+        ("class A:\nx\n", r"IndentationError: .* \(mine\.py, line 2\)"),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    (path := tmp_path / "mine.py").write_text(text, encoding="utf-8")
+    says = message.format(re.escape(str(path)))
+    with pytest.raises(UserError, match=f"cannot be imported: {says}"):
+        add_file(path, "plugins", [ADAPTERS])
+    with pytest.raises(UserError, match=f"cannot be imported: {says}"):
+        ADAPTERS.load(f"{path}:Mine")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -99,14 +101,18 @@ def test_other_versions_are_told() -> None:
     assert check_nodes(nodes, Path("/run"), shipped=False) == [*versions, code]
 
 
-def test_a_plugin_file_is_sent_with_the_data_beside_it_and_found_by_its_path(
+def test_a_plugin_file_is_sent_with_modules_and_data_beside_it_and_found_by_its_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
     source = tmp_path / "mine/metric.py"
     source.parent.mkdir()
     (source.parent / "words.txt").write_text("a b", encoding="utf-8")
+    (source.parent / "words_of").mkdir()
+    (source.parent / "words_of/table.py").touch()
     source.write_text(
-        "from pathlib import Path\nfrom harness import Metric\nclass Words(Metric):\n    labels = {'w': 'W'}\n"
+        "import sys\nfrom pathlib import Path\nsys.path.insert(0, str(Path(__file__).parent))\nimport words_of.table\n"
+        "from harness import Metric\nclass Words(Metric):\n    labels = {'w': 'W'}\n"
         "    @classmethod\n    def files(cls):\n        return (Path(__file__).with_name('words.txt'),)\n"
         "    def score(self, predictions, references):\n        raise NotImplementedError\n",
         encoding="utf-8",
@@ -121,8 +127,11 @@ def test_a_plugin_file_is_sent_with_the_data_beside_it_and_found_by_its_path(
     assert (sent / "harness/pretrained").is_dir()
     assert not list(sent.rglob("__pycache__"))
     assert (sent / shipped_place(source)).with_name("words.txt").read_text() == "a b"
+    assert (sent / shipped_place(source)).parent.joinpath("words_of/table.py").is_file()
     assert plugin_file(source) == source
-    source.unlink()
+    shutil.rmtree(source.parent)
+    for name in [name for name in sys.modules if name.startswith(("harness_plugin_", "words_of"))]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(registry, "__file__", str(sent / "harness/core/registry.py"))
     assert plugin_file(source) == sent / shipped_place(source)
     (loaded,) = registry.import_target(plugin.target, "metric").files()

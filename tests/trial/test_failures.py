@@ -159,6 +159,62 @@ def test_an_error_in_a_plugin_names_it_with_file_line_and_log(tmp_path: Path) ->
     assert f"{path}:12 in of; log: {tmp_path}/trials/{spec.trial_id}/log.txt)" in reason
 
 
+RETURNS = """
+import sys
+from tasks.base import Metric, Scores
+
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+class Broken(Metric):
+    labels = {"broken": "Broken"}
+
+    def score(self, predictions, references):
+        WHAT
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "message", "place"),
+    [
+        ("return {}", "ValueError: the metric returned dict; allowed: harness.Scores", "11 class Broken"),
+        (
+            "return Scores({'broken': float('nan')})",
+            "ValueError: the metric returned nan as broken of the corpus; allowed: a finite number",
+            "11 class Broken",
+        ),
+        (
+            "return Scores({'broken': 1.0}, {'x': {'broken': 1.0}})",
+            "ValueError: the metric returned scores of 'x', which is no id of an example it scored",
+            "11 class Broken",
+        ),
+        ("sys.exit(3)", "RuntimeError: sys.exit(3) was called, which would end the process", "15 in score"),
+        ("raise Unprintable", "Unprintable: its text cannot be told: RuntimeError", "15 in score"),
+        ("raise ValueError('a \\udc80')", r"ValueError: a \udc80", "15 in score"),
+    ],
+)
+def test_a_metric_that_is_wrong_is_named_and_recorded(what: str, message: str, place: str, tmp_path: Path) -> None:
+    (path := tmp_path / "mine.py").write_text(RETURNS.replace("WHAT", what), encoding="utf-8")
+    spec = scored_by(spec_of(tmp_path, budget={"examples": 8, "epochs": 1}), f"{path}:Broken")
+    assert run(spec, tmp_path).status == "failed"
+    reason = read_record(record_path(tmp_path, spec.trial_id)).reason or ""
+    assert reason.startswith(message)
+    assert f" (metric stand_in; plugin stand_in (tests), {path}:{place}; log: {tmp_path}/trials/" in reason
+
+
+def test_what_was_measured_and_is_no_record_fails_the_trial_and_not_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial.Trial, "_test", lambda _: {"perplexity": float("nan")})
+    record = run(spec_of(tmp_path, budget={"examples": 8, "epochs": 1}), tmp_path)
+    assert record.status == "failed"
+    assert re.match(r"ValidationError: 1 validation error for TrialRecord metrics", record.reason or "")
+    assert read_record(record_path(tmp_path, record.trial_id)) == record
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
