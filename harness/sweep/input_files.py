@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FILE_NAME = "inputs.json"  # in the run folder
 _LIMIT_S = 1.0  # how long ``harness status`` looks at files
+_MOST_LINES = 20
 _ASK = "`harness run` says whether examples, models or plugins are others"
 
 
@@ -35,7 +36,7 @@ class Named(Schema):
 
     Attributes:
         key: where it is named, such as ``task.root``.
-        path: absolute.
+        path: absolute, with the links in it.
         files: how many there are, of a folder with those below it.
         digest: of their names, sizes and times of change.
     """
@@ -100,9 +101,8 @@ def lines_of(path: Path, runs: Path, until: float | None = None) -> Iterator[str
         OSError: it cannot be read.
         _OutOfTimeError: ``until`` has come.
     """
-    for file in [path] if path.is_file() else _files(path, runs.resolve()):
-        if until is not None and time.monotonic() > until:
-            raise _OutOfTimeError
+    for file in [path] if path.is_file() else _files(path, runs.resolve(), until):
+        _check_time(until)
         stat = file.stat()
         yield f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
 
@@ -116,11 +116,13 @@ def see_files(specs: Sequence[TrialSpec], plugins: Iterable[Path], run: Path) ->
         run: the run folder.
     """
     code = [file for path in plugins if path.is_file() for file in (path, *modules_beside(path))]
-    paths = {**{path.resolve(): "plugins" for path in code}, **named_paths(specs)}
+    paths = {**dict.fromkeys(code, "plugins"), **named_paths(specs)}
     named: dict[str, Named] = {}
     for path, key in paths.items():
-        files, digest = _state(path, run.parent)
-        named[str(path.resolve())] = Named(key=key, path=str(path.resolve()), files=files, digest=digest)
+        plain = Path(os.path.normpath(path.absolute()))
+        place = plain if plain == path.resolve() else path.absolute()  # with its links: they may lead elsewhere later
+        files, digest = _state(place, run.parent)
+        named[str(place)] = Named(key=key, path=str(place), files=files, digest=digest)
     return InputFiles(host=socket.gethostname(), named=tuple(named.values()))
 
 
@@ -152,20 +154,32 @@ def changed_files(run: Path) -> list[str]:
     except (OSError, ValueError) as error:
         return [str(error)]
     elsewhere = "" if known.host == socket.gethostname() else f", or not on this machine: {known.host} read it"
-    lines, until = [], time.monotonic() + _LIMIT_S
-    for item in known.named:
-        path = Path(item.path)
-        what, which = (f"{path} has", "it") if path.is_file() else (f"files in {path} have", "them")
-        try:
-            if not _exists(path):
-                lines.append(f"{item.key}: {path} is gone{elsewhere}")
-            elif _state(path, run.parent, until) != (item.files, item.digest):
-                lines.append(f"{item.key}: {what} changed since this run read {which}; {_ASK}")
-        except _OutOfTimeError:
-            lines.append(f"{item.key}: {path}: {item.files} files take too long to look at; {_ASK}")
-        except OSError as error:
-            lines.append(f"{item.key}: {error}")
+    lines: list[str] = []
+    until = time.monotonic() + _LIMIT_S
+    for number, item in enumerate(known.named):
+        if len(lines) == _MOST_LINES or (number and time.monotonic() > until):
+            return [*lines, f"{len(known.named) - number} other files or folders were not looked at; {_ASK}"]
+        if (line := _change(item, run, until, elsewhere)) is not None:
+            lines.append(line)
     return lines
+
+
+def _change(item: Named, run: Path, until: float, elsewhere: str) -> str | None:
+    """What to say of a file or folder, if anything."""
+    path = Path(item.path)
+    try:
+        if not path.is_absolute():
+            return f"{item.key}: {path} in {run / FILE_NAME} is no absolute path"
+        if not _exists(path):
+            return f"{item.key}: {path} is gone{elsewhere}"
+        what, which = (f"{path} has", "it") if path.is_file() else (f"files in {path} have", "them")
+        if _state(path, run.parent, until) != (item.files, item.digest):
+            return f"{item.key}: {what} changed since this run read {which}; {_ASK}"
+    except _OutOfTimeError:
+        return f"{item.key}: {path}: {item.files} files take too long to look at; {_ASK}"
+    except OSError as error:
+        return f"{item.key}: {error}"
+    return None
 
 
 def _exists(path: Path) -> bool:
@@ -188,9 +202,21 @@ def _read(run: Path) -> InputFiles:
     return read_strictly(InputFiles, run / FILE_NAME, "what a run has read")
 
 
-def _files(folder: Path, runs: Path) -> Iterator[Path]:
-    for here, folders, files in os.walk(folder):
+def _files(folder: Path, runs: Path, until: float | None) -> Iterator[Path]:
+    """Every file in a folder or below it, through links too, each folder once."""
+    seen: set[str] = set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        _check_time(until)
+        real = os.path.realpath(here)
+        if real in seen or real == str(runs):
+            folders.clear()
+            continue
+        seen.add(real)
         place = Path(here)
-        read = (name for name in folders if not name.startswith((".", "__pycache__")))
-        folders[:] = sorted(name for name in read if (place / name).resolve() != runs)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__pycache__")))
         yield from (place / name for name in sorted(files) if (place / name).exists())
+
+
+def _check_time(until: float | None) -> None:
+    if until is not None and time.monotonic() > until:
+        raise _OutOfTimeError

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import harness
 from harness.core.record import write_record
 from harness.experiment.plan import expand
 from harness.sweep import input_files, run
+from harness.sweep.changed_data import state_of_data
 from harness.sweep.input_files import changed_files, keep_files, see_files
 from tests.support.cli import caller
 from tests.support.models import tiny_llama
@@ -89,6 +91,72 @@ def test_what_takes_too_long_is_said_and_not_waited_for(grid: Path, monkeypatch:
     monkeypatch.setattr(input_files, "_LIMIT_S", -1.0)
     (line,) = changed_files(grid)
     assert line.endswith(f"texts: 3 files take too long to look at; {ASK}")
+
+
+def test_what_a_link_in_the_data_leads_to_is_data(texts: harness.Experiment, tmp_path: Path) -> None:
+    """Pictures are on a large disk, and the data set's folder has a link to them; one of the links leads back."""
+    disk, folder = tmp_path / "disk" / "pictures", tmp_path / "runs" / "grid"
+    disk.mkdir(parents=True)
+    (disk / "1.jpg").write_bytes(b"1")
+    (tmp_path / "texts" / "pictures").symlink_to(disk)
+    (disk / "back").symlink_to(tmp_path / "texts")
+    folder.mkdir(parents=True)
+    before = list(state_of_data(expand(texts), tmp_path / "runs"))
+    keep_files(folder, see_files(expand(texts), [], folder), changed=[])
+    assert changed_files(folder) == []
+    (disk / "1.jpg").write_bytes(b"another")
+    line = f"task.root: files in {tmp_path / 'texts'} have changed since this run read them; {ASK}"
+    assert changed_files(folder) == [line]
+    assert list(state_of_data(expand(texts), tmp_path / "runs")) != before
+
+
+def test_a_link_that_leads_to_other_data_is_a_change(texts: harness.Experiment, tmp_path: Path) -> None:
+    shutil.copytree(tmp_path / "texts", second := tmp_path / "second")
+    (tmp_path / "texts").rename(first := tmp_path / "first")
+    (tmp_path / "texts").symlink_to(first)
+    (folder := tmp_path / "runs" / "grid").mkdir(parents=True)
+    keep_files(folder, see_files(expand(texts), [], folder), changed=[])
+    assert changed_files(folder) == []
+    (tmp_path / "texts").unlink()
+    (tmp_path / "texts").symlink_to(second)
+    line = f"task.root: files in {tmp_path / 'texts'} have changed since this run read them; {ASK}"
+    assert changed_files(folder) == [line]
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("/" + "a" * 100_000, "aaaa is gone"),
+        ("", ". in {}/inputs.json is no absolute path"),
+        ("/a\0b", "/a\0b is gone"),
+        ("/dev/zero", "/dev/zero is gone"),
+    ],
+    ids=["long", "empty", "NUL", "device"],
+)
+def test_paths_that_cannot_be_are_said(tmp_path: Path, path: str, says: str) -> None:
+    item = {"key": "task.root", "path": path, "files": 1, "digest": "0"}
+    content = json.dumps({"host": socket.gethostname(), "named": [item]})
+    (tmp_path / input_files.FILE_NAME).write_text(content)
+    (line,) = changed_files(tmp_path)
+    assert line.startswith("task.root: ")
+    assert says.format(tmp_path) in line
+
+
+def test_a_long_list_is_not_looked_at_for_ever(tmp_path: Path) -> None:
+    items = [{"key": "task.root", "path": f"/nothing/{n}", "files": 1, "digest": "0"} for n in range(100_000)]
+    (tmp_path / input_files.FILE_NAME).write_text(json.dumps({"host": socket.gethostname(), "named": items}))
+    lines = changed_files(tmp_path)
+    assert len(lines) == 21
+    assert lines[-1] == f"99980 other files or folders were not looked at; {ASK}"
+
+
+def test_a_module_that_a_plugin_imports_from_its_folder_is_read(texts: harness.Experiment, tmp_path: Path) -> None:
+    (plugin := tmp_path / "metric.py").write_text("import beside\n")
+    (beside := tmp_path / "beside.py").write_text("x = 1\n")
+    (folder := tmp_path / "runs" / "grid").mkdir(parents=True)
+    keep_files(folder, see_files(expand(texts), [plugin], folder), changed=[])
+    beside.write_text("x = 22\n")
+    assert changed_files(folder) == [f"plugins: {beside} has changed since this run read it; {ASK}"]
 
 
 def test_models_and_plugins_are_files_that_a_run_reads(tmp_path: Path) -> None:
