@@ -13,12 +13,13 @@ import psutil
 import pytest
 
 from harness.core.record import TrialRecord, read_run
+from tests.support.vision_language import save
 
 HARNESS = [sys.executable, "-m", "harness"]
 EXPERIMENT = """
 name: small
 task: {{name: scenes, train_examples: 32, validation_examples: 8, test_examples: 8}}
-backbone: {{projector_dropout: 0.0}}
+backbone: {backbone}
 adapters:
   - {adapter}
 budget: {{examples: 23, epochs: {epochs}}}
@@ -28,6 +29,9 @@ resources: {{profile: false, {resources}}}
 {more}
 """
 TWO = "{method: [none, full], learning_rate: 3e-3}"
+PLAIN, WITH_TOWER = "{projector_dropout: 0.0}", "{model: ./model, prompt: Describe it.}"
+IN_TOWER = """{method: lora, rank: 2, where: {language: AF, vision: all, connector: all}, learning_rate: 6e-3}
+  - {method: full, parts: [language, vision, connector], learning_rate: 3e-3}"""
 BREAKS_ON_RANK_1 = '''
 from adapters.methods.bitfit import BitFit
 
@@ -42,8 +46,11 @@ class Broken(BitFit):
 '''
 
 
-def write(folder: Path, resources: str, adapter: str = TWO, epochs: int = 2, more: str = "") -> None:
-    text = EXPERIMENT.format(adapter=adapter, epochs=epochs, resources=resources, more=more)
+def write(
+    folder: Path, resources: str, adapter: str = TWO, epochs: int = 2, more: str = "", backbone: str = PLAIN
+) -> None:
+    options = {"adapter": adapter, "epochs": epochs, "resources": resources, "more": more, "backbone": backbone}
+    text = EXPERIMENT.format(**options)
     (folder / "small.yaml").write_text(text, encoding="utf-8")
 
 
@@ -66,11 +73,14 @@ needs_two = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs a CPU fo
 @needs_two
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_records_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("adapter", "backbone"), [(TWO, PLAIN), (IN_TOWER, WITH_TOWER)], ids=["plain", "tower"])
+def test_records_do_not_depend_on_the_number_of_workers(adapter: str, backbone: str, tmp_path: Path) -> None:
     """fp32, dropout off: 1e-5; both trials run in the same two processes."""
-    write(tmp_path, "workers: 1")
+    if backbone == WITH_TOWER:
+        save("llava", tmp_path / "model")
+    write(tmp_path, "workers: 1", adapter, backbone=backbone)
     assert harness("run", "small.yaml", "-o", "one", cwd=tmp_path).returncode == 0
-    write(tmp_path, "workers: 2")
+    write(tmp_path, "workers: 2", adapter, backbone=backbone)
     result = harness("run", "small.yaml", "-o", "two", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert [line for line in result.stderr.splitlines() if line.strip()] == []

@@ -163,8 +163,15 @@ def test_an_export_in_a_form_that_names_layers_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.e2e
-def test_a_stopped_trial_goes_on_to_the_same_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec, whole, _ = trial(folder, "whole", SPECIFIC, connector="trained")
+@pytest.mark.parametrize(
+    ("adapter", "backbone"),
+    [(SPECIFIC, {"connector": "trained"}), (PARTS, {}), (FULL_PARTS, {})],
+    ids=["connector", "parts", "full_of_parts"],
+)
+def test_a_stopped_trial_goes_on_to_the_same_result(
+    adapter: dict[str, Any], backbone: dict[str, Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, whole, first = trial(folder, f"whole-{tmp_path.name}", adapter, **backbone)
     taken = 0
     step = Engine.train_step
 
@@ -174,10 +181,10 @@ def test_a_stopped_trial_goes_on_to_the_same_result(folder: Path, monkeypatch: p
         return step(engine, batch)
 
     monkeypatch.setattr(Engine, "train_step", counted)
-    again = folder / "again"
+    again = tmp_path / "again"
     assert run(spec, again, stop=lambda: taken == 3).status == "cancelled"
     resumed = run(spec, again)
-    assert_same_result(resumed, again, whole, folder / "whole")
+    assert_same_result(resumed, again, whole, first)
 
 
 @pytest.mark.parametrize("adapter", [PARTS, FULL_PARTS], ids=["parts", "full_of_parts"])
