@@ -201,7 +201,7 @@ def _why_not(language_model: Any, decoder: Any) -> str | None:
         return "positions are biases (alibi)"
     if "mrope_section" in (getattr(decoder.config, "rope_parameters", None) or {}):
         return "its positions have three axes"
-    if language_model.config.model_type in _OWN_MASK or getattr(language_model, "marks_images", False):
+    if language_model.config.model_type in _OWN_MASK or getattr(language_model, "both_ways", None):
         return "it makes a mask of its own, in which the tokens of a picture see each other"
     return None
 

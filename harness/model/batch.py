@@ -133,7 +133,7 @@ class Batch:
     parts: Parts | None = None  # of rows of several targets; None: each row has one, and ends with its last token
     host_context_ids_BT: Ids | None = None  # context_ids_BT on the host, where it is known; else it is read from there
     positions_3BT: Tensor | None = None  # int64: where positions tell a grid, and rows have no parts; None: in order
-    images_BT: Tensor | None = None  # bool: where features of an image see each other; None: all is causal
+    both_ways_BT: Tensor | None = None  # bool: which positions also see those that follow; None: none
     stand_in: bool = False  # of a worker without a row of its own
     host_tokens: int | None = None  # positions without padding, where they are known; else the mask is read
 
@@ -170,7 +170,7 @@ class Batch:
             targets=self.targets.repeated(times, self.token_ids_BT.shape[0]),
             parts=None if self.parts is None else self.parts.repeated(times),
             positions_3BT=None if self.positions_3BT is None else _rows_repeated(self.positions_3BT, times),
-            images_BT=None if self.images_BT is None else self.images_BT.repeat(times, 1),
+            both_ways_BT=None if self.both_ways_BT is None else self.both_ways_BT.repeat(times, 1),
             host_context_ids_BT=host_ids_BT,
             host_tokens=None if self.host_tokens is None else times * self.host_tokens,
         )
@@ -180,7 +180,7 @@ class Batch:
         moved = {name: getattr(self, name).to(device) for name in ("token_ids_BT", "context_ids_BT", "mask_BT")}
         parts = None if self.parts is None else self.parts.to(device)
         items = {context: items.to(device) for context, items in self.items.items()}
-        for name in ("positions_3BT", "images_BT"):
+        for name in ("positions_3BT", "both_ways_BT"):
             if (x := getattr(self, name)) is not None:
                 moved[name] = x.to(device)
         return replace(self, items=items, targets=self.targets.to(device), parts=parts, **moved)

@@ -69,7 +69,7 @@ class BatchMaker:
         self._max_positions = language_model.max_positions
         self.cut_targets: set[int] = set()
         self.cut_inputs: set[int] = set()
-        self._marks_images = getattr(language_model.model, "marks_images", False)
+        self._both_ways = getattr(language_model.model, "both_ways", None)
         # Read here, because ZeRO-3 partitions the table later.
         self._vocabulary = int(language_model.model.get_input_embeddings().num_embeddings)
 
@@ -109,7 +109,8 @@ class BatchMaker:
         if share:
             alike: dict[object, list[Item]] = {}
             for item, draw in zip(items, draws, strict=True):
-                key = leading_inputs(item[0]), draw.view if self.features.augments(item[0]) else None
+                beginning = leading_inputs(item[0]) if self._both_ways != "prompts" else item[0].inputs
+                key = beginning, draw.view if self.features.augments(item[0]) else None
                 alike.setdefault(key, []).append(item)
             rows = [row for group in alike.values() for row in in_rows(group)]
             length = max(length_of_row(row) for row in rows)
@@ -170,6 +171,10 @@ class BatchMaker:
             positions.append(np.concatenate(places, axis=1))
         padded = self._pad(made, [self.target_context(row[0][0]) for row in rows], left=False, once=once)
         found = arranged(padded, layouts)
+        if self._both_ways == "prompts" and found.parts is not None:
+            if any(between for _, branches in layouts for between, _ in branches):
+                raise ValueError("a prompt whose tokens all see each other is shared as a whole or not at all")
+            found = replace(found, both_ways_BT=found.parts.parts_BT == 0)
         if found.positions_3BT is None or found.parts is None:
             return found
         positions_3BT = torch.zeros_like(found.positions_3BT)
@@ -359,7 +364,7 @@ class BatchMaker:
         items: dict[str, list[_Placed]] = {context: [] for context in self.features.task.modalities}
         gridded = any(chunk.grid for row in rows for chunk in row)
         positions_3BT = torch.zeros(3, *shape, dtype=torch.long) if gridded else None
-        images_BT = torch.zeros(shape, dtype=torch.bool) if self._marks_images else None
+        both_ways_BT = torch.zeros(shape, dtype=torch.bool) if self._both_ways else None
         for number, (row, target) in enumerate(zip(rows, targets, strict=True)):
             contexts[number] = self.contexts.index(target)
             start = shape[1] - lengths[number] if left else 0
@@ -370,11 +375,11 @@ class BatchMaker:
             for chunk in row:
                 stop = start + chunk.length
                 contexts[number, start:stop] = self.contexts.index(chunk.context)
+                if both_ways_BT is not None and (chunk.features_ND is not None or self._both_ways == "prompts"):
+                    both_ways_BT[number, start:stop] = not chunk.is_target
                 if chunk.features_ND is None:
                     ids[number, start:stop] = chunk.token_ids
                 else:
-                    if images_BT is not None:
-                        images_BT[number, start:stop] = True
                     own, places = items[chunk.context], number * shape[1] + np.arange(start, stop)
                     before_P = own.pop().places_P if chunk.goes_on else np.empty(0, dtype=np.int64)
                     own.append(_Placed(chunk.features_ND, np.concatenate([before_P, places]), chunk.tensors))
@@ -390,7 +395,7 @@ class BatchMaker:
             segments=common_segments(rows, shape[1]),
             targets=Targets.of(tokens),
             positions_3BT=positions_3BT,
-            images_BT=images_BT,
+            both_ways_BT=both_ways_BT,
             host_context_ids_BT=contexts,
             host_tokens=sum(lengths),
         )

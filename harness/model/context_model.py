@@ -76,8 +76,8 @@ class ContextModel(nn.Module):
             if items.projected_P is not None:
                 projected_PD = projected_PD.index_select(0, items.projected_P)
             rows = rows.index_copy(0, items.positions_P, projected_PD)
-        if batch.images_BT is not None:
-            rows = torch.cat([rows, batch.images_BT.flatten()[:, None].to(rows.dtype)], dim=1)
+        if batch.both_ways_BT is not None:
+            rows = torch.cat([rows, batch.both_ways_BT.flatten()[:, None].to(rows.dtype)], dim=1)
         return rows.view(*shape[:2], -1)
 
     def _set_layout(self, batch: Batch, length: int, past: Past | None = None) -> None:

@@ -1,7 +1,7 @@
 """The language model of a vision-language model as a causal LM: embeddings of images are among its inputs.
 
 Where a class needs to know more of a position than its embedding, it follows there: features that inner layers add
-(``Decoder``), or whether an image is there (``BothWays``). So it goes wherever embeddings go.
+(``Decoder``), or whether it also sees positions that follow (``BothWays``). So it goes wherever embeddings go.
 
 Shapes: B rows, T positions, D width.
 """
@@ -9,7 +9,7 @@ Shapes: B rows, T positions, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Decoder:
 
     model: Any
     lm_head: Any
-    marks_images = False  # whether a number follows each embedding: 1 at an image's features, else 0
+    both_ways: Literal["images", "prompts"] | None = None  # what sees itself as a whole; see ``BothWays``
 
     def __init__(self, text: Any, head: Any, levels: int) -> None:
         super().__init__(text.config)  # type: ignore[call-arg]  # of the pretrained base class
@@ -75,11 +75,15 @@ class Decoder:
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return CausalLMOutputWithPast(
-            logits=self.lm_head(found.last_hidden_state[:, kept, :]),
+            logits=self.logits_of(self.lm_head(found.last_hidden_state[:, kept, :])),
             past_key_values=found.past_key_values,
             hidden_states=found.hidden_states,
             attentions=found.attentions,
         )
+
+    def logits_of(self, made_BTV: Tensor) -> Tensor:
+        """The logits, of what the output layer has made."""
+        return made_BTV
 
     def options_of(self, more: list[Tensor], embeds_BTD: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
         """What the decoder is called with for what follows the embeddings.
@@ -96,14 +100,17 @@ class Decoder:
 
 
 class BothWays(Decoder):
-    """A decoder in which the features of an image see each other, also those that follow (Gemma 3).
+    """A decoder in which the features of an image see each other (Gemma 3), or all tokens of a prompt do (PaliGemma).
+
+    A number follows each embedding: 1 at such a position, else 0. Consecutive ones see each other.
 
     Attributes:
         masks_of_class: makes the masks of a pass, as the class's own ``forward`` does.
+        cap: beyond which no logit of the output layer is; None: they are as they are made.
     """
 
-    marks_images = True
     masks_of_class: Callable[..., Any]
+    cap: float | None = None
 
     def set_attn_implementation(self, attn_implementation: Any) -> None:
         """As of the pretrained base class.
@@ -113,7 +120,7 @@ class BothWays(Decoder):
         """
         name = str(attn_implementation)
         if any(kind in name for kind in ("flash", "flex", "paged")):
-            raise ValueError("the features of an image see each other, which needs a mask; allowed: sdpa, eager")
+            raise ValueError(f"{self.both_ways} see themselves as a whole, which needs a mask; allowed: sdpa, eager")
         super().set_attn_implementation(attn_implementation)  # type: ignore[misc]  # of the pretrained base class
 
     @staticmethod
@@ -121,21 +128,26 @@ class BothWays(Decoder):
         """Nothing is made before ``forward``, which alone knows where images are."""
         return attention_mask
 
+    def logits_of(self, made_BTV: Tensor) -> Tensor:
+        """As of ``Decoder``."""
+        return made_BTV if self.cap is None else torch.tanh(made_BTV / self.cap) * self.cap
+
     def options_of(self, more: list[Tensor], embeds_BTD: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
         """As of ``Decoder``: the mask of the pass."""
         marked_BT = more[0][..., 0] > 0
         mask, cache = given["attention_mask"], given["past_key_values"]
         if cache is not None and cache.get_seq_length():
-            return {}  # images are behind
+            return {}  # what sees itself as a whole is behind
         if isinstance(mask, Tensor) and mask.dim() == 4:  # of rows of several targets
-            return {"attention_mask": mask.masked_fill(_same_image(marked_BT)[:, None], 0)}
-        own = {"config": self.config, "inputs_embeds": embeds_BTD, "token_type_ids": marked_BT.long()}  # type: ignore[attr-defined]
+            return {"attention_mask": mask.masked_fill(_together(marked_BT)[:, None], 0)}
+        types_BT = marked_BT if self.both_ways == "images" else ~marked_BT
+        own = {"config": self.config, "inputs_embeds": embeds_BTD, "token_type_ids": types_BT.long()}  # type: ignore[attr-defined]
         return {"attention_mask": self.masks_of_class(**own, **given)}
 
 
-def _same_image(marked_BT: Tensor) -> Tensor:
-    """Which positions are of one image (B, T, T), bool: consecutive ones that are marked."""
+def _together(marked_BT: Tensor) -> Tensor:
+    """Which positions see each other (B, T, T), bool: consecutive ones that are marked."""
     begins_BT = marked_BT & ~F.pad(marked_BT, (1, 0))[:, :-1]
-    image_BT = begins_BT.cumsum(dim=1)
+    run_BT = begins_BT.cumsum(dim=1)
     both_BTT = marked_BT[:, :, None] & marked_BT[:, None, :]
-    return both_BTT & (image_BT[:, :, None] == image_BT[:, None, :])
+    return both_BTT & (run_BT[:, :, None] == run_BT[:, None, :])

@@ -59,7 +59,7 @@ class Turn:
             raise UserError(
                 f"backbone.chat_template: the processor of {backbone.model!r} has no chat template; allowed: false"
             )
-        self._known: dict[tuple[bool, ...], str] = {}  # which inputs are pictures → the turn, with marks
+        self._known: dict[tuple[bool, ...], str] = {}  # which inputs are files → what is given, with marks
         self._check()
 
     def pieces(self, inputs: Sequence[Part], texts: Sequence[str]) -> list[Piece]:
@@ -126,7 +126,11 @@ class Turn:
         return bos is not None and text.startswith(bos)
 
     def _turn(self, pictures: tuple[bool, ...]) -> str:
-        """The turn of inputs of these kinds, with a mark at the place of each."""
+        """The turn of inputs of these kinds as it is tokenised, with a mark at the place of each."""
+        return self._kind.completed(self.processor, self._asked(pictures), _PLACE)
+
+    def _asked(self, pictures: tuple[bool, ...]) -> str:
+        """What the processor is given for it."""
         if pictures not in self._known:
             marks = [_PLACE if picture else _TEXT.format(n) for n, picture in enumerate(pictures)]
             prompt = self._backbone.prompt or ""
@@ -156,7 +160,7 @@ class Turn:
             UserError: they differ.
         """
         pictures, texts = (True, False), ["What is on the table?"]
-        turn = self._turn(pictures)
+        turn = self._asked(pictures)
         text = turn.replace(_PLACE, self._place).replace(_TEXT.format(1), texts[0])
         special = not self._begun(text)
         medium = self._kind.medium

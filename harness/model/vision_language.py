@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -47,7 +47,9 @@ class Kind:
         ends: attributes of the processor: the ids of the first and the last token of an item; None: an item is all
             that the processor writes for it.
         around: texts that the processor writes before and after these, which are tokenised with what is beside them.
-        both_ways: whether positions of one image see those that follow too.
+        completed: of a text, with marks at the places of items, what the processor makes of it before it is tokenised.
+        both_ways: what sees itself as a whole, also positions that follow.
+        cap: beyond which the class lets no logit be, by the configuration; None: it does not change them.
         levels: how many further features of each position layers of the language model add to their outputs (DeepStack,
             arXiv 2406.04334), by the configuration.
     """
@@ -61,7 +63,9 @@ class Kind:
     feature_id: str | None = None
     ends: tuple[str, str] | None = None
     around: Callable[[Any], tuple[str, str]] = lambda _: ("", "")
-    both_ways: bool = False
+    completed: Callable[[Any, str, str], str] = lambda _, text, __: text
+    both_ways: Literal["images", "prompts"] | None = None
+    cap: Callable[[Any], float | None] = lambda _: None
     levels: Callable[[Any], int] = lambda _: 0
     medium: Medium = PICTURES
     longest_s: Callable[[Any], float] | None = None
@@ -100,6 +104,12 @@ def _width_of_square(config: Any) -> int:
     return int(config.vision_config.hidden_size) * int(1 / config.downsample_ratio) ** 2
 
 
+def _prefix(processor: Any, text: str, mark: str) -> str:
+    """Of PaliGemma: the start token after the last picture, and a line break at the end."""
+    pictures, last, rest = text.rpartition(mark)
+    return f"{pictures}{last}{processor.tokenizer.bos_token}{rest}\n"
+
+
 def _lines_around(processor: Any) -> tuple[str, str]:
     """Of Gemma 3: line breaks around the marks of an image."""
     before, _, rest = processor.full_image_sequence.partition(processor.boi_token)
@@ -125,7 +135,14 @@ KINDS: Mapping[str, Kind] = {
         feature_id="tokenizer.image_token_id",
         ends=("tokenizer.boi_token_id", "tokenizer.eoi_token_id"),
         around=_lines_around,
-        both_ways=True,
+        both_ways="images",
+    ),
+    "paligemma": Kind(
+        rows=_one,
+        ends=("image_token_id", "image_token_id"),
+        completed=_prefix,
+        both_ways="prompts",
+        cap=lambda config: getattr(config.text_config, "final_logit_softcapping", None),
     ),
     "qwen2_vl": Kind("visual.merger", grid=True),
     "qwen2_5_vl": Kind("visual.merger", grid=True),
@@ -140,7 +157,6 @@ KINDS: Mapping[str, Kind] = {
 }
 # model_type → why its rows would be others than those of its class.
 REFUSED: Mapping[str, str] = {
-    "paligemma": "its attention within a picture and its prompt goes both ways, and prompts here are causal",
     "voxtral": "its processor reads recordings only as mistral-common arranges them",
 }
 
@@ -357,7 +373,8 @@ def decoder_of(model: Any) -> Any:
     kind = type(f"{type(model).__name__}Decoder", (base, own, GenerationMixin), {})
     decoder = kind(text, model.get_output_embeddings(), known.levels(model.config))
     if known.both_ways:
-        decoder.masks_of_class = type(model).create_masks_for_generate
+        decoder.both_ways, decoder.masks_of_class = known.both_ways, type(model).create_masks_for_generate
+        decoder.cap = known.cap(model.config)
     with suppress(AttributeError):
         decoder.generation_config = model.generation_config
     return decoder.eval()

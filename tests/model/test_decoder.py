@@ -1,10 +1,11 @@
-"""Decoders in which the features of an image see each other: Gemma 3, with what acts on its masks.
+"""Decoders in which pictures (Gemma 3) or prompts (PaliGemma) see themselves as a whole, with what acts on masks.
 
 Shapes: B rows, T positions, D width.
 """
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ import harness
 from harness.core.errors import UserError
 from harness.experiment.sections import Backbone, Resources
 from harness.model import vision_language
+from harness.model.budget import Draw
 from harness.model.build import Built, build, common_of, compute_as
 from harness.model.joint import JointModel
-from harness.model.shared_prefix import fits
 from harness.model.turn import Turn
 from harness.price.rows import rows_of
 from harness.price.trace import trace
@@ -41,7 +42,7 @@ from tests.support.vision_language import (
 )
 
 LORA = {"method": "lora", "rank": 2, "grouping": "specific", "learning_rate": 6e-3}
-BOTH_WAYS = ("gemma3",)
+BOTH_WAYS = ("gemma3", "paligemma", "paligemma2")
 each_class = pytest.mark.parametrize("kind", BOTH_WAYS)
 
 
@@ -69,26 +70,34 @@ def nll(built: Built, examples: list[Example], captions: list[str] = CAPTIONS) -
 
 @each_class
 def test_rows_are_those_of_the_class_in_float64(kind: str, tmp_path: Path) -> None:
+    folder = save(kind, tmp_path / kind)
+    config = json.loads((folder / "config.json").read_text())
+    if kind != "paligemma":
+        config["text_config"]["sliding_window"] = 12  # of a layer: less than a prompt
+    (folder / "config.json").write_text(json.dumps(config))
     _, built = make(tmp_path, kind, LORA, prompt=PROMPT)
-    paths, folder = pictures(tmp_path), tmp_path / kind
+    paths = pictures(tmp_path)
     language_model = built.model.language_model.double()
     built.model.adapters.detach()
     batch = built.batches.make(examples_of(paths), CAPTIONS)
-    assert not fits(language_model.config, batch.length)  # so the window of a layer is seen
     whole = class_of(folder, torch.float64)
     embeds_BTD = built.model.embed(batch)
     for number, path in enumerate(paths):
         read = read_by_its_processor(folder, path, PROMPT)
-        length = read["input_ids"].shape[1]
-        assert batch.images_BT is not None
-        assert torch.equal(batch.images_BT[number, :length], read["token_type_ids"][0] == 1)
+        length, types_T = read["input_ids"].shape[1], read["token_type_ids"][0]
+        marked_T = types_T == 1 if kind == "gemma3" else types_T == 0
+        assert batch.both_ways_BT is not None
+        assert torch.equal(batch.both_ways_BT[number, :length], marked_T)
+        assert not batch.both_ways_BT[number, length:].any()
         features = whole.model.get_image_features(read["pixel_values"].double()).pooler_output
         row_BTD = embeds_BTD[number : number + 1, :length].clone()
-        row_BTD[:, read["token_type_ids"][0] == 1, :-1] = features
+        row_BTD[:, read["input_ids"][0] == whole.config.image_token_id, :-1] = features
+        causal_BTD = row_BTD.clone()
+        causal_BTD[..., -1] = 0
         with torch.no_grad():
             expected = whole(**{k: x.double() if x.is_floating_point() else x for k, x in read.items()}).logits
             found = language_model(inputs_embeds=row_BTD).logits
-            causal = language_model(inputs_embeds=row_BTD[..., :-1]).logits
+            causal = language_model(inputs_embeds=causal_BTD).logits
         # Gemma's norms compute in float32 whatever they are given.
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=2e-6)
         assert not torch.allclose(causal, expected, rtol=1e-3, atol=1e-3)
@@ -108,7 +117,12 @@ def test_rows_are_those_of_the_class_in_float64(kind: str, tmp_path: Path) -> No
 def test_methods_compute_what_they_compute_in_the_class(
     kind: str, adapter: dict[str, Any], grouping: Any, tmp_path: Path
 ) -> None:
-    _, built = make(tmp_path, kind, {**adapter, "grouping": grouping, "learning_rate": 1e-3}, prompt=PROMPT)
+    given = {**adapter, "grouping": grouping, "learning_rate": 1e-3}
+    if kind == "paligemma2" and "mmca" in adapter["method"]:
+        with pytest.raises(UserError, match=r"mmca cannot replace .* of a gemma2 model, which caps its logits"):
+            make(tmp_path, kind, given)
+        return
+    _, built = make(tmp_path, kind, given, prompt=PROMPT)
     disturb(built.model.adapters.parameters(), scale=0.2)
     paths, folder = pictures(tmp_path), tmp_path / kind
     whole = adapted_class(folder, built, adapter, grouping)
@@ -133,7 +147,7 @@ def test_attention_without_a_mask_is_refused_before_compute(kind: str, tmp_path:
     save(kind, tmp_path / "model")
     spec = spec_of(tmp_path, LORA, backbone={"model": "model"})
     for name in ("flash_attention_2", "flex_attention"):
-        with pytest.raises(UserError, match=r"attn_implementation: .* see each other, which needs a mask; allowed: sd"):
+        with pytest.raises(UserError, match=r"attn_implementation: .* see themselves as a whole, which needs a mask"):
             check_models([spec], Resources(attn_implementation=name))
     check_models([spec], Resources(attn_implementation="eager"))
 
@@ -199,16 +213,20 @@ def test_two_pictures_of_a_row_see_themselves_alone(kind: str, tmp_path: Path) -
     example = Example("0", (Part("image", first), Part("image", second)), ("yes",))
     folder, content = tmp_path / kind, [{"type": "image"}, {"type": "image"}, {"type": "text", "text": PROMPT}]
     processor = vision_language.load_processor(Backbone(model=str(folder)))
-    turn = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    turn = f"{processor.image_token}{processor.image_token}{PROMPT}"
+    if processor.chat_template:
+        turn = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     items = [built.batches.features.modalities["image"].load(path) for path in (first, second)]
     read = processor(images=[items], text=[turn], return_tensors="pt")
     batch = built.batches.prompts([example])
-    expected = torch.where(read["token_type_ids"] == 1, 0, read["input_ids"])
+    read.pop("labels", None)
+    whole = class_of(folder)
+    expected = torch.where(read["input_ids"] == whole.config.image_token_id, 0, read["input_ids"])
     assert torch.equal(batch.token_ids_BT, expected)
     with torch.no_grad():
         built.model.adapters.detach()
         found = built.model.language_model(inputs_embeds=built.model.embed(batch)).logits
-        torch.testing.assert_close(found, class_of(folder)(**read).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found, whole(**read).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_tokens_that_reach_over_the_end_of_a_picture_are_of_what_they_begin_in(tmp_path: Path) -> None:
@@ -220,3 +238,34 @@ def test_tokens_that_reach_over_the_end_of_a_picture_are_of_what_they_begin_in(t
     assert found == [
         (None, "USER: \n\n\n"), (0, None), (0, "\n\n\n"), (1, "Is it red?"), (None, "\nAnswer: ASSISTANT:"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["paligemma", "paligemma2"])
+def test_prompts_that_see_themselves_are_shared_as_a_whole_or_not_at_all(kind: str, tmp_path: Path) -> None:
+    """Questions about one picture are prompts of their own: the picture sees its question."""
+    _, built = make(tmp_path, kind, LORA)
+    disturb(built.model.adapters.parameters())
+    path = picture(tmp_path / "a.png", 44, 30)
+    examples = [
+        Example(str(n), (Part("image", path), Part("text", text)), ("yes", "no"))
+        for n, text in enumerate(["Is it red?", "What is on it?"])
+    ]
+    draws = [Draw(example, reference, 0) for example in (0, 1) for reference in (0, 1)]
+    with torch.no_grad():
+        shared, alone = (built.batches.train(examples, draws, share) for share in (True, False))
+        assert len(shared.token_ids_BT) == 2
+        found_R, expected_R = (built.model.eval()(batch)[0] for batch in (shared, alone))
+    torch.testing.assert_close(found_R, expected_R, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="whose tokens all see each other is shared as a whole or not at all"):
+        built.batches.make_shared([[(example, "yes") for example in examples]])
+
+
+def test_a_prompt_without_a_picture_is_begun_as_the_class_begins_it(tmp_path: Path) -> None:
+    backbone = Backbone(model=str(save("paligemma", tmp_path / "model")), prompt="caption en")
+    turn = Turn(vision_language.load_processor(backbone), backbone)
+    pieces = turn.pieces((Part("image", tmp_path / "0.png"), Part("text", "Is it red?")), ["Is it red?"])
+    assert [(one.input, one.ids and turn.tokenizer.decode(one.ids)) for one in pieces] == [
+        (0, None), (None, "<s>"), (1, "Is it red?"), (None, "caption en\n"),
+    ]  # fmt: skip
+    (only,) = turn.pieces((), [])
+    assert turn.tokenizer.decode(only.ids) == "<s>caption en\n"

@@ -30,6 +30,7 @@ from tests.support.vision_language import (
     NONE,
     PROMPT,
     assert_shared_rows_are_rows_alone,
+    class_of,
     each_kind,
     examples_of,
     make,
@@ -56,7 +57,7 @@ def test_a_row_has_the_likelihood_that_the_class_gives_it(kind: str, tmp_path: P
     torch.testing.assert_close(found_R, expected_R, atol=1e-5, rtol=1e-5)
 
 
-@each_kind(kind for kind in KINDS if vision_language.KINDS[kind].rows)
+@each_kind(kind for kind in KINDS if class_of(kind).rows)
 def test_a_connector_that_is_trained_begins_as_that_of_the_model(kind: str, tmp_path: Path) -> None:
     examples = examples_of(pictures(tmp_path))
     losses = []
@@ -84,7 +85,7 @@ def test_texts_are_those_that_the_class_generates(kind: str, tmp_path: Path) -> 
     eos = built.batches.language_model.eos_id
     found_BN = built.model.generate(prompts, "text", 8, eos)
     found = {1: found_BN}
-    if vision_language.KINDS[kind].grid:
+    if class_of(kind).grid:
         with pytest.raises(UserError, match=r"which beams and .* do not know; allowed: eval\.num_beams: 1"):
             built.model.generate(prompts, "text", 8, eos, num_beams=2)
     else:
@@ -135,7 +136,7 @@ def test_what_stands_at_a_pictures_place_is_known_without_weights(kind: str, tmp
     backbone = Backbone(model=str(save(kind, tmp_path / kind)))
     items = [ImageModality().load(path) for path in pictures(tmp_path)]
     for connector in ("frozen", "trained"):
-        if connector == "trained" and not vision_language.KINDS[kind].rows:
+        if connector == "trained" and not class_of(kind).rows:
             continue
         own = backbone.model_copy(update={"connector": connector})
         full = make_encoder(own, "image", ImageModality()).encode(items)
@@ -149,7 +150,7 @@ def test_every_parameter_is_counted_once(kind: str, tmp_path: Path) -> None:
     spec, built = make(tmp_path, kind, LORA)
     model = hf.AutoModelForImageTextToText.from_pretrained(tmp_path / kind)
     counted = built.parameters
-    connector = model.model.get_submodule(vision_language.KINDS[kind].connector)
+    connector = model.model.get_submodule(class_of(kind).connector)
     assert counted == count_parameters(spec)
     assert counted.projector == sum(p.numel() for p in connector.parameters())
     assert counted.total - counted.adapter == sum(p.numel() for p in model.parameters())
@@ -161,12 +162,11 @@ def test_every_parameter_is_counted_once(kind: str, tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("vit", "is of the class 'vit', which is no vision- or audio-language model; allowed: .*a language model is"),
-        ("paligemma", "is of the class 'paligemma': its attention within a picture and its prompt goes both ways"),
         ("blip", "is of the class 'blip', whose rows were never compared with its own forward; allowed: "),
     ],
 )
 def test_a_model_of_another_kind_is_refused(name: str, message: str, tmp_path: Path) -> None:
-    configs = {"vit": hf.ViTConfig, "blip": hf.BlipConfig, "paligemma": hf.PaliGemmaConfig}
+    configs = {"vit": hf.ViTConfig, "blip": hf.BlipConfig}
     configs[name]().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=message):
         build_empty(Backbone(model=str(tmp_path)))

@@ -65,6 +65,7 @@ class Kind(NamedTuple):
     processor: Callable[[Any], Any]
     place: str
     named: Mapping[str, str] = {}  # attributes of the tokenizer that are special tokens
+    templated: bool = True
 
 
 def tokenizer(kind: Kind) -> Any:
@@ -94,6 +95,11 @@ def _needs(name: str) -> list[pytest.MarkDecorator]:
     return [pytest.mark.skipif(missing, reason=f"the processor of {name} needs {library}, which is not installed")]
 
 
+def class_of(kind: str) -> vision_language.Kind:
+    """How the harness reads a class."""
+    return vision_language.KINDS[{"paligemma2": "paligemma"}.get(kind, kind)]  # the same on another language model
+
+
 def each_kind(names: Iterable[str]) -> pytest.MarkDecorator:
     """A test of each class."""
     return pytest.mark.parametrize("kind", [pytest.param(name, marks=_needs(name)) for name in names])
@@ -111,7 +117,7 @@ def save(name: str, folder: Path, template: bool = True) -> Path:
                 p.normal_(0, 0.15)
     model.save_pretrained(folder)
     processor = kind.processor(made)
-    turns = TURNS.replace("PLACE", kind.place) if template else None
+    turns = TURNS.replace("PLACE", kind.place) if template and kind.templated else None
     if not isinstance(processor, tuple):
         processor.chat_template = turns
         processor.save_pretrained(folder)
@@ -146,8 +152,12 @@ def read_by_its_processor(folder: Path, image: Path, prompt: str) -> Any:
     """The ids and pixels of a whole turn."""
     processor = vision_language.load_processor(Backbone(model=str(folder)))
     content = [{"type": "image"}, {"type": "text", "text": prompt}]
-    turn = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return processor(images=[Image.open(image)], text=[turn], return_tensors="pt")
+    turn = f"{processor.image_token}{prompt}"
+    if processor.chat_template:
+        turn = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    read = processor(images=[Image.open(image)], text=[turn], return_tensors="pt")
+    read.pop("labels", None)
+    return read
 
 
 def nll_by_class(model: Any, folder: Path, image: Path, prompt: str, caption: str, **more: Any) -> Tensor:
@@ -158,8 +168,8 @@ def nll_by_class(model: Any, folder: Path, image: Path, prompt: str, caption: st
     length = read["input_ids"].shape[1]
     ids = torch.cat([read["input_ids"], torch.tensor([target])], dim=1)
     extra = {name: x for name, x in read.items() if name not in ("input_ids", "attention_mask")}
-    for name in {"mm_token_type_ids", "token_type_ids"} & set(extra):  # 1 for images
-        extra[name] = F.pad(extra[name], (0, len(target)))
+    for name in {"mm_token_type_ids", "token_type_ids"} & set(extra):  # 1 for images, of PaliGemma for targets
+        extra[name] = F.pad(extra[name], (0, len(target)), value=int("paligemma" in folder.name))
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra, **more).logits[0, length - 1 : -1]
     return F.cross_entropy(logits, torch.tensor(target), reduction="sum")
@@ -287,6 +297,26 @@ def _gemma3(made: Any) -> Any:
 
 def _gemma3_processor(made: Any) -> Any:
     return hf.Gemma3Processor(hf.Gemma3ImageProcessorPil(size=SQUARE), made, image_seq_length=4)
+
+
+def _paligemma(kind: str) -> Callable[[Any], Any]:
+    def make(made: Any) -> Any:
+        # Tied as the published ones; a small one on Gemma would repeat its last token.
+        text = _text(kind, made, head_dim=8) | {"tie_word_embeddings": kind == "gemma2"}
+        if kind == "gemma2":
+            text |= {"sliding_window": 40, "query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0}
+        config = hf.PaliGemmaConfig(
+            vision_config={**TOWER, "model_type": "siglip_vision_model", "vision_use_head": False}, text_config=text,
+            image_token_index=_id(made, "<image>"), projection_dim=32, hidden_size=32,
+            tie_word_embeddings=kind == "gemma2",
+        )  # fmt: skip
+        return hf.PaliGemmaForConditionalGeneration(config)
+
+    return make
+
+
+def _paligemma_processor(made: Any) -> Any:
+    return hf.PaliGemmaProcessor(hf.SiglipImageProcessorPil(size=SQUARE, image_seq_length=16), made)
 
 
 def _onevision(made: Any) -> Any:
@@ -435,6 +465,12 @@ KINDS = {
         _gemma3_processor,
         "{{ '\n' }}<start_of_image>",
         {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"},
+    ),
+    "paligemma": Kind(
+        ("<image>",), _paligemma("gemma"), _paligemma_processor, "<image>", {"image_token": "<image>"}, False
+    ),
+    "paligemma2": Kind(
+        ("<image>",), _paligemma("gemma2"), _paligemma_processor, "<image>", {"image_token": "<image>"}, False
     ),
     "mistral3": Kind(("[IMG]", "[IMG_BREAK]", "[IMG_END]"), _mistral3, _mistral3_processor, "[IMG]"),
     "llava_onevision": Kind(("<image>", "<video>"), _onevision, _onevision_processor, "<image>"),

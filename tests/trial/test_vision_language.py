@@ -84,7 +84,7 @@ def test_a_trial_learns_and_what_it_learned_can_be_used(
     assert texts == list(shown.prediction)
 
 
-@pytest.mark.parametrize("kind", ["gemma3"])
+@pytest.mark.parametrize("kind", ["gemma3", "paligemma", "paligemma2"])
 @pytest.mark.parametrize("where", ["AF", {"language": "AF", "vision": "all"}], ids=["language", "parts"])
 def test_a_trial_of_pictures_that_see_themselves_learns_and_is_used(kind: str, where: Any, tmp_path: Path) -> None:
     save(kind, tmp_path / "model")
