@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from tests.support.vision_language import (
     pictures,
     read_by_its_processor,
     save,
+    tokenizer,
 )
 
 LORA = {"method": "lora", "rank": 2, "grouping": "specific", "learning_rate": 6e-3}
@@ -211,6 +213,17 @@ def test_a_model_without_its_processor_is_refused(tmp_path: Path) -> None:
     message = "its processor could not be loaded: Can't load image processor .*; allowed: the processor that the model"
     with pytest.raises(UserError, match=message):
         vision_language.load_processor(Backbone(model=str(folder)))
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_a_processor_whose_library_is_missing_is_refused_by_its_name(tmp_path: Path) -> None:
+    kind = KINDS["mistral3"]
+    made = tokenizer(kind)
+    for part in (kind.model(made), made, hf.PixtralImageProcessorPil()):
+        part.save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "PixtralProcessor"}))
+    with pytest.raises(UserError, match="PixtralProcessor requires the Torchvision library but it was not found"):
+        count_parameters(spec_of(tmp_path, LORA, backbone={"model": str(tmp_path)}))
 
 
 def test_a_processor_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from harness.trial.engine import Engine
 from harness.trial.pack import Wanted, run_pack
 from tests.support.parity import assert_same_result
 from tests.support.trials import Recorder, examples_of, run, spec_of
-from tests.support.vision_language import save
+from tests.support.vision_language import class_of, save
 
 NONE = {"method": "none", "learning_rate": 1e-2}
 SPECIFIC = {"method": "lora", "rank": 2, "grouping": "specific", "learning_rate": 6e-3}
@@ -84,12 +84,14 @@ def test_a_trial_learns_and_what_it_learned_can_be_used(
     assert texts == list(shown.prediction)
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "paligemma", "paligemma2"])
+# Pictures or prompts that see themselves as a whole, and features that inner layers add.
+@pytest.mark.parametrize("kind", ["gemma3", "paligemma", "paligemma2", "qwen3_vl"])
 @pytest.mark.parametrize("where", ["AF", {"language": "AF", "vision": "all"}], ids=["language", "parts"])
-def test_a_trial_of_pictures_that_see_themselves_learns_and_is_used(kind: str, where: Any, tmp_path: Path) -> None:
+def test_a_trial_of_a_class_with_more_than_embeddings_learns_and_is_used(kind: str, where: Any, tmp_path: Path) -> None:
     save(kind, tmp_path / "model")
     budget = {"budget": {**SECTIONS["budget"], "references": "grouped"}}
-    backbone = {"model": "model", "prompt": "Describe it.", "connector": "trained"}
+    connector = "trained" if class_of(kind).rows else "frozen"
+    backbone = {"model": "model", "prompt": "Describe it.", "connector": connector}
     spec = spec_of(tmp_path, {**SPECIFIC, "where": where}, backbone=backbone, **SECTIONS | budget)
     record = run(spec, tmp_path / "run")
     assert record.status == "finished", record.reason
