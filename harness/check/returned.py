@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,35 @@ def check_examples(splits: Mapping[Split, Any], task: str) -> None:
             if problem is not None:
                 raise UserError(f"{where}: example {example.id!r} at position {place}: {problem}")
             seen.add(example.id)
+
+
+def check_same(first: Sequence[Example], second: Sequence[Example], task: str, split: Split) -> None:
+    """Check that two reads of a split gave the same; only the first difference is reported.
+
+    Raises:
+        UserError: content or order differ.
+    """
+    if isinstance(first, Sequence) and first is not second and list(first) != list(second):  # else: check_examples
+        pairs = enumerate(zip_longest(first, second))
+        place, (one, other) = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
+        found = " and then ".join("no example" if e is None else f"example {e.id!r}" for e in (one, other))
+        raise UserError(
+            f"task {task}: {split} changes between two reads: at position {place} there was {found}; "
+            "the content and the order of a split must be fixed"
+        )
+
+
+def check_files(splits: Mapping[Split, Sequence[Example]], task: str) -> None:
+    """Check that the files of all examples are there, without reading them.
+
+    Raises:
+        UserError: one is not.
+    """
+    for split, examples in splits.items():
+        for example in examples:
+            for _, path in example.files:
+                if not path.is_file():
+                    raise UserError(f"task {task}: examples({split!r}): example {example.id!r}: {path}: no such file")
 
 
 def _problem(example: Example) -> str | None:

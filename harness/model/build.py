@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from torch import nn
 
 from adapters.attach import Adapters
 from adapters.placement.router import Router
-from harness.check.returned import check_examples
+from harness.check.returned import check_examples, check_same
 from harness.core import hub
 from harness.core.errors import UserError
 from harness.core.origin import during
@@ -176,14 +175,7 @@ def _read_twice(task: Task, name: str, split: Split) -> Sequence[Example]:
     """
     with during(f"task {name}, split {split}"):
         first, second = task.examples(split), task.examples(split)
-    if isinstance(first, Sequence) and first is not second and list(first) != list(second):  # else: check_examples
-        pairs = enumerate(itertools.zip_longest(first, second))
-        number, (one, other) = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
-        found = " and then ".join("no example" if e is None else f"example {e.id!r}" for e in (one, other))
-        raise UserError(
-            f"task {name}: {split} changes between two reads: at position {number} there was {found}; "
-            "the content and the order of a split must be fixed"
-        )
+    check_same(first, second, name, split)
     return first
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from harness.check.returned import check_examples
+from harness.check.returned import check_examples, check_files, check_same
 from harness.core.errors import UserError
 from harness.experiment.plan import TrialSpec
 from harness.experiment.shared import distinct
@@ -38,12 +38,16 @@ class PlannedData:
 
         Raises:
             UnreadableError: they cannot be read now.
+            UserError: they are of another kind, a plugin's change from read to read, or lack files.
         """
         key = spec.task.model_dump_json()
         if key not in self._tasks:
             task = make_task(spec)
             try:
-                self._tasks[key] = task, readable_splits(task, spec.task.name)
+                splits = readable_splits(task, spec.task.name)
+                self._tasks[key] = task, splits
+                if spec.task.plugin.target.partition(".")[0] != "tasks" and are_drawn(task):  # ours check as they read
+                    _check_again(task, spec.task.name, splits)
             except UnreadableError as error:
                 self._tasks[key] = f"task {spec.task.name}: {error}"
         found = self._tasks[key]
@@ -110,6 +114,17 @@ def readable_splits(task: Task, name: str) -> Splits:
         ]
         for split in SPLITS
     }
+
+
+def _check_again(task: Task, name: str, splits: Splits) -> None:
+    """What ``harness run`` refuses later: files that are not there, and a split that changes from read to read.
+
+    Raises:
+        UserError: the data of a plugin's task are so.
+    """
+    for split, examples in splits.items():
+        check_same(examples, task.examples(split), name, split)
+    check_files(splits, name)
 
 
 def are_drawn(task: Task) -> bool:

@@ -113,6 +113,29 @@ def test_a_plain_task_of_a_plugin(count: Count, tmp_path: Path) -> None:
     assert reason.startswith("task lines: its examples cannot be read before they are prepared: AttributeError(")
 
 
+WRONG = {
+    "gone": ("found[1] = Example(split, {'question': Path('gone.png')}, ('b',))", r"'train': gone\.png: no such file"),
+    "order": ("random.shuffle(found)", r"train changes between two reads: at position \d+ there was example "),
+    "generator": ("found = iter(found)", r"examples\('train'\): found list_iterator; allowed: a list of "),
+    "an id twice": ("found[1] = found[0]", r"example 'train 0' at position 1: another example has this id"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_a_run_refuses_of_a_plugins_examples_a_plan_refuses(count: Count, tmp_path: Path, what: str) -> None:
+    line, message = WRONG[what]
+    text = PLAIN.replace("from harness", "import random\nfrom pathlib import Path\nfrom harness", 1)
+    text = (
+        text.replace("        return [Example(", "        found = [Example(")
+        + f"        {line}\n        return found\n"
+    )
+    (tmp_path / "plain.py").write_text(text, encoding="utf-8")
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.txt").write_text("\n".join(map(str, range(40))), encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        count("{name: lines, root: .}", 3, "plugins: [plain.py]\n")
+
+
 def test_a_data_set_of_the_hub_only_if_it_is_in_the_cache(count: Count, tmp_path: Path) -> None:
     task = "{name: coco_captions, dataset: {path: some/thing}}"
     (reason,) = count(task, 9)
