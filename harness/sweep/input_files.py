@@ -25,7 +25,7 @@ from harness.experiment.shared import distinct
 if TYPE_CHECKING:
     from harness.experiment.plan import TrialSpec
 
-FILE_NAME = "inputs.json"  # in the run folder
+FILE_NAME = "input_files.json"  # in the run folder
 _LIMIT_S = 1.0  # how long ``harness status`` looks at files
 _MOST_LINES = 20
 _ASK = "`harness run` says whether examples, models or plugins are others"
@@ -48,7 +48,7 @@ class Named(Schema):
 
 
 class InputFiles(Schema):
-    """``inputs.json``.
+    """``input_files.json``.
 
     Attributes:
         host: the machine that read them.

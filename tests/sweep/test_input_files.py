@@ -15,6 +15,7 @@ from rich.console import Console
 import harness
 from harness.core.record import write_record
 from harness.experiment.plan import expand
+from harness.model import inputs
 from harness.sweep import input_files, run
 from harness.sweep.changed_data import state_of_data
 from harness.sweep.input_files import changed_files, keep_files, see_files
@@ -77,6 +78,14 @@ def test_compiled_and_hidden_files_are_no_data(grid: Path, tmp_path: Path) -> No
     assert changed_files(grid) == []
 
 
+def test_digests_of_decoded_files_have_a_file_of_their_own(grid: Path) -> None:
+    kept = inputs.Inputs(grid)
+    kept.save()
+    assert json.loads((grid / inputs.FILE_NAME).read_text()) == {}
+    assert changed_files(grid) == []
+    assert json.loads((grid / input_files.FILE_NAME).read_text())["named"]
+
+
 def test_data_that_are_gone_are_said_with_the_machine_that_read_them(
     grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,7 +136,7 @@ def test_a_link_that_leads_to_other_data_is_a_change(texts: harness.Experiment, 
     ("path", "says"),
     [
         ("/" + "a" * 100_000, "aaaa is gone"),
-        ("", ". in {}/inputs.json is no absolute path"),
+        ("", ". in {}/input_files.json is no absolute path"),
         ("/a\0b", "/a\0b is gone"),
         ("/dev/zero", "/dev/zero is gone"),
     ],
@@ -180,7 +189,7 @@ def test_models_and_plugins_are_files_that_a_run_reads(tmp_path: Path) -> None:
 def test_a_broken_file_of_states_is_said(grid: Path) -> None:
     (grid / input_files.FILE_NAME).write_text("{")
     (line,) = changed_files(grid)
-    assert "inputs.json: not what a run has read" in line
+    assert "input_files.json: not what a run has read" in line
 
 
 def test_a_run_keeps_the_state_that_finished_trials_have_read(
