@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from torch.utils.flop_counter import FlopCounterMode
+
 from harness.experiment.plan import TrialSpec
 from harness.model.build import Splits
 from harness.model.components import empty_encoders, make_modalities, make_task
 from harness.price.duration import Amounts
+from harness.price.flops import FORMULAS
 from harness.price.trace import Traced
 
 _FILES = 40_000  # bytes of a record, its log and MLflow's rows
@@ -40,6 +43,7 @@ class FeatureSpace:
         self._files: dict[tuple[str, ...], set[Path]] = {}
         self._each: dict[tuple[str, ...], float | None] = {}  # bytes of a file's features
         self._file_s: dict[tuple[str, ...], float] = {}  # measured seconds of encoding a file
+        self._file_flops: dict[tuple[str, ...], float] = {}
 
     @property
     def size_bytes(self) -> int | None:
@@ -53,6 +57,11 @@ class FeatureSpace:
     def encoding_s(self) -> float:
         """Seconds of encoding all files once, where an encoder's time was measured."""
         return sum(len(own) * self._file_s.get(key[:3], 0.0) for key, own in self._files.items())
+
+    @property
+    def encoding_flops(self) -> float:
+        """Of encoding all files once; an encoder that needs its weights to compute counts as none."""
+        return sum(len(own) * self._file_flops.get(key[:3], 0.0) for key, own in self._files.items())
 
     def measured(self, spec: TrialSpec, file_s: float) -> None:
         """The encoders of a trial take so many seconds for a file."""
@@ -74,7 +83,7 @@ class FeatureSpace:
                 continue
             key = _encoder_of(spec, name)
             if key not in self._each:
-                self._each[key] = _features_of(spec, name, sorted(own))
+                self._each[key], self._file_flops[key] = _features_of(spec, name, sorted(own))
             if encoders[name].items_per_call > 1:
                 key = (*key, spec.model_dump_json(include={"task", "seed", "budget", "eval"}))
             self._files.setdefault(key, set()).update(own)
@@ -85,10 +94,12 @@ def _encoder_of(spec: TrialSpec, modality: str) -> tuple[str, ...]:
     return modality, spec.backbone.encoders[modality], options
 
 
-def _features_of(spec: TrialSpec, modality: str, files: Sequence[Path]) -> float | None:
-    """Bytes of a file's features, the mean of a few, as an encoder without weights says."""
+def _features_of(spec: TrialSpec, modality: str, files: Sequence[Path]) -> tuple[float | None, float]:
+    """Bytes of a file's features, and FLOPs of encoding it: means of a few, as an encoder without weights says."""
     own = files[:: -(-len(files) // _LOOKED_AT)]
     reader, encoder = make_modalities(spec)[modality], empty_encoders(spec)[modality]
-    with suppress(Exception):  # an estimate is never in the way
-        return sum(features.nbytes for features in encoder.encode([reader.load(path) for path in own])) / len(own)
-    return None
+    counted = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    with suppress(Exception), counted:  # an estimate is never in the way
+        found = encoder.encode([reader.load(path) for path in own])
+        return sum(features.nbytes for features in found) / len(own), counted.get_total_flops() / len(own)
+    return None, 0.0

@@ -34,7 +34,7 @@ from harness.experiment.sections import Resources
 from harness.model.build import Splits
 from harness.model.on_disk import cache_of
 from harness.price.disk import FeatureSpace, checkpoint_bytes, kept_bytes
-from harness.price.duration import Amounts, Rate, given_rate, measured_rate, step_of, trial_of
+from harness.price.duration import Amounts, Rate, given_rate, measured_rate, rough, step_of, trial_of
 from harness.price.footprint import Footprint, Footprints
 from harness.price.memory import memory_of
 from harness.price.remedies import remedies
@@ -162,9 +162,12 @@ class _Forecasting:
         )
 
     def _encoding(self, found: Sequence[ShapeForecast]) -> Duration | None:
-        """The time of encoding all files, where it is in no trial's: those that have a probe's time."""
-        probed = any(one.trial is not None and one.trial.source == "probe" for one in found)
-        return encoding_from(self.space.encoding_s) if probed and self.space.encoding_s else None
+        """The time of encoding all files, where it is in no trial's: of a probe, else by arithmetic."""
+        if any(one.trial is not None and one.trial.source == "probe" for one in found):
+            return encoding_from(self.space.encoding_s) if self.space.encoding_s else None
+        if self.rate is None or not self.space.encoding_flops:
+            return None
+        return rough(self.rate.seconds(self.space.encoding_flops, 0))
 
     def _kept_on_disk(self) -> bool:
         with suppress(UserError):  # which is a note already

@@ -51,6 +51,20 @@ def test_the_prediction_is_what_trials_write(own: bool, tmp_path: Path) -> None:
     assert predicted(specs[0]) == 40 * each
 
 
+def test_encoding_is_counted_once_for_every_file(tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"budget": BUDGET, "backbone": {"encoders": {"image": str(vision(tmp_path / "vit"))}}}
+    space, specs = FeatureSpace(), [spec_of(tmp_path, seeds=[seed], **sections) for seed in (0, 0)]
+    for spec in specs:
+        task = make_task(spec)
+        task.prepare()
+        space.add(spec, choose_splits(spec, task))
+    tokens, width, inner, patch = 17, 32, 48, 3 * 8 * 8
+    layer = tokens * (4 * width * width + 2 * width * inner) + 2 * tokens * tokens * width
+    pooler, patches = width * width, 16 * patch * width
+    files = 16 + 12 + 12
+    assert space.encoding_flops == pytest.approx(2 * files * (layer + pooler + patches), rel=0.02)
+
+
 def test_files_that_are_augmented_are_left_out(tmp_path: Path) -> None:
     from tasks.captioning import CocoCaptions
 
