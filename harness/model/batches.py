@@ -33,7 +33,7 @@ from harness.model.chunks import (
 )
 from harness.model.features import Features
 from harness.model.frame import Frame, frame_of
-from harness.model.image_encoder import ImageEncoder, Written
+from harness.model.own_encoder import OwnEncoder, Written
 from harness.model.past import Past
 from harness.model.shared_prefix import arranged, fits
 from harness.model.tower import Tensors
@@ -131,10 +131,10 @@ class BatchMaker:
             for context in self.contexts:
                 if context in self.features.task.modalities:
                     encoder = self.features.encoders[self.features.task.modalities[context]]
-                    if isinstance(encoder, ImageEncoder) and encoder.in_step:
+                    if isinstance(encoder, OwnEncoder) and encoder.in_step:
                         inputs += chunks_of_picture(context, encoder.encode([encoder.blank])[0])
                         continue
-                    each, tile = (encoder.each, encoder.rows) if isinstance(encoder, ImageEncoder) else (1, 3)
+                    each, tile = (encoder.each, encoder.rows) if isinstance(encoder, OwnEncoder) else (1, 3)
                     features_ND = torch.randn(tile, self.features.width(context), generator=generator)
                     length = tile // each + 2 * self.backbone.projector_boundary_tokens
                     inputs.append(Chunk(context, length, features_ND=features_ND))

@@ -38,9 +38,9 @@ from harness.model.components import (
 )
 from harness.model.context_model import ContextModel
 from harness.model.features import Features
-from harness.model.image_encoder import Connector, ImageEncoder, connector_of
 from harness.model.kept import Kept, Key, bytes_of
 from harness.model.on_disk import OnDisk
+from harness.model.own_encoder import Connector, OwnEncoder, connector_of
 from harness.model.packed import packed_layers
 from harness.model.projector import Projector
 from harness.model.quantisation import check_frozen
@@ -406,7 +406,7 @@ def _encoder(
 
 
 def _in_step(encoders: Mapping[str, Encoder]) -> bool:
-    return any(isinstance(encoder, ImageEncoder) and encoder.in_step for encoder in encoders.values())
+    return any(isinstance(encoder, OwnEncoder) and encoder.in_step for encoder in encoders.values())
 
 
 def assemble(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from harness.core.contexts import Segment
 from harness.model.grid_positions import Grid, positions_of
-from harness.model.image_encoder import Written
+from harness.model.own_encoder import Written
 from harness.model.shared_prefix import MOST_TARGETS
 from harness.model.tower import Tensors
 from tasks.base import Example

@@ -15,7 +15,7 @@ from harness.core.paths import relative_to
 from harness.core.registry import plugins_in
 from harness.experiment.plan import TrialSpec
 from harness.experiment.sections import AdapterChoice, Backbone, GroupChoice
-from harness.model import image_encoder
+from harness.model import own_encoder
 from tasks.base import Modality, Task
 from tasks.encoder import Encoder
 from tasks.registry import ENCODERS, METRICS, MODALITIES, TASKS
@@ -108,7 +108,7 @@ def make_encoder(
         UserError: it could not be loaded.
     """
     if backbone.model is not None:
-        return image_encoder.make(backbone, name, weights, in_step)
+        return own_encoder.make(backbone, name, weights, in_step)
     if name in backbone.encoder_plugins:
         own: Encoder = ENCODERS.load(backbone.encoder_plugins[name].target).make(weights)
         return own

@@ -8,7 +8,7 @@ from torch import nn
 
 from harness.core.record import Parameters
 from harness.model.context_model import ContextModel
-from harness.model.image_encoder import ImageEncoder
+from harness.model.own_encoder import OwnEncoder
 from harness.model.packed import count
 from harness.model.tower import Tower
 
@@ -25,7 +25,7 @@ def count_parameters(model: ContextModel, encoders: Iterable[nn.Module]) -> Para
     else:
         encoders = list(encoders)
         projector = count(model.projectors)
-        connector = sum(count(own.connector) for own in encoders if isinstance(own, ImageEncoder))
+        connector = sum(count(own.connector) for own in encoders if isinstance(own, OwnEncoder))
         encoder = sum(count(module) for module in encoders) - connector
         # One that is trained is one of the projectors.
         connector = projector if any(count(own) for own in model.projectors.values()) else connector

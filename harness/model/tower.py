@@ -1,6 +1,6 @@
 """The tower and the connector of a vision-language model in the training step, where they have adapters or are trained.
 
-A tower that is frozen is an encoder, whose features are computed once (``harness/model/image_encoder.py``). One that
+A tower that is frozen is an encoder, whose features are computed once (``harness/model/own_encoder.py``). One that
 changes stands at the place of a projector instead: it reads what the model's processor makes of a picture, which is
 kept as features otherwise are, and runs in every step.
 

@@ -1,7 +1,7 @@
 """Vision- and audio-language models as backbones: which classes are right here, and which module is the language model.
 
 Such a model is a tower, a connector, and a decoder over embeddings. The decoder becomes the language model of a
-trial (``Decoder``), the tower its encoder (``harness/model/image_encoder.py``). The logits of a row are those of the
+trial (``Decoder``), the tower its encoder (``harness/model/own_encoder.py``). The logits of a row are those of the
 class's own ``forward`` on what its processor makes of it.
 """
 

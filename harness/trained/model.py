@@ -18,8 +18,8 @@ from harness.model.build import assemble, encoder_key
 from harness.model.components import make_encoder, make_modalities, make_task, tower_in_step
 from harness.model.context_model import ContextModel
 from harness.model.features import Features
-from harness.model.image_encoder import connector_of
 from harness.model.on_disk import disk_of_process
+from harness.model.own_encoder import connector_of
 from harness.trained.folder import WEIGHTS, Description, read_description, spec_of
 from harness.trial.engine import load_weights
 from harness.trial.evaluate import Evaluator

@@ -21,7 +21,7 @@ from harness.model import vision_language
 from harness.model.backbones import build_empty
 from harness.model.build import Built, build, count_parameters
 from harness.model.components import empty_encoders, make_encoder
-from harness.model.image_encoder import Written
+from harness.model.own_encoder import Written
 from harness.model.tower import Tower
 from harness.model.turn import Turn
 from tasks.base import Example, Part

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from harness.core.errors import UserError
 from harness.experiment.sections import Backbone
 from harness.model.backbones import build_empty, load_language_model
-from harness.model.image_encoder import make
+from harness.model.own_encoder import make
 from harness.model.packed import count, packed_layers
 from tests.support import audio_language
 from tests.support.quantised import far

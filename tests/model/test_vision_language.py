@@ -20,7 +20,7 @@ from harness.model.backbones import build_empty, load_language_model
 from harness.model.build import count_parameters
 from harness.model.components import make_encoder
 from harness.model.grid_positions import positions_of
-from harness.model.image_encoder import IMAGE, Written
+from harness.model.own_encoder import IMAGE, Written
 from harness.model.turn import Turn
 from tasks.base import Part
 from tasks.modalities.image import Image as ImageModality

@@ -1,10 +1,10 @@
-"""The encoder of a vision-language model: its vision tower, and its connector where that is frozen.
+"""The encoder of a vision- or audio-language model: its tower, and its connector where that is frozen.
 
 Where the tower is part of the training step, the encoder is the model's processor alone (``harness/model/tower.py``).
-What it returns for a picture has the tokens too that the model's processor writes for it: in some classes there are
+What it returns for an item has the tokens too that the model's processor writes for it: in some classes there are
 marks around an image, its tiles and its rows. They are embedded by the language model, so ids are kept, not embeddings.
 
-Shapes: N rows of a picture, H of them its head, F features, D width.
+Shapes: N rows of an item, H of them its head, F features, D width.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Written:
         return found
 
 
-class ImageEncoder(Encoder):
+class OwnEncoder(Encoder):
     """A vision- or audio-language model without its language model, and its processor.
 
     Args:
@@ -250,14 +250,14 @@ def _check_counts(features_FD: Tensor, counts: Sequence[int]) -> None:
         )
 
 
-def make(backbone: Backbone, modality: str, weights: bool, in_step: bool = False) -> ImageEncoder:
+def make(backbone: Backbone, modality: str, weights: bool, in_step: bool = False) -> OwnEncoder:
     """The encoder of ``backbone.model``.
 
     Args:
         backbone: that names it.
         modality: of the task, which it must read.
         weights: whether they are loaded; else it is on the ``meta`` device.
-        in_step: see ``ImageEncoder``.
+        in_step: see ``OwnEncoder``.
 
     Raises:
         UserError: the model or its processor could not be loaded, it reads another modality, or its connector cannot be
@@ -271,10 +271,10 @@ def make(backbone: Backbone, modality: str, weights: bool, in_step: bool = False
         )
     processor = vision_language.load_processor(backbone)
     if weights:
-        found = ImageEncoder(vision_language.load(backbone), processor, backbone, weights=True, in_step=in_step)
+        found = OwnEncoder(vision_language.load(backbone), processor, backbone, weights=True, in_step=in_step)
     else:
         with torch.device("meta"):
-            found = ImageEncoder(vision_language.empty(backbone), processor, backbone, weights=False, in_step=in_step)
+            found = OwnEncoder(vision_language.empty(backbone), processor, backbone, weights=False, in_step=in_step)
     if in_step:
         found.read_blank()
     return found
@@ -315,7 +315,7 @@ def connector_of(encoders: Mapping[str, Encoder], empty_on: str | None = None) -
         encoders: by modality.
         empty_on: the device of a copy without values; None: it has those of the model.
     """
-    own = next((encoder for encoder in encoders.values() if isinstance(encoder, ImageEncoder)), None)
+    own = next((encoder for encoder in encoders.values() if isinstance(encoder, OwnEncoder)), None)
     if own is None:
         return None
     if own.in_step:
