@@ -148,6 +148,8 @@ class AdaptedLayer(nn.Module):
             value_BTD = value_BTD.index_select(-1, rows_D)
         for change in changes:
             value_BTD = change(x_BTI, value_BTD, layout)
+            if value_BTD is None:  # a hook that returns None leaves the layer's output as it is
+                raise ValueError(f"layer {self.target.path}: {type(change).__name__} returned None; allowed: a tensor")
         return value_BTD if rows_D is None else whole_BTD.index_copy(-1, rows_D, value_BTD)
 
 

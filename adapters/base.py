@@ -24,6 +24,7 @@ from adapters.placement.roles import Target
 from adapters.placement.router import Layout, Router
 from adapters.where import Parts, Place, Role, Where, place_label, places_of, roles_of
 from harness.core.errors import UserError
+from harness.core.origin import during
 
 __all__ = ["Place", "Role", "Where", "place_label", "places_of", "roles_of"]  # what the methods' options take
 _PREFIX = "group_"
@@ -129,8 +130,22 @@ class Change(nn.Module):
 
     def changed(self, group: str, x_BTI: Tensor, value_BTD: Tensor, layout: Layout) -> Tensor:
         """The group's change of tokens that are all its own; called once per pass, for all of them together."""
-        changed_BTD: Tensor = self.delta(group)(x_BTI, value_BTD)
-        return changed_BTD
+        return self._returned(group, x_BTI, value_BTD)
+
+    def _returned(self, group: str, x_BTI: Tensor, value_BTD: Tensor) -> Tensor:
+        """What the delta returns: None would leave the base as it is, another shape fail in a layer far behind.
+
+        Raises:
+            ValueError: it is no tensor of the value's shape.
+        """
+        changed_BTD: Any = self.delta(group)(x_BTI, value_BTD)
+        if isinstance(changed_BTD, Tensor) and changed_BTD.shape == value_BTD.shape:
+            return changed_BTD
+        shape = tuple(changed_BTD.shape) if isinstance(changed_BTD, Tensor) else type(changed_BTD).__name__
+        with during(of=self.delta(group)):
+            raise ValueError(
+                f"the delta of group {group} returned {shape}; allowed: a tensor of shape {tuple(value_BTD.shape)}"
+            )
 
     def alone(self, layout: Layout) -> str | None:
         """The group that computes the whole pass: the only one; without gradients, the one that owns every position."""
@@ -191,7 +206,7 @@ class Change(nn.Module):
         owner_XTG, changed_BTD = layout.lookup(self.groups).owner_XTG, value_BTD
         for index, group in enumerate(self.groups):
             own_XT1 = owner_XTG[..., index, None]
-            changed_BTD = torch.where(own_XT1, self.delta(group)(x_BTI, value_BTD), changed_BTD)
+            changed_BTD = torch.where(own_XT1, self._returned(group, x_BTI, value_BTD), changed_BTD)
         return changed_BTD
 
     def vector(self, name: str, layout: Layout, absent: float, dtype: torch.dtype) -> Tensor:

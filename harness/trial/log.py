@@ -31,7 +31,8 @@ class _Patient(logging.FileHandler):
 def log_to(path: Path) -> Iterator[logging.Logger]:
     """Write the process's log, with Python's warnings, to the trial's file during the trial; yields a logger."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = _Patient(path, encoding="utf-8")
+    # A plugin's message may have what is no character: without "errors" it would end the process.
+    handler = _Patient(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(name)s %(levelname)s %(message)s"))
     root, level = logging.getLogger(), _OWN_LOG.level
     root.addHandler(handler)

@@ -203,6 +203,9 @@ def test_a_metric_that_is_wrong_is_named_and_recorded(what: str, message: str, p
     reason = read_record(record_path(tmp_path, spec.trial_id)).reason or ""
     assert reason.startswith(message)
     assert f" (metric stand_in; plugin stand_in (tests), {path}:{place}; log: {tmp_path}/trials/" in reason
+    log = (tmp_path / "trials" / spec.trial_id / "log.txt").read_text(encoding="utf-8")
+    assert "the trial failed" in log
+    assert "Traceback (most recent call last)" in log
 
 
 def test_what_was_measured_and_is_no_record_fails_the_trial_and_not_its_process(
