@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from harness.core.files import write_atomically
 from harness.core.record import PlannedTrial, TrialRecord, record_path
 from harness.tracking.journal import Journal, Point
 from harness.tracking.log import TRIAL_FILES, curves_of, data_of, key_of, params_of, scores_of, status_of, tags_of
-from harness.tracking.store import connect
+from harness.tracking.store import connect, repository_of
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ PARENT_TAG = "mlflow.parentRunId"
 TRIAL_TAG, RECORD_TAG = "harness.trial_id", "harness.record"
 RUN_ID_FILE = "mlflow_run_id"  # of a run folder, and of each trial's folder
 _OUTCOME_TAGS = {"harness.status", "harness.reason", "harness.pruned_at_epoch", RECORD_TAG}
-_METRICS_PER_CALL, _PARAMS_PER_CALL = 1000, 100  # what MLflow takes at once
+_METRICS_PER_CALL, _PARAMS_PER_CALL = 800, 100  # MLflow takes 1,000 values, 100 params and 100 tags at once
 _INFINITY = 1.7976931348623157e308  # as which MLflow's databases keep it
 
 
@@ -72,37 +73,44 @@ class Delivery:
         self._to, self._planned, self._spec, self._journal = to, planned, spec, journal
         self._folder, self._looking = journal.path.parent, looking
         self._client: Any = None
+        self._params: dict[str, str] = {}  # that the run lacks
         self._sent = 0  # points of the journal that are surely there
         self._sure = False  # of the points that were to be sent so far, all are there
         self._adopted = False  # the run was there: it may have what this object does not know
         self._run: Any = None
 
-    def update(self) -> None:
-        """Make the run, if there is none, and send the points that it lacks."""
+    def open(self) -> None:
+        """Make the run, if there is none."""
         if self._client is None:
             self._client = connect(self._to.uri)
         if self._run is None:
             self._open()
-        points = self._journal.points[self._sent :]
-        self._send(points, looking=not self._sure)
-        self._sent += len(points)
+
+    def update(self) -> None:
+        """Make the run, if there is none, and send the params and points that it lacks."""
+        self.open()
+        self._send()
 
     def end(self, record: TrialRecord) -> None:
-        """Send everything, then the scores, data and files of the record, and end the run."""
-        self.update()
+        """Send everything, with the scores, tags, data and files of the record, and end the run.
+
+        A call costs about as much as what is in it, so all params, points and tags that are left go in one. That one
+        has the tag of the record; a run lacks nothing only if it has this tag and has ended.
+        """
+        self.open()
         stat = record_path(self._folder.parent.parent, record.trial_id)
         end_ms = int(stat.stat().st_mtime * 1000) if stat.exists() else self._journal.began_ms
         known = {(key, step) for key, _, step, _ in self._journal.points}
         curves = [(key, x, step) for key, x, step in curves_of(record) if (key, step) not in known]
         scores = [(key, x, 0) for key, x in scores_of(record).items()]
         points = [Point(key, float(x), step, end_ms) for key, x, step in (*curves, *scores)]
-        self._send(points, looking=self._adopted or not self._sure)
+        self._send(points, tags_of(record) | {RECORD_TAG: digest_of(record)})
         task = record.spec.get("task", {}).get("name")
         if record.data and task and not self._run.inputs.dataset_inputs:
             self._client.log_inputs(self.run_id, data_of(task, record.data))
+        artifacts = repository_of(self._run, self._to.uri)
         for path in filter(Path.exists, (self._folder / name for name in TRIAL_FILES)):
-            self._client.log_artifact(self.run_id, str(path))
-        self._tag(tags_of(record) | {RECORD_TAG: digest_of(record)})
+            artifacts.log_artifact(str(path))
         self._client.set_terminated(self.run_id, status_of(record), end_ms)
 
     def _open(self) -> None:
@@ -126,10 +134,12 @@ class Delivery:
         self.run_id = str(run.info.run_id)
         if self._adopted:
             self._client.update_run(self.run_id, status="RUNNING", name=self._name)
-            self._tag({key: value for key, value in tags.items() if run.data.tags.get(key) != value})
+            if changed := {key: value for key, value in tags.items() if run.data.tags.get(key) != value}:
+                self._client.log_batch(self.run_id, tags=_tags(changed))
             for key in _OUTCOME_TAGS & run.data.tags.keys():
                 self._client.delete_tag(self.run_id, key)
-        self._log_params(run)
+        # MLflow refuses another value of a param that is there.
+        self._params = {key: x for key, x in params_of(self._spec).items() if key not in run.data.params}
         self._run = run
 
     def _experiment(self) -> str:
@@ -157,28 +167,26 @@ class Delivery:
         rate = f"lr={planned.learning_rate:g}" if planned.learning_rate else ""
         return " ".join(filter(None, (planned.label, planned.grouping, planned.setting, rate, f"seed={planned.seed}")))
 
-    def _log_params(self, run: Any) -> None:
-        """Log the params that are not there: MLflow refuses another value."""
-        from mlflow.entities import Param
+    def _send(self, last: Sequence[Point] = (), tags: Mapping[str, str] | None = None) -> None:
+        """Send what was not sent yet of params and journal, then the ``last`` points, and the tags in the last call."""
+        from mlflow.entities import Metric, Param
 
-        missing = [Param(key, x) for key, x in params_of(self._spec).items() if key not in run.data.params]
-        for part in _parts(missing, _PARAMS_PER_CALL):
-            self._client.log_batch(self.run_id, params=part)
-
-    def _tag(self, tags: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        if tags:
-            self._client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-
-    def _send(self, points: Sequence[Point], looking: bool) -> None:
-        from mlflow.entities import Metric
-
+        unsent = self._journal.points[self._sent :]
+        points = [
+            *(unsent if self._sure else self._missing(unsent)),
+            *(self._missing(last) if self._adopted or not self._sure else last),
+        ]
+        metrics = [Metric(key_of(point.key), point.value, point.at_ms, point.step) for point in points]
+        params = [Param(key, value) for key, value in self._params.items()]  # may be sent again
+        calls = list(zip_longest(_parts(metrics, _METRICS_PER_CALL), _parts(params, _PARAMS_PER_CALL), fillvalue=()))
+        if tags and not calls:
+            calls = [((), ())]
         self._sure = False  # until all answers are here, a point may be there or not
-        for part in _parts(self._missing(points) if looking else points, _METRICS_PER_CALL):
-            metrics = [Metric(key_of(point.key), point.value, point.at_ms, point.step) for point in part]
-            self._client.log_batch(self.run_id, metrics)
-        self._sure = True
+        for number, (some_metrics, some_params) in enumerate(calls, 1):
+            last_tags = _tags(tags) if tags and number == len(calls) else ()
+            self._client.log_batch(self.run_id, metrics=some_metrics, params=some_params, tags=last_tags)
+        self._sure, self._params = True, {}
+        self._sent += len(unsent)
 
     def _missing(self, points: Sequence[Point]) -> list[Point]:
         """The points that the run lacks; the time of a point is left aside."""
@@ -217,6 +225,12 @@ def digest_of(record: TrialRecord) -> str:
 def _kept(value: float) -> str:
     """A value as databases keep it."""
     return repr(math.copysign(_INFINITY, value) if math.isinf(value) else float(value))
+
+
+def _tags(values: Mapping[str, str]) -> list[Any]:
+    from mlflow.entities import RunTag
+
+    return [RunTag(key, value) for key, value in values.items()]
 
 
 def _parts(items: Sequence[Any], size: int) -> Iterable[list[Any]]:

@@ -23,7 +23,7 @@ from harness.core.samples import PREVIEWS
 from harness.core.terminal import Terminal
 from harness.tracking.grid import RUN_FILES, child_runs
 from harness.tracking.log import TRIAL_FILES
-from harness.tracking.store import check_uri, connect, reason_of, redacted, sqlite_path
+from harness.tracking.store import check_uri, connect, reason_of, redacted, repository_of, sqlite_path
 
 MARKER = "fetched_from_mlflow.json"  # marks folders that may be overwritten
 _DOWNLOADS = 8  # concurrent
@@ -180,9 +180,7 @@ def _download(uri: str, run: Any, names: Sequence[str], folder: Path) -> list[st
 
     Uses the artifact URI in ``run``, which saves a request per run to the server.
     """
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-    repository = get_artifact_repository(run.info.artifact_uri, tracking_uri=uri)
+    repository = repository_of(run, uri)
     there = [info.path for info in repository.list_artifacts() if info.path in names and not info.is_dir]
     if there:
         folder.mkdir(parents=True, exist_ok=True)
@@ -192,9 +190,7 @@ def _download(uri: str, run: Any, names: Sequence[str], folder: Path) -> list[st
 
 
 def _download_previews(uri: str, run: Any, folder: Path) -> None:
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-    repository = get_artifact_repository(run.info.artifact_uri, tracking_uri=uri)
+    repository = repository_of(run, uri)
     for path in (info.path for info in repository.list_artifacts(PREVIEWS) if not info.is_dir):
         if Path(path).parts[:-1] != (PREVIEWS,) or not _is_folder_name(Path(path).name):
             raise UserError(f"run {run.info.run_id}: its artifact {path!r} is not a file in {PREVIEWS}/")

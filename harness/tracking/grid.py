@@ -312,6 +312,8 @@ def _end_others(client: Any, runs: Sequence[Any]) -> None:
     for run in runs:
         if run.info.status == "RUNNING":
             client.set_tag(run.info.run_id, "harness.reason", "the process ended before the trial finished")
+            if RECORD_TAG in run.data.tags:  # sent before the files, which it may lack
+                client.delete_tag(run.info.run_id, RECORD_TAG)
             client.set_terminated(run.info.run_id, "KILLED")
 
 

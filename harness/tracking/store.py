@@ -114,6 +114,14 @@ def connect(uri: str) -> Any:
     return client(uri)
 
 
+def repository_of(run: Any, uri: str) -> Any:
+    """Where the artifacts of a run are: the client would ask the store for the run once more to know it."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+    from mlflow.utils.uri import add_databricks_profile_info_to_artifact_uri
+
+    return get_artifact_repository(add_databricks_profile_info_to_artifact_uri(run.info.artifact_uri, uri), uri)
+
+
 def import_libraries(uri: str) -> None:
     """Import what a connection needs, in the main thread: two threads that import can wait for one another."""
     importlib.import_module("mlflow")

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _WAIT_S = 2.0  # for the delivery of a trial that has ended
 _IN_VAIN_S = 5.0  # after having waited so long without an answer, this process waits for this store no more
 _RETRY_S, _LONGEST_RETRY_S = 5.0, 60.0
+_GATHER_S = 1.0  # what comes within this time goes in one call; of a trial that is shorter, all of it
 _waited_s: dict[str, float] = {}  # URI → how long this process has waited without an answer since the last one
 
 
@@ -141,7 +142,8 @@ class _Courier:
     def __init__(self, uri: str, journal: Journal, delivery: Delivery) -> None:
         self.uri, self.journal, self.delivery = uri, journal, delivery
         self.tried, self.done = threading.Event(), threading.Event()
-        self._wake, self._over, self._ending = threading.Event(), False, False
+        self._wake, self._hurry = threading.Event(), threading.Event()  # there is something; do not wait for more
+        self._over, self._ending = False, False
         self._record: TrialRecord | None = None
         self._failing, self._problem = False, ""
         self._lock = threading.Lock()
@@ -174,6 +176,7 @@ class _Courier:
         """Deliver the rest, and the record if there is one; wait for it a little, and then leave it to others."""
         if self._thread.is_alive():
             self._record, self._ending = record, True
+            self._hurry.set()
             self._wake.set()
             self.wait_for(self.done)
             self.abandon()
@@ -184,6 +187,7 @@ class _Courier:
     def abandon(self) -> None:
         """Deliver no more."""
         self._over = True
+        self._hurry.set()
         self._wake.set()
 
     def wait_for(self, event: threading.Event) -> None:
@@ -194,11 +198,11 @@ class _Courier:
             _waited_s[self.uri] = _waited_s.get(self.uri, 0.0) + time.monotonic() - began
 
     def _deliver(self) -> None:
-        pause_s = _RETRY_S
+        pause_s, opened = _RETRY_S, False
         while not self._over:
             ending = self._ending
             try:
-                self._once(ending)
+                self._once(ending, opened)
                 pause_s, self._failing = _RETRY_S, False
                 _waited_s.pop(self.uri, None)
             except Exception as error:  # database drivers and HTTP clients raise many types
@@ -208,16 +212,22 @@ class _Courier:
             if ending:
                 self.done.set()
                 return
-            self._wake.wait(pause_s if self._failing else None)
+            if self._failing or opened:  # the params are still to be sent when the run has just been made
+                self._wake.wait(pause_s if self._failing else None)
+            if not self._failing:
+                opened = True
+                self._hurry.wait(_GATHER_S)
             self._wake.clear()
 
-    def _once(self, ending: bool) -> None:
+    def _once(self, ending: bool, opened: bool) -> None:
         if ending and self._record is not None:
             self.delivery.end(self._record)
             if not self._over:  # otherwise the folder may be gone, or another process's
                 self.journal.remove()
-        else:
+        elif ending or opened:
             self.delivery.update()
+        else:
+            self.delivery.open()
 
     def _note(self, error: Exception) -> None:
         self._problem = f"{type(error).__name__}: {reason_of(error, self.uri)}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from harness.tracking import grid as grid_module
 from harness.tracking.delivery import Delivery
 from harness.tracking.grid import Grid, child_runs, close_grid
 from harness.tracking.journal import JOURNAL, Journal
+from harness.tracking.store import repository_of
 from harness.tracking.tracker import MlflowTracker
 from tests.support.tracking import Trial, artifacts, finished_record, four_trials, new_grid, write_plan
 
@@ -39,18 +42,24 @@ def grid(
 
 
 class Breaking:
-    """A client whose connection breaks at its n-th call: before the call, or after it, when only the answer is lost."""
+    """A client, and artifacts, whose connection breaks at its n-th call: before it, or after it: the answer is lost."""
 
     def __init__(self, uri: str, good: int, arrives: bool) -> None:
         self._client, self.good, self.arrives = MlflowClient(uri), good, arrives
 
     def __getattr__(self, name: str) -> Any:
+        return self._breaking(getattr(self._client, name))
+
+    def artifacts_of(self, run: Any, uri: str) -> Any:
+        return SimpleNamespace(log_artifact=self._breaking(repository_of(run, uri).log_artifact))
+
+    def _breaking(self, do: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             self.good -= 1
             if self.good >= 0:
-                return getattr(self._client, name)(*args, **options)
+                return do(*args, **options)
             if self.arrives and self.good == -1:
-                getattr(self._client, name)(*args, **options)
+                do(*args, **options)
             raise ConnectionError("the server is gone")
 
         return call
@@ -65,14 +74,17 @@ def points_of(client: MlflowClient, run: Any) -> Counter[tuple[str, int, float]]
     return found
 
 
+@pytest.mark.parametrize("calls", [6, 7], ids=["short", "long"])
 def test_a_connection_that_breaks_anywhere_loses_and_doubles_nothing(
-    grid: Grid, trials: list[Trial], monkeypatch: pytest.MonkeyPatch
+    grid: Grid, trials: list[Trial], monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
+    """The run; params, points, scores and tags, in two calls if the trial is long; the data; two files; the end."""
     write_plan(grid.folder, trials)
     client, wanted, broken = MlflowClient(grid.uri), None, 0
     for good in range(40):
         for arrives in (False, True):
             spec, planned = trials[0]
+            values = spec.model_dump(mode="json")
             trial_id = f"{good:03d}-{arrives}"
             planned = planned.model_copy(update={"trial_id": trial_id})
             home = grid.folder / "trials" / trial_id
@@ -82,28 +94,36 @@ def test_a_connection_that_breaks_anywhere_loses_and_doubles_nothing(
                 journal.add({"epoch/train_loss": 3.0 - step / 4, "system/cpu": 50.0 + step}, step)
             record = finished_record(planned, None)
             write_record(grid.folder, record)
-            monkeypatch.setattr(module, "connect", lambda uri, n=good, a=arrives: Breaking(uri, n, a))
-            first = Delivery(grid, planned, spec.model_dump(mode="json"), journal, looking=False)
+            write_atomically(home / "log.txt", "a line\n")
+            breaking = Breaking(grid.uri, good, arrives)
+            monkeypatch.setattr(module, "connect", lambda _, it=breaking: it)
+            monkeypatch.setattr(module, "repository_of", breaking.artifacts_of)
+            first = Delivery(grid, planned, values, journal, looking=False)
             try:
+                if calls == 7:
+                    first.update()
                 first.end(record)
             except ConnectionError:
                 broken += 1
                 monkeypatch.setattr(module, "connect", MlflowClient)
+                monkeypatch.setattr(module, "repository_of", repository_of)
                 for _ in range(2):  # the second time nothing is missing
-                    Delivery(grid, planned, record.spec, Journal(home), looking=True).end(record)
+                    Delivery(grid, planned, values, Journal(home), looking=True).end(record)
             found = list(client.search_runs([str(grid.experiment_id)], f"tags.`harness.trial_id` = '{trial_id}'"))
             assert len(found) == 1, (good, arrives)
             assert found[0].info.status == "FINISHED"
             points = points_of(client, found[0])
             assert set(points.values()) == {1}, (good, arrives)
             assert found[0].inputs.dataset_inputs
-            seen = (points, found[0].data.tags["harness.status"], artifacts(client, found[0].info.run_id))
+            data = found[0].data
+            assert data.params["learning_rate"] == str(spec.optimizer.learning_rate)
+            seen = (points, data.params, data.tags["harness.status"], artifacts(client, found[0].info.run_id))
             wanted = wanted or seen
             assert seen == wanted, (good, arrives)
-        if first._client.good >= 0:  # all calls came through
+        if breaking.good >= 0:  # all calls came through
             break
-    assert broken >= 16
-    assert first._client.good >= 0
+    assert broken == 2 * calls
+    assert breaking.good >= 0
 
 
 def test_a_server_that_is_lost_during_a_trial_lacks_nothing_once_the_grid_is_closed(

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from harness.core.errors import UserError
 from harness.core.files import write_atomically
 from harness.core.record import read_run, write_record
-from harness.tracking.delivery import PARENT_TAG
+from harness.tracking.delivery import PARENT_TAG, RECORD_TAG
 from harness.tracking.grid import Grid, close_grid, open_grid
 from harness.tracking.store import check_uri, default_uri, redacted, sqlite_path
 from harness.tracking.tracker import MlflowTracker
@@ -262,6 +262,7 @@ def test_a_trial_whose_process_died_does_not_run_forever(
     assert None not in (died.run_id, cut.run_id)
     write_plan(folder, trials)
     write_record(folder, finished_record(trials[0][1], None, status="failed", reason="the worker process died"))
+    client.set_tag(str(cut.run_id), RECORD_TAG, "sent, before its files")
     assert close_grid(grid, complete=False, artifacts=[]).problem is None
     one, other = (client.get_run(str(tracker.run_id)) for tracker in (died, cut))
     assert (one.info.status, one.data.tags["harness.reason"]) == ("FAILED", "the worker process died")
@@ -270,6 +271,7 @@ def test_a_trial_whose_process_died_does_not_run_forever(
         "KILLED",
         "the process ended before the trial finished",
     )
+    assert RECORD_TAG not in other.data.tags, "it has not all of that record"
 
 
 @pytest.mark.parametrize(
