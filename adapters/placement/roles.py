@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from adapters.placement.discovery import Discovery, discover, why_not, with_stars
 from adapters.placement.families import ATTENTION, FAMILIES, FEED_FORWARD, ROLES, Fused, Table
-from adapters.placement.layers import features_of, is_linear
+from adapters.placement.layers import features_of, is_conv1d, is_linear
 from adapters.placement.offload import tensor_of
 from harness.core.errors import UserError, did_you_mean
 
@@ -60,12 +59,12 @@ class Target:
         weight = tensor_of(layer, "weight")
         # 8-bit integers and floats cannot be interpreted without their scales.
         readable = isinstance(weight, Tensor) and weight.is_floating_point() and weight.element_size() > 1
-        if not isinstance(layer, nn.Linear | Conv1D) or not readable:
+        if not (isinstance(layer, nn.Linear) or is_conv1d(layer)) or not readable:
             raise UserError(
                 f"layer {self.path} ({type(layer).__name__}) has no weight matrix that can be read: "
                 "it is not linear, or it is quantised"
             )
-        weight_OI: Tensor = weight.T if isinstance(layer, Conv1D) else weight
+        weight_OI: Tensor = weight.T if is_conv1d(layer) else weight
         return weight_OI if self.rows is None else weight_OI[torch.as_tensor(self.rows, device=weight_OI.device)]
 
 

@@ -14,17 +14,19 @@ including the KV cache; G groups.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 
 from adapters.placement.recomputation import recompute_within
 from harness.core.contexts import Segment, Span
@@ -33,11 +35,30 @@ from harness.core.errors import UserError, did_you_mean
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 Ids = NDArray[np.int64]
+_SKIPPED = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)
 
 
 def not_compiled(function: F) -> F:
-    """``function``, which torch.compile leaves as it is: it computes on the host, once per pass."""
-    return cast("F", torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+    """``function``, which torch.compile leaves as it is: it computes on the host, once per pass.
+
+    ``torch.compiler.disable`` imports the compiler, which takes seconds in every process. So it is called when the
+    compiler is there already; until then a mark tells it, when it comes, to call this function and not to look into it.
+    """
+    disabled: Callable[..., Any] | None = None
+
+    @wraps(function)
+    def uncompiled(*args: Any, **options: Any) -> Any:
+        nonlocal disabled
+        if disabled is None:
+            if "torch._dynamo" not in sys.modules:
+                return function(*args, **options)
+            disabled = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        return disabled(*args, **options)
+
+    uncompiled._torchdynamo_disable = True  # type: ignore[attr-defined]
+    # It is called by what is compiled, and not compiled itself.
+    eval_frame.set_code_exec_strategy(uncompiled.__code__, _SKIPPED)  # type: ignore[attr-defined]
+    return cast("F", uncompiled)
 
 
 class Lookup(NamedTuple):

@@ -328,7 +328,8 @@ def test_in_another_process_ids_are_the_same_and_plans_and_results_need_neither_
         "print({'torch', 'ray', 'deepspeed', 'mlflow', 'transformers'} & set(sys.modules))\n"
         "experiment = harness.experiment.load.Experiment.from_yaml(harness.experiment.load.Path(sys.argv[1]))\n"
         "print([spec.trial_id for spec in harness.experiment.plan.expand(experiment)])\n"
+        "print({'ray', 'deepspeed', 'mlflow', 'transformers', 'torch._dynamo'} & set(sys.modules))\n"
     )
     command = [sys.executable, "-c", code, str(experiment_file(BASE))]
     there = subprocess.run(command, env={"PYTHONHASHSEED": "7"}, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert there.stdout.splitlines() == ["set()", str(here)]
+    assert there.stdout.splitlines() == ["set()", str(here), "set()"]
