@@ -86,10 +86,10 @@ class Machine(_Section):
 
 
 class Workers(Machine):
-    """The worker machines of a cluster."""
+    """The worker machines of a run, from its beginning until they are idle after its end."""
 
-    min_workers: NonNegativeInt = 0
-    max_workers: PositiveInt = 1
+    max_workers: PositiveInt = 1  # so many are started
+    min_workers: NonNegativeInt = 1  # so many must be there before the trials begin; the others may be a while later
 
 
 class RayUp(_Section):
@@ -100,7 +100,7 @@ class RayUp(_Section):
     head: Machine
     worker: Workers
     image: Line | None = None  # of a container on every machine; default: none
-    idle_timeout_minutes: PositiveInt = 5
+    idle_timeout_minutes: PositiveInt = 5  # after the run, until its workers end
     setup: tuple[Line, ...] = ()  # shell lines on every machine that install the harness
 
 

@@ -1,4 +1,7 @@
-"""Ray on the nodes of a Slurm job: ``python -m clusters.launch.ray_node address | start | wait NODES``.
+"""Ray on the nodes of a job: ``python -m clusters.launch.ray_node COMMAND``.
+
+In a Slurm job: ``address``, ``start`` and ``wait NODES``. On the head of cloud machines: ``hold WORKERS LEAST SECONDS``
+asks Ray's autoscaler for workers and waits for them, and ``release`` lets them go.
 
 Several jobs, or several nodes of one job, may share a machine, so every port is one that is free there.
 """
@@ -15,6 +18,7 @@ from contextlib import ExitStack, closing
 from importlib.util import find_spec
 from pathlib import Path
 
+WORKER = "harness_worker"  # a resource that only workers of cloud machines have
 CONNECT_S = 300.0  # the nodes of a job may start minutes apart
 
 
@@ -110,12 +114,44 @@ def _wait(nodes: int) -> None:
     address = os.environ["RAY_ADDRESS"]
     _wait_for(address)
     ray.init(address, log_to_driver=False, logging_level="ERROR")
-    until = time.monotonic() + CONNECT_S
-    while (alive := sum(node["Alive"] for node in ray.nodes())) < nodes:
-        if time.monotonic() > until:
-            sys.exit(f"Ray: {alive} of {nodes} nodes after {CONNECT_S:g} s; their logs are beside this one")
-        time.sleep(1)
+    alive = _alive(nodes, CONNECT_S)
+    if alive < nodes:
+        sys.exit(f"Ray: {alive} of {nodes} nodes after {CONNECT_S:g} s; their logs are beside this one")
     print(f"Ray at {address}: {alive} node{'s' * (alive != 1)}, {ray.cluster_resources().get('CPU', 0):g} CPUs")  # noqa: T201
+
+
+def _alive(nodes: int, limit_s: float, resource: str = "") -> int:
+    """How many nodes, of those with a resource, are alive as soon as there are enough, or after the limit."""
+    import ray
+
+    until = time.monotonic() + limit_s
+    while True:
+        nodes_alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        alive = sum(not resource or resource in resources for resources in nodes_alive)
+        if alive >= nodes or time.monotonic() > until:
+            return alive
+        time.sleep(1)
+
+
+def _hold(workers: int, least: int, limit_s: float) -> None:
+    """Ask for workers, which stay until they are let go; after the limit, go on with those that are there."""
+    import ray
+    from ray.autoscaler.sdk import request_resources
+
+    ray.init("auto", log_to_driver=False, logging_level="ERROR")
+    request_resources(bundles=[{WORKER: 1}] * workers)
+    alive = _alive(workers, limit_s, WORKER)
+    print(f"{alive} of {workers} workers, {ray.cluster_resources().get('CPU', 0):g} CPUs with the head")  # noqa: T201
+    if alive < least:
+        sys.exit(f"{least} workers are needed, and no more came in {limit_s:g} s; monitor.log of Ray's head says why")
+
+
+def _release() -> None:
+    import ray
+    from ray.autoscaler.sdk import request_resources
+
+    ray.init("auto", log_to_driver=False, logging_level="ERROR")
+    request_resources(bundles=[])
 
 
 if __name__ == "__main__":
@@ -123,5 +159,9 @@ if __name__ == "__main__":
         print(f"{own_ip()}:{free_ports(1)[0]}")  # noqa: T201
     elif sys.argv[1] == "start":
         _start()
+    elif sys.argv[1] == "hold":
+        _hold(*map(int, sys.argv[2:]))
+    elif sys.argv[1] == "release":
+        _release()
     else:
         _wait(int(sys.argv[2]))

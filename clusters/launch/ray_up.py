@@ -1,5 +1,8 @@
 """Cloud machines: the cluster YAML of ``ray up``, and a driver in a detached terminal of its head.
 
+All workers are asked for when the run begins, and let go when it ends: what a trial may ask for, and how many run at
+once, is known from the machines that are there.
+
 Keys: https://docs.ray.io/en/latest/cluster/vms/references/ray-cluster-configuration.html.
 """
 
@@ -18,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from clusters.launch import ray_node
 from clusters.launch.job import (
     PROFILE,
     RAY_SETTINGS,
@@ -35,8 +39,11 @@ from harness.core.files import cache_folder
 
 CLUSTER = "cluster.yaml"
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
-_CLONE = Path(__file__).resolve().parents[2]  # of the harness
-_UP_S = 3600.0  # machines start and install the harness
+_HERE = Path(__file__).resolve().parents[2]  # the clone of the harness
+_UP_S = 3600.0  # the head starts and installs the harness
+_WORKERS_S = 1800  # as the workers do then
+# The copy of it in the home folders, from which Python starts: as a folder `harness` there it would be imported.
+CLONE = "harness_clone"
 _LOG = "harness.log"  # in the home folder of the head, as the next one
 _PROCESS = "harness.pid"
 _LONGEST_NAME = 40  # characters of a run folder's name in that of the machines; clouds allow 63 for tags
@@ -47,7 +54,11 @@ class RayUpLauncher:
     """Starts the machines with ``ray up``, and the driver with ``ray exec --tmux``."""
 
     def render(self, job: Job) -> dict[str, str]:
-        """The cluster file."""
+        """The cluster file.
+
+        Raises:
+            UserError: the machines cannot get a file of the experiment by its name.
+        """
         return {CLUSTER: yaml.safe_dump(_cluster(job), sort_keys=False, width=120)}
 
     def check(self, job: Job) -> None:
@@ -74,9 +85,7 @@ class RayUpLauncher:
         cluster = str(job.folder / CLUSTER)
         _make_token(_token_file(job))
         call([*_RAY, "up", "--yes", "--no-config-cache", cluster], _UP_S)
-        # `exec`, so that the number is that of the driver.
-        driver = f"echo $$ > {_PROCESS}; exec env {_command(job)} > {_LOG} 2>&1"
-        call([*_RAY, "exec", "--tmux", cluster, f"bash -c {shlex.quote(driver)}"], _UP_S)
+        call([*_RAY, "exec", "--tmux", cluster, f"bash -c {shlex.quote(_script(job))}"], _UP_S)
         return submitted(job, _name(job), address=cluster)
 
     def state(self, launch: Launch) -> str | None:
@@ -84,13 +93,13 @@ class RayUpLauncher:
         return None
 
     def stop(self, launch: Launch) -> str | None:
-        """Send SIGTERM to the driver on the head; the machines stay until ``ray down``.
+        """Send SIGTERM to the driver on the head, which stays until ``ray down``.
 
         Raises:
             UserError: the head cannot be reached.
         """
         call([*_RAY, "exec", launch.address, f"kill -TERM $(cat {_PROCESS})"])
-        return f"the driver got SIGTERM; `ray down {launch.address}` ends the machines"
+        return f"the driver got SIGTERM; its workers are let go, and the head is ended by `ray down {launch.address}`"
 
     def log_command(self, launch: Launch, follow: bool) -> list[str] | None:
         """The log on the head."""
@@ -117,12 +126,26 @@ def _make_token(path: Path) -> None:
         file.write(secrets.token_hex(32))
 
 
-def _command(job: Job) -> str:
-    """The driver on the head, with its variables: what the job brings is copied to ``~/experiment``."""
-    exports = _assigned({**RAY_SETTINGS, **job.profile.env})
-    python = job.profile.python or "python"
-    command = job.command(python, f"experiment/{job.experiment.name}", f"experiment/{PROFILE}")
-    return f"RAY_ADDRESS=auto {exports} {command}"
+def _script(job: Job) -> str:
+    """What runs on the head: it waits for the workers, drives the trials, and lets the workers go, however that went.
+
+    What the job brings is in ``~/experiment``.
+    """
+    workers, python = _section(job).worker, shlex.quote(job.profile.python or "python")
+    variables = _assigned({"RAY_ADDRESS": "auto", **RAY_SETTINGS, **job.profile.env})
+    command = job.command(job.profile.python or "python", f"experiment/{job.experiment.name}", f"experiment/{PROFILE}")
+    hold = f"hold {workers.max_workers} {max(1, workers.min_workers)} {_WORKERS_S}"
+    return f"""\
+{{
+export {variables}
+{python} -m clusters.launch.ray_node {hold} && {{
+  {command} &
+  echo $! > {_PROCESS}
+  wait $!
+}}
+echo "harness ended with exit code $?; the workers are let go"
+{python} -m clusters.launch.ray_node release
+}} > {_LOG} 2>&1"""
 
 
 def _assigned(variables: Mapping[str, str]) -> str:
@@ -132,6 +155,9 @@ def _assigned(variables: Mapping[str, str]) -> str:
 def _cluster(job: Job) -> dict[str, Any]:
     ray_up = _section(job)
     copied = {**brought(job), PROFILE: job.profile_file}
+    for path, file in copied.items():
+        if shlex.quote(path) != path:  # Ray makes their folders with a shell, and does not quote them
+            raise UserError(f"{file}: kind ray_up copies files by names of letters, digits and any of _./@%+=:,- only")
     python = job.profile.python or "python"
     start = f"{_assigned(RAY_SETTINGS)} {python} -m ray.scripts.scripts start"
     cluster: dict[str, Any] = {
@@ -143,19 +169,25 @@ def _cluster(job: Job) -> dict[str, Any]:
         "available_node_types": {
             "head": _machine(ray_up.head),
             "worker": {
-                **_machine(ray_up.worker),
-                "min_workers": ray_up.worker.min_workers,
+                **_machine(ray_up.worker, {ray_node.WORKER: 1}),
+                "min_workers": 0,
                 "max_workers": ray_up.worker.max_workers,
             },
         },
         "head_node_type": "head",
         "file_mounts": {
             **{f"~/experiment/{path}": str(file) for path, file in copied.items()},
-            "~/harness": str(_CLONE),
+            f"~/{CLONE}": str(_HERE),
             "~/.ray/auth_token": str(_token_file(job)),
         },
+        "cluster_synced_files": [],
         "rsync_exclude": ["**/.git", "**/.venv", "**/runs", "**/__pycache__"],
+        # All of Ray's keys that say what is run: some of Ray's own values install with a `pip` that may not be there,
+        # and a provider that is not Ray's has none.
+        "initialization_commands": [],
         "setup_commands": list(ray_up.setup),
+        "head_setup_commands": [],
+        "worker_setup_commands": [],
         "head_start_ray_commands": [
             f"{python} -m ray.scripts.scripts stop",
             f"{start} --head --port=6379 --autoscaling-config=~/ray_bootstrap_config.yaml",
@@ -170,5 +202,5 @@ def _cluster(job: Job) -> dict[str, Any]:
     return cluster
 
 
-def _machine(machine: Machine) -> dict[str, Any]:
-    return {"node_config": dict(machine.node_config), "resources": dict(machine.resources)}
+def _machine(machine: Machine, more: Mapping[str, int] | None = None) -> dict[str, Any]:
+    return {"node_config": dict(machine.node_config), "resources": {**machine.resources, **(more or {})}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,15 @@ class SlurmLauncher:
     """Submits with ``sbatch``; see https://slurm.schedmd.com/sbatch.html."""
 
     def render(self, job: Job) -> dict[str, str]:
-        """The batch script."""
+        """The batch script.
+
+        Raises:
+            UserError: a path cannot be said in it.
+        """
+        for path in (str(job.folder), job.name):
+            if found := re.search(r"[\\\r\n]", path):
+                raise UserError(f"{path!r}: found {found.group()!r}, which Slurm cannot have in names; rename it")
+        logs = str(job.folder).replace("%", "%%")  # in names of files, %j and others are Slurm's
         # The scripts are for a shell: autoescape is for HTML, and every value goes through `quoted`.
         environment = Environment(
             loader=FileSystemLoader(_TEMPLATES),
@@ -41,8 +50,8 @@ class SlurmLauncher:
             ray_settings=RAY_SETTINGS,
             exported=(*_EXPORTED, *job.profile.secrets),
             python=job.python,
-            log=str(job.folder / "slurm-%j.log"),
-            ray_log=str(job.folder / "ray-%j-%n.log"),
+            log=f"{logs}/slurm-%j.log",
+            ray_log=f"{logs}/ray-%j-%n.log",
             command=job.command(),
         )
         return {SCRIPT: text}

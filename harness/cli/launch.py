@@ -82,23 +82,25 @@ def _job(file: Path, profile: Profile, output: str | None, fresh: bool, options:
     from harness.experiment.load import Experiment
     from harness.sweep.run import prepare
 
-    experiment = Experiment.from_yaml(file)
-    plugins = read_yaml(file)[0].get("plugins", ())
-    given = output or profile.storage or "runs"
     own_machines = profile.kind in OWN_MACHINES
-    elsewhere = "://" in given or own_machines
-    for plugin in plugins if own_machines else ():
-        if Path(plugin).expanduser().is_absolute():
+    content, top = read_yaml(file)
+    plugins = content.get("plugins") if isinstance(content, dict) else None
+    for number, plugin in enumerate(plugins if own_machines and isinstance(plugins, list) else ()):
+        if Path(str(plugin)).expanduser().is_absolute():
             raise UserError(
-                f"{file}, plugins: found {plugin!r}; for kind {profile.kind} they are brought from the folder of the "
-                "experiment, so their paths must be relative to it"
+                f"{top / 'plugins' / number}: found {plugin!r}; for kind {profile.kind} they are brought from the "
+                "folder of the experiment, so their paths must be relative to it"
             )
+    experiment = Experiment.from_yaml(file)
+    given = output or profile.storage or "runs"
+    # Machines of their own have other file systems than this one.
+    elsewhere = "://" in given or own_machines
     here = Path("runs") if elsewhere else Path(given)
     run = prepare(experiment, here, fresh).folder
     return Job(
         name=experiment.name,
         experiment=file.absolute(),
-        plugins=tuple(locate(plugin, experiment.folder) for plugin in plugins),
+        plugins=tuple(locate(plugin, experiment.folder) for plugin in plugins or ()),
         output=given if elsewhere else str(here.absolute()),
         folder=(run / FOLDER).absolute(),
         profile=profile,

@@ -86,6 +86,25 @@ def test_what_cannot_be_submitted_is_told_before(
     assert not (tmp_path / "runs").exists()
 
 
+ON_MACHINES = {
+    "kuberay": "kuberay: {image: a}",
+    "ray_up": "ray_up: {ssh_user: me, provider: {type: aws}, head: {node_config: {}}, worker: {node_config: {}}}",
+}
+
+
+@pytest.mark.parametrize(("kind", "section"), ON_MACHINES.items(), ids=ON_MACHINES)
+def test_a_plugin_that_machines_of_their_own_would_not_have_is_refused(
+    kind: str, section: str, harness: Harness, tmp_path: Path
+) -> None:
+    plugin = tmp_path / "sums.py"
+    (tmp_path / "plugged.yaml").write_text(f"{EXPERIMENT}plugins: [{plugin}]\n", encoding="utf-8")
+    profile = written_profile(tmp_path, f"kind: {kind}\nstorage: s3://b/runs\n{section}\n")
+    refused = harness("launch", "plugged.yaml", "--profile", profile, "--render-only")
+    assert_refused(
+        refused, f"plugged.yaml, line 7, plugins[0]: found '{plugin}'; for kind {kind} they are brought from"
+    )
+
+
 def test_without_sbatch_the_script_can_be_printed(
     harness: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,13 +50,13 @@ kuberay:
 _RAY_UP = """\
 kind: ray_up
 storage: s3://bucket/runs
-python: harness/.venv/bin/python
+python: harness_clone/.venv/bin/python
 ray_up:
   provider: {type: aws, region: us-west-2}
   ssh_user: ubuntu
   head: {node_config: {InstanceType: m5.2xlarge}}
   worker: {node_config: {InstanceType: g5.xlarge}, min_workers: 1, max_workers: 4}
-  setup: [make -C harness venv]
+  setup: [make -C harness_clone venv]
 """
 _RAY = "kind: ray\naddress: auto\njob_server: http://head:8265\npython: /shared/harness/.venv/bin/python\n"
 # One of each kind.

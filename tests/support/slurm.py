@@ -103,7 +103,8 @@ def cluster(folder: Path, nodes: int = 1, cpus: int = 2) -> Iterator[Path]:
         try:
             yield config
         finally:  # jobs end before what would end them
-            subprocess.run(["scancel", "--state=PENDING,RUNNING"], env=environment, check=False)
+            for state in ("PENDING", "RUNNING"):  # scancel takes one
+                subprocess.run(["scancel", f"--state={state}"], env=environment, check=False)
             with suppress(TimeoutError):
                 _wait(lambda: _idle(environment) == nodes, "idle nodes", folder)
 

@@ -76,3 +76,35 @@ def test_a_folder_of_ray_that_others_could_have_filled_is_refused(tmp_path: Path
     for folder in (open_to_all, link):
         with pytest.raises(SystemExit, match=f"{folder.name}: somebody else can write to it"):
             ray_node._make_private(folder)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, float]]]:
+    """What is asked of Ray's autoscaler, for a head and one worker."""
+    import ray
+    from ray.autoscaler import sdk
+
+    asked: list[list[dict[str, float]]] = []
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 8.0}},
+        {"Alive": True, "Resources": {"CPU": 4.0, "harness_worker": 1}},
+    ]
+    nodes.append({**nodes[1], "Alive": False})
+    monkeypatch.setattr(ray, "init", lambda *_, **__: None)
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 12.0})
+    monkeypatch.setattr(sdk, "request_resources", lambda bundles=(): asked.append(bundles))
+    return asked
+
+
+def test_workers_are_asked_for_and_let_go(
+    held: list[list[dict[str, float]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ray_node._hold(1, 1, 0)
+    ray_node._hold(3, 1, 0)
+    assert capsys.readouterr().out == "".join(f"1 of {n} workers, 12 CPUs with the head\n" for n in (1, 3))
+    with pytest.raises(SystemExit, match=r"^2 workers are needed, and no more came in 0 s; monitor\.log"):
+        ray_node._hold(3, 2, 0)
+    ray_node._release()
+    one = {"harness_worker": 1}
+    assert held == [[one], [one] * 3, [one] * 3, []]

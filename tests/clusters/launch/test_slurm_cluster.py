@@ -12,13 +12,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from clusters.launch.job import write_files
+from clusters.launch.launchers import LAUNCHERS
 from harness.core.record import read_run
 from tests.support import slurm
-from tests.support.launching import written_profile
+from tests.support.launching import job, written_profile
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 
@@ -104,6 +107,31 @@ def end(call: Callable[..., str], folder: Path, job: str, trials: int = TRIALS, 
     board = (folder / "runs/grid/report/leaderboard.md").read_text(encoding="utf-8")
     assert board.count("| LoRA r=") == trials
     return log_of(folder, job)
+
+
+def test_slurm_reads_unusual_names_as_they_are(call: Callable[..., str], tmp_path: Path) -> None:
+    names = (
+        "two words",
+        "it's",
+        'a"b',
+        "$HOME",
+        f"$(touch {tmp_path.name})",
+        "`x`",
+        "Wörter 日本",
+        "50%j",
+        "a#b",
+        "-x",
+        "a;b&",
+    )
+    for number, name in enumerate(names):
+        run = tmp_path / str(number) / name
+        made = job(tmp_path, written_profile(tmp_path, "kind: slurm\nslurm: {partition: low}\n"), run=str(run))
+        script = LAUNCHERS["slurm"].render(replace(made, name=name))["sbatch.sh"]
+        head = [line for line in script.splitlines() if line.startswith("#")]
+        write_files(made, {"sbatch.sh": "\n".join([*head, 'echo "$SLURM_JOB_NAME"', ""])})
+        number_of = call("sbatch", "--wait", "--parsable", str(made.folder / "sbatch.sh")).strip()
+        assert (made.folder / f"slurm-{number_of}.log").read_text(encoding="utf-8") == f"{name}\n"
+    assert not (tmp_path / tmp_path.name).exists()
 
 
 def test_a_job_that_gets_sigterm_half_way_is_queued_again_and_goes_on(call: Callable[..., str], tmp_path: Path) -> None:
