@@ -253,6 +253,11 @@ def _check_kind(profile: Profile, top: Cursor) -> None:
         if getattr(profile, key) is None:
             hint = ": a URL such as s3://bucket/runs, or a folder that all nodes share" if key == "storage" else ""
             raise UserError(f"{top / key}: kind {profile.kind} needs this key{hint}")
+    if (ray_up := profile.ray_up) and ray_up.worker.min_workers > ray_up.worker.max_workers:
+        raise UserError(
+            f"{top / 'ray_up' / 'worker' / 'min_workers'}: found {ray_up.worker.min_workers}; allowed: at most "
+            f"max_workers ({ray_up.worker.max_workers})"
+        )
     for name in profile.env:
         if SECRET.search(name):
             raise UserError(

@@ -159,7 +159,8 @@ def _cluster(job: Job) -> dict[str, Any]:
         if shlex.quote(path) != path:  # Ray makes their folders with a shell, and does not quote them
             raise UserError(f"{file}: kind ray_up copies files by names of letters, digits and any of _./@%+=:,- only")
     python = job.profile.python or "python"
-    start = f"{_assigned(RAY_SETTINGS)} {python} -m ray.scripts.scripts start"
+    ray = f"{python} -m ray.scripts.scripts"
+    start = f"{_assigned(RAY_SETTINGS)} {ray} start"
     cluster: dict[str, Any] = {
         "cluster_name": _name(job),
         "max_workers": ray_up.worker.max_workers,
@@ -188,12 +189,13 @@ def _cluster(job: Job) -> dict[str, Any]:
         "setup_commands": list(ray_up.setup),
         "head_setup_commands": [],
         "worker_setup_commands": [],
+        # A Ray that runs is kept: the autoscaler that sees `ray stop` end the others ends the head machine itself.
         "head_start_ray_commands": [
-            f"{python} -m ray.scripts.scripts stop",
-            f"{start} --head --port=6379 --autoscaling-config=~/ray_bootstrap_config.yaml",
+            f"{_assigned(RAY_SETTINGS)} {ray} health-check --address 127.0.0.1:6379 > /dev/null 2>&1 || {{ {ray} stop; "
+            f"{start} --head --port=6379 --autoscaling-config=~/ray_bootstrap_config.yaml; }}",
         ],
         "worker_start_ray_commands": [
-            f"{python} -m ray.scripts.scripts stop",
+            f"{ray} stop",
             f"{start} --address=$RAY_HEAD_IP:6379",
         ],
     }

@@ -79,6 +79,7 @@ def _job(file: Path, profile: Profile, output: str | None, fresh: bool, options:
     from clusters.profiles import OWN_MACHINES
     from harness.core.paths import locate
     from harness.core.source import read_yaml
+    from harness.core.storage import is_url, normalised
     from harness.experiment.load import Experiment
     from harness.sweep.run import prepare
 
@@ -93,6 +94,7 @@ def _job(file: Path, profile: Profile, output: str | None, fresh: bool, options:
             )
     experiment = Experiment.from_yaml(file)
     given = output or profile.storage or "runs"
+    given = normalised(given) if is_url(given) else given
     # Machines of their own have other file systems than this one.
     elsewhere = "://" in given or own_machines
     here = Path("runs") if elsewhere else Path(given)

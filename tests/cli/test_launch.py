@@ -70,6 +70,8 @@ def test_render_only_prints_the_job_and_writes_nothing(
             "kind: kuberay\nstorage: /runs\nkuberay: {image: a}\n",
             "kubectl: not found on the PATH; a RayJob is submitted",
         ),
+        ("kind: local\nstorage: foo://x\n", "foo://x: unknown scheme 'foo'; allowed: file, gs, memory, s3"),
+        ("kind: kuberay\nstorage: s3:///\nkuberay: {image: a}\n", "s3://: found no folder in it"),
         ("kind: ray\naddress: auto\n", "profile mine, job_server: harness launch needs it"),
         ("kind: ray\naddress: auto\njob_server: http://127.0.0.1:9\nsecrets: [HOME]\n", "Ray shows the environment"),
     ],

@@ -94,6 +94,11 @@ def test_the_partition_of_the_slurm_profile_is_slurms_own_variable() -> None:
             "kind: kuberay\nstorage: s3://b\nkuberay: {image: a, head: {memory: 8 GB}}\n",
             r"line 3, kuberay\.head\.memory: string should match pattern .*found '8 GB'",
         ),
+        (
+            "kind: ray_up\nstorage: s3://b\nray_up: {provider: {type: aws}, ssh_user: me, head: {node_config: {}},\n"
+            "  worker: {node_config: {}, min_workers: 5, max_workers: 4}}\n",
+            r"line 4, ray_up\.worker\.min_workers: found 5; allowed: at most max_workers \(4\)",
+        ),
         ("kind: local\nenv: {HF_TOKEN: hf_x}\n", r"line 2, env\.HF_TOKEN: may be a secret.*under secrets"),
         ("kind: local\nenv: {a-b: x}\n", r"env\.a-b.*: string should match pattern"),
         ("- kind\n", r"not a mapping; allowed keys: name, kind, address"),

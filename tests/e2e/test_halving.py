@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -58,12 +59,22 @@ def same(folder: Path, one: Run, other: Run, trial_id: str) -> bool:
     return records[0] == records[1] and a.equals(b)
 
 
+def training(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The processes of trials, by the names that Ray gives them."""
+    found = []
+    for process in psutil.Process(driver.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "ray::ImplicitFunc" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
 def test_winners_are_those_of_the_full_search_whatever_is_killed(tmp_path: Path) -> None:
     driver = start(tmp_path, "halved", HALVING)
     trials = tmp_path / "runs/halved/trials"
     wait_until(lambda: any(trials.glob("*/paused.json")), driver)
-    workers = [p for p in psutil.Process(driver.pid).children(recursive=True) if "ray::" in " ".join(p.cmdline()[:1])]
-    next(p for p in workers if "ImplicitFunc" in " ".join(p.cmdline())).kill()
+    wait_until(lambda: bool(training(driver)), driver)  # between two trials no process may have the name
+    training(driver)[0].kill()
     wait_until((tmp_path / "runs/halved/halving.json").exists, driver)
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()
