@@ -64,7 +64,8 @@ def training(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
     found = []
     for process in psutil.Process(driver.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            if "ray::ImplicitFunc" in " ".join(process.cmdline()):
+            # A function of Tune's, or the class that the harness makes of it.
+            if any(f"ray::{name}" in " ".join(process.cmdline()) for name in ("ImplicitFunc", "ResourceTrainable")):
                 found.append(process)
     return found
 

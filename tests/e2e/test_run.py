@@ -244,7 +244,8 @@ def _wait_for_records(trials: Path, driver: subprocess.Popen[Any], count: int = 
 
 def _workers(driver: int) -> Iterator[psutil.Process]:
     for process in psutil.Process(driver).children(recursive=True):
-        if "ray::ImplicitFunc" in " ".join(process.cmdline()):
+        # A function of Tune's, or the class that the harness makes of it.
+        if any(f"ray::{name}" in " ".join(process.cmdline()) for name in ("ImplicitFunc", "ResourceTrainable")):
             yield process
 
 
