@@ -94,14 +94,7 @@ def reason_of(error: Exception, uri: str) -> str:
 
 def connect(uri: str) -> Any:
     """A client that fails fast: with the defaults of MLflow, a server that is down blocks every call for minutes."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # MLflow prints the address of every run that ends, with the password of its URI.
-    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
-    for name in ("alembic", "mlflow"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # tracebacks of errors that it raises too
+    _import_mlflow()
     from mlflow import MlflowClient
 
     def client(of: str) -> Any:
@@ -122,9 +115,23 @@ def repository_of(run: Any, uri: str) -> Any:
     return get_artifact_repository(add_databricks_profile_info_to_artifact_uri(run.info.artifact_uri, uri), uri)
 
 
+def _import_mlflow() -> None:
+    """Import MLflow with the settings that it reads when it is imported, and before a call."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # of what is called, sent to MLflow's makers
+    # MLflow prints the address of every run that ends, with the password of its URI.
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # tracebacks of errors that it raises too
+    importlib.import_module("mlflow")
+
+
 def import_libraries(uri: str) -> None:
     """Import what a connection needs, in the main thread: two threads that import can wait for one another."""
-    importlib.import_module("mlflow")
+    _import_mlflow()
     if is_database(uri):
         importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
 
