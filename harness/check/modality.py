@@ -47,6 +47,11 @@ class ModalitySubject:
         """The default encoder."""
         return self.modality.encoder(self.plugin.default_encoder)
 
+    @cached_property
+    def empty(self) -> Encoder:
+        """The same without weights."""
+        return self.modality.empty_encoder(self.plugin.default_encoder)
+
 
 def files_are_read(subject: ModalitySubject) -> Iterator[str]:
     """It decodes the files of a task's sample."""
@@ -136,8 +141,8 @@ def features_do_not_depend_on_the_batch(subject: ModalitySubject) -> Iterator[st
 
 
 def empty_encoder_agrees(subject: ModalitySubject) -> Iterator[str]:
-    """`empty_encoder` has the width and the number of parameters of the encoder, and knows the shapes of features."""
-    empty = subject.modality.empty_encoder(subject.plugin.default_encoder)
+    """Without weights it has the width and number of parameters that it has with them, and knows the shapes of features."""
+    empty = subject.empty
     if empty.width != subject.encoder.width:
         yield f"the width is {empty.width} without weights and {subject.encoder.width} with them"
     counts = [sum(weight.numel() for weight in e.parameters()) for e in (empty, subject.encoder)]

@@ -22,21 +22,23 @@ from rich.text import Text
 
 from adapters.registry import ADAPTERS
 from harness.check import adapter as adapter_checks
+from harness.check import encoder as encoder_checks
 from harness.check import metric as metric_checks
 from harness.check import modality as modality_checks
 from harness.check import task as task_checks
 from harness.check.adapter import AdapterSubject
+from harness.check.encoder import EncoderSubject
 from harness.check.metric import MetricSubject
 from harness.check.modality import ModalitySubject
 from harness.check.process import another_process_agrees
 from harness.check.task import TaskSubject
 from harness.core.errors import Problems, UserError, did_you_mean
 from harness.core.registry import Entry, Registry, add_file
-from tasks.registry import METRICS, MODALITIES, TASKS
+from tasks.registry import ENCODERS, METRICS, MODALITIES, TASKS
 
 _SHOWN = 5  # problems of one check
 _FILES = 4  # that a modality is tested on
-_REGISTRIES: tuple[Registry[Any], ...] = (TASKS, MODALITIES, METRICS, ADAPTERS)
+_REGISTRIES: tuple[Registry[Any], ...] = (TASKS, MODALITIES, ENCODERS, METRICS, ADAPTERS)
 S = TypeVar("S", TaskSubject, ModalitySubject, MetricSubject, AdapterSubject)
 Check = Callable[[S], Iterator[str]]
 
@@ -167,6 +169,9 @@ def check_entry(registry: Registry[Any], entry: Entry, samples: Samples, folder:
     elif registry is MODALITIES:
         modality = ModalitySubject(plugin, samples.files(entry.name), folder)
         yield from run_checks(modality_checks.FIRST, modality_checks.THEN, modality)
+    elif registry is ENCODERS:
+        encoder = EncoderSubject(plugin, samples.files(plugin.modality), folder)
+        yield from run_checks(encoder_checks.FIRST, encoder_checks.THEN, encoder)
     elif registry is ADAPTERS:
         method = AdapterSubject(plugin, entry.name, folder)
         yield from run_checks(adapter_checks.FIRST, adapter_checks.THEN, method)

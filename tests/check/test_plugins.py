@@ -12,10 +12,12 @@ from rich.console import Console
 
 from adapters.registry import ADAPTERS
 from harness.check import adapter as adapter_checks
+from harness.check import encoder as encoder_checks
 from harness.check import metric as metric_checks
 from harness.check import modality as modality_checks
 from harness.check import task as task_checks
 from harness.check.adapter import AdapterSubject
+from harness.check.encoder import EncoderSubject
 from harness.check.metric import REFERENCES, MetricSubject
 from harness.check.modality import ModalitySubject
 from harness.check.plugins import check_plugins, problems_of, promise, run_checks
@@ -24,15 +26,24 @@ from harness.check.task import TaskSubject
 from harness.core.errors import UserError
 from harness.core.registry import Entry
 from tasks.modalities.series import Series
-from tasks.registry import METRICS, MODALITIES, TASKS
+from tasks.registry import ENCODERS, METRICS, MODALITIES, TASKS
 from tests.support.broken_adapters import ADAPTER_CASES, GoodAdapter, StackedAdapter
-from tests.support.broken_plugins import METRIC_CASES, MODALITY_CASES, TASK_CASES, GoodMetric, GoodTask
+from tests.support.broken_plugins import (
+    ENCODER_CASES,
+    METRIC_CASES,
+    MODALITY_CASES,
+    TASK_CASES,
+    GoodEncoder,
+    GoodMetric,
+    GoodTask,
+)
 
 ROOT = Path(__file__).parents[2]
-CASES = TASK_CASES | MODALITY_CASES | METRIC_CASES | ADAPTER_CASES
+CASES = TASK_CASES | MODALITY_CASES | ENCODER_CASES | METRIC_CASES | ADAPTER_CASES
 CHECKS = {
     task_checks: (*task_checks.FIRST, *task_checks.THEN),
     modality_checks: (*modality_checks.FIRST, *modality_checks.THEN),
+    encoder_checks: (*encoder_checks.FIRST, *encoder_checks.THEN),
     metric_checks: (*metric_checks.FIRST, *metric_checks.THEN),
     adapter_checks: (*adapter_checks.FIRST, *adapter_checks.THEN),
 }
@@ -78,7 +89,7 @@ class SameWords(Metric):
 
 @pytest.fixture(autouse=True)
 def no_plugins_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    for registry in (TASKS, MODALITIES, METRICS, ADAPTERS):
+    for registry in (TASKS, MODALITIES, ENCODERS, METRICS, ADAPTERS):
         monkeypatch.setattr(registry, "added", [])
 
 
@@ -86,11 +97,12 @@ def subject_of(plugin: type, folder: Path) -> Any:
     """The subject that the checks of a plugin take."""
     if issubclass(plugin, GoodTask):
         return TaskSubject(plugin, f"{plugin.__module__}:{plugin.__name__}", folder)
-    if issubclass(plugin, Series):
+    if issubclass(plugin, Series | GoodEncoder):
         files = [folder / "train1.csv", folder / "train2.csv"]
         for number, path in enumerate(files, 1):
             path.write_text("1\n" * 9 * number + "2\n", encoding="utf-8")
-        return ModalitySubject(plugin, files, folder)
+        kind: type[ModalitySubject] = EncoderSubject if issubclass(plugin, GoodEncoder) else ModalitySubject
+        return kind(plugin, files, folder)
     if issubclass(plugin, GoodAdapter):
         # Registered by the class itself: most are made without a name in a module.
         target = f"{__name__}:{plugin.__name__}"
@@ -145,11 +157,12 @@ def test_a_broken_contract_is_reported(
     [
         (task_checks, GoodTask),
         (modality_checks, Series),
+        (encoder_checks, GoodEncoder),
         (metric_checks, GoodMetric),
         (adapter_checks, GoodAdapter),
         (adapter_checks, StackedAdapter),
     ],
-    ids=["task", "modality", "metric", "adapter", "adapter that can be stacked"],
+    ids=["task", "modality", "encoder", "metric", "adapter", "adapter that can be stacked"],
 )
 def test_a_correct_plugin_passes_every_check(module: Any, plugin: type, tmp_path: Path) -> None:
     results = list(run_checks(module.FIRST, module.THEN, subject_of(plugin, tmp_path)))
@@ -173,6 +186,18 @@ def test_a_file_of_a_task_and_a_metric_is_checked(tmp_path: Path) -> None:
     assert lines[-1] == f"{count} checks passed, 0 failed"
     assert sum(line.startswith("  ✓ ") for line in lines) == count
     assert [entry.name for entry in TASKS.added] == ["echo"]
+
+
+def test_a_file_of_an_encoder_is_checked_on_files_of_its_modality(tmp_path: Path) -> None:
+    path = tmp_path / "lengths.py"
+    path.write_text(
+        "import torch\nfrom harness import Encoder\nclass Lengths(Encoder):\n    modality, width = 'series', 1\n"
+        "    def encode(self, items):\n        return [torch.tensor([[float(len(item))]]) for item in items]\n"
+    )
+    passed, printed = checked(path)
+    assert passed, printed
+    assert printed.startswith("encoder lengths  ")
+    assert printed.splitlines()[-1] == f"{len(CHECKS[encoder_checks])} checks passed, 0 failed"
 
 
 def test_what_fails_is_printed_in_one_sentence_without_a_traceback(tmp_path: Path) -> None:

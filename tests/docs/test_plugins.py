@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from adapters.registry import ADAPTERS
 from harness.check import adapter as adapter_checks
+from harness.check import encoder as encoder_checks
 from harness.check import metric as metric_checks
 from harness.check import modality as modality_checks
 from harness.check import task as task_checks
@@ -107,6 +108,7 @@ def test_the_list_of_checks_is_complete() -> None:
     modules = {
         "A task": task_checks,
         "A modality": modality_checks,
+        "An encoder": encoder_checks,
         "A metric": metric_checks,
         "An adapter method": adapter_checks,
     }

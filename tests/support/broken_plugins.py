@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from harness.check import encoder as encoder_checks
 from harness.check import metric as metric_checks
 from harness.check import modality as modality_checks
 from harness.check import task as task_checks
@@ -198,6 +199,34 @@ class Features(Encoder):
 
     def encode(self, items: Sequence[Any]) -> list[Any]:
         return [self.make_features(item, len(items)) for item in items]
+
+
+class GoodEncoder(Encoder):
+    """Of series: each value and its square."""
+
+    modality: ClassVar = "series"
+    width = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(2))
+
+    def encode(self, items: Sequence[Any]) -> list[Any]:
+        found = [torch.from_numpy(np.stack([item.ravel(), item.ravel() ** 2], axis=1)).float() for item in items]
+        return [(x_ND.to(self.device) * self.scale).detach() for x_ND in found]
+
+
+ENCODER_CASES: dict[Callable[..., Any], list[tuple[type, str]]] = {
+    encoder_checks.modality_is_known: [
+        (make(GoodEncoder, modality="serie"), r"serie.*did you mean .*series"),
+        (make(GoodEncoder, modality=""), r"allowed|known|unknown"),
+    ],
+    encoder_checks.it_loads: [
+        (make(GoodEncoder, make=classmethod(lambda cls, weights: cls())), r"make\(weights=True\) .* in training mode"),
+        (make(GoodEncoder, make=classmethod(lambda cls, weights: cls().double().eval())), r"weights are torch.float64"),
+        (make(GoodEncoder, make=classmethod(lambda cls, weights: None)), r"a NoneType; it must be a harness.Encoder"),
+    ],
+}
 
 
 def encodes(make_features: Callable[[Any, int], Any], **members: Any) -> type:
