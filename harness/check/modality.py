@@ -141,7 +141,7 @@ def features_do_not_depend_on_the_batch(subject: ModalitySubject) -> Iterator[st
 
 
 def empty_encoder_agrees(subject: ModalitySubject) -> Iterator[str]:
-    """Without weights it has the width and number of parameters that it has with them, and knows the shapes of features."""
+    """Without weights it has the same width and number of parameters, and knows the shapes of features."""
     empty = subject.empty
     if empty.width != subject.encoder.width:
         yield f"the width is {empty.width} without weights and {subject.encoder.width} with them"

@@ -50,8 +50,8 @@ def output(process: subprocess.Popen[str]) -> str:
 
 
 def numbers(text: str, name: str) -> list[int]:
-    """The numbers in the printed row that begins with a name."""
-    (line,) = [line for line in text.splitlines() if line.strip().startswith(f"{name} ")]
+    """The numbers in the first printed row that begins with a name; a plan's second table is what it predicts."""
+    line = next(line for line in text.splitlines() if line.strip().startswith(f"{name} "))
     return [int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*", line.strip().removeprefix(name))]
 
 
