@@ -195,8 +195,13 @@ class Broken(Metric):
         ("raise Unprintable", "Unprintable: its text cannot be told: RuntimeError", "15 in score"),
         ("raise ValueError('a \\udc80')", r"ValueError: a \udc80", "15 in score"),
     ],
+    ids=["a mapping", "not finite", "of another example", "ends the process", "has no text", "has no characters"],
 )
-def test_a_metric_that_is_wrong_is_named_and_recorded(what: str, message: str, place: str, tmp_path: Path) -> None:
+def test_a_metric_that_is_wrong_is_named_and_recorded(
+    what: str, message: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A test's captured log goes to the main process of pytest-xdist, which takes no lone surrogate.
+    monkeypatch.setattr("_pytest.logging.LogCaptureHandler.emit", lambda *_: None)
     (path := tmp_path / "mine.py").write_text(RETURNS.replace("WHAT", what), encoding="utf-8")
     spec = scored_by(spec_of(tmp_path, budget={"examples": 8, "epochs": 1}), f"{path}:Broken")
     assert run(spec, tmp_path).status == "failed"

@@ -76,6 +76,7 @@ def yaml_name(grid: Job) -> str:
     return str(manifest["metadata"]["name"])
 
 
+@pytest.mark.slow  # kubectl looks up all kinds of objects before a call: 25 s and more
 @needs_kubectl
 def test_a_job_is_judged_created_asked_and_replaced(api: Api, tmp_path: Path) -> None:
     grid = made(tmp_path)
@@ -99,6 +100,7 @@ def test_a_job_is_judged_created_asked_and_replaced(api: Api, tmp_path: Path) ->
     assert LAUNCHER.state(launch) == "ended"
 
 
+@pytest.mark.slow  # kubectl looks up all kinds of objects before a call: 25 s and more
 @needs_kubectl
 def test_the_logs_are_those_of_the_pod_that_submits(api: Api, tmp_path: Path) -> None:
     api.log = "6 trials to run\n"
@@ -107,6 +109,7 @@ def test_the_logs_are_those_of_the_pod_that_submits(api: Api, tmp_path: Path) ->
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "6 trials to run\n"
 
 
+@pytest.mark.slow  # kubectl looks up all kinds of objects before a call: 25 s and more
 @needs_kubectl
 def test_what_kubernetes_refuses_is_told_in_its_words_before_anything_is_made(api: Api, tmp_path: Path) -> None:
     api.judge = lambda _: "spec.rayClusterSpec.authOptions: unknown field"
@@ -122,6 +125,7 @@ def test_what_kubernetes_refuses_is_told_in_its_words_before_anything_is_made(ap
     assert api.objects == {}
 
 
+@pytest.mark.slow  # kubectl looks up all kinds of objects before a call: 25 s and more
 @needs_kubectl
 def test_a_job_of_the_same_name_of_somebody_else_is_left_alone(api: Api, tmp_path: Path) -> None:
     for folder in (tmp_path / "me", tmp_path / "you"):
@@ -134,6 +138,7 @@ def test_a_job_of_the_same_name_of_somebody_else_is_left_alone(api: Api, tmp_pat
         LAUNCHER.check(made(tmp_path / "me"))
 
 
+@pytest.mark.slow  # kubectl looks up all kinds of objects before a call: 25 s and more
 @needs_kubectl
 def test_a_kubernetes_that_does_not_answer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with api_server(Api(), tmp_path) as config:
