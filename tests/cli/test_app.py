@@ -443,7 +443,7 @@ def test_an_error_of_a_plugin_before_any_trial_names_its_line(
     task = f"plugins: [broken.py]\ntask: {{name: broken, where: {where}}}\n"
     Path("e.yaml").write_text(task + "adapters: [{method: lora, learning_rate: 1e-3}]\n", encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["harness", "run", "e.yaml"])
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         app.main()
     line = BROKEN_TASK.splitlines().index('            raise KeyError("[/red] no such word")') + 1
     place = f"plugin broken (broken.py), {tmp_path}/broken.py:{line} in at)"

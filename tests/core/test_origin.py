@@ -105,7 +105,7 @@ def test_leaving_the_process_is_an_error_with_its_place(tmp_path: Path) -> None:
 def test_ray_may_ask_a_worker_to_leave() -> None:
     space = {"__name__": "ray._private.worker", "SystemExit": SystemExit}
     exec("def leave():\n    raise SystemExit(1)", space)
-    with pytest.raises(SystemExit, match="^1$"), during("scoring"):
+    with pytest.raises(SystemExit, match=r"^1$"), during("scoring"):
         space["leave"]()  # type: ignore[operator]
 
 
