@@ -87,16 +87,23 @@ def expected_nll(
     return F.cross_entropy(logits[0, length - 1 : -1], ids[0], reduction="sum")
 
 
-@each_kind(KINDS)
-def test_a_row_has_the_likelihood_that_the_class_gives_it(kind: str, tmp_path: Path) -> None:
-    _, built = make(tmp_path, kind, prompt=PROMPT)  # an adapter that is not trained changes nothing
-    paths = recordings(tmp_path)
+def assert_as_the_class(built: Built, folder: Path, paths: list[Path]) -> Tensor:
+    """Rows have the likelihoods of the class's own forward; returns them."""
     built.model.eval()
     with torch.no_grad():
         found_R, _ = built.model(built.batches.make(examples_of(paths), TARGETS))
     pairs = zip(paths, TARGETS, strict=True)
-    expected_R = torch.stack([expected_nll(tmp_path / kind, path, target) for path, target in pairs])
+    expected_R = torch.stack([expected_nll(folder, path, target) for path, target in pairs])
     torch.testing.assert_close(found_R, expected_R, atol=1e-5, rtol=1e-5)
+    made: Tensor = found_R
+    return made
+
+
+@each_kind(KINDS)
+def test_a_row_has_the_likelihood_that_the_class_gives_it(kind: str, tmp_path: Path) -> None:
+    _, built = make(tmp_path, kind, prompt=PROMPT)  # an adapter that is not trained changes nothing
+    paths = recordings(tmp_path)
+    found_R = assert_as_the_class(built, tmp_path / kind, paths)
     others_R, _ = built.model(built.batches.make(examples_of(paths[::-1]), TARGETS))
     assert not torch.allclose(others_R[0], found_R[0], atol=1e-3), "what is heard does not matter"
 
@@ -196,13 +203,7 @@ def test_recordings_that_a_model_would_cut_or_not_hear_are_refused(kind: str, tm
 @each_kind(k for k in KINDS if k in ("glmasr", "audioflamingo3"))
 def test_recordings_longer_than_a_window_are_read_in_parts(kind: str, tmp_path: Path) -> None:
     _, built = make(tmp_path, kind, prompt=PROMPT)
-    paths = recordings(tmp_path, (2.5, 1.0, 3.0))
-    built.model.eval()
-    with torch.no_grad():
-        found_R, _ = built.model(built.batches.make(examples_of(paths), TARGETS))
-    pairs = zip(paths, TARGETS, strict=True)
-    expected_R = torch.stack([expected_nll(tmp_path / kind, path, target) for path, target in pairs])
-    torch.testing.assert_close(found_R, expected_R, atol=1e-5, rtol=1e-5)
+    assert_as_the_class(built, tmp_path / kind, recordings(tmp_path, (2.5, 1.0, 3.0)))
 
 
 def test_a_turn_without_a_template_is_what_the_processor_writes(tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def test_a_model_without_its_processor_is_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
 def test_a_processor_whose_library_is_missing_is_refused_by_its_name(tmp_path: Path) -> None:
     kind = KINDS["mistral3"]
-    made = tokenizer(kind)
+    made = tokenizer(kind.tokens, kind.named)
     for part in (kind.model(made), made, hf.PixtralImageProcessorPil()):
         part.save_pretrained(tmp_path)
     (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "PixtralProcessor"}))

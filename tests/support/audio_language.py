@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests.support.recordings import write_wav
-from tests.support.vision_language import TEXT
+from tests.support.vision_language import TEXT, tokenizer
 
 RATE, SECOND = 16_000, 100  # samples and frames of a second
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -55,7 +54,7 @@ def each_kind(names: Iterable[str]) -> pytest.MarkDecorator:
 def save(name: str, folder: Path, template: bool = True) -> Path:
     """Save a model of a class with its processor."""
     kind = KINDS[name]
-    made = _tokenizer(kind)
+    made = tokenizer(kind.tokens, said=[*DIGITS, PROMPT, "ASSISTANT: USER: Audio yes no"])
     torch.manual_seed(0)
     model = kind.model(made).eval()
     with torch.no_grad():
@@ -92,19 +91,6 @@ def data(folder: Path, examples: Mapping[str, int]) -> Path:
             lines.append(f"{number}.wav,{DIGITS[digit]}")
         (folder / split / "metadata.csv").write_text("\n".join(lines) + "\n")
     return folder
-
-
-def _tokenizer(kind: Kind) -> Any:
-    own = Tokenizer(models.BPE())
-    own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    own.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-        special_tokens=["<s>", "</s>", "<pad>"],
-    )  # fmt: skip
-    own.train_from_iterator([*DIGITS, PROMPT, "ASSISTANT: USER: Audio yes no"], trainer)
-    own.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in kind.tokens])
-    return hf.PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
 def _text(kind: str, made: Any) -> dict[str, Any]:

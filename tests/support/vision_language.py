@@ -68,8 +68,14 @@ class Kind(NamedTuple):
     templated: bool = True
 
 
-def tokenizer(kind: Kind) -> Any:
-    """A byte-level BPE of a few words, with the special tokens of a class."""
+def tokenizer(tokens: Iterable[str], named: Mapping[str, str] | None = None, said: Iterable[str] = ()) -> Any:
+    """A byte-level BPE of a few words, with the special tokens of a class.
+
+    Args:
+        tokens: special ones, besides those that begin and end texts.
+        named: attributes that are special tokens.
+        said: texts that it knows.
+    """
     own = Tokenizer(models.BPE())
     own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     own.decoder = decoders.ByteLevel()
@@ -77,14 +83,15 @@ def tokenizer(kind: Kind) -> Any:
         vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
         special_tokens=["<s>", "</s>", "<pad>"],
     )  # fmt: skip
-    own.train_from_iterator([*_SAID, *(f"a {colour} circle and a square" for colour in COLOURS)], trainer)
-    own.add_tokens([AddedToken(token, normalized=False, special=not token.isspace()) for token in kind.tokens])
+    known = [*_SAID, *(f"a {colour} circle and a square" for colour in COLOURS)]
+    own.train_from_iterator(said or known, trainer)
+    own.add_tokens([AddedToken(token, normalized=False, special=not token.isspace()) for token in tokens])
     return hf.PreTrainedTokenizerFast(
         tokenizer_object=own,
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        extra_special_tokens=dict(kind.named),
+        extra_special_tokens=dict(named or {}),
     )
 
 
@@ -108,7 +115,7 @@ def each_kind(names: Iterable[str]) -> pytest.MarkDecorator:
 def save(name: str, folder: Path, template: bool = True) -> Path:
     """Save a model of a class with its processor."""
     kind = KINDS[name]
-    made = tokenizer(kind)
+    made = tokenizer(kind.tokens, kind.named)
     torch.manual_seed(0)
     model = kind.model(made).eval()
     with torch.no_grad():
