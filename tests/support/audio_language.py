@@ -42,12 +42,16 @@ class Kind(NamedTuple):
     place: str
 
 
-def each_kind(names: Iterable[str]) -> pytest.MarkDecorator:
-    """A test of each class."""
+def each_kind(names: Iterable[str], only_first: bool = False) -> pytest.MarkDecorator:
+    """A test of each class; ``only_first``: of the others with the whole trials alone."""
     missing = find_spec("torchaudio") is None
     needs = pytest.mark.skipif(missing, reason="the processor of granite_speech needs torchaudio, which is not there")
     return pytest.mark.parametrize(
-        "kind", [pytest.param(name, marks=[needs] * (name == "granite_speech")) for name in names]
+        "kind",
+        [
+            pytest.param(name, marks=[needs] * (name == "granite_speech") + [pytest.mark.e2e] * (only_first and n > 0))
+            for n, name in enumerate(names)
+        ],
     )
 
 

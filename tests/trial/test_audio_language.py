@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@each_kind(KINDS)
+@each_kind(KINDS, only_first=True)
 @pytest.mark.parametrize("adapter", [SPECIFIC, PARTS, FULL], ids=["language", "parts", "full"])
 def test_a_trial_learns_and_what_it_learned_can_be_used(kind: str, adapter: dict[str, Any], folder: Path) -> None:
     if not (folder / kind).exists():

@@ -85,7 +85,9 @@ def test_a_trial_learns_and_what_it_learned_can_be_used(
 
 
 # Pictures or prompts that see themselves as a whole, and features that inner layers add.
-@pytest.mark.parametrize("kind", ["gemma3", "paligemma", "paligemma2", "qwen3_vl"])
+@pytest.mark.parametrize(
+    "kind", ["gemma3", *(pytest.param(name, marks=pytest.mark.e2e) for name in ("paligemma", "paligemma2", "qwen3_vl"))]
+)
 @pytest.mark.parametrize("where", ["AF", {"language": "AF", "vision": "all"}], ids=["language", "parts"])
 def test_a_trial_of_a_class_with_more_than_embeddings_learns_and_is_used(kind: str, where: Any, tmp_path: Path) -> None:
     save(kind, tmp_path / "model")
