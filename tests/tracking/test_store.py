@@ -7,7 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-LOOK = "from harness.tracking import store; store.import_libraries('sqlite:///x.db'); from mlflow.telemetry import get_telemetry_client as of; print(of())"
+LOOK = """
+from harness.tracking import store
+store.import_libraries("sqlite:///x.db")
+from mlflow.telemetry import get_telemetry_client
+print(get_telemetry_client())
+"""
 
 
 def test_mlflow_does_not_report_what_a_run_calls(tmp_path: Path) -> None:
